@@ -1,0 +1,132 @@
+"""Manifest of a token store: what it holds, from what it was made, and how to tell that it is intact.
+
+Plain dataclasses over one JSON file, without time stamps: preparing the same config twice gives the same
+manifest, so a run can be tied to its data by comparing one value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardInfo:
+    """One Arrow file of a split."""
+
+    file: str
+    """Path inside the token store, such as `train/00000.arrow`."""
+    size: int
+    """Bytes on disk."""
+    sha256: str
+    """Of the whole file."""
+    documents: int
+    tokens: int
+    bytes: int
+    """UTF-8 bytes of the documents' text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitInfo:
+    """One split: its shards in order, and their sums."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    """UTF-8 bytes of the documents' text."""
+    shards: tuple[ShardInfo, ...]
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the shards' sha256: equal for two splits exactly when their files are equal."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """All that is known of a token store without opening its shards."""
+
+    format: int = FORMAT
+    recipe: dict[str, Any]
+    """What the store was made from: source, identity of its files or packages, tokenizer, split, shards."""
+    fingerprint: str
+    """sha256 of the canonical JSON of `recipe`."""
+    tokenizer_sha256: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    special_ids: tuple[int, ...]
+    """Every control token of the tokenizer, in ascending order; none of them stands in a stored document."""
+    dtype: str
+    """`uint16` or `uint32`."""
+    skipped_documents: int
+    """Documents left out because they hold nothing but white space."""
+    splits: dict[str, SplitInfo]
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json` into `folder` and flush it to the disk."""
+        with open(folder / MANIFEST_NAME, "w", encoding="utf-8") as file:
+            json.dump(self.to_dict(), file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read the manifest of the token store at `folder`.
+
+        Raises FileNotFoundError where there is no token store, ValueError for a damaged manifest or one
+        of another format version.
+        """
+        path = folder / MANIFEST_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no token store at {folder}: {MANIFEST_NAME} is missing; make one with `sinkbed prepare`"
+            )
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            found = fields["format"]
+            if found != FORMAT:
+                raise ValueError(
+                    f"{path}: found format {found}, expected {FORMAT}; prepare the token store again with --force"
+                )
+            fields["special_ids"] = tuple(fields["special_ids"])
+            fields["splits"] = {name: _read_split(split) for name, split in fields["splits"].items()}
+            return cls(**fields)
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path}: damaged ({type(error).__name__}: {error}); prepare the token store again with --force"
+            ) from error
+
+
+def _read_split(fields: dict[str, Any]) -> SplitInfo:
+    return SplitInfo(**{**fields, "shards": tuple(ShardInfo(**shard) for shard in fields["shards"])})
+
+
+def canonical_json(value: Any) -> bytes:
+    """One byte string per JSON value: sorted keys, no white space, UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def sha256_json(value: Any) -> str:
+    """sha256 of the canonical JSON: blind to white space and to the order of keys."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file's bytes, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

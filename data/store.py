@@ -1,0 +1,194 @@
+"""Token store: the tokenised documents on disk, memory-mapped, with document boundaries and a manifest.
+
+    stores/demo/
+        manifest.json                what it was made from, counts, checksums
+        tokenizer.json               readable by `tokenizers` and `transformers`
+        train/00000.arrow ...        Arrow IPC files of one record batch each
+        validation/00000.arrow ...
+
+Each record is a document: `tokens`, large_list<uint16> (uint32 when the vocabulary exceeds 65,536), without
+special tokens, and `bytes`, int64, the UTF-8 length of its text. The files are uncompressed, so a slice
+of tokens is a view of the mapped file, and `datasets`, polars, duckdb and pyarrow read them as they are.
+
+Memory: 8 bytes per document (the offsets), whatever the number of tokens. Tokens live in the page cache.
+Traded away: a store is never changed in place; another tokenizer or split means another store.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from data.manifest import TOKENIZER_NAME, Manifest, ShardInfo, SplitInfo, sha256_file
+from data.tokenizer import Tokenizer, tokenizer_file_sha256
+
+_MAPPED_SHARDS = 128  # each mapping holds a file descriptor, of which a process has about a thousand
+
+
+class TokenStore:
+    """One split of a token store, read-only. Build with `TokenStore.open`; picklable (workers reopen it)."""
+
+    def __init__(self, path: Path, split: str, manifest: Manifest) -> None:
+        self.path = path
+        self.split = split
+        self.manifest = manifest
+        self.info: SplitInfo = manifest.splits[split]
+        shards = self.info.shards
+        self._first_document = np.cumsum([0, *(shard.documents for shard in shards)], dtype=np.int64)
+        self._first_token = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)
+        self._mapped: OrderedDict[int, NDArray[Any]] = OrderedDict()
+        self.offsets: NDArray[np.int64] = np.zeros(self.info.documents + 1, dtype=np.int64)
+        """[documents + 1] tokens before each document, over all shards; the last is the number of tokens."""
+        for index, shard in enumerate(shards):
+            offsets = self._column(shard, "tokens").offsets.to_numpy()
+            if len(offsets) != shard.documents + 1 or int(offsets[-1]) != shard.tokens:
+                raise self._damaged(
+                    shard,
+                    f"found {len(offsets) - 1:,} documents and {int(offsets[-1]):,} tokens, "
+                    f"expected {shard.documents:,} and {shard.tokens:,}",
+                )
+            begin = int(self._first_document[index])
+            self.offsets[begin : begin + len(offsets)] = offsets + self._first_token[index]
+        self.offsets.flags.writeable = False
+
+    @classmethod
+    def open(cls, path: Path | str, split: str = "train") -> Self:
+        """Open a split and check sizes, counts and the tokenizer's hash; `verify` reads all bytes.
+
+        Raises FileNotFoundError where there is no token store or a shard is missing, and ValueError for a
+        split it does not have, a damaged shard or a tokenizer that is not the one it was made with.
+        """
+        path = Path(path)
+        manifest = Manifest.read(path)
+        if split not in manifest.splits:
+            raise ValueError(
+                f"{path}: found splits {', '.join(manifest.splits)}, expected {split!r}; prepare the token store "
+                "with a validation_share above 0 to have a validation split"
+            )
+        tokenizer = path / TOKENIZER_NAME
+        if not tokenizer.is_file():
+            raise FileNotFoundError(f"{tokenizer} is missing; prepare the token store again with --force")
+        found = tokenizer_file_sha256(tokenizer)
+        if found != manifest.tokenizer_sha256:
+            raise ValueError(
+                f"{tokenizer}: found sha256 {found[:12]}…, expected {manifest.tokenizer_sha256[:12]}… (the tokenizer "
+                "the documents were encoded with); put that file back or prepare the token store again with --force"
+            )
+        for shard in manifest.splits[split].shards:
+            if not (path / shard.file).is_file():
+                raise FileNotFoundError(
+                    f"{path / shard.file} is missing; prepare the token store again with --force"
+                )
+            size = (path / shard.file).stat().st_size
+            if size != shard.size:
+                raise cls._damaged_at(path, shard, f"found {size:,} bytes on disk, expected {shard.size:,}")
+        return cls(path, split, manifest)
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return self.info.documents
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, without any special token."""
+        return self.info.tokens
+
+    @property
+    def digest(self) -> str:
+        """sha256 that tells this split's contents from any other's."""
+        return self.info.digest
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer the documents were encoded with."""
+        # The ids, not the names, are on record; the names follow from them.
+        import tokenizers
+
+        backend = tokenizers.Tokenizer.from_file(str(self.path / TOKENIZER_NAME))
+        bos, eos = backend.id_to_token(self.manifest.bos_id), backend.id_to_token(self.manifest.eos_id)
+        return Tokenizer(backend, bos=bos, eos=eos)
+
+    def slice(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[np.unsignedinteger]:
+        """Tokens `start` to `stop` of a document, clipped to its end: a read-only view of the mapped file.
+
+        Raises IndexError for a document the split does not have.
+        """
+        if not 0 <= document < self.documents:
+            raise IndexError(f"document {document}: the split has documents 0 to {self.documents - 1}")
+        shard = int(np.searchsorted(self._first_document, document, side="right")) - 1
+        begin, end = (int(offset) - int(self._first_token[shard]) for offset in self.offsets[document : document + 2])
+        return self._values(shard)[begin:end][start:stop]
+
+    def stream(self, start: int, stop: int) -> NDArray[np.unsignedinteger]:
+        """Copy of tokens `start` to `stop` of all documents end to end, across shards.
+
+        Raises IndexError for a range that leaves the split.
+        """
+        if not 0 <= start <= stop <= self.tokens:
+            raise IndexError(f"tokens {start} to {stop}: the split has {self.tokens}")
+        result = np.empty(stop - start, dtype=self.manifest.dtype)
+        position = start
+        while position < stop:
+            shard = int(np.searchsorted(self._first_token, position, side="right")) - 1
+            base, end = int(self._first_token[shard]), min(stop, int(self._first_token[shard + 1]))
+            result[position - start : end - start] = self._values(shard)[position - base : end - base]
+            position = end
+        return result
+
+    def document_bytes(self) -> NDArray[np.int64]:
+        """[documents] UTF-8 bytes of each document's text."""
+        columns = [self._column(shard, "bytes").to_numpy() for shard in self.info.shards]
+        return np.concatenate(columns) if columns else np.zeros(0, dtype=np.int64)
+
+    def verify(self) -> None:
+        """Read every shard and compare its sha256. Raises ValueError that names the first damaged one."""
+        for shard in self.info.shards:
+            found = sha256_file(self.path / shard.file)
+            if found != shard.sha256:
+                raise self._damaged(shard, f"found sha256 {found[:12]}…, expected {shard.sha256[:12]}…")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (os.fspath(self.path.absolute()), self.split, self.digest)
+
+    def _values(self, shard: int) -> NDArray[Any]:
+        """All tokens of a shard: a view of the mapped file. The least recently used mapping is let go."""
+        if shard in self._mapped:
+            self._mapped.move_to_end(shard)
+            return self._mapped[shard]
+        values = self._column(self.info.shards[shard], "tokens").values.to_numpy(zero_copy_only=True)
+        self._mapped[shard] = values
+        if len(self._mapped) > _MAPPED_SHARDS:
+            self._mapped.popitem(last=False)
+        return values
+
+    def _column(self, shard: ShardInfo, name: str) -> Any:
+        try:
+            with pa.memory_map(os.fspath(self.path / shard.file)) as source:
+                return pa.ipc.open_file(source).get_batch(0).column(name)
+        except (pa.ArrowInvalid, KeyError) as error:
+            raise self._damaged(shard, f"found no readable Arrow file ({error})") from error
+
+    def _damaged(self, shard: ShardInfo, what: str) -> ValueError:
+        return self._damaged_at(self.path, shard, what)
+
+    @staticmethod
+    def _damaged_at(path: Path, shard: ShardInfo, what: str) -> ValueError:
+        return ValueError(
+            f"shard {path / shard.file} is damaged: {what}; copy it again or prepare the token store with --force"
+        )
+
+
+def _reopen(path: str, split: str, digest: str) -> TokenStore:
+    store = TokenStore.open(path, split)
+    if store.digest != digest:
+        raise ValueError(
+            f"{path}: the token store was replaced while in use (split {split}: found {store.digest[:12]}…, "
+            f"expected {digest[:12]}…); start again with the present store"
+        )
+    return store

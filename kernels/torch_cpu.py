@@ -1,0 +1,130 @@
+"""Attention on CPUs (and anything without Triton): PyTorch's flash kernel plus our statistics and sink.
+
+`aten._scaled_dot_product_flash_attention_for_cpu` returns the log-sum-exp that the statistics need, and
+its backward accepts any consistent (output, lse): called with the sink-corrected pair it yields the exact
+gradients of attention with a learned sink. It is a private operator, so a test pins its behaviour.
+
+The trade: a mask other than causal travels as an additive [B, 1, T, T] float, built once per batch.
+The statistics never need the T×T probabilities: the mass of one key is exp(q·k − lse).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.mask import Mask
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@torch.library.custom_op("sinkbed::attention_torch", mutates_args=(), device_types="cpu")
+def _attention_torch(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sink_logit: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    output, lse = _flash(q, k, v, 0.0, bias is None, attn_mask=bias, scale=scale)
+    if sink_logit is not None:
+        with_sink = torch.logaddexp(lse, sink_logit.to(lse.dtype)[None, :, None])
+        output = output * (lse - with_sink).exp()[..., None].to(output.dtype)
+        lse = with_sink
+    return output, lse.contiguous()
+
+
+@_attention_torch.register_fake
+def _(q, k, v, bias, sink_logit, scale):  # noqa: ANN001, ANN202
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=dtype)
+
+
+@torch.library.custom_op("sinkbed::attention_torch_backward", mutates_args=(), device_types="cpu")
+def _attention_torch_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    sink_logit: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv = _flash_backward(
+        grad, q, k, v, output, lse, 0.0, bias is None, attn_mask=bias, scale=scale
+    )
+    if sink_logit is None:
+        return dq, dk, dv, q.new_empty(0)
+    delta = (grad * output).sum(-1, dtype=lse.dtype)  # [B, H, T]
+    sink_mass = (sink_logit.to(lse.dtype)[None, :, None] - lse).exp()
+    return dq, dk, dv, -(sink_mass * delta).sum((0, 2)).to(sink_logit.dtype)
+
+
+@_attention_torch_backward.register_fake
+def _(grad, q, k, v, output, lse, bias, sink_logit, scale):  # noqa: ANN001, ANN202
+    dsink = q.new_empty(0) if sink_logit is None else torch.empty_like(sink_logit)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsink
+
+
+def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+    q, k, v, bias, sink_logit, scale = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, bias, sink_logit, out, lse)
+    ctx.scale = scale
+    ctx.mark_non_differentiable(lse)
+
+
+def _backward(ctx, grad, _grad_lse):  # noqa: ANN001, ANN202
+    q, k, v, bias, sink_logit, out, lse = ctx.saved_tensors
+    dq, dk, dv, dsink = _attention_torch_backward(grad, q, k, v, out, lse, bias, sink_logit, ctx.scale)
+    return dq, dk, dv, None, (None if sink_logit is None else dsink), None
+
+
+_attention_torch.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.no_grad()
+def _mass_on(k_first: Tensor, q: Tensor, lse: Tensor, scale: float) -> Tensor:
+    """exp(scale · q·k_first − lse): [B, H, T]; k_first [B, Hkv, T or 1, D], one key for each query."""
+    B, H, T, D = q.shape
+    grouped = q.reshape(B, k_first.shape[1], -1, T, D)
+    logit = (grouped * k_first[:, :, None]).sum(-1, dtype=lse.dtype).reshape(B, H, T) * scale
+    return (logit - lse).exp()
+
+
+@torch.no_grad()
+def _statistics(
+    q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float, sink_logit: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    row_mass = _mass_on(k[:, :, :1], q, lse, scale)
+    document_mass = row_mass
+    if mask.doc_start is not None:
+        index = mask.doc_start.long()[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        document_mass = _mass_on(k.gather(2, index), q, lse, scale)
+    if mask.first_key is not None:
+        first_key = mask.first_key[:, None, :]
+        if mask.shared_prefix == 0:
+            row_mass = row_mass.masked_fill(first_key > 0, 0.0)
+        if mask.doc_start is not None:
+            start = mask.doc_start[:, None, :]
+            unseen = (first_key > start) & (start >= mask.shared_prefix)
+            document_mass = document_mass.masked_fill(unseen, 0.0)
+        else:
+            document_mass = row_mass
+    sink_mass = None if sink_logit is None else (sink_logit.to(lse.dtype)[None, :, None] - lse).exp()
+    return row_mass, document_mass, sink_mass
+
+
+def torch_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    scale: float,
+    sink_logit: Tensor | None,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor | None] | None]:
+    """Attention by the CPU flash kernel; shapes as in `kernels.api.attention`. lse carries no gradient."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    bias = None if mask.is_causal else mask.bias(q.dtype, q.device)
+    output, lse = _attention_torch(q, k, v, bias, sink_logit, scale)
+    return output, lse, _statistics(q, k, lse, mask, scale, sink_logit) if statistics else None

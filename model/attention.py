@@ -1,0 +1,54 @@
+"""Self-attention: the projections around `kernels.attention`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kernels import Implementation, Mask, Statistics, attention
+from model.config import DecoderConfig
+from model.parts import rotate
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query self-attention with rotary positions and an optional learned sink."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        heads = config.heads + 2 * config.key_heads
+        self.qkv = nn.Linear(config.d_model, heads * config.dim, bias=False)
+        self.out = nn.Linear(config.heads * config.dim, config.d_model, bias=False)
+        self.sink_logit: Tensor | None = None
+        if config.sink == "learned":
+            self.sink_logit = nn.Parameter(torch.zeros(config.heads))
+        elif config.sink == "off_by_one":
+            self.register_buffer("sink_logit", torch.zeros(config.heads), persistent=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        mask: Mask | None,
+        *,
+        statistics: bool,
+        implementation: Implementation | None,
+    ) -> tuple[Tensor, Statistics | None]:
+        """x [B, T, C] -> [B, T, C], and the statistics [B, H, T] when asked for."""
+        c = self.config
+        q_k, v = (
+            self.qkv(x)
+            .unflatten(-1, (-1, c.dim))
+            .split([c.heads + c.key_heads, c.key_heads], dim=2)
+        )
+        q, k = rotate(q_k, rotation).split([c.heads, c.key_heads], dim=2)
+        out = attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            mask,
+            sink_logit=self.sink_logit,
+            statistics=statistics,
+            implementation=implementation,
+        )
+        return self.out(out.output.transpose(1, 2).flatten(2)), out.statistics

@@ -1,0 +1,71 @@
+"""The shape of a decoder, checked where it is written down. Imports nothing heavy: the command line reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Shape and parts of a decoder.
+
+    Raises ValueError for sizes that do not fit each other.
+    """
+
+    layers: int
+    """L, number of blocks."""
+    d_model: int
+    """C, width of the residual stream."""
+    heads: int
+    """H, query heads a layer."""
+    kv_heads: int | None = None
+    """Hkv, key/value heads a layer (GQA, arXiv 2305.13245); null is H."""
+    head_dim: int | None = None
+    """D; null is d_model / heads."""
+    d_ff: int
+    """F, width of the SwiGLU feed-forward."""
+    rope_base: float = 10_000.0
+    """Base of the rotary frequencies (arXiv 2104.09864)."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    tied: bool = False
+    """Whether the output matrix is the embedding's."""
+    sink: Literal["none", "learned", "off_by_one"] = "none"
+    """A logit per head that joins the softmax without a value: learned from 0 (arXiv 2508.10925), or 0
+    for good (softmax-off-by-one)."""
+    init_std: float = 0.02
+    """Standard deviation of the normal initialisation; matrices that write to the residual stream get
+    init_std / √(2L)."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "d_model", "heads", "d_ff"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            raise ValueError(f"kv_heads: expected a divisor of heads={self.heads}, found {self.kv_heads}")
+        if self.head_dim is None and self.d_model % self.heads:
+            raise ValueError(
+                f"d_model: expected a multiple of heads={self.heads}, found {self.d_model}; "
+                "change one, or set head_dim"
+            )
+        if self.dim % 2 or self.dim < 2:
+            raise ValueError(f"head_dim: expected an even number (RoPE rotates pairs), found {self.dim}")
+        for name in ("rope_base", "norm_eps", "init_std"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: expected more than 0, found {getattr(self, name)}")
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.heads // self.key_heads
+
+    @property
+    def key_heads(self) -> int:
+        """Hkv, resolved."""
+        return self.kv_heads or self.heads
+
+    @property
+    def dim(self) -> int:
+        """D, resolved."""
+        return self.head_dim or self.d_model // self.heads

@@ -1,0 +1,116 @@
+"""The decoder: embedding, pre-norm blocks, final norm, output matrix."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kernels import Implementation, Mask, Statistics
+from model.attention import SelfAttention
+from model.config import DecoderConfig
+from model.parts import RMSNorm, SwiGLU, rotations
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = SelfAttention(config)
+        self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.feed_forward = SwiGLU(config.d_model, config.d_ff)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        mask: Mask | None,
+        *,
+        statistics: bool,
+        implementation: Implementation | None,
+    ) -> tuple[Tensor, Statistics | None]:
+        """x [B, T, C] -> [B, T, C]."""
+        mixed, found = self.attention(
+            self.attention_norm(x),
+            rotation,
+            mask,
+            statistics=statistics,
+            implementation=implementation,
+        )
+        x = x + mixed
+        return x + self.feed_forward(self.feed_forward_norm(x)), found
+
+
+class DecoderOutput(NamedTuple):
+    """What a decoder returns."""
+
+    logits: Tensor
+    """[B, T, V], in the dtype of the compute."""
+    statistics: tuple[Statistics, ...] | None
+    """One entry a layer; None unless asked for."""
+
+
+class Decoder(nn.Module):
+    """Llama-like decoder: RMSNorm, RoPE, SwiGLU, GQA, no biases (arXiv 2302.13971)."""
+
+    def __init__(self, config: DecoderConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.implementation: Implementation | None = None
+        self.embedding = nn.Embedding(vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = nn.Linear(config.d_model, vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embedding.weight
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw every matrix anew: normal(0, init_std), residual outputs scaled by 1/√(2L); norms 1, sinks 0."""
+        residual = self.config.init_std / math.sqrt(2 * self.config.layers)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                writes_residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
+                std = residual if writes_residual else self.config.init_std
+                nn.init.normal_(parameter, std=std, generator=generator)
+            else:
+                nn.init.constant_(parameter, 0.0 if name.endswith("sink_logit") else 1.0)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Mask | None = None,
+        *,
+        statistics: bool = False,
+    ) -> DecoderOutput:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens: [B, T] token ids.
+            positions: [B, T] rotary positions; None counts along the row.
+            mask: which keys a query sees; None is causal.
+            statistics: also return each layer's sink statistics.
+        """
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        rotation = rotations(positions, self.config.dim, self.config.rope_base)
+        x = self.embedding(tokens)
+        found: list[Statistics] = []
+        for block in self.blocks:
+            x, layer = block(
+                x, rotation, mask, statistics=statistics, implementation=self.implementation
+            )
+            if layer is not None:
+                found.append(layer)
+        return DecoderOutput(self.head(self.norm(x)), tuple(found) if statistics else None)
+
+    def parameter_count(self) -> int:
+        """Number of parameters, tied ones once."""
+        return sum(p.numel() for p in self.parameters())

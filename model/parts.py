@@ -1,0 +1,108 @@
+"""The parts of a block: RMSNorm, rotary positions, SwiGLU.
+
+On a CPU the composite forms of these cost as much as a matrix product at small widths, so each has a form
+with few passes over memory; tests hold them to the plain definitions, forward and gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _RMSNormCPU(torch.autograd.Function):
+    """RMSNorm on the CPU's fused LayerNorm backward.
+
+    With mean 0, LayerNorm's backward differs from RMSNorm's only by the term −mean(g·w)/rms that centring
+    would have contributed; adding it back gives the exact gradient in half the passes.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: ANN001
+        rstd = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rstd)
+        return (x * rstd).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
+        x, weight, rstd = ctx.saved_tensors
+        dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, weight.shape, torch.zeros_like(rstd), rstd, weight, None, [True, True, False]
+        )
+        centring = (grad @ weight).div_(weight.numel()).unsqueeze(-1).mul_(rstd)
+        return dx.add_(centring), dweight, None
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean(x²) + eps) · weight over the last dimension (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
+            return _RMSNormCPU.apply(x, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotations(positions: Tensor, dim: int, base: float) -> Tensor:
+    """Unit complex numbers exp(i · position · base^(−2n/D)) of rotary positions (arXiv 2104.09864).
+
+    positions [B, T] or [T] -> complex64 [B or 1, T, 1, D/2], ready to broadcast over heads.
+    """
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
+    angle = positions.to(torch.float32)[..., None] * base**-exponent
+    angle = angle if angle.ndim == 3 else angle[None]
+    return torch.polar(torch.ones_like(angle), angle)[:, :, None, :]
+
+
+def rotate(x: Tensor, by: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of x [B, T, H, D] by `rotations`; as in Meta's Llama, in float32.
+
+    Pairs are neighbours (2n, 2n+1); Hugging Face's Llama pairs (n, n + D/2), which is a permutation of
+    the projections' rows that import and export apply.
+    """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * by).flatten(-2).type_as(x)
+
+
+class _SwiGLUCPU(torch.autograd.Function):
+    """silu(gate) · up of one [.., 2F] tensor, writing both halves of the gradient in place."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # noqa: ANN001
+        gate, up = x.chunk(2, -1)
+        activated = F.silu(gate)
+        ctx.save_for_backward(x, activated)
+        return activated * up
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # noqa: ANN001
+        x, activated = ctx.saved_tensors
+        gate, up = x.chunk(2, -1)
+        dx = torch.empty_like(x)
+        dgate, dup = dx.chunk(2, -1)
+        torch.mul(grad, activated, out=dup)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=dgate)
+        return dx
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x)) without biases (arXiv 2002.05202); gate and up are one matrix."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        gate_up = self.gate_up(x)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return self.down(_SwiGLUCPU.apply(gate_up))
+        gate, up = gate_up.chunk(2, -1)
+        return self.down(F.silu(gate) * up)

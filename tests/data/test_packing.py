@@ -1,0 +1,232 @@
+"""Rows equal those of the plain-Python oracle, for every axis of a strategy."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.batches import Rows
+from data.order import permute
+from data.packing import Concat, random_tokens
+from data.store import TokenStore
+from data.strategy import Strategy
+from oracle import BOS, EOS, OracleRow, fields_of, rows_of, stream_of
+
+MakeStore = Callable[..., TokenStore]
+
+# The boundaries that can go wrong: empty documents at both ends and in a run, documents of one token,
+# one that fills rows exactly, one that spans several rows; enough of them that some start at a row.
+LENGTHS = (0, 3, 0, 0, 1, 8, 1, 1, 23, 5, 16, 0, 2, 7, 4, *((5 * i * i) % 13 for i in range(40)), 0)
+
+
+def documents_of(lengths: tuple[int, ...] | list[int]) -> list[list[int]]:
+    """Documents of tokens that tell (almost) every place in the store from its neighbours."""
+    numbers = itertools.count()
+    return [[2 + (7 * next(numbers)) % 256 for _ in range(length)] for length in lengths]
+
+
+def rows_in_stream_order(rows: Rows) -> dict[int, dict[str, list[Any]]]:
+    """Epoch 0 of `rows` by place in the stream."""
+    batch = rows.__getitems__(list(range(len(rows))))
+    slots = permute(np.arange(len(rows)), len(rows), seed=rows.seed, epoch=0)
+    return {
+        int(slot): {name: getattr(batch, name)[i].tolist() for name in batch._fields} for i, slot in enumerate(slots)
+    }
+
+
+def first_id(strategy: Strategy) -> int | None:
+    first = strategy.first_token
+    return None if first == "none" else BOS if first == "bos" else int(first)
+
+
+STRATEGIES = [
+    Strategy(first_token=first, document_start=start, document_end=end, mask=mask, positions=positions)
+    for first in ("none", "bos", 77)
+    for start in ("none", "bos")
+    for end in ("none", "eos")
+    for mask in ("causal", "document")
+    for positions in ("row", "document")
+] + [
+    Strategy(prefix_lm=3),
+    Strategy(prefix_lm=2, first_token="bos", mask="document"),
+    Strategy(shared_prefix=1, mask="document", first_token="bos"),
+    Strategy(window=2, document_start="eos", document_end="bos"),
+]
+
+
+@pytest.mark.parametrize("length", [6, 8, 9])
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: "-".join(map(str, _short(strategy))))
+def test_every_field_of_every_row_equals_the_oracle(make_store: MakeStore, strategy: Strategy, length: int) -> None:
+    documents = documents_of(LENGTHS)
+    # Shards of 10 tokens, so that rows and documents meet shard boundaries too.
+    store = make_store(documents, shard_tokens=10)
+    assert len(store.info.shards) > 3
+    expected = rows_of(documents, strategy, length, first_id(strategy))
+    assert_boundaries_occur(expected)
+    found = rows_in_stream_order(Rows(store, strategy, length, seed=5))
+    assert len(found) == len(expected)
+    for place, row in enumerate(expected):
+        assert found[place] == fields_of(row), f"row {place}"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=30),
+    strategy=st.builds(
+        Strategy,
+        first_token=st.sampled_from(["none", "bos", 9]),
+        document_start=st.sampled_from(["none", "bos", "eos"]),
+        document_end=st.sampled_from(["none", "bos", "eos"]),
+        mask=st.sampled_from(["causal", "document"]),
+        positions=st.sampled_from(["row", "document"]),
+        prefix_lm=st.sampled_from([0, 2, 3]),
+    ),
+    length=st.integers(4, 20),
+)
+def test_any_layout_of_documents_equals_the_oracle(
+    make_store: MakeStore, lengths: list[int], strategy: Strategy, length: int
+) -> None:
+    documents = documents_of(lengths)
+    expected = rows_of(documents, strategy, length, first_id(strategy))
+    store = make_store(documents, shard_tokens=30)
+    if not expected:
+        with pytest.raises(ValueError, match="not one complete row"):
+            Rows(store, strategy, length)
+        return
+    found = rows_in_stream_order(Rows(store, strategy, length))
+    assert [found[place] for place in range(len(found))] == [fields_of(row) for row in expected]
+
+
+@pytest.mark.parametrize("first", ["none", "bos", "random"])
+@pytest.mark.parametrize("length", [5, 8])
+def test_an_epoch_reads_every_stream_token_once_and_counts_it_once(
+    make_store: MakeStore, first: Any, length: int
+) -> None:
+    """Each token of the complete rows is input once, and a counted target once: none twice, none lost."""
+    documents = documents_of(LENGTHS)
+    strategy = Strategy(first_token=first, document_start="bos")
+    rows = Rows(make_store(documents), strategy, length)
+    found = rows_in_stream_order(rows)
+    stream = [token for token, _ in stream_of(documents, strategy)]
+    skip = int(first != "none")
+    read = [token for place in sorted(found) for token in found[place]["tokens"][skip:]]
+    assert read == stream[: len(read)]
+    assert 0 < len(stream) - len(read) <= length
+    counted = [
+        token
+        for place in sorted(found)
+        for token, counts in zip(found[place]["targets"], found[place]["loss_mask"], strict=True)
+        if counts
+    ]
+    # Without a first token nothing predicts the very first token of the stream, and the last row
+    # reaches one further.
+    begin = 1 - skip
+    assert counted == stream[begin : begin + len(read)]
+
+
+def test_the_first_token_of_a_document_starts_it(make_store: MakeStore) -> None:
+    """Regression guard for the left-sided search, which gives a document's first token to the one before."""
+    documents = documents_of([3, 4, 5])
+    found = rows_in_stream_order(Rows(make_store(documents), Strategy(document_end="none"), 11))[0]
+    assert found["doc_start"] == [0, 0, 0, 3, 3, 3, 3, 7, 7, 7, 7]
+    assert found["doc_end"] == [3, 3, 3, 7, 7, 7, 7, 11, 11, 11, 11]
+
+
+def test_markers_belong_to_their_own_document(make_store: MakeStore) -> None:
+    documents = [[10, 11], [], [12, 13, 14]]
+    strategy = Strategy(document_start="bos", document_end="eos", positions="document", mask="document")
+    found = rows_in_stream_order(Rows(make_store(documents), strategy, 10))[0]
+    assert found["tokens"] == [BOS, 10, 11, EOS, BOS, EOS, BOS, 12, 13, 14]
+    assert found["doc_start"] == [0, 0, 0, 0, 4, 4, 6, 6, 6, 6]
+    assert found["positions"] == [0, 1, 2, 3, 0, 1, 0, 1, 2, 3]
+    assert found["targets"] == [10, 11, EOS, BOS, EOS, BOS, 12, 13, 14, EOS]
+    # The last token of a document does not answer for the next one.
+    assert found["loss_mask"] == [True, True, True, False, True, False, True, True, True, True]
+
+
+def test_the_first_token_joins_the_document_at_the_start_of_its_row(make_store: MakeStore) -> None:
+    documents = [[10, 11, 12, 13], [14, 15, 16, 17, 18]]
+    strategy = Strategy(first_token="bos", document_end="none", positions="document")
+    found = rows_in_stream_order(Rows(make_store(documents), strategy, 4))
+    # Row 1 opens in the middle of document 0; its document 1 starts at row position 2.
+    assert found[1]["tokens"] == [BOS, 13, 14, 15]
+    assert found[1]["doc_start"] == [0, 0, 2, 2]
+    assert found[1]["doc_end"] == [2, 2, 4, 4]
+    assert found[1]["positions"] == [0, 1, 0, 1]
+    assert found[1]["targets"] == [13, 14, 15, 16]
+    assert found[1]["loss_mask"] == [True, True, True, False]
+    # A document that starts right at the row shares its start with the first token.
+    aligned = rows_in_stream_order(Rows(make_store([[10, 11, 12], [13, 14, 15, 16]]), strategy, 4))
+    assert aligned[1]["tokens"] == [BOS, 13, 14, 15]
+    assert aligned[1]["doc_start"] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("extras", [(None, None), (0, None), (None, 1), (0, 1)])
+def test_the_document_of_a_position_is_found_without_stored_starts(extras: tuple[int | None, int | None]) -> None:
+    lengths = np.array([0, 0, 4, 1, 0, 0, 9, 1, 0])
+    layout = Concat(
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        context_length=4,
+        strategy=Strategy(),
+        start_id=extras[0],
+        end_id=extras[1],
+    )
+    expected = np.repeat(np.arange(len(lengths)), lengths + layout.extras)
+    assert layout.stream_length == len(expected)
+    np.testing.assert_array_equal(layout.document_at(np.arange(len(expected))), expected)
+
+
+def test_random_first_tokens_are_uniform_over_text_ids_and_never_special() -> None:
+    drawn = random_tokens(np.arange(200_000), seed=1, epoch=0, vocab_size=20, special_ids=(0, 7, 19))
+    counts = np.bincount(drawn, minlength=20)
+    assert counts[[0, 7, 19]].sum() == 0
+    ordinary = np.delete(counts, [0, 7, 19])
+    expected = 200_000 / 17
+    # Chi-square with 16 degrees of freedom: mean 16, deviation 5.7.
+    assert ((ordinary - expected) ** 2 / expected).sum() < 16 + 6 * 5.7
+
+
+def test_a_random_first_token_depends_on_seed_epoch_and_row_only(make_store: MakeStore) -> None:
+    store = make_store(documents_of([500]))
+    strategy = Strategy(first_token="random")
+
+    def drawn(seed: int, epoch: int) -> list[int]:
+        rows = Rows(store, strategy, 5, seed=seed)
+        numbers = range(epoch * len(rows), (epoch + 1) * len(rows))
+        # One by one and in reverse: what else is read makes no difference.
+        return [int(rows[number].tokens[0, 0]) for number in reversed(numbers)]
+
+    base = drawn(0, 0)
+    assert base == drawn(0, 0)
+    assert len(set(base)) > 50
+    for other in (drawn(1, 0), drawn(0, 1)):
+        assert Counter(base) != Counter(other)
+
+
+def assert_boundaries_occur(rows: list[OracleRow]) -> None:
+    """Guard against a vacuous test: the layout must put boundaries in every place that can go wrong."""
+    assert len(rows) > 5
+    assert any(len(set(row.documents)) > 2 for row in rows), "no row holds three documents"
+    assert any(len(set(row.documents)) == 1 for row in rows), "no row lies inside one document"
+    openings = [
+        row.documents[0] != before.documents[-1] for before, row in itertools.pairwise(rows)
+    ]
+    assert any(openings) and not all(openings), "rows begin both at and inside documents"
+
+
+def _short(strategy: Strategy) -> tuple[Any, ...]:
+    return (
+        strategy.first_token,
+        strategy.document_start,
+        strategy.document_end,
+        strategy.mask,
+        strategy.positions,
+        strategy.prefix_lm,
+    )

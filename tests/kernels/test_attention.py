@@ -1,0 +1,249 @@
+"""The operator against the dense float64 reference: outputs, gradients, statistics, isolation."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+import kernels
+from kernels import Mask, attention, interval_mask
+from kernels.reference import probabilities
+
+
+def boundaries(lengths: list[int], rows: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """doc_start, doc_end [rows, T] of documents of these lengths."""
+    start, end, at = [], [], 0
+    for length in lengths:
+        start += [at] * length
+        end += [at + length] * length
+        at += length
+    as_tensor = lambda x: torch.tensor([x] * rows, dtype=torch.int32)  # noqa: E731
+    return as_tensor(start), as_tensor(end)
+
+
+def inputs(B, H, Hkv, T, D, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(B, H, T, D), (B, Hkv, T, D), (B, Hkv, T, D)]
+    return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+MASKS = {
+    "causal": lambda s, e: dict(),
+    "document": lambda s, e: dict(document=True),
+    "document, first position shared": lambda s, e: dict(document=True, shared_prefix=1),
+    "document, three positions shared": lambda s, e: dict(document=True, shared_prefix=3),
+    "window 1": lambda s, e: dict(window=1),
+    "window 5": lambda s, e: dict(window=5),
+    "window 5, two shared": lambda s, e: dict(window=5, shared_prefix=2),
+    "document, window 4": lambda s, e: dict(document=True, window=4),
+    "prefix LM": lambda s, e: dict(prefix_lm=6),
+    "document, prefix LM": lambda s, e: dict(document=True, prefix_lm=9),
+    "first key hidden": lambda s, e: dict(hide_first_key=True),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_output_gradients_and_statistics_equal_the_float64_reference(name, sink, groups):
+    start, end = boundaries([5, 1, 1, 12, 4], rows=2)
+    T = start.shape[1]
+    mask = interval_mask(2, T, doc_start=start, doc_end=end, **MASKS[name](start, end))
+    logit = torch.tensor([-50.0, 0.0, 1.3, 50.0], dtype=torch.float64) if sink else None
+
+    def run(implementation, dtype):
+        q, k, v = inputs(2, 4, 4 // groups, T, 8, dtype)
+        s = None if logit is None else logit.to(dtype, copy=True).requires_grad_()
+        out = attention(q, k, v, mask, sink_logit=s, statistics=True, implementation=implementation)
+        weight = torch.linspace(-1, 1, out.output.numel(), dtype=dtype).view_as(out.output)
+        (out.output * weight).sum().backward()
+        grads = [q.grad, k.grad, v.grad] + ([] if s is None else [s.grad])
+        return [out.output, out.lse, *(x for x in out.statistics if x is not None)], grads
+
+    expected, expected_grads = run("reference", torch.float64)
+    values, grads = run("torch", torch.float32)
+    assert len(values) == len(expected) == (5 if sink else 4)
+    for ours, oracle in zip(values, expected, strict=True):
+        torch.testing.assert_close(ours.double(), oracle, atol=5e-6, rtol=5e-6)
+    for ours, oracle in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(ours.double(), oracle, atol=2e-5, rtol=2e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6),
+    window=st.none() | st.integers(1, 25),
+    document=st.booleans(),
+    shared=st.integers(0, 3),
+    prefix=st.integers(0, 8),
+    hide=st.booleans(),
+)
+def test_any_interval_mask_equals_its_definition(lengths, window, document, shared, prefix, hide):
+    T = sum(lengths)
+    shared, prefix = min(shared, T), min(prefix, T)
+    start, end = boundaries(lengths)
+    mask = interval_mask(
+        1, T, doc_start=start, doc_end=end, document=document, window=window,
+        shared_prefix=shared, prefix_lm=prefix, hide_first_key=hide,
+    )  # fmt: skip
+    visible, starts = mask.visible()[0, 0], start[0].tolist()
+    for i in range(T):
+        for j in range(T):
+            same = not document or starts[i] == starts[j]
+            near = window is None or i - j < window
+            seen = j <= i and same and near
+            seen |= j > i and i < prefix and j < prefix and same
+            seen |= j <= i and j < shared
+            if hide and j == 0 and i > 0:
+                seen = False
+            # Hiding the first key is a measurement of one document a row: it drops the shared prefix.
+            if hide and shared and j < shared and j <= i and not (same and near):
+                seen = False
+            assert visible[i, j].item() == seen, (i, j)
+
+
+def test_masses_are_columns_of_the_attention_matrix():
+    start, end = boundaries([6, 1, 9], rows=1)
+    mask = interval_mask(1, 16, doc_start=start, doc_end=end, document=True, shared_prefix=1)
+    q, k, v = inputs(1, 2, 1, 16, 8)
+    a, _ = probabilities(q, k, mask, 8**-0.5, None)
+    found = attention(q, k, v, mask, statistics=True, implementation="torch").statistics
+    assert (start[0] > 0).any(), "the layout must have a document that starts inside the row"
+    for i in range(16):
+        torch.testing.assert_close(found.row_mass[..., i], a[..., i, 0])
+        torch.testing.assert_close(found.document_mass[..., i], a[..., i, start[0, i]])
+    first_queries = start[0] == torch.arange(16)
+    # With position 0 shared, a document's first query splits its mass between itself and position 0.
+    total = found.row_mass + found.document_mass
+    torch.testing.assert_close(total[..., first_queries][..., 1:], torch.ones(1, 2, 2, dtype=torch.float64))
+
+
+def test_statistics_do_not_change_the_output():
+    q, k, v = inputs(2, 4, 2, 33, 16, torch.float32)
+    with_statistics = attention(q, k, v, statistics=True)
+    without = attention(q, k, v)
+    assert without.statistics is None
+    assert torch.equal(with_statistics.output, without.output)
+    assert torch.equal(with_statistics.lse, without.lse)
+
+
+def test_a_large_value_in_one_document_reaches_no_other():
+    start, end = boundaries([7, 9, 5])
+    mask = interval_mask(1, 21, doc_start=start, doc_end=end, document=True)
+    q, k, v = inputs(1, 2, 2, 21, 8, torch.float32)
+    clean = attention(q, k, v, mask).output.detach()
+    with torch.no_grad():
+        for x in (q, k, v):
+            x[:, :, 7:16] = 1e4
+    poisoned = attention(q, k, v, mask).output.detach()
+    assert torch.equal(clean[:, :, :7], poisoned[:, :, :7])
+    assert torch.equal(clean[:, :, 16:], poisoned[:, :, 16:])
+    assert not torch.equal(clean[:, :, 7:16], poisoned[:, :, 7:16])
+
+
+def test_packed_documents_equal_separate_ones():
+    lengths = [7, 1, 13]
+    start, end = boundaries(lengths)
+    mask = interval_mask(1, 21, doc_start=start, doc_end=end, document=True)
+    q, k, v = inputs(1, 4, 2, 21, 8, torch.float32)
+    packed = attention(q, k, v, mask).output
+    separate = [
+        attention(*(x[:, :, a : a + n] for x in (q, k, v))).output
+        for a, n in zip([0, 7, 8], lengths, strict=True)
+    ]
+    torch.testing.assert_close(packed, torch.cat(separate, dim=2), atol=1e-6, rtol=1e-6)
+
+
+def test_off_by_one_is_a_sink_logit_of_zero():
+    q, k, v = inputs(1, 2, 2, 9, 8)
+    out = attention(q, k, v, sink_logit=torch.zeros(2, dtype=torch.float64), statistics=True)
+    mask = Mask(rows=1, length=9)
+    logits = (q @ k.transpose(-1, -2) * 8**-0.5).masked_fill(~mask.visible(), float("-inf"))
+    expected = logits.exp() / (1 + logits.exp().sum(-1, keepdim=True))
+    torch.testing.assert_close(out.output, expected @ v)
+    torch.testing.assert_close(out.statistics.sink_mass, 1 - expected.sum(-1))
+
+
+def test_a_rerun_is_bitwise_equal():
+    def run():
+        q, k, v = inputs(2, 4, 2, 70, 16, torch.float32)
+        out = attention(q, k, v, statistics=True)
+        out.output.square().sum().backward()
+        return [out.output, out.lse, *out.statistics[:2], q.grad, k.grad, v.grad]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("strided", [False, True])
+def test_the_operator_passes_opcheck(sink, masked, strided):
+    from kernels.torch_cpu import _attention_torch
+
+    q, k, v = inputs(1, 2, 1, 12, 8, torch.float32)
+    if strided:  # as the model calls it: heads of one fused projection, [B, T, H, D] in memory
+        qkv = torch.randn(1, 12, 4, 8, requires_grad=True).transpose(1, 2)
+        q, k, v = qkv.split([2, 1, 1], dim=1)
+    start, end = boundaries([5, 7])
+    mask = interval_mask(1, 12, doc_start=start, doc_end=end, document=True)
+    bias = mask.bias(torch.float32, q.device) if masked else None
+    s = torch.zeros(2, requires_grad=True) if sink else None
+    torch.library.opcheck(_attention_torch, (q, k, v, bias, s, 0.3))
+
+
+def test_strided_inputs_and_expanded_gradients_are_handled():
+    qkv = torch.randn(2, 11, 3, 4, 8, dtype=torch.float64, requires_grad=True)
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    attention(q, k, v).output.sum().backward()
+    strided = qkv.grad.clone()
+    qkv.grad = None
+    q, k, v = (x.transpose(1, 2).contiguous() for x in qkv.unbind(2))
+    attention(q, k, v, implementation="reference").output.sum().backward()
+    torch.testing.assert_close(strided, qkv.grad)
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 65])
+def test_odd_lengths(length):
+    q, k, v = inputs(1, 2, 2, length, 8)
+    ours = attention(q, k, v, statistics=True)
+    oracle = attention(q, k, v, statistics=True, implementation="reference")
+    torch.testing.assert_close(ours.output, oracle.output)
+    torch.testing.assert_close(ours.statistics.row_mass, oracle.statistics.row_mass)
+
+
+BAD = {
+    "q: expected [B, H, T, D]": lambda q, k, v: attention(q[0], k, v),
+    "k: expected [B=1": lambda q, k, v: attention(q, k[:, :, :3], v),
+    "v: expected a float dtype": lambda q, k, v: attention(q, k, v.double()),
+    "q: expected no empty": lambda q, k, v: attention(*(x[:, :, :0] for x in (q, k, v))),
+    "divides q's 3": lambda q, k, v: attention(q[:, :3], k, v),
+    "sink_logit: expected shape [H=4]": lambda q, k, v: attention(q, k, v, sink_logit=torch.zeros(2)),
+    "mask: expected B=1, T=6": lambda q, k, v: attention(q, k, v, Mask(rows=1, length=7)),
+    "implementation: expected one of": lambda q, k, v: attention(q, k, v, implementation="flash"),
+    "first_key: expected int32": lambda q, k, v: Mask(rows=1, length=6, first_key=torch.zeros(1, 6)),
+    "never decreasing": lambda q, k, v: Mask(
+        rows=1, length=3, first_key=torch.tensor([[0, 1, 0]], dtype=torch.int32)
+    ),
+    "window: expected at least 1": lambda q, k, v: interval_mask(1, 6, window=0),
+    "document: expected doc_start": lambda q, k, v: interval_mask(1, 6, document=True),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_a_wrong_argument_is_refused_with_expected_and_received(message):
+    q, k, v = (x.detach() for x in inputs(1, 4, 2, 6, 8, torch.float32))
+    with pytest.raises(ValueError) as refused:
+        BAD[message](q, k, v)
+    assert message in str(refused.value)
+    assert "received" in str(refused.value) or "breaks" in str(refused.value)
+
+
+def test_the_private_flash_operator_still_behaves_as_relied_on():
+    q, k, v = (x.detach() for x in inputs(1, 4, 2, 20, 8, torch.float32))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=0.25)
+    mask = Mask(rows=1, length=20)
+    a, expected_lse = probabilities(q.double(), k.double(), mask, 0.25, None)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-6, rtol=1e-6)
+    expected = a @ v.double().repeat_interleave(2, 1)
+    torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-6)
+    assert kernels.available("cpu")[0] == "torch"

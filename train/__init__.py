@@ -1,0 +1,1 @@
+"""The loop around model and data: training, measuring, studies, reports, the command line."""

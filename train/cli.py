@@ -1,0 +1,70 @@
+"""The command line: one program, one module a command, loaded only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+# command -> (module with run(argv), one line of help)
+COMMANDS = {
+    "prepare": ("train.prepare", "documents -> token store"),
+    "fit": ("train.fit", "train a run, or resume it with --ckpt_path last"),
+    "validate": ("train.fit", "measure a checkpoint of a run on its probe set"),
+    "study": ("train.study", "run the arms of a study, measure and compare them"),
+    "report": ("train.report", "table, figures and one HTML page of a study"),
+    "bench": ("train.bench", "ratios against named peers: training"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The top-level parser; each command parses its own arguments."""
+    parser = argparse.ArgumentParser(
+        prog="sinkbed",
+        description="Pretraining testbed for attention sinks.",
+        epilog="sinkbed COMMAND --help shows the arguments of a command.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, text) in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 for a failure that was explained, 2 for bad usage."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments, rest = build_parser().parse_known_args(argv[:1]), argv[1:]
+    command = arguments[0].command
+    module, _ = COMMANDS[command]
+    try:
+        return int(importlib.import_module(module).run(command, rest) or 0)
+    except KeyboardInterrupt:
+        print(f"sinkbed {command}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("SINKBED_DEBUG") or not explained(error):
+            raise
+        print(f"sinkbed {command}: {explain(error)}", file=sys.stderr)
+        return 1
+
+
+def explained(error: Exception) -> bool:
+    """Whether the error's message is meant for the user, so that a traceback would only hide it."""
+    return isinstance(error, ValueError | FileNotFoundError | FileExistsError) or (
+        type(error).__name__ == "TrainingDiverged"
+        or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS))
+    )
+
+
+def explain(error: Exception) -> str:
+    """The one message."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" while writing {error.filename}" if error.filename else ""
+        return (
+            f"the disk is full{where}; nothing half-written was kept. Free some space, then run the same "
+            "command again (fit: with --ckpt_path last)"
+        )
+    return str(error)

@@ -1,0 +1,113 @@
+"""Lightning's view of the data: rows of the train split, in an order whose whole state is one integer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch.utils.data import DataLoader
+
+from data.audit import audit
+from data.batches import Batch, Rows, RowSampler
+from data.store import TokenStore
+from data.strategy import Strategy
+
+
+class TokenData(L.LightningDataModule):
+    """Rows from a token store under a strategy."""
+
+    def __init__(
+        self,
+        store: Path,
+        context_length: int,
+        strategy: Strategy,
+        global_batch: int,
+        micro_batch: int | None = None,
+        seed: int = 0,
+        workers: int = 0,
+    ) -> None:
+        """Configure the data.
+
+        Args:
+            store: folder of the token store (see `sinkbed prepare`).
+            context_length: T, tokens a row.
+            strategy: packing, first token, document start and end, mask, positions.
+            global_batch: rows an optimizer step, over all processes and micro-batches.
+            micro_batch: rows a forward pass in one process; null takes the global batch over the processes.
+            seed: seed of the row order and of random first tokens; not of the model.
+            workers: processes that build batches; 0 builds them in the training process.
+        """
+        super().__init__()
+        for name, value in (("context_length", context_length), ("global_batch", global_batch)):
+            if value < 1:
+                raise ValueError(f"data.{name}: expected at least 1, found {value}")
+        self.store_path = store
+        self.context_length = context_length
+        self.strategy = strategy
+        self.global_batch = global_batch
+        self.micro_batch = micro_batch
+        self.seed = seed
+        self.workers = workers
+        self.rows_at_start = 0
+        self.steps_at_start = 0
+        self.store = TokenStore.open(store, "train")
+        self.rows = Rows(self.store, strategy, context_length, seed)
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches an optimizer step. Raises ValueError where the batch sizes do not divide."""
+        per_process, rest = divmod(self.global_batch, world_size)
+        micro = per_process if self.micro_batch is None else self.micro_batch
+        if rest or micro < 1 or per_process % micro:
+            raise ValueError(
+                f"data.global_batch={self.global_batch}: expected a multiple of micro_batch={micro} times "
+                f"{world_size} processes; change one of them"
+            )
+        return per_process // micro
+
+    def rows_consumed(self) -> int:
+        """Rows that optimizer steps have used so far: the state of the data."""
+        steps = self.trainer.global_step if self.trainer is not None else self.steps_at_start
+        return self.rows_at_start + (steps - self.steps_at_start) * self.global_batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"rows_consumed": self.rows_consumed()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From the checkpoint, before the loader is made."""
+        self.rows_at_start = state["rows_consumed"]
+        self.steps_at_start = -1  # set by the loader, once the trainer knows its step
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Endless batches, from the first row not yet consumed."""
+        trainer = self.trainer
+        assert trainer is not None
+        if self.steps_at_start < 0:
+            self.steps_at_start = trainer.global_step
+        sampler = RowSampler.for_global_batch(
+            self.global_batch,
+            micro_batch=self.global_batch // trainer.world_size // self.accumulation(trainer.world_size),
+            rows_consumed=self.rows_consumed(),
+            world_size=trainer.world_size,
+            rank=trainer.global_rank,
+        )
+        return DataLoader(
+            self.rows,
+            batch_sampler=sampler,
+            collate_fn=Rows.collate,
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        """Move the batch's tensors."""
+        return batch.to(device)
+
+    def audit(self) -> dict[str, Any]:
+        """What packing did with the corpus."""
+        return audit(self.rows)
+

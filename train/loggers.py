@@ -1,0 +1,182 @@
+"""Where points go: metrics.jsonl, the durable record, and W&B, online or offline.
+
+Both are Lightning loggers, and `record` hands a point to each with the same x axis, tokens seen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import numpy as np
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+from train import rundir
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """W&B settings."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online when an API key is configured, else offline."""
+    project: str = "sinkbed"
+    """Project of the run."""
+    entity: str | None = None
+    """Team or user; null is the key's default."""
+    group: str | None = None
+    """Group of the run: the name of a study."""
+    name: str | None = None
+    """Display name; null is the run directory's name."""
+    tags: list[str] = field(default_factory=list)
+    """Tags of the run."""
+
+
+class MetricsFile(Logger):
+    """One JSON object a point in metrics.jsonl, flushed line by line."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__()
+        self.run_dir = run_dir
+
+    @property
+    def name(self) -> str:
+        """Name of the logger."""
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        """Unused."""
+        return ""
+
+    @property
+    def log_dir(self) -> str:
+        """The run directory, which Lightning takes as its own."""
+        return str(self.run_dir)
+
+    @property
+    def save_dir(self) -> str:
+        """The run directory."""
+        return str(self.run_dir)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run directory holds config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Append one point."""
+        line = json.dumps({"step": step, **metrics}) + "\n"
+        with (self.run_dir / rundir.METRICS).open("a") as file:
+            file.write(line)
+
+
+def heatmap_image(values: list[list[float]]) -> np.ndarray:
+    """A [L][H] map of masses in [0, 1] as an RGB image, layers downwards from the first, heads across.
+
+    Drawn by hand because a matplotlib figure would cost more than the measurement itself.
+    """
+    levels = np.clip(np.asarray(values, dtype=np.float64), 0, 1)[..., None]
+    low, middle, high = np.array([13, 8, 60]), np.array([187, 55, 84]), np.array([252, 255, 164])
+    colour = np.where(
+        levels < 0.5, low + (middle - low) * levels * 2, middle + (high - middle) * (levels * 2 - 1)
+    )
+    cell = max(4, 256 // max(levels.shape[:2]))
+    return np.kron(colour.astype(np.uint8), np.ones((cell, cell, 1), dtype=np.uint8))
+
+
+def record(
+    trainer: L.Trainer,
+    values: dict[str, float],
+    *,
+    step: int,
+    tokens: int,
+    heatmaps: dict[str, list[list[float]]] | None = None,
+) -> None:
+    """Hand one point to every logger: scalars, and maps as lists (metrics.jsonl) or images (W&B)."""
+    heatmaps = heatmaps or {}
+    for logger in trainer.loggers:
+        point: dict[str, Any] = {"train/tokens": tokens, **values}
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            for key, value in heatmaps.items():
+                caption = f"{key}: layers down, heads across; 0 dark to 1 bright; {tokens:,} tokens"
+                point[key] = wandb.Image(heatmap_image(value), caption=caption)
+            logger.log_metrics(point, step=step)
+        else:
+            # JSON has no NaN; a gap in a curve is written as null.
+            point |= heatmaps
+            point = {
+                k: None if isinstance(v, float) and not math.isfinite(v) else v
+                for k, v in point.items()
+            }
+            logger.log_metrics(point, step=step)
+
+
+def has_wandb_key() -> bool:
+    """Whether W&B has an API key: in the environment, or stored by `wandb login`."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import netrc
+
+    try:
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+    base = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return base.split("://")[-1].strip("/") in hosts
+
+
+def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) -> WandbLogger | None:
+    """Start or continue the run's W&B run; its id is made once and kept in run.json.
+
+    A server that does not answer costs a warning and the run goes on offline.
+    """
+    if config.mode == "disabled" or rank_zero_only.rank != 0:
+        return None
+    import wandb
+
+    path = run_dir / rundir.RUN
+    known = rundir.read_json(path) if path.exists() else {}
+    identifier = known.get("wandb_id") or secrets.token_hex(4)
+    if not known:
+        rundir.write_json(path, {"wandb_id": identifier})
+    mode = config.mode
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
+    arguments: dict[str, Any] = dict(
+        project=config.project,
+        entity=config.entity,
+        group=config.group,
+        name=config.name or run_dir.name,
+        tags=config.tags or None,
+        id=identifier,
+        resume="allow",
+        dir=str(run_dir),
+        config=settings,
+        settings=wandb.Settings(init_timeout=30, console="off", silent=mode == "offline"),
+    )
+    if mode == "offline":
+        del arguments["resume"]  # W&B warns that it has no meaning without a server
+    try:
+        run = wandb.init(mode=mode, **arguments)  # type: ignore[arg-type]
+    except wandb.errors.Error as error:
+        rank_zero_warn(
+            f"W&B did not answer ({error}); the run goes on offline. "
+            f"Upload it later with: wandb sync {run_dir}/wandb/offline-run-*"
+        )
+        arguments.pop("resume", None)
+        run = wandb.init(mode="offline", **arguments)
+    run.define_metric("train/tokens")
+    run.define_metric("*", step_metric="train/tokens")
+    return WandbLogger(experiment=run, save_dir=str(run_dir))

@@ -1,0 +1,323 @@
+"""Measuring attention sinks on a fixed held-out probe set, in every inference mode.
+
+The probe set is the first documents of the validation split that are long enough, each in a row of its
+own: the same for every strategy. A measurement is a pure function of (model, probe, mode): it draws no
+random number from the training's generators and never needs a T×T matrix.
+
+Sink rate (arXiv 2410.10781, eq. 6; k = 0): with p_i the mass of query i on key 0 in one head, on one document,
+alpha = (1/T) Σ_i p_i over the first T queries; the rate is the share of (document, layer, head) with
+alpha > eps, in %. Query 0 counts (p_0 = 1), so uniform causal attention at T = 64 gives alpha = 0.074.
+Sink mass is the plain mean of p_i over queries 1..T−1: query 0 would be 1 by construction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+    from data.store import TokenStore
+    from data.strategy import Strategy
+    from model import Decoder
+
+InferenceMode = Literal["as_trained", "bos", "text", "first_key_masked", "random_first"]
+EPSILONS = (0.2, 0.3, 0.5, 0.8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """What is measured during training and at its end. Raises ValueError for values without meaning."""
+
+    documents: int = 100
+    """Documents of the final measurement."""
+    live_documents: int = 32
+    """Documents of the measurements during training: the first of the same set."""
+    live_points: int = 12
+    """Measurements during training, geometrically spaced over the steps: dense early, sparser later."""
+    first_step: int = 10
+    """Step of the first measurement after the one at step 0."""
+    modes: tuple[InferenceMode, ...] = ("bos", "text", "first_key_masked")
+    """Inference modes of the final measurement."""
+    live_modes: tuple[InferenceMode, ...] = ("bos", "text")
+    """Inference modes of the measurements during training."""
+    sink_tokens: int = 64
+    """T of the sink rate; documents with fewer tokens are not in the probe set."""
+    onset_rate: float = 10.0
+    """The onset is the first measurement whose sink rate (eps 0.3, live mode named first) reaches this, in %."""
+    batch_tokens: int = 16_384
+    """Tokens per forward pass of a measurement, padding included."""
+
+    def __post_init__(self) -> None:
+        for name in ("documents", "live_documents", "live_points", "first_step", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"measure.{name}: expected at least 1, found {getattr(self, name)}")
+        if self.sink_tokens < 2:
+            raise ValueError(f"measure.sink_tokens: expected at least 2, found {self.sink_tokens}")
+        if self.live_documents > self.documents:
+            raise ValueError(
+                f"measure.live_documents: expected at most documents={self.documents}, "
+                f"found {self.live_documents}"
+            )
+        for name in ("modes", "live_modes"):
+            if len(set(getattr(self, name))) != len(getattr(self, name)) or not getattr(self, name):
+                raise ValueError(f"measure.{name}: expected distinct modes, at least one")
+
+    def steps(self, max_steps: int) -> list[int]:
+        """Steps after which to measure during training: 0, then geometric from first_step to max_steps."""
+        first = min(self.first_step, max_steps)
+        ratio = (max_steps / first) ** (1 / max(1, self.live_points - 1))
+        points = {round(first * ratio**i) for i in range(self.live_points)}
+        return sorted({0, max_steps} | points)
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Held-out documents, cropped to fit a row with room for BOS.
+
+    Raises ValueError when the validation split has no document that is long enough.
+    """
+
+    documents: tuple[torch.Tensor, ...]
+    """Token ids [n] of each document, without special tokens, sink_tokens <= n <= context_length − 1."""
+    token_bytes: torch.Tensor
+    """[V] UTF-8 bytes that each token id stands for."""
+    bos_id: int
+    pad_id: int
+    special_ids: frozenset[int] = field(default_factory=frozenset)
+
+    @classmethod
+    def from_store(
+        cls, store: TokenStore, context_length: int, config: MeasureConfig
+    ) -> Probe:
+        """The first documents of `store` (the validation split) with at least `sink_tokens` tokens."""
+        import torch
+
+        if context_length <= config.sink_tokens:
+            raise ValueError(
+                f"measure.sink_tokens={config.sink_tokens}: expected fewer than "
+                f"data.context_length={context_length}; lower it or lengthen the context"
+            )
+        documents = []
+        for index in range(store.documents):
+            tokens = store.slice(index, 0, context_length - 1)
+            if len(tokens) >= config.sink_tokens:
+                documents.append(torch.from_numpy(tokens.astype("int64")))
+            if len(documents) == config.documents:
+                break
+        if not documents:
+            raise ValueError(
+                f"measure.sink_tokens={config.sink_tokens}: the validation split has "
+                f"{store.documents} documents, none that long; lower it or raise validation_share"
+            )
+        return cls(
+            tuple(documents),
+            torch.as_tensor(store.tokenizer().token_bytes, dtype=torch.int64),
+            store.manifest.bos_id,
+            store.manifest.eos_id,
+            frozenset(store.manifest.special_ids),
+        )
+
+    def head(self, count: int) -> Probe:
+        """The first `count` documents."""
+        return Probe(
+            self.documents[:count], self.token_bytes, self.bos_id, self.pad_id, self.special_ids
+        )
+
+    def batches(self, batch_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Token ids [B, n] padded on the right, and lengths [B]; documents of like length together."""
+        import torch
+
+        order = sorted(range(len(self.documents)), key=lambda i: len(self.documents[i]))
+        while order:
+            longest = len(self.documents[order[-1]]) + 1
+            size = max(1, min(len(order), batch_tokens // longest))
+            chosen, order = order[-size:], order[:-size]
+            rows = [self.documents[i] for i in chosen]
+            padded = torch.nn.utils.rnn.pad_sequence(
+                rows, batch_first=True, padding_value=self.pad_id
+            )
+            yield padded, torch.tensor([len(row) for row in rows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModeResult:
+    """One inference mode, measured. L layers, H heads; nested lists so that JSON holds it."""
+
+    rate: dict[str, list[list[float]]]
+    """eps -> [L][H] sink rate in % over the first `sink_tokens` queries."""
+    rate_row: dict[str, list[list[float]]]
+    """eps -> [L][H] sink rate in % over the whole (cropped) document."""
+    mass: list[list[float]]
+    """[L][H] mean mass on key 0 of queries 1.. over the first `sink_tokens`."""
+    alpha: list[list[float]]
+    """[L][H] mean alpha over the first `sink_tokens` queries, query 0 included."""
+    mass_row: list[list[float]]
+    """[L][H] as mass, over the whole document."""
+    loss: float
+    """Mean negative log-likelihood of the text's second and later tokens, nats per token."""
+    bits_per_byte: float
+    """The same in bits per UTF-8 byte of those tokens: comparable across tokenizers."""
+    documents: int
+    tokens: int
+    """Targets that the loss is the mean of: the same in every mode."""
+
+    def metrics(self, mode: str) -> dict[str, float]:
+        """The result under its metric keys."""
+        out = {
+            f"val/loss/{mode}": self.loss,
+            f"val/bits_per_byte/{mode}": self.bits_per_byte,
+            f"sink/mass/{mode}": _mean(self.mass),
+            f"sink/mass_row/{mode}": _mean(self.mass_row),
+            f"sink/alpha/{mode}": _mean(self.alpha),
+        }
+        for eps in self.rate:
+            out[f"sink/rate/{eps}/{mode}"] = _mean(self.rate[eps])
+            out[f"sink/rate_row/{eps}/{mode}"] = _mean(self.rate_row[eps])
+        for layer, heads in enumerate(self.mass):
+            out[f"sink/mass_by_layer/{layer}/{mode}"] = sum(heads) / len(heads)
+        return out
+
+
+def _mean(rows: list[list[float]]) -> float:
+    return sum(map(sum, rows)) / sum(map(len, rows))
+
+
+def resolve_mode(mode: InferenceMode, strategy: Strategy) -> InferenceMode:
+    """The mode that `as_trained` stands for under a strategy; others stand for themselves."""
+    if mode != "as_trained":
+        return mode
+    if strategy.first_token == "random":
+        return "random_first"
+    return "bos" if "bos" in (strategy.first_token, strategy.document_start) else "text"
+
+
+def first_token_of(
+    mode: InferenceMode, strategy: Strategy, probe: Probe, rows: int, vocab_size: int
+) -> torch.Tensor | None:
+    """Token ids [B, 1] put before the text in a mode, or None.
+
+    `first_key_masked` keeps the input that the strategy trains on (BOS + text where it has one) and hides
+    key 0 from every later query. `random_first` draws from a generator of its own.
+    """
+    import torch
+
+    mode = resolve_mode(mode, strategy)
+    if mode == "first_key_masked":
+        return first_token_of(
+            resolve_mode("as_trained", strategy), strategy, probe, rows, vocab_size
+        )
+    if mode == "bos":
+        return torch.full((rows, 1), probe.bos_id)
+    if mode == "random_first":
+        usable = torch.tensor([t for t in range(vocab_size) if t not in probe.special_ids])
+        generator = torch.Generator().manual_seed(rows)
+        return usable[torch.randint(len(usable), (rows, 1), generator=generator)]
+    return None
+
+
+def measure(
+    model: Decoder,
+    probe: Probe,
+    mode: InferenceMode,
+    strategy: Strategy,
+    config: MeasureConfig,
+) -> ModeResult:
+    """Measure a model on a probe set in one inference mode.
+
+    The strategy's window, shared prefix and prefix LM apply as in training; the probe's rows hold one
+    document each. The loss counts the same targets in every mode: the text's second and later tokens.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    shape = (model.config.layers, model.config.heads)
+    above = torch.zeros(len(EPSILONS), *shape, dtype=torch.float64)
+    above_row, totals = torch.zeros_like(above), torch.zeros(3, *shape, dtype=torch.float64)
+    loss_sum, byte_sum, token_sum, documents = 0.0, 0, 0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for text, lengths in probe.batches(config.batch_tokens):
+                alpha, alpha_row, mass, mass_row, nll = _observe(
+                    model, text, lengths, mode, strategy, probe, config, device
+                )
+                for e, eps in enumerate(EPSILONS):
+                    above[e] += (alpha > eps).sum(0)
+                    above_row[e] += (alpha_row > eps).sum(0)
+                totals += torch.stack([alpha.sum(0), mass.sum(0), mass_row.sum(0)])
+                counted = torch.arange(1, text.shape[1])[None, :] < lengths[:, None]
+                loss_sum += float(nll[counted].sum(dtype=torch.float64))
+                byte_sum += int(probe.token_bytes[text[:, 1:][counted]].sum())
+                token_sum += int(counted.sum())
+                documents += len(lengths)
+    finally:
+        model.train(was_training)
+    alpha, mass, mass_row = (totals / documents).tolist()
+    return ModeResult(
+        rate={str(e): (100 * above[i] / documents).tolist() for i, e in enumerate(EPSILONS)},
+        rate_row={str(e): (100 * above_row[i] / documents).tolist() for i, e in enumerate(EPSILONS)},
+        mass=mass,
+        alpha=alpha,
+        mass_row=mass_row,
+        loss=loss_sum / token_sum,
+        bits_per_byte=loss_sum / math.log(2) / byte_sum,
+        documents=documents,
+        tokens=token_sum,
+    )
+
+
+def _observe(
+    model: Decoder,
+    text: torch.Tensor,
+    lengths: torch.Tensor,
+    mode: InferenceMode,
+    strategy: Strategy,
+    probe: Probe,
+    config: MeasureConfig,
+    device: torch.device,
+) -> tuple[torch.Tensor, ...]:
+    """One forward pass: alpha and mass [B, L, H] over sink_tokens and over the row, nll [B, n−1]."""
+    import torch
+
+    from kernels import interval_mask
+
+    first = first_token_of(mode, strategy, probe, len(text), model.vocab_size)
+    tokens = text if first is None else torch.cat([first, text], dim=1)
+    shift = tokens.shape[1] - text.shape[1]
+    B, T = tokens.shape
+    restricted = strategy.window is not None or strategy.prefix_lm or mode == "first_key_masked"
+    mask = None
+    if restricted:
+        mask = interval_mask(
+            B,
+            T,
+            window=strategy.window,
+            shared_prefix=min(strategy.shared_prefix, T),
+            prefix_lm=min(strategy.prefix_lm, T),
+            hide_first_key=mode == "first_key_masked",
+            device=device,
+        )
+    output = model(tokens.to(device), mask=mask, statistics=True)
+    logits = output.logits[:, shift : shift + text.shape[1] - 1].float()
+    nll = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), text[:, 1:].to(device), reduction="none"
+    ).cpu()
+
+    assert output.statistics is not None
+    masses = torch.stack([s.row_mass for s in output.statistics], dim=1).float().cpu()  # [B, L, H, T]
+    head = masses[..., : config.sink_tokens]
+    real = (torch.arange(T)[None, :] < (lengths + shift)[:, None])[:, None, None, :]  # no padding
+    own = masses * real
+    count = real.sum(-1)
+    return (
+        head.mean(-1),
+        own.sum(-1) / count,
+        head[..., 1:].mean(-1),
+        (own.sum(-1) - own[..., 0]) / (count - 1),
+        nll,
+    )

@@ -1,0 +1,184 @@
+"""The Lightning module: loss, optimizer, clipping, and what makes a checkpoint self-describing."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+
+from data.batches import Batch
+from kernels import Mask, interval_mask
+from model import Decoder, DecoderConfig
+from train.datamodule import TokenData
+from train.loggers import record
+from train.optim import OptimizerConfig, build_optimizer
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or its gradient is no longer finite."""
+
+
+def batch_mask(batch: Batch, data: TokenData) -> Mask:
+    """The attention mask of a packed batch under its strategy; carries the document starts either way."""
+    s = data.strategy
+    return interval_mask(
+        *batch.tokens.shape,
+        doc_start=batch.doc_start,
+        doc_end=batch.doc_end,
+        document=s.mask == "document",
+        window=s.window,
+        shared_prefix=s.shared_prefix,
+        prefix_lm=s.prefix_lm,
+    )
+
+
+def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean negative log-likelihood (nats) of the targets that count; logits [B, T, V]."""
+    targets = batch.targets.masked_fill(~batch.loss_mask, -100)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+class SinkbedModule(L.LightningModule):
+    """A decoder under training."""
+
+    def __init__(
+        self,
+        decoder: DecoderConfig,
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        clip_norm: float | None = 1.0,
+        compile: bool = False,
+    ) -> None:
+        """Configure the model.
+
+        Args:
+            decoder: shape and parts of the decoder; the vocabulary comes from the token store.
+            optimizer: AdamW and its schedule.
+            clip_norm: the gradient's global norm is scaled down to this; null never.
+            compile: run the decoder through torch.compile (needs a C++ compiler on CPUs).
+        """
+        super().__init__()
+        self.decoder_config = decoder
+        self.optimizer_config = optimizer
+        self.clip_norm = clip_norm
+        self.compile_decoder = compile
+        self.decoder: Decoder | None = None
+        self._loss: Tensor | None = None
+        self._window: tuple[float, int] | None = None
+
+    @property
+    def data(self) -> TokenData:
+        """The run's data module."""
+        return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
+
+    def configure_model(self) -> None:
+        """Build the decoder once the vocabulary is known."""
+        if self.decoder is not None:
+            return
+        self.decoder = Decoder(self.decoder_config, self.data.store.manifest.vocab_size)
+        if self.compile_decoder:
+            self.decoder.compile()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW, stepped with its schedule every optimizer step."""
+        assert self.decoder is not None
+        optimizer, schedule = build_optimizer(
+            self.decoder, self.optimizer_config, self.trainer.max_steps
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """Loss of one micro-batch."""
+        assert self.decoder is not None
+        mask = batch_mask(batch, self.data)
+        positions = batch.positions if self.data.strategy.positions == "document" else None
+        loss = next_token_loss(self.decoder(batch.tokens, positions, mask).logits, batch)
+        self._loss = loss.detach()
+        return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the global norm, stop on a norm that is not finite, and log."""
+        limit = float("inf") if self.clip_norm is None else self.clip_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit, foreach=True)
+        step = self.trainer.global_step + 1
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        due = step % every == 0 or step in (1, self.trainer.max_steps)
+        # Reading a number from an accelerator stalls it, so there the check waits for the logging step.
+        if (due or norm.device.type == "cpu") and not torch.isfinite(norm):
+            raise TrainingDiverged(
+                f"step {step} ({self.tokens_at(step):,} tokens): expected a finite loss and gradient, found "
+                f"loss {float(self._loss):.4g} and gradient norm {float(norm):.4g}. Weights of this step are "
+                "not saved; lower optimizer.lr or lengthen the warm-up, then resume with --ckpt_path last"
+            )
+        if due:
+            self._log_training(step, norm)
+
+    def _log_training(self, step: int, norm: Tensor) -> None:
+        assert self._loss is not None
+        now = time.perf_counter()
+        values = {
+            "train/loss": float(self._loss),
+            "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],
+            "train/grad_norm": float(norm),
+        }
+        if self._window is not None:
+            then, before = self._window
+            speed = (self.tokens_at(step) - self.tokens_at(before)) / (now - then)
+            values["train/tokens_per_second"] = speed
+            self.log("tok/s", round(speed), prog_bar=True, logger=False)
+        self._window = (now, step)
+        self.log("loss", values["train/loss"], prog_bar=True, logger=False)
+        record(self.trainer, values, step=step, tokens=self.tokens_at(step))
+
+    def skip_time(self, seconds: float) -> None:
+        """Leave time that was not training (measuring, saving) out of the tokens per second."""
+        if self._window is not None:
+            self._window = (self._window[0] + seconds, self._window[1])
+
+    def tokens_at(self, step: int) -> int:
+        """Tokens seen after `step` optimizer steps of this run."""
+        done = step - max(0, self.data.steps_at_start)
+        return (self.data.rows_at_start + done * self.data.global_batch) * self.data.context_length
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with the run that resumes it, and what `probe` rebuilds it from."""
+        import dataclasses
+
+        return {
+            "format": 1,
+            "decoder": dataclasses.asdict(self.decoder_config),
+            "vocab_size": self.data.store.manifest.vocab_size,
+            "tokenizer": self.data.store.manifest.tokenizer_sha256,
+            "store": str(self.data.store_path),
+            "strategy": dataclasses.asdict(self.data.strategy),
+            "context_length": self.data.context_length,
+            "global_batch": self.data.global_batch,
+            "seed": self.data.seed,
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the identity."""
+        checkpoint["sinkbed"] = self.identity()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another run's shape, data or strategy; raises ValueError with both values."""
+        theirs, ours = checkpoint.get("sinkbed"), self.identity()
+        if theirs is None:
+            raise ValueError("the checkpoint: expected one written by sinkbed, found no `sinkbed` entry")
+        different = [k for k in ours if k != "store" and theirs.get(k) != ours[k]]
+        if different:
+            found = "; ".join(
+                f"{k}: the checkpoint has {theirs.get(k)}, this configuration {ours[k]}"
+                for k in different
+            )
+            raise ValueError(
+                f"resuming: expected the run's own configuration, found {found}. "
+                "Start from the run's config.yaml, or choose a new run_dir without --ckpt_path"
+            )

@@ -1,0 +1,158 @@
+"""The sink monitor: measures while training, dense early and sparser later, and once more at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.loggers import WandbLogger
+
+from data.batches import Rows
+from data.store import TokenStore
+from model import Decoder
+from train import rundir
+from train.loggers import record
+from train.measure import MeasureConfig, ModeResult, Probe, measure
+from train.module import SinkbedModule, batch_mask
+
+_PACKED_ROWS = 4
+
+
+class SinkMonitor(L.Callback):
+    """Measures the probe set at the steps of `MeasureConfig.steps` and writes measurement.json at the end."""
+
+    def __init__(self, config: MeasureConfig, run_dir: Path) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.seconds = 0.0
+        self.started = 0.0
+        self.onset_tokens: int | None = None
+        self.probe: Probe | None = None
+        self.packed: Rows | None = None
+        self.steps: set[int] = set()
+        self.measured: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"onset_tokens": self.onset_tokens, "measured": self.measured}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        self.onset_tokens = state_dict["onset_tokens"]
+        self.measured = state_dict["measured"]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Choose the probe set and the steps."""
+        assert isinstance(pl_module, SinkbedModule)
+        self.steps = set(self.config.steps(trainer.max_steps)) if trainer.max_steps > 0 else set()
+        held_out = TokenStore.open(pl_module.data.store_path, "validation")
+        self.probe = Probe.from_store(held_out, pl_module.data.context_length, self.config)
+        try:
+            self.packed = Rows(held_out, pl_module.data.strategy, pl_module.data.context_length, 0)
+        except ValueError:  # a validation split shorter than a row has no packed rows to look at
+            self.packed = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock; measure the untrained model."""
+        self.started = time.perf_counter()
+        self._measure_if_due(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
+        """Measure after the steps that are due, once each."""
+        self._measure_if_due(trainer, pl_module)
+
+    def _measure_if_due(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        step = trainer.global_step
+        if step not in self.steps or step == self.measured or step == trainer.max_steps:
+            return
+        self._measure(trainer, module, live=True)
+
+    def _measure(
+        self, trainer: L.Trainer, module: L.LightningModule, live: bool
+    ) -> dict[str, ModeResult]:
+        assert isinstance(module, SinkbedModule) and self.probe is not None
+        assert module.decoder is not None
+        began = time.perf_counter()
+        c = self.config
+        probe = self.probe.head(c.live_documents) if live else self.probe
+        modes = c.live_modes if live else c.modes
+        strategy = module.data.strategy
+        results = {m: measure(module.decoder, probe, m, strategy, c) for m in modes}
+        values: dict[str, float] = {}
+        for mode, result in results.items():
+            values |= result.metrics(mode)
+        values |= self._packed(module.decoder, module)
+        step = trainer.global_step
+        tokens = module.tokens_at(step)
+        rate = values[f"sink/rate/0.3/{modes[0]}"]
+        if self.onset_tokens is None and rate >= c.onset_rate and step > 0:
+            self.onset_tokens = tokens
+        maps = {f"sink/heatmap/{m}": r.mass for m, r in results.items()}
+        record(trainer, values, step=step, tokens=tokens, heatmaps=maps)
+        module.log("sink %", rate, prog_bar=True, logger=False) if live and step else None
+        self.measured = step
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
+        module.skip_time(seconds)
+        return results
+
+    def _packed(self, decoder: Decoder, module: SinkbedModule) -> dict[str, float]:
+        """Mass on the first key of the query's document and of the row, in rows packed as in training.
+
+        Queries that are that key themselves do not count.
+        """
+        if self.packed is None:
+            return {}
+        batch = self.packed.__getitems__(list(range(min(_PACKED_ROWS, len(self.packed)))))
+        batch = batch.to(module.device)
+        training = decoder.training
+        decoder.eval()
+        with torch.inference_mode():
+            positions = batch.positions if module.data.strategy.positions == "document" else None
+            output = decoder(batch.tokens, positions, batch_mask(batch, module.data), statistics=True)
+        decoder.train(training)
+        assert output.statistics is not None
+        index = torch.arange(batch.tokens.shape[1], device=module.device)
+        later = (batch.doc_start < index)[:, None, :].expand(-1, decoder.config.heads, -1)
+        document = torch.stack([s.document_mass[later].mean() for s in output.statistics]).mean()
+        row = torch.stack([s.row_mass[..., 1:].mean() for s in output.statistics]).mean()
+        return {"sink/document_start_mass": float(document), "sink/row_start_mass": float(row)}
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The final measurement, unless training was stopped before its last step."""
+        if trainer.global_step >= trainer.max_steps and not trainer.interrupted:
+            self.finish(trainer, pl_module)
+
+    def finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure everything and write measurement.json."""
+        assert isinstance(pl_module, SinkbedModule) and pl_module.decoder is not None
+        training_seconds = time.perf_counter() - self.started
+        live_seconds = self.seconds
+        results = self._measure(trainer, pl_module, live=False)
+        if trainer.is_global_zero:
+            rundir.write_json(
+                self.run_dir / rundir.MEASUREMENT,
+                {
+                    "step": trainer.global_step,
+                    "tokens": pl_module.tokens_at(trainer.global_step),
+                    "onset_tokens": self.onset_tokens,
+                    "parameters": pl_module.decoder.parameter_count(),
+                    "sink_tokens": self.config.sink_tokens,
+                    "seconds": {
+                        "training": training_seconds - live_seconds,
+                        "measuring_live": live_seconds,
+                        "measuring_final": self.seconds - live_seconds,
+                    },
+                    "modes": {mode: dataclasses.asdict(result) for mode, result in results.items()},
+                },
+            )
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and self.onset_tokens is not None:
+                logger.experiment.summary["sink/onset_tokens"] = self.onset_tokens
+

@@ -1,0 +1,94 @@
+"""AdamW with decoupled decay on matrices only, and the learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101) and its schedule. Raises ValueError for values outside their range."""
+
+    lr: float = 4e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the moment estimates."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay, multiplied by the learning rate; on matrices only, never on norms or sink logits."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """After the warm-up: cosine or linear decay over all remaining steps, or constant with a linear
+    cooldown over the last `cooldown_steps`."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    cooldown_steps: int = 0
+    """Steps of the linear cooldown; only with `constant`."""
+    final_fraction: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"optimizer.lr: expected more than 0, found {self.lr}")
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"optimizer.betas: expected two numbers in [0, 1), found {self.betas}")
+        if self.weight_decay < 0:
+            raise ValueError(f"optimizer.weight_decay: expected 0 or more, found {self.weight_decay}")
+        if self.warmup_steps < 0 or self.cooldown_steps < 0:
+            raise ValueError("optimizer.warmup_steps and cooldown_steps: expected 0 or more")
+        if self.cooldown_steps and self.schedule != "constant":
+            raise ValueError(
+                f"optimizer.cooldown_steps: has an effect with schedule constant only, found {self.schedule}"
+            )
+        if not 0 <= self.final_fraction <= 1:
+            raise ValueError(f"optimizer.final_fraction: expected 0 to 1, found {self.final_fraction}")
+
+
+def learning_rate_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0) of `total_steps`, as a share of the peak."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    final = config.final_fraction
+    if config.schedule == "constant":
+        left = total_steps - step
+        if left >= config.cooldown_steps:
+            return 1.0
+        return final + (1 - final) * left / config.cooldown_steps
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    if config.schedule == "linear":
+        return 1 - (1 - final) * progress
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_optimizer(
+    model: torch.nn.Module, config: OptimizerConfig, total_steps: int
+) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """AdamW over two groups (matrices with decay, the rest without) and its schedule, stepped each step.
+
+    Raises ValueError when warm-up and cooldown do not fit into `total_steps`.
+    """
+    import torch
+
+    if config.warmup_steps + config.cooldown_steps > total_steps:
+        raise ValueError(
+            f"optimizer: warm-up of {config.warmup_steps} and cooldown of {config.cooldown_steps} steps "
+            f"do not fit into trainer.max_steps={total_steps}; shorten them or train longer"
+        )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(config, step, total_steps)
+    )
+    return optimizer, schedule
