@@ -48,7 +48,7 @@ def test_shards_are_cut_before_they_exceed_their_limit(make_store: MakeStore) ->
     store = make_store(DOCUMENTS, shard_tokens=4)
     # The document of five tokens exceeds the limit by itself and has its own shard.
     assert [shard.tokens for shard in store.info.shards] == [4, 5, 3]
-    assert [shard.documents for shard in store.info.shards] == [3, 2, 2]
+    assert [shard.documents for shard in store.info.shards] == [3, 1, 3]
 
 
 def test_a_slice_is_a_read_only_view_of_the_mapped_file(make_store: MakeStore) -> None:

@@ -52,7 +52,7 @@ def test_special_tokens_in_the_training_text_are_text_too() -> None:
 
 def test_merges_span_several_bytes_and_specials_none(trained: Tokenizer) -> None:
     table = trained.token_bytes
-    assert trained.vocab_size == 300 and table.shape == (300,)
+    assert 258 < trained.vocab_size <= 300 and table.shape == (trained.vocab_size,)
     assert table[[trained.bos_id, trained.eos_id]].tolist() == [0, 0]
     assert (np.sort(table)[2:258] == 1).all() and table.max() > 2
     cat = trained.encode(" the")

@@ -1,0 +1,206 @@
+"""Preparing goes from documents to a token store, once; again it is up to date or refuses to mix."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import yaml
+from jsonargparse import ArgumentParser
+
+from data.prepare import PrepareConfig, TokenizerConfig, prepare, split_of
+from data.sources import Source
+from data.store import TokenStore
+from data.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [f"été number {i} is a document with <bos> and words {i * i}" for i in range(300)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+def write_corpus(folder: Path, texts: list[str], name: str = "corpus.jsonl") -> Path:
+    path = folder / name
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> PrepareConfig:
+    return PrepareConfig(
+        source=Source(kind="jsonl", files=(str(write_corpus(tmp_path, [*TEXTS, " "])),)),
+        tokenizer=TokenizerConfig(vocab_size=300),
+        validation_share=0.2,
+        shard_tokens=1000,
+        out=str(tmp_path / "stores" / "corpus"),
+    )
+
+
+def documents_in(out: str, split: str) -> list[str]:
+    store = TokenStore.open(out, split)
+    tokenizer = store.tokenizer()
+    return [tokenizer.decode(store.slice(i)) for i in range(store.documents)]
+
+
+def test_every_document_comes_back_from_exactly_one_split(config: PrepareConfig) -> None:
+    manifest = prepare(config, progress=False)
+    train, validation = (documents_in(config.out, split) for split in ("train", "validation"))
+    assert sorted(train + validation) == sorted(TEXTS)
+    assert 30 < len(validation) < 90
+    assert manifest.skipped_documents == 1
+    assert len(manifest.splits["train"].shards) > 3
+    for split, texts in (("train", train), ("validation", validation)):
+        store = TokenStore.open(config.out, split)
+        store.verify()
+        assert store.document_bytes().tolist() == [len(text.encode()) for text in texts]
+        assert store.info.bytes == sum(len(text.encode()) for text in texts)
+        assert store.tokenizer().token_bytes[store.stream(0, store.tokens)].sum() == store.info.bytes
+
+
+def test_the_split_depends_on_each_text_alone(config: PrepareConfig, tmp_path: Path) -> None:
+    prepare(config, progress=False)
+    mixed = [*TEXTS, *(f"new {i}" for i in range(100)), TEXTS[0]]
+    random.Random(0).shuffle(mixed)
+    source = Source(kind="jsonl", files=(str(write_corpus(tmp_path, mixed, "mixed.jsonl")),))
+    other = dataclasses.replace(config, source=source, out=str(tmp_path / "mixed"))
+    prepare(other, progress=False)
+    held = documents_in(config.out, "validation")
+    assert set(held) == set(documents_in(other.out, "validation")) & set(TEXTS)
+    # A larger share keeps what a smaller one held out.
+    assert set(held) <= {text for text in TEXTS if split_of(text, 0.5) == "validation"}
+
+
+def test_the_tokenizer_sees_no_validation_document_and_no_more_than_its_limit(
+    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    train = Tokenizer.train.__func__  # type: ignore[attr-defined]
+
+    def spy(cls: type[Tokenizer], texts: Any, *, vocab_size: int) -> Tokenizer:
+        seen[:] = list(texts)
+        return train(cls, seen, vocab_size=vocab_size)
+
+    monkeypatch.setattr(Tokenizer, "train", classmethod(spy))
+    for limit, count in (({}, None), ({"train_documents": 7}, 7), ({"train_bytes": 500}, None)):
+        chosen = dataclasses.replace(config, tokenizer=TokenizerConfig(vocab_size=300, **limit))
+        prepare(chosen, force=True, progress=False)
+        order = documents_in(config.out, "train")
+        assert seen == order[: len(seen)]
+        assert len(seen) == count or count is None
+        if "train_bytes" in limit:
+            sizes = [len(text.encode()) for text in seen]
+            assert sum(sizes[:-1]) < 500 <= sum(sizes)
+        elif not limit:
+            assert len(seen) == len(order)
+
+
+def test_the_same_config_gives_the_same_store_wherever_it_stands(config: PrepareConfig, tmp_path: Path) -> None:
+    manifest = prepare(config, progress=False)
+    assert prepare(dataclasses.replace(config, out=str(tmp_path / "again")), progress=False) == manifest
+
+
+def test_a_complete_store_of_the_same_config_is_left_alone(
+    config: PrepareConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = prepare(config, progress=False)
+    before = {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("read the corpus again"))
+    capsys.readouterr()
+    assert prepare(config) == manifest
+    assert "up to date" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")} == before
+
+
+def test_defaults_written_out_are_the_same_config(config: PrepareConfig) -> None:
+    implicit = dataclasses.replace(config, tokenizer=TokenizerConfig(vocab_size=300))
+    explicit = dataclasses.replace(config, tokenizer=TokenizerConfig(vocab_size=300, train_bytes=4_000_000))
+    assert prepare(implicit, progress=False) == prepare(explicit, progress=False)
+
+
+def test_a_store_of_another_config_is_refused_with_what_differs(config: PrepareConfig) -> None:
+    manifest = prepare(config, progress=False)
+    other = dataclasses.replace(config, tokenizer=TokenizerConfig(vocab_size=280), validation_share=0.1)
+    with pytest.raises(ValueError, match=r"tokenizer.vocab_size: found 300, expected 280.*--force") as refused:
+        prepare(other, progress=False)
+    assert "validation_share: found 0.2, expected 0.1" in str(refused.value)
+    assert TokenStore.open(config.out).manifest == manifest
+    assert prepare(other, force=True, progress=False).vocab_size == 280
+
+
+def test_a_changed_source_file_or_tokenizer_file_is_noticed(config: PrepareConfig, tmp_path: Path) -> None:
+    Tokenizer.train(TEXTS, vocab_size=270).save(tmp_path / "t.json")
+    config = dataclasses.replace(config, tokenizer=TokenizerConfig(path=str(tmp_path / "t.json")))
+    assert prepare(config, progress=False).vocab_size == 270
+    Tokenizer.train(TEXTS, vocab_size=271).save(tmp_path / "t.json")
+    with pytest.raises(ValueError, match=r"tokenizer\.sha256: found"):
+        prepare(config, progress=False)
+    Tokenizer.train(TEXTS, vocab_size=270).save(tmp_path / "t.json")
+    prepare(config, progress=False)
+    write_corpus(tmp_path, TEXTS[:-1])
+    with pytest.raises(ValueError, match=r"identity\.files: found"):
+        prepare(config, progress=False)
+
+
+def test_a_damaged_store_is_not_up_to_date(config: PrepareConfig) -> None:
+    prepare(config, progress=False)
+    shard = Path(config.out) / "validation" / "00000.arrow"
+    shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"validation/00000\.arrow is damaged.*--force"):
+        prepare(config, progress=False)
+    prepare(config, force=True, progress=False)
+    TokenStore.open(config.out, "validation").verify()
+
+
+def test_a_share_that_leaves_a_split_empty_is_refused_and_leaves_nothing(config: PrepareConfig) -> None:
+    with pytest.raises(ValueError, match="validation_share: found 1e-09.*and 0 validation documents"):
+        prepare(dataclasses.replace(config, validation_share=1e-9), progress=False)
+    assert list(Path(config.out).parent.iterdir()) == []
+    manifest = prepare(dataclasses.replace(config, validation_share=0.0), progress=False)
+    assert list(manifest.splits) == ["train"] and manifest.splits["train"].documents == 300
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TokenizerConfig(path="t.json", vocab_size=300), "tokenizer.vocab_size: found 300, which a tokenizer that is loaded"),
+        (lambda: TokenizerConfig(bos="<s>"), "tokenizer.bos: found '<s>', which a tokenizer that is trained"),
+        (lambda: TokenizerConfig(train_bytes=0), "tokenizer.train_bytes: found 0"),
+        (lambda: PrepareConfig(source=Source(kind="demo"), validation_share=1.0, out="x"), "validation_share: found 1.0"),
+        (lambda: PrepareConfig(source=Source(kind="demo"), shard_tokens=0, out="x"), "shard_tokens: found 0"),
+    ],
+)
+def test_settings_outside_their_range_or_without_effect_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_importing_the_config_loads_no_heavy_library() -> None:
+    heavy = ("torch", "datasets", "tokenizers", "pyarrow", "pandas")
+    script = f"import sys, data, data.prepare, data.strategy; print([m for m in {heavy} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "data").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_in_the_checkout_is_valid(path: Path) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(PrepareConfig)
+    built = PrepareConfig(**parser.instantiate_classes(parser.parse_object(yaml.safe_load(path.read_text()))))
+    assert isinstance(built.source, Source) and built.out.startswith("stores/")
+
+
+def test_the_configs_include_those_the_guide_names() -> None:
+    assert {"demo", "hub", "local_jsonl"} <= {path.stem for path in (ROOT / "configs" / "data").glob("*.yaml")}

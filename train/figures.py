@@ -1,0 +1,157 @@
+"""Figures of a study as PNG: the picture of the result, curves, heat maps, losses."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from train.report import MODE_LABELS, Result
+from train.rundir import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which readers with colour-blindness tell apart; one an arm, by order.
+COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#7A7A7A", "#000000")
+MODE_COLOURS = {"bos": "#0072B2", "text": "#D55E00", "first_key_masked": "#7A7A7A"}
+_STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+def arms_of(results: Sequence[Result]) -> list[str]:
+    """Arms in their order."""
+    return list(dict.fromkeys(r.arm for r in results))
+
+
+def curve(results: Sequence[Result], arm: str, key: str) -> tuple[list[int], list[float]]:
+    """Tokens and the mean over seeds of a metric of an arm, at the steps every seed has."""
+    series = [
+        {p["train/tokens"]: p[key] for p in r.points if p.get(key) is not None} for r in results if r.arm == arm
+    ]
+    tokens = sorted(set.intersection(*(set(s) for s in series))) if series else []
+    return tokens, [fmean(s[t] for s in series) for t in tokens]
+
+
+def write_figures(results: Sequence[Result], folder: Path) -> None:
+    """Write result.png, curves.png, heatmaps.png and loss.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(_STYLE):
+        for name, draw in (("result", _result), ("curves", _curves), ("heatmaps", _heatmaps), ("loss", _losses)):
+            figure = draw(results)
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=140)
+            plt.close(figure)
+            write_atomic(folder / f"{name}.png", buffer.getvalue())
+
+
+def _result(results: Sequence[Result]) -> Figure:
+    """Sink rate with and without BOS, and what removing BOS costs, an arm a line."""
+    import matplotlib.pyplot as plt
+
+    arms = arms_of(results)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 0.42 * len(arms) + 1.3), sharey=True)
+    for row, arm in enumerate(arms):
+        of_arm = [r for r in results if r.arm == arm]
+        for offset, mode in ((-0.18, "bos"), (0.18, "text")):
+            values = [r.value(mode, "0.3") for r in of_arm if mode in r.final["modes"]]
+            if values:
+                label = MODE_LABELS[mode] if row == 0 else None
+                left.barh(row + offset, fmean(values), 0.34, color=MODE_COLOURS[mode], label=label)
+                left.plot(values, [row + offset] * len(values), "|", color="black", markersize=6)
+        gaps = [r.gap for r in of_arm if r.gap is not None]
+        if gaps:
+            right.barh(row, fmean(gaps), 0.5, color="#444444")
+            right.plot(gaps, [row] * len(gaps), "|", color="#D55E00", markersize=8)
+    left.set_yticks(range(len(arms)), arms)
+    left.invert_yaxis()
+    left.set_xlabel("sink rate on the first token, % (eps 0.3, T 64)")
+    left.legend(loc="lower right")
+    left.set_title("Where the sink is")
+    right.set_xlabel("loss(text) − loss(BOS + text), nats per token")
+    right.set_title("What removing BOS costs")
+    return figure
+
+
+def _curves(results: Sequence[Result]) -> Figure:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4))
+    keys = ("sink/rate/0.3/{}", "sink/mass/{}", "val/loss/{}")
+    titles = ("sink rate, % (eps 0.3)", "sink mass", "validation loss, nats per token")
+    for axis, key, title in zip(axes, keys, titles, strict=True):
+        for index, arm in enumerate(arms_of(results)):
+            for mode, style in (("bos", "-"), ("text", "--")):
+                tokens, values = curve(results, arm, key.format(mode))
+                axis.plot(tokens, values, style, color=COLOURS[index % len(COLOURS)], label=arm if style == "-" else None)
+        axis.set_xlabel("tokens seen")
+        axis.set_title(title)
+    axes[0].plot([], [], "k-", label="input: BOS + text")
+    axes[0].plot([], [], "k--", label="input: text")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+def _heatmaps(results: Sequence[Result]) -> Figure:
+    """Sink mass of the first seed, layers down, heads across; one column a mode, one row an arm."""
+    import matplotlib.pyplot as plt
+
+    arms = arms_of(results)
+    first = {arm: next(r for r in results if r.arm == arm) for arm in arms}
+    modes = list(next(iter(first.values())).final["modes"])
+    figure, axes = plt.subplots(
+        len(arms), len(modes), figsize=(2.5 * len(modes) + 1, 1.35 * len(arms) + 0.6), squeeze=False
+    )
+    image = None
+    for row, arm in enumerate(arms):
+        for column, mode in enumerate(modes):
+            axis = axes[row][column]
+            image = axis.imshow(first[arm].final["modes"][mode]["mass"], vmin=0, vmax=1, cmap="inferno", aspect="auto")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if row == 0:
+                axis.set_title(MODE_LABELS[mode])
+            if column == 0:
+                axis.set_ylabel(arm, rotation=0, ha="right", va="center")
+    assert image is not None
+    figure.colorbar(image, ax=axes, shrink=0.6, label="mass on key 0 (layers down, heads across)")
+    return figure
+
+
+def _losses(results: Sequence[Result]) -> Figure:
+    import matplotlib.pyplot as plt
+
+    arms = arms_of(results)
+    modes = list(results[0].final["modes"])
+    figure, axis = plt.subplots(figsize=(8, 0.42 * len(arms) + 1.3))
+    height = 0.8 / len(modes)
+    for index, mode in enumerate(modes):
+        for row, arm in enumerate(arms):
+            values = [r.value(mode, "loss") for r in results if r.arm == arm]
+            axis.barh(
+                row + (index - (len(modes) - 1) / 2) * height,
+                fmean(values),
+                height * 0.9,
+                color=MODE_COLOURS.get(mode, "#009E73"),
+                label=MODE_LABELS[mode] if row == 0 else None,
+            )
+    lowest = min(r.value(m, "loss") for r in results for m in modes)
+    axis.set_xlim(left=0.9 * lowest)
+    axis.set_yticks(range(len(arms)), arms)
+    axis.invert_yaxis()
+    axis.set_xlabel("validation loss, nats per token (axis does not start at 0)")
+    axis.legend(loc="lower right")
+    return figure

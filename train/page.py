@@ -1,0 +1,231 @@
+"""The report as one HTML page that opens from disk without a network: table, curves, heat maps over time."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.figures import COLOURS, arms_of, curve
+from train.report import MODE_LABELS, Result, SummaryRow, rows_of
+from train.rundir import write_atomic
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from train.study import StudyConfig
+
+_CSS = """
+:root { color-scheme: light; --ink: #1b1f24; --soft: #5b6570; --line: #d9dee4; --accent: #0072B2; }
+* { box-sizing: border-box; }
+body { margin: 0; color: var(--ink); background: #fff; font: 16px/1.55 system-ui, sans-serif; }
+main { max-width: 1180px; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0; }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
+p, figcaption { max-width: 75ch; } figcaption, .note { color: var(--soft); font-size: .9rem; }
+figure { margin: 0 0 1rem; }
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
+table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem .65rem; text-align: right; white-space: nowrap; }
+th:nth-child(-n+4), td:nth-child(-n+4) { text-align: left; }
+thead th { background: #f3f5f7; border-bottom: 1px solid var(--line); position: sticky; top: 0; }
+thead button { all: unset; cursor: pointer; font-weight: 600; }
+thead button:focus-visible { outline: 2px solid var(--accent); }
+tbody tr { border-top: 1px solid var(--line); } tbody tr:hover { background: #f8fafb; }
+.failed { border-left: 4px solid #D55E00; background: #fdf3ec; padding: .5rem 1rem; }
+a { color: var(--accent); }
+"""
+
+# Sorts a table by the column whose header is pressed: as numbers where the cell starts with one.
+_SCRIPT = """
+for (const table of document.querySelectorAll("table")) {
+  table.querySelectorAll("thead button").forEach((button, column) => {
+    button.addEventListener("click", () => {
+      const down = button.dataset.order !== "down";
+      button.dataset.order = down ? "down" : "up";
+      const key = row => {
+        const text = row.cells[column].textContent.replace("−", "-"), number = parseFloat(text);
+        return Number.isNaN(number) ? text : number;
+      };
+      const rows = [...table.tBodies[0].rows].sort((a, b) => {
+        const x = key(a), y = key(b);
+        const order = typeof x === typeof y ? (x < y ? -1 : x > y ? 1 : 0) : typeof x === "number" ? -1 : 1;
+        return down ? -order : order;
+      });
+      table.tBodies[0].append(...rows);
+    });
+  });
+}
+"""
+
+_LAYOUT: dict[str, Any] = {
+    "template": "plotly_white",
+    "font": {"family": "system-ui, sans-serif", "size": 13},
+    "margin": {"l": 60, "r": 20, "t": 40, "b": 60},
+    "legend": {"orientation": "h", "yanchor": "top", "y": -0.18, "x": 0},
+    "hovermode": "closest",
+}
+
+
+def write_page(
+    study: StudyConfig,
+    results: Sequence[Result],
+    summary: Sequence[SummaryRow],
+    note: str,
+    failed: dict[str, str],
+    path: Path,
+) -> None:
+    """Write the page. The only script besides plotly's is the table's sorting."""
+    from plotly.offline import get_plotlyjs
+
+    parts = [
+        f"<h1>{html.escape(study.title)}</h1>",
+        f"<p>{html.escape(study.question)}</p>" if study.question else "",
+        "".join(
+            f'<p class="failed">Arm {html.escape(name)} failed: {html.escape(why)}</p>' for name, why in failed.items()
+        ),
+        "<h2>Result</h2>",
+        _table(("arm", *SummaryRow.HEADER), [(row.arm, *row.cells()) for row in summary]),
+        f'<p class="note">{html.escape(note)}</p>',
+        "<h2>Sink rate while training</h2>",
+        _plot(_curves(results, "sink/rate/0.3/{}", "sink rate, % (eps 0.3)")),
+        "<figcaption>Solid: input with BOS. Dashed: text only. Press a legend entry to hide an arm, press it twice to "
+        "see it alone. Measured on fewer documents than the table.</figcaption>",
+        "<h2>Sink mass while training</h2>",
+        _plot(_curves(results, "sink/mass/{}", "mean attention on key 0")),
+        "<h2>Validation loss per inference mode</h2>",
+        _plot(_losses(results)),
+        "<h2>Where the sink sits</h2>",
+        _plot(_heatmaps(results)),
+        "<figcaption>Mean attention on key 0, layers down, heads across, first seed. The slider moves through the "
+        "measurements of training.</figcaption>",
+        "<h2>Every measurement</h2>",
+        _table(tuple(rows_of(results)[0]), [tuple(map(_text, row.values())) for row in rows_of(results)]),
+    ]
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(study.title)}</title><style>{_CSS}</style>"
+        f"<script>{get_plotlyjs()}</script></head><body><main>{''.join(parts)}</main>"
+        f"<script>{_SCRIPT}</script></body></html>\n"
+    )
+    write_atomic(path, page)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col"><button type="button">{html.escape(name)}</button></th>' for name in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _plot(figure: go.Figure) -> str:
+    drawn = figure.to_html(
+        full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False}
+    )
+    return f"<figure>{drawn}</figure>"
+
+
+def _curves(results: Sequence[Result], key: str, title: str) -> go.Figure:
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for index, arm in enumerate(arms_of(results)):
+        for mode, dash in (("bos", "solid"), ("text", "dash")):
+            tokens, values = curve(results, arm, key.format(mode))
+            figure.add_scatter(
+                x=tokens,
+                y=values,
+                name=arm,
+                legendgroup=arm,
+                showlegend=dash == "solid",
+                mode="lines+markers",
+                line={"color": COLOURS[index % len(COLOURS)], "dash": dash},
+                marker={"size": 5},
+                hovertemplate=f"{arm}, {MODE_LABELS[mode]}<br>%{{x:,}} tokens: %{{y:.3g}}<extra></extra>",
+            )
+    figure.update_layout(**_LAYOUT, height=440, xaxis_title="tokens seen", yaxis_title=title)
+    return figure
+
+
+def _losses(results: Sequence[Result]) -> go.Figure:
+    import plotly.graph_objects as go
+
+    arms = arms_of(results)
+    colours = {"bos": "#0072B2", "text": "#D55E00", "first_key_masked": "#7A7A7A"}
+    figure = go.Figure()
+    for mode in results[0].final["modes"]:
+        values = [[r.value(mode, "loss") for r in results if r.arm == arm] for arm in arms]
+        middle = [sum(v) / len(v) for v in values]
+        figure.add_bar(
+            x=arms,
+            y=middle,
+            name=MODE_LABELS[mode],
+            marker_color=colours.get(mode),
+            error_y={
+                "array": [max(v) - m for v, m in zip(values, middle, strict=True)],
+                "arrayminus": [m - min(v) for v, m in zip(values, middle, strict=True)],
+                "visible": len(values[0]) > 1,
+            },
+            hovertemplate="%{x}<br>%{y:.3f} nats<extra>" + MODE_LABELS[mode] + "</extra>",
+        )
+    lowest = min(r.value(m, "loss") for r in results for m in r.final["modes"])
+    highest = max(r.value(m, "loss") for r in results for m in r.final["modes"])
+    layout = {**_LAYOUT, "legend": {"orientation": "h", "y": 1.12, "x": 0}}
+    figure.update_layout(**layout, height=440, yaxis_title="nats per token")
+    figure.update_yaxes(range=[0.9 * lowest, highest + 0.05 * lowest])
+    return figure
+
+
+def _heatmaps(results: Sequence[Result]) -> go.Figure:
+    """One map an arm and live mode; frames are the measurements during training."""
+    from plotly import graph_objects as go
+    from plotly.subplots import make_subplots
+
+    first = [next(r for r in results if r.arm == arm) for arm in arms_of(results)]
+    modes = [m for m in ("bos", "text") if f"sink/heatmap/{m}" in first[0].points[0]]
+    series = [
+        {p["train/tokens"]: p[f"sink/heatmap/{m}"] for p in r.points if f"sink/heatmap/{m}" in p}
+        for r in first
+        for m in modes
+    ]
+    times = sorted(set.intersection(*(set(s) for s in series)))
+    titles = [f"{r.arm}, {MODE_LABELS[m]}" for r in first for m in modes]
+    figure = make_subplots(
+        rows=len(first), cols=len(modes), subplot_titles=titles, vertical_spacing=0.45 / max(len(first), 5)
+    )
+
+    def traces(time: int) -> list[go.Heatmap]:
+        return [
+            go.Heatmap(z=s[time], zmin=0, zmax=1, coloraxis="coloraxis", hovertemplate="layer %{y}, head %{x}: %{z:.3f}")
+            for s in series
+        ]
+
+    for index, trace in enumerate(traces(times[-1])):
+        figure.add_trace(trace, row=index // len(modes) + 1, col=index % len(modes) + 1)
+    figure.frames = [go.Frame(data=traces(t), name=str(t), traces=list(range(len(series)))) for t in times]
+    steps = [
+        {
+            "label": f"{t:,}",
+            "method": "animate",
+            "args": [[str(t)], {"mode": "immediate", "frame": {"duration": 0}, "transition": {"duration": 0}}],
+        }
+        for t in times
+    ]
+    layout = {**_LAYOUT, "margin": {"l": 40, "r": 20, "t": 40, "b": 90}}
+    figure.update_layout(
+        **layout,
+        height=110 * len(first) + 200,
+        coloraxis={"colorscale": "Inferno", "cmin": 0, "cmax": 1, "colorbar": {"title": "mass", "thickness": 12}},
+        sliders=[{"active": len(times) - 1, "currentvalue": {"prefix": "tokens: "}, "steps": steps}],
+    )
+    figure.update_yaxes(autorange="reversed", dtick=1)
+    figure.update_xaxes(dtick=1, showticklabels=False)
+    figure.update_annotations(font_size=12)
+    return figure
+
+

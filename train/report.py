@@ -1,0 +1,313 @@
+"""`sinkbed report`: what a study found, as a table, figures and one self-contained HTML page.
+
+Reads the run directories only, so it can be made again at any time, also of a study that is half done.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from train import rundir
+
+if TYPE_CHECKING:
+    from train.study import ArmRun, StudyConfig
+
+MODE_LABELS = {
+    "bos": "BOS + text",
+    "text": "text",
+    "first_key_masked": "as trained, key 0 masked",
+    "random_first": "random token + text",
+    "as_trained": "as trained",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run: its strategy, its points and its final measurement."""
+
+    arm: str
+    seed: int
+    strategy: dict[str, Any]
+    context_length: int
+    points: list[dict[str, Any]]
+    final: dict[str, Any]
+
+    def value(self, mode: str, key: str) -> float:
+        """A figure of the final measurement: `loss`, `bits_per_byte`, `mass`, or an eps for a sink rate."""
+        found = self.final["modes"][mode]
+        if key in found["rate"]:
+            return _mean(found["rate"][key])
+        value = found[key]
+        return float(value) if isinstance(value, int | float) else _mean(value)
+
+    @property
+    def gap(self) -> float | None:
+        """loss(text) − loss(bos) in nats; None where a mode was not measured."""
+        modes = self.final["modes"]
+        return modes["text"]["loss"] - modes["bos"]["loss"] if {"text", "bos"} <= set(modes) else None
+
+
+def _mean(rows: list[list[float]]) -> float:
+    return fmean(x for row in rows for x in row)
+
+
+def load_result(folder: Path, arm: str, seed: int) -> Result:
+    """Read one run directory. Raises FileNotFoundError or ValueError that names the file at fault."""
+    for name in (rundir.CONFIG, rundir.MEASUREMENT):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: expected a finished run, found no such file")
+    config = yaml.safe_load((folder / rundir.CONFIG).read_text())
+    return Result(
+        arm=arm,
+        seed=seed,
+        strategy=config["data"]["strategy"],
+        context_length=config["data"]["context_length"],
+        points=list(rundir.read_metrics(folder / rundir.METRICS)),
+        final=rundir.read_json(folder / rundir.MEASUREMENT),
+    )
+
+
+def describe(strategy: dict[str, Any]) -> tuple[str, str]:
+    """Mask and first token of a strategy in the words of the published table."""
+    mask = "causal" if strategy["mask"] == "causal" else "intra-document"
+    if strategy["shared_prefix"]:
+        mask += ", position 0 visible to all"
+    if strategy["window"]:
+        mask += f", window {strategy['window']}"
+    if strategy["prefix_lm"]:
+        mask += f", prefix LM {strategy['prefix_lm']}"
+    parts = []
+    if strategy["first_token"] == "bos":
+        parts.append("fixed at position 0")
+    elif strategy["first_token"] != "none":
+        parts.append(f"none; {strategy['first_token']} token at position 0")
+    if strategy["document_start"] == "bos":
+        parts.append("at document starts")
+    return mask, " and ".join(parts) or "none"
+
+
+COLUMNS = (
+    "arm",
+    "seed",
+    "mode",
+    "sink_rate_0.2",
+    "sink_rate_0.3",
+    "sink_rate_0.5",
+    "sink_rate_0.8",
+    "sink_rate_row_0.3",
+    "sink_mass",
+    "sink_alpha",
+    "loss",
+    "bits_per_byte",
+    "onset_tokens",
+    "tokens",
+)
+
+
+def rows_of(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """One row per arm, seed and mode, with the columns of table.csv."""
+    rows = []
+    for r in results:
+        for mode, found in r.final["modes"].items():
+            rates = {f"sink_rate_{eps}": round(_mean(map_), 4) for eps, map_ in found["rate"].items()}
+            row = {
+                "arm": r.arm,
+                "seed": r.seed,
+                "mode": mode,
+                **rates,
+                "sink_rate_row_0.3": round(_mean(found["rate_row"]["0.3"]), 4),
+                "sink_mass": round(r.value(mode, "mass"), 6),
+                "sink_alpha": round(r.value(mode, "alpha"), 6),
+                "loss": round(found["loss"], 6),
+                "bits_per_byte": round(found["bits_per_byte"], 6),
+                "onset_tokens": r.final["onset_tokens"],
+                "tokens": r.final["tokens"],
+            }
+            rows.append({name: row[name] for name in COLUMNS})
+    return rows
+
+
+def to_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """table.csv."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One line of the study's table: an arm in a mode, over its seeds."""
+
+    arm: str
+    mask: str
+    bos: str
+    mode: str
+    rate: str
+    mass: str
+    loss: str
+    gap: str
+    published: str
+
+    HEADER = (
+        "mask in training",
+        "BOS in training",
+        "input",
+        "sink rate %",
+        "sink mass",
+        "loss",
+        "loss − loss(BOS + text)",
+        "published: sink % / loss",
+    )
+
+    def cells(self) -> tuple[str, ...]:
+        """The line under HEADER."""
+        return (
+            self.mask,
+            self.bos,
+            MODE_LABELS[self.mode],
+            self.rate,
+            self.mass,
+            self.loss,
+            self.gap,
+            self.published,
+        )
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean, and the range over seeds where there are several."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{fmean(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def summarise(results: Sequence[Result], published: dict[str, dict[str, list[float]]]) -> list[SummaryRow]:
+    """The study's table, arms in their order."""
+    rows = []
+    for arm in dict.fromkeys(r.arm for r in results):
+        of_arm = [r for r in results if r.arm == arm]
+        mask, bos = describe(of_arm[0].strategy)
+        for mode in of_arm[0].final["modes"]:
+            theirs = published.get(arm, {}).get(mode)
+            gap = [r.value(mode, "loss") - r.value("bos", "loss") for r in of_arm if "bos" in r.final["modes"]]
+            rows.append(
+                SummaryRow(
+                    arm=arm,
+                    mask=mask,
+                    bos=bos,
+                    mode=mode,
+                    rate=spread([r.value(mode, "0.3") for r in of_arm], 1),
+                    mass=spread([r.value(mode, "mass") for r in of_arm], 3),
+                    loss=spread([r.value(mode, "loss") for r in of_arm], 3),
+                    gap=spread(gap, 3) if gap and mode != "bos" else "",
+                    published=f"{theirs[0]:.2f} / {theirs[1]:.2f}" if theirs else "",
+                )
+            )
+    return rows
+
+
+def caption(results: Sequence[Result]) -> str:
+    """What the numbers of the table are, with everything they depend on."""
+    first = results[0]
+    seeds = sorted({r.seed for r in results})
+    mode = next(iter(first.final["modes"].values()))
+    several = f"mean (range) over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"one seed ({seeds[0]})"
+    return (
+        f"Sink rate: eps 0.3, T = {first.final['sink_tokens']}, {mode['documents']} held-out documents, all layers and "
+        f"heads (arXiv 2410.10781). Sink mass: mean attention on key 0 of the other queries. Loss: nats per token of "
+        f"the same {mode['tokens']:,} targets in every mode. {first.final['parameters']:,} parameters, "
+        f"{first.final['tokens']:,} training tokens, context {first.context_length}; {several}. "
+        "Published: arXiv 2504.02732, Table 2 (120M parameters, 30B tokens; its eps is not known), for the "
+        "direction of effects, not their size."
+    )
+
+
+def to_markdown(title: str, summary: Sequence[SummaryRow], note: str) -> str:
+    """table.md."""
+    lines = [f"# {title}", "", "| " + " | ".join(SummaryRow.HEADER) + " |"]
+    lines.append("|" + " --- |" * len(SummaryRow.HEADER))
+    lines += ["| " + " | ".join(row.cells()) + " |" for row in summary]
+    return "\n".join([*lines, "", note, ""])
+
+
+def print_table(title: str, summary: Sequence[SummaryRow], note: str) -> None:
+    """The table in the terminal; an arm's mask and BOS stand once, on its first line."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, caption=note, caption_justify="left", title_justify="left")
+    for index, name in enumerate(SummaryRow.HEADER):
+        table.add_column(name, justify="left" if index < 3 else "right")
+    before = None
+    for row in summary:
+        cells = list(row.cells())
+        if row.arm == before:
+            cells[:2] = ["", ""]
+        elif before is not None:
+            table.add_section()
+        before = row.arm
+        table.add_row(*cells)
+    console = Console()
+    # A pipe or a log has no width of its own; 80 columns would fold every cell.
+    console = console if console.is_terminal else Console(width=150)
+    console.print(table)
+
+
+def write_report(study: StudyConfig, runs: Sequence[ArmRun], failed: dict[str, str]) -> Path:
+    """Write the report of the finished runs to the study's report/ and print its table."""
+    from train.figures import write_figures
+    from train.page import write_page
+
+    results = [load_result(run.folder, run.arm, run.seed) for run in runs]
+    folder = study.out / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    summary, note = summarise(results, study.published), caption(results)
+    rundir.write_atomic(folder / "table.csv", to_csv(rows_of(results)))
+    rundir.write_atomic(folder / "table.md", to_markdown(study.title, summary, note))
+    write_figures(results, folder)
+    write_page(study, results, summary, note, failed, folder / "index.html")
+    print_table(study.title, summary, note)
+    seconds = [r.final["seconds"] for r in results]
+    training = sum(s["training"] for s in seconds)
+    measuring = sum(s["measuring_live"] + s["measuring_final"] for s in seconds)
+    print(f"training {training:.0f} s, measuring {measuring:.1f} s ({100 * measuring / training:.1f} %), over all arms")
+    print(f"report: {folder / 'index.html'} (also table.csv, table.md, *.png beside it)")
+    return folder
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Make the report of a study anew from what is finished."""
+    import argparse
+    import dataclasses
+
+    from train.study import load_study, plan
+
+    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("study", type=Path, help="study file, such as configs/study/demo.yaml")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds (default: the file's)")
+    parser.add_argument("--out", type=Path, help="folder of the study (default: the file's)")
+    arguments = parser.parse_args(list(argv))
+    study = load_study(arguments.study)
+    changes = {k: getattr(arguments, k) for k in ("seeds", "out") if getattr(arguments, k) is not None}
+    study = dataclasses.replace(study, **changes)
+    runs = plan(study)
+    finished = [r for r in runs if r.status() == "finished"]
+    if not finished:
+        raise ValueError(
+            f"{study.out}: expected at least one finished arm of {arguments.study}, found none; "
+            f"run `sinkbed study {arguments.study}` first"
+        )
+    left = {r.folder.name: r.status() for r in runs if r not in finished}
+    write_report(study, finished, {})
+    for name, status in left.items():
+        print(f"not in the report: {name} ({status})")
+    return 0
