@@ -115,7 +115,7 @@ class Rows(Dataset[Batch]):
         return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
 
     @staticmethod
-    def collate(batch: Batch) -> Batch:
+    def collate(batch: Any) -> Batch:
         """For DataLoader's `collate_fn`: `__getitems__` gives whole batches, there is nothing to collate."""
         return batch
 

@@ -54,9 +54,7 @@ def permute(index: ArrayLike, size: int, *, seed: int, epoch: ArrayLike) -> NDAr
     return value.astype(np.int64).reshape(np.shape(index))
 
 
-def _feistel(
-    value: NDArray[np.uint64], half_bits: int, seed: int, epoch: NDArray[np.int64]
-) -> NDArray[np.uint64]:
+def _feistel(value: NDArray[np.uint64], half_bits: int, seed: int, epoch: NDArray[np.int64]) -> NDArray[np.uint64]:
     """A bijection of the integers of 2 * half_bits bits, keyed by (seed, epoch). value, epoch: [N]."""
     bits, low = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = value >> bits, value & low

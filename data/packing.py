@@ -177,8 +177,7 @@ class Concat:
                 is_text[places] = False
         # The text of consecutive documents is consecutive in the store: one range covers the row.
         skipped = begin - int(starts[0]) - (self.start_id is not None)
-        document_length = int(self.offsets[head + 1] - self.offsets[head])
-        text = int(self.offsets[head]) + min(max(skipped, 0), document_length)
+        text = int(self.offsets[head]) + max(skipped, 0)
         stream[is_text] = read(text, text + int(is_text.sum()))
         return stream
 

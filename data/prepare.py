@@ -228,4 +228,6 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one, with dotted keys."""
     if not isinstance(value, dict):
         return {prefix: value}
-    return {key: leaf for name, part in value.items() for key, leaf in _flat(part, f"{prefix}.{name}".strip(".")).items()}
+    return {
+        key: leaf for name, part in value.items() for key, leaf in _flat(part, f"{prefix}.{name}".strip(".")).items()
+    }

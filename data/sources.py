@@ -14,6 +14,7 @@ from __future__ import annotations
 import glob
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -83,7 +84,9 @@ class Source:
             raise ValueError("source.name: found none with kind 'hub'; expected owner/name")
         unknown = [part for part in self.parts or () if part not in get_args(Part)]
         if unknown or self.parts == () or len(set(self.parts or ())) < len(self.parts or ()):
-            raise ValueError(f"source.parts: found {list(self.parts or ())}, expected some of leads, speeches, each once")
+            raise ValueError(
+                f"source.parts: found {list(self.parts or ())}, expected some of leads, speeches, each once"
+            )
         if self.shuffle_buffer is not None and not (self.streaming and self.shuffle_seed is not None):
             raise ValueError(
                 "source.shuffle_buffer: found without streaming and a shuffle_seed, where no buffer is used; "
@@ -107,11 +110,9 @@ class Documents:
         self._dataset: Any = None
 
     def __iter__(self) -> Iterator[str]:
-        if self._dataset is None:
-            self._dataset = _load(self.source)
         column = self.source.column or "text"
         skipped = found = 0
-        for batch in self._dataset.iter(batch_size=_READ_BATCH):
+        for batch in self._record_batches():
             for text in batch[column]:
                 if text is None or (isinstance(text, str) and not text.strip()):
                     skipped += 1
@@ -131,9 +132,19 @@ class Documents:
 
     def count(self) -> int | None:
         """Records in the source, empty ones included; None where only a full pass would tell."""
+        return None if self.source.streaming else len(self._open())
+
+    def _open(self) -> Any:
         if self._dataset is None:
-            self._dataset = _load(self.source)
-        return None if self.source.streaming else len(self._dataset)
+            with _unreadable_named(self.source):
+                self._dataset = _load(self.source)
+        return self._dataset
+
+    def _record_batches(self) -> Iterator[dict[str, list[Any]]]:
+        batches = self._open().iter(batch_size=_READ_BATCH)
+        # A stream meets a broken file only when it gets there.
+        with _unreadable_named(self.source):
+            yield from batches
 
 
 def identity(source: Source) -> dict[str, Any]:
@@ -147,11 +158,7 @@ def identity(source: Source) -> dict[str, Any]:
     if source.kind == "hub":
         return {"name": source.name, "revision": source.revision}
     paths = [Path(path) for path in _matching(source.files)]
-    return {
-        "files": [
-            {"name": path.name, "size": path.stat().st_size, "sha256": sha256_file(path)} for path in paths
-        ]
-    }
+    return {"files": [{"name": path.name, "size": path.stat().st_size, "sha256": sha256_file(path)} for path in paths]}
 
 
 def _load(source: Source) -> Any:
@@ -170,26 +177,35 @@ def _load(source: Source) -> Any:
             streaming=source.streaming,
         )
     else:
-        arguments = {"sample_by": "document"} if source.kind == "text" else {}
-        try:
-            dataset = datasets.load_dataset(
-                _BUILDER[source.kind],
-                data_files=_matching(source.files),
-                split="train",
-                streaming=source.streaming,
-                **arguments,
-            )
-        except datasets.exceptions.DatasetGenerationError as error:
-            cause = error.__cause__ or error
-            raise ValueError(
-                f"{_describe(source)}: could not be read as {source.kind} ({cause}); check source.kind and the files"
-            ) from error
+        arguments: dict[str, Any] = {"sample_by": "document"} if source.kind == "text" else {}
+        dataset = datasets.load_dataset(
+            _BUILDER[source.kind],
+            data_files=_matching(source.files),
+            split="train",
+            streaming=source.streaming,
+            **arguments,
+        )
     dataset = _select_column(dataset, source)
     if source.shuffle_seed is None:
         return dataset
     if source.streaming:
         return dataset.shuffle(seed=source.shuffle_seed, buffer_size=source.shuffle_buffer or 10_000)
     return dataset.shuffle(seed=source.shuffle_seed)
+
+
+@contextmanager
+def _unreadable_named(source: Source) -> Iterator[None]:
+    """Name the source when a reader of `datasets` gives up on one of its files."""
+    import pyarrow as pa
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        yield
+    except (pa.ArrowInvalid, json.JSONDecodeError, DatasetGenerationError) as error:
+        raise ValueError(
+            f"{_describe(source)}: could not be read as {source.kind} ({error.__cause__ or error}); check source.kind "
+            "and the files"
+        ) from error
 
 
 def _select_column(dataset: Any, source: Source) -> Any:

@@ -82,9 +82,7 @@ class TokenStore:
             )
         for shard in manifest.splits[split].shards:
             if not (path / shard.file).is_file():
-                raise FileNotFoundError(
-                    f"{path / shard.file} is missing; prepare the token store again with --force"
-                )
+                raise FileNotFoundError(f"{path / shard.file} is missing; prepare the token store again with --force")
             size = (path / shard.file).stat().st_size
             if size != shard.size:
                 raise cls._damaged_at(path, shard, f"found {size:,} bytes on disk, expected {shard.size:,}")
@@ -107,12 +105,9 @@ class TokenStore:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the documents were encoded with."""
-        # The ids, not the names, are on record; the names follow from them.
-        import tokenizers
-
-        backend = tokenizers.Tokenizer.from_file(str(self.path / TOKENIZER_NAME))
-        bos, eos = backend.id_to_token(self.manifest.bos_id), backend.id_to_token(self.manifest.eos_id)
-        return Tokenizer(backend, bos=bos, eos=eos)
+        return Tokenizer.load_by_ids(
+            self.path / TOKENIZER_NAME, bos_id=self.manifest.bos_id, eos_id=self.manifest.eos_id
+        )
 
     def slice(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[np.unsignedinteger]:
         """Tokens `start` to `stop` of a document, clipped to its end: a read-only view of the mapped file.

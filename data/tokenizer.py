@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import tokenizers
@@ -65,8 +65,6 @@ class Tokenizer:
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
-        # Special tokens in the text are text while training, too.
-        backend.encode_special_tokens = True
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[BOS, EOS],
@@ -77,17 +75,19 @@ class Tokenizer:
         return cls(backend)
 
     @classmethod
-    def load(cls, path: Path | str, *, bos: str = BOS, eos: str = EOS) -> Tokenizer:
+    def load(cls, path: Path | str, *, bos: str = BOS, eos: str = EOS) -> Self:
         """Load a `tokenizer.json`. Raises FileNotFoundError, or ValueError for a file that is none."""
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"tokenizer: no file at {path}; give the path of a tokenizer.json")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for whatever it cannot parse
+        return cls(_read(Path(path)), bos=bos, eos=eos)
+
+    @classmethod
+    def load_by_ids(cls, path: Path | str, *, bos_id: int, eos_id: int) -> Self:
+        """Load a `tokenizer.json` whose BOS and EOS are known by id, as in a manifest. Raises as `load`."""
+        backend = _read(Path(path))
+        bos, eos = (backend.id_to_token(index) for index in (bos_id, eos_id))
+        if bos is None or eos is None:
             raise ValueError(
-                f"tokenizer: {path} is no tokenizer of the `tokenizers` library ({error}); give a tokenizer.json"
-            ) from error
+                f"tokenizer: {path} lacks id {bos_id} (bos) or {eos_id} (eos); it is of another vocabulary"
+            )
         return cls(backend, bos=bos, eos=eos)
 
     def save(self, path: Path | str) -> None:
@@ -148,9 +148,22 @@ class Tokenizer:
             )
 
 
+def _read(path: Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise FileNotFoundError(f"tokenizer: no file at {path}; give the path of a tokenizer.json")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for whatever it cannot parse
+        raise ValueError(
+            f"tokenizer: {path} is no tokenizer of the `tokenizers` library ({error}); give a tokenizer.json"
+        ) from error
+
+
 def tokenizer_file_sha256(path: Path) -> str:
     """The hash that `Tokenizer.sha256` gives for a saved tokenizer, without building it."""
     try:
         return sha256_json(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise ValueError(f"tokenizer: {path} is damaged ({error}); prepare the token store again with --force") from error
+        raise ValueError(
+            f"tokenizer: {path} is damaged ({error}); prepare the token store again with --force"
+        ) from error

@@ -19,11 +19,12 @@ class SelfAttention(nn.Module):
         heads = config.heads + 2 * config.key_heads
         self.qkv = nn.Linear(config.d_model, heads * config.dim, bias=False)
         self.out = nn.Linear(config.heads * config.dim, config.d_model, bias=False)
-        self.sink_logit: Tensor | None = None
+        self.sink_logit: Tensor | None
         if config.sink == "learned":
             self.sink_logit = nn.Parameter(torch.zeros(config.heads))
-        elif config.sink == "off_by_one":
-            self.register_buffer("sink_logit", torch.zeros(config.heads), persistent=False)
+        else:
+            fixed = torch.zeros(config.heads) if config.sink == "off_by_one" else None
+            self.register_buffer("sink_logit", fixed, persistent=False)
 
     def forward(
         self,

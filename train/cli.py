@@ -13,7 +13,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "prepare": ("train.prepare", "documents -> token store"),
     "fit": ("train.fit", "train a run, or resume it with --ckpt_path last"),
-    "validate": ("train.fit", "measure a checkpoint of a run on its probe set"),
+    "validate": ("train.validate", "measure a checkpoint of a run on its probe set"),
     "study": ("train.study", "run the arms of a study, measure and compare them"),
     "report": ("train.report", "table, figures and one HTML page of a study"),
     "bench": ("train.bench", "ratios against named peers: training"),

@@ -23,7 +23,7 @@ from lightning.pytorch.loggers.logger import Logger
 from train import rundir
 from train.checkpoint import LAST, AtomicCheckpointIO, Checkpoints, load_checkpoint
 from train.datamodule import TokenData
-from train.loggers import MetricsFile, WandbConfig, start_wandb
+from train.loggers import MetricsFile, WandbConfig, finish_wandb, start_wandb
 from train.measure import MeasureConfig
 from train.module import SinkbedModule
 from train.monitor import SinkMonitor
@@ -194,6 +194,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")
+    exit_code = 1
     try:
         SinkbedCLI(
             SinkbedModule,
@@ -202,7 +203,10 @@ def run(command: str, argv: Sequence[str]) -> int:
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            parser_kwargs={"prog": "sinkbed", "fit": {"description": (__doc__ or "").split("\n")[0]}},
         )
+        exit_code = 0
     finally:
         sys.argv = theirs
+        finish_wandb(exit_code)
     return 0

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import secrets
+import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,17 +125,32 @@ def record(
 
 
 def has_wandb_key() -> bool:
-    """Whether W&B has an API key: in the environment, or stored by `wandb login`."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
+    """Whether W&B has credentials: in the environment, its settings, or stored by `wandb login`."""
     import netrc
 
+    import wandb
+
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    settings = wandb.setup().settings
+    if settings.api_key:
+        return True
     try:
         hosts = netrc.netrc(os.environ.get("NETRC")).hosts
     except (OSError, netrc.NetrcParseError):
         return False
-    base = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    return base.split("://")[-1].strip("/") in hosts
+    return settings.base_url.split("://")[-1].strip("/") in hosts
+
+
+def _answers(url: str) -> bool:
+    """Whether a server answers at all. Asked first, because an init that fails keeps the run's id in use."""
+    import requests
+
+    try:
+        requests.head(url, timeout=10)
+    except requests.RequestException:
+        return False
+    return True
 
 
 def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) -> WandbLogger | None:
@@ -164,19 +180,24 @@ def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) ->
         resume="allow",
         dir=str(run_dir),
         config=settings,
-        settings=wandb.Settings(init_timeout=30, console="off", silent=mode == "offline"),
+        settings=wandb.Settings(console="off", silent=mode == "offline"),
     )
-    if mode == "offline":
-        del arguments["resume"]  # W&B warns that it has no meaning without a server
-    try:
-        run = wandb.init(mode=mode, **arguments)  # type: ignore[arg-type]
-    except wandb.errors.Error as error:
+    if mode == "online" and not _answers(wandb.setup().settings.base_url):
         rank_zero_warn(
-            f"W&B did not answer ({error}); the run goes on offline. "
+            f"the W&B server {wandb.setup().settings.base_url} does not answer; the run goes on offline. "
             f"Upload it later with: wandb sync {run_dir}/wandb/offline-run-*"
         )
-        arguments.pop("resume", None)
-        run = wandb.init(mode="offline", **arguments)
+        mode = "offline"
+    if mode == "offline":
+        arguments.pop("resume", None)  # W&B warns that it has no meaning without a server
+    run = wandb.init(mode=mode, **arguments)  # type: ignore[arg-type]
     run.define_metric("train/tokens")
     run.define_metric("*", step_metric="train/tokens")
     return WandbLogger(experiment=run, save_dir=str(run_dir))
+
+
+def finish_wandb(exit_code: int) -> None:
+    """Close the run, so that its file is complete; a code other than 0 marks it as failed."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish(exit_code=exit_code)

@@ -13,9 +13,9 @@ Sink mass is the plain mean of p_i over queries 1..T−1: query 0 would be 1 by 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from model import Decoder
 
 InferenceMode = Literal["as_trained", "bos", "text", "first_key_masked", "random_first"]
+MODES: tuple[InferenceMode, ...] = get_args(InferenceMode)
 EPSILONS = (0.2, 0.3, 0.5, 0.8)
 
 
@@ -48,7 +49,7 @@ class MeasureConfig:
     """T of the sink rate; documents with fewer tokens are not in the probe set."""
     onset_rate: float = 10.0
     """The onset is the first measurement whose sink rate (eps 0.3, live mode named first) reaches this, in %."""
-    batch_tokens: int = 16_384
+    batch_tokens: int = 4_096
     """Tokens per forward pass of a measurement, padding included."""
 
     def __post_init__(self) -> None:
@@ -180,6 +181,14 @@ class ModeResult:
         for layer, heads in enumerate(self.mass):
             out[f"sink/mass_by_layer/{layer}/{mode}"] = sum(heads) / len(heads)
         return out
+
+
+def check_modes(names: Sequence[str]) -> tuple[InferenceMode, ...]:
+    """Inference modes by name. Raises ValueError for a name that is none."""
+    for name in names:
+        if name not in MODES:
+            raise ValueError(f"inference mode: expected one of {', '.join(MODES)}; found {name!r}")
+    return tuple(mode for name in names for mode in MODES if mode == name)
 
 
 def _mean(rows: list[list[float]]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,7 +23,9 @@ def write_store(
     out: Path, tokenizer: Tokenizer, documents: Sequence[Sequence[int]], shard_tokens: int = 2**20
 ) -> TokenStore:
     """A store whose train split is `documents`, given as token ids."""
-    with StoreWriter(out, tokenizer, shard_tokens=shard_tokens) as writer:
+    with pytest.MonkeyPatch.context() as patch, StoreWriter(out, tokenizer, shard_tokens=shard_tokens) as writer:
+        # Hundreds of stores that no crash has to survive; what flushing is for is tested in test_writer.
+        patch.setattr(os, "fsync", lambda _: None)
         for document in documents:
             writer.add("train", document, len(document))
         writer.finish(recipe={"documents": len(documents)})
@@ -30,9 +33,7 @@ def write_store(
 
 
 @pytest.fixture(scope="session")
-def make_store(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer
-) -> Callable[..., TokenStore]:
+def make_store(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Callable[..., TokenStore]:
     """`make_store(documents, shard_tokens=...)`: a new store of token ids in a folder of its own."""
 
     def make(documents: Sequence[Sequence[int]], shard_tokens: int = 2**20) -> TokenStore:

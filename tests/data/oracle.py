@@ -67,9 +67,7 @@ def rows_of(
                 tokens=[token for token, _ in inside],
                 targets=[token for token, _ in following],
                 loss_mask=counted,
-                positions=[
-                    i - starts[i] if strategy.positions == "document" else i for i in range(length)
-                ],
+                positions=[i - starts[i] if strategy.positions == "document" else i for i in range(length)],
                 doc_start=starts,
                 doc_end=[length - owners[::-1].index(document) for document in owners],
                 documents=owners,

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import BOS, EOS, OracleRow, fields_of, rows_of, stream_of
 
 from data.batches import Rows
 from data.order import permute
 from data.packing import Concat, random_tokens
 from data.store import TokenStore
 from data.strategy import Strategy
-from oracle import BOS, EOS, OracleRow, fields_of, rows_of, stream_of
 
 MakeStore = Callable[..., TokenStore]
 
@@ -215,9 +215,7 @@ def assert_boundaries_occur(rows: list[OracleRow]) -> None:
     assert len(rows) > 5
     assert any(len(set(row.documents)) > 2 for row in rows), "no row holds three documents"
     assert any(len(set(row.documents)) == 1 for row in rows), "no row lies inside one document"
-    openings = [
-        row.documents[0] != before.documents[-1] for before, row in itertools.pairwise(rows)
-    ]
+    openings = [row.documents[0] != before.documents[-1] for before, row in itertools.pairwise(rows)]
     assert any(openings) and not all(openings), "rows begin both at and inside documents"
 
 

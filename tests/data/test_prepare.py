@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import pytest
 import yaml
+from datasets import config as datasets_config
 from jsonargparse import ArgumentParser
 
 from data.prepare import PrepareConfig, TokenizerConfig, prepare, split_of
@@ -28,7 +29,7 @@ TEXTS = [f"été number {i} is a document with <bos> and words {i * i}" for i in
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         yield
 
 
@@ -94,7 +95,12 @@ def test_the_tokenizer_sees_no_validation_document_and_no_more_than_its_limit(
         return train(cls, seen, vocab_size=vocab_size)
 
     monkeypatch.setattr(Tokenizer, "train", classmethod(spy))
-    for limit, count in (({}, None), ({"train_documents": 7}, 7), ({"train_bytes": 500}, None)):
+    limits: list[tuple[dict[str, Any], int | None]] = [
+        ({}, None),
+        ({"train_documents": 7}, 7),
+        ({"train_bytes": 500}, None),
+    ]
+    for limit, count in limits:
         chosen = dataclasses.replace(config, tokenizer=TokenizerConfig(vocab_size=300, **limit))
         prepare(chosen, force=True, progress=False)
         order = documents_in(config.out, "train")
@@ -165,7 +171,7 @@ def test_a_damaged_store_is_not_up_to_date(config: PrepareConfig) -> None:
 
 
 def test_a_share_that_leaves_a_split_empty_is_refused_and_leaves_nothing(config: PrepareConfig) -> None:
-    with pytest.raises(ValueError, match="validation_share: found 1e-09.*and 0 validation documents"):
+    with pytest.raises(ValueError, match=r"validation_share: found 1e-09.*and 0 validation documents"):
         prepare(dataclasses.replace(config, validation_share=1e-9), progress=False)
     assert list(Path(config.out).parent.iterdir()) == []
     manifest = prepare(dataclasses.replace(config, validation_share=0.0), progress=False)
@@ -175,10 +181,16 @@ def test_a_share_that_leaves_a_split_empty_is_refused_and_leaves_nothing(config:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TokenizerConfig(path="t.json", vocab_size=300), "tokenizer.vocab_size: found 300, which a tokenizer that is loaded"),
+        (
+            lambda: TokenizerConfig(path="t.json", vocab_size=300),
+            "tokenizer.vocab_size: found 300, which a tokenizer that is loaded",
+        ),
         (lambda: TokenizerConfig(bos="<s>"), "tokenizer.bos: found '<s>', which a tokenizer that is trained"),
         (lambda: TokenizerConfig(train_bytes=0), "tokenizer.train_bytes: found 0"),
-        (lambda: PrepareConfig(source=Source(kind="demo"), validation_share=1.0, out="x"), "validation_share: found 1.0"),
+        (
+            lambda: PrepareConfig(source=Source(kind="demo"), validation_share=1.0, out="x"),
+            "validation_share: found 1.0",
+        ),
         (lambda: PrepareConfig(source=Source(kind="demo"), shard_tokens=0, out="x"), "shard_tokens: found 0"),
     ],
 )

@@ -11,10 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import config as datasets_config
 
 from data import sources
 from data.sources import Documents, Source, identity
@@ -31,7 +31,9 @@ needs_demo = pytest.mark.skipif(
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """`datasets` caches by the path of the files; tests must not see each other's or the user's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        # A streamed, shuffled Parquet pass ends with a pause of five seconds in some versions.
+        patch.setattr(datasets_config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.05, raising=False)
         yield
 
 
@@ -104,9 +106,7 @@ def test_a_stream_is_shuffled_within_its_buffer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_empty_documents_are_skipped_and_counted_and_others_left_as_they_are(
-    streaming: bool, tmp_path: Path
-) -> None:
+def test_empty_documents_are_skipped_and_counted_and_others_left_as_they_are(streaming: bool, tmp_path: Path) -> None:
     texts = ["  a\n", "", "   \n\t", None, "b "]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     source = Source(kind="jsonl", files=(str(tmp_path / "a.jsonl"),), shuffle_seed=None, streaming=streaming)
@@ -129,15 +129,21 @@ def test_values_that_are_no_text_are_refused(tmp_path: Path) -> None:
         list(Documents(changed(write_jsonl(tmp_path), column="id")))
 
 
-def test_missing_files_empty_corpora_and_unreadable_files_are_named(tmp_path: Path) -> None:
+def test_missing_files_and_empty_corpora_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no file matches .*\*\.jsonl"):
         list(Documents(Source(kind="jsonl", files=(str(tmp_path / "*.jsonl"),))))
     (tmp_path / "blank.jsonl").write_text('{"text": " "}\n')
     with pytest.raises(ValueError, match=r"no document: 1 records.*blank\.jsonl"):
         list(Documents(Source(kind="jsonl", files=(str(tmp_path / "blank.jsonl"),))))
-    (tmp_path / "broken.parquet").write_text("not parquet")
-    with pytest.raises(ValueError, match=r"broken\.parquet.*parquet"):
-        list(Documents(Source(kind="parquet", files=(str(tmp_path / "broken.parquet"),))))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_file_of_another_format_is_named(kind: Any, streaming: bool, tmp_path: Path) -> None:
+    (tmp_path / "broken.data").write_text('{"text": "a"}\n{"text": \n')
+    source = Source(kind=kind, files=(str(tmp_path / "broken.data"),), streaming=streaming)
+    with pytest.raises(ValueError, match=rf"broken\.data: could not be read as {kind}.*check source\.kind"):
+        list(Documents(source))
 
 
 def test_a_data_set_that_brings_its_own_code_is_not_run(tmp_path: Path) -> None:
@@ -146,7 +152,7 @@ def test_a_data_set_that_brings_its_own_code_is_not_run(tmp_path: Path) -> None:
     trace = tmp_path / "was_run"
     (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w').close()")
     for streaming in (False, True):
-        with pytest.raises(Exception, match="."):
+        with pytest.raises(RuntimeError, match=r"[Ss]cripts are no longer supported"):
             list(Documents(Source(kind="hub", name=str(folder), streaming=streaming)))
     assert not trace.exists()
 
@@ -183,7 +189,8 @@ def test_the_identity_of_files_follows_their_contents_not_their_folder(tmp_path:
 
 @needs_demo
 @pytest.mark.parametrize(
-    ("parts", "count"), [(("leads",), 10_033), (("speeches",), 249), (None, 10_033 + 249), (("speeches", "leads"), 10_282)]
+    ("parts", "count"),
+    [(("leads",), 10_033), (("speeches",), 249), (None, 10_033 + 249), (("speeches", "leads"), 10_282)],
 )
 def test_the_demo_corpus_holds_all_its_documents(parts: Any, count: int) -> None:
     documents = Documents(Source(kind="demo", parts=parts, shuffle_seed=None))

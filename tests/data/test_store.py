@@ -7,6 +7,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -71,9 +72,7 @@ def test_ranges_outside_the_split_are_refused(make_store: MakeStore) -> None:
             store.stream(start, stop)
 
 
-def test_mappings_are_let_go_when_there_are_many_shards(
-    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mappings_are_let_go_when_there_are_many_shards(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "_MAPPED_SHARDS", 2)
     store = make_store([[2 + i] for i in range(9)], shard_tokens=1)
     assert len(store.info.shards) == 9
@@ -87,7 +86,7 @@ def test_shards_are_read_by_datasets_and_pyarrow_as_they_are(make_store: MakeSto
 
     store = make_store(DOCUMENTS, shard_tokens=4)
     files = [str(store.path / shard.file) for shard in store.info.shards]
-    loaded = datasets.load_dataset("arrow", data_files=files, split="train", cache_dir=str(tmp_path))
+    loaded: Any = datasets.load_dataset("arrow", data_files=files, split="train", cache_dir=str(tmp_path))
     assert [record["tokens"] for record in loaded] == DOCUMENTS
     assert loaded["bytes"][:] == [3, 0, 1, 5, 0, 2, 1]
     schema = pa.ipc.open_file(files[0]).schema
@@ -164,7 +163,7 @@ def test_a_missing_shard_split_tokenizer_or_store_is_named(make_store: MakeStore
     store = make_store(DOCUMENTS)
     with pytest.raises(ValueError, match="found splits train, expected 'validation'"):
         TokenStore.open(store.path, "validation")
-    with pytest.raises(FileNotFoundError, match="no token store at .*sinkbed prepare"):
+    with pytest.raises(FileNotFoundError, match=r"no token store at .*sinkbed prepare"):
         TokenStore.open(tmp_path)
     (store.path / "train" / "00000.arrow").unlink()
     with pytest.raises(FileNotFoundError, match=r"00000\.arrow is missing"):
@@ -189,7 +188,12 @@ def test_another_tokenizer_in_the_store_is_refused_but_its_layout_is_free(make_s
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "damaged"), ("{}", "damaged"), ('{"format": 99}', "found format 99, expected 1"), ('{"format": 1}', "damaged")],
+    [
+        ("{", "damaged"),
+        ("{}", "damaged"),
+        ('{"format": 99}', "found format 99, expected 1"),
+        ('{"format": 1}', "damaged"),
+    ],
 )
 def test_a_manifest_that_is_damaged_or_of_another_format_is_refused(
     make_store: MakeStore, content: str, message: str

@@ -40,9 +40,7 @@ def test_a_shared_prefix_has_effect_beside_a_window_or_the_document_mask() -> No
     assert Strategy(shared_prefix=1, mask="document").shared_prefix == 1
 
 
-@pytest.mark.parametrize(
-    "setting", [{"window": 16}, {"prefix_lm": 16}, {"shared_prefix": 16, "mask": "document"}]
-)
+@pytest.mark.parametrize("setting", [{"window": 16}, {"prefix_lm": 16}, {"shared_prefix": 16, "mask": "document"}])
 def test_a_setting_as_long_as_the_row_is_refused_for_that_context(setting: dict[str, Any]) -> None:
     strategy = Strategy(**setting)
     strategy.check_context(17)

@@ -1,0 +1,44 @@
+"""Shared by all tests: one thread, no W&B key, no network; a tiny token store."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ["WANDB_API_KEY"] = ""
+os.environ["WANDB_MODE"] = "offline"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import logging
+
+import pytest
+import torch
+
+# Lightning's log handler keeps the stream of the first test; writing to it later is pytest's affair, not ours.
+logging.raiseExceptions = False
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A token store of 400 short generated documents, vocabulary 300."""
+    from data.prepare import PrepareConfig, TokenizerConfig, prepare
+    from data.sources import Source
+
+    folder = tmp_path_factory.mktemp("tiny")
+    words = ["sink", "bos", "row", "token", "mask", "head", "layer", "mass", "first", "key"]
+    with (folder / "docs.jsonl").open("w") as file:
+        for i in range(400):
+            text = " ".join(words[(i * 7 + j * j + j * i) % 10] for j in range(10 + (i * 13) % 60))
+            file.write(json.dumps({"text": f"{i}: {text}."}) + "\n")
+    prepare(
+        PrepareConfig(
+            source=Source(kind="jsonl", files=(str(folder / "docs.jsonl"),), column="text"),
+            tokenizer=TokenizerConfig(vocab_size=300),
+            validation_share=0.1,
+            out=str(folder / "store"),
+        ),
+        progress=False,
+    )
+    return folder / "store"

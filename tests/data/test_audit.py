@@ -1,0 +1,126 @@
+"""The audit, computed from offsets alone, equals counting over all materialised rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import BOS, rows_of, stream_of
+
+from data import audit as audit_module
+from data.audit import audit
+from data.batches import Rows
+from data.store import TokenStore
+from data.strategy import Marker, Strategy
+
+MakeStore = Callable[..., TokenStore]
+
+
+def counted_by_hand(documents: list[list[int]], strategy: Strategy, length: int) -> dict[str, Any]:
+    first = {"none": None, "bos": BOS, "random": 99}.get(strategy.first_token, strategy.first_token)  # type: ignore[arg-type]
+    assert first is None or isinstance(first, int)
+    rows = rows_of(documents, strategy, length, first)
+    stream = stream_of(documents, strategy)
+    owner = [document for _, document in stream]
+    per_row = [len(set(row.documents)) for row in rows]
+    # Every document's stream positions, by row; what follows the last row is a row of its own.
+    stride = len(rows[0].stream_positions)
+    row_of: dict[int, set[int]] = {}
+    for position, document in enumerate(owner):
+        row_of.setdefault(document, set()).add(min(position // stride, len(rows)))
+    targets = [counts for row in rows for counts in row.loss_mask]
+    opens = [
+        row.stream_positions[0] == 0 or owner[row.stream_positions[0]] != owner[row.stream_positions[0] - 1]
+        for row in rows
+    ]
+    return {
+        "rows_per_epoch": len(rows),
+        "tokens_per_epoch": len(rows) * length,
+        "stream_tokens_per_epoch": len(rows) * stride,
+        "targets_per_epoch": sum(targets),
+        "documents": len(documents),
+        "documents_per_row_mean": sum(per_row) / len(rows),
+        "documents_per_row_max": max(per_row),
+        "share_of_rows_that_begin_with_bos": sum(row.tokens[0] == BOS for row in rows) / len(rows),
+        "share_of_rows_that_begin_a_document": sum(opens) / len(rows),
+        "share_of_tokens_padding": 0.0,
+        "documents_cut": sum(len(held) > 1 for held in row_of.values()),
+        "share_of_documents_cut": sum(len(held) > 1 for held in row_of.values()) / len(documents),
+        "tail_tokens_dropped": len(stream) - len(rows) * stride,
+        "share_of_targets_not_counted": 1 - sum(targets) / len(targets),
+    }
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=4, max_size=40),
+    strategy=st.builds(
+        Strategy,
+        first_token=st.sampled_from(["none", "bos", "random", BOS, 9]),
+        document_start=st.sampled_from(["none", "bos", "eos"]),
+        document_end=st.sampled_from(["none", "bos", "eos"]),
+        mask=st.sampled_from(["causal", "document"]),
+        prefix_lm=st.sampled_from([0, 2, 4]),
+    ),
+    length=st.integers(5, 12),
+    chunk=st.integers(1, 9),
+)
+def test_the_audit_equals_a_count_over_all_rows(
+    make_store: MakeStore, lengths: list[int], strategy: Strategy, length: int, chunk: int
+) -> None:
+    documents = [[2 + i % 256] * size for i, size in enumerate(lengths)]
+    if len(stream_of(documents, strategy)) <= length:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        # Pieces of a few documents, so that rows begin in one and end in another.
+        patch.setattr(audit_module, "_CHUNK", chunk)
+        found = audit(Rows(make_store(documents), strategy, length))
+    for name, value in counted_by_hand(documents, strategy, length).items():
+        assert found[name] == pytest.approx(value), name
+
+
+def test_the_extremes_of_each_share_occur(make_store: MakeStore) -> None:
+    """Guard for the test above: documents that fill rows exactly, and one that never ends."""
+    aligned = make_store([[2] * 7] * 9)
+    found = audit(Rows(aligned, Strategy(document_start="bos", document_end="none"), 8))
+    assert found["share_of_rows_that_begin_with_bos"] == found["share_of_rows_that_begin_a_document"] == 1
+    assert (found["documents_cut"], found["documents_per_row_max"]) == (0, 1)
+    assert found["tail_tokens_dropped"] == 8, "the last row has no last target"
+    single = audit(Rows(make_store([[2] * 80]), Strategy(), 8))
+    assert single["share_of_rows_that_begin_a_document"] == 1 / single["rows_per_epoch"]
+    assert single["share_of_documents_cut"] == 1
+
+
+def test_a_row_that_begins_with_an_end_marker_begins_with_bos_where_that_is_the_marker(make_store: MakeStore) -> None:
+    # Nine tokens a document, its end marker included: a marker opens rows 1, 10 and 19.
+    store = make_store([[2] * 8] * 20)
+    counts: dict[Marker, int] = {"bos": 3, "eos": 0}
+    for end, opened in counts.items():
+        rows = Rows(store, Strategy(document_end=end), 8)
+        assert audit(rows)["share_of_rows_that_begin_with_bos"] == opened / len(rows)
+
+
+def test_arms_of_one_store_share_the_document_order_and_other_stores_do_not(make_store: MakeStore) -> None:
+    documents = [[2, 3, 4]] * 10
+    store = make_store(documents)
+    base = audit(Rows(store, Strategy(), 8))
+    other_arm = audit(Rows(store, Strategy(first_token="bos", mask="document", document_end="none"), 6))
+    assert base["document_order"] == other_arm["document_order"]
+    assert base["store_digest"] == other_arm["store_digest"]
+    assert base["document_order"] == audit(Rows(make_store(documents, shard_tokens=5), Strategy(), 8))["document_order"]
+    same_lengths = audit(Rows(make_store([[2, 3, 5]] * 10), Strategy(), 8))
+    assert base["store_digest"] != same_lengths["store_digest"]
+    other_order = audit(Rows(make_store([[2], *documents]), Strategy(), 8))
+    assert base["document_order"] != other_order["document_order"]
+
+
+def test_the_audit_is_json_and_reads_no_token(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Rows(make_store([[2, 3, 4]] * 10), Strategy(first_token="random"), 8)
+    monkeypatch.setattr(TokenStore, "stream", lambda *_: pytest.fail("read tokens"))
+    found = audit(rows)
+    assert json.loads(json.dumps(found)) == found
+    assert found["strategy"]["first_token"] == "random" and found["context_length"] == 8

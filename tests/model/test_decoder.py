@@ -1,0 +1,179 @@
+"""The decoder against plain definitions and against Hugging Face's Llama; packing inside the whole model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import interval_mask
+from model import Decoder, DecoderConfig
+from model.parts import RMSNorm, SwiGLU, rotate, rotations
+
+SMALL = dict(layers=2, d_model=32, heads=4, kv_heads=2, d_ff=48, init_std=0.2)
+
+
+def small(**changes) -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(DecoderConfig(**{**SMALL, **changes}), vocab_size=50)
+
+
+def test_rmsnorm_and_its_gradients_equal_the_definition():
+    x = torch.randn(3, 5, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(16, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(3, 5, 16, dtype=torch.float64)
+    (x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight).backward(upstream)
+    norm = RMSNorm(16, 1e-5)
+    with torch.no_grad():
+        norm.weight.copy_(weight)
+    ours = x.detach().float().requires_grad_()
+    norm(ours).backward(upstream.float())
+    torch.testing.assert_close(ours.grad.double(), x.grad, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(norm.weight.grad.double(), weight.grad, atol=5e-6, rtol=5e-6)
+
+
+def test_swiglu_and_its_gradients_equal_the_definition():
+    layer = SwiGLU(8, 12).double()
+    x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    gate, up = (x @ layer.gate_up.weight.T).chunk(2, -1)
+    expected = (gate * torch.sigmoid(gate) * up) @ layer.down.weight.T
+    grads = torch.autograd.grad(expected.sum(), [x, *layer.parameters()])
+    ours = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
+    torch.testing.assert_close(layer(x), expected)
+    for a, b in zip(ours, grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_rotation_depends_on_the_distance_of_positions_only():
+    q, k = torch.randn(2, 1, 1, 1, 16).unbind(0)
+    dots = [
+        (rotate(q, rotations(torch.tensor([a]), 16, 100.0)) * rotate(k, rotations(torch.tensor([b]), 16, 100.0))).sum()
+        for a, b in [(7, 3), (104, 100), (5, 3)]
+    ]
+    torch.testing.assert_close(dots[0], dots[1], atol=1e-4, rtol=1e-4)
+    assert (dots[0] - dots[2]).abs() > 1e-3
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_logits_and_loss_equal_hugging_face_llama(tied, kv_heads):
+    transformers = pytest.importorskip("transformers")
+    ours = small(tied=tied, kv_heads=kv_heads)
+    c = ours.config
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=50,
+            hidden_size=c.d_model,
+            intermediate_size=c.d_ff,
+            num_hidden_layers=c.layers,
+            num_attention_heads=c.heads,
+            num_key_value_heads=c.key_heads,
+            head_dim=c.dim,
+            rms_norm_eps=c.norm_eps,
+            rope_theta=c.rope_base,
+            tie_word_embeddings=tied,
+        )
+    ).eval()
+
+    def halves(weight: torch.Tensor) -> torch.Tensor:
+        """Rows of a projection from our neighbouring pairs to Llama's halves."""
+        return weight.unflatten(0, (-1, c.dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+    state = {"model.embed_tokens.weight": ours.embedding.weight, "model.norm.weight": ours.norm.weight}
+    state["lm_head.weight"] = ours.head.weight
+    for i, block in enumerate(ours.blocks):
+        q, k, v = block.attention.qkv.weight.split([n * c.dim for n in (c.heads, c.key_heads, c.key_heads)])
+        gate, up = block.feed_forward.gate_up.weight.chunk(2)
+        p = f"model.layers.{i}."
+        state |= {
+            p + "self_attn.q_proj.weight": halves(q),
+            p + "self_attn.k_proj.weight": halves(k),
+            p + "self_attn.v_proj.weight": v,
+            p + "self_attn.o_proj.weight": block.attention.out.weight,
+            p + "mlp.gate_proj.weight": gate,
+            p + "mlp.up_proj.weight": up,
+            p + "mlp.down_proj.weight": block.feed_forward.down.weight,
+            p + "input_layernorm.weight": block.attention_norm.weight,
+            p + "post_attention_layernorm.weight": block.feed_forward_norm.weight,
+        }
+    theirs.load_state_dict(state, strict=True)
+    tokens = torch.randint(50, (2, 17))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def packed_layout():
+    lengths = [5, 1, 9]
+    start = torch.tensor([[0] * 5 + [5] + [6] * 9], dtype=torch.int32)
+    end = torch.tensor([[5] * 5 + [6] + [15] * 9], dtype=torch.int32)
+    mask = interval_mask(1, 15, doc_start=start, doc_end=end, document=True)
+    return lengths, mask, torch.arange(15)[None] - start.long()
+
+
+@pytest.mark.parametrize("document_positions", [False, True])
+def test_packed_logits_and_gradients_equal_those_of_separate_documents(document_positions):
+    lengths, mask, positions = packed_layout()
+    tokens = torch.randint(50, (1, 15))
+    packed, separate = small(), small()
+    # Rotary positions are relative, so counting along the row or the document gives the same model.
+    logits = packed(tokens, positions if document_positions else None, mask).logits
+    F.cross_entropy(logits[0], tokens[0].roll(-1), reduction="sum").backward()
+    pieces = [separate(t).logits for t in tokens.split(lengths, dim=1)]
+    joined = torch.cat(pieces, dim=1)
+    F.cross_entropy(joined[0], tokens[0].roll(-1), reduction="sum").backward()
+    torch.testing.assert_close(logits, joined, atol=2e-5, rtol=2e-5)
+    for a, b in zip(packed.parameters(), separate.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-3)
+
+
+def test_a_token_of_one_document_changes_nothing_in_another():
+    _, mask, positions = packed_layout()
+    model, tokens = small(), torch.randint(50, (1, 15))
+    changed = tokens.clone()
+    changed[0, 7] = (changed[0, 7] + 1) % 50
+    with torch.no_grad():
+        a, b = model(tokens, positions, mask).logits, model(changed, positions, mask).logits
+    assert torch.equal(a[:, :6], b[:, :6])
+    assert not torch.equal(a[:, 7:], b[:, 7:])
+
+
+@pytest.mark.parametrize("sink", ["none", "learned", "off_by_one"])
+def test_every_sink_option_trains_and_reports_its_mass(sink):
+    model = small(sink=sink)
+    tokens = torch.randint(50, (2, 8))
+    out = model(tokens, statistics=True)
+    out.logits.sum().backward()
+    masses = [s.sink_mass for s in out.statistics]
+    assert len(masses) == 2
+    if sink == "none":
+        assert masses == [None, None]
+    else:
+        assert all(0 < m.mean() < 1 for m in masses)
+    logits = [p for n, p in model.named_parameters() if n.endswith("sink_logit")]
+    assert len(logits) == (2 if sink == "learned" else 0)
+    assert all(p.grad.abs().sum() > 0 for p in logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(heads=5, kv_heads=None), "d_model: expected a multiple of heads=5"),
+        (dict(kv_heads=3), "kv_heads: expected a divisor of heads=4"),
+        (dict(layers=0), "layers: expected at least 1"),
+        (dict(head_dim=7), "head_dim: expected an even number"),
+        (dict(init_std=0), "init_std: expected more than 0"),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        DecoderConfig(**{**SMALL, **change})
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"), [("demo", 0.2e6, 2e6), ("60m", 50e6, 110e6), ("120m", 110e6, 140e6), ("1b", 0.9e9, 1.2e9)]
+)
+def test_the_shipped_shapes_have_the_size_in_their_name(name, low, high):
+    import yaml
+
+    vocab = 512 if name == "demo" else 50_432 if name == "60m" else 32_000
+    with open(f"configs/model/{name}.yaml") as file, torch.device("meta"):
+        model = Decoder(DecoderConfig(**yaml.safe_load(file)["model"]["decoder"]), vocab)
+    assert low < model.parameter_count() < high

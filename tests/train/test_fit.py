@@ -1,0 +1,328 @@
+"""`sinkbed fit` as users run it: the run directory, resume, refusals, faults."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from train import rundir
+from train.cli import main
+
+
+def points(folder):
+    """metrics.jsonl without what depends on the clock."""
+    found = list(rundir.read_metrics(folder / rundir.METRICS))
+    return [{k: v for k, v in p.items() if k != "train/tokens_per_second"} for p in found]
+
+
+def weights(folder, step):
+    return torch.load(folder / "checkpoints" / f"step-{step:07d}.ckpt", weights_only=True)["state_dict"]
+
+
+def test_a_run_leaves_everything_its_reader_needs(fit):
+    status, folder = fit()
+    assert status == 0
+    for name in (rundir.CONFIG, rundir.MANIFEST, rundir.AUDIT, rundir.METRICS, rundir.MEASUREMENT, rundir.RUN):
+        assert (folder / name).stat().st_size > 0, name
+    found = points(folder)
+    assert [p["train/tokens"] for p in found] == [4 * 48 * p["step"] for p in found]
+    assert [p["step"] for p in found] == sorted(p["step"] for p in found)
+    training = [p for p in found if "train/loss" in p]
+    assert [p["step"] for p in training] == list(range(1, 11))
+    assert training[0]["train/loss"] > training[-1]["train/loss"], "the tiny model learns"
+    measured = [p for p in found if "sink/rate/0.3/bos" in p]
+    assert [p["step"] for p in measured] == [0, 2, 4, 10]
+    keys = set(measured[-1])
+    for mode in ("bos", "text", "first_key_masked"):
+        assert {f"val/loss/{mode}", f"val/bits_per_byte/{mode}", f"sink/mass/{mode}"} <= keys
+        assert {f"sink/rate/{e}/{mode}" for e in (0.2, 0.3, 0.5, 0.8)} <= keys
+        assert {f"sink/mass_by_layer/{layer}/{mode}" for layer in range(2)} <= keys
+        assert torch.tensor(measured[-1][f"sink/heatmap/{mode}"]).shape == (2, 2)
+    assert {"sink/document_start_mass", "sink/row_start_mass"} <= keys
+    final = rundir.read_json(folder / rundir.MEASUREMENT)
+    assert final["modes"]["bos"]["loss"] == measured[-1]["val/loss/bos"]
+    assert final["tokens"] == 10 * 4 * 48
+
+
+def test_the_same_seed_gives_the_same_run_bit_for_bit(fit):
+    _, a = fit(run_dir="a")
+    _, b = fit(run_dir="b")
+    _, c = fit("--seed_everything", "1", run_dir="c")
+    assert points(a) == points(b)
+    assert points(a) != points(c)
+
+
+class Killed(BaseException):
+    """As good as kill -9 for the code under test: nothing catches it."""
+
+
+def kill_at(monkeypatch, step):
+    from train.module import SinkbedModule
+
+    original = SinkbedModule.training_step
+
+    def training_step(self, *args):
+        if self.trainer.global_step == step:
+            raise Killed
+        return original(self, *args)
+
+    monkeypatch.setattr(SinkbedModule, "training_step", training_step)
+    return lambda: monkeypatch.setattr(SinkbedModule, "training_step", original)
+
+
+@pytest.mark.parametrize("extra", [(), ("--data.micro_batch", "2"), ("--data.workers", "1")])
+def test_a_killed_run_resumes_to_the_same_weights_and_points(fit, monkeypatch, extra):
+    _, whole = fit(*extra, run_dir="whole")
+    revive = kill_at(monkeypatch, 7)
+    with pytest.raises(Killed):
+        fit(*extra, run_dir="cut")
+    revive()
+    folder = whole.parent / "cut"
+    assert points(folder)[-1]["step"] > 4, "points after the checkpoint exist and must be made again"
+    identifier = rundir.read_json(folder / rundir.RUN)
+    assert fit(*extra, "--ckpt_path", "last", run_dir="cut")[0] == 0
+    assert points(folder) == points(whole)
+    ours, theirs = weights(folder, 10), weights(whole, 10)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert rundir.read_json(folder / rundir.RUN) == identifier
+    measured = (rundir.read_json(f / rundir.MEASUREMENT)["modes"] for f in (folder, whole))
+    assert next(measured) == next(measured)
+
+
+def test_a_run_killed_before_its_final_measurement_is_measured_on_resume(fit):
+    _, folder = fit()
+    expected = rundir.read_json(folder / rundir.MEASUREMENT)["modes"]
+    (folder / rundir.MEASUREMENT).unlink()
+    assert fit("--ckpt_path", "last")[0] == 0
+    assert rundir.read_json(folder / rundir.MEASUREMENT)["modes"] == expected
+
+
+def refused(capsys, status):
+    message = capsys.readouterr().err
+    assert status != 0
+    return message
+
+
+def test_a_used_run_directory_is_refused_and_left_alone(fit, capsys):
+    _, folder = fit()
+    before = (folder / rundir.METRICS).read_bytes()
+    message = refused(capsys, fit()[0])
+    assert "found a run" in message and "--ckpt_path last" in message
+    assert (folder / rundir.METRICS).read_bytes() == before
+
+
+def test_resuming_what_never_started_is_refused(fit, capsys):
+    message = refused(capsys, fit("--ckpt_path", "last")[0])
+    assert "found none" in message and "leave --ckpt_path out" in message
+
+
+def test_resuming_another_strategy_is_refused_with_both_values(fit, capsys):
+    fit()
+    message = refused(capsys, fit("--ckpt_path", "last", "--data.strategy.first_token", "none")[0])
+    assert "'first_token': 'bos'" in message and "'first_token': 'none'" in message
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"\x80\x04" + b[2:]])
+def test_a_damaged_checkpoint_is_named(fit, capsys, damage):
+    _, folder = fit()
+    last = folder / "checkpoints" / "last.ckpt"
+    content = last.read_bytes()
+    last.unlink()
+    last.write_bytes(damage(content))
+    message = refused(capsys, fit("--ckpt_path", "last")[0])
+    assert str(last) in message and "does not load" in message
+
+
+def test_a_checkpoint_cannot_run_code(fit, capsys, tmp_path):
+    _, folder = fit()
+
+    class Trap:
+        def __reduce__(self):
+            return open, (str(tmp_path / "trap"), "w")
+
+    last = folder / "checkpoints" / "last.ckpt"
+    last.unlink()
+    torch.save({"state_dict": Trap()}, last)
+    assert "does not load" in refused(capsys, fit("--ckpt_path", "last")[0])
+    assert not (tmp_path / "trap").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(fit, capsys, monkeypatch):
+    import train.module
+
+    original = train.module.next_token_loss
+    calls = []
+
+    def loss(logits, batch):
+        calls.append(1)
+        return original(logits, batch) * (float("nan") if len(calls) == 7 else 1)
+
+    monkeypatch.setattr(train.module, "next_token_loss", loss)
+    status, folder = fit()
+    message = refused(capsys, status)
+    assert "step 7" in message and "nan" in message and "--ckpt_path last" in message
+    assert all(torch.isfinite(w).all() for w in weights(folder, 4).values())
+    assert not (folder / "checkpoints" / "step-0000008.ckpt").exists()
+
+
+def test_a_full_disk_is_one_message_and_leaves_no_part_of_a_checkpoint(fit, capsys, monkeypatch):
+    import train.checkpoint
+
+    original = train.checkpoint.write_atomic
+    saves = []
+
+    def full(path, content):
+        if path.suffix == ".ckpt":
+            saves.append(path)
+            if len(saves) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        original(path, content)
+
+    monkeypatch.setattr(train.checkpoint, "write_atomic", full)
+    status, folder = fit()
+    message = refused(capsys, status)
+    assert "disk is full" in message and "step-0000008.ckpt" in message
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["last.ckpt", "step-0000004.ckpt"]
+    monkeypatch.undo()
+    assert fit("--ckpt_path", "last")[0] == 0
+
+
+def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    rundir.write_json(path, {"old": 1})
+    monkeypatch.setattr(rundir.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError):
+        rundir.write_json(path, {"new": 2})
+    assert rundir.read_json(path) == {"old": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--model.decoder.heads", "3"), "d_model: expected a multiple of heads=3"),
+        (("--data.store", "nowhere"), "nowhere"),
+        (("--data.context_length", "1000000"), "1000000"),
+        (("--data.global_batch", "4", "--data.micro_batch", "3"), "expected a multiple of micro_batch=3"),
+        (("--trainer.max_steps", "-1"), "trainer.max_steps: expected at least 1"),
+        (("--trainer.accumulate_grad_batches", "2"), "set data.micro_batch"),
+        (("--model.optimizer.warmup_steps", "11"), "do not fit into trainer.max_steps=10"),
+        (("--measure.sink_tokens", "64"), "measure.sink_tokens=64"),
+        (("--data.strategy.window", "0"), "window"),
+    ],
+)
+def test_a_wrong_setting_is_one_message(fit, capsys, extra, message):
+    try:
+        status, _ = fit(*extra)
+    except SystemExit as stop:  # the parser's own refusals
+        status = stop.code
+    error = refused(capsys, status)
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_an_unknown_key_is_an_error(fit, capsys):
+    with pytest.raises(SystemExit):
+        fit("--model.decoder.headz", "3")
+    assert "headz" in capsys.readouterr().err
+
+
+def test_a_missing_config_is_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "nowhere.yaml"])
+    assert "nowhere.yaml" in capsys.readouterr().err
+
+
+def test_wandb_holds_the_same_points_against_tokens(fit):
+    _, folder = fit()
+    [binary] = folder.glob("wandb/offline-run-*/run-*.wandb")
+    history = wandb_history(binary)
+    ours = points(folder)
+    assert len(history) == len(ours)
+    for theirs, point in zip(history, ours, strict=True):
+        for key, value in point.items():
+            if isinstance(value, float | int) and key != "step":
+                assert theirs[key] == pytest.approx(value), key
+    images = [row["sink/heatmap/bos/path"] for row in history if "sink/heatmap/bos/path" in row]
+    assert len(images) == 4 and all((binary.parent / "files" / path).exists() for path in images)
+
+
+def wandb_history(binary):
+    """History rows of an offline run's file: protocol buffers in LevelDB's log format."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, rows, at, whole = binary.read_bytes(), [], 7, b""
+    assert content[:4] == b":W&B"
+    while at + 7 <= len(content):
+        left = 32768 - at % 32768
+        if left < 7:  # a header never crosses a block
+            at += left
+            continue
+        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        if kind == 0:
+            at += left
+            continue
+        whole += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # the record is complete
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            whole = b""
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
+    return rows
+
+
+def test_a_wandb_server_that_does_not_answer_costs_a_warning_only(fit):
+    folder = fit.config.parent / "run"
+    environment = {
+        **{k: v for k, v in os.environ.items() if k != "WANDB_MODE"},
+        "WANDB_BASE_URL": "http://127.0.0.1:9",  # nothing listens there
+        "WANDB_API_KEY": "0" * 40,
+    }
+    command = [sys.executable, "-m", "train", "fit", "--config", str(fit.config)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "goes on offline" in done.stderr and "wandb sync" in done.stderr
+    assert len(points(folder)) > 10
+    assert list(folder.glob("wandb/offline-run-*"))
+    for path in folder.rglob("*"):
+        assert not path.is_file() or b"0" * 40 not in path.read_bytes(), f"the key is in {path}"
+
+
+def test_tokens_per_second_leaves_measuring_out(fit, monkeypatch):
+    import train.monitor
+
+    original = train.monitor.measure
+
+    def slow(*args):
+        import time
+
+        time.sleep(0.5)
+        return original(*args)
+
+    monkeypatch.setattr(train.monitor, "measure", slow)
+    _, folder = fit()
+    speeds = [p["train/tokens_per_second"] for p in rundir.read_metrics(folder / rundir.METRICS) if "train/tokens_per_second" in p]
+    # One step is 192 tokens: with half a second of measuring in it, its rate could not reach 384.
+    assert len(speeds) == 9 and min(speeds) > 400
+
+
+def test_validate_gives_the_numbers_of_the_final_measurement(fit, capsys, tmp_path):
+    _, folder = fit()
+    assert main(["validate", str(folder), "--json", str(tmp_path / "out.json")]) == 0
+    assert rundir.read_json(tmp_path / "out.json") == rundir.read_json(folder / rundir.MEASUREMENT)["modes"]
+    assert "BOS + text" in capsys.readouterr().out
+    early = folder / "checkpoints" / "step-0000004.ckpt"
+    assert main(["validate", str(early), "--modes", "as_trained", "random_first", "--documents", "2"]) == 0
+    assert "step 4, 2 documents" in capsys.readouterr().out
+    assert main(["validate", str(folder), "--modes", "boss"]) == 1
+    assert "found 'boss'" in capsys.readouterr().err
+    assert main(["validate", str(tmp_path)]) == 1
+    assert "expected a run directory" in capsys.readouterr().err

@@ -1,0 +1,146 @@
+"""The measurement against its definition, computed from whole attention matrices."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model.attention
+from data.store import TokenStore
+from data.strategy import Strategy
+from kernels.reference import probabilities
+from model import Decoder, DecoderConfig
+from train.measure import EPSILONS, MeasureConfig, Probe, measure
+
+CONFIG = MeasureConfig(documents=7, live_documents=3, sink_tokens=16, batch_tokens=200)
+
+
+@pytest.fixture(scope="module")
+def probe(tiny_store):
+    return Probe.from_store(TokenStore.open(tiny_store, "validation"), 48, CONFIG)
+
+
+@pytest.fixture
+def decoder():
+    torch.manual_seed(1)
+    return Decoder(DecoderConfig(layers=2, d_model=32, heads=4, kv_heads=2, d_ff=48, init_std=0.4), 300)
+
+
+def attention_matrices(decoder, tokens, hide_first, monkeypatch):
+    """[L, H, T, T] of one document, from the inputs that the operator really receives."""
+    found, operator = [], model.attention.attention
+
+    def spy(q, k, v, mask, **kwargs):
+        a, _ = probabilities(q, k, mask, q.shape[-1] ** -0.5, None)
+        found.append(a[0])
+        return operator(q, k, v, mask, **kwargs)
+
+    from kernels import interval_mask
+
+    monkeypatch.setattr(model.attention, "attention", spy)
+    mask = interval_mask(1, tokens.shape[1], hide_first_key=hide_first)
+    logits = decoder(tokens, mask=mask).logits
+    monkeypatch.setattr(model.attention, "attention", operator)
+    return torch.stack(found), logits
+
+
+@pytest.mark.parametrize("mode", ["bos", "text", "first_key_masked"])
+def test_rates_masses_and_loss_equal_their_definitions(mode, probe, decoder, monkeypatch):
+    result = measure(decoder, probe, mode, Strategy(first_token="bos"), CONFIG)
+    alphas, alphas_row, masses, nll, size = [], [], [], [], 0
+    with torch.no_grad():
+        for text in probe.documents:
+            bos = torch.tensor([probe.bos_id])
+            tokens = text if mode == "text" else torch.cat([bos, text])
+            a, logits = attention_matrices(decoder, tokens[None], mode == "first_key_masked", monkeypatch)
+            T = 16
+            alphas.append(torch.stack([a[..., i, 0] for i in range(T)]).sum(0) / T)
+            alphas_row.append(a[..., 0].sum(-1) / len(tokens))
+            masses.append(a[..., 1:T, 0].mean(-1))
+            targets = text[1:]
+            nll.append(F.cross_entropy(logits[0, -len(text) : -1], targets, reduction="sum"))
+            size += len(targets)
+    lengths = {len(d) for d in probe.documents}
+    assert len(lengths) > 1, "documents of different lengths, so that padding is under test"
+    alpha, alpha_row = torch.stack(alphas), torch.stack(alphas_row)
+    for eps in EPSILONS:
+        expected = 100 * (alpha > eps).double().mean(0)
+        torch.testing.assert_close(torch.tensor(result.rate[str(eps)], dtype=torch.float64), expected)
+        expected = 100 * (alpha_row > eps).double().mean(0)
+        torch.testing.assert_close(torch.tensor(result.rate_row[str(eps)], dtype=torch.float64), expected)
+    torch.testing.assert_close(torch.tensor(result.mass), torch.stack(masses).mean(0), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(torch.tensor(result.alpha), alpha.mean(0), atol=1e-6, rtol=1e-5)
+    assert result.tokens == size
+    assert result.loss == pytest.approx(float(sum(nll)) / size, rel=1e-5)
+    text_bytes = sum(int(probe.token_bytes[d[1:]].sum()) for d in probe.documents)
+    assert result.bits_per_byte == pytest.approx(float(sum(nll)) / math.log(2) / text_bytes, rel=1e-5)
+    if mode != "first_key_masked":
+        assert max(max(row) for row in result.rate["0.2"]) > 0, "some head is over a threshold"
+
+
+def test_masking_bos_equals_removing_it_since_rotary_positions_are_relative(probe, decoder):
+    strategy = Strategy(first_token="bos")
+    masked, text = (measure(decoder, probe, m, strategy, CONFIG) for m in ("first_key_masked", "text"))
+    assert masked.loss == pytest.approx(text.loss, rel=1e-5)
+    assert all(x == 0 for row in masked.mass for x in row)
+
+
+def test_first_key_masked_keeps_the_input_a_strategy_trains_on(probe, decoder):
+    without_bos = measure(decoder, probe, "first_key_masked", Strategy(), CONFIG)
+    text = measure(decoder, probe, "text", Strategy(), CONFIG)
+    assert abs(without_bos.loss - text.loss) > 1e-4, "hiding the text's own first token costs something"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "mode"),
+    [
+        (Strategy(first_token="bos"), "bos"),
+        (Strategy(document_start="bos"), "bos"),
+        (Strategy(), "text"),
+        (Strategy(first_token="random"), "random_first"),
+    ],
+)
+def test_as_trained_is_the_input_of_the_strategy(strategy, mode, probe, decoder):
+    assert measure(decoder, probe, "as_trained", strategy, CONFIG) == measure(decoder, probe, mode, strategy, CONFIG)
+
+
+def test_a_window_applies_when_measuring_too(probe, decoder):
+    result = measure(decoder, probe, "text", Strategy(window=4), CONFIG)
+    # Of 15 later queries only the first 3 still see key 0.
+    assert all(x <= 3 / 15 for row in result.mass for x in row)
+
+
+def test_measuring_disturbs_nothing(probe, decoder):
+    decoder.train()
+    state, weights = torch.get_rng_state(), [p.clone() for p in decoder.parameters()]
+    for mode in ("bos", "random_first"):
+        measure(decoder, probe, mode, Strategy(), CONFIG)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert decoder.training and torch.is_grad_enabled()
+    assert all(torch.equal(a, b) for a, b in zip(decoder.parameters(), weights, strict=True))
+
+
+def test_the_batch_size_of_a_measurement_does_not_matter(probe, decoder):
+    import dataclasses
+
+    one = measure(decoder, probe, "bos", Strategy(), dataclasses.replace(CONFIG, batch_tokens=1))
+    many = measure(decoder, probe, "bos", Strategy(), dataclasses.replace(CONFIG, batch_tokens=10_000))
+    assert one.rate == many.rate
+    assert one.loss == pytest.approx(many.loss, rel=1e-6)
+
+
+def test_measurements_are_dense_early_and_reach_the_end():
+    steps = MeasureConfig(first_step=10, live_points=8).steps(1000)
+    assert steps[0] == 0 and steps[1] == 10 and steps[-1] == 1000
+    gaps = [b - a for a, b in zip(steps[1:], steps[2:], strict=False)]
+    assert gaps == sorted(gaps)
+    assert MeasureConfig().steps(3) == [0, 3]
+
+
+def test_a_probe_that_cannot_be_is_refused(tiny_store):
+    store = TokenStore.open(tiny_store, "validation")
+    with pytest.raises(ValueError, match="expected fewer than"):
+        Probe.from_store(store, 16, CONFIG)
+    with pytest.raises(ValueError, match="none that long"):
+        Probe.from_store(store, 4096, MeasureConfig(sink_tokens=2000))

@@ -1,0 +1,194 @@
+"""A study of tiny arms through the real command line: what runs, what does not, what the report holds."""
+
+import contextlib
+import csv
+import io
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+
+from train import rundir
+from train.cli import main
+from train.study import load_study, plan
+
+from .conftest import write_run_config
+
+
+def write_study(folder, store):
+    """A study file of two arms, fixed BOS and none, with its configs beside it."""
+    write_run_config(folder / "run.yaml", store)
+    (folder / "none.yaml").write_text("data: {strategy: {first_token: none}}\n")
+    (folder / "bos.yaml").write_text("data: {strategy: {first_token: bos}}\n")
+    path = folder / "study.yaml"
+    path.write_text(
+        f"""
+title: A study <of> two arms
+question: Which?
+out: {folder / "out"}
+base: [run.yaml]
+workers: 2
+arms:
+  fixed: [bos.yaml]
+  absent: [none.yaml]
+published:
+  fixed: {{bos: [90.84, 2.69]}}
+"""
+    )
+    return path
+
+
+@pytest.fixture
+def study(tiny_store, tmp_path):
+    """A study that has not run."""
+    return write_study(tmp_path, tiny_store)
+
+
+@pytest.fixture(scope="module")
+def _run_once(tiny_store, tmp_path_factory):
+    path = write_study(tmp_path_factory.mktemp("study"), tiny_store)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(["study", str(path), "--quiet"]) == 0
+    return path, printed.getvalue()
+
+
+@pytest.fixture
+def finished(_run_once, study):
+    """The same study, run; each test has its own copy."""
+    shutil.copytree(_run_once[0].parent / "out", study.parent / "out")
+    # Its configs name this copy's folders; contents decide what an arm is, so they must be those of the run.
+    shutil.copy(_run_once[0].parent / "run.yaml", study.parent / "run.yaml")
+    return study
+
+
+def table(path):
+    with (path.parent / "out" / "report" / "table.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_study_runs_its_arms_and_reports_them(finished, _run_once):
+    out = finished.parent / "out"
+    rows = table(finished)
+    assert [(r["arm"], r["seed"], r["mode"]) for r in rows] == [
+        (arm, "0", mode) for arm in ("fixed", "absent") for mode in ("bos", "text", "first_key_masked")
+    ]
+    assert {"arm", "seed", "mode", "sink_rate_0.3", "sink_mass", "loss", "bits_per_byte"} <= set(rows[0])
+    measured = rundir.read_json(out / "runs" / "fixed-seed0" / rundir.MEASUREMENT)["modes"]["bos"]
+    assert float(rows[0]["loss"]) == pytest.approx(measured["loss"], abs=1e-6)
+    mass = [x for row in measured["mass"] for x in row]
+    assert float(rows[0]["sink_mass"]) == pytest.approx(sum(mass) / len(mass), abs=1e-6)
+
+    for name in ("result.png", "curves.png", "heatmaps.png", "loss.png"):
+        assert (out / "report" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    printed = _run_once[1]
+    assert "fixed at position 0" in printed and "90.84 / 2.69" in printed
+    markdown = (out / "report" / "table.md").read_text()
+    assert "90.84 / 2.69" in markdown and "one seed (0)" in markdown
+
+
+class Links(HTMLParser):
+    """Everything a page would fetch."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        self.found += [v for k, v in attributes if k in ("src", "href") and v]
+
+
+def test_the_page_needs_no_network_and_escapes_what_users_wrote(finished):
+    page = (finished.parent / "out" / "report" / "index.html").read_text()
+    links = Links()
+    links.feed(page)
+    assert links.found == []
+    assert "A study &lt;of&gt; two arms" in page and "<of>" not in page
+    assert page.count("plotly-graph-div") == 4
+    assert len(re.findall(r"<tr><td>", page)) == 6 + 6
+
+
+def test_a_finished_arm_is_not_run_again_and_an_interrupted_one_resumes(finished):
+    out = finished.parent / "out" / "runs"
+    before = (out / "fixed-seed0" / rundir.METRICS).stat().st_mtime_ns
+    whole = (out / "absent-seed0" / rundir.METRICS).read_text()
+    # As a kill after step 8 leaves it: points beyond the checkpoint, no measurement.
+    (out / "absent-seed0" / rundir.MEASUREMENT).unlink()
+    checkpoints = out / "absent-seed0" / "checkpoints"
+    (checkpoints / "step-0000010.ckpt").unlink()
+    (checkpoints / "last.ckpt").unlink()
+    (checkpoints / "last.ckpt").hardlink_to(checkpoints / "step-0000008.ckpt")
+    study_runs = plan(load_study(finished))
+    assert [r.status() for r in study_runs] == ["finished", "interrupted"]
+    assert main(["study", str(finished), "--quiet"]) == 0
+    assert (out / "fixed-seed0" / rundir.METRICS).stat().st_mtime_ns == before
+
+    def without_clock(text):
+        return re.sub(r', "train/tokens_per_second": [\d.]+', "", text)
+
+    assert without_clock((out / "absent-seed0" / rundir.METRICS).read_text()) == without_clock(whole)
+
+
+def test_an_arm_that_fails_is_reported_and_does_not_stop_the_rest(study, capsys):
+    study.write_text(study.read_text().replace("absent: [none.yaml]", "absent: [broken.yaml]"))
+    (study.parent / "broken.yaml").write_text("data: {strategy: {window: 0}}\n")
+    assert main(["study", str(study), "--quiet"]) == 1
+    error = capsys.readouterr().err
+    assert "absent-seed0 failed" in error and "window" in error and "fit.log" in error
+    assert {r["arm"] for r in table(study)} == {"fixed"}
+    assert "window" in (study.parent / "out" / "report" / "index.html").read_text()
+
+
+def test_an_arm_made_under_another_configuration_is_refused_unless_forced(finished, capsys):
+    (finished.parent / "none.yaml").write_text("data: {strategy: {first_token: random}}\n")
+    assert main(["study", str(finished), "--quiet"]) == 1
+    assert "absent-seed0" in (error := capsys.readouterr().err) and "--force" in error
+    assert main(["study", str(finished), "--quiet", "--force"]) == 0
+    config = (finished.parent / "out" / "runs" / "absent-seed0" / rundir.CONFIG).read_text()
+    assert "first_token: random" in config
+
+
+def test_seeds_give_a_range_in_the_table(finished):
+    main(["study", str(finished), "--quiet", "--seeds", "0", "1"])
+    assert {r["seed"] for r in table(finished)} == {"0", "1"}
+    markdown = (finished.parent / "out" / "report" / "table.md").read_text()
+    assert re.search(r"\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)", markdown)
+
+
+def test_the_report_can_be_made_again_from_what_is_finished(finished):
+    report = finished.parent / "out" / "report"
+    before = (report / "table.csv").read_text()
+    (report / "table.csv").unlink()
+    assert main(["report", str(finished)]) == 0
+    assert (report / "table.csv").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("workers: 2", "worker: 2"), "unknown key 'worker'"),
+        (("base: [run.yaml]", "base: [nowhere.yaml]"), "names nowhere.yaml"),
+        (("  fixed: [bos.yaml]", "  ../fixed: [bos.yaml]"), "names a folder"),
+        (("title:", "# "), "expected the key 'title'"),
+        (("workers: 2", "workers: 0"), "study.workers: expected at least 1"),
+        (("workers: 2", "seeds: [1, 1]"), "expected distinct seeds"),
+        (("workers: 2", "workers: [}"), "expected YAML"),
+    ],
+)
+def test_a_wrong_study_file_is_one_message(study, capsys, change, message):
+    study.write_text(study.read_text().replace(*change))
+    assert main(["study", str(study)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_study_is_named(capsys):
+    assert main(["study", "nowhere.yaml"]) == 1
+    assert "nowhere.yaml" in capsys.readouterr().err
+
+
+def test_the_shipped_studies_name_files_that_exist():
+    from pathlib import Path
+
+    for path in Path("configs/study").glob("*.yaml"):
+        assert load_study(path).arms

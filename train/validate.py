@@ -1,0 +1,92 @@
+"""`sinkbed validate`: measure a checkpoint of a run on its probe set, with the code that measures live."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train import rundir
+
+if TYPE_CHECKING:
+    from data.strategy import Strategy
+    from model import Decoder
+
+
+def load_decoder(checkpoint: dict[str, Any]) -> tuple[Decoder, Strategy]:
+    """The decoder of a checkpoint, and the strategy it was trained under.
+
+    Raises ValueError for a checkpoint that sinkbed did not write.
+    """
+    from data.strategy import Strategy
+    from model import Decoder, DecoderConfig
+
+    identity = checkpoint.get("sinkbed")
+    if identity is None:
+        raise ValueError("the checkpoint: expected one written by sinkbed fit, found no `sinkbed` entry")
+    decoder = Decoder(DecoderConfig(**identity["decoder"]), identity["vocab_size"])
+    prefix = "decoder."
+    weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    decoder.load_state_dict(weights)
+    return decoder, Strategy(**identity["strategy"])
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Parse, measure, print a table."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("run", type=Path, help="run directory, or a checkpoint inside one")
+    parser.add_argument("--modes", nargs="+", help="inference modes (default: the run's)")
+    parser.add_argument("--documents", type=int, help="documents of the probe set (default: the run's)")
+    parser.add_argument("--store", type=Path, help="token store (default: the run's)")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--json", type=Path, help="also write every figure, per layer and head, to this file")
+    arguments = parser.parse_args(list(argv))
+
+    import torch
+    import yaml
+
+    from data.store import TokenStore
+    from train.checkpoint import LAST, load_checkpoint
+    from train.measure import MeasureConfig, Probe, check_modes, measure
+    from train.report import MODE_LABELS
+
+    path = arguments.run
+    folder = path.parent.parent if path.is_file() else path
+    config_path = folder / rundir.CONFIG
+    if not config_path.is_file():
+        raise FileNotFoundError(f"{path}: expected a run directory or a checkpoint inside one, found no {config_path}")
+    checkpoint = load_checkpoint(path if path.is_file() else folder / rundir.CHECKPOINTS / LAST)
+    config = yaml.safe_load(config_path.read_text())
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in config["measure"].items()}
+    if arguments.documents is not None:
+        settings |= {"documents": arguments.documents, "live_documents": 1}
+    if arguments.modes is not None:
+        settings |= {"modes": check_modes(arguments.modes)}
+    measuring = MeasureConfig(**settings)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+
+    decoder, strategy = load_decoder(checkpoint)
+    identity = checkpoint["sinkbed"]
+    store = TokenStore.open(arguments.store or Path(identity["store"]), "validation")
+    if store.manifest.tokenizer_sha256 != identity["tokenizer"]:
+        raise ValueError(
+            f"{store.path}: expected the tokenizer that the checkpoint was trained with "
+            f"({identity['tokenizer'][:12]}), found {store.manifest.tokenizer_sha256[:12]}; give its --store"
+        )
+    probe = Probe.from_store(store, identity["context_length"], measuring)
+    results = {mode: measure(decoder, probe, mode, strategy, measuring) for mode in measuring.modes}
+    print(f"step {checkpoint['global_step']}, {len(probe.documents)} documents, T = {measuring.sink_tokens}, eps 0.3")
+    print(f"{'input':26}{'sink rate %':>12}{'sink mass':>11}{'loss':>8}{'bits/byte':>11}")
+    for mode, result in results.items():
+        m = result.metrics(mode)
+        print(
+            f"{MODE_LABELS[mode]:26}{m[f'sink/rate/0.3/{mode}']:12.1f}{m[f'sink/mass/{mode}']:11.3f}"
+            f"{result.loss:8.3f}{result.bits_per_byte:11.3f}"
+        )
+    if arguments.json is not None:
+        rundir.write_json(arguments.json, {mode: dataclasses.asdict(r) for mode, r in results.items()})
+    return 0
