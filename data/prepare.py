@@ -133,7 +133,7 @@ def _recipe(config: PrepareConfig) -> dict[str, Any]:
     if chosen.path:
         if not Path(chosen.path).is_file():
             raise FileNotFoundError(f"tokenizer.path: no file at {chosen.path}; give the path of a tokenizer.json")
-        tokenizer = {"sha256": sha256_file(Path(chosen.path)), "bos": chosen.bos, "eos": chosen.eos}
+        tokenizer: dict[str, Any] = {"sha256": sha256_file(Path(chosen.path)), "bos": chosen.bos, "eos": chosen.eos}
     else:
         tokenizer = {
             "vocab_size": chosen.vocab_size or _VOCAB_SIZE,

@@ -8,7 +8,7 @@
 
 Each record is a document: `tokens`, large_list<uint16> (uint32 when the vocabulary exceeds 65,536), without
 special tokens, and `bytes`, int64, the UTF-8 length of its text. The files are uncompressed, so a slice
-of tokens is a view of the mapped file, and `datasets`, polars, duckdb and pyarrow read them as they are.
+of tokens is a view of the mapped file, and `datasets`, polars and pyarrow read them as they are.
 
 Memory: 8 bytes per document (the offsets), whatever the number of tokens. Tokens live in the page cache.
 Traded away: a store is never changed in place; another tokenizer or split means another store.

@@ -124,8 +124,8 @@ class Tokenizer:
         # In a byte-level vocabulary each character stands for one byte; added tokens are plain text.
         for token, index in self.backend.get_vocab(with_added_tokens=False).items():
             table[index] = len(token)
-        for index, token in self.backend.get_added_tokens_decoder().items():
-            table[index] = len(token.content.encode())
+        for index, added in self.backend.get_added_tokens_decoder().items():
+            table[index] = len(added.content.encode())
         table[list(self.special_ids)] = 0
         return table
 

@@ -10,9 +10,9 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from kernels.torch_cpu import torch_attention
 from kernels.mask import Mask
 from kernels.reference import reference_attention
+from kernels.torch_cpu import torch_attention
 
 Implementation = Literal["reference", "torch"]
 _IMPLEMENTATIONS = {"reference": reference_attention, "torch": torch_attention}
@@ -106,9 +106,7 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, sink_logit: Tensor | None) -> Non
     Hkv = k.shape[1]
     for name, x in (("k", k), ("v", v)):
         if tuple(x.shape) != (B, Hkv, T, D):
-            raise ValueError(
-                f"{name}: expected [B={B}, Hkv={Hkv}, T={T}, D={D}] as q and k, received {list(x.shape)}"
-            )
+            raise ValueError(f"{name}: expected [B={B}, Hkv={Hkv}, T={T}, D={D}] as q and k, received {list(x.shape)}")
     if H % Hkv:
         raise ValueError(f"k: expected a number of heads that divides q's {H}, received {Hkv}")
     if sink_logit is not None and (tuple(sink_logit.shape) != (H,) or sink_logit.device != q.device):

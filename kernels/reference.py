@@ -11,9 +11,7 @@ from torch import Tensor
 from kernels.mask import Mask
 
 
-def probabilities(
-    q: Tensor, k: Tensor, mask: Mask, scale: float, sink_logit: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def probabilities(q: Tensor, k: Tensor, mask: Mask, scale: float, sink_logit: Tensor | None) -> tuple[Tensor, Tensor]:
     """Attention matrix and log-sum-exp.
 
     Args:

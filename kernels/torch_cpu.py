@@ -10,6 +10,8 @@ The statistics never need the T×T probabilities: the mass of one key is exp(q·
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,9 @@ def _attention_torch(
 
 
 @_attention_torch.register_fake
-def _(q, k, v, bias, sink_logit, scale):  # noqa: ANN001, ANN202
+def _(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sink_logit: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=dtype)
 
@@ -49,9 +53,7 @@ def _attention_torch_backward(
     sink_logit: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = _flash_backward(
-        grad, q, k, v, output, lse, 0.0, bias is None, attn_mask=bias, scale=scale
-    )
+    dq, dk, dv = _flash_backward(grad, q, k, v, output, lse, 0.0, bias is None, attn_mask=bias, scale=scale)
     if sink_logit is None:
         return dq, dk, dv, q.new_empty(0)
     delta = (grad * output).sum(-1, dtype=lse.dtype)  # [B, H, T]
@@ -60,12 +62,22 @@ def _attention_torch_backward(
 
 
 @_attention_torch_backward.register_fake
-def _(grad, q, k, v, output, lse, bias, sink_logit, scale):  # noqa: ANN001, ANN202
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    sink_logit: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dsink = q.new_empty(0) if sink_logit is None else torch.empty_like(sink_logit)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsink
 
 
-def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, bias, sink_logit, scale = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, bias, sink_logit, out, lse)
@@ -73,7 +85,7 @@ def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
     ctx.mark_non_differentiable(lse)
 
 
-def _backward(ctx, grad, _grad_lse):  # noqa: ANN001, ANN202
+def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, bias, sink_logit, out, lse = ctx.saved_tensors
     dq, dk, dv, dsink = _attention_torch_backward(grad, q, k, v, out, lse, bias, sink_logit, ctx.scale)
     return dq, dk, dv, None, (None if sink_logit is None else dsink), None

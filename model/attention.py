@@ -37,11 +37,7 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Statistics | None]:
         """x [B, T, C] -> [B, T, C], and the statistics [B, H, T] when asked for."""
         c = self.config
-        q_k, v = (
-            self.qkv(x)
-            .unflatten(-1, (-1, c.dim))
-            .split([c.heads + c.key_heads, c.key_heads], dim=2)
-        )
+        q_k, v = self.qkv(x).unflatten(-1, (-1, c.dim)).split([c.heads + c.key_heads, c.key_heads], dim=2)
         q, k = rotate(q_k, rotation).split([c.heads, c.key_heads], dim=2)
         out = attention(
             q.transpose(1, 2),

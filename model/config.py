@@ -46,8 +46,7 @@ class DecoderConfig:
             raise ValueError(f"kv_heads: expected a divisor of heads={self.heads}, found {self.kv_heads}")
         if self.head_dim is None and self.d_model % self.heads:
             raise ValueError(
-                f"d_model: expected a multiple of heads={self.heads}, found {self.d_model}; "
-                "change one, or set head_dim"
+                f"d_model: expected a multiple of heads={self.heads}, found {self.d_model}; change one, or set head_dim"
             )
         if self.dim % 2 or self.dim < 2:
             raise ValueError(f"head_dim: expected an even number (RoPE rotates pairs), found {self.dim}")

@@ -104,9 +104,7 @@ class Decoder(nn.Module):
         x = self.embedding(tokens)
         found: list[Statistics] = []
         for block in self.blocks:
-            x, layer = block(
-                x, rotation, mask, statistics=statistics, implementation=self.implementation
-            )
+            x, layer = block(x, rotation, mask, statistics=statistics, implementation=self.implementation)
             if layer is not None:
                 found.append(layer)
         return DecoderOutput(self.head(self.norm(x)), tuple(found) if statistics else None)

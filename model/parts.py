@@ -6,6 +6,8 @@ with few passes over memory; tests hold them to the plain definitions, forward a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,13 +21,13 @@ class _RMSNormCPU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: ANN001
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         rstd = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
         return (x * rstd).mul_(weight)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
         dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
             grad, x, weight.shape, torch.zeros_like(rstd), rstd, weight, None, [True, True, False]
@@ -74,14 +76,14 @@ class _SwiGLUCPU(torch.autograd.Function):
     """silu(gate) · up of one [.., 2F] tensor, writing both halves of the gradient in place."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         gate, up = x.chunk(2, -1)
         activated = F.silu(gate)
         ctx.save_for_backward(x, activated)
         return activated * up
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # noqa: ANN001
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         x, activated = ctx.saved_tensors
         gate, up = x.chunk(2, -1)
         dx = torch.empty_like(x)

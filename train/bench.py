@@ -110,7 +110,6 @@ def training(arguments: Any) -> int:
                 head_dim=shape.dim,
                 tie_word_embeddings=shape.tied,
                 use_cache=False,
-                attn_implementation="sdpa",
             )
         )
         forward = torch.compile(llama) if compiled else llama

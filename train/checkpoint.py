@@ -14,7 +14,6 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from train.rundir import write_atomic
 
-
 LAST = "last.ckpt"
 
 
@@ -35,9 +34,7 @@ class Checkpoints(Checkpoint):
         """The step that a run resumes from is saved already."""
         self.saved = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Save when an optimizer step that is due has ended."""
         step = trainer.global_step
         if step == self.saved or (step % self.every and step != trainer.max_steps):
@@ -56,17 +53,13 @@ class Checkpoints(Checkpoint):
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoint files through a temporary file in the same folder, fsync and rename."""
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Serialise, then replace `path`; a full disk or a crash leaves the previous file."""
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         write_atomic(Path(path), buffer.getbuffer())
 
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """See `load_checkpoint`."""
         return load_checkpoint(Path(path))
 

@@ -101,13 +101,10 @@ class TokenData(L.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def transfer_batch_to_device(
-        self, batch: Batch, device: torch.device, dataloader_idx: int
-    ) -> Batch:
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move the batch's tensors."""
         return batch.to(device)
 
     def audit(self) -> dict[str, Any]:
         """What packing did with the corpus."""
         return audit(self.rows)
-

@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from train.report import MODE_LABELS, Result
 from train.rundir import write_atomic
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which readers with colour-blindness tell apart; one an arm, by order.
 COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#7A7A7A", "#000000")
 MODE_COLOURS = {"bos": "#0072B2", "text": "#D55E00", "first_key_masked": "#7A7A7A"}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -34,9 +34,7 @@ def arms_of(results: Sequence[Result]) -> list[str]:
 
 def curve(results: Sequence[Result], arm: str, key: str) -> tuple[list[int], list[float]]:
     """Tokens and the mean over seeds of a metric of an arm, at the steps every seed has."""
-    series = [
-        {p["train/tokens"]: p[key] for p in r.points if p.get(key) is not None} for r in results if r.arm == arm
-    ]
+    series = [{p["train/tokens"]: p[key] for p in r.points if p.get(key) is not None} for r in results if r.arm == arm]
     tokens = sorted(set.intersection(*(set(s) for s in series))) if series else []
     return tokens, [fmean(s[t] for s in series) for t in tokens]
 
@@ -48,7 +46,7 @@ def write_figures(results: Sequence[Result], folder: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(dict(_STYLE)):
         for name, draw in (("result", _result), ("curves", _curves), ("heatmaps", _heatmaps), ("loss", _losses)):
             figure = draw(results)
             buffer = io.BytesIO()
@@ -95,7 +93,9 @@ def _curves(results: Sequence[Result]) -> Figure:
         for index, arm in enumerate(arms_of(results)):
             for mode, style in (("bos", "-"), ("text", "--")):
                 tokens, values = curve(results, arm, key.format(mode))
-                axis.plot(tokens, values, style, color=COLOURS[index % len(COLOURS)], label=arm if style == "-" else None)
+                axis.plot(
+                    tokens, values, style, color=COLOURS[index % len(COLOURS)], label=arm if style == "-" else None
+                )
         axis.set_xlabel("tokens seen")
         axis.set_title(title)
     axes[0].plot([], [], "k-", label="input: BOS + text")

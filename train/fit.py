@@ -50,9 +50,7 @@ class ProgressBar(TQDMProgressBar):
         self.train_progress_bar.initial = trainer.global_step
         self.train_progress_bar.n = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Move to the optimizer step reached."""
         bar = self.train_progress_bar
         if trainer.global_step % self.refresh_rate == 0 or trainer.global_step == trainer.max_steps:
@@ -125,8 +123,7 @@ class SinkbedCLI(LightningCLI):
             torch.set_num_threads(config.threads)
         if config.trainer.max_steps is None or config.trainer.max_steps < 1:
             raise ValueError(
-                "trainer.max_steps: expected at least 1 (the schedules need the end), "
-                f"found {config.trainer.max_steps}"
+                f"trainer.max_steps: expected at least 1 (the schedules need the end), found {config.trainer.max_steps}"
             )
         if config.trainer.accumulate_grad_batches != 1 or config.trainer.gradient_clip_val:
             raise ValueError(
@@ -180,7 +177,8 @@ class SinkbedCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """A run killed between its last step and its final measurement is measured when it is resumed."""
-        monitor = next(c for c in self.trainer.callbacks if isinstance(c, SinkMonitor))
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        monitor = next(c for c in callbacks if isinstance(c, SinkMonitor))
         done = self.trainer.global_step >= self.trainer.max_steps
         if done and not (monitor.run_dir / rundir.MEASUREMENT).exists():
             monitor.finish(self.trainer, self.model)

@@ -88,9 +88,7 @@ def heatmap_image(values: list[list[float]]) -> np.ndarray:
     """
     levels = np.clip(np.asarray(values, dtype=np.float64), 0, 1)[..., None]
     low, middle, high = np.array([13, 8, 60]), np.array([187, 55, 84]), np.array([252, 255, 164])
-    colour = np.where(
-        levels < 0.5, low + (middle - low) * levels * 2, middle + (high - middle) * (levels * 2 - 1)
-    )
+    colour = np.where(levels < 0.5, low + (middle - low) * levels * 2, middle + (high - middle) * (levels * 2 - 1))
     cell = max(4, 256 // max(levels.shape[:2]))
     return np.kron(colour.astype(np.uint8), np.ones((cell, cell, 1), dtype=np.uint8))
 
@@ -117,10 +115,7 @@ def record(
         else:
             # JSON has no NaN; a gap in a curve is written as null.
             point |= heatmaps
-            point = {
-                k: None if isinstance(v, float) and not math.isfinite(v) else v
-                for k, v in point.items()
-            }
+            point = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in point.items()}
             logger.log_metrics(point, step=step)
 
 
@@ -142,6 +137,11 @@ def has_wandb_key() -> bool:
     return settings.base_url.split("://")[-1].strip("/") in hosts
 
 
+def _rank() -> int:
+    """Rank of this process, as Lightning knows it before a trainer exists."""
+    return int(getattr(rank_zero_only, "rank", 0))
+
+
 def _answers(url: str) -> bool:
     """Whether a server answers at all. Asked first, because an init that fails keeps the run's id in use."""
     import requests
@@ -158,7 +158,7 @@ def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) ->
 
     A server that does not answer costs a warning and the run goes on offline.
     """
-    if config.mode == "disabled" or rank_zero_only.rank != 0:
+    if config.mode == "disabled" or _rank() != 0:
         return None
     import wandb
 
@@ -167,7 +167,7 @@ def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) ->
     identifier = known.get("wandb_id") or secrets.token_hex(4)
     if not known:
         rundir.write_json(path, {"wandb_id": identifier})
-    mode = config.mode
+    mode: Any = config.mode
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
     arguments: dict[str, Any] = dict(
@@ -190,7 +190,7 @@ def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) ->
         mode = "offline"
     if mode == "offline":
         arguments.pop("resume", None)  # W&B warns that it has no meaning without a server
-    run = wandb.init(mode=mode, **arguments)  # type: ignore[arg-type]
+    run = wandb.init(mode=mode, **arguments)
     run.define_metric("train/tokens")
     run.define_metric("*", step_metric="train/tokens")
     return WandbLogger(experiment=run, save_dir=str(run_dir))

@@ -60,8 +60,7 @@ class MeasureConfig:
             raise ValueError(f"measure.sink_tokens: expected at least 2, found {self.sink_tokens}")
         if self.live_documents > self.documents:
             raise ValueError(
-                f"measure.live_documents: expected at most documents={self.documents}, "
-                f"found {self.live_documents}"
+                f"measure.live_documents: expected at most documents={self.documents}, found {self.live_documents}"
             )
         for name in ("modes", "live_modes"):
             if len(set(getattr(self, name))) != len(getattr(self, name)) or not getattr(self, name):
@@ -91,9 +90,7 @@ class Probe:
     special_ids: frozenset[int] = field(default_factory=frozenset)
 
     @classmethod
-    def from_store(
-        cls, store: TokenStore, context_length: int, config: MeasureConfig
-    ) -> Probe:
+    def from_store(cls, store: TokenStore, context_length: int, config: MeasureConfig) -> Probe:
         """The first documents of `store` (the validation split) with at least `sink_tokens` tokens."""
         import torch
 
@@ -124,9 +121,7 @@ class Probe:
 
     def head(self, count: int) -> Probe:
         """The first `count` documents."""
-        return Probe(
-            self.documents[:count], self.token_bytes, self.bos_id, self.pad_id, self.special_ids
-        )
+        return Probe(self.documents[:count], self.token_bytes, self.bos_id, self.pad_id, self.special_ids)
 
     def batches(self, batch_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Token ids [B, n] padded on the right, and lengths [B]; documents of like length together."""
@@ -138,9 +133,7 @@ class Probe:
             size = max(1, min(len(order), batch_tokens // longest))
             chosen, order = order[-size:], order[:-size]
             rows = [self.documents[i] for i in chosen]
-            padded = torch.nn.utils.rnn.pad_sequence(
-                rows, batch_first=True, padding_value=self.pad_id
-            )
+            padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
             yield padded, torch.tensor([len(row) for row in rows])
 
 
@@ -216,9 +209,7 @@ def first_token_of(
 
     mode = resolve_mode(mode, strategy)
     if mode == "first_key_masked":
-        return first_token_of(
-            resolve_mode("as_trained", strategy), strategy, probe, rows, vocab_size
-        )
+        return first_token_of(resolve_mode("as_trained", strategy), strategy, probe, rows, vocab_size)
     if mode == "bos":
         return torch.full((rows, 1), probe.bos_id)
     if mode == "random_first":
@@ -313,9 +304,7 @@ def _observe(
         )
     output = model(tokens.to(device), mask=mask, statistics=True)
     logits = output.logits[:, shift : shift + text.shape[1] - 1].float()
-    nll = torch.nn.functional.cross_entropy(
-        logits.transpose(1, 2), text[:, 1:].to(device), reduction="none"
-    ).cpu()
+    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), text[:, 1:].to(device), reduction="none").cpu()
 
     assert output.statistics is not None
     masses = torch.stack([s.row_mass for s in output.statistics], dim=1).float().cpu()  # [B, L, H, T]

@@ -41,13 +41,16 @@ def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
+_DEFAULT_OPTIMIZER = OptimizerConfig()
+
+
 class SinkbedModule(L.LightningModule):
     """A decoder under training."""
 
     def __init__(
         self,
         decoder: DecoderConfig,
-        optimizer: OptimizerConfig = OptimizerConfig(),
+        optimizer: OptimizerConfig = _DEFAULT_OPTIMIZER,
         clip_norm: float | None = 1.0,
         compile: bool = False,
     ) -> None:
@@ -81,12 +84,10 @@ class SinkbedModule(L.LightningModule):
         if self.compile_decoder:
             self.decoder.compile()
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW, stepped with its schedule every optimizer step."""
         assert self.decoder is not None
-        optimizer, schedule = build_optimizer(
-            self.decoder, self.optimizer_config, self.trainer.max_steps
-        )
+        optimizer, schedule = build_optimizer(self.decoder, self.optimizer_config, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
@@ -114,7 +115,7 @@ class SinkbedModule(L.LightningModule):
         if (due or norm.device.type == "cpu") and not torch.isfinite(norm):
             raise TrainingDiverged(
                 f"step {step} ({self.tokens_at(step):,} tokens): expected a finite loss and gradient, found "
-                f"loss {float(self._loss):.4g} and gradient norm {float(norm):.4g}. Weights of this step are "
+                f"loss {self._loss:.4g} and gradient norm {float(norm):.4g}. Weights of this step are "
                 "not saved; lower optimizer.lr or lengthen the warm-up, then resume with --ckpt_path last"
             )
         if due:
@@ -175,8 +176,7 @@ class SinkbedModule(L.LightningModule):
         different = [k for k in ours if k != "store" and theirs.get(k) != ours[k]]
         if different:
             found = "; ".join(
-                f"{k}: the checkpoint has {theirs.get(k)}, this configuration {ours[k]}"
-                for k in different
+                f"{k}: the checkpoint has {theirs.get(k)}, this configuration {ours[k]}" for k in different
             )
             raise ValueError(
                 f"resuming: expected the run's own configuration, found {found}. "

@@ -16,7 +16,7 @@ from data.store import TokenStore
 from model import Decoder
 from train import rundir
 from train.loggers import record
-from train.measure import MeasureConfig, ModeResult, Probe, measure
+from train.measure import InferenceMode, MeasureConfig, ModeResult, Probe, measure
 from train.module import SinkbedModule, batch_mask
 
 _PACKED_ROWS = 4
@@ -61,9 +61,7 @@ class SinkMonitor(L.Callback):
         self.started = time.perf_counter()
         self._measure_if_due(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Measure after the steps that are due, once each."""
         self._measure_if_due(trainer, pl_module)
 
@@ -73,9 +71,7 @@ class SinkMonitor(L.Callback):
             return
         self._measure(trainer, module, live=True)
 
-    def _measure(
-        self, trainer: L.Trainer, module: L.LightningModule, live: bool
-    ) -> dict[str, ModeResult]:
+    def _measure(self, trainer: L.Trainer, module: L.LightningModule, live: bool) -> dict[InferenceMode, ModeResult]:
         assert isinstance(module, SinkbedModule) and self.probe is not None
         assert module.decoder is not None
         began = time.perf_counter()
@@ -155,4 +151,3 @@ class SinkMonitor(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and self.onset_tokens is not None:
                 logger.experiment.summary["sink/onset_tokens"] = self.onset_tokens
-

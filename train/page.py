@@ -124,9 +124,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _plot(figure: go.Figure) -> str:
-    drawn = figure.to_html(
-        full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False}
-    )
+    drawn = figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False})
     return f"<figure>{drawn}</figure>"
 
 
@@ -201,7 +199,9 @@ def _heatmaps(results: Sequence[Result]) -> go.Figure:
 
     def traces(time: int) -> list[go.Heatmap]:
         return [
-            go.Heatmap(z=s[time], zmin=0, zmax=1, coloraxis="coloraxis", hovertemplate="layer %{y}, head %{x}: %{z:.3f}")
+            go.Heatmap(
+                z=s[time], zmin=0, zmax=1, coloraxis="coloraxis", hovertemplate="layer %{y}, head %{x}: %{z:.3f}"
+            )
             for s in series
         ]
 
@@ -227,5 +227,3 @@ def _heatmaps(results: Sequence[Result]) -> go.Figure:
     figure.update_xaxes(dtick=1, showticklabels=False)
     figure.update_annotations(font_size=12)
     return figure
-
-

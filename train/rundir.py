@@ -1,8 +1,8 @@
 """The run directory: names of its files, atomic writes, and the durable record of every point.
 
-    config.yaml      the whole configuration          manifest.json  the token store's manifest
-    audit.json       what packing did                 metrics.jsonl  every point, in order
-    measurement.json the final measurement            checkpoints/   wandb/   run.json (W&B id)
+config.yaml      the whole configuration          manifest.json  the token store's manifest
+audit.json       what packing did                 metrics.jsonl  every point, in order
+measurement.json the final measurement            checkpoints/   wandb/   run.json (W&B id)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CONFIG, MANIFEST, AUDIT = "config.yaml", "manifest.json", "audit.json"
 METRICS, MEASUREMENT, RUN, CHECKPOINTS = "metrics.jsonl", "measurement.json", "run.json", "checkpoints"
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
+def write_atomic(path: Path, content: str | bytes | memoryview) -> None:
     """Replace `path` by `content` so that a reader, or a crash, sees the old or the new whole, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -61,9 +61,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 yield json.loads(line)
             except json.JSONDecodeError:
-                raise ValueError(
-                    f"{path}, line {number}: expected one JSON object, found {line[:60]!r}"
-                ) from None
+                raise ValueError(f"{path}, line {number}: expected one JSON object, found {line[:60]!r}") from None
 
 
 def cut_metrics(path: Path, step: int) -> int:

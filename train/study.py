@@ -139,9 +139,7 @@ def plan(study: StudyConfig) -> list[ArmRun]:
                 digest.update(config.read_bytes())
             digest.update(_store_fingerprint(configs).encode())
             folder = study.out / "runs" / f"{arm}-seed{seed}"
-            runs.append(
-                ArmRun(arm=arm, seed=seed, folder=folder, configs=configs, fingerprint=digest.hexdigest())
-            )
+            runs.append(ArmRun(arm=arm, seed=seed, folder=folder, configs=configs, fingerprint=digest.hexdigest()))
     return runs
 
 
@@ -173,9 +171,7 @@ class Runner:
         if not resume:
             _clear(run.folder)
         run.folder.mkdir(parents=True, exist_ok=True)
-        rundir.write_json(
-            run.folder / FINISHED, {"arm": run.arm, "seed": run.seed, "fingerprint": run.fingerprint}
-        )
+        rundir.write_json(run.folder / FINISHED, {"arm": run.arm, "seed": run.seed, "fingerprint": run.fingerprint})
         command = [sys.executable, "-m", "train", "fit"]
         for config in run.configs:
             command += ["--config", str(config)]

@@ -60,7 +60,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         raise FileNotFoundError(f"{path}: expected a run directory or a checkpoint inside one, found no {config_path}")
     checkpoint = load_checkpoint(path if path.is_file() else folder / rundir.CHECKPOINTS / LAST)
     config = yaml.safe_load(config_path.read_text())
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in config["measure"].items()}
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["measure"].items()}
     if arguments.documents is not None:
         settings |= {"documents": arguments.documents, "live_documents": 1}
     if arguments.modes is not None:

@@ -131,6 +131,30 @@ def test_an_epoch_reads_every_stream_token_once_and_counts_it_once(
     assert counted == stream[begin : begin + len(read)]
 
 
+def test_the_rows_drawn_in_the_readme_are_those_made(make_store: MakeStore) -> None:
+    a, b, c, d, e, f, g = range(10, 17)
+    store = make_store([[a, b, c], [d, e, f, g], [20] * 3])
+
+    def row(**axes: Any) -> dict[str, list[Any]]:
+        return rows_in_stream_order(Rows(store, Strategy(**axes), 8))[0]
+
+    assert row()["tokens"] == [a, b, c, EOS, d, e, f, g]
+    assert row(document_start="bos", document_end="none")["tokens"] == [BOS, a, b, c, BOS, d, e, f]
+    drawn = row(first_token="bos")
+    assert drawn["tokens"] == [BOS, a, b, c, EOS, d, e, f]
+    assert drawn["targets"] == [a, b, c, EOS, d, e, f, g]
+    assert drawn["doc_start"] == [0, 0, 0, 0, 0, 5, 5, 5]
+    assert drawn["doc_end"] == [5, 5, 5, 5, 5, 8, 8, 8]
+    assert row(first_token="bos", positions="document")["positions"] == [0, 1, 2, 3, 4, 0, 1, 2]
+    for axes, counted in (
+        ({}, "xxxxxxx-"),
+        ({"mask": "document"}, "xxxx-xx-"),
+        ({"prefix_lm": 4}, "---xxxx-"),
+    ):
+        found = row(first_token="bos", **axes)["loss_mask"]
+        assert "".join("x" if counts else "-" for counts in found) == counted
+
+
 def test_the_first_token_of_a_document_starts_it(make_store: MakeStore) -> None:
     """Regression guard for the left-sided search, which gives a document's first token to the one before."""
     documents = documents_of([3, 4, 5])

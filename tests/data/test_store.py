@@ -93,6 +93,13 @@ def test_shards_are_read_by_datasets_and_pyarrow_as_they_are(make_store: MakeSto
     assert schema == pa.schema([("tokens", pa.large_list(pa.uint16())), ("bytes", pa.int64())])
 
 
+def test_shards_are_read_by_polars_as_they_are(make_store: MakeStore) -> None:
+    polars = pytest.importorskip("polars", reason="polars is not installed: pip install -e .[dev]")
+    store = make_store(DOCUMENTS)
+    frame = polars.read_ipc(store.path / store.info.shards[0].file)
+    assert frame["tokens"].to_list() == DOCUMENTS and frame["bytes"].to_list() == [3, 0, 1, 5, 0, 2, 1]
+
+
 def test_a_vocabulary_beyond_sixteen_bits_is_stored_in_thirty_two(tmp_path: Path) -> None:
     tokenizer = Tokenizer.train([], vocab_size=258)
     tokenizer.vocab_size = 2**16 + 1

@@ -148,8 +148,7 @@ def test_packed_documents_equal_separate_ones():
     q, k, v = inputs(1, 4, 2, 21, 8, torch.float32)
     packed = attention(q, k, v, mask).output
     separate = [
-        attention(*(x[:, :, a : a + n] for x in (q, k, v))).output
-        for a, n in zip([0, 7, 8], lengths, strict=True)
+        attention(*(x[:, :, a : a + n] for x in (q, k, v))).output for a, n in zip([0, 7, 8], lengths, strict=True)
     ]
     torch.testing.assert_close(packed, torch.cat(separate, dim=2), atol=1e-6, rtol=1e-6)
 
@@ -221,9 +220,7 @@ BAD = {
     "mask: expected B=1, T=6": lambda q, k, v: attention(q, k, v, Mask(rows=1, length=7)),
     "implementation: expected one of": lambda q, k, v: attention(q, k, v, implementation="flash"),
     "first_key: expected int32": lambda q, k, v: Mask(rows=1, length=6, first_key=torch.zeros(1, 6)),
-    "never decreasing": lambda q, k, v: Mask(
-        rows=1, length=3, first_key=torch.tensor([[0, 1, 0]], dtype=torch.int32)
-    ),
+    "never decreasing": lambda q, k, v: Mask(rows=1, length=3, first_key=torch.tensor([[0, 1, 0]], dtype=torch.int32)),
     "window: expected at least 1": lambda q, k, v: interval_mask(1, 6, window=0),
     "document: expected doc_start": lambda q, k, v: interval_mask(1, 6, document=True),
 }

@@ -309,7 +309,11 @@ def test_tokens_per_second_leaves_measuring_out(fit, monkeypatch):
 
     monkeypatch.setattr(train.monitor, "measure", slow)
     _, folder = fit()
-    speeds = [p["train/tokens_per_second"] for p in rundir.read_metrics(folder / rundir.METRICS) if "train/tokens_per_second" in p]
+    speeds = [
+        p["train/tokens_per_second"]
+        for p in rundir.read_metrics(folder / rundir.METRICS)
+        if "train/tokens_per_second" in p
+    ]
     # One step is 192 tokens: with half a second of measuring in it, its rate could not reach 384.
     assert len(speeds) == 9 and min(speeds) > 400
 
