@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import subprocess
 import sys
@@ -30,6 +31,7 @@ TEXTS = [f"été number {i} is a document with <bos> and words {i * i}" for i in
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setattr(os, "fsync", lambda _: None)  # what flushing is for is tested in test_writer
         yield
 
 
