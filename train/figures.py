@@ -60,7 +60,7 @@ def _result(results: Sequence[Result]) -> Figure:
     import matplotlib.pyplot as plt
 
     arms = arms_of(results)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 0.42 * len(arms) + 1.3), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 0.42 * len(arms) + 1.5), sharey=True)
     for row, arm in enumerate(arms):
         of_arm = [r for r in results if r.arm == arm]
         for offset, mode in ((-0.18, "bos"), (0.18, "text")):
@@ -76,7 +76,7 @@ def _result(results: Sequence[Result]) -> Figure:
     left.set_yticks(range(len(arms)), arms)
     left.invert_yaxis()
     left.set_xlabel("sink rate on the first token, % (eps 0.3, T 64)")
-    left.legend(loc="lower right")
+    figure.legend(loc="outside upper left", ncols=2)
     left.set_title("Where the sink is")
     right.set_xlabel("loss(text) − loss(BOS + text), nats per token")
     right.set_title("What removing BOS costs")
@@ -111,9 +111,10 @@ def _heatmaps(results: Sequence[Result]) -> Figure:
 
     arms = arms_of(results)
     first = {arm: next(r for r in results if r.arm == arm) for arm in arms}
-    modes = list(next(iter(first.values())).final["modes"])
+    # Where key 0 is hidden there is nothing to draw.
+    modes = [m for m in next(iter(first.values())).final["modes"] if m != "first_key_masked"]
     figure, axes = plt.subplots(
-        len(arms), len(modes), figsize=(2.5 * len(modes) + 1, 1.35 * len(arms) + 0.6), squeeze=False
+        len(arms), len(modes), figsize=(3 * len(modes) + 1.5, 0.95 * len(arms) + 0.6), squeeze=False
     )
     image = None
     for row, arm in enumerate(arms):
@@ -153,5 +154,5 @@ def _losses(results: Sequence[Result]) -> Figure:
     axis.set_yticks(range(len(arms)), arms)
     axis.invert_yaxis()
     axis.set_xlabel("validation loss, nats per token (axis does not start at 0)")
-    axis.legend(loc="lower right")
+    figure.legend(loc="outside upper right", ncols=3)
     return figure

@@ -27,8 +27,9 @@ p, figcaption { max-width: 75ch; } figcaption, .note { color: var(--soft); font-
 figure { margin: 0 0 1rem; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .65rem; text-align: right; white-space: nowrap; }
-th:nth-child(-n+4), td:nth-child(-n+4) { text-align: left; }
+th, td { padding: .4rem .6rem; text-align: right; vertical-align: top; }
+td { white-space: nowrap; } .words td:nth-child(-n+3) { white-space: normal; min-width: 8.5rem; }
+th:nth-child(-n+3), td:nth-child(-n+3) { text-align: left; }
 thead th { background: #f3f5f7; border-bottom: 1px solid var(--line); position: sticky; top: 0; }
 thead button { all: unset; cursor: pointer; font-weight: 600; }
 thead button:focus-visible { outline: 2px solid var(--accent); }
@@ -86,7 +87,7 @@ def write_page(
             f'<p class="failed">Arm {html.escape(name)} failed: {html.escape(why)}</p>' for name, why in failed.items()
         ),
         "<h2>Result</h2>",
-        _table(("arm", *SummaryRow.HEADER), [(row.arm, *row.cells()) for row in summary]),
+        _table(SummaryRow.HEADER, [row.cells() for row in summary], "words"),
         f'<p class="note">{html.escape(note)}</p>',
         "<h2>Sink rate while training</h2>",
         _plot(_curves(results, "sink/rate/0.3/{}", "sink rate, % (eps 0.3)")),
@@ -98,7 +99,7 @@ def write_page(
         _plot(_losses(results)),
         "<h2>Where the sink sits</h2>",
         _plot(_heatmaps(results)),
-        "<figcaption>Mean attention on key 0, layers down, heads across, first seed. The slider moves through the "
+        "<figcaption>Mean attention on key 0, layers down, heads across, first seed; left: BOS + text, right: text. The slider moves through the "
         "measurements of training.</figcaption>",
         "<h2>Every measurement</h2>",
         _table(tuple(rows_of(results)[0]), [tuple(map(_text, row.values())) for row in rows_of(results)]),
@@ -117,14 +118,18 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "figures") -> str:
     head = "".join(f'<th scope="col"><button type="button">{html.escape(name)}</button></th>' for name in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def _plot(figure: go.Figure) -> str:
-    drawn = figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False})
+    drawn = figure.to_html(
+        full_html=False, include_plotlyjs=False, auto_play=False, config={"responsive": True, "displaylogo": False}
+    )
     return f"<figure>{drawn}</figure>"
 
 
@@ -160,22 +165,24 @@ def _losses(results: Sequence[Result]) -> go.Figure:
         values = [[r.value(mode, "loss") for r in results if r.arm == arm] for arm in arms]
         middle = [sum(v) / len(v) for v in values]
         figure.add_bar(
-            x=arms,
-            y=middle,
+            x=middle,
+            y=arms,
+            orientation="h",
             name=MODE_LABELS[mode],
             marker_color=colours.get(mode),
-            error_y={
+            error_x={
                 "array": [max(v) - m for v, m in zip(values, middle, strict=True)],
                 "arrayminus": [m - min(v) for v, m in zip(values, middle, strict=True)],
                 "visible": len(values[0]) > 1,
             },
-            hovertemplate="%{x}<br>%{y:.3f} nats<extra>" + MODE_LABELS[mode] + "</extra>",
+            hovertemplate="%{y}<br>%{x:.3f} nats<extra>" + MODE_LABELS[mode] + "</extra>",
         )
     lowest = min(r.value(m, "loss") for r in results for m in r.final["modes"])
     highest = max(r.value(m, "loss") for r in results for m in r.final["modes"])
     layout = {**_LAYOUT, "legend": {"orientation": "h", "y": 1.12, "x": 0}}
-    figure.update_layout(**layout, height=440, yaxis_title="nats per token")
-    figure.update_yaxes(range=[0.9 * lowest, highest + 0.05 * lowest])
+    figure.update_layout(**layout, height=80 * len(arms) + 140, xaxis_title="nats per token (does not start at 0)")
+    figure.update_xaxes(range=[0.9 * lowest, highest + 0.05 * lowest])
+    figure.update_yaxes(autorange="reversed", automargin=True)
     return figure
 
 
@@ -192,7 +199,8 @@ def _heatmaps(results: Sequence[Result]) -> go.Figure:
         for m in modes
     ]
     times = sorted(set.intersection(*(set(s) for s in series)))
-    titles = [f"{r.arm}, {MODE_LABELS[m]}" for r in first for m in modes]
+    # One title a row: two would run into each other on a narrow screen.
+    titles = [r.arm if column == 0 else "" for r in first for column in range(len(modes))]
     figure = make_subplots(
         rows=len(first), cols=len(modes), subplot_titles=titles, vertical_spacing=0.45 / max(len(first), 5)
     )
@@ -221,9 +229,16 @@ def _heatmaps(results: Sequence[Result]) -> go.Figure:
         **layout,
         height=110 * len(first) + 200,
         coloraxis={"colorscale": "Inferno", "cmin": 0, "cmax": 1, "colorbar": {"title": "mass", "thickness": 12}},
-        sliders=[{"active": len(times) - 1, "currentvalue": {"prefix": "tokens: "}, "steps": steps}],
+        sliders=[
+            {
+                "active": len(times) - 1,
+                "currentvalue": {"prefix": "tokens: "},
+                "transition": {"duration": 0},
+                "steps": steps,
+            }
+        ],
     )
     figure.update_yaxes(autorange="reversed", dtick=1)
     figure.update_xaxes(dtick=1, showticklabels=False)
-    figure.update_annotations(font_size=12)
+    figure.update_annotations(font_size=12, x=0, xanchor="left")
     return figure
