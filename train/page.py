@@ -99,8 +99,8 @@ def write_page(
         _plot(_losses(results)),
         "<h2>Where the sink sits</h2>",
         _plot(_heatmaps(results)),
-        "<figcaption>Mean attention on key 0, layers down, heads across, first seed; left: BOS + text, right: text. The slider moves through the "
-        "measurements of training.</figcaption>",
+        "<figcaption>Mean attention on key 0, layers down, heads across, first seed; left: BOS + text, right: text. "
+        "The slider moves through the measurements of training.</figcaption>",
         "<h2>Every measurement</h2>",
         _table(tuple(rows_of(results)[0]), [tuple(map(_text, row.values())) for row in rows_of(results)]),
     ]
