@@ -21,8 +21,23 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-@torch.library.custom_op("sinkbed::attention_torch", mutates_args=(), device_types="cpu")
-def _attention_torch(
+# Defined by schema rather than by `torch.library.custom_op`, whose checks of every call would cost a tenth of a small
+# model's attention.
+torch.library.define(
+    "sinkbed::attention_torch",
+    "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sink_logit, float scale) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "sinkbed::attention_torch_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor output, Tensor lse, Tensor? bias, Tensor? sink_logit, "
+    "float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+_attention_torch = torch.ops.sinkbed.attention_torch.default
+_attention_torch_backward = torch.ops.sinkbed.attention_torch_backward.default
+
+
+@torch.library.impl("sinkbed::attention_torch", "cpu")
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sink_logit: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     output, lse = _flash(q, k, v, 0.0, bias is None, attn_mask=bias, scale=scale)
@@ -33,7 +48,7 @@ def _attention_torch(
     return output, lse.contiguous()
 
 
-@_attention_torch.register_fake
+@torch.library.register_fake("sinkbed::attention_torch")
 def _(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sink_logit: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -41,8 +56,8 @@ def _(
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=dtype)
 
 
-@torch.library.custom_op("sinkbed::attention_torch_backward", mutates_args=(), device_types="cpu")
-def _attention_torch_backward(
+@torch.library.impl("sinkbed::attention_torch_backward", "cpu")
+def _backward_kernel(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -61,7 +76,7 @@ def _attention_torch_backward(
     return dq, dk, dv, -(sink_mass * delta).sum((0, 2)).to(sink_logit.dtype)
 
 
-@_attention_torch_backward.register_fake
+@torch.library.register_fake("sinkbed::attention_torch_backward")
 def _(
     grad: Tensor,
     q: Tensor,
@@ -91,7 +106,7 @@ def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None,
     return dq, dk, dv, None, (None if sink_logit is None else dsink), None
 
 
-_attention_torch.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("sinkbed::attention_torch", _backward, setup_context=_setup_context)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kernels import Implementation, Mask, Statistics
 from model.attention import SelfAttention
 from model.config import DecoderConfig
+from model.loss import linear_cross_entropy
 from model.parts import RMSNorm, SwiGLU, rotations
 
 
@@ -48,8 +49,10 @@ class Block(nn.Module):
 class DecoderOutput(NamedTuple):
     """What a decoder returns."""
 
-    logits: Tensor
-    """[B, T, V], in the dtype of the compute."""
+    logits: Tensor | None
+    """[B, T, V], in the dtype of the compute; None where targets were given."""
+    loss: Tensor | None
+    """Mean negative log-likelihood of the targets that count, in nats; None without targets."""
     statistics: tuple[Statistics, ...] | None
     """One entry a layer; None unless asked for."""
 
@@ -88,14 +91,17 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         mask: Mask | None = None,
         *,
+        targets: Tensor | None = None,
         statistics: bool = False,
     ) -> DecoderOutput:
-        """Logits of the next token at every position.
+        """Logits of the next token at every position, or the loss of given targets.
 
         Args:
             tokens: [B, T] token ids.
             positions: [B, T] rotary positions; None counts along the row.
             mask: which keys a query sees; None is causal.
+            targets: [B, T] next tokens, `loss.IGNORED` where none counts. With them the mean loss is returned
+                and the logits are not kept.
             statistics: also return each layer's sink statistics.
         """
         if positions is None:
@@ -107,7 +113,12 @@ class Decoder(nn.Module):
             x, layer = block(x, rotation, mask, statistics=statistics, implementation=self.implementation)
             if layer is not None:
                 found.append(layer)
-        return DecoderOutput(self.head(self.norm(x)), tuple(found) if statistics else None)
+        x = self.norm(x)
+        seen = tuple(found) if statistics else None
+        if targets is None:
+            return DecoderOutput(self.head(x), None, seen)
+        loss = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten())
+        return DecoderOutput(None, loss, seen)
 
     def parameter_count(self) -> int:
         """Number of parameters, tied ones once."""

@@ -53,7 +53,7 @@ def training(arguments: Any) -> int:
 
     from data.batches import Batch
     from model import Decoder, DecoderConfig
-    from train.module import next_token_loss
+    from train.module import counted_targets
     from train.optim import OptimizerConfig, build_optimizer
 
     try:
@@ -96,7 +96,7 @@ def training(arguments: Any) -> int:
     def ours(compiled: bool) -> Callable[[], None]:
         decoder = Decoder(shape, V)
         forward = torch.compile(decoder) if compiled else decoder
-        return step_of(decoder, lambda: next_token_loss(forward(batch.tokens).logits, batch))
+        return step_of(decoder, lambda: forward(batch.tokens, targets=counted_targets(batch)).loss)
 
     def peer(compiled: bool) -> Callable[[], None]:
         llama = LlamaForCausalLM(

@@ -12,6 +12,7 @@ from torch import Tensor
 from data.batches import Batch
 from kernels import Mask, interval_mask
 from model import Decoder, DecoderConfig
+from model.loss import IGNORED
 from train.datamodule import TokenData
 from train.loggers import record
 from train.optim import OptimizerConfig, build_optimizer
@@ -35,10 +36,9 @@ def batch_mask(batch: Batch, data: TokenData) -> Mask:
     )
 
 
-def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Mean negative log-likelihood (nats) of the targets that count; logits [B, T, V]."""
-    targets = batch.targets.masked_fill(~batch.loss_mask, -100)
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+def counted_targets(batch: Batch) -> Tensor:
+    """[B, T] targets, IGNORED where they do not count."""
+    return batch.targets.masked_fill(~batch.loss_mask, IGNORED)
 
 
 _DEFAULT_OPTIMIZER = OptimizerConfig()
@@ -95,7 +95,7 @@ class SinkbedModule(L.LightningModule):
         assert self.decoder is not None
         mask = batch_mask(batch, self.data)
         positions = batch.positions if self.data.strategy.positions == "document" else None
-        loss = next_token_loss(self.decoder(batch.tokens, positions, mask).logits, batch)
+        loss = self.decoder(batch.tokens, positions, mask, targets=counted_targets(batch)).loss
         self._loss = loss.detach()
         return loss
 

@@ -1,0 +1,62 @@
+"""Cross-entropy of the output matrix's logits, without keeping the logits.
+
+The gradient of the logits is known as soon as they are (softmax minus one-hot), so the forward pass goes
+on to the gradients of hidden states and weights and lets a block of logits go before the next: memory is
+one block instead of N × V twice, and the backward pass is a multiplication. The idea is Liger's fused
+linear cross-entropy (arXiv 2410.10989) in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+_BLOCK_LOGITS = 2**25
+"""Logits of one block, at most: 128 MB in float32."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        counted = targets != IGNORED
+        share = counted / counted.sum().clamp_min(1)
+        index = targets.clamp_min(0)[:, None]
+        loss = hidden.new_zeros(())
+        d_hidden = torch.empty_like(hidden)
+        d_weight: Tensor | None = None
+        rows = max(1, _BLOCK_LOGITS // len(weight))
+        for h, t, s, dh in zip(
+            hidden.split(rows), index.split(rows), share.split(rows), d_hidden.split(rows), strict=True
+        ):
+            log_p = F.log_softmax(h @ weight.T, dim=-1)
+            loss -= torch.dot(log_p.gather(1, t)[:, 0], s)
+            d_logits = log_p.exp_().scatter_add_(1, t, s.new_full((1, 1), -1).expand(len(h), 1)).mul_(s[:, None])
+            torch.mm(d_logits, weight, out=dh)
+            d_weight = d_logits.T @ h if d_weight is None else d_weight.addmm_(d_logits.T, h)
+        ctx.save_for_backward(d_hidden, d_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * grad, d_weight * grad, None
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean negative log-likelihood, in nats, of the targets that count; 0 when none does.
+
+    Args:
+        hidden: [N, C], float32 for the blockwise form; weight: [V, C], the output matrix.
+        targets: [N] token ids; `IGNORED` does not count.
+    """
+    plain = (
+        torch.compiler.is_compiling() or hidden.dtype != torch.float32 or torch.is_autocast_enabled(hidden.device.type)
+    )
+    if plain:
+        loss = F.cross_entropy((hidden @ weight.T).float(), targets, ignore_index=IGNORED, reduction="sum")
+        return loss / (targets != IGNORED).sum().clamp_min(1)
+    return _LinearCrossEntropy.apply(hidden, weight, targets)

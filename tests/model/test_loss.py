@@ -1,0 +1,39 @@
+"""The blockwise loss against PyTorch's cross-entropy."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model.loss
+from model.loss import IGNORED, linear_cross_entropy
+
+
+@pytest.mark.parametrize("block", [2**25, 11 * 3, 1])
+def test_loss_and_gradients_equal_cross_entropy(block, monkeypatch):
+    monkeypatch.setattr(model.loss, "_BLOCK_LOGITS", block)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(10, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
+    targets = torch.randint(11, (10,))
+    targets[[2, 9]] = IGNORED
+    expected = F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORED)
+    expected_grads = torch.autograd.grad(2 * expected, [hidden, weight])
+    loss = linear_cross_entropy(hidden, weight, targets)
+    grads = torch.autograd.grad(2 * loss, [hidden, weight])
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert (grads[0][[2, 9]] == 0).all()
+
+
+def test_no_counted_target_is_no_loss_and_no_gradient():
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.full((3,), IGNORED))
+    loss.backward()
+    assert loss.item() == 0 and not hidden.grad.any() and not weight.grad.any()
+
+
+def test_half_precision_takes_the_plain_form():
+    hidden, weight = torch.randn(6, 4), torch.randn(5, 4)
+    targets = torch.randint(5, (6,))
+    half = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets)
+    torch.testing.assert_close(half, linear_cross_entropy(hidden, weight, targets), atol=0.05, rtol=0.02)
