@@ -68,7 +68,7 @@ class SinkbedModule(L.LightningModule):
         self.clip_norm = clip_norm
         self.compile_decoder = compile
         self.decoder: Decoder | None = None
-        self._loss: Tensor | None = None
+        self._losses: list[Tensor] = []
         self._window: tuple[float, int] | None = None
 
     @property
@@ -96,7 +96,7 @@ class SinkbedModule(L.LightningModule):
         mask = batch_mask(batch, self.data)
         positions = batch.positions if self.data.strategy.positions == "document" else None
         loss = self.decoder(batch.tokens, positions, mask, targets=counted_targets(batch)).loss
-        self._loss = loss.detach()
+        self._losses.append(loss.detach())
         return loss
 
     def configure_gradient_clipping(
@@ -106,6 +106,8 @@ class SinkbedModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the global norm, stop on a norm that is not finite, and log."""
+        loss = torch.stack(self._losses).mean()  # over the step's micro-batches
+        self._losses.clear()
         limit = float("inf") if self.clip_norm is None else self.clip_norm
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit, foreach=True)
         step = self.trainer.global_step + 1
@@ -115,17 +117,16 @@ class SinkbedModule(L.LightningModule):
         if (due or norm.device.type == "cpu") and not torch.isfinite(norm):
             raise TrainingDiverged(
                 f"step {step} ({self.tokens_at(step):,} tokens): expected a finite loss and gradient, found "
-                f"loss {self._loss:.4g} and gradient norm {float(norm):.4g}. Weights of this step are "
+                f"loss {float(loss):.4g} and gradient norm {float(norm):.4g}. Weights of this step are "
                 "not saved; lower optimizer.lr or lengthen the warm-up, then resume with --ckpt_path last"
             )
         if due:
-            self._log_training(step, norm)
+            self._log_training(step, loss, norm)
 
-    def _log_training(self, step: int, norm: Tensor) -> None:
-        assert self._loss is not None
+    def _log_training(self, step: int, loss: Tensor, norm: Tensor) -> None:
         now = time.perf_counter()
         values = {
-            "train/loss": float(self._loss),
+            "train/loss": float(loss),
             "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],
             "train/grad_norm": float(norm),
         }

@@ -66,3 +66,17 @@ def test_prepare_runs_from_its_config(tmp_path, capsys):
     assert main(["prepare", "--config", str(config), "--quiet"]) == 0
     assert main(["prepare", "--config", str(config), "--quiet", "--tokenizer.vocab_size", "261"]) == 1
     assert "--force" in capsys.readouterr().err
+
+
+RUNS = sorted(ROOT.glob("configs/run/*.yaml"))
+OVERLAYS = sorted(p for folder in ("strategy", "model", "optimizer") for p in ROOT.glob(f"configs/{folder}/*.yaml"))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_overlay_fits_every_run_config(overlay, capsys):
+    assert RUNS and len(OVERLAYS) > 10
+    for run in RUNS:
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", "--config", str(run), "--config", str(overlay), "--print_config"])
+        assert stop.value.code == 0, capsys.readouterr().err
+        assert "run_dir" in capsys.readouterr().out

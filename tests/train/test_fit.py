@@ -56,6 +56,13 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(fit):
     assert points(a) != points(c)
 
 
+def test_the_loss_of_a_step_is_the_mean_over_its_micro_batches(fit):
+    _, whole = fit(run_dir="whole")
+    _, parts = fit("--data.micro_batch", "1", run_dir="parts")
+    first = [next(p["train/loss"] for p in points(f) if "train/loss" in p) for f in (whole, parts)]
+    assert first[0] == pytest.approx(first[1], rel=1e-4)
+
+
 class Killed(BaseException):
     """As good as kill -9 for the code under test: nothing catches it."""
 
@@ -330,3 +337,10 @@ def test_validate_gives_the_numbers_of_the_final_measurement(fit, capsys, tmp_pa
     assert "found 'boss'" in capsys.readouterr().err
     assert main(["validate", str(tmp_path)]) == 1
     assert "expected a run directory" in capsys.readouterr().err
+
+
+def test_bf16_autocast_trains(fit):
+    status, folder = fit("--trainer.precision", "bf16-mixed")
+    assert status == 0
+    losses = [p["train/loss"] for p in points(folder) if "train/loss" in p]
+    assert losses[-1] < losses[0]
