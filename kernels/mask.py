@@ -1,6 +1,6 @@
 """Which keys a query sees: one interval of keys per query, plus a prefix that every later query sees.
 
-    query i sees key j   iff   first_key[i] <= j < end_key[i]   or   j < shared_prefix and j <= i
+    query i sees key j   iff   first_key[i] <= j < end_key[i]   or   shared_from <= j < shared_prefix and j <= i
 
 Causal, intra-document, windowed and prefix-LM masks are all of this form, so a kernel needs two integers
 a query and never a T×T matrix. Row of two documents `a a a | b b b`, shared_prefix 1, one row a query:
@@ -42,6 +42,8 @@ class Mask:
     """[B, T] int32, the exclusive end of the interval, more than i; None: i + 1 everywhere (causal)."""
     shared_prefix: int = 0
     """Row positions below this are visible to every query at or after them."""
+    shared_from: int = 0
+    """Where the shared prefix begins: 1 where key 0 is hidden."""
     doc_start: Tensor | None = None
     """[B, T] int32, row position where the query's document starts; read by the statistics only.
     None: the row is one document."""
@@ -87,7 +89,8 @@ class Mask:
         causal = key <= query
         below_end = causal if self.end_key is None else key < self.end_key[:, :, None]
         above_start = True if self.first_key is None else key >= self.first_key[:, :, None]
-        visible = below_end & above_start | causal & (key < self.shared_prefix)
+        shared = (key >= self.shared_from) & (key < self.shared_prefix)
+        visible = below_end & above_start | causal & shared
         return visible.expand(self.rows, self.length, self.length)[:, None]
 
     def bias(self, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -154,7 +157,6 @@ def interval_mask(
     if hide_first_key:
         low = index.clamp_max(1)
         first_key = low if first_key is None else torch.maximum(first_key, low)
-        shared_prefix = 0
     end_key = None
     if prefix_lm:
         limit = torch.full_like(index, prefix_lm)
@@ -167,5 +169,6 @@ def interval_mask(
         first_key=None if first_key is None else first_key.contiguous(),
         end_key=end_key,
         shared_prefix=shared_prefix if first_key is not None else 0,
+        shared_from=1 if hide_first_key else 0,
         doc_start=doc_start,
     )

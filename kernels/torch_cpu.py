@@ -129,11 +129,12 @@ def _statistics(
         document_mass = _mass_on(k.gather(2, index), q, lse, scale)
     if mask.first_key is not None:
         first_key = mask.first_key[:, None, :]
-        if mask.shared_prefix == 0:
+        if mask.shared_prefix == 0 or mask.shared_from > 0:
             row_mass = row_mass.masked_fill(first_key > 0, 0.0)
         if mask.doc_start is not None:
             start = mask.doc_start[:, None, :]
-            unseen = (first_key > start) & (start >= mask.shared_prefix)
+            shared = (start >= mask.shared_from) & (start < mask.shared_prefix)
+            unseen = (first_key > start) & ~shared
             document_mass = document_mass.masked_fill(unseen, 0.0)
         else:
             document_mass = row_mass

@@ -86,7 +86,7 @@ class Probe:
     token_bytes: torch.Tensor
     """[V] UTF-8 bytes that each token id stands for."""
     bos_id: int
-    pad_id: int
+    eos_id: int
     special_ids: frozenset[int] = field(default_factory=frozenset)
 
     @classmethod
@@ -121,10 +121,10 @@ class Probe:
 
     def head(self, count: int) -> Probe:
         """The first `count` documents."""
-        return Probe(self.documents[:count], self.token_bytes, self.bos_id, self.pad_id, self.special_ids)
+        return Probe(self.documents[:count], self.token_bytes, self.bos_id, self.eos_id, self.special_ids)
 
-    def batches(self, batch_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Token ids [B, n] padded on the right, and lengths [B]; documents of like length together."""
+    def batches(self, batch_tokens: int) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+        """Numbers of documents, token ids [B, n] padded on the right, lengths [B]; like lengths together."""
         import torch
 
         order = sorted(range(len(self.documents)), key=lambda i: len(self.documents[i]))
@@ -133,8 +133,8 @@ class Probe:
             size = max(1, min(len(order), batch_tokens // longest))
             chosen, order = order[-size:], order[:-size]
             rows = [self.documents[i] for i in chosen]
-            padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
-            yield padded, torch.tensor([len(row) for row in rows])
+            padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.eos_id)
+            yield chosen, padded, torch.tensor([len(row) for row in rows])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,35 +188,25 @@ def _mean(rows: list[list[float]]) -> float:
     return sum(map(sum, rows)) / sum(map(len, rows))
 
 
-def resolve_mode(mode: InferenceMode, strategy: Strategy) -> InferenceMode:
-    """The mode that `as_trained` stands for under a strategy; others stand for themselves."""
-    if mode != "as_trained":
-        return mode
-    if strategy.first_token == "random":
-        return "random_first"
-    return "bos" if "bos" in (strategy.first_token, strategy.document_start) else "text"
+def first_tokens(mode: InferenceMode, strategy: Strategy, probe: Probe, rows: Sequence[int]) -> torch.Tensor | None:
+    """Token ids [B, 1] put before the text of the probe's documents `rows` in a mode, or None.
 
-
-def first_token_of(
-    mode: InferenceMode, strategy: Strategy, probe: Probe, rows: int, vocab_size: int
-) -> torch.Tensor | None:
-    """Token ids [B, 1] put before the text in a mode, or None.
-
-    `first_key_masked` keeps the input that the strategy trains on (BOS + text where it has one) and hides
-    key 0 from every later query. `random_first` draws from a generator of its own.
+    `as_trained` and `first_key_masked` take what the strategy puts at row position 0, or else before each
+    document. A random token is a function of the document's number: it draws from no generator.
     """
     import torch
 
-    mode = resolve_mode(mode, strategy)
-    if mode == "first_key_masked":
-        return first_token_of(resolve_mode("as_trained", strategy), strategy, probe, rows, vocab_size)
-    if mode == "bos":
-        return torch.full((rows, 1), probe.bos_id)
-    if mode == "random_first":
-        usable = torch.tensor([t for t in range(vocab_size) if t not in probe.special_ids])
-        generator = torch.Generator().manual_seed(rows)
-        return usable[torch.randint(len(usable), (rows, 1), generator=generator)]
-    return None
+    what: str | int = {"bos": "bos", "text": "none", "random_first": "random"}.get(mode, strategy.first_token)
+    if what == "none" and mode in ("as_trained", "first_key_masked"):
+        what = strategy.document_start
+    if what == "none":
+        return None
+    if what == "random":
+        usable = [t for t in range(len(probe.token_bytes)) if t not in probe.special_ids]
+        # Knuth's multiplicative hash spreads neighbouring numbers over the vocabulary.
+        return torch.tensor([[usable[(row + 1) * 2_654_435_761 % 2**32 % len(usable)]] for row in rows])
+    token = {"bos": probe.bos_id, "eos": probe.eos_id}.get(what, what) if isinstance(what, str) else what
+    return torch.full((len(rows), 1), int(token))
 
 
 def measure(
@@ -229,11 +219,13 @@ def measure(
     """Measure a model on a probe set in one inference mode.
 
     The strategy's window, shared prefix and prefix LM apply as in training; the probe's rows hold one
-    document each. The loss counts the same targets in every mode: the text's second and later tokens.
+    document each. The loss counts the same targets in every mode: the text's second and later tokens,
+    without those that a prefix LM shows to their own queries.
+
+    Raises ValueError where no target is left to count.
     """
     import torch
 
-    device = next(model.parameters()).device
     shape = (model.config.layers, model.config.heads)
     above = torch.zeros(len(EPSILONS), *shape, dtype=torch.float64)
     above_row, totals = torch.zeros_like(above), torch.zeros(3, *shape, dtype=torch.float64)
@@ -242,21 +234,28 @@ def measure(
     model.eval()
     try:
         with torch.inference_mode():
-            for text, lengths in probe.batches(config.batch_tokens):
+            for rows, text, lengths in probe.batches(config.batch_tokens):
+                first = first_tokens(mode, strategy, probe, rows)
+                hide = mode == "first_key_masked"
                 alpha, alpha_row, mass, mass_row, nll = _observe(
-                    model, text, lengths, mode, strategy, probe, config, device
+                    model, first, text, lengths, strategy, hide, config.sink_tokens
                 )
                 for e, eps in enumerate(EPSILONS):
                     above[e] += (alpha > eps).sum(0)
                     above_row[e] += (alpha_row > eps).sum(0)
                 totals += torch.stack([alpha.sum(0), mass.sum(0), mass_row.sum(0)])
-                counted = torch.arange(1, text.shape[1])[None, :] < lengths[:, None]
+                index = torch.arange(1, text.shape[1])[None, :]
+                counted = (index < lengths[:, None]) & (index >= strategy.prefix_lm)
                 loss_sum += float(nll[counted].sum(dtype=torch.float64))
                 byte_sum += int(probe.token_bytes[text[:, 1:][counted]].sum())
                 token_sum += int(counted.sum())
                 documents += len(lengths)
     finally:
         model.train(was_training)
+    if not token_sum:
+        raise ValueError(
+            f"measuring: expected documents longer than strategy.prefix_lm={strategy.prefix_lm}, found none"
+        )
     alpha, mass, mass_row = (totals / documents).tolist()
     return ModeResult(
         rate={str(e): (100 * above[i] / documents).tolist() for i, e in enumerate(EPSILONS)},
@@ -273,42 +272,43 @@ def measure(
 
 def _observe(
     model: Decoder,
+    first: torch.Tensor | None,
     text: torch.Tensor,
     lengths: torch.Tensor,
-    mode: InferenceMode,
     strategy: Strategy,
-    probe: Probe,
-    config: MeasureConfig,
-    device: torch.device,
+    hide_first_key: bool,
+    sink_tokens: int,
 ) -> tuple[torch.Tensor, ...]:
     """One forward pass: alpha and mass [B, L, H] over sink_tokens and over the row, nll [B, n−1]."""
     import torch
 
     from kernels import interval_mask
 
-    first = first_token_of(mode, strategy, probe, len(text), model.vocab_size)
+    device = next(model.parameters()).device
     tokens = text if first is None else torch.cat([first, text], dim=1)
     shift = tokens.shape[1] - text.shape[1]
     B, T = tokens.shape
-    restricted = strategy.window is not None or strategy.prefix_lm or mode == "first_key_masked"
     mask = None
-    if restricted:
+    if strategy.window is not None or strategy.prefix_lm or hide_first_key:
+        # One document a row; its end matters to a prefix LM, whose prefix must not reach into the padding.
+        end = (lengths + shift).to(torch.int32)[:, None].expand(B, T).contiguous().to(device)
         mask = interval_mask(
             B,
             T,
+            doc_start=torch.zeros_like(end),
+            doc_end=end,
+            document=True,
             window=strategy.window,
             shared_prefix=min(strategy.shared_prefix, T),
             prefix_lm=min(strategy.prefix_lm, T),
-            hide_first_key=mode == "first_key_masked",
-            device=device,
+            hide_first_key=hide_first_key,
         )
     output = model(tokens.to(device), mask=mask, statistics=True)
+    assert output.logits is not None and output.statistics is not None
     logits = output.logits[:, shift : shift + text.shape[1] - 1].float()
     nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), text[:, 1:].to(device), reduction="none").cpu()
-
-    assert output.statistics is not None
     masses = torch.stack([s.row_mass for s in output.statistics], dim=1).float().cpu()  # [B, L, H, T]
-    head = masses[..., : config.sink_tokens]
+    head = masses[..., :sink_tokens]
     real = (torch.arange(T)[None, :] < (lengths + shift)[:, None])[:, None, None, :]  # no padding
     own = masses * real
     count = real.sum(-1)

@@ -168,7 +168,8 @@ def test_a_shape_that_does_not_fit_is_refused(change, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "low", "high"), [("demo", 0.15e6, 0.25e6), ("60m", 50e6, 110e6), ("120m", 110e6, 140e6), ("1b", 0.9e9, 1.2e9)]
+    ("name", "low", "high"),
+    [("demo", 0.15e6, 0.25e6), ("60m", 50e6, 110e6), ("120m", 110e6, 140e6), ("1b", 0.9e9, 1.2e9)],
 )
 def test_the_shipped_shapes_have_the_size_in_their_name(name, low, high):
     import yaml

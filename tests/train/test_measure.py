@@ -12,7 +12,7 @@ from data.store import TokenStore
 from data.strategy import Strategy
 from kernels.reference import probabilities
 from model import Decoder, DecoderConfig
-from train.measure import EPSILONS, MeasureConfig, Probe, measure
+from train.measure import EPSILONS, MeasureConfig, Probe, first_tokens, measure
 
 CONFIG = MeasureConfig(documents=7, live_documents=3, sink_tokens=16, batch_tokens=200)
 
@@ -100,10 +100,32 @@ def test_first_key_masked_keeps_the_input_a_strategy_trains_on(probe, decoder):
         (Strategy(document_start="bos"), "bos"),
         (Strategy(), "text"),
         (Strategy(first_token="random"), "random_first"),
+        (Strategy(first_token="bos", document_start="eos"), "bos"),
     ],
 )
 def test_as_trained_is_the_input_of_the_strategy(strategy, mode, probe, decoder):
     assert measure(decoder, probe, "as_trained", strategy, CONFIG) == measure(decoder, probe, mode, strategy, CONFIG)
+
+
+def test_as_trained_puts_the_token_that_the_strategy_fixes(probe):
+    assert first_tokens("as_trained", Strategy(first_token=7), probe, [0, 1]).tolist() == [[7], [7]]
+    assert first_tokens("first_key_masked", Strategy(first_token=7), probe, [0]).tolist() == [[7]]
+    eos = first_tokens("as_trained", Strategy(document_start="eos"), probe, [0])
+    assert eos.tolist() == [[probe.eos_id]] and probe.eos_id != probe.bos_id
+    assert first_tokens("as_trained", Strategy(), probe, [0]) is None
+
+
+def test_a_prefix_lm_neither_sees_padding_nor_counts_what_it_shows(probe, decoder):
+    import dataclasses
+
+    strategy = Strategy(prefix_lm=6)
+    one = measure(decoder, probe, "text", strategy, dataclasses.replace(CONFIG, batch_tokens=1))
+    many = measure(decoder, probe, "text", strategy, dataclasses.replace(CONFIG, batch_tokens=10_000))
+    assert one.loss == pytest.approx(many.loss, rel=1e-6)
+    assert one.tokens == sum(len(d) - 6 for d in probe.documents)
+    long = Strategy(prefix_lm=47)
+    with pytest.raises(ValueError, match="prefix_lm=47"):
+        measure(decoder, probe.head(1), "text", dataclasses.replace(long), CONFIG)
 
 
 def test_a_window_applies_when_measuring_too(probe, decoder):
@@ -122,11 +144,13 @@ def test_measuring_disturbs_nothing(probe, decoder):
     assert all(torch.equal(a, b) for a, b in zip(decoder.parameters(), weights, strict=True))
 
 
-def test_the_batch_size_of_a_measurement_does_not_matter(probe, decoder):
+@pytest.mark.parametrize("mode", ["bos", "text", "first_key_masked", "random_first"])
+def test_the_batch_size_of_a_measurement_does_not_matter(mode, probe, decoder):
     import dataclasses
 
-    one = measure(decoder, probe, "bos", Strategy(), dataclasses.replace(CONFIG, batch_tokens=1))
-    many = measure(decoder, probe, "bos", Strategy(), dataclasses.replace(CONFIG, batch_tokens=10_000))
+    strategy = Strategy(first_token="bos")
+    one = measure(decoder, probe, mode, strategy, dataclasses.replace(CONFIG, batch_tokens=1))
+    many = measure(decoder, probe, mode, strategy, dataclasses.replace(CONFIG, batch_tokens=10_000))
     assert one.rate == many.rate
     assert one.loss == pytest.approx(many.loss, rel=1e-6)
 
