@@ -39,6 +39,7 @@ class Checkpoints(Checkpoint):
         step = trainer.global_step
         if step == self.saved or (step % self.every and step != trainer.max_steps):
             return
+        pl_module.check_finite()  # type: ignore[operator]
         path = self.folder / f"step-{step:07d}.ckpt"
         trainer.save_checkpoint(path)
         self.saved = step

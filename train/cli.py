@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def explained(error: Exception) -> bool:
     """Whether the error's message is meant for the user, so that a traceback would only hide it."""
     return isinstance(error, ValueError | FileNotFoundError | FileExistsError) or (
-        type(error).__name__ == "TrainingDiverged"
+        type(error).__name__ in ("TrainingDiverged", "MisconfigurationException")
         or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS))
     )
 

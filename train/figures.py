@@ -32,6 +32,11 @@ def arms_of(results: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(r.arm for r in results))
 
 
+def common_modes(results: Sequence[Result]) -> list[str]:
+    """Inference modes that every run was measured in, in the first run's order."""
+    return [m for m in results[0].final["modes"] if all(m in r.final["modes"] for r in results)]
+
+
 def curve(results: Sequence[Result], arm: str, key: str) -> tuple[list[int], list[float]]:
     """Tokens and the mean over seeds of a metric of an arm, at the steps every seed has."""
     series = [{p["train/tokens"]: p[key] for p in r.points if p.get(key) is not None} for r in results if r.arm == arm]
@@ -112,7 +117,7 @@ def _heatmaps(results: Sequence[Result]) -> Figure:
     arms = arms_of(results)
     first = {arm: next(r for r in results if r.arm == arm) for arm in arms}
     # Where key 0 is hidden there is nothing to draw.
-    modes = [m for m in next(iter(first.values())).final["modes"] if m != "first_key_masked"]
+    modes = [m for m in common_modes(results) if m != "first_key_masked"] or common_modes(results)
     figure, axes = plt.subplots(
         len(arms), len(modes), figsize=(3 * len(modes) + 1.5, 0.95 * len(arms) + 0.6), squeeze=False
     )
@@ -136,7 +141,7 @@ def _losses(results: Sequence[Result]) -> Figure:
     import matplotlib.pyplot as plt
 
     arms = arms_of(results)
-    modes = list(results[0].final["modes"])
+    modes = common_modes(results)
     figure, axis = plt.subplots(figsize=(8, 0.42 * len(arms) + 1.3))
     height = 0.8 / len(modes)
     for index, mode in enumerate(modes):

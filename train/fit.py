@@ -23,7 +23,7 @@ from lightning.pytorch.loggers.logger import Logger
 from train import rundir
 from train.checkpoint import LAST, AtomicCheckpointIO, Checkpoints, load_checkpoint
 from train.datamodule import TokenData
-from train.loggers import MetricsFile, WandbConfig, finish_wandb, start_wandb
+from train.loggers import MetricsFile, Tracker, WandbConfig, finish_wandb, start_wandb
 from train.measure import MeasureConfig
 from train.module import SinkbedModule
 from train.monitor import SinkMonitor
@@ -58,33 +58,53 @@ class ProgressBar(TQDMProgressBar):
             bar.set_postfix(self.get_metrics(trainer, pl_module))
 
 
-class SaveConfig(SaveConfigCallback):
-    """config.yaml, the manifest and the audit, written before the first step."""
+class RunFiles(SaveConfigCallback):
+    """Writes config.yaml, the manifest and the audit once the checkpoint has been accepted, and cuts
+    metrics.jsonl back to it; a refused resume leaves the directory as it was."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write them atomically, from one process."""
-        if stage != "fit" or not trainer.is_global_zero:
+        """Nothing yet: the checkpoint may still be refused."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write atomically, from one process. Points after the checkpoint will be made again."""
+        if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, SinkbedModule)
         run_dir = Path(self.config["run_dir"])
-        text = self.parser.dump(self.config, skip_none=False)
-        rundir.write_atomic(run_dir / rundir.CONFIG, text)
+        config = self.config.clone()
+        config["ckpt_path"] = None  # else a run started from this file would continue this one
+        rundir.write_atomic(run_dir / rundir.CONFIG, self.parser.dump(config, skip_none=False))
         manifest = pl_module.data.store_path / rundir.MANIFEST
         rundir.write_atomic(run_dir / rundir.MANIFEST, manifest.read_bytes())
         rundir.write_json(run_dir / rundir.AUDIT, pl_module.data.audit())
+        dropped = rundir.cut_metrics(run_dir / rundir.METRICS, trainer.global_step if trainer.ckpt_path else -1)
+        for logger in trainer.loggers:
+            if isinstance(logger, Tracker):
+                logger.already_sent = dropped if trainer.ckpt_path else 0
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Lightning ends an interrupted run without a word."""
+        if isinstance(exception, KeyboardInterrupt):
+            print(f"interrupted at step {trainer.global_step}; resume with --ckpt_path last", file=sys.stderr)
 
 
-class KeepRecord(Callback):
-    """Cuts metrics.jsonl back to the checkpoint that the run resumes from."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Points after the checkpoint will be made again."""
-        if trainer.is_global_zero:
-            before = trainer.global_step if trainer.ckpt_path else -1
-            rundir.cut_metrics(self.run_dir / rundir.METRICS, before)
+# Trainer settings that this command sets itself, or that would end or repeat the endless walk over rows.
+_TRAINER_FIXED = {
+    "accumulate_grad_batches": (1, "data.micro_batch"),
+    "gradient_clip_val": (None, "model.clip_norm"),
+    "gradient_clip_algorithm": (None, "model.clip_norm"),
+    "max_epochs": (-1, "trainer.max_steps"),
+    "min_epochs": (None, "trainer.max_steps"),
+    "min_steps": (None, "trainer.max_steps"),
+    "max_time": (None, "trainer.max_steps"),
+    "limit_train_batches": (None, "trainer.max_steps"),
+    "overfit_batches": (0.0, "trainer.max_steps"),
+    "fast_dev_run": (False, "trainer.max_steps"),
+    "logger": (False, "wandb.mode"),
+    "enable_checkpointing": (None, "checkpoint_every"),
+    "default_root_dir": (None, "run_dir"),
+    "plugins": (None, "nothing: checkpoints are written by this command"),
+}
 
 
 class SinkbedCLI(LightningCLI):
@@ -119,26 +139,27 @@ class SinkbedCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work, before anything is built or written."""
         config = self.config.fit
+        if config.threads is not None and config.threads < 1:
+            raise ValueError(f"threads: expected at least 1, found {config.threads}")
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         if config.trainer.max_steps is None or config.trainer.max_steps < 1:
             raise ValueError(
                 f"trainer.max_steps: expected at least 1 (the schedules need the end), found {config.trainer.max_steps}"
             )
-        if config.trainer.accumulate_grad_batches != 1 or config.trainer.gradient_clip_val:
-            raise ValueError(
-                "trainer.accumulate_grad_batches and trainer.gradient_clip_val: expected none; set "
-                "data.micro_batch and model.clip_norm instead"
-            )
+        for name, (fixed, instead) in _TRAINER_FIXED.items():
+            if config.trainer.get(name, fixed) not in (fixed, None):
+                raise ValueError(
+                    f"trainer.{name}: has no effect here, found {config.trainer.get(name)}; set {instead} instead"
+                )
         run_dir = Path(config.run_dir)
-        used = (run_dir / rundir.CHECKPOINTS).exists() or (run_dir / rundir.METRICS).exists()
-        if used and not config.ckpt_path:
+        last = run_dir / rundir.CHECKPOINTS / LAST
+        if last.exists() and not config.ckpt_path:
             raise FileExistsError(
                 f"run_dir {run_dir}: expected a new folder, found a run. Resume it with --ckpt_path last, "
                 "or choose another --run_dir"
             )
         if config.ckpt_path == "last":
-            last = run_dir / rundir.CHECKPOINTS / LAST
             if not last.exists():
                 raise FileNotFoundError(
                     f"--ckpt_path last: expected {last}, found none; leave --ckpt_path out to start the run"
@@ -147,13 +168,14 @@ class SinkbedCLI(LightningCLI):
         if config.ckpt_path:
             load_checkpoint(Path(config.ckpt_path))
         run_dir.mkdir(parents=True, exist_ok=True)
+        for partial in (run_dir / rundir.CHECKPOINTS).glob(".*"):
+            partial.unlink()  # what a kill in the middle of writing left
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer with our callbacks, checkpoint files and loggers."""
         config = self.config_init.fit
         run_dir = Path(config.run_dir)
         callbacks: list[Callback] = [
-            KeepRecord(run_dir),
             SinkMonitor(config.measure, run_dir),
             Checkpoints(run_dir / rundir.CHECKPOINTS, config.checkpoint_every),
         ]
@@ -172,6 +194,8 @@ class SinkbedCLI(LightningCLI):
             enable_checkpointing=True,
             **kwargs,
         )
+        # The files come before the first measurement writes to them; checkpoints stay last.
+        trainer.callbacks.sort(key=lambda callback: not isinstance(callback, RunFiles))
         trainer.accumulate_grad_batches = self.datamodule.accumulation(trainer.world_size)
         return trainer
 
@@ -197,7 +221,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         SinkbedCLI(
             SinkbedModule,
             TokenData,
-            save_config_callback=SaveConfig,
+            save_config_callback=RunFiles,
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,

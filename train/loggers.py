@@ -42,6 +42,12 @@ class WandbConfig:
     """Tags of the run."""
 
 
+class Tracker(WandbLogger):
+    """Lightning's W&B logger, which leaves out the points that the run sent before it was resumed."""
+
+    already_sent = 0
+
+
 class MetricsFile(Logger):
     """One JSON object a point in metrics.jsonl, flushed line by line."""
 
@@ -105,7 +111,10 @@ def record(
     heatmaps = heatmaps or {}
     for logger in trainer.loggers:
         point: dict[str, Any] = {"train/tokens": tokens, **values}
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, Tracker):
+            if logger.already_sent > 0:
+                logger.already_sent -= 1
+                continue
             import wandb
 
             for key, value in heatmaps.items():
@@ -153,7 +162,7 @@ def _answers(url: str) -> bool:
     return True
 
 
-def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) -> WandbLogger | None:
+def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) -> Tracker | None:
     """Start or continue the run's W&B run; its id is made once and kept in run.json.
 
     A server that does not answer costs a warning and the run goes on offline.
@@ -190,10 +199,17 @@ def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) ->
         mode = "offline"
     if mode == "offline":
         arguments.pop("resume", None)  # W&B warns that it has no meaning without a server
-    run = wandb.init(mode=mode, **arguments)
+    try:
+        run = wandb.init(mode=mode, **arguments)
+    except wandb.errors.Error as error:
+        rank_zero_warn(f"W&B refused the run ({error}); it goes on offline, under a new id")
+        arguments.pop("resume", None)  # the failed attempt still holds the old id
+        arguments["id"] = secrets.token_hex(4)
+        rundir.write_json(path, {"wandb_id": arguments["id"]})
+        run = wandb.init(mode="offline", **arguments)
     run.define_metric("train/tokens")
     run.define_metric("*", step_metric="train/tokens")
-    return WandbLogger(experiment=run, save_dir=str(run_dir))
+    return Tracker(experiment=run, save_dir=str(run_dir))
 
 
 def finish_wandb(exit_code: int) -> None:

@@ -43,7 +43,7 @@ class MeasureConfig:
     """Step of the first measurement after the one at step 0."""
     modes: tuple[InferenceMode, ...] = ("bos", "text", "first_key_masked")
     """Inference modes of the final measurement."""
-    live_modes: tuple[InferenceMode, ...] = ("bos", "text")
+    live_modes: tuple[InferenceMode, ...] = ("bos", "text", "first_key_masked")
     """Inference modes of the measurements during training."""
     sink_tokens: int = 64
     """T of the sink rate; documents with fewer tokens are not in the probe set."""

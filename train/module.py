@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data.batches import Batch
-from kernels import Mask, interval_mask
+from kernels import Implementation, Mask, interval_mask
 from model import Decoder, DecoderConfig
 from model.loss import IGNORED
 from train.datamodule import TokenData
@@ -53,6 +54,7 @@ class SinkbedModule(L.LightningModule):
         optimizer: OptimizerConfig = _DEFAULT_OPTIMIZER,
         clip_norm: float | None = 1.0,
         compile: bool = False,
+        implementation: Implementation | None = None,
     ) -> None:
         """Configure the model.
 
@@ -60,6 +62,7 @@ class SinkbedModule(L.LightningModule):
             decoder: shape and parts of the decoder; the vocabulary comes from the token store.
             optimizer: AdamW and its schedule.
             clip_norm: the gradient's global norm is scaled down to this; null never.
+            implementation: of the attention operator; null takes the device's own.
             compile: run the decoder through torch.compile (needs a C++ compiler on CPUs).
         """
         super().__init__()
@@ -67,8 +70,10 @@ class SinkbedModule(L.LightningModule):
         self.optimizer_config = optimizer
         self.clip_norm = clip_norm
         self.compile_decoder = compile
+        self.implementation = implementation
         self.decoder: Decoder | None = None
         self._losses: list[Tensor] = []
+        self._last: tuple[int, Tensor, Tensor] | None = None
         self._window: tuple[float, int] | None = None
 
     @property
@@ -81,6 +86,7 @@ class SinkbedModule(L.LightningModule):
         if self.decoder is not None:
             return
         self.decoder = Decoder(self.decoder_config, self.data.store.manifest.vocab_size)
+        self.decoder.implementation = self.implementation
         if self.compile_decoder:
             self.decoder.compile()
 
@@ -114,14 +120,24 @@ class SinkbedModule(L.LightningModule):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         due = step % every == 0 or step in (1, self.trainer.max_steps)
         # Reading a number from an accelerator stalls it, so there the check waits for the logging step.
-        if (due or norm.device.type == "cpu") and not torch.isfinite(norm):
-            raise TrainingDiverged(
-                f"step {step} ({self.tokens_at(step):,} tokens): expected a finite loss and gradient, found "
-                f"loss {float(loss):.4g} and gradient norm {float(norm):.4g}. Weights of this step are "
-                "not saved; lower optimizer.lr or lengthen the warm-up, then resume with --ckpt_path last"
-            )
+        self._last = (step, loss, norm)
+        if due or norm.device.type == "cpu":
+            self.check_finite()
         if due:
             self._log_training(step, loss, norm)
+
+    def check_finite(self) -> None:
+        """Raise TrainingDiverged where the last step's loss or gradient was not finite; call before saving."""
+        if self._last is None:
+            return
+        step, loss, norm = self._last
+        if not torch.isfinite(norm):
+            raise TrainingDiverged(
+                f"step {step} ({self.tokens_at(step):,} tokens): expected a finite loss and gradient, found "
+                f"loss {float(loss):.4g} and gradient norm {float(norm):.4g}. Weights of this step are not saved and "
+                "the checkpoints before it are good; start a new run with a lower model.optimizer.lr or a longer "
+                "warm-up (a resumed run keeps its settings)"
+            )
 
     def _log_training(self, step: int, loss: Tensor, norm: Tensor) -> None:
         now = time.perf_counter()
@@ -140,7 +156,7 @@ class SinkbedModule(L.LightningModule):
         record(self.trainer, values, step=step, tokens=self.tokens_at(step))
 
     def skip_time(self, seconds: float) -> None:
-        """Leave time that was not training (measuring, saving) out of the tokens per second."""
+        """Leave time that was not training out of the tokens per second."""
         if self._window is not None:
             self._window = (self._window[0] + seconds, self._window[1])
 
@@ -163,6 +179,11 @@ class SinkbedModule(L.LightningModule):
             "context_length": self.data.context_length,
             "global_batch": self.data.global_batch,
             "seed": self.data.seed,
+            "seed_everything": int(os.environ.get("PL_GLOBAL_SEED", 0)),
+            "optimizer": {**dataclasses.asdict(self.optimizer_config), "betas": list(self.optimizer_config.betas)},
+            "clip_norm": self.clip_norm,
+            "max_steps": self.trainer.max_steps,
+            "micro_batches": self.trainer.accumulate_grad_batches,
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

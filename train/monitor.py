@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.loggers import WandbLogger
 
 from data.batches import Rows
 from data.store import TokenStore
 from model import Decoder
 from train import rundir
-from train.loggers import record
+from train.loggers import Tracker, record
 from train.measure import InferenceMode, MeasureConfig, ModeResult, Probe, measure
 from train.module import SinkbedModule, batch_mask
 
 _PACKED_ROWS = 4
+_Results = dict[InferenceMode, ModeResult]
 
 
 class SinkMonitor(L.Callback):
@@ -28,8 +29,9 @@ class SinkMonitor(L.Callback):
     def __init__(self, config: MeasureConfig, run_dir: Path) -> None:
         self.config = config
         self.run_dir = run_dir
-        self.seconds = 0.0
-        self.started = 0.0
+        self.seconds = 0.0  # of measuring
+        self.elapsed = 0.0  # of everything, before `started`
+        self.started: float | None = None
         self.onset_tokens: int | None = None
         self.probe: Probe | None = None
         self.packed: Rows | None = None
@@ -38,12 +40,22 @@ class SinkMonitor(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"onset_tokens": self.onset_tokens, "measured": self.measured}
+        return {
+            "onset_tokens": self.onset_tokens,
+            "measured": self.measured,
+            "seconds": self.seconds,
+            "elapsed": self._elapsed(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the checkpoint."""
         self.onset_tokens = state_dict["onset_tokens"]
         self.measured = state_dict["measured"]
+        self.seconds = state_dict["seconds"]
+        self.elapsed = state_dict["elapsed"]
+
+    def _elapsed(self) -> float:
+        return self.elapsed + (0.0 if self.started is None else time.perf_counter() - self.started)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Choose the probe set and the steps."""
@@ -67,36 +79,34 @@ class SinkMonitor(L.Callback):
 
     def _measure_if_due(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
-        if step not in self.steps or step == self.measured or step == trainer.max_steps:
-            return
-        self._measure(trainer, module, live=True)
+        if step in self.steps and step != self.measured:
+            self._measure_live(trainer, module)
 
-    def _measure(self, trainer: L.Trainer, module: L.LightningModule, live: bool) -> dict[InferenceMode, ModeResult]:
-        assert isinstance(module, SinkbedModule) and self.probe is not None
+    def _measure(self, module: SinkbedModule, probe: Probe, modes: Sequence[InferenceMode]) -> _Results:
         assert module.decoder is not None
+        return {m: measure(module.decoder, probe, m, module.data.strategy, self.config) for m in modes}
+
+    def _measure_live(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        assert isinstance(module, SinkbedModule) and self.probe is not None and module.decoder is not None
         began = time.perf_counter()
-        c = self.config
-        probe = self.probe.head(c.live_documents) if live else self.probe
-        modes = c.live_modes if live else c.modes
-        strategy = module.data.strategy
-        results = {m: measure(module.decoder, probe, m, strategy, c) for m in modes}
+        c, step = self.config, trainer.global_step
+        results = self._measure(module, self.probe.head(c.live_documents), c.live_modes)
         values: dict[str, float] = {}
         for mode, result in results.items():
             values |= result.metrics(mode)
         values |= self._packed(module.decoder, module)
-        step = trainer.global_step
         tokens = module.tokens_at(step)
-        rate = values[f"sink/rate/0.3/{modes[0]}"]
+        rate = values[f"sink/rate/0.3/{c.live_modes[0]}"]
         if self.onset_tokens is None and rate >= c.onset_rate and step > 0:
             self.onset_tokens = tokens
         maps = {f"sink/heatmap/{m}": r.mass for m, r in results.items()}
         record(trainer, values, step=step, tokens=tokens, heatmaps=maps)
-        module.log("sink %", rate, prog_bar=True, logger=False) if live and step else None
+        if step:
+            module.log("sink %", rate, prog_bar=True, logger=False)
         self.measured = step
         seconds = time.perf_counter() - began
         self.seconds += seconds
         module.skip_time(seconds)
-        return results
 
     def _packed(self, decoder: Decoder, module: SinkbedModule) -> dict[str, float]:
         """Mass on the first key of the query's document and of the row, in rows packed as in training.
@@ -126,28 +136,33 @@ class SinkMonitor(L.Callback):
             self.finish(trainer, pl_module)
 
     def finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure everything and write measurement.json."""
-        assert isinstance(pl_module, SinkbedModule) and pl_module.decoder is not None
-        training_seconds = time.perf_counter() - self.started
-        live_seconds = self.seconds
-        results = self._measure(trainer, pl_module, live=False)
+        """Measure all documents and modes; write measurement.json and W&B's summary.
+
+        It is no point of the curves, which keep to their own documents from first to last.
+        """
+        assert isinstance(pl_module, SinkbedModule) and pl_module.decoder is not None and self.probe is not None
+        training = self._elapsed() - self.seconds
+        began = time.perf_counter()
+        results = self._measure(pl_module, self.probe, self.config.modes)
+        final = {
+            "step": trainer.global_step,
+            "tokens": pl_module.tokens_at(trainer.global_step),
+            "onset_tokens": self.onset_tokens,
+            "parameters": pl_module.decoder.parameter_count(),
+            "sink_tokens": self.config.sink_tokens,
+            "seconds": {
+                "training": training,
+                "measuring_live": self.seconds,
+                "measuring_final": time.perf_counter() - began,
+            },
+            "modes": {mode: dataclasses.asdict(result) for mode, result in results.items()},
+        }
         if trainer.is_global_zero:
-            rundir.write_json(
-                self.run_dir / rundir.MEASUREMENT,
-                {
-                    "step": trainer.global_step,
-                    "tokens": pl_module.tokens_at(trainer.global_step),
-                    "onset_tokens": self.onset_tokens,
-                    "parameters": pl_module.decoder.parameter_count(),
-                    "sink_tokens": self.config.sink_tokens,
-                    "seconds": {
-                        "training": training_seconds - live_seconds,
-                        "measuring_live": live_seconds,
-                        "measuring_final": self.seconds - live_seconds,
-                    },
-                    "modes": {mode: dataclasses.asdict(result) for mode, result in results.items()},
-                },
-            )
+            rundir.write_json(self.run_dir / rundir.MEASUREMENT, final)
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger) and self.onset_tokens is not None:
-                logger.experiment.summary["sink/onset_tokens"] = self.onset_tokens
+            if isinstance(logger, Tracker):
+                summary = logger.experiment.summary
+                for mode, result in results.items():
+                    summary.update({f"final/{key}": value for key, value in result.metrics(mode).items()})
+                if self.onset_tokens is not None:
+                    summary["sink/onset_tokens"] = self.onset_tokens

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.figures import COLOURS, arms_of, curve
+from train.figures import COLOURS, arms_of, common_modes, curve
 from train.report import MODE_LABELS, Result, SummaryRow, rows_of
 from train.rundir import write_atomic
 
@@ -161,7 +161,7 @@ def _losses(results: Sequence[Result]) -> go.Figure:
     arms = arms_of(results)
     colours = {"bos": "#0072B2", "text": "#D55E00", "first_key_masked": "#7A7A7A"}
     figure = go.Figure()
-    for mode in results[0].final["modes"]:
+    for mode in common_modes(results):
         values = [[r.value(mode, "loss") for r in results if r.arm == arm] for arm in arms]
         middle = [sum(v) / len(v) for v in values]
         figure.add_bar(
@@ -177,13 +177,17 @@ def _losses(results: Sequence[Result]) -> go.Figure:
             },
             hovertemplate="%{y}<br>%{x:.3f} nats<extra>" + MODE_LABELS[mode] + "</extra>",
         )
-    lowest = min(r.value(m, "loss") for r in results for m in r.final["modes"])
-    highest = max(r.value(m, "loss") for r in results for m in r.final["modes"])
+    lowest = min(r.value(m, "loss") for r in results for m in common_modes(results))
+    highest = max(r.value(m, "loss") for r in results for m in common_modes(results))
     layout = {**_LAYOUT, "legend": {"orientation": "h", "y": 1.12, "x": 0}}
     figure.update_layout(**layout, height=80 * len(arms) + 140, xaxis_title="nats per token (does not start at 0)")
     figure.update_xaxes(range=[0.9 * lowest, highest + 0.05 * lowest])
     figure.update_yaxes(autorange="reversed", automargin=True)
     return figure
+
+
+def _has_map(result: Result, mode: str) -> bool:
+    return any(f"sink/heatmap/{mode}" in point for point in result.points)
 
 
 def _heatmaps(results: Sequence[Result]) -> go.Figure:
@@ -192,7 +196,9 @@ def _heatmaps(results: Sequence[Result]) -> go.Figure:
     from plotly.subplots import make_subplots
 
     first = [next(r for r in results if r.arm == arm) for arm in arms_of(results)]
-    modes = [m for m in ("bos", "text") if f"sink/heatmap/{m}" in first[0].points[0]]
+    modes = [m for m in MODE_LABELS if m in ("bos", "text") and all(_has_map(r, m) for r in first)]
+    if not modes:
+        return go.Figure(layout={**_LAYOUT, "title": "no inference mode was measured live in every arm"})
     series = [
         {p["train/tokens"]: p[f"sink/heatmap/{m}"] for p in r.points if f"sink/heatmap/{m}" in p}
         for r in first

@@ -79,7 +79,8 @@ def describe(strategy: dict[str, Any]) -> tuple[str, str]:
     """Mask and first token of a strategy in the words of the published table."""
     mask = "causal" if strategy["mask"] == "causal" else "intra-document"
     if strategy["shared_prefix"]:
-        mask += ", position 0 visible to all"
+        what = "position 0" if strategy["shared_prefix"] == 1 else f"positions below {strategy['shared_prefix']}"
+        mask += f", {what} visible to all"
     if strategy["window"]:
         mask += f", window {strategy['window']}"
     if strategy["prefix_lm"]:

@@ -8,7 +8,9 @@ not stop the rest.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -19,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -110,12 +112,22 @@ def load_study(path: Path) -> StudyConfig:
             raise FileNotFoundError(f"{path}: names {value}, but there is no file {found}")
         return found
 
+    if not isinstance(raw["out"], str) or not isinstance(raw["base"], list):
+        raise ValueError(
+            f"{path}: out: expected a folder, and base: a list of configs; found {raw['out']!r}, {raw['base']!r}"
+        )
     arms = raw["arms"]
     if not isinstance(arms, dict) or not all(isinstance(v, list) for v in arms.values()):
         raise ValueError(f"{path}: arms: expected a mapping of arm name to list of overlays, found {arms!r}")
     for name in arms:
         if not isinstance(name, str) or not name.replace("-", "").replace("_", "").isalnum():
             raise ValueError(f"{path}: arm {name!r}: expected letters, digits, - and _ (it names a folder)")
+    for arm, modes in (raw.get("published") or {}).items():
+        pairs = modes.values() if isinstance(modes, dict) else [modes]
+        if arm not in arms or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
+            raise ValueError(
+                f"{path}: published.{arm}: expected an arm, and [sink metric, loss] for each mode; found {modes!r}"
+            )
     raw |= {
         "out": Path(raw["out"]),
         "base": [resolve(p) for p in raw["base"]],
@@ -134,20 +146,31 @@ def plan(study: StudyConfig) -> list[ArmRun]:
     for seed in study.seeds:
         for arm, overlays in study.arms.items():
             configs = (*study.base, *overlays)
+            parsed = [read_overlay(config) for config in configs]
             digest = hashlib.sha256(f"seed {seed}".encode())
-            for config in configs:
-                digest.update(config.read_bytes())
-            digest.update(_store_fingerprint(configs).encode())
+            digest.update(json.dumps(parsed, sort_keys=True, default=str).encode())
+            digest.update(_store_fingerprint(parsed).encode())
             folder = study.out / "runs" / f"{arm}-seed{seed}"
             runs.append(ArmRun(arm=arm, seed=seed, folder=folder, configs=configs, fingerprint=digest.hexdigest()))
     return runs
 
 
-def _store_fingerprint(configs: Sequence[Path]) -> str:
+def read_overlay(path: Path) -> dict[str, Any]:
+    """A run config or overlay. Raises ValueError that names a file that is no mapping of keys."""
+    try:
+        found = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: expected YAML, found {error}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("data", {}), dict):
+        raise ValueError(f"{path}: expected keys such as model, data, trainer; found {str(found)[:60]!r}")
+    return found
+
+
+def _store_fingerprint(configs: Sequence[dict[str, Any]]) -> str:
     """sha256 of the manifest of the token store that the configs name last."""
     store = None
     for config in configs:
-        store = ((yaml.safe_load(config.read_text()) or {}).get("data") or {}).get("store", store)
+        store = config.get("data", {}).get("store", store)
     manifest = Path(store or "") / rundir.MANIFEST
     return hashlib.sha256(manifest.read_bytes()).hexdigest() if store and manifest.is_file() else ""
 
@@ -184,6 +207,8 @@ class Runner:
         with (run.folder / "fit.log").open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_environment())
             self.processes[name] = process
+            if self.stopping:  # told to stop between the check above and here
+                process.terminate()
             status = process.wait()
         del self.processes[name]
         if status != 0 and not self.stopping:
@@ -230,8 +255,22 @@ class Runner:
                     return
 
 
+def _lock(folder: Path) -> IO[str]:
+    """Hold the study's folder until the file is closed. Raises ValueError where another process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise ValueError(
+            f"{folder}: expected a study that nobody runs, found one that is running; wait for it"
+        ) from None
+    return file
+
+
 def _environment() -> dict[str, str]:
-    """The arm's environment: this checkout importable, its numeric libraries on the threads the config sets."""
+    """The arm's environment: this checkout importable, tokenizers without threads of their own."""
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     return {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
@@ -280,7 +319,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     if study.prepare is not None and not arguments.plan:
         from train.prepare import run as prepare
 
-        prepare("prepare", ["--config", str(study.prepare), *(["--quiet"] if arguments.quiet else [])])
+        options = [f"--{name}" for name in ("quiet", "force") if getattr(arguments, name)]
+        prepare("prepare", ["--config", str(study.prepare), *options])
     runs = plan(study)
     if arguments.plan:
         for arm in runs:
@@ -292,10 +332,17 @@ def run(command: str, argv: Sequence[str]) -> int:
             f"{other[0].folder}: expected a run of this configuration, found one of another (a config or the token "
             "store changed since). Use --force to run such arms anew, or another --out to keep them"
         )
+    if arguments.force:
+        for arm in other:
+            _clear(arm.folder)
+    lock = _lock(study.out)
     runner = Runner(study, runs)
+    # As under a scheduler: a terminated study stops its arms, which resume next time.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     began = time.perf_counter()
     runner.run(progress=not arguments.quiet)
     print(f"arms took {time.perf_counter() - began:.0f} s")
+    lock.close()
 
     from train.report import write_report
 

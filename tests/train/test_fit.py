@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -44,7 +45,8 @@ def test_a_run_leaves_everything_its_reader_needs(fit):
         assert torch.tensor(measured[-1][f"sink/heatmap/{mode}"]).shape == (2, 2)
     assert {"sink/document_start_mass", "sink/row_start_mass"} <= keys
     final = rundir.read_json(folder / rundir.MEASUREMENT)
-    assert final["modes"]["bos"]["loss"] == measured[-1]["val/loss/bos"]
+    assert final["modes"]["bos"]["documents"] == 6, "all documents; the curves keep to the first three"
+    assert 0 < final["seconds"]["training"] < 60
     assert final["tokens"] == 10 * 4 * 48
 
 
@@ -64,7 +66,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_micro_batches(fit):
 
 
 class Killed(BaseException):
-    """As good as kill -9 for the code under test: nothing catches it."""
+    """Stops training where a test wants it; for a real kill -9 see the test of that name."""
 
 
 def kill_at(monkeypatch, step):
@@ -99,14 +101,53 @@ def test_a_killed_run_resumes_to_the_same_weights_and_points(fit, monkeypatch, e
     assert rundir.read_json(folder / rundir.RUN) == identifier
     measured = (rundir.read_json(f / rundir.MEASUREMENT)["modes"] for f in (folder, whole))
     assert next(measured) == next(measured)
+    # The W&B run is two offline folders of one id now; together they hold every point once.
+    segments = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(segments) == 2 and segments[0].name == segments[1].name
+    tracked = [row for segment in segments for row in wandb_history(segment)]
+    assert [row["trainer/global_step"] for row in tracked] == [p["step"] for p in points(folder)]
 
 
 def test_a_run_killed_before_its_final_measurement_is_measured_on_resume(fit):
     _, folder = fit()
-    expected = rundir.read_json(folder / rundir.MEASUREMENT)["modes"]
+    expected, before = rundir.read_json(folder / rundir.MEASUREMENT), points(folder)
     (folder / rundir.MEASUREMENT).unlink()
     assert fit("--ckpt_path", "last")[0] == 0
-    assert rundir.read_json(folder / rundir.MEASUREMENT)["modes"] == expected
+    again = rundir.read_json(folder / rundir.MEASUREMENT)
+    assert again["modes"] == expected["modes"]
+    assert again["seconds"]["training"] == pytest.approx(expected["seconds"]["training"], abs=1)
+    assert points(folder) == before
+
+
+def test_a_run_killed_with_sigkill_resumes_to_the_same_weights(fit):
+    _, whole = fit(run_dir="whole")
+    folder = whole.parent / "cut"
+    command = [sys.executable, "-m", "train", "fit", "--config", str(fit.config), "--run_dir", str(folder)]
+    # Without the W&B service of this process, which would still hold the run's id after the kill.
+    environment = {k: v for k, v in os.environ.items() if "WANDB" not in k} | {"WANDB_MODE": "offline"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "last.ckpt").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -9
+    (folder / "checkpoints" / ".step-0000008.ckpt.partial").write_bytes(b"half")
+    assert fit("--ckpt_path", "last", run_dir="cut")[0] == 0
+    assert points(folder) == points(whole)
+    assert all(
+        torch.equal(a, b) for a, b in zip(weights(folder, 10).values(), weights(whole, 10).values(), strict=True)
+    )
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(fit, monkeypatch):
+    revive = kill_at(monkeypatch, 3)
+    with pytest.raises(Killed):
+        fit()
+    revive()
+    _, folder = fit()
+    assert [p["step"] for p in points(folder) if "train/loss" in p] == list(range(1, 11))
 
 
 def refused(capsys, status):
@@ -128,10 +169,32 @@ def test_resuming_what_never_started_is_refused(fit, capsys):
     assert "found none" in message and "leave --ckpt_path out" in message
 
 
-def test_resuming_another_strategy_is_refused_with_both_values(fit, capsys):
-    fit()
+def test_resuming_another_strategy_is_refused_with_both_values_and_changes_nothing(fit, capsys):
+    _, folder = fit()
+    names = (rundir.CONFIG, rundir.AUDIT, rundir.METRICS, rundir.MEASUREMENT)
+    before = [(folder / name).read_bytes() for name in names]
     message = refused(capsys, fit("--ckpt_path", "last", "--data.strategy.first_token", "none")[0])
     assert "'first_token': 'bos'" in message and "'first_token': 'none'" in message
+    assert [(folder / name).read_bytes() for name in names] == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--model.optimizer.lr", "1e-3"),
+        ("--trainer.max_steps", "20"),
+        ("--data.micro_batch", "2"),
+        ("--data.seed", "5"),
+    ],
+)
+def test_resuming_with_a_setting_the_checkpoint_would_override_is_refused(fit, capsys, option, value):
+    fit()
+    assert value.replace("1e-3", "0.001") in refused(capsys, fit("--ckpt_path", "last", option, value)[0])
+
+
+@pytest.mark.parametrize("option", ["limit_train_batches=3", "max_epochs=1", "logger=true", "fast_dev_run=true"])
+def test_a_trainer_setting_without_effect_is_refused(fit, capsys, option):
+    assert "has no effect here" in refused(capsys, fit(f"--trainer.{option}")[0])
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"\x80\x04" + b[2:]])
@@ -172,7 +235,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(fit,
     monkeypatch.setattr(model.decoder, "linear_cross_entropy", loss)
     status, folder = fit()
     message = refused(capsys, status)
-    assert "step 7" in message and "nan" in message and "--ckpt_path last" in message
+    assert "step 7" in message and "nan" in message and "checkpoints before it are good" in message
     assert all(torch.isfinite(w).all() for w in weights(folder, 4).values())
     assert not (folder / "checkpoints" / "step-0000008.ckpt").exists()
 
@@ -218,6 +281,7 @@ def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path, monkeypat
         (("--data.global_batch", "4", "--data.micro_batch", "3"), "expected a multiple of micro_batch=3"),
         (("--trainer.max_steps", "-1"), "trainer.max_steps: expected at least 1"),
         (("--trainer.accumulate_grad_batches", "2"), "set data.micro_batch"),
+        (("--threads", "0"), "threads: expected at least 1"),
         (("--model.optimizer.warmup_steps", "11"), "do not fit into trainer.max_steps=10"),
         (("--measure.sink_tokens", "64"), "measure.sink_tokens=64"),
         (("--data.strategy.window", "0"), "window"),

@@ -174,12 +174,44 @@ def test_the_report_can_be_made_again_from_what_is_finished(finished):
         (("workers: 2", "workers: 0"), "study.workers: expected at least 1"),
         (("workers: 2", "seeds: [1, 1]"), "expected distinct seeds"),
         (("workers: 2", "workers: [}"), "expected YAML"),
+        (("  fixed: {bos: [90.84, 2.69]}", "  fixd: {bos: [90.84, 2.69]}"), "published.fixd"),
+        (("  fixed: {bos: [90.84, 2.69]}", "  fixed: {bos: [90.84]}"), "published.fixed"),
+        (("base: [run.yaml]", "base: run.yaml"), "base: a list of configs"),
     ],
 )
 def test_a_wrong_study_file_is_one_message(study, capsys, change, message):
     study.write_text(study.read_text().replace(*change))
     assert main(["study", str(study)]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["data: [", "- a list", "data: 5"])
+def test_an_overlay_that_is_no_config_is_named(study, capsys, content):
+    (study.parent / "bos.yaml").write_text(content)
+    assert main(["study", str(study)]) == 1
+    assert str(study.parent / "bos.yaml") in capsys.readouterr().err
+
+
+def test_a_comment_in_an_overlay_makes_no_other_arm(finished):
+    overlay = finished.parent / "none.yaml"
+    overlay.write_text("# a word\n" + overlay.read_text())
+    assert [r.status() for r in plan(load_study(finished))] == ["finished", "finished"]
+
+
+def test_a_study_that_runs_is_not_run_a_second_time(study, capsys):
+    from train.study import _lock
+
+    with _lock(study.parent / "out"):
+        assert main(["study", str(study), "--quiet"]) == 1
+    assert "found one that is running" in capsys.readouterr().err
+
+
+def test_arms_measured_in_different_modes_make_a_report(study):
+    (study.parent / "none.yaml").write_text(
+        "data: {strategy: {first_token: none}}\nmeasure: {modes: [text], live_modes: [as_trained]}\n"
+    )
+    assert main(["study", str(study), "--quiet"]) == 0
+    assert [(r["arm"], r["mode"]) for r in table(study)][-1] == ("absent", "text")
 
 
 def test_a_missing_study_is_named(capsys):
@@ -190,5 +222,7 @@ def test_a_missing_study_is_named(capsys):
 def test_the_shipped_studies_name_files_that_exist():
     from pathlib import Path
 
-    for path in Path("configs/study").glob("*.yaml"):
-        assert load_study(path).arms
+    shipped = list((Path(__file__).parent.parent.parent / "configs" / "study").glob("*.yaml"))
+    assert shipped
+    for path in shipped:
+        assert plan(load_study(path))
