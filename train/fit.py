@@ -195,7 +195,8 @@ class SinkbedCLI(LightningCLI):
             **kwargs,
         )
         # The files come before the first measurement writes to them; checkpoints stay last.
-        trainer.callbacks.sort(key=lambda callback: not isinstance(callback, RunFiles))
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.sort(key=lambda callback: not isinstance(callback, RunFiles))
         trainer.accumulate_grad_batches = self.datamodule.accumulation(trainer.world_size)
         return trainer
 
