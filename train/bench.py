@@ -155,7 +155,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     one = benches.add_parser("training", help="training step against Hugging Face's Llama at the same shape")
     one.add_argument("--config", type=Path, default=Path("configs/run/demo.yaml"), help="run config with the shape")
     one.add_argument("--vocab_size", type=int, default=512)
-    one.add_argument("--threads", type=int, default=2)
+    one.add_argument("--threads", type=int, default=1)
     one.add_argument("--repeats", type=int, default=30)
     one.add_argument("--compile", action="store_true", help="also both under torch.compile (needs a C++ compiler)")
     one.add_argument("--profile", action="store_true", help="print where our step spends its time")
