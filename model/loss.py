@@ -32,9 +32,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for h, t, s, dh in zip(
             hidden.split(rows), index.split(rows), share.split(rows), d_hidden.split(rows), strict=True
         ):
-            log_p = F.log_softmax(h @ weight.T, dim=-1)
-            loss -= torch.dot(log_p.gather(1, t)[:, 0], s)
-            d_logits = log_p.exp_().scatter_add_(1, t, s.new_full((1, 1), -1).expand(len(h), 1)).mul_(s[:, None])
+            logits = h @ weight.T
+            logits -= logits.amax(-1, keepdim=True)
+            target = logits.gather(1, t)[:, 0]
+            total = logits.exp_().sum(-1)  # one exponential serves the loss and its gradient
+            loss += torch.dot(total.log() - target, s)
+            d_logits = logits.mul_((s / total)[:, None]).scatter_add_(1, t, -s[:, None])
             torch.mm(d_logits, weight, out=dh)
             d_weight = d_logits.T @ h if d_weight is None else d_weight.addmm_(d_logits.T, h)
         ctx.save_for_backward(d_hidden, d_weight)

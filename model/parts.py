@@ -28,7 +28,8 @@ class _RMSNormCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rstd = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        rstd = norm.square_().div_(weight.numel()).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
         return (x * rstd).mul_(weight)
 
@@ -90,13 +91,14 @@ class _SwiGLUCPU(torch.autograd.Function):
         flat = x.flatten(0, -2)
         w_gate, w_up = gate_up.chunk(2)
         gate, up = flat @ w_gate.T, flat @ w_up.T
-        activated = F.silu(gate)
-        ctx.save_for_backward(flat, gate_up, down, gate, up, activated)
+        sigmoid = gate.sigmoid()
+        activated = gate.mul_(sigmoid)
+        ctx.save_for_backward(flat, gate_up, down, sigmoid, up, activated)
         return ((activated * up) @ down.T).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        flat, gate_up, down, gate, up, activated = ctx.saved_tensors
+        flat, gate_up, down, sigmoid, up, activated = ctx.saved_tensors
         w_gate, w_up = gate_up.chunk(2)
         d_gate_up = torch.empty_like(gate_up)
         d_w_gate, d_w_up = d_gate_up.chunk(2)
@@ -106,7 +108,8 @@ class _SwiGLUCPU(torch.autograd.Function):
         d_hidden = upstream @ down
         d_up = torch.mul(d_hidden, activated, out=hidden)
         torch.mm(d_up.T, flat, out=d_w_up)
-        d_gate = torch.ops.aten.silu_backward(d_hidden.mul_(up), gate)
+        # silu'(g) = σ(g) + silu(g) − silu(g) σ(g), without the exponential of another sigmoid
+        d_gate = torch.addcmul(sigmoid, activated, sigmoid, value=-1).add_(activated).mul_(d_hidden.mul_(up))
         torch.mm(d_gate.T, flat, out=d_w_gate)
         dx = (d_gate @ w_gate).addmm_(d_up, w_up)
         return dx.view(*grad.shape[:-1], -1), d_gate_up, d_down
