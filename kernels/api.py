@@ -5,7 +5,10 @@ Shapes: B rows, H query heads, Hkv key/value heads (H a multiple of Hkv), T posi
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -14,8 +17,13 @@ from kernels.mask import Mask
 from kernels.reference import reference_attention
 from kernels.torch_cpu import torch_attention
 
-Implementation = Literal["reference", "torch"]
-_IMPLEMENTATIONS = {"reference": reference_attention, "torch": torch_attention}
+Implementation = Literal["reference", "torch", "triton"]
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"reference": reference_attention, "torch": torch_attention}
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+if importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or _INTERPRETED):
+    from kernels.triton_gpu import triton_attention
+
+    _IMPLEMENTATIONS["triton"] = triton_attention
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -37,14 +45,19 @@ class AttentionOutput(NamedTuple):
     output: Tensor
     """[B, H, T, D], dtype of q."""
     lse: Tensor
-    """[B, H, T], log-sum-exp of the logits in natural log, the learned sink included; no gradient."""
+    """[B, H, T], log-sum-exp of the logits in natural log, the learned sink included; differentiable."""
     statistics: Statistics | None
     """None unless asked for."""
 
 
 def available(device: torch.device | str) -> tuple[Implementation, ...]:
     """Implementations that run on `device`, the preferred one first."""
-    return ("torch", "reference") if torch.device(device).type == "cpu" else ("reference",)
+    kind = torch.device(device).type
+    if kind == "cpu":
+        # In Triton's interpreter the kernels run on CPU tensors: for tests, never by themselves.
+        interpreted: tuple[Implementation, ...] = ("triton",) if _INTERPRETED and "triton" in _IMPLEMENTATIONS else ()
+        return ("torch", "reference", *interpreted)
+    return ("triton", "reference") if kind == "cuda" and "triton" in _IMPLEMENTATIONS else ("reference",)
 
 
 def attention(
@@ -63,7 +76,7 @@ def attention(
     Args:
         q: [B, H, T, D]; k, v: [B, Hkv, T, D]; any strides.
         mask: which keys a query sees; None is causal.
-        scale: factor of the logits; None is 1/√D.
+        scale: factor of the logits, more than 0; None is 1/√D.
         sink_logit: [H], a learned logit per head that joins the softmax but has no value
             (arXiv 2508.10925); 0 gives softmax-off-by-one.
         statistics: also return the masses on the first key of the row and of the document.
@@ -87,8 +100,10 @@ def attention(
             f"implementation: expected one of {', '.join(usable)} on {q.device.type}, received {chosen!r}{known}"
         )
     scale = D**-0.5 if scale is None else scale
+    if scale <= 0:
+        raise ValueError(f"scale: expected more than 0, received {scale}")
     output, lse, found = _IMPLEMENTATIONS[chosen](q, k, v, mask, scale, sink_logit, statistics)
-    return AttentionOutput(output, lse.detach(), None if found is None else Statistics(*found))
+    return AttentionOutput(output, lse, None if found is None else Statistics(*found))
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, sink_logit: Tensor | None) -> None:

@@ -39,7 +39,8 @@ class Mask:
     first_key: Tensor | None = None
     """[B, T] int32, the first key of the interval, never decreasing along a row; None: 0 everywhere."""
     end_key: Tensor | None = None
-    """[B, T] int32, the exclusive end of the interval, more than i; None: i + 1 everywhere (causal)."""
+    """[B, T] int32, the exclusive end of the interval, more than i, never decreasing along a row; None: i + 1
+    everywhere (causal)."""
     shared_prefix: int = 0
     """Row positions below this are visible to every query at or after them."""
     shared_from: int = 0
@@ -48,6 +49,7 @@ class Mask:
     """[B, T] int32, row position where the query's document starts; read by the statistics only.
     None: the row is one document."""
     _bias: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
+    _ends: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("first_key", "end_key", "doc_start"):
@@ -68,8 +70,8 @@ class Mask:
     def _check_values(self, name: str, tensor: Tensor) -> None:
         index = torch.arange(self.length, dtype=torch.int32)
         if name == "end_key":
-            wrong = ((tensor <= index) | (tensor > self.length)).any()
-            rule = "i < end_key[i] <= T"
+            wrong = ((tensor <= index) | (tensor > self.length)).any() or (tensor.diff(dim=1) < 0).any()
+            rule = "i < end_key[i] <= T, never decreasing along a row"
         else:
             wrong = ((tensor < 0) | (tensor > index)).any() or (tensor.diff(dim=1) < 0).any()
             rule = f"0 <= {name}[i] <= i, never decreasing along a row"
@@ -80,6 +82,35 @@ class Mask:
     def is_causal(self) -> bool:
         """Whether this is the plain causal mask, for which implementations have a faster path."""
         return self.first_key is None and self.end_key is None
+
+    # The transpose of an interval mask is one too: key j is in the interval of queries first_query[j] .. last_query[j].
+
+    @property
+    def first_query(self) -> Tensor | None:
+        """[B, T] int32, the first query whose interval reaches key j; None: j itself. Cached."""
+        return self._count_up_to("first_query", self.end_key)
+
+    @property
+    def last_query(self) -> Tensor | None:
+        """[B, T] int32, the exclusive end of the queries whose interval has not left key j; None: T. Cached."""
+        return self._count_up_to("last_query", self.first_key)
+
+    @property
+    def doc_end(self) -> Tensor | None:
+        """[B, T] int32, the exclusive end of the document at position j; None: T. Cached."""
+        return self._count_up_to("doc_end", self.doc_start)
+
+    def _count_up_to(self, name: str, tensor: Tensor | None) -> Tensor | None:
+        """Per row and position j, how many entries of a never-decreasing tensor [B, T] are at most j."""
+        if tensor is None:
+            return None
+        if name not in self._ends:
+            index = torch.arange(self.length, dtype=torch.int32, device=tensor.device)
+            found = torch.searchsorted(
+                tensor.contiguous(), index.expand_as(tensor).contiguous(), right=True, out_int32=True
+            )
+            self._ends[name] = found
+        return self._ends[name]
 
     def visible(self, device: torch.device | None = None) -> Tensor:
         """The mask written out: [B, 1, T, T] bool, True where query i (second to last axis) sees key j."""

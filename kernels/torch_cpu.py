@@ -97,13 +97,32 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     out, lse = output
     ctx.save_for_backward(q, k, v, bias, sink_logit, out, lse)
     ctx.scale = scale
-    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, bias, sink_logit, out, lse = ctx.saved_tensors
+    grad = torch.zeros_like(out) if grad is None else grad
     dq, dk, dv, dsink = _attention_torch_backward(grad, q, k, v, out, lse, bias, sink_logit, ctx.scale)
+    if grad_lse is not None:
+        dq, dk, dsink = _add_lse_gradient(ctx, grad_lse, dq, dk, dsink)
     return dq, dk, dv, None, (None if sink_logit is None else dsink), None
+
+
+def _add_lse_gradient(
+    ctx: Any, grad_lse: Tensor, dq: Tensor, dk: Tensor, dsink: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d lse_i / d s_ij = P_ij: dq gains scale · dlse · P k, attention with the keys as values; dk gains
+    scale · Pᵀ (dlse q), which is the gradient of those values for an incoming dlse · q. Two more passes, paid by who
+    asks for it."""
+    q, k, _, bias, sink_logit, _, lse = ctx.saved_tensors
+    weight = (grad_lse * ctx.scale).to(q.dtype)[..., None]
+    mixed, _ = _attention_torch(q, k, k, bias, sink_logit, ctx.scale)
+    _, _, weighted, _ = _attention_torch_backward(weight * q, q, k, k, mixed, lse, bias, sink_logit, ctx.scale)
+    if sink_logit is not None:
+        sink_mass = (sink_logit.to(lse.dtype)[None, :, None] - lse).exp()
+        dsink = dsink + (sink_mass * grad_lse).sum((0, 2)).to(dsink.dtype)
+    return dq + weight * mixed, dk + weighted, dsink
 
 
 torch.library.register_autograd("sinkbed::attention_torch", _backward, setup_context=_setup_context)
@@ -151,8 +170,8 @@ def torch_attention(
     sink_logit: Tensor | None,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor | None] | None]:
-    """Attention by the CPU flash kernel; shapes as in `kernels.api.attention`. lse carries no gradient."""
+    """Attention by the CPU flash kernel; shapes as in `kernels.api.attention`."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     bias = None if mask.is_causal else mask.bias(q.dtype, q.device)
     output, lse = _attention_torch(q, k, v, bias, sink_logit, scale)
-    return output, lse, _statistics(q, k, lse, mask, scale, sink_logit) if statistics else None
+    return output, lse, _statistics(q, k, lse.detach(), mask, scale, sink_logit) if statistics else None

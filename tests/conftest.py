@@ -8,6 +8,9 @@ os.environ["WANDB_API_KEY"] = ""
 os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before anything imports triton: without a GPU its kernels run in the interpreter.
+if not Path("/dev/nvidiactl").exists() and not Path("/dev/kfd").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import logging
 

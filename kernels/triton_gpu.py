@@ -1,0 +1,232 @@
+"""Attention by the Triton kernels, as a `torch.library` operator: launch, autograd and fake implementations.
+
+With TRITON_INTERPRET=1 (set before triton is imported) the same kernels run on CPU tensors, slowly: the tests do so.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels import triton_kernels
+from kernels.mask import Mask
+
+HEAD_DIMS = (16, 32, 64, 96, 128)
+
+
+class Tiles(NamedTuple):
+    """Configuration of one kernel."""
+
+    block_m: int
+    """Queries a tile."""
+    block_n: int
+    """Keys a tile."""
+    warps: int
+    stages: int
+
+
+# (kernel, dtype bytes, BLOCK_D) -> tiles; from counts of compiled instructions and spills, not from timings.
+_TILES = {
+    ("forward", 2, 16): Tiles(128, 64, 8, 3),
+    ("forward", 2, 32): Tiles(128, 64, 8, 3),
+    ("forward", 2, 64): Tiles(128, 64, 8, 3),
+    ("forward", 2, 128): Tiles(128, 64, 8, 2),
+    ("dq", 2, 16): Tiles(128, 64, 8, 3),
+    ("dq", 2, 32): Tiles(128, 64, 8, 3),
+    ("dq", 2, 64): Tiles(64, 64, 4, 3),
+    ("dq", 2, 128): Tiles(64, 32, 4, 2),
+    ("dkv", 2, 16): Tiles(32, 64, 4, 2),
+    ("dkv", 2, 32): Tiles(32, 64, 4, 2),
+    ("dkv", 2, 64): Tiles(64, 64, 8, 2),
+    ("dkv", 2, 128): Tiles(32, 64, 8, 2),
+}
+_FULL_PRECISION = Tiles(32, 32, 4, 2)
+_INTERPRETED = Tiles(32, 32, 4, 1)
+
+override: dict[str, Tiles] = {}
+"""Tiles by kernel name that take precedence; for tests and sweeps."""
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter, on CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def tiles(kernel: str, dtype: torch.dtype, block_d: int) -> Tiles:
+    """Configuration of `kernel` ("forward", "dq" or "dkv") at a dtype and padded head dim."""
+    if kernel in override:
+        return override[kernel]
+    if interpreted():
+        return _INTERPRETED
+    return _TILES.get((kernel, dtype.itemsize, block_d), _FULL_PRECISION)
+
+
+@cache
+def _precision() -> str:
+    # Three TF32 products keep float32 accuracy on NVIDIA's matrix units; AMD's have float32 itself.
+    return "ieee" if torch.version.hip else "tf32x3"
+
+
+torch.library.define(
+    "sinkbed::attention_triton",
+    "(Tensor q, Tensor k, Tensor v, Tensor? first_key, Tensor? end_key, Tensor? first_query, Tensor? last_query, "
+    "Tensor? doc_start, Tensor? doc_end, Tensor? sink_logit, int shared_from, int shared_to, float scale, "
+    "bool statistics) -> (Tensor output, Tensor lse, Tensor row_mass, Tensor document_mass)",
+)
+torch.library.define(
+    "sinkbed::attention_triton_backward",
+    "(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor output, Tensor lse, Tensor? first_key, "
+    "Tensor? end_key, Tensor? first_query, Tensor? last_query, Tensor? sink_logit, int shared_from, int shared_to, "
+    "float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def _meta(q: Tensor) -> dict[str, Any]:
+    D = q.shape[-1]
+    block_d = triton.next_power_of_2(D)
+    return {"BLOCK_D": block_d, "EVEN_D": block_d == D, "PRECISION": _precision()}
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(s for x in tensors for s in x.stride()[:3])
+
+
+def _outputs(q: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, H, T, _ = q.shape
+    lse = q.new_empty((B, H, T), dtype=torch.float32)
+    masses = [torch.empty_like(lse) if statistics else lse.new_empty(0) for _ in range(2)]
+    return torch.empty_like(q), lse, masses[0], masses[1]
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None, end_key: Tensor | None, first_query: Tensor | None,
+    last_query: Tensor | None, doc_start: Tensor | None, doc_end: Tensor | None, sink_logit: Tensor | None,
+    shared_from: int, shared_to: int, scale: float, statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    B, H, T, D = q.shape
+    o, lse, row_mass, document_mass = _outputs(q, statistics)
+    meta = _meta(q)
+    t = tiles("forward", q.dtype, meta["BLOCK_D"])
+    triton_kernels.forward_kernel[(B * H, triton.cdiv(T, t.block_m))](
+        q, k, v, o, lse, row_mass, document_mass, first_key, end_key, doc_start, doc_end, sink_logit,
+        *_strides(q, k, v, o), H, H // k.shape[1], T, D, shared_from, shared_to, scale,
+        BLOCK_M=t.block_m, BLOCK_N=t.block_n, HAS_FIRST=first_key is not None, HAS_END=end_key is not None,
+        HAS_DOCS=doc_start is not None, HAS_SINK=sink_logit is not None, STATISTICS=statistics, **meta,
+        num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return o, lse, row_mass, document_mass
+
+
+def _backward_kernels(
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor,
+    first_key: Tensor | None, end_key: Tensor | None, first_query: Tensor | None, last_query: Tensor | None,
+    sink_logit: Tensor | None, shared_from: int, shared_to: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    B, H, T, D = q.shape
+    groups = H // k.shape[1]
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    delta = torch.empty_like(lse)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    meta = _meta(q)
+    interval = {"HAS_FIRST": first_key is not None, "HAS_END": end_key is not None}
+    triton_kernels.delta_kernel[(B * H, triton.cdiv(T, 64))](
+        output, grad, grad_lse, delta, *_strides(output, grad), H, T, D,
+        BLOCK_M=64, BLOCK_D=meta["BLOCK_D"], HAS_GRAD_LSE=grad_lse is not None, num_warps=4,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    t = tiles("dq", q.dtype, meta["BLOCK_D"])
+    triton_kernels.dq_kernel[(B * H, triton.cdiv(T, t.block_m))](
+        q, k, v, grad, lse, delta, dq, first_key, end_key, *_strides(q, k, v, grad, dq),
+        H, groups, T, D, shared_from, shared_to, scale, BLOCK_M=t.block_m, BLOCK_N=t.block_n, **interval, **meta,
+        num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    t = tiles("dkv", q.dtype, meta["BLOCK_D"])
+    triton_kernels.dkv_kernel[(B * k.shape[1], triton.cdiv(T, t.block_n))](
+        q, k, v, grad, lse, delta, dk, dv, first_key, end_key, first_query, last_query,
+        *_strides(q, k, v, grad, dk, dv), H, groups, T, D, shared_from, shared_to, scale,
+        BLOCK_M=t.block_m, BLOCK_N=t.block_n, **interval, **meta,
+        num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    if sink_logit is None:
+        return dq, dk, dv, q.new_empty(0)
+    sink_mass = (sink_logit.float()[None, :, None] - lse).exp()
+    return dq, dk, dv, -(sink_mass * delta).sum((0, 2)).to(sink_logit.dtype)
+
+
+for _device in ("cuda", "cpu"):  # "cpu" for the interpreter
+    torch.library.impl("sinkbed::attention_triton", _device)(_forward)
+    torch.library.impl("sinkbed::attention_triton_backward", _device)(_backward_kernels)
+
+
+@torch.library.register_fake("sinkbed::attention_triton")
+def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _outputs(q, rest[-1])
+
+
+@torch.library.register_fake("sinkbed::attention_triton_backward")
+def _(
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor,
+    first_key: Tensor | None, end_key: Tensor | None, first_query: Tensor | None, last_query: Tensor | None,
+    sink_logit: Tensor | None, *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dsink = q.new_empty(0) if sink_logit is None else torch.empty_like(sink_logit)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsink
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, first_key, end_key, first_query, last_query, _, _, sink_logit, shared_from, shared_to, scale, _ = inputs
+    o, lse, row_mass, document_mass = output
+    ctx.save_for_backward(q, k, v, o, lse, first_key, end_key, first_query, last_query, sink_logit)
+    ctx.settings = (shared_from, shared_to, scale)
+    ctx.mark_non_differentiable(row_mass, document_mass)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    q, k, v, o, lse, first_key, end_key, first_query, last_query, sink_logit = ctx.saved_tensors
+    dq, dk, dv, dsink = torch.ops.sinkbed.attention_triton_backward(
+        torch.zeros_like(o) if grad is None else grad, grad_lse, q, k, v, o, lse, first_key, end_key, first_query,
+        last_query, sink_logit, *ctx.settings,
+    )  # fmt: skip
+    return dq, dk, dv, *[None] * 6, (None if sink_logit is None else dsink), *[None] * 4
+
+
+torch.library.register_autograd("sinkbed::attention_triton", _backward, setup_context=_setup_context)
+
+
+def triton_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    scale: float,
+    sink_logit: Tensor | None,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor | None] | None]:
+    """Attention by the Triton kernels; shapes as in `kernels.api.attention`.
+
+    Raises ValueError for head dims other than HEAD_DIMS and for float64.
+    """
+    if q.shape[-1] not in HEAD_DIMS:
+        raise ValueError(f"q: expected a head dim of {', '.join(map(str, HEAD_DIMS))}, received {q.shape[-1]}")
+    if q.dtype == torch.float64:
+        raise ValueError(
+            "q: expected float32, float16 or bfloat16, received torch.float64; use implementation='reference'"
+        )
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    some = mask.first_key is not None and mask.shared_from < mask.shared_prefix
+    shared = (mask.shared_from, mask.shared_prefix) if some else (0, 0)
+    output, lse, row_mass, document_mass = torch.ops.sinkbed.attention_triton(
+        q, k, v, mask.first_key, mask.end_key, mask.first_query, mask.last_query,
+        mask.doc_start if statistics else None, mask.doc_end if statistics else None, sink_logit,
+        *shared, scale, statistics,
+    )  # fmt: skip
+    if not statistics:
+        return output, lse, None
+    sink_mass = None if sink_logit is None else (sink_logit.detach().float()[None, :, None] - lse.detach()).exp()
+    return output, lse, (row_mass, document_mass, sink_mass)

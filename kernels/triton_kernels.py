@@ -1,0 +1,450 @@
+"""The Triton kernels: attention over packed rows whose mask is one interval of keys per query.
+
+A program visits key tiles of three kinds: tiles of the shared prefix and of the two ragged ends of the interval
+(masked), and tiles that every query of the block sees in full (no mask, no bounds check). Where they lie follows
+from two scalar loads, so there are no index lists and nothing to rebuild per layer:
+
+        keys →      0    BN   2BN  3BN  4BN
+    query block    [s]   .   [left][full][right]        s: shared prefix
+
+The transpose of an interval mask is an interval mask too: key j is seen by the queries first_query[j] <= i <
+last_query[j], which is what the dK/dV kernel walks. No atomics: a rerun is bitwise equal.
+
+Letters: B rows, H query heads, G query heads per key head, T positions, D head dim (BLOCK_D: its next power of
+two). Logits are kept in base 2: exp(x) = exp2(x · log2 e). Prefixes: p_ pointer, b_ block in registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+# Where a row's maximum starts: low enough for any logit, finite so that −inf − max is never NaN.
+_LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def tile_ranges(low, low_full, high, high_full, shared_from, shared_to, BLOCK: tl.constexpr):
+    """Tiles of size BLOCK that cover [low, high) and are whole inside [low_full, high_full), and, before them, those
+    of the shared prefix [shared_from, shared_to).
+
+    Returns: number and first of the shared tiles; the tile ranges [left, full), [full, right), [right, end).
+    """
+    left = low // BLOCK
+    end = tl.cdiv(high, BLOCK)
+    full = tl.minimum(tl.cdiv(low_full, BLOCK), end)
+    right = tl.maximum(full, high_full // BLOCK)
+    shared = tl.minimum(shared_from // BLOCK, left)
+    shared_count = tl.minimum(tl.cdiv(shared_to, BLOCK), left) - shared
+    return tl.maximum(shared_count, 0), shared, left, full, right, end
+
+
+@triton.jit
+def masked_tile(t, shared_count, shared, left, full, right):
+    """Tile visited in turn t of the masked loop: shared ones, then the left end, then the right end."""
+    u = t - shared_count
+    tile = tl.where(u < full - left, left + u, right + u - (full - left))
+    return tl.where(t < shared_count, shared + t, tile)
+
+
+@triton.jit
+def query_block_tiles(
+    p_first, p_end, row0, T, shared_from, shared_to,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr,
+):  # fmt: skip
+    """`tile_ranges` of the keys that queries row0 .. row0 + BLOCK_M − 1 see; p_first and p_end point at the row."""
+    row1 = tl.minimum(row0 + BLOCK_M, T) - 1
+    low, low_full = 0, 0
+    if HAS_FIRST:
+        low = tl.load(p_first + row0)
+        low_full = tl.load(p_first + row1)
+    high, high_full = row1 + 1, row0 + 1
+    if HAS_END:
+        high = tl.load(p_end + row1)
+        high_full = tl.load(p_end + row0)
+    return tile_ranges(low, low_full, high, high_full, shared_from, shared_to, BLOCK_N)
+
+
+@triton.jit
+def key_block_tiles(
+    p_first_query, p_last_query, key0, T, shared_from, shared_to,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr,
+):  # fmt: skip
+    """Tiles of queries that see keys key0 .. key0 + BLOCK_N − 1: [left, full), [full, right), [right, end)."""
+    key1 = tl.minimum(key0 + BLOCK_N, T) - 1
+    low, low_full = key0, key1
+    if HAS_END:
+        low = tl.load(p_first_query + key0)
+        low_full = tl.load(p_first_query + key1)
+    high, high_full = T, T
+    if HAS_FIRST:
+        high_full = tl.load(p_last_query + key0)
+        high = tl.load(p_last_query + key1)
+    _none, _shared, left, full, right, end = tile_ranges(low, low_full, high, high_full, 0, 0, BLOCK_M)
+    if HAS_FIRST:
+        # Keys of the shared prefix are seen by every later query.
+        holds_shared = (key0 < shared_to) & (key1 >= shared_from)
+        end = tl.where(holds_shared, tl.cdiv(T, BLOCK_M), end)
+    return left, full, right, end
+
+
+@triton.jit
+def visible(rows, keys, b_first, b_end, shared_from, shared_to, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr):
+    """The mask's definition on a tile; rows, b_first, b_end broadcast against keys."""
+    if HAS_END:
+        seen = keys < b_end
+    else:
+        seen = keys <= rows
+    if HAS_FIRST:
+        shared = (keys >= shared_from) & (keys < shared_to) & (keys <= rows)
+        seen = (seen & (keys >= b_first)) | shared
+    return seen
+
+
+@triton.jit
+def _softmax_step(
+    b_q, b_o, b_max, b_sum, p_k, p_v, stride_kt, stride_vt, key0, T, D, scale2,
+    rows, b_first, b_end, shared_from, shared_to,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Online softmax (arXiv 2205.14135) over one tile of keys."""
+    d = tl.arange(0, BLOCK_D)
+    keys = key0 + tl.arange(0, BLOCK_N)
+    n = tl.arange(0, BLOCK_N)
+    p_k += tl.cast(key0, tl.int64) * stride_kt
+    p_v += tl.cast(key0, tl.int64) * stride_vt
+    inside = (n >= 0)[:, None] & (d < D)[None, :]
+    if MASKED:
+        inside = inside & (keys < T)[:, None]
+    if MASKED or not EVEN_D:
+        b_k = tl.load(p_k + n[:, None] * stride_kt + d[None, :], mask=inside, other=0.0)  # [BLOCK_N, BLOCK_D]
+        b_v = tl.load(p_v + n[:, None] * stride_vt + d[None, :], mask=inside, other=0.0)
+    else:
+        b_k = tl.load(p_k + n[:, None] * stride_kt + d[None, :])
+        b_v = tl.load(p_v + n[:, None] * stride_vt + d[None, :])
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    if MASKED:
+        seen = visible(rows[:, None], keys[None, :], b_first[:, None], b_end[:, None], shared_from, shared_to,
+                       HAS_FIRST, HAS_END)  # fmt: skip
+        b_s = tl.where(seen, b_s, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale2)
+    b_p = tl.math.exp2(b_s * scale2 - b_new[:, None])
+    b_keep = tl.math.exp2(b_max - b_new)
+    b_sum = b_sum * b_keep + tl.sum(b_p, 1)
+    b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_keep[:, None], input_precision=PRECISION)
+    return b_o, b_new, b_sum
+
+
+@triton.jit
+def _load_rows(p, rows, stride, T, D, BLOCK_D: tl.constexpr):
+    """[rows, BLOCK_D], zero outside T and D."""
+    d = tl.arange(0, BLOCK_D)
+    inside = (rows < T)[:, None] & (d < D)[None, :]
+    return tl.load(p + rows.to(tl.int64)[:, None] * stride + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _load_interval(p_first, p_end, rows, T, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr):
+    """first_key and end_key of `rows`; queries beyond T see nothing."""
+    b_first = rows
+    b_end = rows
+    if HAS_FIRST:
+        b_first = tl.load(p_first + rows, mask=rows < T, other=T)
+    if HAS_END:
+        b_end = tl.load(p_end + rows, mask=rows < T, other=0)
+    return b_first, b_end
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, o, lse, row_mass, document_mass, first_key, end_key, doc_start, doc_end, sink_logit,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
+    H, G, T, D, shared_from, shared_to, scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_SINK: tl.constexpr,
+    STATISTICS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Output, lse (natural log) and first-key masses of BLOCK_M queries of one head. Grid: (B·H, query blocks)."""
+    bh = tl.program_id(0)
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    # The last query block has the most keys: it starts first.
+    row0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
+    rows = row0 + tl.arange(0, BLOCK_M)
+    q += b * q_b + h * q_h
+    k += b * k_b + (h // G) * k_h
+    v += b * v_b + (h // G) * v_h
+    o += b * o_b + h * o_h
+    if HAS_FIRST:
+        first_key += b * T
+    if HAS_END:
+        end_key += b * T
+    scale2 = scale * _LOG2E
+
+    b_q = _load_rows(q, rows, q_t, T, D, BLOCK_D)
+    b_first, b_end = _load_interval(first_key, end_key, rows, T, HAS_FIRST, HAS_END)
+    b_o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    shared_count, shared, left, full, right, end = query_block_tiles(
+        first_key, end_key, row0, T, shared_from, shared_to, BLOCK_M, BLOCK_N, HAS_FIRST, HAS_END
+    )
+    for t in range(0, shared_count + (full - left) + (end - right)):
+        key0 = masked_tile(t, shared_count, shared, left, full, right) * BLOCK_N
+        b_o, b_max, b_sum = _softmax_step(
+            b_q, b_o, b_max, b_sum, k, v, k_t, v_t, key0, T, D, scale2, rows, b_first, b_end, shared_from, shared_to,
+            BLOCK_N, BLOCK_D, EVEN_D, True, HAS_FIRST, HAS_END, PRECISION,
+        )  # fmt: skip
+    for tile in range(full, right):
+        b_o, b_max, b_sum = _softmax_step(
+            b_q, b_o, b_max, b_sum, k, v, k_t, v_t, tile * BLOCK_N, T, D, scale2, rows, b_first, b_end, shared_from,
+            shared_to, BLOCK_N, BLOCK_D, EVEN_D, False, HAS_FIRST, HAS_END, PRECISION,
+        )  # fmt: skip
+
+    if HAS_SINK:
+        sink2 = tl.load(sink_logit + h).to(tl.float32) * _LOG2E
+        b_new = tl.maximum(b_max, sink2)
+        b_keep = tl.math.exp2(b_max - b_new)
+        b_sum = b_sum * b_keep + tl.math.exp2(sink2 - b_new)
+        b_o = b_o * b_keep[:, None]
+        b_max = b_new
+    b_sum = tl.where(rows < T, b_sum, 1.0)
+    d = tl.arange(0, BLOCK_D)
+    inside = (rows < T)[:, None] & (d < D)[None, :]
+    b_o = b_o / b_sum[:, None]
+    tl.store(o + rows.to(tl.int64)[:, None] * o_t + d[None, :], b_o.to(o.dtype.element_ty), mask=inside)
+    at = bh.to(tl.int64) * T + rows
+    tl.store(lse + at, (b_max + tl.math.log2(b_sum)) * _LN2, mask=rows < T)
+
+    if STATISTICS:
+        # One 16-wide product per document that the block touches: its first column is the logit of the first key.
+        # The mass comes from the running maximum and sum: exp(logit − lse) would lose digits at large logits.
+        b_start = tl.zeros([BLOCK_M], tl.int32)
+        at0 = 0
+        if HAS_DOCS:
+            doc_start += b * T
+            doc_end += b * T
+            b_start = tl.load(doc_start + rows, mask=rows < T, other=-1)
+            at0 = tl.load(doc_start + row0)
+        row1 = tl.minimum(row0 + BLOCK_M, T) - 1
+        n = tl.arange(0, 16)
+        b_row = tl.zeros([BLOCK_M], tl.float32)
+        b_document = tl.zeros([BLOCK_M], tl.float32)
+        anchor = row0 * 0
+        while anchor <= row1:
+            b_k = _load_rows(k, anchor + n, k_t, T, D, BLOCK_D)  # [16, BLOCK_D]
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+            b_logit = tl.sum(tl.where((n == 0)[None, :], b_s, 0.0), 1) * scale2
+            b_mass = tl.math.exp2(b_logit - b_max) / b_sum
+            b_row = tl.where(anchor == 0, b_mass, b_row)
+            b_document = tl.where(b_start == anchor, b_mass, b_document)
+            if HAS_DOCS:
+                following = tl.load(doc_end + anchor)
+                anchor = tl.where((anchor == 0) & (at0 > 0), at0, following)
+            else:
+                anchor = T
+        if HAS_FIRST:
+            shows_row = (b_first <= 0) | ((shared_from <= 0) & (shared_to > 0))
+            shows_document = (b_first <= b_start) | ((b_start >= shared_from) & (b_start < shared_to))
+            b_row = tl.where(shows_row, b_row, 0.0)
+            b_document = tl.where(shows_document, b_document, 0.0)
+        tl.store(row_mass + at, b_row, mask=rows < T)
+        tl.store(document_mass + at, b_document, mask=rows < T)
+
+
+@triton.jit
+def delta_kernel(
+    o, grad_o, grad_lse, delta, o_b, o_h, o_t, g_b, g_h, g_t, H, T, D,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
+):  # fmt: skip
+    """delta_i = Σ_d dO_id O_id − dlse_i, so that dS = P ∘ (dP − delta). Grid: (B·H, query blocks)."""
+    bh = tl.program_id(0)
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b_o = _load_rows(o + b * o_b + h * o_h, rows, o_t, T, D, BLOCK_D).to(tl.float32)
+    b_g = _load_rows(grad_o + b * g_b + h * g_h, rows, g_t, T, D, BLOCK_D).to(tl.float32)
+    b_delta = tl.sum(b_o * b_g, 1)
+    at = bh.to(tl.int64) * T + rows
+    if HAS_GRAD_LSE:
+        b_delta -= tl.load(grad_lse + at, mask=rows < T, other=0.0)
+    tl.store(delta + at, b_delta, mask=rows < T)
+
+
+@triton.jit
+def _dq_step(
+    b_q, b_g, b_dq, b_lse2, b_delta, p_k, p_v, stride_kt, stride_vt, key0, T, D, scale2,
+    rows, b_first, b_end, shared_from, shared_to,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    keys = key0 + n
+    p_k += tl.cast(key0, tl.int64) * stride_kt
+    p_v += tl.cast(key0, tl.int64) * stride_vt
+    inside = (n >= 0)[:, None] & (d < D)[None, :]
+    if MASKED:
+        inside = inside & (keys < T)[:, None]
+    if MASKED or not EVEN_D:
+        b_k = tl.load(p_k + n[:, None] * stride_kt + d[None, :], mask=inside, other=0.0)  # [BLOCK_N, BLOCK_D]
+        b_v = tl.load(p_v + n[:, None] * stride_vt + d[None, :], mask=inside, other=0.0)
+    else:
+        b_k = tl.load(p_k + n[:, None] * stride_kt + d[None, :])
+        b_v = tl.load(p_v + n[:, None] * stride_vt + d[None, :])
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    b_s = b_s * scale2 - b_lse2[:, None]
+    if MASKED:
+        seen = visible(rows[:, None], keys[None, :], b_first[:, None], b_end[:, None], shared_from, shared_to,
+                       HAS_FIRST, HAS_END)  # fmt: skip
+        b_s = tl.where(seen, b_s, float("-inf"))
+    b_p = tl.math.exp2(b_s)
+    b_dp = tl.dot(b_g, tl.trans(b_v), input_precision=PRECISION)
+    b_ds = b_p * (b_dp - b_delta[:, None])
+    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+
+
+@triton.jit
+def dq_kernel(
+    q, k, v, grad_o, lse, delta, dq, first_key, end_key,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, dq_b, dq_h, dq_t,
+    H, G, T, D, shared_from, shared_to, scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of BLOCK_M queries of one head. Grid: (B·H, query blocks)."""
+    bh = tl.program_id(0)
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    row0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
+    rows = row0 + tl.arange(0, BLOCK_M)
+    k += b * k_b + (h // G) * k_h
+    v += b * v_b + (h // G) * v_h
+    if HAS_FIRST:
+        first_key += b * T
+    if HAS_END:
+        end_key += b * T
+    scale2 = scale * _LOG2E
+    b_q = _load_rows(q + b * q_b + h * q_h, rows, q_t, T, D, BLOCK_D)
+    b_g = _load_rows(grad_o + b * g_b + h * g_h, rows, g_t, T, D, BLOCK_D)
+    at = bh.to(tl.int64) * T + rows
+    b_lse2 = tl.load(lse + at, mask=rows < T, other=0.0) * _LOG2E
+    b_delta = tl.load(delta + at, mask=rows < T, other=0.0)
+    b_first, b_end = _load_interval(first_key, end_key, rows, T, HAS_FIRST, HAS_END)
+    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    shared_count, shared, left, full, right, end = query_block_tiles(
+        first_key, end_key, row0, T, shared_from, shared_to, BLOCK_M, BLOCK_N, HAS_FIRST, HAS_END
+    )
+    for t in range(0, shared_count + (full - left) + (end - right)):
+        key0 = masked_tile(t, shared_count, shared, left, full, right) * BLOCK_N
+        b_dq = _dq_step(
+            b_q, b_g, b_dq, b_lse2, b_delta, k, v, k_t, v_t, key0, T, D, scale2, rows, b_first, b_end, shared_from,
+            shared_to, BLOCK_N, BLOCK_D, EVEN_D, True, HAS_FIRST, HAS_END, PRECISION,
+        )  # fmt: skip
+    for tile in range(full, right):
+        b_dq = _dq_step(
+            b_q, b_g, b_dq, b_lse2, b_delta, k, v, k_t, v_t, tile * BLOCK_N, T, D, scale2, rows, b_first, b_end,
+            shared_from, shared_to, BLOCK_N, BLOCK_D, EVEN_D, False, HAS_FIRST, HAS_END, PRECISION,
+        )  # fmt: skip
+    d = tl.arange(0, BLOCK_D)
+    inside = (rows < T)[:, None] & (d < D)[None, :]
+    p_dq = dq + b * dq_b + h * dq_h + rows.to(tl.int64)[:, None] * dq_t + d[None, :]
+    tl.store(p_dq, (b_dq * scale).to(dq.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _dkv_step(
+    b_k, b_v, b_dk, b_dv, p_q, p_g, p_lse, p_delta, stride_qt, stride_gt, row0, T, D, scale2,
+    keys, first_key, end_key, shared_from, shared_to,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BLOCK_D)
+    m = tl.arange(0, BLOCK_M)
+    rows = row0 + m
+    p_q += tl.cast(row0, tl.int64) * stride_qt
+    p_g += tl.cast(row0, tl.int64) * stride_gt
+    inside = (m >= 0)[:, None] & (d < D)[None, :]
+    if MASKED:
+        inside = inside & (rows < T)[:, None]
+        b_lse2 = tl.load(p_lse + rows, mask=rows < T, other=0.0) * _LOG2E
+        b_delta = tl.load(p_delta + rows, mask=rows < T, other=0.0)
+    else:
+        b_lse2 = tl.load(p_lse + rows) * _LOG2E
+        b_delta = tl.load(p_delta + rows)
+    if MASKED or not EVEN_D:
+        b_q = tl.load(p_q + m[:, None] * stride_qt + d[None, :], mask=inside, other=0.0)  # [BLOCK_M, BLOCK_D]
+        b_g = tl.load(p_g + m[:, None] * stride_gt + d[None, :], mask=inside, other=0.0)
+    else:
+        b_q = tl.load(p_q + m[:, None] * stride_qt + d[None, :])
+        b_g = tl.load(p_g + m[:, None] * stride_gt + d[None, :])
+    b_st = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+    b_st = b_st * scale2 - b_lse2[None, :]
+    if MASKED:
+        b_first, b_end = _load_interval(first_key, end_key, rows, T, HAS_FIRST, HAS_END)
+        seen = visible(rows[None, :], keys[:, None], b_first[None, :], b_end[None, :], shared_from, shared_to,
+                       HAS_FIRST, HAS_END)  # fmt: skip
+        b_st = tl.where(seen & (rows < T)[None, :], b_st, float("-inf"))
+    b_pt = tl.math.exp2(b_st)
+    b_dv = tl.dot(b_pt.to(b_g.dtype), b_g, b_dv, input_precision=PRECISION)
+    b_dpt = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION)
+    b_dst = b_pt * (b_dpt - b_delta[None, :])
+    b_dk = tl.dot(b_dst.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    return b_dk, b_dv
+
+
+@triton.jit
+def dkv_kernel(
+    q, k, v, grad_o, lse, delta, dk, dv, first_key, end_key, first_query, last_query,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
+    H, G, T, D, shared_from, shared_to, scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of BLOCK_N keys of one key head, summed over its G query heads. Grid: (B·H/G, key blocks)."""
+    bh = tl.program_id(0)
+    heads = H // G
+    b = (bh // heads).to(tl.int64)
+    hkv = (bh % heads).to(tl.int64)
+    key0 = tl.program_id(1) * BLOCK_N
+    keys = key0 + tl.arange(0, BLOCK_N)
+    if HAS_FIRST:
+        first_key += b * T
+        last_query += b * T
+    if HAS_END:
+        end_key += b * T
+        first_query += b * T
+    scale2 = scale * _LOG2E
+    b_k = _load_rows(k + b * k_b + hkv * k_h, keys, k_t, T, D, BLOCK_D)
+    b_v = _load_rows(v + b * v_b + hkv * v_h, keys, v_t, T, D, BLOCK_D)
+    b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    left, full, right, end = key_block_tiles(
+        first_query, last_query, key0, T, shared_from, shared_to, BLOCK_M, BLOCK_N, HAS_FIRST, HAS_END
+    )
+    for g in range(0, G):
+        h = hkv * G + g
+        p_q = q + b * q_b + h * q_h
+        p_g = grad_o + b * g_b + h * g_h
+        p_lse = lse + (b * H + h) * T
+        p_delta = delta + (b * H + h) * T
+        for t in range(0, (full - left) + (end - right)):
+            row0 = masked_tile(t, 0, 0, left, full, right) * BLOCK_M
+            b_dk, b_dv = _dkv_step(
+                b_k, b_v, b_dk, b_dv, p_q, p_g, p_lse, p_delta, q_t, g_t, row0, T, D, scale2, keys, first_key,
+                end_key, shared_from, shared_to, BLOCK_M, BLOCK_D, EVEN_D, True, HAS_FIRST, HAS_END, PRECISION,
+            )  # fmt: skip
+        for tile in range(full, right):
+            b_dk, b_dv = _dkv_step(
+                b_k, b_v, b_dk, b_dv, p_q, p_g, p_lse, p_delta, q_t, g_t, tile * BLOCK_M, T, D, scale2, keys,
+                first_key, end_key, shared_from, shared_to, BLOCK_M, BLOCK_D, EVEN_D, False, HAS_FIRST, HAS_END,
+                PRECISION,
+            )  # fmt: skip
+    d = tl.arange(0, BLOCK_D)
+    inside = (keys < T)[:, None] & (d < D)[None, :]
+    at = keys.to(tl.int64)[:, None]
+    tl.store(dk + b * dk_b + hkv * dk_h + at * dk_t + d[None, :], (b_dk * scale).to(dk.dtype.element_ty), mask=inside)
+    tl.store(dv + b * dv_b + hkv * dv_h + at * dv_t + d[None, :], b_dv.to(dv.dtype.element_ty), mask=inside)

@@ -1,0 +1,180 @@
+"""The Triton kernels in Triton's interpreter, on CPU tensors, against the dense float64 reference.
+
+Registers, shared memory, races and bfloat16 do not show there; tiles are small so that few positions cross many
+tile borders.
+"""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from kernels import attention, available, interval_mask
+from tests.kernels.test_attention import MASKS, boundaries, inputs
+
+pytestmark = pytest.mark.skipif(
+    "triton" not in available("cpu"), reason="the kernels run on a CPU in Triton's interpreter only"
+)
+
+
+@pytest.fixture(autouse=True)
+def unwritten_outputs_are_nan():
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def small_tiles(m=16, n=16):
+    from kernels.triton_gpu import Tiles, override
+
+    override.update(dict.fromkeys(("forward", "dq", "dkv"), Tiles(m, n, 4, 1)))
+
+
+@pytest.fixture(autouse=True)
+def no_override():
+    yield
+    if "triton" in available("cpu"):
+        from kernels.triton_gpu import override
+
+        override.clear()
+
+
+def run(implementation, dtype, mask, B, H, Hkv, T, D, sink=None, seed=0):
+    """Outputs and statistics, then gradients, of a loss in which output and lse both count."""
+    q, k, v = inputs(B, H, Hkv, T, D, dtype, seed)
+    logit = None if sink is None else torch.tensor(sink, dtype=dtype).requires_grad_()
+    out = attention(q, k, v, mask, sink_logit=logit, statistics=True, implementation=implementation)
+    weight = torch.linspace(-1, 1, out.output.numel(), dtype=torch.float64).view_as(out.output)
+    of_lse = torch.linspace(1, -1, out.lse.numel(), dtype=torch.float64).view_as(out.lse)
+    ((out.output.double() * weight).sum() + (out.lse.double() * of_lse).sum()).backward()
+    values = [out.output, out.lse, *(x for x in out.statistics if x is not None)]
+    return [x.detach() for x in values] + [q.grad, k.grad, v.grad] + ([] if logit is None else [logit.grad])
+
+
+def worst(found, expected):
+    return max((a.double() - b).abs().max().item() for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("name", "sink", "groups"), [(n, i % 2 == 0, (1, 2, 4)[i % 3]) for i, n in enumerate(MASKS)])
+def test_values_statistics_and_gradients_equal_the_float64_reference(name, sink, groups):
+    start, end = boundaries([5, 1, 1, 12, 18], rows=2)
+    T = start.shape[1]
+    mask = interval_mask(2, T, doc_start=start, doc_end=end, **MASKS[name](start, end))
+    shape = (2, 4, 4 // groups, T, 16)
+    logit = [-50.0, 0.0, 1.3, 50.0] if sink else None
+    small_tiles()
+    found = run("triton", torch.float32, mask, *shape, sink=logit)
+    expected = run("reference", torch.float64, mask, *shape, sink=logit)
+    assert len(found) == (9 if sink else 7)
+    assert worst(found, expected) < 5e-6
+
+
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 33])
+def test_any_length_and_unequal_tiles(T):
+    start, end = boundaries([max(1, T // 2), T - max(1, T // 2)] if T > 1 else [1])
+    mask = interval_mask(1, T, doc_start=start, doc_end=end, document=True, shared_prefix=1)
+    for m, n in ((16, 16), (32, 16), (16, 32)):
+        small_tiles(m, n)
+        found = run("triton", torch.float32, mask, 1, 2, 1, T, 16)
+        assert worst(found, run("reference", torch.float64, mask, 1, 2, 1, T, 16)) < 5e-6
+
+
+@pytest.mark.parametrize("D", [32, 64, 96, 128])
+def test_head_dims(D):
+    found = run("triton", torch.float32, None, 1, 2, 1, 40, D)
+    assert worst(found, run("reference", torch.float64, None, 1, 2, 1, 40, D)) < 5e-6
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 24), min_size=1, max_size=5),
+    window=st.none() | st.integers(1, 40),
+    document=st.booleans(),
+    shared=st.integers(0, 20),
+    prefix=st.integers(0, 20),
+    hide=st.booleans(),
+    groups=st.sampled_from([1, 2]),
+    tile=st.sampled_from([(16, 16), (16, 32), (32, 16)]),
+)
+def test_any_mask_layout_and_tile(lengths, window, document, shared, prefix, hide, groups, tile):
+    T = sum(lengths)
+    start, end = boundaries(lengths)
+    mask = interval_mask(
+        1, T, doc_start=start, doc_end=end, document=document, window=window,
+        shared_prefix=min(shared, T), prefix_lm=min(prefix, T), hide_first_key=hide,
+    )  # fmt: skip
+    small_tiles(*tile)
+    found = run("triton", torch.float32, mask, 1, 2, 2 // groups, T, 16, sink=[0.5, -1.0])
+    assert worst(found, run("reference", torch.float64, mask, 1, 2, 2 // groups, T, 16, sink=[0.5, -1.0])) < 5e-6
+
+
+def test_float16_errs_no_more_than_an_ordinary_low_precision_run():
+    start, end = boundaries([9, 24])
+    mask = interval_mask(1, 33, doc_start=start, doc_end=end, document=True)
+    expected = run("reference", torch.float64, mask, 1, 2, 1, 33, 16)
+    ordinary = run("reference", torch.float16, mask, 1, 2, 1, 33, 16)
+    assert worst(run("triton", torch.float16, mask, 1, 2, 1, 33, 16), expected) <= 2 * worst(ordinary, expected)
+
+
+def test_a_rerun_is_bitwise_equal_and_strides_do_not_matter():
+    first, second = (run("triton", torch.float32, None, 1, 4, 2, 33, 16) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    q, k, v = (x.detach() for x in inputs(1, 4, 2, 33, 16, torch.float32))
+    apart = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    assert not apart[0].is_contiguous()
+    assert torch.equal(attention(*apart, implementation="triton").output, first[0])
+    backwards = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)]
+    assert backwards[0].stride(-1) != 1
+    assert torch.equal(attention(*backwards, implementation="triton").output, first[0])
+
+
+def test_a_large_value_in_one_document_reaches_no_other():
+    start, end = boundaries([7, 9, 5])
+    mask = interval_mask(1, 21, doc_start=start, doc_end=end, document=True)
+    small_tiles()
+    clean = run("triton", torch.float32, mask, 1, 2, 2, 21, 16)
+
+    q, k, v = inputs(1, 2, 2, 21, 16, torch.float32)
+    with torch.no_grad():
+        for x in (q, k, v):
+            x[:, :, 7:16] = 1e4
+    out = attention(q, k, v, mask, implementation="triton")
+    assert torch.equal(clean[0][:, :, :7], out.output[:, :, :7])
+    assert torch.equal(clean[0][:, :, 16:], out.output[:, :, 16:])
+    assert not torch.equal(clean[0][:, :, 7:16], out.output[:, :, 7:16])
+
+
+def test_statistics_do_not_change_the_output():
+    q, k, v = inputs(1, 2, 1, 33, 16, torch.float32)
+    with_statistics = attention(q, k, v, statistics=True, implementation="triton")
+    without = attention(q, k, v, implementation="triton")
+    assert torch.equal(with_statistics.output, without.output)
+    assert torch.equal(with_statistics.lse, without.lse)
+
+
+def test_the_mass_is_exact_at_large_logits():
+    q, k, v = inputs(1, 1, 1, 24, 16, torch.float64)
+    q = q.detach() * 1000
+    found = attention(*(x.float() for x in (q, k, v)), statistics=True, implementation="triton")
+    expected = attention(*(x.float().double() for x in (q, k, v)), statistics=True, implementation="reference")
+    error = (found.statistics.row_mass.double() - expected.statistics.row_mass).abs().max()
+    assert found.lse.abs().max() > 1000
+    assert error < 5e-4, "exp(logit − lse) of a float32 lse would drift further"
+
+
+def test_the_operator_passes_opcheck():
+    start, end = boundaries([9, 12])
+    mask = interval_mask(1, 21, doc_start=start, doc_end=end, document=True)
+    q, k, v = inputs(1, 2, 1, 21, 16, torch.float32)
+    sink = torch.zeros(2, requires_grad=True)
+    arguments = (q, k, v, mask.first_key, None, None, mask.last_query, start, mask.doc_end, sink, 0, 0, 0.25, True)
+    torch.library.opcheck(torch.ops.sinkbed.attention_triton.default, arguments)
+
+
+def test_what_the_kernels_cannot_do_is_refused():
+    q, k, v = inputs(1, 2, 2, 8, 24, torch.float32)
+    with pytest.raises(ValueError, match="head dim of 16, 32, 64, 96, 128, received 24"):
+        attention(q, k, v, implementation="triton")
+    q, k, v = inputs(1, 2, 2, 8, 16, torch.float64)
+    with pytest.raises(ValueError, match=r"received torch\.float64"):
+        attention(q, k, v, implementation="triton")
