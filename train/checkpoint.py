@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ LAST = "last.ckpt"
 
 
 class Checkpoints(Checkpoint):
-    """Saves step-N.ckpt every few optimizer steps and after the last; last.ckpt is a link to the newest.
+    """Saves step-N.ckpt every few optimizer steps, after the last, and when told to stop; last.ckpt is a link to
+    the newest.
 
+    SIGINT (Ctrl-C) and SIGTERM (a scheduler) ask for a stop after the current step; a second one interrupts at once.
     Being Lightning's kind of Checkpoint, it runs after the other callbacks, whose state it saves.
     """
 
@@ -28,17 +32,49 @@ class Checkpoints(Checkpoint):
             raise ValueError(f"checkpoint_every: expected at least 1, found {every}")
         self.folder = folder
         self.every = every
-        self.saved = -1
+        self.reached = -1
+        self.saved: int | None = None
+        """Step of the newest checkpoint, None before there is one."""
+        self.stop: signal.Signals | None = None
+        """The signal that asked for the stop."""
+        self._handlers: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The step that a run resumes from is saved already."""
-        self.saved = trainer.global_step
+        """The step that a run resumes from is saved already. From here on a stop is an orderly one."""
+        self.reached = trainer.global_step
+        self.saved = trainer.global_step if trainer.ckpt_path else None
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.stop is not None:
+            raise KeyboardInterrupt
+        self.stop = signal.Signals(number)
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, f"\n{self.stop.name}: saving after this step; once more to stop at once\n".encode())
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Save when an optimizer step that is due has ended."""
         step = trainer.global_step
-        if step == self.saved or (step % self.every and step != trainer.max_steps):
+        if step == self.reached:  # a micro-batch
             return
+        self.reached = step
+        stop = self._told_to_stop(trainer)
+        if stop or step % self.every == 0 or step == trainer.max_steps:
+            self._save(trainer, pl_module, step)
+        if stop:
+            trainer.should_stop = True
+
+    def _told_to_stop(self, trainer: L.Trainer) -> bool:
+        """Whether any process was told; they agree, when there are several, at the logging steps."""
+        told = self.stop is not None
+        if trainer.world_size == 1:
+            return told
+        due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        return due and bool(trainer.strategy.reduce_boolean_decision(told, all=False))
+
+    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         pl_module.check_finite()  # type: ignore[operator]
         path = self.folder / f"step-{step:07d}.ckpt"
         trainer.save_checkpoint(path)
@@ -49,6 +85,19 @@ class Checkpoints(Checkpoint):
             link.unlink(missing_ok=True)
             os.link(path, link)
             os.replace(link, self.folder / LAST)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        self._ignore_signals()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        self._ignore_signals()
+
+    def _ignore_signals(self) -> None:
+        while self._handlers:
+            number, handler = self._handlers.popitem()
+            signal.signal(number, handler)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

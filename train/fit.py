@@ -12,21 +12,21 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers.logger import Logger
 
 from train import rundir
 from train.checkpoint import LAST, AtomicCheckpointIO, Checkpoints, load_checkpoint
 from train.datamodule import TokenData
-from train.loggers import MetricsFile, Tracker, WandbConfig, finish_wandb, start_wandb
+from train.loggers import MetricsFile, WandbConfig, finish_wandb, process_rank, start_wandb
 from train.measure import MeasureConfig
-from train.module import SinkbedModule
+from train.module import SinkbedModule, check_identity
 from train.monitor import SinkMonitor
+from train.validate import measurement_table
 
 
 class ProgressBar(TQDMProgressBar):
@@ -42,13 +42,12 @@ class ProgressBar(TQDMProgressBar):
         """Count optimizer steps to the end of the run, not batches of an endless epoch."""
         bar = super().init_train_tqdm()
         bar.set_description("train")
+        bar.reset(self.trainer.max_steps)
+        bar.initial = bar.n = self.trainer.global_step
         return bar
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Set the total, so that the bar knows the time left."""
-        self.train_progress_bar.reset(trainer.max_steps)
-        self.train_progress_bar.initial = trainer.global_step
-        self.train_progress_bar.n = trainer.global_step
+        """Nothing: the bar does not count epochs."""
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Move to the optimizer step reached."""
@@ -59,13 +58,17 @@ class ProgressBar(TQDMProgressBar):
 
 
 class RunFiles(SaveConfigCallback):
-    """Writes config.yaml, the manifest and the audit once the checkpoint has been accepted, and cuts
-    metrics.jsonl back to it; a refused resume leaves the directory as it was."""
+    """Writes config.yaml, the manifest and the audit once the checkpoint has been accepted, cuts metrics.jsonl back
+    to it, and starts W&B; a refused run leaves the directory as it was."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Nothing yet: the checkpoint may still be refused."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """See `start`."""
+        self.start(trainer, pl_module)
+
+    def start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write atomically, from one process. Points after the checkpoint will be made again."""
         if not trainer.is_global_zero:
             return
@@ -77,15 +80,33 @@ class RunFiles(SaveConfigCallback):
         manifest = pl_module.data.store_path / rundir.MANIFEST
         rundir.write_atomic(run_dir / rundir.MANIFEST, manifest.read_bytes())
         rundir.write_json(run_dir / rundir.AUDIT, pl_module.data.audit())
-        dropped = rundir.cut_metrics(run_dir / rundir.METRICS, trainer.global_step if trainer.ckpt_path else -1)
-        for logger in trainer.loggers:
-            if isinstance(logger, Tracker):
-                logger.already_sent = dropped if trainer.ckpt_path else 0
+        (run_dir / rundir.MEASUREMENT).unlink(missing_ok=True)  # of an end that is now to come again
+        rundir.cut_metrics(run_dir / rundir.METRICS, trainer.global_step if trainer.ckpt_path else -1)
+        settings = json.loads(self.parser.dump(config, format="json"))
+        tracker = start_wandb(WandbConfig(**config["wandb"].as_dict()), run_dir, settings)
+        if tracker is not None:
+            trainer.loggers = [*trainer.loggers, tracker]
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Lightning ends an interrupted run without a word."""
         if isinstance(exception, KeyboardInterrupt):
-            print(f"interrupted at step {trainer.global_step}; resume with --ckpt_path last", file=sys.stderr)
+            print(_interrupted(trainer), file=sys.stderr)
+
+
+def _checkpoints(trainer: L.Trainer) -> Checkpoints:
+    return next(c for c in trainer.callbacks if isinstance(c, Checkpoints))  # type: ignore[attr-defined]
+
+
+def _interrupted(trainer: L.Trainer) -> str:
+    """What is kept of a run that was stopped, and how it goes on."""
+    saved = _checkpoints(trainer).saved
+    if saved is None:
+        return f"stopped at step {trainer.global_step}, before a checkpoint; start it again with the same command"
+    return f"stopped at step {trainer.global_step}; step {saved} is saved: resume with --ckpt_path last"
+
+
+class AlreadyFinished(Exception):
+    """The run to resume has nothing left to do."""
 
 
 # Trainer settings that this command sets itself, or that would end or repeat the endless walk over rows.
@@ -109,6 +130,16 @@ _TRAINER_FIXED = {
 
 class SinkbedCLI(LightningCLI):
     """LightningCLI with a run directory, the sink monitor and W&B."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Parse, build and train, with the run directory locked."""
+        self.held: IO[str] | None = None
+        self.checkpoint: dict[str, Any] | None = None
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            if self.held is not None:
+                rundir.release(self.held)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Keys beside model, data and trainer."""
@@ -165,9 +196,16 @@ class SinkbedCLI(LightningCLI):
                     f"--ckpt_path last: expected {last}, found none; leave --ckpt_path out to start the run"
                 )
             config.ckpt_path = str(last)
+        if config.ckpt_path and Path(config.ckpt_path).resolve().parent != last.parent.resolve():
+            raise ValueError(
+                f"--ckpt_path {config.ckpt_path}: expected a checkpoint of this run, in {last.parent}; give "
+                "the run_dir that it belongs to, or leave --ckpt_path out to start the run"
+            )
+        if process_rank() == 0:
+            self.held = rundir.lock(run_dir)
         if config.ckpt_path:
-            load_checkpoint(Path(config.ckpt_path))
-        run_dir.mkdir(parents=True, exist_ok=True)
+            loaded = load_checkpoint(Path(config.ckpt_path))
+            self.checkpoint = {k: loaded.get(k) for k in ("sinkbed", "global_step")}
         for partial in (run_dir / rundir.CHECKPOINTS).glob(".*"):
             partial.unlink()  # what a kill in the middle of writing left
 
@@ -182,13 +220,8 @@ class SinkbedCLI(LightningCLI):
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(ProgressBar(refresh_rate=1 if sys.stderr.isatty() else 20))
         self.trainer_defaults = {"callbacks": callbacks}
-        settings = json.loads(self._parser("fit").dump(self.config.fit, format="json"))
-        loggers: list[Logger] = [MetricsFile(run_dir)]
-        tracker = start_wandb(config.wandb, run_dir, settings)
-        if tracker is not None:
-            loggers.append(tracker)
         trainer = super().instantiate_trainer(
-            logger=loggers,
+            logger=[MetricsFile(run_dir)],
             default_root_dir=str(run_dir),
             plugins=[AtomicCheckpointIO()],
             enable_checkpointing=True,
@@ -198,15 +231,38 @@ class SinkbedCLI(LightningCLI):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.sort(key=lambda callback: not isinstance(callback, RunFiles))
         trainer.accumulate_grad_batches = self.datamodule.accumulation(trainer.world_size)
+        if self.checkpoint is not None:
+            self._check_resume(trainer, run_dir)
         return trainer
 
+    def _check_resume(self, trainer: L.Trainer, run_dir: Path) -> None:
+        """Before anything is written: is it this run's checkpoint, and is there anything left to do?"""
+        assert self.checkpoint is not None
+        check_identity(self.checkpoint, self.model.identity(self.datamodule, trainer))
+        step = self.checkpoint["global_step"]
+        if step >= trainer.max_steps and (run_dir / rundir.MEASUREMENT).exists():
+            raise AlreadyFinished(
+                f"{run_dir}: already finished, at step {step}; nothing was changed. `sinkbed validate {run_dir}` "
+                "measures it again; a longer run needs a run_dir of its own"
+            )
+        points = rundir.read_metrics(run_dir / rundir.METRICS)
+        later = sum(1 for p in points if p["step"] > step)
+        print(f"resuming {run_dir} at step {step} of {trainer.max_steps}; {later} later points will be made again")
+
     def after_fit(self) -> None:
-        """A run killed between its last step and its final measurement is measured when it is resumed."""
+        """Say how it ended. A run killed between its last step and its final measurement is measured when it is
+        resumed."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         monitor = next(c for c in callbacks if isinstance(c, SinkMonitor))
-        done = self.trainer.global_step >= self.trainer.max_steps
-        if done and not (monitor.run_dir / rundir.MEASUREMENT).exists():
+        if self.trainer.global_step < self.trainer.max_steps:
+            print(_interrupted(self.trainer), file=sys.stderr)
+            return
+        if monitor.final is None:
+            next(c for c in callbacks if isinstance(c, RunFiles)).start(self.trainer, self.model)
             monitor.finish(self.trainer, self.model)
+        if monitor.final is not None and self.trainer.is_global_zero:
+            print(measurement_table(self.trainer.global_step, monitor.final, monitor.config.sink_tokens))
+            print(f"in {monitor.run_dir}; curves: wandb leet {monitor.run_dir}/wandb")
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -217,9 +273,10 @@ def run(command: str, argv: Sequence[str]) -> int:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
     exit_code = 1
     try:
-        SinkbedCLI(
+        cli = SinkbedCLI(
             SinkbedModule,
             TokenData,
             save_config_callback=RunFiles,
@@ -228,8 +285,17 @@ def run(command: str, argv: Sequence[str]) -> int:
             load_from_checkpoint_support=False,
             parser_kwargs={"prog": "sinkbed", "fit": {"description": (__doc__ or "").split("\n")[0]}},
         )
+        stop = _checkpoints(cli.trainer).stop
+        exit_code = 128 + stop if stop is not None and cli.trainer.global_step < cli.trainer.max_steps else 0
+    except AlreadyFinished as finished:
+        print(finished)
         exit_code = 0
+    except SystemExit as stopped:
+        # Lightning turns an interruption into the exit status 1.
+        if not isinstance(stopped.__context__, KeyboardInterrupt):
+            raise
+        exit_code = 130
     finally:
         sys.argv = theirs
         finish_wandb(exit_code)
-    return 0
+    return exit_code

@@ -11,6 +11,7 @@ import os
 import secrets
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -43,9 +44,36 @@ class WandbConfig:
 
 
 class Tracker(WandbLogger):
-    """Lightning's W&B logger, which leaves out the points that the run sent before it was resumed."""
+    """Lightning's W&B logger for points that are numbered: the n-th line of metrics.jsonl is W&B's step n.
 
-    already_sent = 0
+    So a run that is resumed leaves out the points that W&B has and sends those it lacks, and segments
+    written offline continue one count.
+    """
+
+    def __init__(self, run: Any, run_dir: Path, *, sent: int) -> None:
+        super().__init__(experiment=run, save_dir=str(run_dir))
+        self.sent = sent
+        """Points that W&B had when this process began."""
+        self.next = 0
+        """Number of the next point."""
+
+    def log_point(self, point: dict[str, Any]) -> None:
+        """Send one line of metrics.jsonl; a map becomes an image, a gap is left out."""
+        number, self.next = self.next, self.next + 1
+        if number < self.sent:
+            return
+        import wandb
+
+        row: dict[str, Any] = {}
+        for key, value in point.items():
+            if key == "step":
+                row["trainer/global_step"] = value
+            elif isinstance(value, list):
+                caption = f"{key}: layers down, heads across; 0 dark to 1 bright; {point['train/tokens']:,} tokens"
+                row[key] = wandb.Image(heatmap_image(value), caption=caption)
+            elif value is not None:
+                row[key] = value
+        self.experiment.log(row, step=number, commit=True)
 
 
 class MetricsFile(Logger):
@@ -80,11 +108,15 @@ class MetricsFile(Logger):
         """Nothing: the run directory holds config.yaml."""
 
     @rank_zero_only
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+    def log_point(self, point: dict[str, Any]) -> None:
         """Append one point."""
-        line = json.dumps({"step": step, **metrics}) + "\n"
         with (self.run_dir / rundir.METRICS).open("a") as file:
-            file.write(line)
+            file.write(json.dumps(point) + "\n")
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Append values that Lightning itself logs."""
+        self.log_point({"step": step, **metrics})
 
 
 def heatmap_image(values: list[list[float]]) -> np.ndarray:
@@ -108,24 +140,12 @@ def record(
     heatmaps: dict[str, list[list[float]]] | None = None,
 ) -> None:
     """Hand one point to every logger: scalars, and maps as lists (metrics.jsonl) or images (W&B)."""
-    heatmaps = heatmaps or {}
+    point: dict[str, Any] = {"step": step, "train/tokens": tokens, **values, **(heatmaps or {})}
+    # JSON has no NaN; a gap in a curve is written as null.
+    point = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in point.items()}
     for logger in trainer.loggers:
-        point: dict[str, Any] = {"train/tokens": tokens, **values}
-        if isinstance(logger, Tracker):
-            if logger.already_sent > 0:
-                logger.already_sent -= 1
-                continue
-            import wandb
-
-            for key, value in heatmaps.items():
-                caption = f"{key}: layers down, heads across; 0 dark to 1 bright; {tokens:,} tokens"
-                point[key] = wandb.Image(heatmap_image(value), caption=caption)
-            logger.log_metrics(point, step=step)
-        else:
-            # JSON has no NaN; a gap in a curve is written as null.
-            point |= heatmaps
-            point = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in point.items()}
-            logger.log_metrics(point, step=step)
+        assert isinstance(logger, Tracker | MetricsFile)
+        logger.log_point(point)
 
 
 def has_wandb_key() -> bool:
@@ -146,7 +166,7 @@ def has_wandb_key() -> bool:
     return settings.base_url.split("://")[-1].strip("/") in hosts
 
 
-def _rank() -> int:
+def process_rank() -> int:
     """Rank of this process, as Lightning knows it before a trainer exists."""
     return int(getattr(rank_zero_only, "rank", 0))
 
@@ -163,11 +183,12 @@ def _answers(url: str) -> bool:
 
 
 def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) -> Tracker | None:
-    """Start or continue the run's W&B run; its id is made once and kept in run.json.
+    """Start or continue the run's W&B run, and send what metrics.jsonl holds and W&B lacks.
 
-    A server that does not answer costs a warning and the run goes on offline.
+    Its id is made once and kept in run.json. A server that does not answer costs a warning and the run
+    goes on offline.
     """
-    if config.mode == "disabled" or _rank() != 0:
+    if config.mode == "disabled" or process_rank() != 0:
         return None
     import wandb
 
@@ -209,7 +230,52 @@ def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) ->
         run = wandb.init(mode="offline", **arguments)
     run.define_metric("train/tokens")
     run.define_metric("*", step_metric="train/tokens")
-    return Tracker(experiment=run, save_dir=str(run_dir))
+    sent = run.starting_step if mode == "online" else _points_on_disk(run_dir, arguments["id"], besides=run.dir)
+    tracker = Tracker(run, run_dir, sent=sent)
+    for point in rundir.read_metrics(run_dir / rundir.METRICS):
+        tracker.log_point(point)
+    return tracker
+
+
+def _points_on_disk(run_dir: Path, identifier: str, besides: str) -> int:
+    """Points in the W&B files that earlier processes wrote for a run; a kill may have cut the last of them short."""
+    own = Path(besides).parent
+    files = [f for f in run_dir.glob(f"wandb/*run-*/run-{identifier}.wandb") if f.parent != own]
+    return max((row["_step"] + 1 for file in files for row in read_wandb_file(file)), default=0)
+
+
+def read_wandb_file(path: Path) -> Iterator[dict[str, Any]]:
+    """History rows of a W&B run file, `_step` among their keys, up to where it breaks off.
+
+    The format is LevelDB's log: blocks of 32 KiB, in them pieces of records with checksum (4 bytes),
+    length (2) and kind (1: whole, 2: first, 3: middle, 4: last); a record is a protocol buffer.
+    """
+    from google.protobuf.message import DecodeError
+    from wandb.proto import wandb_internal_pb2
+
+    content = path.read_bytes()
+    at, whole = 7, b""  # after the file's own header
+    while at + 7 <= len(content):
+        left = 32768 - at % 32768
+        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        if left < 7 or kind == 0:  # a header never crosses a block
+            at += left
+            continue
+        if at + 7 + length > len(content):
+            return
+        whole += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            record: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+            try:
+                record.ParseFromString(whole)
+            except DecodeError:
+                return
+            whole = b""
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                row = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
+                yield {**row, "_step": record.history.step.num}
 
 
 def finish_wandb(exit_code: int) -> None:

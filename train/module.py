@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as L
@@ -165,42 +167,72 @@ class SinkbedModule(L.LightningModule):
         done = step - max(0, self.data.steps_at_start)
         return (self.data.rows_at_start + done * self.data.global_batch) * self.data.context_length
 
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with the run that resumes it, and what `probe` rebuilds it from."""
-        import dataclasses
-
+    def identity(self, data: TokenData, trainer: L.Trainer) -> dict[str, Any]:
+        """What a checkpoint must share with the run that resumes it, and what `validate` rebuilds it from."""
+        manifest = data.store.manifest
         return {
             "format": 1,
             "decoder": dataclasses.asdict(self.decoder_config),
-            "vocab_size": self.data.store.manifest.vocab_size,
-            "tokenizer": self.data.store.manifest.tokenizer_sha256,
-            "store": str(self.data.store_path),
-            "strategy": dataclasses.asdict(self.data.strategy),
-            "context_length": self.data.context_length,
-            "global_batch": self.data.global_batch,
-            "seed": self.data.seed,
+            "vocab_size": manifest.vocab_size,
+            "tokenizer": manifest.tokenizer_sha256,
+            "store": str(data.store_path),
+            "documents": {name: split.digest for name, split in manifest.splits.items()},
+            "strategy": dataclasses.asdict(data.strategy),
+            "context_length": data.context_length,
+            "global_batch": data.global_batch,
+            "seed": data.seed,
             "seed_everything": int(os.environ.get("PL_GLOBAL_SEED", 0)),
             "optimizer": {**dataclasses.asdict(self.optimizer_config), "betas": list(self.optimizer_config.betas)},
             "clip_norm": self.clip_norm,
-            "max_steps": self.trainer.max_steps,
-            "micro_batches": self.trainer.accumulate_grad_batches,
+            "max_steps": trainer.max_steps,
+            "micro_batches": trainer.accumulate_grad_batches,
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the identity."""
-        checkpoint["sinkbed"] = self.identity()
+        checkpoint["sinkbed"] = self.identity(self.data, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another run's shape, data or strategy; raises ValueError with both values."""
-        theirs, ours = checkpoint.get("sinkbed"), self.identity()
-        if theirs is None:
-            raise ValueError("the checkpoint: expected one written by sinkbed, found no `sinkbed` entry")
-        different = [k for k in ours if k != "store" and theirs.get(k) != ours[k]]
-        if different:
-            found = "; ".join(
-                f"{k}: the checkpoint has {theirs.get(k)}, this configuration {ours[k]}" for k in different
-            )
-            raise ValueError(
-                f"resuming: expected the run's own configuration, found {found}. "
-                "Start from the run's config.yaml, or choose a new run_dir without --ckpt_path"
-            )
+        """See `check_identity`."""
+        check_identity(checkpoint, self.identity(self.data, self.trainer))
+
+
+# Parts of the identity by the names that a user gives them.
+_CONFIG_KEYS = {
+    "decoder": "model.decoder",
+    "optimizer": "model.optimizer",
+    "clip_norm": "model.clip_norm",
+    "strategy": "data.strategy",
+    "context_length": "data.context_length",
+    "global_batch": "data.global_batch",
+    "seed": "data.seed",
+    "max_steps": "trainer.max_steps",
+    "micro_batches": "micro-batches a step (data.micro_batch, processes)",
+    "documents": "sha256 of the token store's documents",
+    "tokenizer": "sha256 of the token store's tokenizer",
+    "vocab_size": "tokens in the token store's vocabulary",
+}
+
+
+def check_identity(checkpoint: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another shape, data or strategy; raises ValueError with both values of each setting."""
+    theirs = checkpoint.get("sinkbed")
+    if theirs is None:
+        raise ValueError("the checkpoint: expected one written by sinkbed fit, found no `sinkbed` entry")
+    pairs: list[str] = []
+    for key, value in ours.items():
+        if key != "store":  # the same documents may lie elsewhere
+            pairs += _differences(_CONFIG_KEYS.get(key, key), theirs.get(key), value)
+    if pairs:
+        raise ValueError(
+            f"resuming: expected the run's own configuration, found {'; '.join(pairs)}. "
+            "Start from the run's config.yaml, or choose a new run_dir without --ckpt_path"
+        )
+
+
+def _differences(key: str, theirs: Any, ours: Any) -> Iterator[str]:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for name in dict.fromkeys((*theirs, *ours)):
+            yield from _differences(f"{key}.{name}", theirs.get(name), ours.get(name))
+    elif theirs != ours:
+        yield f"{key}: the checkpoint has {theirs!r}, this configuration {ours!r}"

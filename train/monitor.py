@@ -37,6 +37,7 @@ class SinkMonitor(L.Callback):
         self.packed: Rows | None = None
         self.steps: set[int] = set()
         self.measured: int | None = None
+        self.final: _Results | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
@@ -45,14 +46,31 @@ class SinkMonitor(L.Callback):
             "measured": self.measured,
             "seconds": self.seconds,
             "elapsed": self._elapsed(),
+            "figures": self._figures(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From the checkpoint."""
+        """From the checkpoint. Raises ValueError where one curve would hold figures of two kinds."""
+        for name, ours in self._figures().items():
+            theirs = state_dict["figures"].get(name)
+            if theirs != ours:
+                raise ValueError(
+                    f"resuming: expected the run's own measure.{name}: {theirs}, found {ours}, which would mix two "
+                    "kinds of figures in one curve; leave it as it was and use `sinkbed validate` for other figures"
+                )
         self.onset_tokens = state_dict["onset_tokens"]
         self.measured = state_dict["measured"]
         self.seconds = state_dict["seconds"]
         self.elapsed = state_dict["elapsed"]
+
+    def _figures(self) -> dict[str, Any]:
+        """The settings that decide a figure, not when it is taken."""
+        settings = dataclasses.asdict(self.config)
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in settings.items()
+            if name not in ("live_points", "first_step", "batch_tokens")
+        }
 
     def _elapsed(self) -> float:
         return self.elapsed + (0.0 if self.started is None else time.perf_counter() - self.started)
@@ -143,7 +161,7 @@ class SinkMonitor(L.Callback):
         assert isinstance(pl_module, SinkbedModule) and pl_module.decoder is not None and self.probe is not None
         training = self._elapsed() - self.seconds
         began = time.perf_counter()
-        results = self._measure(pl_module, self.probe, self.config.modes)
+        self.final = results = self._measure(pl_module, self.probe, self.config.modes)
         final = {
             "step": trainer.global_step,
             "tokens": pl_module.tokens_at(trainer.global_step),

@@ -3,19 +3,51 @@
 config.yaml      the whole configuration          manifest.json  the token store's manifest
 audit.json       what packing did                 metrics.jsonl  every point, in order
 measurement.json the final measurement            checkpoints/   wandb/   run.json (W&B id)
+.lock            held by the process that writes here
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 CONFIG, MANIFEST, AUDIT = "config.yaml", "manifest.json", "audit.json"
 METRICS, MEASUREMENT, RUN, CHECKPOINTS = "metrics.jsonl", "measurement.json", "run.json", "checkpoints"
+
+
+def lock(folder: Path) -> IO[str]:
+    """Make `folder` this process's own until the file is closed or the process ends, however it ends.
+
+    Raises ValueError where another process holds it. A lock of the POSIX kind, which the workers that a
+    training run forks do not inherit.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise ValueError(
+            f"{folder}: expected a folder that nobody writes to, found a process that still does; wait for it, stop "
+            "it, or choose another folder"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
+def release(held: IO[str]) -> None:
+    """Give a locked folder back; one that nothing was written to goes away."""
+    path = Path(held.name)
+    held.close()
+    if list(path.parent.iterdir()) == [path]:
+        path.unlink()
+        path.parent.rmdir()
 
 
 def write_atomic(path: Path, content: str | bytes | memoryview) -> None:
@@ -64,10 +96,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"{path}, line {number}: expected one JSON object, found {line[:60]!r}") from None
 
 
-def cut_metrics(path: Path, step: int) -> int:
-    """Drop the points after `step` (they will be made again on resume); returns how many were dropped."""
-    points = list(read_metrics(path))
-    kept = [p for p in points if p["step"] <= step]
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the points after `step`: they will be made again on resume."""
     if path.exists():
-        write_atomic(path, "".join(json.dumps(p) + "\n" for p in kept))
-    return len(points) - len(kept)
+        write_atomic(path, "".join(json.dumps(p) + "\n" for p in read_metrics(path) if p["step"] <= step))

@@ -12,6 +12,7 @@ from train import rundir
 if TYPE_CHECKING:
     from data.strategy import Strategy
     from model import Decoder
+    from train.measure import InferenceMode, ModeResult
 
 
 def load_decoder(checkpoint: dict[str, Any]) -> tuple[Decoder, Strategy]:
@@ -30,6 +31,24 @@ def load_decoder(checkpoint: dict[str, Any]) -> tuple[Decoder, Strategy]:
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     decoder.load_state_dict(weights)
     return decoder, Strategy(**identity["strategy"])
+
+
+def measurement_table(step: int, results: dict[InferenceMode, ModeResult], sink_tokens: int) -> str:
+    """The figures of one measurement, a line for each inference mode."""
+    from train.report import MODE_LABELS
+
+    documents = next(iter(results.values())).documents
+    lines = [
+        f"step {step}, {documents} documents, T = {sink_tokens}, eps 0.3",
+        f"{'input':26}{'sink rate %':>12}{'sink mass':>11}{'loss':>8}{'bits/byte':>11}",
+    ]
+    for mode, result in results.items():
+        m = result.metrics(mode)
+        lines.append(
+            f"{MODE_LABELS[mode]:26}{m[f'sink/rate/0.3/{mode}']:12.1f}{m[f'sink/mass/{mode}']:11.3f}"
+            f"{result.loss:8.3f}{result.bits_per_byte:11.3f}"
+        )
+    return "\n".join(lines)
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -51,7 +70,6 @@ def run(command: str, argv: Sequence[str]) -> int:
     from data.store import TokenStore
     from train.checkpoint import LAST, load_checkpoint
     from train.measure import MeasureConfig, Probe, check_modes, measure
-    from train.report import MODE_LABELS
 
     path = arguments.run
     folder = path.parent.parent if path.is_file() else path
@@ -79,14 +97,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         )
     probe = Probe.from_store(store, identity["context_length"], measuring)
     results = {mode: measure(decoder, probe, mode, strategy, measuring) for mode in measuring.modes}
-    print(f"step {checkpoint['global_step']}, {len(probe.documents)} documents, T = {measuring.sink_tokens}, eps 0.3")
-    print(f"{'input':26}{'sink rate %':>12}{'sink mass':>11}{'loss':>8}{'bits/byte':>11}")
-    for mode, result in results.items():
-        m = result.metrics(mode)
-        print(
-            f"{MODE_LABELS[mode]:26}{m[f'sink/rate/0.3/{mode}']:12.1f}{m[f'sink/mass/{mode}']:11.3f}"
-            f"{result.loss:8.3f}{result.bits_per_byte:11.3f}"
-        )
+    print(measurement_table(checkpoint["global_step"], results, measuring.sink_tokens))
     if arguments.json is not None:
         rundir.write_json(arguments.json, {mode: dataclasses.asdict(r) for mode, r in results.items()})
     return 0

@@ -1,8 +1,8 @@
 """`sinkbed fit` as users run it: the run directory, resume, refusals, faults."""
 
 import errno
-import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +12,7 @@ import torch
 
 from train import rundir
 from train.cli import main
+from train.loggers import read_wandb_file
 
 
 def points(folder):
@@ -104,8 +105,111 @@ def test_a_killed_run_resumes_to_the_same_weights_and_points(fit, monkeypatch, e
     # The W&B run is two offline folders of one id now; together they hold every point once.
     segments = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(segments) == 2 and segments[0].name == segments[1].name
-    tracked = [row for segment in segments for row in wandb_history(segment)]
+    tracked = [row for segment in segments for row in read_wandb_file(segment)]
     assert [row["trainer/global_step"] for row in tracked] == [p["step"] for p in points(folder)]
+    assert [row["_step"] for row in tracked] == list(range(len(tracked))), "W&B's own step goes on"
+
+
+def test_what_wandb_lost_to_a_kill_is_sent_again(fit, monkeypatch):
+    _, whole = fit(run_dir="whole")
+    revive = kill_at(monkeypatch, 7)
+    with pytest.raises(Killed):
+        fit(run_dir="cut")
+    revive()
+    folder = whole.parent / "cut"
+    [segment] = folder.glob("wandb/offline-run-*/run-*.wandb")
+    # As after a kill: the last block never reached the disk.
+    segment.write_bytes(segment.read_bytes()[: segment.stat().st_size // 2])
+    kept = list(read_wandb_file(segment))
+    assert 0 < len(kept) < len([p for p in points(folder) if p["step"] <= 4]), "points before the checkpoint are gone"
+    assert fit("--ckpt_path", "last", run_dir="cut")[0] == 0
+    segments = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+    tracked = [row for segment in segments for row in read_wandb_file(segment)]
+    assert [row["_step"] for row in tracked] == list(range(len(points(whole))))
+    [reference] = whole.glob("wandb/offline-run-*/run-*.wandb")
+    for ours, theirs in zip(tracked, read_wandb_file(reference), strict=True):
+        assert ours.keys() ^ theirs.keys() <= {"train/tokens_per_second"}
+        assert all(ours[k] == theirs[k] for k in ours if k.startswith(("sink/mass", "sink/rate", "train/loss", "val/")))
+    images = [row["sink/heatmap/bos/path"] for row in tracked if "sink/heatmap/bos/path" in row]
+    assert len(images) == 4 and all(list(folder.glob(f"wandb/*/files/{path}")) for path in images)
+
+
+def test_a_finished_run_is_not_resumed_and_not_touched(fit, capsys):
+    _, folder = fit()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert fit("--ckpt_path", "last")[0] == 0
+    assert "already finished, at step 10" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_refused_run_leaves_no_folder(fit, capsys):
+    status, folder = fit("--measure.sink_tokens", "64")
+    assert status == 1 and not folder.exists()
+
+
+def test_resuming_with_other_figures_is_refused(fit, capsys, monkeypatch):
+    revive = kill_at(monkeypatch, 7)
+    with pytest.raises(Killed):
+        fit()
+    revive()
+    message = refused(capsys, fit("--ckpt_path", "last", "--measure.live_documents", "2")[0])
+    assert "measure.live_documents: 3, found 2" in message
+    status, folder = fit("--ckpt_path", "last", "--measure.live_points", "9")
+    assert status == 0 and points(folder)[-1]["step"] == 10
+
+
+def test_a_checkpoint_of_another_run_is_refused(fit, capsys):
+    _, folder = fit()
+    status, other = fit("--ckpt_path", str(folder / "checkpoints" / "step-0000004.ckpt"), run_dir="other")
+    assert "expected a checkpoint of this run" in refused(capsys, status)
+    assert not other.exists()
+
+
+def test_resuming_an_earlier_checkpoint_says_what_is_made_again(fit, capsys):
+    _, folder = fit()
+    before = points(folder)
+    assert fit("--ckpt_path", str(folder / "checkpoints" / "step-0000004.ckpt"))[0] == 0
+    later = sum(p["step"] > 4 for p in before)
+    assert f"at step 4 of 10; {later} later points" in capsys.readouterr().out
+    assert points(folder) == before
+
+
+def start(fit, folder, *extra):
+    """`sinkbed fit` in a process of its own."""
+    command = [sys.executable, "-m", "train", "fit", "--config", str(fit.config), "--run_dir", str(folder), *extra]
+    # Without the W&B service of this process, which would still hold the run's id after the kill.
+    environment = {k: v for k, v in os.environ.items() if "WANDB" not in k} | {"WANDB_MODE": "offline"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 120
+    while not path.exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_told_to_stop_saves_first(fit, number, status):
+    # So long that it cannot end before the signal comes, with no other checkpoint in between.
+    settings = ("--trainer.max_steps", "2000", "--checkpoint_every", "2000")
+    folder = fit.config.parent / "stopped"
+    process = start(fit, folder, *settings)
+    deadline = time.monotonic() + 120
+    while len(list(rundir.read_metrics(folder / rundir.METRICS))) < 8 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match="nobody writes to"):
+        rundir.lock(folder)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == status, output
+    [saved] = (folder / "checkpoints").glob("step-*.ckpt")
+    step = int(saved.stem.removeprefix("step-"))
+    assert f"stopped at step {step}; step {step} is saved" in output
+    assert not (folder / rundir.MEASUREMENT).exists()
+    assert points(folder)[-1]["step"] == step
+    rundir.lock(folder).close()  # free again
 
 
 def test_a_run_killed_before_its_final_measurement_is_measured_on_resume(fit):
@@ -122,14 +226,8 @@ def test_a_run_killed_before_its_final_measurement_is_measured_on_resume(fit):
 def test_a_run_killed_with_sigkill_resumes_to_the_same_weights(fit):
     _, whole = fit(run_dir="whole")
     folder = whole.parent / "cut"
-    command = [sys.executable, "-m", "train", "fit", "--config", str(fit.config), "--run_dir", str(folder)]
-    # Without the W&B service of this process, which would still hold the run's id after the kill.
-    environment = {k: v for k, v in os.environ.items() if "WANDB" not in k} | {"WANDB_MODE": "offline"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoints" / "last.ckpt").exists() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    process = start(fit, folder)
+    wait_for(folder / "checkpoints" / "last.ckpt", process)
     process.kill()
     assert process.wait() == -9
     (folder / "checkpoints" / ".step-0000008.ckpt.partial").write_bytes(b"half")
@@ -174,7 +272,8 @@ def test_resuming_another_strategy_is_refused_with_both_values_and_changes_nothi
     names = (rundir.CONFIG, rundir.AUDIT, rundir.METRICS, rundir.MEASUREMENT)
     before = [(folder / name).read_bytes() for name in names]
     message = refused(capsys, fit("--ckpt_path", "last", "--data.strategy.first_token", "none")[0])
-    assert "'first_token': 'bos'" in message and "'first_token': 'none'" in message
+    assert "data.strategy.first_token: the checkpoint has 'bos', this configuration 'none'" in message
+    assert "decoder" not in message, "only what differs"
     assert [(folder / name).read_bytes() for name in names] == before
 
 
@@ -312,7 +411,7 @@ def test_a_missing_config_is_named(capsys):
 def test_wandb_holds_the_same_points_against_tokens(fit):
     _, folder = fit()
     [binary] = folder.glob("wandb/offline-run-*/run-*.wandb")
-    history = wandb_history(binary)
+    history = list(read_wandb_file(binary))
     ours = points(folder)
     assert len(history) == len(ours)
     for theirs, point in zip(history, ours, strict=True):
@@ -321,33 +420,6 @@ def test_wandb_holds_the_same_points_against_tokens(fit):
                 assert theirs[key] == pytest.approx(value), key
     images = [row["sink/heatmap/bos/path"] for row in history if "sink/heatmap/bos/path" in row]
     assert len(images) == 4 and all((binary.parent / "files" / path).exists() for path in images)
-
-
-def wandb_history(binary):
-    """History rows of an offline run's file: protocol buffers in LevelDB's log format."""
-    from wandb.proto import wandb_internal_pb2
-
-    content, rows, at, whole = binary.read_bytes(), [], 7, b""
-    assert content[:4] == b":W&B"
-    while at + 7 <= len(content):
-        left = 32768 - at % 32768
-        if left < 7:  # a header never crosses a block
-            at += left
-            continue
-        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
-        if kind == 0:
-            at += left
-            continue
-        whole += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # the record is complete
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
-            whole = b""
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
-    return rows
 
 
 def test_a_wandb_server_that_does_not_answer_costs_a_warning_only(fit):
