@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,107 +45,6 @@ def matmul_flops() -> float:
     return 2 * 2048**3 / timing.median
 
 
-def training(arguments: Any) -> int:
-    """One optimizer step (forward, loss, backward, clipping, AdamW) of our decoder and of HF's Llama."""
-    import torch
-    import yaml
-    from jsonargparse import ArgumentParser
-
-    from data.batches import Batch
-    from model import Decoder, DecoderConfig
-    from train.module import counted_targets
-    from train.optim import OptimizerConfig, build_optimizer
-
-    try:
-        from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError:
-        raise ValueError("bench training: the peer is missing; pip install -e '.[bench]'") from None
-
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    config = yaml.safe_load(arguments.config.read_text())
-    parser = ArgumentParser()
-    parser.add_class_arguments(DecoderConfig, "decoder")
-    shape = parser.instantiate_classes(parser.parse_object({"decoder": config["model"]["decoder"]})).decoder
-    shape = shape if isinstance(shape, DecoderConfig) else DecoderConfig(**vars(shape))
-    B, T, V = config["data"]["global_batch"], config["data"]["context_length"], arguments.vocab_size
-
-    tokens = torch.randint(V, (B, T + 1))
-    ordinal = torch.arange(T).expand(B, T)
-    zeros = torch.zeros(B, T, dtype=torch.int32)
-    batch = Batch(
-        tokens=tokens[:, :-1].contiguous(),
-        targets=tokens[:, 1:].contiguous(),
-        loss_mask=torch.ones(B, T, dtype=torch.bool),
-        positions=ordinal,
-        doc_start=zeros,
-        doc_end=zeros + T,
-    )
-
-    def step_of(parameters: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
-        optimizer, _ = build_optimizer(parameters, OptimizerConfig(lr=1e-3), total_steps=10_000)
-
-        def step() -> None:
-            loss().backward()
-            torch.nn.utils.clip_grad_norm_(parameters.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
-
-    def ours(compiled: bool) -> Callable[[], None]:
-        decoder = Decoder(shape, V)
-        forward = torch.compile(decoder) if compiled else decoder
-        return step_of(decoder, lambda: forward(batch.tokens, targets=counted_targets(batch)).loss)
-
-    def peer(compiled: bool) -> Callable[[], None]:
-        llama = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=V,
-                hidden_size=shape.d_model,
-                intermediate_size=shape.d_ff,
-                num_hidden_layers=shape.layers,
-                num_attention_heads=shape.heads,
-                num_key_value_heads=shape.key_heads,
-                head_dim=shape.dim,
-                tie_word_embeddings=shape.tied,
-                use_cache=False,
-            )
-        )
-        forward = torch.compile(llama) if compiled else llama
-
-        def loss() -> torch.Tensor:
-            logits = forward(input_ids=batch.tokens).logits
-            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
-
-        return step_of(llama, loss)
-
-    contenders = {"HF Llama (SDPA)": peer(False), "Sinkbed": ours(False)}
-    if arguments.compile:
-        contenders |= {"HF Llama, compiled": peer(True), "Sinkbed, compiled": ours(True)}
-    timings = interleave(contenders, arguments.repeats, warmup=5)
-    base = timings[0].median
-    count = Decoder(shape, V).parameter_count()
-    # 6 FLOP a parameter and token, without the embedding's lookup; attention 6·T·C a layer and token (causal).
-    lookup = 0 if shape.tied else V * shape.d_model
-    flops = 6 * (count - lookup + shape.layers * T * shape.heads * shape.dim) * B * T
-    ceiling = matmul_flops()
-    print(f"{count:,} parameters, {B} rows of {T} tokens, {arguments.threads} threads, {arguments.repeats} steps each")
-    print(f"{'':24}{'ms/step':>9}{'tokens/s':>10}{'vs HF':>7}{'of matmul peak':>16}")
-    for t in timings:
-        share = flops / t.median / ceiling
-        print(f"{t.name:24}{t.median * 1e3:9.1f}{B * T / t.median:10,.0f}{base / t.median:7.2f}{100 * share:15.0f}%")
-    print(f"matrix products reach {ceiling / 1e9:.0f} GFLOP/s here: the limit is {flops / ceiling * 1e3:.1f} ms/step")
-    if arguments.profile:
-        from torch.profiler import profile
-
-        with profile() as found:
-            for _ in range(5):
-                contenders["Sinkbed"]()
-        print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=45))
-    return 0
-
-
 def run(command: str, argv: Sequence[str]) -> int:
     """Parse and run one benchmark."""
     import argparse
@@ -159,9 +58,18 @@ def run(command: str, argv: Sequence[str]) -> int:
     one.add_argument("--repeats", type=int, default=30)
     one.add_argument("--compile", action="store_true", help="also both under torch.compile (needs a C++ compiler)")
     one.add_argument("--profile", action="store_true", help="print where our step spends its time")
-    one.set_defaults(call=training)
+    two = benches.add_parser("attention", help="the attention operator against SDPA, FlexAttention and others")
+    two.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    two.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16; float32 on a CPU")
+    two.add_argument("--layouts", nargs="+", choices=("causal", "even", "mixed"), default=["causal", "mixed"])
+    two.add_argument("--lengths", type=int, nargs="+", default=[256, 1024], help="T, positions a row")
+    two.add_argument("--dims", type=int, nargs="+", default=[64], help="D, head dims")
+    two.add_argument("--batch", type=int, default=2)
+    two.add_argument("--heads", type=int, default=8)
+    two.add_argument("--kv_heads", type=int, help="default: as heads")
+    two.add_argument("--threads", type=int, default=2)
+    two.add_argument("--repeats", type=int, default=11)
+    two.add_argument("--csv", type=Path, help="write every figure to this file")
+    two.add_argument("--plot", type=Path, help="write a plot over T to this PNG")
     arguments = parser.parse_args(list(argv))
-    if not arguments.config.is_file():
-        print(f"no config at {arguments.config}", file=sys.stderr)
-        return 1
-    return int(arguments.call(arguments))
+    return int(importlib.import_module(f"train.bench_{arguments.bench}").run(arguments))

@@ -16,7 +16,7 @@ COMMANDS = {
     "validate": ("train.validate", "measure a checkpoint of a run on its probe set"),
     "study": ("train.study", "run the arms of a study, measure and compare them"),
     "report": ("train.report", "table, figures and one HTML page of a study"),
-    "bench": ("train.bench", "ratios against named peers: training"),
+    "bench": ("train.bench", "ratios against named peers: training, attention"),
 }
 
 

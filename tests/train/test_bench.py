@@ -1,0 +1,58 @@
+"""`sinkbed bench attention`: what it reports, on inputs too small to time."""
+
+import csv
+
+import pytest
+import torch
+
+from train import bench_attention
+from train.bench_attention import Case
+from train.cli import main
+
+
+def case(layout, length=64, heads=4, key_heads=2):
+    return Case(
+        layout=layout, batch=2, heads=heads, key_heads=key_heads, length=length, dim=16, dtype=torch.float32,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", bench_attention.LAYOUTS)
+def test_a_layout_fills_the_row_and_its_work_is_that_of_the_mask(layout):
+    one = case(layout, length=700)
+    lengths = one.documents()
+    assert sum(lengths) == 700 and min(lengths) > 0
+    assert (len(lengths) > 1) == (layout != "causal")
+    pairs = int(one.mask().visible().sum()) * one.heads
+    # 2·D·len² counts half a square a document; the diagonal makes it a little less than what is visible.
+    assert one.flops() == pytest.approx(4 * one.dim * pairs, rel=len(lengths) / 100)
+
+
+def test_the_table_and_the_csv_hold_every_contender_and_pass(capsys, tmp_path):
+    path, plot = tmp_path / "out" / "bench.csv", tmp_path / "bench.png"
+    sizes = ["--lengths", "32", "64", "--dims", "16", "--heads", "2", "--kv_heads", "1"]
+    options = [*sizes, "--threads", "1", "--repeats", "1"]
+    assert main(["bench", "attention", *options, "--csv", str(path), "--plot", str(plot)]) == 0
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    names = {"Sinkbed", "Sinkbed + statistics", "SDPA flash", "SDPA math", "eager + statistics"}
+    found = {(r["layout"], r["T"], r["contender"], r["pass"]) for r in rows}
+    passes = ("forward", "forward + backward")
+    assert found == {(la, t, n, p) for la in ("causal", "mixed") for t in ("32", "64") for n in names for p in passes}
+    assert all(float(r["ms"]) > 0 and float(r["ratio"]) > 0 and float(r["of_peak"]) > 0 for r in rows)
+    assert all(float(r["ratio"]) == 1 for r in rows if r["contender"] == "Sinkbed")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    output = capsys.readouterr().out
+    assert all(name in output for name in names)
+
+
+def test_a_contender_with_wrong_values_is_not_timed(monkeypatch):
+    original = bench_attention.contenders
+
+    def with_a_fault(c):
+        yield from original(c)
+        yield "no mask", lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    monkeypatch.setattr(bench_attention, "contenders", with_a_fault)
+    with pytest.raises(ValueError, match="no mask: expected values within"):
+        bench_attention.measure(case("mixed"), repeats=1)
