@@ -14,29 +14,28 @@ import torch
 from torch import Tensor
 
 from kernels.mask import Mask
-from kernels.reference import reference_attention
+from kernels.reference import reference_attention, reference_received
+from kernels.statistics import Statistics, Wanted, received_in_blocks
 from kernels.torch_cpu import torch_attention
 
 Implementation = Literal["reference", "torch", "triton"]
-_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"reference": reference_attention, "torch": torch_attention}
+
+
+class _Functions(NamedTuple):
+    attention: Callable[..., Any]
+    received: Callable[..., Tensor]
+
+
+_IMPLEMENTATIONS = {
+    "reference": _Functions(reference_attention, reference_received),
+    "torch": _Functions(torch_attention, received_in_blocks),
+}
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 if importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or _INTERPRETED):
-    from kernels.triton_gpu import triton_attention
+    from kernels.triton_gpu import triton_attention, triton_received
 
-    _IMPLEMENTATIONS["triton"] = triton_attention
+    _IMPLEMENTATIONS["triton"] = _Functions(triton_attention, triton_received)
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-class Statistics(NamedTuple):
-    """What a forward pass learns of the sink, without the T×T matrix. All [B, H, T], without gradient."""
-
-    row_mass: Tensor
-    """Attention mass on the key at row position 0; exactly 0 where the mask hides it."""
-    document_mass: Tensor
-    """Attention mass on the first key of the query's document (1 for a document's first query, by
-    construction); exactly 0 where the mask hides it."""
-    sink_mass: Tensor | None
-    """Attention mass on the learned sink logit; None without one."""
 
 
 class AttentionOutput(NamedTuple):
@@ -68,7 +67,7 @@ def attention(
     *,
     scale: float | None = None,
     sink_logit: Tensor | None = None,
-    statistics: bool = False,
+    statistics: Wanted = False,
     implementation: Implementation | None = None,
 ) -> AttentionOutput:
     """softmax(scale · q kᵀ + mask) v over packed rows, with the statistics of the attention sink.
@@ -79,7 +78,9 @@ def attention(
         scale: factor of the logits, more than 0; None is 1/√D.
         sink_logit: [H], a learned logit per head that joins the softmax but has no value
             (arXiv 2508.10925); 0 gives softmax-off-by-one.
-        statistics: also return the masses on the first key of the row and of the document.
+        statistics: True: also return the masses on the first key of the row, of the document and on the learned
+            sink. "full": also the maximum probability and the entropy, which take a fifth more time in Triton and
+            a pass of their own on CPUs.
         implementation: None takes the first of `available(q.device)`.
 
     Raises:
@@ -87,23 +88,72 @@ def attention(
             on this device. Nothing falls back silently.
     """
     _validate(q, k, v, sink_logit)
-    B, _, T, D = q.shape
-    if mask is None:
-        mask = Mask(rows=B, length=T)
+    mask = _fitting(mask, q)
+    if statistics not in (False, True, "full"):
+        raise ValueError(f'statistics: expected False, True or "full", received {statistics!r}')
+    functions, scale = _choose(implementation, q.device), _checked_scale(scale, q)
+    return AttentionOutput(*functions.attention(q, k, v, mask, scale, sink_logit, statistics))
+
+
+def attention_received(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    mask: Mask | None = None,
+    *,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+) -> Tensor:
+    """Attention that each key receives: the column sums Σ_i p(i, j), in a pass of its own after the forward pass.
+
+    They add up to T less the mass on the learned sink. `mean_received` divides by the queries that see the key,
+    `top_sinks` picks the strongest.
+
+    Args:
+        q: [B, H, T, D]; k: [B, Hkv, T, D], as given to `attention`, with the same mask and scale.
+        lse: [B, H, T], what `attention` returned.
+
+    Returns:
+        [B, H, T] in the dtype of lse; without gradient. A rerun is bitwise equal.
+
+    Raises:
+        ValueError: as `attention`, and for an lse of another shape.
+    """
+    _validate(q, k, k, None)
+    mask = _fitting(mask, q)
+    if lse.shape != q.shape[:3] or lse.device != q.device:
+        raise ValueError(
+            f"lse: expected shape {list(q.shape[:3])} on {q.device}, received {list(lse.shape)} on {lse.device}"
+        )
+    functions, scale = _choose(implementation, q.device), _checked_scale(scale, q)
+    with torch.no_grad():
+        return functions.received(q, k, lse, mask, scale)
+
+
+def _fitting(mask: Mask | None, q: Tensor) -> Mask:
+    B, _, T, _ = q.shape
+    mask = Mask(rows=B, length=T) if mask is None else mask
     if (mask.rows, mask.length) != (B, T):
         raise ValueError(f"mask: expected B={B}, T={T} as in q, received B={mask.rows}, T={mask.length}")
-    usable = available(q.device)
+    return mask
+
+
+def _choose(implementation: Implementation | None, device: torch.device) -> _Functions:
+    usable = available(device)
     chosen = usable[0] if implementation is None else implementation
     if chosen not in usable:
         known = "" if chosen in get_args(Implementation) else f" (known: {', '.join(get_args(Implementation))})"
         raise ValueError(
-            f"implementation: expected one of {', '.join(usable)} on {q.device.type}, received {chosen!r}{known}"
+            f"implementation: expected one of {', '.join(usable)} on {device.type}, received {chosen!r}{known}"
         )
-    scale = D**-0.5 if scale is None else scale
+    return _IMPLEMENTATIONS[chosen]
+
+
+def _checked_scale(scale: float | None, q: Tensor) -> float:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if scale <= 0:
         raise ValueError(f"scale: expected more than 0, received {scale}")
-    output, lse, found = _IMPLEMENTATIONS[chosen](q, k, v, mask, scale, sink_logit, statistics)
-    return AttentionOutput(output, lse, None if found is None else Statistics(*found))
+    return scale
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, sink_logit: Tensor | None) -> None:

@@ -112,17 +112,30 @@ class Mask:
             self._ends[name] = found
         return self._ends[name]
 
-    def visible(self, device: torch.device | None = None) -> Tensor:
-        """The mask written out: [B, 1, T, T] bool, True where query i (second to last axis) sees key j."""
+    def queries_per_key(self, device: torch.device | None = None) -> Tensor:
+        """[B, T] int64, how many queries see key j; at least 1."""
         device = device if device is not None else self._device()
-        query = torch.arange(self.length, device=device)[:, None]
+        key = torch.arange(self.length, device=device).expand(self.rows, -1)
+        first = key if self.first_query is None else self.first_query.long()
+        last = torch.full_like(key, self.length) if self.last_query is None else self.last_query.long()
+        # A key of the shared prefix is seen by every later query, whatever the intervals say.
+        shared = (key >= self.shared_from) & (key < self.shared_prefix)
+        return torch.where(shared, self.length, last) - first
+
+    def visible(self, device: torch.device | None = None, queries: slice = slice(None)) -> Tensor:
+        """The mask written out: [B, 1, M, T] bool, True where query i (second to last axis) sees key j.
+
+        M is T, or the length of the slice of queries asked for.
+        """
+        device = device if device is not None else self._device()
+        query = torch.arange(self.length, device=device)[queries, None]
         key = torch.arange(self.length, device=device)[None, :]
         causal = key <= query
-        below_end = causal if self.end_key is None else key < self.end_key[:, :, None]
-        above_start = True if self.first_key is None else key >= self.first_key[:, :, None]
+        below_end = causal if self.end_key is None else key < self.end_key[:, queries, None]
+        above_start = True if self.first_key is None else key >= self.first_key[:, queries, None]
         shared = (key >= self.shared_from) & (key < self.shared_prefix)
         visible = below_end & above_start | causal & shared
-        return visible.expand(self.rows, self.length, self.length)[:, None]
+        return visible.expand(self.rows, len(query), self.length)[:, None]
 
     def bias(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The mask as an additive [B, 1, T, T] float: 0 where visible, -inf elsewhere. Cached per dtype,

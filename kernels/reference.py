@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.mask import Mask
+from kernels.statistics import Statistics, Wanted
 
 
 def probabilities(q: Tensor, k: Tensor, mask: Mask, scale: float, sink_logit: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -37,8 +38,8 @@ def reference_attention(
     mask: Mask,
     scale: float,
     sink_logit: Tensor | None,
-    statistics: bool,
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor | None] | None]:
+    statistics: Wanted,
+) -> tuple[Tensor, Tensor, Statistics | None]:
     """Attention by its definition; differentiable in every input. Shapes as in `kernels.api.attention`."""
     a, lse = probabilities(q, k, mask, scale, sink_logit)
     output = a @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
@@ -53,4 +54,17 @@ def reference_attention(
             index = start.long()[:, None, :, None].expand(-1, a.shape[1], -1, 1)
             document_mass = a.gather(-1, index)[..., 0]
         sink_mass = None if sink_logit is None else (sink_logit.to(lse.dtype)[None, :, None] - lse).exp()
-    return output, lse, (row_mass.detach(), document_mass.detach(), sink_mass)
+        found = Statistics(row_mass.detach(), document_mass.detach(), sink_mass)
+        if statistics == "full":
+            entropy = torch.special.entr(a).sum(-1)
+            if sink_mass is not None:
+                entropy = entropy + torch.special.entr(sink_mass)
+            found = found._replace(max_probability=a.amax(-1), entropy=entropy)
+    return output, lse, found
+
+
+def reference_received(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float) -> Tensor:
+    """Column sums of the attention matrix; shapes as in `kernels.api.attention_received`."""
+    groups = q.shape[1] // k.shape[1]
+    logits = torch.einsum("bhid,bhjd->bhij", q, k.repeat_interleave(groups, dim=1)) * scale
+    return (logits - lse[..., None]).exp().masked_fill(~mask.visible(q.device), 0.0).sum(2)

@@ -5,7 +5,8 @@ its backward accepts any consistent (output, lse): called with the sink-correcte
 gradients of attention with a learned sink. It is a private operator, so a test pins its behaviour.
 
 The trade: a mask other than causal travels as an additive [B, 1, T, T] float, built once per batch.
-The statistics never need the T×T probabilities: the mass of one key is exp(q·k − lse).
+The statistics never need the T×T probabilities: the mass of one key is exp(q·k − lse), and what depends on all
+probabilities is computed in blocks of queries.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.mask import Mask
+from kernels.statistics import Statistics, Wanted, spread
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -139,8 +141,8 @@ def _mass_on(k_first: Tensor, q: Tensor, lse: Tensor, scale: float) -> Tensor:
 
 @torch.no_grad()
 def _statistics(
-    q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float, sink_logit: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float, sink_logit: Tensor | None, wanted: Wanted
+) -> Statistics:
     row_mass = _mass_on(k[:, :, :1], q, lse, scale)
     document_mass = row_mass
     if mask.doc_start is not None:
@@ -158,7 +160,11 @@ def _statistics(
         else:
             document_mass = row_mass
     sink_mass = None if sink_logit is None else (sink_logit.to(lse.dtype)[None, :, None] - lse).exp()
-    return row_mass, document_mass, sink_mass
+    found = Statistics(row_mass, document_mass, sink_mass)
+    if wanted == "full":
+        largest, entropy = spread(q, k, lse, mask, scale, sink_logit)
+        found = found._replace(max_probability=largest, entropy=entropy)
+    return found
 
 
 def torch_attention(
@@ -168,10 +174,12 @@ def torch_attention(
     mask: Mask,
     scale: float,
     sink_logit: Tensor | None,
-    statistics: bool,
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor | None] | None]:
+    statistics: Wanted,
+) -> tuple[Tensor, Tensor, Statistics | None]:
     """Attention by the CPU flash kernel; shapes as in `kernels.api.attention`."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     bias = None if mask.is_causal else mask.bias(q.dtype, q.device)
     output, lse = _attention_torch(q, k, v, bias, sink_logit, scale)
-    return output, lse, _statistics(q, k, lse.detach(), mask, scale, sink_logit) if statistics else None
+    if not statistics:
+        return output, lse, None
+    return output, lse, _statistics(q, k, lse.detach(), mask, scale, sink_logit, statistics)

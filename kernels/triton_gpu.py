@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels import triton_kernels
 from kernels.mask import Mask
+from kernels.statistics import Statistics, Wanted
 
 HEAD_DIMS = (16, 32, 64, 96, 128)
 
@@ -43,6 +44,10 @@ _TILES = {
     ("dkv", 2, 32): Tiles(32, 64, 4, 2),
     ("dkv", 2, 64): Tiles(64, 64, 8, 2),
     ("dkv", 2, 128): Tiles(32, 64, 8, 2),
+    ("received", 2, 16): Tiles(64, 128, 8, 3),
+    ("received", 2, 32): Tiles(64, 128, 8, 3),
+    ("received", 2, 64): Tiles(64, 128, 8, 3),
+    ("received", 2, 128): Tiles(64, 128, 8, 3),
 }
 _FULL_PRECISION = Tiles(32, 32, 4, 2)
 _INTERPRETED = Tiles(32, 32, 4, 1)
@@ -75,7 +80,8 @@ torch.library.define(
     "sinkbed::attention_triton",
     "(Tensor q, Tensor k, Tensor v, Tensor? first_key, Tensor? end_key, Tensor? first_query, Tensor? last_query, "
     "Tensor? doc_start, Tensor? doc_end, Tensor? sink_logit, int shared_from, int shared_to, float scale, "
-    "bool statistics) -> (Tensor output, Tensor lse, Tensor row_mass, Tensor document_mass)",
+    "bool statistics, bool full) -> (Tensor output, Tensor lse, Tensor row_mass, Tensor document_mass, "
+    "Tensor max_probability, Tensor entropy)",
 )
 torch.library.define(
     "sinkbed::attention_triton_backward",
@@ -95,30 +101,31 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(s for x in tensors for s in x.stride()[:3])
 
 
-def _outputs(q: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    B, H, T, _ = q.shape
-    lse = q.new_empty((B, H, T), dtype=torch.float32)
-    masses = [torch.empty_like(lse) if statistics else lse.new_empty(0) for _ in range(2)]
-    return torch.empty_like(q), lse, masses[0], masses[1]
+def _outputs(q: Tensor, statistics: bool, full: bool) -> tuple[Tensor, ...]:
+    """Output, lse, and four statistics, empty where they are not asked for."""
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    asked = (statistics, statistics, full, full)
+    return torch.empty_like(q), lse, *(torch.empty_like(lse) if yes else lse.new_empty(0) for yes in asked)
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None, end_key: Tensor | None, first_query: Tensor | None,
     last_query: Tensor | None, doc_start: Tensor | None, doc_end: Tensor | None, sink_logit: Tensor | None,
-    shared_from: int, shared_to: int, scale: float, statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    shared_from: int, shared_to: int, scale: float, statistics: bool, full: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     B, H, T, D = q.shape
-    o, lse, row_mass, document_mass = _outputs(q, statistics)
+    outputs = _outputs(q, statistics, full)
+    o = outputs[0]
     meta = _meta(q)
     t = tiles("forward", q.dtype, meta["BLOCK_D"])
     triton_kernels.forward_kernel[(B * H, triton.cdiv(T, t.block_m))](
-        q, k, v, o, lse, row_mass, document_mass, first_key, end_key, doc_start, doc_end, sink_logit,
+        q, k, v, *outputs, first_key, end_key, doc_start, doc_end, sink_logit,
         *_strides(q, k, v, o), H, H // k.shape[1], T, D, shared_from, shared_to, scale,
         BLOCK_M=t.block_m, BLOCK_N=t.block_n, HAS_FIRST=first_key is not None, HAS_END=end_key is not None,
-        HAS_DOCS=doc_start is not None, HAS_SINK=sink_logit is not None, STATISTICS=statistics, **meta,
+        HAS_DOCS=doc_start is not None, HAS_SINK=sink_logit is not None, STATISTICS=statistics, FULL=full, **meta,
         num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
     )  # fmt: skip
-    return o, lse, row_mass, document_mass
+    return outputs
 
 
 def _backward_kernels(
@@ -164,8 +171,8 @@ for _device in ("cuda", "cpu"):  # "cpu" for the interpreter
 
 
 @torch.library.register_fake("sinkbed::attention_triton")
-def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(q, rest[-1])
+def _(q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _outputs(q, *rest[-2:])
 
 
 @torch.library.register_fake("sinkbed::attention_triton_backward")
@@ -179,11 +186,11 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, first_key, end_key, first_query, last_query, _, _, sink_logit, shared_from, shared_to, scale, _ = inputs
-    o, lse, row_mass, document_mass = output
+    q, k, v, first_key, end_key, first_query, last_query, _, _, sink_logit, *settings, _, _ = inputs
+    o, lse, *found = output
     ctx.save_for_backward(q, k, v, o, lse, first_key, end_key, first_query, last_query, sink_logit)
-    ctx.settings = (shared_from, shared_to, scale)
-    ctx.mark_non_differentiable(row_mass, document_mass)
+    ctx.settings = settings  # shared_from, shared_to, scale
+    ctx.mark_non_differentiable(*found)
     ctx.set_materialize_grads(False)
 
 
@@ -193,25 +200,13 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: Any) -
         torch.zeros_like(o) if grad is None else grad, grad_lse, q, k, v, o, lse, first_key, end_key, first_query,
         last_query, sink_logit, *ctx.settings,
     )  # fmt: skip
-    return dq, dk, dv, *[None] * 6, (None if sink_logit is None else dsink), *[None] * 4
+    return dq, dk, dv, *[None] * 6, (None if sink_logit is None else dsink), *[None] * 5
 
 
 torch.library.register_autograd("sinkbed::attention_triton", _backward, setup_context=_setup_context)
 
 
-def triton_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Mask,
-    scale: float,
-    sink_logit: Tensor | None,
-    statistics: bool,
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor | None] | None]:
-    """Attention by the Triton kernels; shapes as in `kernels.api.attention`.
-
-    Raises ValueError for head dims other than HEAD_DIMS and for float64.
-    """
+def _checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if q.shape[-1] not in HEAD_DIMS:
         raise ValueError(f"q: expected a head dim of {', '.join(map(str, HEAD_DIMS))}, received {q.shape[-1]}")
     if q.dtype == torch.float64:
@@ -219,14 +214,48 @@ def triton_attention(
             "q: expected float32, float16 or bfloat16, received torch.float64; use implementation='reference'"
         )
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return q, k, v
+
+
+def _shared(mask: Mask) -> tuple[int, int]:
+    """The shared prefix, (0, 0) where it adds nothing."""
     some = mask.first_key is not None and mask.shared_from < mask.shared_prefix
-    shared = (mask.shared_from, mask.shared_prefix) if some else (0, 0)
-    output, lse, row_mass, document_mass = torch.ops.sinkbed.attention_triton(
+    return (mask.shared_from, mask.shared_prefix) if some else (0, 0)
+
+
+def triton_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, sink_logit: Tensor | None, statistics: Wanted
+) -> tuple[Tensor, Tensor, Statistics | None]:
+    """Attention by the Triton kernels; shapes as in `kernels.api.attention`.
+
+    Raises ValueError for head dims other than HEAD_DIMS and for float64.
+    """
+    q, k, v = _checked(q, k, v)
+    output, lse, row_mass, document_mass, max_probability, entropy = torch.ops.sinkbed.attention_triton(
         q, k, v, mask.first_key, mask.end_key, mask.first_query, mask.last_query,
         mask.doc_start if statistics else None, mask.doc_end if statistics else None, sink_logit,
-        *shared, scale, statistics,
+        *_shared(mask), scale, bool(statistics), statistics == "full",
     )  # fmt: skip
     if not statistics:
         return output, lse, None
     sink_mass = None if sink_logit is None else (sink_logit.detach().float()[None, :, None] - lse.detach()).exp()
-    return output, lse, (row_mass, document_mass, sink_mass)
+    found = Statistics(row_mass, document_mass, sink_mass)
+    if statistics == "full":
+        found = found._replace(max_probability=max_probability, entropy=entropy)
+    return output, lse, found
+
+
+def triton_received(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float) -> Tensor:
+    """Column sums by the Triton kernel; shapes as in `kernels.api.attention_received`. Raises as `triton_attention`."""
+    q, k, _ = _checked(q, k, k)
+    B, H, T, D = q.shape
+    received = torch.empty_like(lse, dtype=torch.float32)
+    meta = _meta(q)
+    t = tiles("received", q.dtype, meta["BLOCK_D"])
+    triton_kernels.received_kernel[(B * H, triton.cdiv(T, t.block_n))](
+        q, k, lse.float().contiguous(), received, mask.first_key, mask.end_key, mask.first_query, mask.last_query,
+        *_strides(q, k), H, H // k.shape[1], T, D, *_shared(mask), scale, BLOCK_M=t.block_m, BLOCK_N=t.block_n,
+        HAS_FIRST=mask.first_key is not None, HAS_END=mask.end_key is not None, **meta,
+        num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return received

@@ -105,12 +105,13 @@ def visible(rows, keys, b_first, b_end, shared_from, shared_to, HAS_FIRST: tl.co
 
 @triton.jit
 def _softmax_step(
-    b_q, b_o, b_max, b_sum, p_k, p_v, stride_kt, stride_vt, key0, T, D, scale2,
+    b_q, b_o, b_max, b_sum, b_u, p_k, p_v, stride_kt, stride_vt, key0, T, D, scale2,
     rows, b_first, b_end, shared_from, shared_to,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax (arXiv 2205.14135) over one tile of keys."""
+    """Online softmax (arXiv 2205.14135) over one tile of keys; with FULL also u = Σ_j 2^z_j z_j, z the logits less
+    their maximum, for the entropy."""
     d = tl.arange(0, BLOCK_D)
     keys = key0 + tl.arange(0, BLOCK_N)
     n = tl.arange(0, BLOCK_N)
@@ -131,11 +132,14 @@ def _softmax_step(
                        HAS_FIRST, HAS_END)  # fmt: skip
         b_s = tl.where(seen, b_s, float("-inf"))
     b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale2)
-    b_p = tl.math.exp2(b_s * scale2 - b_new[:, None])
+    b_z = b_s * scale2 - b_new[:, None]
+    b_p = tl.math.exp2(b_z)
     b_keep = tl.math.exp2(b_max - b_new)
+    if FULL:
+        b_u = b_keep * (b_u + (b_max - b_new) * b_sum) + tl.sum(tl.where(b_p > 0.0, b_p * b_z, 0.0), 1)
     b_sum = b_sum * b_keep + tl.sum(b_p, 1)
     b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_keep[:, None], input_precision=PRECISION)
-    return b_o, b_new, b_sum
+    return b_o, b_new, b_sum, b_u
 
 
 @triton.jit
@@ -160,14 +164,14 @@ def _load_interval(p_first, p_end, rows, T, HAS_FIRST: tl.constexpr, HAS_END: tl
 
 @triton.jit
 def forward_kernel(
-    q, k, v, o, lse, row_mass, document_mass, first_key, end_key, doc_start, doc_end, sink_logit,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
+    q, k, v, o, lse, row_mass, document_mass, max_probability, entropy, first_key, end_key, doc_start, doc_end,
+    sink_logit, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
     H, G, T, D, shared_from, shared_to, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_SINK: tl.constexpr,
-    STATISTICS: tl.constexpr, PRECISION: tl.constexpr,
+    STATISTICS: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output, lse (natural log) and first-key masses of BLOCK_M queries of one head. Grid: (B·H, query blocks)."""
+    """Output, lse (natural log) and statistics of BLOCK_M queries of one head. Grid: (B·H, query blocks)."""
     bh = tl.program_id(0)
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
@@ -189,26 +193,31 @@ def forward_kernel(
     b_o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_u = tl.zeros([BLOCK_M], tl.float32)
     shared_count, shared, left, full, right, end = query_block_tiles(
         first_key, end_key, row0, T, shared_from, shared_to, BLOCK_M, BLOCK_N, HAS_FIRST, HAS_END
     )
     for t in range(0, shared_count + (full - left) + (end - right)):
         key0 = masked_tile(t, shared_count, shared, left, full, right) * BLOCK_N
-        b_o, b_max, b_sum = _softmax_step(
-            b_q, b_o, b_max, b_sum, k, v, k_t, v_t, key0, T, D, scale2, rows, b_first, b_end, shared_from, shared_to,
-            BLOCK_N, BLOCK_D, EVEN_D, True, HAS_FIRST, HAS_END, PRECISION,
+        b_o, b_max, b_sum, b_u = _softmax_step(
+            b_q, b_o, b_max, b_sum, b_u, k, v, k_t, v_t, key0, T, D, scale2, rows, b_first, b_end, shared_from,
+            shared_to, BLOCK_N, BLOCK_D, EVEN_D, True, HAS_FIRST, HAS_END, FULL, PRECISION,
         )  # fmt: skip
     for tile in range(full, right):
-        b_o, b_max, b_sum = _softmax_step(
-            b_q, b_o, b_max, b_sum, k, v, k_t, v_t, tile * BLOCK_N, T, D, scale2, rows, b_first, b_end, shared_from,
-            shared_to, BLOCK_N, BLOCK_D, EVEN_D, False, HAS_FIRST, HAS_END, PRECISION,
+        b_o, b_max, b_sum, b_u = _softmax_step(
+            b_q, b_o, b_max, b_sum, b_u, k, v, k_t, v_t, tile * BLOCK_N, T, D, scale2, rows, b_first, b_end,
+            shared_from, shared_to, BLOCK_N, BLOCK_D, EVEN_D, False, HAS_FIRST, HAS_END, FULL, PRECISION,
         )  # fmt: skip
 
+    b_key_max = b_max
     if HAS_SINK:
         sink2 = tl.load(sink_logit + h).to(tl.float32) * _LOG2E
         b_new = tl.maximum(b_max, sink2)
         b_keep = tl.math.exp2(b_max - b_new)
-        b_sum = b_sum * b_keep + tl.math.exp2(sink2 - b_new)
+        b_p = tl.math.exp2(sink2 - b_new)
+        if FULL:
+            b_u = b_keep * (b_u + (b_max - b_new) * b_sum) + b_p * (sink2 - b_new)
+        b_sum = b_sum * b_keep + b_p
         b_o = b_o * b_keep[:, None]
         b_max = b_new
     b_sum = tl.where(rows < T, b_sum, 1.0)
@@ -219,6 +228,10 @@ def forward_kernel(
     at = bh.to(tl.int64) * T + rows
     tl.store(lse + at, (b_max + tl.math.log2(b_sum)) * _LN2, mask=rows < T)
 
+    if FULL:
+        # H = ln 2 · (log2 Σ 2^z − Σ 2^z z / Σ 2^z)
+        tl.store(max_probability + at, tl.math.exp2(b_key_max - b_max) / b_sum, mask=rows < T)
+        tl.store(entropy + at, (tl.math.log2(b_sum) - b_u / b_sum) * _LN2, mask=rows < T)
     if STATISTICS:
         # One 16-wide product per document that the block touches: its first column is the logit of the first key.
         # The mass comes from the running maximum and sum: exp(logit − lse) would lose digits at large logits.
@@ -448,3 +461,74 @@ def dkv_kernel(
     at = keys.to(tl.int64)[:, None]
     tl.store(dk + b * dk_b + hkv * dk_h + at * dk_t + d[None, :], (b_dk * scale).to(dk.dtype.element_ty), mask=inside)
     tl.store(dv + b * dv_b + hkv * dv_h + at * dv_t + d[None, :], b_dv.to(dv.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _received_step(
+    b_k, b_received, p_q, p_lse, stride_qt, row0, T, D, scale2, keys, first_key, end_key, shared_from, shared_to,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    d = tl.arange(0, BLOCK_D)
+    m = tl.arange(0, BLOCK_M)
+    rows = row0 + m
+    p_q += tl.cast(row0, tl.int64) * stride_qt
+    inside = (m >= 0)[:, None] & (d < D)[None, :]
+    if MASKED:
+        inside = inside & (rows < T)[:, None]
+        b_lse2 = tl.load(p_lse + rows, mask=rows < T, other=0.0) * _LOG2E
+    else:
+        b_lse2 = tl.load(p_lse + rows) * _LOG2E
+    if MASKED or not EVEN_D:
+        b_q = tl.load(p_q + m[:, None] * stride_qt + d[None, :], mask=inside, other=0.0)  # [BLOCK_M, BLOCK_D]
+    else:
+        b_q = tl.load(p_q + m[:, None] * stride_qt + d[None, :])
+    b_st = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+    b_st = b_st * scale2 - b_lse2[None, :]
+    if MASKED:
+        b_first, b_end = _load_interval(first_key, end_key, rows, T, HAS_FIRST, HAS_END)
+        seen = visible(rows[None, :], keys[:, None], b_first[None, :], b_end[None, :], shared_from, shared_to,
+                       HAS_FIRST, HAS_END)  # fmt: skip
+        b_st = tl.where(seen & (rows < T)[None, :], b_st, float("-inf"))
+    return b_received + tl.sum(tl.math.exp2(b_st), 1)
+
+
+@triton.jit
+def received_kernel(
+    q, k, lse, received, first_key, end_key, first_query, last_query, q_b, q_h, q_t, k_b, k_h, k_t,
+    H, G, T, D, shared_from, shared_to, scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention that BLOCK_N keys receive from one query head. Grid: (B·H, key blocks)."""
+    bh = tl.program_id(0)
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    key0 = tl.program_id(1) * BLOCK_N
+    keys = key0 + tl.arange(0, BLOCK_N)
+    if HAS_FIRST:
+        first_key += b * T
+        last_query += b * T
+    if HAS_END:
+        end_key += b * T
+        first_query += b * T
+    scale2 = scale * _LOG2E
+    b_k = _load_rows(k + b * k_b + (h // G) * k_h, keys, k_t, T, D, BLOCK_D)
+    b_received = tl.zeros([BLOCK_N], tl.float32)
+    p_q = q + b * q_b + h * q_h
+    p_lse = lse + bh.to(tl.int64) * T
+    left, full, right, end = key_block_tiles(
+        first_query, last_query, key0, T, shared_from, shared_to, BLOCK_M, BLOCK_N, HAS_FIRST, HAS_END
+    )
+    for t in range(0, (full - left) + (end - right)):
+        row0 = masked_tile(t, 0, 0, left, full, right) * BLOCK_M
+        b_received = _received_step(
+            b_k, b_received, p_q, p_lse, q_t, row0, T, D, scale2, keys, first_key, end_key, shared_from, shared_to,
+            BLOCK_M, BLOCK_D, EVEN_D, True, HAS_FIRST, HAS_END, PRECISION,
+        )  # fmt: skip
+    for tile in range(full, right):
+        b_received = _received_step(
+            b_k, b_received, p_q, p_lse, q_t, tile * BLOCK_M, T, D, scale2, keys, first_key, end_key, shared_from,
+            shared_to, BLOCK_M, BLOCK_D, EVEN_D, False, HAS_FIRST, HAS_END, PRECISION,
+        )  # fmt: skip
+    tl.store(received + bh.to(tl.int64) * T + keys, b_received, mask=keys < T)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 
 import kernels
-from kernels import Mask, attention, interval_mask
+from kernels import Mask, attention, attention_received, interval_mask, mean_received, top_sinks
 from kernels.reference import probabilities
 
 
@@ -55,15 +55,16 @@ def test_output_gradients_and_statistics_equal_the_float64_reference(name, sink,
     def run(implementation, dtype):
         q, k, v = inputs(2, 4, 4 // groups, T, 8, dtype)
         s = None if logit is None else logit.to(dtype, copy=True).requires_grad_()
-        out = attention(q, k, v, mask, sink_logit=s, statistics=True, implementation=implementation)
+        out = attention(q, k, v, mask, sink_logit=s, statistics="full", implementation=implementation)
+        received = attention_received(q, k, out.lse, mask, implementation=implementation)
         weight = torch.linspace(-1, 1, out.output.numel(), dtype=dtype).view_as(out.output)
         (out.output * weight).sum().backward()
         grads = [q.grad, k.grad, v.grad] + ([] if s is None else [s.grad])
-        return [out.output, out.lse, *(x for x in out.statistics if x is not None)], grads
+        return [out.output, out.lse, *(x for x in out.statistics if x is not None), received], grads
 
     expected, expected_grads = run("reference", torch.float64)
     values, grads = run("torch", torch.float32)
-    assert len(values) == len(expected) == (5 if sink else 4)
+    assert len(values) == len(expected) == (8 if sink else 7)
     for ours, oracle in zip(values, expected, strict=True):
         torch.testing.assert_close(ours.double(), oracle, atol=5e-6, rtol=5e-6)
     for ours, oracle in zip(grads, expected_grads, strict=True):
@@ -252,3 +253,74 @@ def test_the_private_flash_operator_still_behaves_as_relied_on():
     expected = a @ v.double().repeat_interleave(2, 1)
     torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-6)
     assert kernels.available("cpu")[0] == "torch"
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_statistics_mean_what_they_say(name):
+    """From the definition, not from the reference's code: the matrix row by row."""
+    start, end = boundaries([5, 1, 1, 12, 4])
+    T = start.shape[1]
+    mask = interval_mask(1, T, doc_start=start, doc_end=end, **MASKS[name](start, end))
+    q, k, v = (x.detach() for x in inputs(1, 2, 1, T, 8))
+    sink = torch.tensor([0.7, -30.0], dtype=torch.float64)
+    out = attention(q, k, v, mask, sink_logit=sink, statistics="full", implementation="reference")
+    received = attention_received(q, k, out.lse, mask, implementation="reference")
+    visible = mask.visible()[0, 0]
+    columns = torch.zeros(2, T, dtype=torch.float64)
+    for h in range(2):
+        for i in range(T):
+            seen = visible[i].nonzero()[:, 0]
+            logits = torch.cat([q[0, h, i] @ k[0, 0, seen].T * 8**-0.5, sink[h : h + 1]])
+            p = logits.softmax(0)
+            columns[h, seen] += p[:-1]
+            assert out.statistics.max_probability[0, h, i] == pytest.approx(float(p[:-1].max()), abs=1e-12)
+            entropy = torch.distributions.Categorical(probs=p).entropy()
+            assert out.statistics.entropy[0, h, i] == pytest.approx(float(entropy), abs=1e-9)
+            assert out.statistics.sink_mass[0, h, i] == pytest.approx(float(p[-1]), abs=1e-12)
+    torch.testing.assert_close(received[0], columns)
+    torch.testing.assert_close(received.sum(-1), T - out.statistics.sink_mass.sum(-1))
+    assert torch.equal(mask.queries_per_key()[0], visible.sum(0))
+    torch.testing.assert_close(mean_received(received, mask)[0], columns / visible.sum(0))
+
+
+def test_top_sinks_finds_the_keys_that_draw_attention():
+    start, end = boundaries([40, 60])
+    mask = interval_mask(1, 100, doc_start=start, doc_end=end, document=True)
+    q, k, v = (x.detach() * 0.1 for x in inputs(1, 2, 2, 100, 8, torch.float32))
+    direction = torch.ones(8)
+    q += direction
+    k[0, 0, 40] += 2 * direction  # head 0 attends to the start of the second document, then to key 10
+    k[0, 0, 10] += 1 * direction
+    k[0, :, 99] += 9 * direction  # the last key is seen by one query only
+    out = attention(q, k, v, mask)
+    received = attention_received(q, k, out.lse, mask)
+    found = top_sinks(received, mask, count=2)
+    assert found.positions[0, 0].tolist() == [40, 10]
+    assert found.attention[0, 0, 0] > 0.5 > found.attention[0, 0, 1] > 0.1
+    assert top_sinks(received, mask, count=1, min_queries=1).positions[0, :, 0].tolist() == [99, 99]
+    nothing = top_sinks(received, mask, count=3, min_queries=60)
+    assert nothing.positions[0, 0].tolist() == [40, -1, -1] and nothing.attention[0, 0, 1] == 0
+    with pytest.raises(ValueError, match="count: expected 1 to 100"):
+        top_sinks(received, mask, count=101)
+
+
+def test_wrong_requests_are_refused():
+    q, k, v = inputs(1, 2, 1, 6, 8)
+    with pytest.raises(ValueError, match='expected False, True or "full", received'):
+        attention(q, k, v, statistics="fool")
+    with pytest.raises(ValueError, match=r"lse: expected shape \[1, 2, 6\]"):
+        attention_received(q, k, torch.zeros(1, 2, 5))
+    with pytest.raises(ValueError, match="mask: expected B=1, T=6"):
+        attention_received(q, k, torch.zeros(1, 2, 6), Mask(rows=2, length=6))
+
+
+def test_full_statistics_never_hold_the_matrix(monkeypatch):
+    import kernels.statistics as S
+
+    largest = []
+    original = S.log_probabilities
+    monkeypatch.setattr(S, "log_probabilities", lambda *a: largest.append(original(*a).shape) or original(*a))
+    q, k, v = (x.detach() for x in inputs(1, 1, 1, 300, 8, torch.float32))
+    out = attention(q, k, v, statistics="full", implementation="torch")
+    attention_received(q, k, out.lse, implementation="torch")
+    assert len(largest) == 6 and max(shape[2] for shape in largest) == 128

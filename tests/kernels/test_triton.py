@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from kernels import attention, available, interval_mask
+from kernels import attention, attention_received, available, interval_mask
 from tests.kernels.test_attention import MASKS, boundaries, inputs
 
 pytestmark = pytest.mark.skipif(
@@ -27,7 +27,7 @@ def unwritten_outputs_are_nan():
 def small_tiles(m=16, n=16):
     from kernels.triton_gpu import Tiles, override
 
-    override.update(dict.fromkeys(("forward", "dq", "dkv"), Tiles(m, n, 4, 1)))
+    override.update(dict.fromkeys(("forward", "dq", "dkv", "received"), Tiles(m, n, 4, 1)))
 
 
 @pytest.fixture(autouse=True)
@@ -43,11 +43,12 @@ def run(implementation, dtype, mask, B, H, Hkv, T, D, sink=None, seed=0):
     """Outputs and statistics, then gradients, of a loss in which output and lse both count."""
     q, k, v = inputs(B, H, Hkv, T, D, dtype, seed)
     logit = None if sink is None else torch.tensor(sink, dtype=dtype).requires_grad_()
-    out = attention(q, k, v, mask, sink_logit=logit, statistics=True, implementation=implementation)
+    out = attention(q, k, v, mask, sink_logit=logit, statistics="full", implementation=implementation)
+    received = attention_received(q, k, out.lse, mask, implementation=implementation)
     weight = torch.linspace(-1, 1, out.output.numel(), dtype=torch.float64).view_as(out.output)
     of_lse = torch.linspace(1, -1, out.lse.numel(), dtype=torch.float64).view_as(out.lse)
     ((out.output.double() * weight).sum() + (out.lse.double() * of_lse).sum()).backward()
-    values = [out.output, out.lse, *(x for x in out.statistics if x is not None)]
+    values = [out.output, out.lse, *(x for x in out.statistics if x is not None), received]
     return [x.detach() for x in values] + [q.grad, k.grad, v.grad] + ([] if logit is None else [logit.grad])
 
 
@@ -65,7 +66,7 @@ def test_values_statistics_and_gradients_equal_the_float64_reference(name, sink,
     small_tiles()
     found = run("triton", torch.float32, mask, *shape, sink=logit)
     expected = run("reference", torch.float64, mask, *shape, sink=logit)
-    assert len(found) == (9 if sink else 7)
+    assert len(found) == (12 if sink else 10)
     assert worst(found, expected) < 5e-6
 
 
@@ -146,10 +147,11 @@ def test_a_large_value_in_one_document_reaches_no_other():
 
 def test_statistics_do_not_change_the_output():
     q, k, v = inputs(1, 2, 1, 33, 16, torch.float32)
-    with_statistics = attention(q, k, v, statistics=True, implementation="triton")
     without = attention(q, k, v, implementation="triton")
-    assert torch.equal(with_statistics.output, without.output)
-    assert torch.equal(with_statistics.lse, without.lse)
+    for wanted in (True, "full"):
+        found = attention(q, k, v, statistics=wanted, implementation="triton")
+        assert torch.equal(found.output, without.output)
+        assert torch.equal(found.lse, without.lse)
 
 
 def test_the_mass_is_exact_at_large_logits():
@@ -167,7 +169,8 @@ def test_the_operator_passes_opcheck():
     mask = interval_mask(1, 21, doc_start=start, doc_end=end, document=True)
     q, k, v = inputs(1, 2, 1, 21, 16, torch.float32)
     sink = torch.zeros(2, requires_grad=True)
-    arguments = (q, k, v, mask.first_key, None, None, mask.last_query, start, mask.doc_end, sink, 0, 0, 0.25, True)
+    boundaries_and_sink = (mask.first_key, None, None, mask.last_query, start, mask.doc_end, sink)
+    arguments = (q, k, v, *boundaries_and_sink, 0, 0, 0.25, True, True)
     torch.library.opcheck(torch.ops.sinkbed.attention_triton.default, arguments)
 
 

@@ -1,0 +1,109 @@
+"""What attention tells of its sinks: values a query, from the forward pass, and values a key, from a second pass.
+
+Shapes: B rows, H query heads, T positions. None of these carries a gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.mask import Mask
+
+Wanted = bool | Literal["full"]
+"""False: none. True: the masses, which cost little. "full": also what needs every probability."""
+
+
+class Statistics(NamedTuple):
+    """What a forward pass learns of the sink, without the T×T matrix. All [B, H, T]."""
+
+    row_mass: Tensor
+    """Attention mass on the key at row position 0; exactly 0 where the mask hides it."""
+    document_mass: Tensor
+    """Attention mass on the first key of the query's document (1 for a document's first query, by
+    construction); exactly 0 where the mask hides it."""
+    sink_mass: Tensor | None
+    """Attention mass on the learned sink logit; None without one."""
+    max_probability: Tensor | None = None
+    """"full": the largest mass on any one key; the learned sink is no key."""
+    entropy: Tensor | None = None
+    """"full": −Σ p log p in nats, over the keys and the learned sink."""
+
+
+class TopSinks(NamedTuple):
+    """The keys that receive most, per row and head. [B, H, K], the strongest first."""
+
+    positions: Tensor
+    """int64, row positions; −1 where a row has fewer keys that count."""
+    attention: Tensor
+    """Mean attention received, float32; 0 where positions is −1."""
+
+
+def mean_received(received: Tensor, mask: Mask) -> Tensor:
+    """[B, H, T]: attention received per query that sees the key, of column sums [B, H, T]."""
+    return received / mask.queries_per_key(received.device)[:, None, :]
+
+
+def top_sinks(received: Tensor, mask: Mask, count: int = 8, min_queries: int = 16) -> TopSinks:
+    """The `count` keys of a row and head with the largest mean attention received.
+
+    Args:
+        received: [B, H, T], column sums from `attention_received`.
+        mask: the mask they were made under.
+        count: K, at most T.
+        min_queries: a key counts where at least this many queries see it: the last keys of a document are seen by
+            few, which attend to themselves.
+
+    Raises ValueError for shapes that differ and a count outside 1 to T.
+    """
+    B, _, T = received.shape
+    if (mask.rows, mask.length) != (B, T):
+        raise ValueError(f"mask: expected B={B}, T={T} as in received, found B={mask.rows}, T={mask.length}")
+    if not 1 <= count <= T:
+        raise ValueError(f"count: expected 1 to {T} (T), received {count}")
+    counts = mask.queries_per_key(received.device)[:, None, :] >= min_queries
+    mean = mean_received(received, mask).float().masked_fill(~counts, -1.0)
+    attention, positions = mean.topk(count, dim=-1)
+    missing = attention < 0
+    return TopSinks(positions.masked_fill(missing, -1), attention.masked_fill(missing, 0.0))
+
+
+def blocks_of(length: int, size: int = 128) -> list[slice]:
+    """Slices of `size` queries that cover `length`."""
+    return [slice(at, min(at + size, length)) for at in range(0, length, size)]
+
+
+def log_probabilities(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float, queries: slice) -> Tensor:
+    """[B, H, M, T] log of the attention of M of the queries, −inf where hidden; lse [B, H, T] of the forward pass."""
+    B, H, _, D = q.shape
+    grouped = q[:, :, queries].reshape(B, k.shape[1], -1, D)  # the query heads of a key head side by side
+    logits = (grouped @ k.transpose(2, 3)).view(B, H, -1, k.shape[2]).to(lse.dtype) * scale
+    logits = logits.masked_fill(~mask.visible(q.device, queries), float("-inf"))
+    return logits - lse[:, :, queries, None]
+
+
+@torch.no_grad()
+def spread(
+    q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float, sink_logit: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Maximum probability and entropy, [B, H, T], in blocks of queries: for devices without a kernel for them."""
+    largest, entropy = torch.empty_like(lse), torch.empty_like(lse)
+    for queries in blocks_of(q.shape[2]):
+        log_p = log_probabilities(q, k, lse, mask, scale, queries)
+        largest[:, :, queries] = log_p.amax(-1).exp()
+        entropy[:, :, queries] = -torch.where(log_p == float("-inf"), 0.0, log_p.exp() * log_p).sum(-1)
+    if sink_logit is not None:
+        log_p = sink_logit.to(lse.dtype)[None, :, None] - lse
+        entropy -= log_p.exp() * log_p
+    return largest, entropy
+
+
+@torch.no_grad()
+def received_in_blocks(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float) -> Tensor:
+    """Column sums [B, H, T] in blocks of queries: for devices without a kernel for them."""
+    received = torch.zeros_like(lse)
+    for queries in blocks_of(q.shape[2]):
+        received += log_probabilities(q, k, lse, mask, scale, queries).exp().sum(2)
+    return received
