@@ -117,8 +117,61 @@ def test_float16_errs_no_more_than_an_ordinary_low_precision_run():
     assert worst(run("triton", torch.float16, mask, 1, 2, 1, 33, 16), expected) <= 2 * worst(ordinary, expected)
 
 
+@pytest.fixture
+def rounded_bfloat16(monkeypatch):
+    """Triton's interpreter multiplies the raw bits of bfloat16 and truncates where hardware rounds: mend both."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    dot, cast = builder.create_dot, builder.cast_impl
+
+    def widen(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return dot(self, widen(a), widen(b), *rest)
+
+    def cast_impl(self, source, target):
+        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, target)
+        bits = source.data.view(np.uint32)
+        nearest_even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return interpreter.TensorHandle(nearest_even.astype(np.uint16), tl.bfloat16)
+
+    for name, function in (("create_dot", create_dot), ("cast_impl", cast_impl)):
+        monkeypatch.setattr(builder, name, function)
+
+
+@pytest.mark.parametrize("D", [16, 64])
+def test_bfloat16_errs_no_more_than_an_ordinary_low_precision_run(rounded_bfloat16, D):
+    start, end = boundaries([9, 24])
+    mask = interval_mask(1, 33, doc_start=start, doc_end=end, document=True)
+    exact = [x.detach().bfloat16() for x in inputs(1, 2, 1, 33, D)]
+
+    def values(implementation, dtype):
+        q, k, v = (x.to(dtype).requires_grad_() for x in exact)
+        out = attention(q, k, v, mask, statistics="full", implementation=implementation)
+        weight = torch.linspace(-1, 1, out.output.numel()).view_as(out.output).bfloat16()
+        grads = torch.autograd.grad(out.output, (q, k, v), weight.to(dtype))
+        return [out.output, *grads, out.lse, *(x for x in out.statistics if x is not None)]
+
+    expected = values("reference", torch.float64)
+    found, ordinary = values("triton", torch.bfloat16), values("reference", torch.bfloat16)
+    assert found[0].dtype == torch.bfloat16 and found[4].dtype == torch.float32
+    for ours, theirs, true in zip(found, ordinary, expected, strict=True):
+        scale = true.abs().max().item()
+        assert worst([ours], [true]) <= max(1.5 * worst([theirs], [true]), 2e-3 * scale)
+    # lse and statistics are float32 throughout: nothing but the inputs is rounded.
+    assert all(worst([a], [b]) < 1e-5 for a, b in zip(found[4:], expected[4:], strict=True))
+
+
 def test_a_rerun_is_bitwise_equal_and_strides_do_not_matter():
     first, second = (run("triton", torch.float32, None, 1, 4, 2, 33, 16) for _ in range(2))
+    assert len(first) == 10, "output, lse, statistics, attention received and gradients"
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     q, k, v = (x.detach() for x in inputs(1, 4, 2, 33, 16, torch.float32))
     apart = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
@@ -172,6 +225,44 @@ def test_the_operator_passes_opcheck():
     boundaries_and_sink = (mask.first_key, None, None, mask.last_query, start, mask.doc_end, sink)
     arguments = (q, k, v, *boundaries_and_sink, 0, 0, 0.25, True, True)
     torch.library.opcheck(torch.ops.sinkbed.attention_triton.default, arguments)
+
+
+def test_torch_compile_sees_one_operator_and_breaks_no_graph():
+    start, end = boundaries([9, 12])
+    mask = interval_mask(1, 21, doc_start=start, doc_end=end, document=True)
+
+    def function(q, k, v):
+        out = attention(q * 2, k, v, mask, statistics=True, implementation="triton")
+        return (out.output * 3).sum() + out.lse.sum(), out.statistics.row_mass
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    results = []
+    for call in (function, compiled):
+        q, k, v = inputs(1, 2, 1, 21, 16, torch.float32)
+        loss, mass = call(q, k, v)
+        loss.backward()
+        results.append([loss.detach(), mass, q.grad, k.grad, v.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_decoder_on_the_kernels_equals_one_on_the_reference():
+    from model import Decoder, DecoderConfig
+
+    config = DecoderConfig(layers=2, d_model=64, heads=4, kv_heads=2, d_ff=96, sink="learned")
+    tokens = torch.randint(50, (2, 34), generator=torch.Generator().manual_seed(0))
+    start, end = boundaries([12, 21], rows=2)
+    mask = interval_mask(2, 33, doc_start=start, doc_end=end, document=True, shared_prefix=1)
+    results = []
+    for implementation in ("triton", "reference"):
+        torch.manual_seed(0)
+        decoder = Decoder(config, 50)
+        decoder.implementation = implementation
+        out = decoder(tokens[:, :-1], None, mask, targets=tokens[:, 1:], statistics=True)
+        out.loss.backward()
+        results.append(
+            [out.loss.detach(), *(s.row_mass for s in out.statistics), *(p.grad for p in decoder.parameters())]
+        )
+    assert worst(*results) < 1e-5
 
 
 def test_what_the_kernels_cannot_do_is_refused():
