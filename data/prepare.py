@@ -101,7 +101,7 @@ def prepare(config: PrepareConfig, *, force: bool = False, progress: bool = True
     out = Path(config.out)
     recipe = _recipe(config)
     if not force and (out / "manifest.json").exists():
-        return _up_to_date(out, recipe, progress)
+        return _up_to_date(out, recipe)
 
     from data.writer import StoreWriter
 
@@ -150,7 +150,7 @@ def _recipe(config: PrepareConfig) -> dict[str, Any]:
     }
 
 
-def _up_to_date(out: Path, recipe: dict[str, Any], progress: bool) -> Manifest:
+def _up_to_date(out: Path, recipe: dict[str, Any]) -> Manifest:
     """The manifest at `out` if its store is whole and was made from `recipe`; else ValueError."""
     from data.store import TokenStore
 
@@ -166,8 +166,6 @@ def _up_to_date(out: Path, recipe: dict[str, Any], progress: bool) -> Manifest:
         )
     for split in manifest.splits:
         TokenStore.open(out, split)
-    if progress:
-        print(f"{out}: up to date")
     return manifest
 
 

@@ -43,8 +43,8 @@ class Source:
     files, one document a file. `hub`: a data set of the Hugging Face hub, or a local folder laid out like one."""
     parts: tuple[Part, ...] | None = None
     """demo: `leads` (10,033 encyclopedia leads), `speeches` (249 addresses). None: both."""
-    files: tuple[str, ...] = ()
-    """jsonl, parquet, text: paths or globs, read in sorted order; `**` descends into folders."""
+    files: tuple[str, ...] | str = ()
+    """jsonl, parquet, text: a path or glob, or several, read in sorted order; `**` descends into folders."""
     name: str | None = None
     """hub: `owner/name`."""
     config: str | None = None
@@ -61,6 +61,11 @@ class Source:
     """Seed of the shuffle of documents. None: the order of the source."""
     shuffle_buffer: int | None = None
     """streaming with a shuffle: documents held while shuffling. None: 10,000."""
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """`files`, always as several."""
+        return (self.files,) if isinstance(self.files, str) else tuple(self.files)
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -157,7 +162,7 @@ def identity(source: Source) -> dict[str, Any]:
         return {"packages": {package: _distribution(package).version for package in _demo_packages(source)}}
     if source.kind == "hub":
         return {"name": source.name, "revision": source.revision}
-    paths = [Path(path) for path in _matching(source.files)]
+    paths = [Path(path) for path in _matching(source.patterns)]
     return {"files": [{"name": path.name, "size": path.stat().st_size, "sha256": sha256_file(path)} for path in paths]}
 
 
@@ -178,13 +183,23 @@ def _load(source: Source) -> Any:
         )
     else:
         arguments: dict[str, Any] = {"sample_by": "document"} if source.kind == "text" else {}
-        dataset = datasets.load_dataset(
-            _BUILDER[source.kind],
-            data_files=_matching(source.files),
-            split="train",
-            streaming=source.streaming,
-            **arguments,
-        )
+        files = _matching(source.patterns)
+        if source.kind == "jsonl":  # the reader of `datasets` stumbles over empty ones
+            files = [path for path in files if Path(path).stat().st_size]
+        if not files:
+            raise _no_document(source)
+        try:
+            dataset = datasets.load_dataset(
+                _BUILDER[source.kind],
+                data_files=files,
+                split="train",
+                streaming=source.streaming,
+                **arguments,
+            )
+        except ValueError as error:
+            if "corresponds to no data" in str(error):
+                raise _no_document(source) from None
+            raise
     dataset = _select_column(dataset, source)
     if source.shuffle_seed is None:
         return dataset
@@ -201,7 +216,7 @@ def _unreadable_named(source: Source) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowInvalid, json.JSONDecodeError, DatasetGenerationError) as error:
+    except (pa.ArrowInvalid, json.JSONDecodeError, UnicodeDecodeError, DatasetGenerationError) as error:
         raise ValueError(
             f"{_describe(source)}: could not be read as {source.kind} ({error.__cause__ or error}); check source.kind "
             "and the files"
@@ -213,8 +228,8 @@ def _select_column(dataset: Any, source: Source) -> Any:
     found = dataset.column_names
     if found is None:  # a stream without declared features: its first record tells
         found = list(next(iter(dataset), {}))
-        if not found:
-            raise ValueError(f"the source holds no document: look at {_describe(source)}")
+    if not found:
+        raise _no_document(source)
     if column not in found:
         raise ValueError(
             f"{_describe(source)}: found columns {', '.join(map(repr, found))}, expected {column!r}; "
@@ -270,5 +285,9 @@ def _present(path: Path) -> Path:
     return path
 
 
+def _no_document(source: Source) -> ValueError:
+    return ValueError(f"the source holds no document: look at {_describe(source)}")
+
+
 def _describe(source: Source) -> str:
-    return source.name or ", ".join(source.files) or "the demo corpus"
+    return source.name or ", ".join(source.patterns) or "the demo corpus"

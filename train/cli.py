@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import importlib
 import os
@@ -27,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Pretraining testbed for attention sinks.",
         epilog="sinkbed COMMAND --help shows the arguments of a command.",
     )
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (_, text) in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
@@ -36,6 +38,16 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failure that was explained, 2 for bad usage."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["--version"]:
+        from importlib import metadata
+
+        print(f"sinkbed {metadata.version('sinkbed')}, torch {metadata.version('torch')}")
+        return 0
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        print(f"sinkbed: expected one of {', '.join(COMMANDS)}; found {argv[0]!r}{meant}", file=sys.stderr)
+        return 2
     arguments, rest = build_parser().parse_known_args(argv[:1]), argv[1:]
     command = arguments[0].command
     module, _ = COMMANDS[command]

