@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,15 @@ def _read_split(fields: dict[str, Any]) -> SplitInfo:
 def canonical_json(value: Any) -> bytes:
     """One byte string per JSON value: sorted keys, no white space, UTF-8."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def differences(found: Any, expected: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, found, expected) of every leaf in which two nested dicts differ; None stands for an absent one."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for name in dict.fromkeys((*found, *expected)):
+            yield from differences(found.get(name), expected.get(name), f"{key}.{name}" if key else str(name))
+    elif found != expected:
+        yield key, found, expected
 
 
 def sha256_json(value: Any) -> str:

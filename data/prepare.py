@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.manifest import FORMAT, Manifest, sha256_file, sha256_json
+from data.manifest import FORMAT, Manifest, differences, sha256_file, sha256_json
 from data.sources import Documents, Source, identity
 
 if TYPE_CHECKING:
@@ -156,9 +156,8 @@ def _up_to_date(out: Path, recipe: dict[str, Any]) -> Manifest:
 
     manifest = Manifest.read(out)
     if manifest.fingerprint != sha256_json(recipe):
-        found, expected = _flat(manifest.recipe), _flat(recipe)
-        differing = [key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key)]
-        listed = "; ".join(f"{key}: found {found.get(key)!r}, expected {expected.get(key)!r}" for key in differing[:4])
+        differing = list(differences(manifest.recipe, recipe))
+        listed = "; ".join(f"{key}: found {found!r}, expected {expected!r}" for key, found, expected in differing[:4])
         more = f"; and {len(differing) - 4} more" if len(differing) > 4 else ""
         raise ValueError(
             f"{out} holds a token store made from another config ({listed}{more}); choose another --out, or "
@@ -220,12 +219,3 @@ def _bar(texts: Iterable[str], label: str, progress: bool, total: int | None) ->
 
     # disable=None would hide the bar where stderr is no terminal; batch logs should show it, slowly.
     return tqdm(texts, label, total=total, unit=" documents", mininterval=1.0, disable=not progress)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, with dotted keys."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {
-        key: leaf for name, part in value.items() for key, leaf in _flat(part, f"{prefix}.{name}".strip(".")).items()
-    }

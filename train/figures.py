@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -73,11 +74,13 @@ def _result(results: Sequence[Result]) -> Figure:
             if values:
                 label = MODE_LABELS[mode] if row == 0 else None
                 left.barh(row + offset, fmean(values), 0.34, color=MODE_COLOURS[mode], label=label)
-                left.plot(values, [row + offset] * len(values), "|", color="black", markersize=6)
+                if len(values) > 1:
+                    left.plot(values, [row + offset] * len(values), "|", color="black", markersize=6)
         gaps = [r.gap for r in of_arm if r.gap is not None]
         if gaps:
             right.barh(row, fmean(gaps), 0.5, color="#444444")
-            right.plot(gaps, [row] * len(gaps), "|", color="#D55E00", markersize=8)
+            if len(gaps) > 1:
+                right.plot(gaps, [row] * len(gaps), "|", color="#D55E00", markersize=8)
     left.set_yticks(range(len(arms)), arms)
     left.invert_yaxis()
     left.set_xlabel("sink rate on the first token, % (eps 0.3, T 64)")
@@ -110,6 +113,12 @@ def _curves(results: Sequence[Result]) -> Figure:
     return figure
 
 
+def mass_scale(maps: Sequence[list[list[float]]]) -> float:
+    """Top of the colour scale that all maps share: the largest mass, up to the next tenth."""
+    largest = max(value for map_ in maps for row in map_ for value in row)
+    return min(1.0, math.ceil(10 * largest + 1e-9) / 10)
+
+
 def _heatmaps(results: Sequence[Result]) -> Figure:
     """Sink mass of the first seed, layers down, heads across; one column a mode, one row an arm."""
     import matplotlib.pyplot as plt
@@ -122,10 +131,12 @@ def _heatmaps(results: Sequence[Result]) -> Figure:
         len(arms), len(modes), figsize=(3 * len(modes) + 1.5, 0.95 * len(arms) + 0.6), squeeze=False
     )
     image = None
+    scale = mass_scale([first[arm].final["modes"][mode]["mass"] for arm in arms for mode in modes])
     for row, arm in enumerate(arms):
         for column, mode in enumerate(modes):
             axis = axes[row][column]
-            image = axis.imshow(first[arm].final["modes"][mode]["mass"], vmin=0, vmax=1, cmap="inferno", aspect="auto")
+            values = first[arm].final["modes"][mode]["mass"]
+            image = axis.imshow(values, vmin=0, vmax=scale, cmap="inferno", aspect="auto")
             axis.set_xticks([])
             axis.set_yticks([])
             if row == 0:

@@ -69,7 +69,7 @@ class Tracker(WandbLogger):
             if key == "step":
                 row["trainer/global_step"] = value
             elif isinstance(value, list):
-                caption = f"{key}: layers down, heads across; 0 dark to 1 bright; {point['train/tokens']:,} tokens"
+                caption = f"{key}: layers down, heads across; 0 dark to 1 bright, by the root; {point['train/tokens']:,} tokens"
                 row[key] = wandb.Image(heatmap_image(value), caption=caption)
             elif value is not None:
                 row[key] = value
@@ -122,9 +122,10 @@ class MetricsFile(Logger):
 def heatmap_image(values: list[list[float]]) -> np.ndarray:
     """A [L][H] map of masses in [0, 1] as an RGB image, layers downwards from the first, heads across.
 
+    Colours go by the square root, so that masses far below 1 differ, on a scale that is the same for every image.
     Drawn by hand because a matplotlib figure would cost more than the measurement itself.
     """
-    levels = np.clip(np.asarray(values, dtype=np.float64), 0, 1)[..., None]
+    levels = np.sqrt(np.clip(np.asarray(values, dtype=np.float64), 0, 1))[..., None]
     low, middle, high = np.array([13, 8, 60]), np.array([187, 55, 84]), np.array([252, 255, 164])
     colour = np.where(levels < 0.5, low + (middle - low) * levels * 2, middle + (high - middle) * (levels * 2 - 1))
     cell = max(4, 256 // max(levels.shape[:2]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as L
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data.batches import Batch
+from data.manifest import differences
 from kernels import Implementation, Mask, interval_mask
 from model import Decoder, DecoderConfig
 from model.loss import IGNORED
@@ -219,20 +219,14 @@ def check_identity(checkpoint: dict[str, Any], ours: dict[str, Any]) -> None:
     theirs = checkpoint.get("sinkbed")
     if theirs is None:
         raise ValueError("the checkpoint: expected one written by sinkbed fit, found no `sinkbed` entry")
-    pairs: list[str] = []
-    for key, value in ours.items():
-        if key != "store":  # the same documents may lie elsewhere
-            pairs += _differences(_CONFIG_KEYS.get(key, key), theirs.get(key), value)
+    pairs = [
+        f"{name}: the checkpoint has {found!r}, this configuration {expected!r}"
+        for key, value in ours.items()
+        if key != "store"  # the same documents may lie elsewhere
+        for name, found, expected in differences(theirs.get(key), value, _CONFIG_KEYS.get(key, key))
+    ]
     if pairs:
         raise ValueError(
             f"resuming: expected the run's own configuration, found {'; '.join(pairs)}. "
             "Start from the run's config.yaml, or choose a new run_dir without --ckpt_path"
         )
-
-
-def _differences(key: str, theirs: Any, ours: Any) -> Iterator[str]:
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for name in dict.fromkeys((*theirs, *ours)):
-            yield from _differences(f"{key}.{name}", theirs.get(name), ours.get(name))
-    elif theirs != ours:
-        yield f"{key}: the checkpoint has {theirs!r}, this configuration {ours!r}"

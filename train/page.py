@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.figures import COLOURS, arms_of, common_modes, curve
-from train.report import MODE_LABELS, Result, SummaryRow, rows_of
+from train.figures import COLOURS, arms_of, common_modes, curve, mass_scale
+from train.report import MODE_LABELS, Result, SummaryRow, rows_of, table_of
 from train.rundir import write_atomic
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def write_page(
             f'<p class="failed">Arm {html.escape(name)} failed: {html.escape(why)}</p>' for name, why in failed.items()
         ),
         "<h2>Result</h2>",
-        _table(SummaryRow.HEADER, [row.cells() for row in summary], "words"),
+        _table(*table_of(summary), "words"),
         f'<p class="note">{html.escape(note)}</p>',
         "<h2>Sink rate while training</h2>",
         _plot(_curves(results, "sink/rate/0.3/{}", "sink rate, % (eps 0.3)")),
@@ -204,6 +204,7 @@ def _heatmaps(results: Sequence[Result]) -> go.Figure:
         for r in first
         for m in modes
     ]
+    scale = mass_scale([m for s in series for m in s.values()])
     times = sorted(set.intersection(*(set(s) for s in series)))
     # One title a row: two would run into each other on a narrow screen.
     titles = [r.arm if column == 0 else "" for r in first for column in range(len(modes))]
@@ -213,9 +214,7 @@ def _heatmaps(results: Sequence[Result]) -> go.Figure:
 
     def traces(time: int) -> list[go.Heatmap]:
         return [
-            go.Heatmap(
-                z=s[time], zmin=0, zmax=1, coloraxis="coloraxis", hovertemplate="layer %{y}, head %{x}: %{z:.3f}"
-            )
+            go.Heatmap(z=s[time], coloraxis="coloraxis", hovertemplate="layer %{y}, head %{x}: %{z:.3f}")
             for s in series
         ]
 
@@ -234,7 +233,7 @@ def _heatmaps(results: Sequence[Result]) -> go.Figure:
     figure.update_layout(
         **layout,
         height=110 * len(first) + 200,
-        coloraxis={"colorscale": "Inferno", "cmin": 0, "cmax": 1, "colorbar": {"title": "mass", "thickness": 12}},
+        coloraxis={"colorscale": "Inferno", "cmin": 0, "cmax": scale, "colorbar": {"title": "mass", "thickness": 12}},
         sliders=[
             {
                 "active": len(times) - 1,

@@ -159,36 +159,38 @@ class SummaryRow:
     gap: str
     published: str
 
-    HEADER = (
-        "mask in training",
-        "BOS in training",
-        "input",
-        "sink rate %",
-        "sink mass",
-        "loss",
-        "loss − loss(BOS + text)",
-        "published: sink % / loss",
-    )
+    def columns(self) -> dict[str, str]:
+        """Header -> cell."""
+        return {
+            "mask in training": self.mask,
+            "BOS in training": self.bos,
+            "input": MODE_LABELS[self.mode],
+            "sink rate %": self.rate,
+            "sink mass": self.mass,
+            "loss": self.loss,
+            "loss − loss(BOS + text)": self.gap,
+            "published: sink % / loss": self.published,
+        }
 
-    def cells(self) -> tuple[str, ...]:
-        """The line under HEADER."""
-        return (
-            self.mask,
-            self.bos,
-            MODE_LABELS[self.mode],
-            self.rate,
-            self.mass,
-            self.loss,
-            self.gap,
-            self.published,
-        )
+
+def table_of(summary: Sequence[SummaryRow]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and cells, without the columns that no line has anything for."""
+    lines = [row.columns() for row in summary]
+    header = tuple(name for name in lines[0] if any(line[name] for line in lines))
+    return header, [tuple(line[name] for name in header) for line in lines]
+
+
+def fixed(value: float, digits: int) -> str:
+    """A number with so many digits; never −0."""
+    text = f"{value:.{digits}f}"
+    return (text.lstrip("-") if float(text) == 0 else text).replace("-", "−")
 
 
 def spread(values: Sequence[float], digits: int) -> str:
     """Mean, and the range over seeds where there are several."""
     if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{fmean(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+        return fixed(values[0], digits)
+    return f"{fixed(fmean(values), digits)} ({fixed(min(values), digits)}–{fixed(max(values), digits)})"
 
 
 def summarise(results: Sequence[Result], published: dict[str, dict[str, list[float]]]) -> list[SummaryRow]:
@@ -216,8 +218,12 @@ def summarise(results: Sequence[Result], published: dict[str, dict[str, list[flo
     return rows
 
 
-def caption(results: Sequence[Result]) -> str:
+def caption(results: Sequence[Result], published: bool) -> str:
     """What the numbers of the table are, with everything they depend on."""
+    theirs = (
+        " Published: arXiv 2504.02732, Table 2 (120M parameters, 30B tokens; its eps is not known), for the direction "
+        "of effects, not their size."
+    )
     first = results[0]
     seeds = sorted({r.seed for r in results})
     mode = next(iter(first.final["modes"].values()))
@@ -226,17 +232,17 @@ def caption(results: Sequence[Result]) -> str:
         f"Sink rate: eps 0.3, T = {first.final['sink_tokens']}, {mode['documents']} held-out documents, all layers and "
         f"heads (arXiv 2410.10781). Sink mass: mean attention on key 0 of the other queries. Loss: nats per token of "
         f"the same {mode['tokens']:,} targets in every mode. {first.final['parameters']:,} parameters, "
-        f"{first.final['tokens']:,} training tokens, context {first.context_length}; {several}. "
-        "Published: arXiv 2504.02732, Table 2 (120M parameters, 30B tokens; its eps is not known), for the "
-        "direction of effects, not their size."
+        f"{first.final['tokens']:,} training tokens, context {first.context_length}; {several}."
+        + (theirs if published else "")
     )
 
 
 def to_markdown(title: str, summary: Sequence[SummaryRow], note: str) -> str:
     """table.md."""
-    lines = [f"# {title}", "", "| " + " | ".join(SummaryRow.HEADER) + " |"]
-    lines.append("|" + " --- |" * len(SummaryRow.HEADER))
-    lines += ["| " + " | ".join(row.cells()) + " |" for row in summary]
+    header, cells = table_of(summary)
+    lines = [f"# {title}", "", "| " + " | ".join(header) + " |"]
+    lines.append("|" + " --- |" * len(header))
+    lines += ["| " + " | ".join(line) + " |" for line in cells]
     return "\n".join([*lines, "", note, ""])
 
 
@@ -246,11 +252,12 @@ def print_table(title: str, summary: Sequence[SummaryRow], note: str) -> None:
     from rich.table import Table
 
     table = Table(title=title, caption=note, caption_justify="left", title_justify="left")
-    for index, name in enumerate(SummaryRow.HEADER):
+    header, lines = table_of(summary)
+    for index, name in enumerate(header):
         table.add_column(name, justify="left" if index < 3 else "right")
     before = None
-    for row in summary:
-        cells = list(row.cells())
+    for row, line in zip(summary, lines, strict=True):
+        cells = list(line)
         if row.arm == before:
             cells[:2] = ["", ""]
         elif before is not None:
@@ -271,7 +278,7 @@ def write_report(study: StudyConfig, runs: Sequence[ArmRun], failed: dict[str, s
     results = [load_result(run.folder, run.arm, run.seed) for run in runs]
     folder = study.out / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    summary, note = summarise(results, study.published), caption(results)
+    summary, note = summarise(results, study.published), caption(results, bool(study.published))
     rundir.write_atomic(folder / "table.csv", to_csv(rows_of(results)))
     rundir.write_atomic(folder / "table.md", to_markdown(study.title, summary, note))
     write_figures(results, folder)
@@ -285,30 +292,57 @@ def write_report(study: StudyConfig, runs: Sequence[ArmRun], failed: dict[str, s
     return folder
 
 
+def load_folder(folder: Path) -> list[tuple[Path, str, int]]:
+    """(run directory, arm, seed) of the finished runs of a folder: a run, a study, or a folder of runs."""
+    below = (folder, *sorted(folder.glob("*/")), *sorted(folder.glob("runs/*/")))
+    found = []
+    for path in below:
+        if (path / rundir.MEASUREMENT).is_file() and (path / rundir.CONFIG).is_file():
+            arm = rundir.read_json(path / "arm.json") if (path / "arm.json").is_file() else {}
+            seed = yaml.safe_load((path / rundir.CONFIG).read_text())["data"]["seed"]
+            found.append((path, arm.get("arm", path.name), arm.get("seed", seed)))
+    return found
+
+
 def run(command: str, argv: Sequence[str]) -> int:
-    """Make the report of a study anew from what is finished."""
+    """Make the report of a study anew from what is finished, or one of any runs."""
     import argparse
     import dataclasses
 
-    from train.study import load_study, plan
+    from train.study import ArmRun, StudyConfig, load_study, plan
 
     parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("study", type=Path, help="study file, such as configs/study/demo.yaml")
-    parser.add_argument("--seeds", type=int, nargs="+", help="seeds (default: the file's)")
-    parser.add_argument("--out", type=Path, help="folder of the study (default: the file's)")
+    parser.add_argument("what", type=Path, nargs="+", help="a study file, or folders of runs or studies")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of a study file: seeds (default: the file's)")
+    parser.add_argument("--out", type=Path, help="where report/ is written (default: the study's, or the folder)")
     arguments = parser.parse_args(list(argv))
-    study = load_study(arguments.study)
-    changes = {k: getattr(arguments, k) for k in ("seeds", "out") if getattr(arguments, k) is not None}
-    study = dataclasses.replace(study, **changes)
-    runs = plan(study)
-    finished = [r for r in runs if r.status() == "finished"]
+    folders = [path for path in arguments.what if path.is_dir()]
+    if not folders and len(arguments.what) == 1:
+        study = load_study(arguments.what[0])
+        changes = {k: getattr(arguments, k) for k in ("seeds", "out") if getattr(arguments, k) is not None}
+        study = dataclasses.replace(study, **changes)
+        runs = plan(study)
+    else:
+        missing = [path for path in arguments.what if path not in folders]
+        if missing:
+            raise FileNotFoundError(f"{missing[0]}: expected one study file, or folders only; found no folder")
+        if arguments.out is None and len(folders) > 1:
+            raise ValueError("report: expected --out, the folder for the report of several folders; found none")
+        runs = [
+            ArmRun(arm=arm, seed=seed, folder=path, configs=(), settings={})
+            for folder in folders
+            for path, arm, seed in load_folder(folder)
+        ]
+        out = arguments.out or folders[0]
+        study = StudyConfig(title=f"Runs of {', '.join(map(str, folders))}", out=out, base=[out], arms={"any": [out]})
+    finished = [r for r in runs if not r.settings or r.status() == "finished"]
+    left = [r for r in runs if r not in finished]
+    for arm in left:
+        print(f"not in the report: {arm.folder.name} ({arm.status()}{': ' * bool(arm.reason())}{arm.reason()})")
     if not finished:
         raise ValueError(
-            f"{study.out}: expected at least one finished arm of {arguments.study}, found none; "
-            f"run `sinkbed study {arguments.study}` first"
+            f"{', '.join(map(str, arguments.what))}: expected at least one finished run, found none; finish one with "
+            "`sinkbed study` or `sinkbed fit`"
         )
-    left = {r.folder.name: r.status() for r in runs if r not in finished}
-    write_report(study, finished, {})
-    for name, status in left.items():
-        print(f"not in the report: {name} ({status})")
+    write_report(study, finished, {r.folder.name: r.reason() for r in left if r.status() == "failed"})
     return 0

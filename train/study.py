@@ -8,10 +8,10 @@ not stop the rest.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,13 +21,14 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
+from data.manifest import differences
 from train import rundir
 
-FINISHED = "arm.json"
+ARM = "arm.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,19 +72,37 @@ class ArmRun:
     seed: int
     folder: Path
     configs: tuple[Path, ...]
-    fingerprint: str
-    """Of everything that decides the result: configs, seed, token store."""
+    settings: dict[str, Any]
+    """Everything that decides the result: the configs one over the other, the seed, the token store's hash."""
+
+    def record(self) -> dict[str, Any]:
+        """What the folder says of itself; empty before the arm is started."""
+        path = self.folder / ARM
+        return rundir.read_json(path) if path.exists() else {}
 
     def status(self) -> str:
-        """`finished`, `interrupted` (has a checkpoint), `new`, or `other` (made under another configuration)."""
-        path = self.folder / FINISHED
-        if path.exists():
-            if rundir.read_json(path)["fingerprint"] != self.fingerprint:
-                return "other"
-            if (self.folder / rundir.MEASUREMENT).exists():
-                return "finished"
-        last = self.folder / rundir.CHECKPOINTS / "last.ckpt"
-        return "interrupted" if last.exists() and path.exists() else "new"
+        """`finished`, `failed`, `interrupted` (has a checkpoint), `new`, or `other` (of another configuration)."""
+        record = self.record()
+        if record and record["settings"] != self.settings:
+            return "other"
+        if record and (self.folder / rundir.MEASUREMENT).exists():
+            return "finished"
+        if "failed" in record:
+            return "failed"
+        return "interrupted" if record and self.resumable() else "new"
+
+    def resumable(self) -> bool:
+        """Whether a checkpoint is there to go on from."""
+        return (self.folder / rundir.CHECKPOINTS / "last.ckpt").exists()
+
+    def reason(self) -> str:
+        """Why the arm failed, or what makes its folder one of another configuration."""
+        record = self.record()
+        if self.status() != "other":
+            return str(record.get("failed", ""))
+        changed = list(differences(record["settings"], self.settings))
+        shown = "; ".join(f"{key} was {was!r}, is {now!r}" for key, was, now in changed[:3])
+        return shown + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
 
 
 def load_study(path: Path) -> StudyConfig:
@@ -116,6 +135,11 @@ def load_study(path: Path) -> StudyConfig:
         raise ValueError(
             f"{path}: out: expected a folder, and base: a list of configs; found {raw['out']!r}, {raw['base']!r}"
         )
+    for key, kind, words in (("seeds", list, "a list of integers"), ("workers", int, "an integer")):
+        value = raw.get(key, [0] if kind is list else 1)
+        items = value if isinstance(value, list) else [value]
+        if not isinstance(value, kind) or not all(isinstance(x, int) and not isinstance(x, bool) for x in items):
+            raise ValueError(f"{path}: {key}: expected {words}, found {value!r}")
     arms = raw["arms"]
     if not isinstance(arms, dict) or not all(isinstance(v, list) for v in arms.values()):
         raise ValueError(f"{path}: arms: expected a mapping of arm name to list of overlays, found {arms!r}")
@@ -146,13 +170,42 @@ def plan(study: StudyConfig) -> list[ArmRun]:
     for seed in study.seeds:
         for arm, overlays in study.arms.items():
             configs = (*study.base, *overlays)
-            parsed = [read_overlay(config) for config in configs]
-            digest = hashlib.sha256(f"seed {seed}".encode())
-            digest.update(json.dumps(parsed, sort_keys=True, default=str).encode())
-            digest.update(_store_fingerprint(parsed).encode())
+            merged: dict[str, Any] = {}
+            for config in configs:
+                merged = _over(merged, read_overlay(config))
+            store = _store_hash((merged.get("data") or {}).get("store"))
+            settings = json.loads(json.dumps({**merged, "seed": seed, "sha256 of the token store": store}, default=str))
             folder = study.out / "runs" / f"{arm}-seed{seed}"
-            runs.append(ArmRun(arm=arm, seed=seed, folder=folder, configs=configs, fingerprint=digest.hexdigest()))
+            runs.append(ArmRun(arm=arm, seed=seed, folder=folder, configs=configs, settings=settings))
     return runs
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """A config with an overlay on it."""
+    merged = dict(below)
+    for key, value in above.items():
+        known = merged.get(key)
+        merged[key] = _over(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def check_configs(runs: Sequence[ArmRun]) -> None:
+    """Have `sinkbed fit` read the configs of every arm. Raises ValueError that names the arm with a wrong one."""
+    import contextlib
+    import io
+
+    from train.fit import run as fit
+
+    for name, configs in {r.arm: r.configs for r in runs}.items():
+        options = [part for config in configs for part in ("--config", str(config))]
+        complaint = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(complaint):
+                fit("fit", [*options, "--run_dir", "unused", "--print_config"])
+        except SystemExit as stop:
+            if stop.code:
+                why = re.sub(r"^sinkbed[ \w]*: ", "", complaint.getvalue().splitlines()[0])
+                raise ValueError(f"arm {name}: {why} (in {', '.join(map(str, configs))})") from None
 
 
 def read_overlay(path: Path) -> dict[str, Any]:
@@ -166,11 +219,8 @@ def read_overlay(path: Path) -> dict[str, Any]:
     return found
 
 
-def _store_fingerprint(configs: Sequence[dict[str, Any]]) -> str:
-    """sha256 of the manifest of the token store that the configs name last."""
-    store = None
-    for config in configs:
-        store = config.get("data", {}).get("store", store)
+def _store_hash(store: str | None) -> str:
+    """sha256 of a token store's manifest; empty where there is none yet."""
     manifest = Path(store or "") / rundir.MANIFEST
     return hashlib.sha256(manifest.read_bytes()).hexdigest() if store and manifest.is_file() else ""
 
@@ -190,11 +240,12 @@ class Runner:
         if self.stopping:
             return
         name = run.folder.name
-        resume = run.status() == "interrupted"
+        resume = run.status() in ("interrupted", "failed") and run.resumable()
         if not resume:
             _clear(run.folder)
         run.folder.mkdir(parents=True, exist_ok=True)
-        rundir.write_json(run.folder / FINISHED, {"arm": run.arm, "seed": run.seed, "fingerprint": run.fingerprint})
+        record = {"arm": run.arm, "seed": run.seed, "settings": run.settings}
+        rundir.write_json(run.folder / ARM, record)
         command = [sys.executable, "-m", "train", "fit"]
         for config in run.configs:
             command += ["--config", str(config)]
@@ -213,6 +264,7 @@ class Runner:
         del self.processes[name]
         if status != 0 and not self.stopping:
             self.failed[name] = _last_words(run.folder / "fit.log", status)
+            rundir.write_json(run.folder / ARM, {**record, "failed": self.failed[name]})
 
     def run(self, progress: bool) -> None:
         """Run what is not finished, `workers` at a time. Interrupting stops the arms; they resume next time."""
@@ -253,20 +305,6 @@ class Runner:
                     last_line = line
                 if not left:
                     return
-
-
-def _lock(folder: Path) -> IO[str]:
-    """Hold the study's folder until the file is closed. Raises ValueError where another process holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise ValueError(
-            f"{folder}: expected a study that nobody runs, found one that is running; wait for it"
-        ) from None
-    return file
 
 
 def _environment() -> dict[str, str]:
@@ -322,20 +360,21 @@ def run(command: str, argv: Sequence[str]) -> int:
         options = [f"--{name}" for name in ("quiet", "force") if getattr(arguments, name)]
         prepare("prepare", ["--config", str(study.prepare), *options])
     runs = plan(study)
+    check_configs([r for r in runs if r.status() != "finished"])
     if arguments.plan:
         for arm in runs:
-            print(f"{arm.status():12} {arm.folder}")
+            print(f"{arm.status():12} {arm.folder}" + (f"  ({arm.reason()})" if arm.reason() else ""))
         return 0
     other = [r for r in runs if r.status() == "other"]
     if other and not arguments.force:
         raise ValueError(
-            f"{other[0].folder}: expected a run of this configuration, found one of another (a config or the token "
-            "store changed since). Use --force to run such arms anew, or another --out to keep them"
+            f"{other[0].folder}: expected a run of this configuration, found one of another "
+            f"({other[0].reason()}). Use --force to run such arms anew, or another --out to keep them"
         )
     if arguments.force:
         for arm in other:
             _clear(arm.folder)
-    lock = _lock(study.out)
+    lock = rundir.lock(study.out)
     runner = Runner(study, runs)
     # As under a scheduler: a terminated study stops its arms, which resume next time.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))

@@ -98,6 +98,11 @@ def run(command: str, argv: Sequence[str]) -> int:
     probe = Probe.from_store(store, identity["context_length"], measuring)
     results = {mode: measure(decoder, probe, mode, strategy, measuring) for mode in measuring.modes}
     print(measurement_table(checkpoint["global_step"], results, measuring.sink_tokens))
+    if len(probe.documents) < measuring.documents:
+        print(
+            f"asked for {measuring.documents} documents; the validation split has {len(probe.documents)} of at least "
+            f"{measuring.sink_tokens} tokens"
+        )
     if arguments.json is not None:
         rundir.write_json(arguments.json, {mode: dataclasses.asdict(r) for mode, r in results.items()})
     return 0

@@ -5,6 +5,8 @@ import csv
 import io
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -138,6 +140,58 @@ def test_an_arm_that_fails_is_reported_and_does_not_stop_the_rest(study, capsys)
     assert "absent-seed0 failed" in error and "window" in error and "fit.log" in error
     assert {r["arm"] for r in table(study)} == {"fixed"}
     assert "window" in (study.parent / "out" / "report" / "index.html").read_text()
+    assert main(["study", str(study), "--plan"]) == 0
+    assert re.search(r"failed +\S+absent-seed0  \(exit status 1: .*window", capsys.readouterr().out)
+    assert main(["report", str(study)]) == 0
+    assert "not in the report: absent-seed0 (failed: exit status 1" in capsys.readouterr().out
+    (study.parent / "broken.yaml").write_text("data: {strategy: {window: 8}}\n")
+    assert main(["study", str(study), "--quiet"]) == 1, "another configuration now"
+    assert "data.strategy.window was 0, is 8" in capsys.readouterr().err
+
+
+def test_a_misspelt_key_is_found_before_any_arm_is_started(study, capsys):
+    (study.parent / "none.yaml").write_text("data: {strategy: {first_tokn: none}}\n")
+    for option in ("--plan", "--quiet"):
+        assert main(["study", str(study), option]) == 1
+        error = capsys.readouterr().err
+        assert "arm absent: strategy.first_tokn: expected a known key" in error
+        assert "first_token?" in error and "none.yaml" in error
+    assert not list((study.parent / "out").glob("runs/*"))
+
+
+def test_the_table_has_no_column_for_what_nobody_published(finished):
+    text = finished.read_text()
+    finished.write_text(text[: text.index("published:")])
+    assert main(["report", str(finished)]) == 0
+    report = finished.parent / "out" / "report"
+    for name in ("table.md", "index.html"):
+        assert "ublished" not in (report / name).read_text().split("</style>")[-1].split("<script>")[0]
+
+
+def test_a_number_is_never_minus_zero():
+    from train.report import fixed, spread
+
+    assert [fixed(x, 3) for x in (-0.0004, 0.0004, -0.0006, 2.0)] == ["0.000", "0.000", "−0.001", "2.000"]
+    assert spread([-0.0001, 0.5], 2) == "0.25 (0.00–0.50)"
+
+
+def test_runs_and_folders_of_runs_can_be_reported(finished, fit, capsys, tmp_path):
+    out = finished.parent / "out"
+    assert main(["report", str(out), "--out", str(tmp_path / "again")]) == 0
+    ours, theirs = ((f / "report" / "table.csv").read_text() for f in (tmp_path / "again", out))
+    assert sorted(ours.splitlines()) == sorted(theirs.splitlines())
+    _, folder = fit(run_dir="alone")
+    assert main(["report", str(folder)]) == 0
+    with (folder / "report" / "table.csv").open() as file:
+        assert {row["arm"] for row in csv.DictReader(file)} == {"alone"}
+    assert main(["report", str(out), str(folder), "--out", str(tmp_path / "both")]) == 0
+    with (tmp_path / "both" / "report" / "table.csv").open() as file:
+        assert {row["arm"] for row in csv.DictReader(file)} == {"fixed", "absent", "alone"}
+    assert main(["report", str(out), str(folder)]) == 1
+    assert "expected --out" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["report", str(tmp_path / "empty")]) == 1
+    assert "expected at least one finished run, found none" in capsys.readouterr().err
 
 
 def test_an_arm_made_under_another_configuration_is_refused_unless_forced(finished, capsys):
@@ -171,6 +225,9 @@ def test_the_report_can_be_made_again_from_what_is_finished(finished):
         (("base: [run.yaml]", "base: [nowhere.yaml]"), "names nowhere.yaml"),
         (("  fixed: [bos.yaml]", "  ../fixed: [bos.yaml]"), "names a folder"),
         (("title:", "# "), "expected the key 'title'"),
+        (("workers: 2", "seeds: 0"), "seeds: expected a list of integers, found 0"),
+        (("workers: 2", "seeds: [a]"), "seeds: expected a list of integers, found ['a']"),
+        (("workers: 2", "workers: two"), "workers: expected an integer, found 'two'"),
         (("workers: 2", "workers: 0"), "study.workers: expected at least 1"),
         (("workers: 2", "seeds: [1, 1]"), "expected distinct seeds"),
         (("workers: 2", "workers: [}"), "expected YAML"),
@@ -199,11 +256,15 @@ def test_a_comment_in_an_overlay_makes_no_other_arm(finished):
 
 
 def test_a_study_that_runs_is_not_run_a_second_time(study, capsys):
-    from train.study import _lock
-
-    with _lock(study.parent / "out"):
+    # A lock of this process would let this process in: take it in another.
+    code = (
+        f"from train import rundir; from pathlib import Path; held = rundir.lock(Path({str(study.parent / 'out')!r})); "
+    )
+    code += "print('locked', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"locked\n"
         assert main(["study", str(study), "--quiet"]) == 1
-    assert "found one that is running" in capsys.readouterr().err
+        assert "found a process that still does" in capsys.readouterr().err
 
 
 def test_arms_measured_in_different_modes_make_a_report(study):
