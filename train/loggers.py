@@ -69,7 +69,8 @@ class Tracker(WandbLogger):
             if key == "step":
                 row["trainer/global_step"] = value
             elif isinstance(value, list):
-                caption = f"{key}: layers down, heads across; 0 dark to 1 bright, by the root; {point['train/tokens']:,} tokens"
+                scale = "layers down, heads across; 0 dark to 1 bright, by the root"
+                caption = f"{key}: {scale}; {point['train/tokens']:,} tokens"
                 row[key] = wandb.Image(heatmap_image(value), caption=caption)
             elif value is not None:
                 row[key] = value
