@@ -5,8 +5,7 @@ With TRITON_INTERPRET=1 (set before triton is imported) the same kernels run on 
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -15,45 +14,9 @@ from torch import Tensor
 from kernels import triton_kernels
 from kernels.mask import Mask
 from kernels.statistics import Statistics, Wanted
+from kernels.tiles import tiles
 
 HEAD_DIMS = (16, 32, 64, 96, 128)
-
-
-class Tiles(NamedTuple):
-    """Configuration of one kernel."""
-
-    block_m: int
-    """Queries a tile."""
-    block_n: int
-    """Keys a tile."""
-    warps: int
-    stages: int
-
-
-# (kernel, dtype bytes, BLOCK_D) -> tiles; from counts of compiled instructions and spills, not from timings.
-_TILES = {
-    ("forward", 2, 16): Tiles(128, 64, 8, 3),
-    ("forward", 2, 32): Tiles(128, 64, 8, 3),
-    ("forward", 2, 64): Tiles(128, 64, 8, 3),
-    ("forward", 2, 128): Tiles(128, 64, 8, 2),
-    ("dq", 2, 16): Tiles(128, 64, 8, 3),
-    ("dq", 2, 32): Tiles(128, 64, 8, 3),
-    ("dq", 2, 64): Tiles(64, 64, 4, 3),
-    ("dq", 2, 128): Tiles(64, 32, 4, 2),
-    ("dkv", 2, 16): Tiles(32, 64, 4, 2),
-    ("dkv", 2, 32): Tiles(32, 64, 4, 2),
-    ("dkv", 2, 64): Tiles(64, 64, 8, 2),
-    ("dkv", 2, 128): Tiles(32, 64, 8, 2),
-    ("received", 2, 16): Tiles(64, 128, 8, 3),
-    ("received", 2, 32): Tiles(64, 128, 8, 3),
-    ("received", 2, 64): Tiles(64, 128, 8, 3),
-    ("received", 2, 128): Tiles(64, 128, 8, 3),
-}
-_FULL_PRECISION = Tiles(32, 32, 4, 2)
-_INTERPRETED = Tiles(32, 32, 4, 1)
-
-override: dict[str, Tiles] = {}
-"""Tiles by kernel name that take precedence; for tests and sweeps."""
 
 
 def interpreted() -> bool:
@@ -61,19 +24,12 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def tiles(kernel: str, dtype: torch.dtype, block_d: int) -> Tiles:
-    """Configuration of `kernel` ("forward", "dq" or "dkv") at a dtype and padded head dim."""
-    if kernel in override:
-        return override[kernel]
+def _architecture() -> str | None:
+    """Of the device that a launch goes to: `sm_90`, `gfx942`; None in the interpreter."""
     if interpreted():
-        return _INTERPRETED
-    return _TILES.get((kernel, dtype.itemsize, block_d), _FULL_PRECISION)
-
-
-@cache
-def _precision() -> str:
-    # Three TF32 products keep float32 accuracy on NVIDIA's matrix units; AMD's have float32 itself.
-    return "ieee" if torch.version.hip else "tf32x3"
+        return None
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
 torch.library.define(
@@ -94,7 +50,9 @@ torch.library.define(
 def _meta(q: Tensor) -> dict[str, Any]:
     D = q.shape[-1]
     block_d = triton.next_power_of_2(D)
-    return {"BLOCK_D": block_d, "EVEN_D": block_d == D, "PRECISION": _precision()}
+    # Three TF32 products keep float32 accuracy on NVIDIA's matrix units; AMD's have float32 itself.
+    nvidia = (_architecture() or "").startswith("sm_")
+    return {"BLOCK_D": block_d, "EVEN_D": block_d == D, "PRECISION": "tf32x3" if nvidia else "ieee"}
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
@@ -117,7 +75,7 @@ def _forward(
     outputs = _outputs(q, statistics, full)
     o = outputs[0]
     meta = _meta(q)
-    t = tiles("forward", q.dtype, meta["BLOCK_D"])
+    t = tiles(_architecture(), "forward", q.dtype.itemsize, meta["BLOCK_D"])
     triton_kernels.forward_kernel[(B * H, triton.cdiv(T, t.block_m))](
         q, k, v, *outputs, first_key, end_key, doc_start, doc_end, sink_logit,
         *_strides(q, k, v, o), H, H // k.shape[1], T, D, shared_from, shared_to, scale,
@@ -146,13 +104,13 @@ def _backward_kernels(
         BLOCK_M=64, BLOCK_D=meta["BLOCK_D"], HAS_GRAD_LSE=grad_lse is not None, num_warps=4,
         enable_fp_fusion=True,
     )  # fmt: skip
-    t = tiles("dq", q.dtype, meta["BLOCK_D"])
+    t = tiles(_architecture(), "dq", q.dtype.itemsize, meta["BLOCK_D"])
     triton_kernels.dq_kernel[(B * H, triton.cdiv(T, t.block_m))](
         q, k, v, grad, lse, delta, dq, first_key, end_key, *_strides(q, k, v, grad, dq),
         H, groups, T, D, shared_from, shared_to, scale, BLOCK_M=t.block_m, BLOCK_N=t.block_n, **interval, **meta,
         num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
     )  # fmt: skip
-    t = tiles("dkv", q.dtype, meta["BLOCK_D"])
+    t = tiles(_architecture(), "dkv", q.dtype.itemsize, meta["BLOCK_D"])
     triton_kernels.dkv_kernel[(B * k.shape[1], triton.cdiv(T, t.block_n))](
         q, k, v, grad, lse, delta, dk, dv, first_key, end_key, first_query, last_query,
         *_strides(q, k, v, grad, dk, dv), H, groups, T, D, shared_from, shared_to, scale,
@@ -245,17 +203,25 @@ def triton_attention(
     return output, lse, found
 
 
-def triton_received(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float) -> Tensor:
-    """Column sums by the Triton kernel; shapes as in `kernels.api.attention_received`. Raises as `triton_attention`."""
-    q, k, _ = _checked(q, k, k)
+def _received(
+    q: Tensor, k: Tensor, lse: Tensor, first_key: Tensor | None, end_key: Tensor | None, first_query: Tensor | None,
+    last_query: Tensor | None, shared_from: int, shared_to: int, scale: float,
+) -> Tensor:  # fmt: skip
     B, H, T, D = q.shape
-    received = torch.empty_like(lse, dtype=torch.float32)
+    received = torch.empty_like(lse)
     meta = _meta(q)
-    t = tiles("received", q.dtype, meta["BLOCK_D"])
+    t = tiles(_architecture(), "received", q.dtype.itemsize, meta["BLOCK_D"])
     triton_kernels.received_kernel[(B * H, triton.cdiv(T, t.block_n))](
-        q, k, lse.float().contiguous(), received, mask.first_key, mask.end_key, mask.first_query, mask.last_query,
-        *_strides(q, k), H, H // k.shape[1], T, D, *_shared(mask), scale, BLOCK_M=t.block_m, BLOCK_N=t.block_n,
-        HAS_FIRST=mask.first_key is not None, HAS_END=mask.end_key is not None, **meta,
+        q, k, lse, received, first_key, end_key, first_query, last_query, *_strides(q, k),
+        H, H // k.shape[1], T, D, shared_from, shared_to, scale, BLOCK_M=t.block_m, BLOCK_N=t.block_n,
+        HAS_FIRST=first_key is not None, HAS_END=end_key is not None, **meta,
         num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return received
+
+
+def triton_received(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float) -> Tensor:
+    """Column sums by the Triton kernel; shapes as in `kernels.api.attention_received`. Raises as `triton_attention`."""
+    q, k, _ = _checked(q, k, k)
+    ends = (mask.first_key, mask.end_key, mask.first_query, mask.last_query)
+    return _received(q, k, lse.float().contiguous(), *ends, *_shared(mask), scale)

@@ -104,6 +104,12 @@ def visible(rows, keys, b_first, b_end, shared_from, shared_to, HAS_FIRST: tl.co
 
 
 @triton.jit
+def _at_tile(p, stride, position):
+    """Pointer to a position of a head."""
+    return p + tl.cast(position, tl.int64) * stride
+
+
+@triton.jit
 def _softmax_step(
     b_q, b_o, b_max, b_sum, b_u, p_k, p_v, stride_kt, stride_vt, key0, T, D, scale2,
     rows, b_first, b_end, shared_from, shared_to,
@@ -115,8 +121,6 @@ def _softmax_step(
     d = tl.arange(0, BLOCK_D)
     keys = key0 + tl.arange(0, BLOCK_N)
     n = tl.arange(0, BLOCK_N)
-    p_k += tl.cast(key0, tl.int64) * stride_kt
-    p_v += tl.cast(key0, tl.int64) * stride_vt
     inside = (n >= 0)[:, None] & (d < D)[None, :]
     if MASKED:
         inside = inside & (keys < T)[:, None]
@@ -199,15 +203,19 @@ def forward_kernel(
     )
     for t in range(0, shared_count + (full - left) + (end - right)):
         key0 = masked_tile(t, shared_count, shared, left, full, right) * BLOCK_N
+        p_k, p_v = _at_tile(k, k_t, key0), _at_tile(v, v_t, key0)
         b_o, b_max, b_sum, b_u = _softmax_step(
-            b_q, b_o, b_max, b_sum, b_u, k, v, k_t, v_t, key0, T, D, scale2, rows, b_first, b_end, shared_from,
+            b_q, b_o, b_max, b_sum, b_u, p_k, p_v, k_t, v_t, key0, T, D, scale2, rows, b_first, b_end, shared_from,
             shared_to, BLOCK_N, BLOCK_D, EVEN_D, True, HAS_FIRST, HAS_END, FULL, PRECISION,
         )  # fmt: skip
-    for tile in range(full, right):
+    p_k, p_v = _at_tile(k, k_t, full * BLOCK_N), _at_tile(v, v_t, full * BLOCK_N)
+    for _ in range(0, right - full):
         b_o, b_max, b_sum, b_u = _softmax_step(
-            b_q, b_o, b_max, b_sum, b_u, k, v, k_t, v_t, tile * BLOCK_N, T, D, scale2, rows, b_first, b_end,
+            b_q, b_o, b_max, b_sum, b_u, p_k, p_v, k_t, v_t, 0, T, D, scale2, rows, b_first, b_end,
             shared_from, shared_to, BLOCK_N, BLOCK_D, EVEN_D, False, HAS_FIRST, HAS_END, FULL, PRECISION,
         )  # fmt: skip
+        p_k += BLOCK_N * tl.cast(k_t, tl.int64)
+        p_v += BLOCK_N * tl.cast(v_t, tl.int64)
 
     b_key_max = b_max
     if HAS_SINK:
@@ -297,8 +305,6 @@ def _dq_step(
     d = tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
     keys = key0 + n
-    p_k += tl.cast(key0, tl.int64) * stride_kt
-    p_v += tl.cast(key0, tl.int64) * stride_vt
     inside = (n >= 0)[:, None] & (d < D)[None, :]
     if MASKED:
         inside = inside & (keys < T)[:, None]
@@ -353,15 +359,19 @@ def dq_kernel(
     )
     for t in range(0, shared_count + (full - left) + (end - right)):
         key0 = masked_tile(t, shared_count, shared, left, full, right) * BLOCK_N
+        p_k, p_v = _at_tile(k, k_t, key0), _at_tile(v, v_t, key0)
         b_dq = _dq_step(
-            b_q, b_g, b_dq, b_lse2, b_delta, k, v, k_t, v_t, key0, T, D, scale2, rows, b_first, b_end, shared_from,
-            shared_to, BLOCK_N, BLOCK_D, EVEN_D, True, HAS_FIRST, HAS_END, PRECISION,
+            b_q, b_g, b_dq, b_lse2, b_delta, p_k, p_v, k_t, v_t, key0, T, D, scale2, rows, b_first, b_end,
+            shared_from, shared_to, BLOCK_N, BLOCK_D, EVEN_D, True, HAS_FIRST, HAS_END, PRECISION,
         )  # fmt: skip
-    for tile in range(full, right):
+    p_k, p_v = _at_tile(k, k_t, full * BLOCK_N), _at_tile(v, v_t, full * BLOCK_N)
+    for _ in range(0, right - full):
         b_dq = _dq_step(
-            b_q, b_g, b_dq, b_lse2, b_delta, k, v, k_t, v_t, tile * BLOCK_N, T, D, scale2, rows, b_first, b_end,
+            b_q, b_g, b_dq, b_lse2, b_delta, p_k, p_v, k_t, v_t, 0, T, D, scale2, rows, b_first, b_end,
             shared_from, shared_to, BLOCK_N, BLOCK_D, EVEN_D, False, HAS_FIRST, HAS_END, PRECISION,
         )  # fmt: skip
+        p_k += BLOCK_N * tl.cast(k_t, tl.int64)
+        p_v += BLOCK_N * tl.cast(v_t, tl.int64)
     d = tl.arange(0, BLOCK_D)
     inside = (rows < T)[:, None] & (d < D)[None, :]
     p_dq = dq + b * dq_b + h * dq_h + rows.to(tl.int64)[:, None] * dq_t + d[None, :]

@@ -25,7 +25,7 @@ def unwritten_outputs_are_nan():
 
 
 def small_tiles(m=16, n=16):
-    from kernels.triton_gpu import Tiles, override
+    from kernels.tiles import Tiles, override
 
     override.update(dict.fromkeys(("forward", "dq", "dkv", "received"), Tiles(m, n, 4, 1)))
 
@@ -33,10 +33,9 @@ def small_tiles(m=16, n=16):
 @pytest.fixture(autouse=True)
 def no_override():
     yield
-    if "triton" in available("cpu"):
-        from kernels.triton_gpu import override
+    from kernels.tiles import override
 
-        override.clear()
+    override.clear()
 
 
 def run(implementation, dtype, mask, B, H, Hkv, T, D, sink=None, seed=0):

@@ -1,0 +1,181 @@
+"""`sinkbed kernels`: compile the Triton kernels for GPUs that need not be here, and count registers, spills and
+instructions."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from train.rundir import write_atomic
+
+BASELINE = Path(__file__).resolve().parent.parent / "kernels" / "compiled.csv"
+_KEYS = ("arch", "kernel", "dtype", "head_dim")
+_GROWTH = 1.02  # of a loop over full tiles, before a check fails
+
+
+def compile_one(task: tuple[str, str, str, int, tuple[int, int, int, int] | None]) -> dict[str, Any]:
+    """One line of the table; runs in a process of its own. A compiler's refusal is the line's `error`."""
+    from dataclasses import asdict
+
+    from kernels.compile import Variant, compile_variant
+    from kernels.tiles import Tiles
+
+    arch, kernel, dtype, head_dim, tiles = task
+    variant = Variant(arch, kernel, dtype, head_dim)
+    try:
+        counts = compile_variant(variant, tiles=None if tiles is None else Tiles(*tiles))
+    except Exception as error:
+        return {**asdict(variant), "error": f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"}
+    return {**asdict(variant), **asdict(counts)}
+
+
+def compile_all(tasks: Sequence[Any], workers: int) -> list[dict[str, Any]]:
+    """Every line, in order, in processes without Triton's interpreter and with an empty cache."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    from tqdm import tqdm
+
+    before = {name: os.environ.pop(name, None) for name in ("TRITON_INTERPRET", "TRITON_CACHE_DIR")}
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ["TRITON_CACHE_DIR"] = cache  # a warm cache would hide a compiler's failure
+            spawn = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+                return list(tqdm(pool.map(compile_one, tasks), "compiling", len(tasks), unit=" kernels"))
+    finally:
+        os.environ.pop("TRITON_CACHE_DIR", None)
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def read_table(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
+    """Lines of a stored table by variant. Raises FileNotFoundError or ValueError that names the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a table of `sinkbed kernels --write`, found no file")
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    if not lines or not {*_KEYS, "spilled", "full_loop"} <= set(lines[0]):
+        raise ValueError(f"{path}: expected a table of `sinkbed kernels --write`, found other columns")
+    return {tuple(line[key] for key in _KEYS): line for line in lines}
+
+
+def violations(found: Sequence[dict[str, Any]], baseline: dict[tuple[str, ...], dict[str, str]]) -> list[str]:
+    """What a table does worse than a stored one, a message each."""
+    from kernels.compile import CHIPS
+
+    messages = []
+    for line in found:
+        key = tuple(str(line[k]) for k in _KEYS)
+        name = " ".join(key)
+        if "error" in line:
+            messages.append(f"{name}: expected it to compile, found {line['error']}")
+            continue
+        chip, stored = CHIPS[line["arch"]], baseline.get(key)
+        if line["shared"] > chip.shared_block:
+            messages.append(
+                f"{name}: expected at most {chip.shared_block} bytes of shared memory, found {line['shared']}"
+            )
+        if line["kernel"] != "delta" and line["matrix"] == 0:
+            messages.append(f"{name}: expected matrix instructions in the loop over full tiles, found none")
+        if stored is None:
+            messages.append(f"{name}: expected a line in the baseline, found none; make it anew with --write")
+            continue
+        if line["spilled"] > int(stored["spilled"]):
+            messages.append(f"{name}: expected at most {stored['spilled']} spilled bytes, found {line['spilled']}")
+        if line["full_loop"] > _GROWTH * int(stored["full_loop"]):
+            messages.append(
+                f"{name}: expected at most {stored['full_loop']} instructions for a full tile (and 2 %), found "
+                f"{line['full_loop']}"
+            )
+    return messages
+
+
+def to_csv(lines: Sequence[dict[str, Any]]) -> str:
+    """The stored table."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, [n for n in lines[0] if n != "error"], lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(lines)
+    return buffer.getvalue()
+
+
+def print_table(lines: Sequence[dict[str, Any]]) -> None:
+    """The lines for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Compiled ahead of time: static counts, nothing was run", title_justify="left")
+    names = {
+        "arch": "GPU", "kernel": "kernel", "dtype": "dtype", "head_dim": "D", "tiles": "tile", "registers": "registers",
+        "spilled": "spilled B", "shared": "shared B", "occupancy": "occupancy %", "matrix": "matrix",
+        "full_loop": "full tile", "masked_loop": "masked tile", "total": "all",
+    }  # fmt: skip
+    for index, name in enumerate(names.values()):
+        table.add_column(name, justify="left" if index in (0, 1, 2, 4) else "right")
+    before = None
+    for line in lines:
+        if before not in (None, line["arch"]):
+            table.add_section()
+        before = line["arch"]
+        if "error" in line:
+            table.add_row(*(str(line[k]) for k in _KEYS), line["error"])
+        else:
+            table.add_row(*(str(line[k]) for k in names))
+    console = Console()
+    (console if console.is_terminal else Console(width=150)).print(table)
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Compile what is asked for, print it, compare it or store it."""
+    import argparse
+    import importlib.util
+
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("kernels: expected the package triton, found none; pip install triton")
+    archs = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+    kernels = ("forward", "forward+statistics", "forward+full", "delta", "dq", "dkv", "received")
+    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").replace("\n", " "))
+    parser.add_argument("--arch", nargs="+", choices=archs, default=archs, help="GPUs (default: all)")
+    parser.add_argument("--kernel", nargs="+", choices=kernels, default=kernels, help="default: all")
+    parser.add_argument("--dtype", nargs="+", choices=("bf16", "fp16", "fp32"), default=("bf16",), help="default: bf16")
+    parser.add_argument("--head_dim", nargs="+", type=int, choices=(32, 64, 96, 128), default=(64, 128))
+    parser.add_argument("--all", action="store_true", help="every dtype and head dim")
+    parser.add_argument(
+        "--tiles", nargs=4, type=int, metavar=("M", "N", "WARPS", "STAGES"), help="instead of the table's"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="processes that compile")
+    parser.add_argument("--csv", type=Path, help="write the table to this file")
+    parser.add_argument(
+        "--check", type=Path, nargs="?", const=BASELINE, help="fail where it is worse than a stored table"
+    )
+    parser.add_argument("--write", action="store_true", help=f"store the table as the baseline ({BASELINE.name})")
+    arguments = parser.parse_args(list(argv))
+    if arguments.write and arguments.tiles:
+        raise ValueError("kernels --write: expected the kernels' own tiles, found --tiles; leave one of them out")
+    if arguments.all:
+        arguments.dtype, arguments.head_dim = ("bf16", "fp16", "fp32"), (32, 64, 96, 128)
+    baseline = read_table(arguments.check) if arguments.check else {}
+    tasks = [
+        (arch, kernel, dtype, head_dim, tuple(arguments.tiles) if arguments.tiles else None)
+        for arch in arguments.arch
+        for dtype in arguments.dtype
+        for head_dim in arguments.head_dim
+        for kernel in arguments.kernel
+    ]
+    lines = compile_all(tasks, arguments.workers)
+    print_table(lines)
+    wrong = [f"{' '.join(str(line[k]) for k in _KEYS)}: {line['error']}" for line in lines if "error" in line]
+    if arguments.csv is not None:
+        write_atomic(arguments.csv, to_csv(lines))
+    if arguments.check:
+        wrong = violations(lines, baseline)
+    if arguments.write and not wrong:
+        write_atomic(BASELINE, to_csv(lines))
+    for message in wrong:
+        print(message)
+    return 1 if wrong else 0
