@@ -161,7 +161,7 @@ def _launch(variant: Variant, documents: bool) -> None:
         docs = interval if statistics else None
         triton_gpu._forward(q, k, k, *ends, docs, docs, None, 0, 0, scale, statistics, full)
     elif variant.kernel == "received":
-        triton_gpu._received(q, k, torch.zeros(1, 4, 256), *ends, 0, 0, scale)
+        triton_gpu._received(q, k, torch.zeros(1, 4, 256), *ends[2:], 0, 0, scale)
     else:
         lse = torch.zeros(1, 4, 256)
         triton_gpu._backward_kernels(q, None, q, k, k, q, lse, *ends, None, 0, 0, scale)

@@ -1,5 +1,5 @@
-"""Tile sizes of the kernels, by architecture: chosen from counts of compiled instructions and spills
-(`sinkbed kernels`), not from timings."""
+"""Tile sizes of the kernels: chosen from counts of compiled instructions and spills (`sinkbed kernels --tiles …`), not
+from timings. Among tiles that spill nothing, the one with the fewest instructions a query and key."""
 
 from __future__ import annotations
 
@@ -17,27 +17,55 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# (kernel, dtype bytes, BLOCK_D) -> tiles, for every architecture that has no entry of its own below.
-_TILES = {
-    ("forward", 2, 16): Tiles(128, 64, 8, 3),
-    ("forward", 2, 32): Tiles(128, 64, 8, 3),
-    ("forward", 2, 64): Tiles(128, 64, 8, 3),
-    ("forward", 2, 128): Tiles(128, 64, 8, 2),
-    ("dq", 2, 16): Tiles(128, 64, 8, 3),
-    ("dq", 2, 32): Tiles(128, 64, 8, 3),
-    ("dq", 2, 64): Tiles(64, 64, 4, 3),
-    ("dq", 2, 128): Tiles(64, 32, 4, 2),
-    ("dkv", 2, 16): Tiles(32, 64, 4, 2),
-    ("dkv", 2, 32): Tiles(32, 64, 4, 2),
-    ("dkv", 2, 64): Tiles(64, 64, 8, 2),
-    ("dkv", 2, 128): Tiles(32, 64, 8, 2),
-    ("received", 2, 16): Tiles(64, 128, 8, 3),
-    ("received", 2, 32): Tiles(64, 128, 8, 3),
-    ("received", 2, 64): Tiles(64, 128, 8, 3),
-    ("received", 2, 128): Tiles(64, 128, 8, 3),
+# Architecture -> (kernel, BLOCK_D) -> tiles of 16-bit inputs.
+_AMPERE = {
+    ("forward", 32): Tiles(128, 64, 8, 2),
+    ("forward", 64): Tiles(128, 64, 8, 2),
+    ("forward", 128): Tiles(128, 64, 8, 2),
+    ("dq", 32): Tiles(128, 64, 8, 2),
+    ("dq", 64): Tiles(128, 64, 8, 2),
+    ("dq", 128): Tiles(128, 32, 8, 2),
+    ("dkv", 32): Tiles(64, 128, 8, 2),
+    ("dkv", 64): Tiles(32, 128, 8, 2),
+    ("dkv", 128): Tiles(32, 128, 8, 2),  # spills 32 bytes; without, an eighth more instructions
 }
-# (architecture, kernel, dtype bytes, BLOCK_D) -> tiles that take precedence.
-_SPECIAL: dict[tuple[str, str, int, int], Tiles] = {}
+_TILES = {
+    "sm_80": _AMPERE,
+    "sm_90": {
+        ("forward", 32): Tiles(128, 64, 8, 3),
+        ("forward", 64): Tiles(128, 64, 8, 3),
+        ("forward", 128): Tiles(128, 64, 8, 2),
+        ("dq", 32): Tiles(64, 64, 4, 3),
+        ("dq", 64): Tiles(64, 64, 4, 2),
+        ("dq", 128): Tiles(128, 64, 8, 2),
+        ("dkv", 32): Tiles(64, 64, 4, 2),
+        ("dkv", 64): Tiles(32, 64, 4, 2),
+        ("dkv", 128): Tiles(16, 128, 8, 2),
+    },
+    "sm_100": {
+        ("forward", 32): Tiles(128, 64, 8, 2),
+        ("forward", 64): Tiles(128, 64, 8, 2),
+        ("forward", 128): Tiles(128, 64, 8, 2),
+        ("dq", 32): Tiles(128, 64, 8, 2),
+        ("dq", 64): Tiles(128, 64, 8, 2),
+        ("dq", 128): Tiles(128, 64, 8, 2),
+        ("dkv", 32): Tiles(64, 128, 8, 2),
+        ("dkv", 64): Tiles(32, 128, 8, 2),
+        ("dkv", 128): Tiles(32, 32, 4, 2),
+    },
+    "gfx942": {
+        ("forward", 32): Tiles(128, 64, 4, 3),
+        ("forward", 64): Tiles(128, 64, 4, 3),
+        ("forward", 128): Tiles(128, 32, 4, 2),
+        ("dq", 32): Tiles(128, 64, 8, 2),
+        ("dq", 64): Tiles(128, 64, 8, 2),
+        ("dq", 128): Tiles(128, 32, 8, 2),
+        ("dkv", 32): Tiles(32, 64, 4, 2),
+        ("dkv", 64): Tiles(32, 64, 4, 2),
+        ("dkv", 128): Tiles(32, 64, 4, 2),  # spills 8 bytes; without, two thirds more instructions
+    },
+}
+_RECEIVED = Tiles(64, 128, 8, 2)
 _FULL_PRECISION = Tiles(32, 32, 4, 2)
 _INTERPRETED = Tiles(32, 32, 4, 1)
 
@@ -46,13 +74,23 @@ override: dict[str, Tiles] = {}
 
 
 def tiles(architecture: str | None, kernel: str, itemsize: int, block_d: int) -> Tiles:
-    """Configuration of `kernel` ("forward", "dq", "dkv" or "received") at a dtype's bytes and a padded head dim.
+    """Configuration of a kernel.
 
-    architecture: such as "sm_90" or "gfx942"; None in Triton's interpreter.
+    Args:
+        architecture: of the device, such as `sm_90` or `gfx942`; None in Triton's interpreter. One without a table of
+            its own takes that of the nearest with as little shared memory.
+        kernel: `forward`, `dq`, `dkv` or `received`.
+        itemsize: bytes of the inputs' dtype.
+        block_d: head dim, padded to a power of two.
     """
     if kernel in override:
         return override[kernel]
     if architecture is None:
         return _INTERPRETED
-    key = (kernel, itemsize, block_d)
-    return _SPECIAL.get((architecture, *key)) or _TILES.get(key, _FULL_PRECISION)
+    if itemsize > 2:
+        return _FULL_PRECISION
+    if kernel == "received":
+        return _RECEIVED
+    if architecture not in _TILES:
+        architecture = "gfx942" if architecture.startswith("gfx") else "sm_100" if architecture == "sm_103" else "sm_80"
+    return _TILES[architecture][kernel, max(32, block_d)]

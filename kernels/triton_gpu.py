@@ -112,7 +112,7 @@ def _backward_kernels(
     )  # fmt: skip
     t = tiles(_architecture(), "dkv", q.dtype.itemsize, meta["BLOCK_D"])
     triton_kernels.dkv_kernel[(B * k.shape[1], triton.cdiv(T, t.block_n))](
-        q, k, v, grad, lse, delta, dk, dv, first_key, end_key, first_query, last_query,
+        q, k, v, grad, lse, delta, dk, dv, first_query, last_query,
         *_strides(q, k, v, grad, dk, dv), H, groups, T, D, shared_from, shared_to, scale,
         BLOCK_M=t.block_m, BLOCK_N=t.block_n, **interval, **meta,
         num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
@@ -204,17 +204,17 @@ def triton_attention(
 
 
 def _received(
-    q: Tensor, k: Tensor, lse: Tensor, first_key: Tensor | None, end_key: Tensor | None, first_query: Tensor | None,
-    last_query: Tensor | None, shared_from: int, shared_to: int, scale: float,
+    q: Tensor, k: Tensor, lse: Tensor, first_query: Tensor | None, last_query: Tensor | None, shared_from: int,
+    shared_to: int, scale: float,
 ) -> Tensor:  # fmt: skip
     B, H, T, D = q.shape
     received = torch.empty_like(lse)
     meta = _meta(q)
     t = tiles(_architecture(), "received", q.dtype.itemsize, meta["BLOCK_D"])
     triton_kernels.received_kernel[(B * H, triton.cdiv(T, t.block_n))](
-        q, k, lse, received, first_key, end_key, first_query, last_query, *_strides(q, k),
+        q, k, lse, received, first_query, last_query, *_strides(q, k),
         H, H // k.shape[1], T, D, shared_from, shared_to, scale, BLOCK_M=t.block_m, BLOCK_N=t.block_n,
-        HAS_FIRST=first_key is not None, HAS_END=end_key is not None, **meta,
+        HAS_FIRST=last_query is not None, HAS_END=first_query is not None, **meta,
         num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return received
@@ -223,5 +223,5 @@ def _received(
 def triton_received(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float) -> Tensor:
     """Column sums by the Triton kernel; shapes as in `kernels.api.attention_received`. Raises as `triton_attention`."""
     q, k, _ = _checked(q, k, k)
-    ends = (mask.first_key, mask.end_key, mask.first_query, mask.last_query)
-    return _received(q, k, lse.float().contiguous(), *ends, *_shared(mask), scale)
+    lse = lse.float().contiguous()
+    return _received(q, k, lse, mask.first_query, mask.last_query, *_shared(mask), scale)

@@ -104,6 +104,22 @@ def visible(rows, keys, b_first, b_end, shared_from, shared_to, HAS_FIRST: tl.co
 
 
 @triton.jit
+def _load_queries(
+    p_first_query, p_last_query, keys, T, shared_from, shared_to, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr
+):
+    """The mask's transpose: `keys` are seen by queries b_from .. b_to − 1; keys of the shared prefix by all later ones,
+    keys beyond T by none."""
+    b_from = keys
+    b_to = tl.zeros_like(keys) + T
+    if HAS_END:
+        b_from = tl.load(p_first_query + keys, mask=keys < T, other=T)
+    if HAS_FIRST:
+        b_to = tl.load(p_last_query + keys, mask=keys < T, other=0)
+        b_to = tl.where((keys >= shared_from) & (keys < shared_to), T, b_to)
+    return b_from, b_to
+
+
+@triton.jit
 def _at_tile(p, stride, position):
     """Pointer to a position of a head."""
     return p + tl.cast(position, tl.int64) * stride
@@ -156,7 +172,7 @@ def _load_rows(p, rows, stride, T, D, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _load_interval(p_first, p_end, rows, T, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr):
-    """first_key and end_key of `rows`; queries beyond T see nothing."""
+    """first_key and end_key of `rows`, where there are any; queries beyond T see nothing."""
     b_first = rows
     b_end = rows
     if HAS_FIRST:
@@ -381,9 +397,8 @@ def dq_kernel(
 @triton.jit
 def _dkv_step(
     b_k, b_v, b_dk, b_dv, p_q, p_g, p_lse, p_delta, stride_qt, stride_gt, row0, T, D, scale2,
-    keys, first_key, end_key, shared_from, shared_to,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
+    b_from, b_to,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     m = tl.arange(0, BLOCK_M)
@@ -407,10 +422,8 @@ def _dkv_step(
     b_st = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     b_st = b_st * scale2 - b_lse2[None, :]
     if MASKED:
-        b_first, b_end = _load_interval(first_key, end_key, rows, T, HAS_FIRST, HAS_END)
-        seen = visible(rows[None, :], keys[:, None], b_first[None, :], b_end[None, :], shared_from, shared_to,
-                       HAS_FIRST, HAS_END)  # fmt: skip
-        b_st = tl.where(seen & (rows < T)[None, :], b_st, float("-inf"))
+        seen = (rows[None, :] >= b_from[:, None]) & (rows[None, :] < b_to[:, None])
+        b_st = tl.where(seen, b_st, float("-inf"))
     b_pt = tl.math.exp2(b_st)
     b_dv = tl.dot(b_pt.to(b_g.dtype), b_g, b_dv, input_precision=PRECISION)
     b_dpt = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION)
@@ -421,7 +434,7 @@ def _dkv_step(
 
 @triton.jit
 def dkv_kernel(
-    q, k, v, grad_o, lse, delta, dk, dv, first_key, end_key, first_query, last_query,
+    q, k, v, grad_o, lse, delta, dk, dv, first_query, last_query,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
     H, G, T, D, shared_from, shared_to, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
@@ -435,11 +448,10 @@ def dkv_kernel(
     key0 = tl.program_id(1) * BLOCK_N
     keys = key0 + tl.arange(0, BLOCK_N)
     if HAS_FIRST:
-        first_key += b * T
         last_query += b * T
     if HAS_END:
-        end_key += b * T
         first_query += b * T
+    b_from, b_to = _load_queries(first_query, last_query, keys, T, shared_from, shared_to, HAS_FIRST, HAS_END)
     scale2 = scale * _LOG2E
     b_k = _load_rows(k + b * k_b + hkv * k_h, keys, k_t, T, D, BLOCK_D)
     b_v = _load_rows(v + b * v_b + hkv * v_h, keys, v_t, T, D, BLOCK_D)
@@ -457,14 +469,13 @@ def dkv_kernel(
         for t in range(0, (full - left) + (end - right)):
             row0 = masked_tile(t, 0, 0, left, full, right) * BLOCK_M
             b_dk, b_dv = _dkv_step(
-                b_k, b_v, b_dk, b_dv, p_q, p_g, p_lse, p_delta, q_t, g_t, row0, T, D, scale2, keys, first_key,
-                end_key, shared_from, shared_to, BLOCK_M, BLOCK_D, EVEN_D, True, HAS_FIRST, HAS_END, PRECISION,
+                b_k, b_v, b_dk, b_dv, p_q, p_g, p_lse, p_delta, q_t, g_t, row0, T, D, scale2, b_from,
+                b_to, BLOCK_M, BLOCK_D, EVEN_D, True, PRECISION,
             )  # fmt: skip
         for tile in range(full, right):
             b_dk, b_dv = _dkv_step(
-                b_k, b_v, b_dk, b_dv, p_q, p_g, p_lse, p_delta, q_t, g_t, tile * BLOCK_M, T, D, scale2, keys,
-                first_key, end_key, shared_from, shared_to, BLOCK_M, BLOCK_D, EVEN_D, False, HAS_FIRST, HAS_END,
-                PRECISION,
+                b_k, b_v, b_dk, b_dv, p_q, p_g, p_lse, p_delta, q_t, g_t, tile * BLOCK_M, T, D, scale2, b_from,
+                b_to, BLOCK_M, BLOCK_D, EVEN_D, False, PRECISION,
             )  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     inside = (keys < T)[:, None] & (d < D)[None, :]
@@ -475,9 +486,8 @@ def dkv_kernel(
 
 @triton.jit
 def _received_step(
-    b_k, b_received, p_q, p_lse, stride_qt, row0, T, D, scale2, keys, first_key, end_key, shared_from, shared_to,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
+    b_k, b_received, p_q, p_lse, stride_qt, row0, T, D, scale2, b_from, b_to,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     m = tl.arange(0, BLOCK_M)
@@ -496,16 +506,14 @@ def _received_step(
     b_st = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
     b_st = b_st * scale2 - b_lse2[None, :]
     if MASKED:
-        b_first, b_end = _load_interval(first_key, end_key, rows, T, HAS_FIRST, HAS_END)
-        seen = visible(rows[None, :], keys[:, None], b_first[None, :], b_end[None, :], shared_from, shared_to,
-                       HAS_FIRST, HAS_END)  # fmt: skip
-        b_st = tl.where(seen & (rows < T)[None, :], b_st, float("-inf"))
+        seen = (rows[None, :] >= b_from[:, None]) & (rows[None, :] < b_to[:, None])
+        b_st = tl.where(seen, b_st, float("-inf"))
     return b_received + tl.sum(tl.math.exp2(b_st), 1)
 
 
 @triton.jit
 def received_kernel(
-    q, k, lse, received, first_key, end_key, first_query, last_query, q_b, q_h, q_t, k_b, k_h, k_t,
+    q, k, lse, received, first_query, last_query, q_b, q_h, q_t, k_b, k_h, k_t,
     H, G, T, D, shared_from, shared_to, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
@@ -517,11 +525,10 @@ def received_kernel(
     key0 = tl.program_id(1) * BLOCK_N
     keys = key0 + tl.arange(0, BLOCK_N)
     if HAS_FIRST:
-        first_key += b * T
         last_query += b * T
     if HAS_END:
-        end_key += b * T
         first_query += b * T
+    b_from, b_to = _load_queries(first_query, last_query, keys, T, shared_from, shared_to, HAS_FIRST, HAS_END)
     scale2 = scale * _LOG2E
     b_k = _load_rows(k + b * k_b + (h // G) * k_h, keys, k_t, T, D, BLOCK_D)
     b_received = tl.zeros([BLOCK_N], tl.float32)
@@ -533,12 +540,12 @@ def received_kernel(
     for t in range(0, (full - left) + (end - right)):
         row0 = masked_tile(t, 0, 0, left, full, right) * BLOCK_M
         b_received = _received_step(
-            b_k, b_received, p_q, p_lse, q_t, row0, T, D, scale2, keys, first_key, end_key, shared_from, shared_to,
-            BLOCK_M, BLOCK_D, EVEN_D, True, HAS_FIRST, HAS_END, PRECISION,
+            b_k, b_received, p_q, p_lse, q_t, row0, T, D, scale2, b_from, b_to, BLOCK_M, BLOCK_D, EVEN_D,
+            True, PRECISION,
         )  # fmt: skip
     for tile in range(full, right):
         b_received = _received_step(
-            b_k, b_received, p_q, p_lse, q_t, tile * BLOCK_M, T, D, scale2, keys, first_key, end_key, shared_from,
-            shared_to, BLOCK_M, BLOCK_D, EVEN_D, False, HAS_FIRST, HAS_END, PRECISION,
+            b_k, b_received, p_q, p_lse, q_t, tile * BLOCK_M, T, D, scale2, b_from, b_to, BLOCK_M, BLOCK_D, EVEN_D,
+            False, PRECISION,
         )  # fmt: skip
     tl.store(received + bh.to(tl.int64) * T + keys, b_received, mask=keys < T)
