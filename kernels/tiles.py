@@ -21,7 +21,7 @@ class Tiles(NamedTuple):
 _AMPERE = {
     ("forward", 32): Tiles(128, 64, 8, 2),
     ("forward", 64): Tiles(128, 64, 8, 2),
-    ("forward", 128): Tiles(128, 64, 8, 2),
+    ("forward", 128): Tiles(128, 32, 8, 2),
     ("dq", 32): Tiles(128, 64, 8, 2),
     ("dq", 64): Tiles(128, 64, 8, 2),
     ("dq", 128): Tiles(128, 32, 8, 2),
@@ -66,7 +66,14 @@ _TILES = {
     },
 }
 _RECEIVED = Tiles(64, 128, 8, 2)
+# float32 inputs: three products instead of one on NVIDIA's matrix units, so that wide heads need small tiles.
 _FULL_PRECISION = Tiles(32, 32, 4, 2)
+_FULL_PRECISION_WIDE = {
+    "forward": Tiles(32, 32, 8, 2),
+    "dq": Tiles(16, 32, 4, 1),
+    "dkv": Tiles(32, 16, 4, 1),
+    "received": Tiles(64, 32, 8, 1),
+}
 _INTERPRETED = Tiles(32, 32, 4, 1)
 
 override: dict[str, Tiles] = {}
@@ -88,7 +95,8 @@ def tiles(architecture: str | None, kernel: str, itemsize: int, block_d: int) ->
     if architecture is None:
         return _INTERPRETED
     if itemsize > 2:
-        return _FULL_PRECISION
+        wide = block_d > 64 and architecture.startswith("sm_")
+        return _FULL_PRECISION_WIDE[kernel] if wide else _FULL_PRECISION
     if kernel == "received":
         return _RECEIVED
     if architecture not in _TILES:

@@ -175,7 +175,10 @@ def run(command: str, argv: Sequence[str]) -> int:
     if arguments.check:
         wrong = violations(lines, baseline)
     if arguments.write and not wrong:
-        write_atomic(BASELINE, to_csv(lines))
+        # Lines of variants that were not compiled now stay.
+        stored: dict[tuple[str, ...], Any] = dict(read_table(BASELINE)) if BASELINE.is_file() else {}
+        stored |= {tuple(str(line[key]) for key in _KEYS): line for line in lines}
+        write_atomic(BASELINE, to_csv(list(stored.values())))
     for message in wrong:
         print(message)
     return 1 if wrong else 0

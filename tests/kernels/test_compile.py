@@ -57,6 +57,24 @@ def test_the_baseline_holds_every_variant_and_keeps_the_promises():
             assert int(line["spilled"]) == 0, (arch, kernel, dtype, head_dim)
 
 
+def executed(line, length):
+    """Instructions of a warp over the blocks of 128 queries of one document, with tiles of 64 keys."""
+    outside = int(line["total"]) - int(line["full_loop"]) - int(line["masked_loop"])
+    blocks = length // 128
+    full = sum(2 * block for block in range(blocks))
+    return blocks * outside + full * int(line["full_loop"]) + 2 * blocks * int(line["masked_loop"])
+
+
+@pytest.mark.parametrize(("arch", "limit"), [("sm_80", 351), ("sm_90", 305)])
+def test_statistics_cost_next_to_nothing(arch, limit):
+    table = read_table(BASELINE)
+    plain, some = (table[arch, kernel, "bf16", "64"] for kernel in ("forward", "forward+statistics"))
+    assert plain["tiles"] == some["tiles"] and some["tiles"].startswith("128x64 ")
+    assert int(some["full_loop"]) <= limit
+    assert int(some["full_loop"]) <= 1.03 * int(plain["full_loop"])
+    assert executed(some, 512) <= 1.07 * executed(plain, 512)
+
+
 def test_a_worse_table_is_refused_with_every_reason():
     key = ("sm_90", "forward", "bf16", "64")
     stored = read_table(BASELINE)
