@@ -79,8 +79,8 @@ def attention(
         sink_logit: [H], a learned logit per head that joins the softmax but has no value
             (arXiv 2508.10925); 0 gives softmax-off-by-one.
         statistics: True: also return the masses on the first key of the row, of the document and on the learned
-            sink. "full": also the maximum probability and the entropy, which take a fifth more time in Triton and
-            a pass of their own on CPUs.
+            sink. "full": also the maximum probability and the entropy, which take a fifth more instructions in Triton
+            and a pass of their own on CPUs.
         implementation: None takes the first of `available(q.device)`.
 
     Raises:

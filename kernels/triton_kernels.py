@@ -156,7 +156,10 @@ def _softmax_step(
     b_p = tl.math.exp2(b_z)
     b_keep = tl.math.exp2(b_max - b_new)
     if FULL:
-        b_u = b_keep * (b_u + (b_max - b_new) * b_sum) + tl.sum(tl.where(b_p > 0.0, b_p * b_z, 0.0), 1)
+        b_pz = b_p * b_z
+        if MASKED:
+            b_pz = tl.where(seen, b_pz, 0.0)  # 0 · −∞
+        b_u = b_keep * (b_u + (b_max - b_new) * b_sum) + tl.sum(b_pz, 1)
     b_sum = b_sum * b_keep + tl.sum(b_p, 1)
     b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_keep[:, None], input_precision=PRECISION)
     return b_o, b_new, b_sum, b_u
