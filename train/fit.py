@@ -100,7 +100,10 @@ def _checkpoints(trainer: L.Trainer) -> Checkpoints:
 
 def _interrupted(trainer: L.Trainer) -> str:
     """What is kept of a run that was stopped, and how it goes on."""
-    saved = _checkpoints(trainer).saved
+    checkpoints = _checkpoints(trainer)
+    saved = checkpoints.saved
+    if saved is None and (checkpoints.folder / LAST).exists():  # resumed, and stopped before the first step
+        return "stopped before the first step; resume with --ckpt_path last"
     if saved is None:
         return f"stopped at step {trainer.global_step}, before a checkpoint; start it again with the same command"
     return f"stopped at step {trainer.global_step}; step {saved} is saved: resume with --ckpt_path last"

@@ -45,7 +45,7 @@ def release(held: IO[str]) -> None:
     """Give a locked folder back; one that nothing was written to goes away."""
     path = Path(held.name)
     held.close()
-    if list(path.parent.iterdir()) == [path]:
+    if path.exists() and list(path.parent.iterdir()) == [path]:
         path.unlink()
         path.parent.rmdir()
 
