@@ -83,6 +83,12 @@ class Mask:
         """Whether this is the plain causal mask, for which implementations have a faster path."""
         return self.first_key is None and self.end_key is None
 
+    @property
+    def is_document(self) -> bool:
+        """Whether this is the causal mask within each document and nothing else."""
+        same = self.first_key is not None and self.first_key is self.doc_start
+        return same and self.end_key is None and self.shared_prefix == 0
+
     # The transpose of an interval mask is one too: key j is in the interval of queries first_query[j] .. last_query[j].
 
     @property
@@ -193,6 +199,7 @@ def interval_mask(
     if device is None:
         device = doc_start.device if doc_start is not None else "cpu"
     index = torch.arange(length, dtype=torch.int32, device=device).expand(rows, length)
+    doc_start = None if doc_start is None else doc_start.contiguous()
 
     first_key = doc_start if document else None
     if window is not None:
@@ -210,7 +217,7 @@ def interval_mask(
     return Mask(
         rows=rows,
         length=length,
-        first_key=None if first_key is None else first_key.contiguous(),
+        first_key=first_key,
         end_key=end_key,
         shared_prefix=shared_prefix if first_key is not None else 0,
         shared_from=1 if hide_first_key else 0,

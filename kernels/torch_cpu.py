@@ -4,13 +4,15 @@
 its backward accepts any consistent (output, lse): called with the sink-corrected pair it yields the exact
 gradients of attention with a learned sink. It is a private operator, so a test pins its behaviour.
 
-The trade: a mask other than causal travels as an additive [B, 1, T, T] float, built once per batch.
+The trade: a mask other than causal travels as an additive [B, 1, T, T] float, built once per batch, and PyTorch
+computes the hidden pairs too. For a document mask on long rows each document is a call of its own, plain causal.
 The statistics never need the T×T probabilities: the mass of one key is exp(q·k − lse), and what depends on all
 probabilities is computed in blocks of queries.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +20,10 @@ from torch import Tensor
 
 from kernels.mask import Mask
 from kernels.statistics import Statistics, Wanted, spread
+
+_BY_DOCUMENT = 512
+"""Row length from which a document mask is computed document by document: on shorter rows the calls cost more than the
+hidden pairs."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -27,22 +33,47 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 # model's attention.
 torch.library.define(
     "sinkbed::attention_torch",
-    "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sink_logit, float scale) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? doc_start, Tensor? sink_logit, float scale) -> "
+    "(Tensor, Tensor)",
 )
 torch.library.define(
     "sinkbed::attention_torch_backward",
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor output, Tensor lse, Tensor? bias, Tensor? sink_logit, "
-    "float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor output, Tensor lse, Tensor? bias, "
+    "Tensor? doc_start, Tensor? sink_logit, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 _attention_torch = torch.ops.sinkbed.attention_torch.default
 _attention_torch_backward = torch.ops.sinkbed.attention_torch_backward.default
 
 
+def _documents(doc_start: Tensor) -> list[tuple[slice, slice, slice]]:
+    """Index of each document of a batch in a tensor [B, H, T, …]."""
+    parts = []
+    for row, starts in enumerate(doc_start.tolist()):
+        bounds = [*sorted(set(starts)), len(starts)]
+        parts += [(slice(row, row + 1), slice(None), slice(a, b)) for a, b in pairwise(bounds)]
+    return parts
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
 @torch.library.impl("sinkbed::attention_torch", "cpu")
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sink_logit: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    doc_start: Tensor | None,
+    sink_logit: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    output, lse = _flash(q, k, v, 0.0, bias is None, attn_mask=bias, scale=scale)
+    if doc_start is None:
+        output, lse = _flash(q, k, v, 0.0, bias is None, attn_mask=bias, scale=scale)
+    else:
+        output, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+        for part in _documents(doc_start):
+            output[part], lse[part] = _flash(q[part], k[part], v[part], 0.0, True, scale=scale)
     if sink_logit is not None:
         with_sink = torch.logaddexp(lse, sink_logit.to(lse.dtype)[None, :, None])
         output = output * (lse - with_sink).exp()[..., None].to(output.dtype)
@@ -52,10 +83,15 @@ def _forward(
 
 @torch.library.register_fake("sinkbed::attention_torch")
 def _(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sink_logit: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    doc_start: Tensor | None,
+    sink_logit: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=dtype)
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
 
 
 @torch.library.impl("sinkbed::attention_torch_backward", "cpu")
@@ -67,10 +103,17 @@ def _backward_kernel(
     output: Tensor,
     lse: Tensor,
     bias: Tensor | None,
+    doc_start: Tensor | None,
     sink_logit: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = _flash_backward(grad, q, k, v, output, lse, 0.0, bias is None, attn_mask=bias, scale=scale)
+    if doc_start is None:
+        dq, dk, dv = _flash_backward(grad, q, k, v, output, lse, 0.0, bias is None, attn_mask=bias, scale=scale)
+    else:
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        for part in _documents(doc_start):
+            inputs = (x[part] for x in (grad, q, k, v, output, lse))
+            dq[part], dk[part], dv[part] = _flash_backward(*inputs, 0.0, True, scale=scale)
     if sink_logit is None:
         return dq, dk, dv, q.new_empty(0)
     delta = (grad * output).sum(-1, dtype=lse.dtype)  # [B, H, T]
@@ -87,6 +130,7 @@ def _(
     output: Tensor,
     lse: Tensor,
     bias: Tensor | None,
+    doc_start: Tensor | None,
     sink_logit: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -95,20 +139,20 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, bias, sink_logit, scale = inputs
+    q, k, v, bias, doc_start, sink_logit, scale = inputs
     out, lse = output
-    ctx.save_for_backward(q, k, v, bias, sink_logit, out, lse)
+    ctx.save_for_backward(q, k, v, bias, doc_start, sink_logit, out, lse)
     ctx.scale = scale
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, bias, sink_logit, out, lse = ctx.saved_tensors
+    q, k, v, bias, doc_start, sink_logit, out, lse = ctx.saved_tensors
     grad = torch.zeros_like(out) if grad is None else grad
-    dq, dk, dv, dsink = _attention_torch_backward(grad, q, k, v, out, lse, bias, sink_logit, ctx.scale)
+    dq, dk, dv, dsink = _attention_torch_backward(grad, q, k, v, out, lse, bias, doc_start, sink_logit, ctx.scale)
     if grad_lse is not None:
         dq, dk, dsink = _add_lse_gradient(ctx, grad_lse, dq, dk, dsink)
-    return dq, dk, dv, None, (None if sink_logit is None else dsink), None
+    return dq, dk, dv, None, None, (None if sink_logit is None else dsink), None
 
 
 def _add_lse_gradient(
@@ -117,10 +161,11 @@ def _add_lse_gradient(
     """d lse_i / d s_ij = P_ij: dq gains scale · dlse · P k, attention with the keys as values; dk gains
     scale · Pᵀ (dlse q), which is the gradient of those values for an incoming dlse · q. Two more passes, paid by who
     asks for it."""
-    q, k, _, bias, sink_logit, _, lse = ctx.saved_tensors
+    q, k, _, bias, doc_start, sink_logit, _, lse = ctx.saved_tensors
     weight = (grad_lse * ctx.scale).to(q.dtype)[..., None]
-    mixed, _ = _attention_torch(q, k, k, bias, sink_logit, ctx.scale)
-    _, _, weighted, _ = _attention_torch_backward(weight * q, q, k, k, mixed, lse, bias, sink_logit, ctx.scale)
+    mixed, _ = _attention_torch(q, k, k, bias, doc_start, sink_logit, ctx.scale)
+    masks = (bias, doc_start, sink_logit)
+    _, _, weighted, _ = _attention_torch_backward(weight * q, q, k, k, mixed, lse, *masks, ctx.scale)
     if sink_logit is not None:
         sink_mass = (sink_logit.to(lse.dtype)[None, :, None] - lse).exp()
         dsink = dsink + (sink_mass * grad_lse).sum((0, 2)).to(dsink.dtype)
@@ -178,8 +223,9 @@ def torch_attention(
 ) -> tuple[Tensor, Tensor, Statistics | None]:
     """Attention by the CPU flash kernel; shapes as in `kernels.api.attention`."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    bias = None if mask.is_causal else mask.bias(q.dtype, q.device)
-    output, lse = _attention_torch(q, k, v, bias, sink_logit, scale)
+    by_document = mask.is_document and mask.length >= _BY_DOCUMENT
+    bias = None if mask.is_causal or by_document else mask.bias(q.dtype, q.device)
+    output, lse = _attention_torch(q, k, v, bias, mask.doc_start if by_document else None, sink_logit, scale)
     if not statistics:
         return output, lse, None
     return output, lse, _statistics(q, k, lse.detach(), mask, scale, sink_logit, statistics)

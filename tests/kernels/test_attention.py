@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 
 import kernels
-from kernels import Mask, attention, attention_received, interval_mask, mean_received, top_sinks
+from kernels import Mask, attention, attention_received, interval_mask, mean_received, top_sinks, torch_cpu
 from kernels.reference import probabilities
 
 
@@ -162,6 +162,29 @@ def test_rows_of_many_key_blocks_with_whole_blocks_masked():
     torch.testing.assert_close(ours.statistics.document_mass.double(), oracle.statistics.document_mass)
 
 
+@pytest.mark.parametrize("sink", [False, True])
+def test_long_rows_of_documents_are_computed_document_by_document(sink, monkeypatch):
+    calls = []
+    flash = torch_cpu._flash
+    monkeypatch.setattr(torch_cpu, "_flash", lambda q, *a, **kw: calls.append(q.shape[2]) or flash(q, *a, **kw))
+    layouts = [[300, 1, 200, 99], [600]]
+    bounds = [boundaries(lengths) for lengths in layouts]
+    start, end = (torch.cat(x) for x in zip(*bounds, strict=True))
+    mask = interval_mask(2, 600, doc_start=start, doc_end=end, document=True)
+    found = {}
+    for implementation in ("torch", "reference"):
+        torch.manual_seed(0)
+        q, k, v = inputs(2, 4, 2, 600, 8)
+        s = torch.randn(4, dtype=torch.float64, requires_grad=True) if sink else None
+        out = attention(q, k, v, mask, sink_logit=s, statistics=True, implementation=implementation)
+        (out.output.sin().sum() + out.lse.cos().sum()).backward()
+        found[implementation] = [out.output, out.lse, *out.statistics[:2], *(x.grad for x in (q, k, v))]
+        found[implementation] += [s.grad, out.statistics.sink_mass] if sink else []
+    for ours, oracle in zip(found["torch"], found["reference"], strict=True):
+        torch.testing.assert_close(ours, oracle)
+    assert calls[:5] == [300, 1, 200, 99, 600] and not mask._bias
+
+
 def test_off_by_one_is_a_sink_logit_of_zero():
     q, k, v = inputs(1, 2, 2, 9, 8)
     out = attention(q, k, v, sink_logit=torch.zeros(2, dtype=torch.float64), statistics=True)
@@ -183,7 +206,7 @@ def test_a_rerun_is_bitwise_equal():
 
 
 @pytest.mark.parametrize("sink", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", ["no", "bias", "documents"])
 @pytest.mark.parametrize("strided", [False, True])
 def test_the_operator_passes_opcheck(sink, masked, strided):
     from kernels.torch_cpu import _attention_torch
@@ -194,9 +217,10 @@ def test_the_operator_passes_opcheck(sink, masked, strided):
         q, k, v = qkv.split([2, 1, 1], dim=1)
     start, end = boundaries([5, 7])
     mask = interval_mask(1, 12, doc_start=start, doc_end=end, document=True)
-    bias = mask.bias(torch.float32, q.device) if masked else None
+    bias = mask.bias(torch.float32, q.device) if masked == "bias" else None
+    by_document = mask.doc_start if masked == "documents" else None
     s = torch.zeros(2, requires_grad=True) if sink else None
-    torch.library.opcheck(_attention_torch, (q, k, v, bias, s, 0.3))
+    torch.library.opcheck(_attention_torch, (q, k, v, bias, by_document, s, 0.3))
 
 
 def test_strided_inputs_and_expanded_gradients_are_handled():
