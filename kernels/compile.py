@@ -5,7 +5,8 @@ specialisation are those of a real call. What is counted is static: no time is m
 
 A kernel has two loops over tiles, one with the mask and one without. In the assembly a loop is what a backward branch
 closes; of the innermost loops those with the most matrix instructions are these two, and the shorter one is the loop
-over full tiles (the loop of the statistics multiplies 16 keys and has fewer).
+over full tiles (the loop of the statistics multiplies 16 keys and has fewer). Waits for asynchronous copies and
+products are loops of two instructions that the compilers put behind the kernel's end.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ from kernels.tiles import Tiles, override
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEAD_DIMS = (32, 64, 96, 128)
+MASKS = ("document", "causal")
 KERNELS = ("forward", "forward+statistics", "forward+full", "delta", "dq", "dkv", "received")
+# The opcode and no modifier: HFMA2.MMA moves a constant.
+_MATRIX = re.compile(r"(?:@!?U?P\w+\s+)?((?:[HIDQO]|[HIQ]G|UTC[HIQO])MMA|v_mfma)(?![A-Z0-9])")
+_LOCAL = re.compile(r"(?:@!?U?P\w+\s+)?(?:(?P<store>STL|scratch_store)|LDL|scratch_load)(?P<width>\S*)")
 
 
 @dataclass(frozen=True)
@@ -43,16 +48,22 @@ class Chip:
     warps: int
     """Warps that may be resident."""
     registers: int
-    """32-bit registers of a lane, over all warps of a scheduler's share times schedulers."""
+    """32-bit registers."""
+    reserved: int = 1024
+    """Bytes of shared memory that each block takes besides its own."""
+    tensor_memory: int | None = None
+    """Columns of tensor memory, where there is one."""
+    peak: tuple[str, int, int] | None = None
+    """A product: its name, FLOP a cycle and multiprocessor of its 16-bit matrix units, and their TFLOP/s."""
     warp_size: int = 32
 
 
 CHIPS = {
-    "sm_80": Chip("cuda", 80, 166912, 167936, 64, 65536),
+    "sm_80": Chip("cuda", 80, 166912, 167936, 64, 65536, peak=("A100", 2048, 312)),
     "sm_89": Chip("cuda", 89, 101376, 102400, 48, 65536),
-    "sm_90": Chip("cuda", 90, 232448, 233472, 64, 65536),
-    "sm_100": Chip("cuda", 100, 232448, 233472, 64, 65536),
-    "gfx942": Chip("hip", "gfx942", 65536, 65536, 32, 4 * 512 * 64, warp_size=64),
+    "sm_90": Chip("cuda", 90, 232448, 233472, 64, 65536, peak=("H100", 4096, 989)),
+    "sm_100": Chip("cuda", 100, 232448, 233472, 64, 65536, tensor_memory=512, peak=("B200", 8192, 2250)),
+    "gfx942": Chip("hip", "gfx942", 65536, 65536, 32, 4 * 512 * 64, reserved=0, warp_size=64),
 }
 
 
@@ -62,6 +73,8 @@ class Variant:
 
     arch: str
     kernel: str
+    mask: str
+    """`document`, or `causal` where no interval is loaded."""
     dtype: str
     head_dim: int
 
@@ -73,13 +86,19 @@ class Counts:
     tiles: str
     """queries × keys, warps, stages."""
     registers: int
-    """A lane."""
+    """A lane; on AMD with the accumulation registers."""
     spilled: int
-    """Bytes a lane writes to memory for want of registers."""
+    """Bytes a lane stores in memory for want of registers, by the code's instructions, each counted once. What AMD
+    moves to accumulation registers is no spill."""
+    reloaded: int
+    """Bytes a lane loads again, counted in the same way."""
     shared: int
     """Bytes a block."""
     occupancy: int
-    """Resident warps, in % of the chip's limit."""
+    """Resident warps, in % of the chip's limit, as registers, shared and tensor memory allow."""
+    unit: str
+    """The matrix instruction: `HMMA` (a warp's), `HGMMA` (four warps', sm_90), `UTCHMMA` (tensor memory, sm_100),
+    `v_mfma` (AMD)."""
     matrix: int
     """Matrix instructions in the loop over full tiles; in the whole kernel where it has no such loop."""
     full_loop: int
@@ -125,8 +144,8 @@ class _Recorder:
         return launch
 
 
-def compile_variant(variant: Variant, documents: bool = True, tiles: Tiles | None = None) -> Counts:
-    """Compile one variant, through the wrapper's own launch, with a document mask or plain causal.
+def compile_variant(variant: Variant, tiles: Tiles | None = None) -> Counts:
+    """Compile one variant, through the wrapper's own launch.
 
     Raises RuntimeError in Triton's interpreter, where nothing compiles, and whatever the compiler raises.
     """
@@ -142,7 +161,7 @@ def compile_variant(variant: Variant, documents: bool = True, tiles: Tiles | Non
     try:
         for n, kernel in originals.items():
             setattr(triton_kernels, f"{n}_kernel", _Recorder(kernel, compiled if n == name else None))
-        _launch(variant, documents)
+        _launch(variant)
     finally:
         override.pop(name, None)
         for n, kernel in originals.items():
@@ -151,63 +170,93 @@ def compile_variant(variant: Variant, documents: bool = True, tiles: Tiles | Non
     return _count(kernel, options, chip)
 
 
-def _launch(variant: Variant, documents: bool) -> None:
+def _launch(variant: Variant) -> None:
     q, k = (torch.zeros(1, h, 256, variant.head_dim, dtype=DTYPES[variant.dtype]) for h in (4, 2))
-    interval = torch.zeros(1, 256, dtype=torch.int32) if documents else None
-    ends = (interval, None, None, interval)  # first_key, end_key, first_query, last_query
+    interval = torch.zeros(1, 256, dtype=torch.int32)
+    first_key = last_query = interval if variant.mask == "document" else None
+    end_key = first_query = None  # the diagonal
     scale = variant.head_dim**-0.5
     if variant.kernel.startswith("forward"):
         statistics, full = "+" in variant.kernel, variant.kernel.endswith("+full")
         docs = interval if statistics else None
-        triton_gpu._forward(q, k, k, *ends, docs, docs, None, 0, 0, scale, statistics, full)
+        triton_gpu._forward(
+            q, k, k, first_key, end_key, first_query, last_query, docs, docs, None, 0, 0, scale, statistics, full
+        )
     elif variant.kernel == "received":
-        triton_gpu._received(q, k, torch.zeros(1, 4, 256), *ends[2:], 0, 0, scale)
+        triton_gpu._received(q, k, torch.zeros(1, 4, 256), first_query, last_query, 0, 0, scale)
     else:
         lse = torch.zeros(1, 4, 256)
+        ends = (first_key, end_key, first_query, last_query)
         triton_gpu._backward_kernels(q, None, q, k, k, q, lse, *ends, None, 0, 0, scale)
 
 
 def _count(kernel: Any, options: dict[str, Any], chip: Chip) -> Counts:
-    warps = kernel.metadata.num_warps
-    if chip.backend == "cuda":
-        registers, spilled, lines = _cuda(kernel)
-        per_warp = -(-registers * 32 // 256) * 256
-        matrix = re.compile(r"\b(?:[HQIU]?[A-Z]*G?MMA)\b")
-    else:
-        registers, spilled, lines = _amd(kernel)
-        per_warp = -(-registers // 8) * 8 * 64
-        matrix = re.compile(r"\bv_mfma")
-    shared = kernel.metadata.shared
-    blocks = min(chip.registers // (per_warp * warps), chip.warps // warps, chip.shared // max(1, shared + 1024))
-    full, masked = tile_loops(lines, matrix)
-    body = lines[slice(*full)] if full else lines
+    registers, lines = _cuda(kernel) if chip.backend == "cuda" else _amd(kernel)
+    warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+    spilled, reloaded = spilled_bytes(lines)
+    full, masked = tile_loops(lines)
+    code = instructions_of(lines)
+    units = [found[1] for line in code[slice(*full) if full else slice(None)] if (found := _MATRIX.match(line))]
     return Counts(
         tiles=f"{options.get('BLOCK_M')}x{options.get('BLOCK_N', '')} w{warps} s{kernel.metadata.num_stages}",
         registers=registers,
         spilled=spilled,
+        reloaded=reloaded,
         shared=shared,
-        occupancy=round(100 * blocks * warps / chip.warps),
-        matrix=sum(bool(matrix.search(line)) for line in body),
+        occupancy=occupancy(chip, warps, registers, shared, getattr(kernel.metadata, "tmem_size", 0) or 0),
+        unit=units[0] if units else "",
+        matrix=len(units),
         full_loop=full[1] - full[0] if full else 0,
         masked_loop=masked[1] - masked[0] if masked else 0,
-        total=len(instructions_of(lines)),
+        total=len(code),
     )
+
+
+def occupancy(chip: Chip, warps: int, registers: int, shared: int, tensor_memory: int) -> int:
+    """Resident warps in % of the chip's limit.
+
+    Args:
+        warps, shared, tensor_memory: warps, bytes and columns of a block.
+        registers: of a lane.
+    """
+    # Registers are given to a warp in units of 256 (NVIDIA), to a lane in units of 8 (AMD).
+    unit = 256 if chip.backend == "cuda" else 8 * chip.warp_size
+    per_warp = -(-max(1, registers) * chip.warp_size // unit) * unit
+    blocks = min(chip.registers // (per_warp * warps), chip.warps // warps)
+    blocks = min(blocks, chip.shared // max(1, shared + chip.reserved))
+    if chip.tensor_memory is not None and tensor_memory > 0:
+        blocks = min(blocks, chip.tensor_memory // tensor_memory)
+    return round(100 * blocks * warps / chip.warps)
+
+
+def roofline(chip: Chip, kernel: str, tiles: str, full_loop: int, head_dim: int) -> tuple[float, float] | None:
+    """Share of the 16-bit matrix units' peak that the loop over full tiles can reach, as (low, high): an estimate.
+
+    Low: products first, then the issue of instructions or the exponentials, whichever takes longer; high: all at once.
+    Clocks, memory and the code around the loop are left out. None for a chip without `peak`, a kernel without products.
+    """
+    # FLOP a query, key and channel.
+    products = {"forward": 4, "dq": 6, "dkv": 8, "received": 2}.get(kernel.split("+")[0])
+    found = re.match(r"(\d+)x(\d+) w(\d+)", tiles)
+    if chip.peak is None or products is None or found is None or full_loop == 0:
+        return None
+    queries, keys, warps = map(int, found.groups())
+    matrix = products * queries * keys * head_dim / chip.peak[1]
+    issue = full_loop * warps / 4  # schedulers
+    exponentials = queries * keys / 16
+    return matrix / (matrix + max(issue, exponentials)), matrix / max(matrix, issue, exponentials)
 
 
 def _run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _cuda(kernel: Any) -> tuple[int, int, list[str]]:
-    """Registers a lane, spilled bytes a lane, and the SASS: a label or an instruction a line."""
+def _cuda(kernel: Any) -> tuple[int, list[str]]:
+    """Registers a lane, and the SASS: a label or an instruction a line."""
     knobs = triton.knobs.nvidia
-    ptx = kernel.asm["ptx"]
-    gpu = re.search(r"\.target (sm_\w+)", ptx)
-    assert gpu is not None
     with tempfile.TemporaryDirectory() as folder:
-        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        binary = Path(folder, "kernel.cubin")
         binary.write_bytes(kernel.asm["cubin"])
-        source.write_text(ptx)
         usage = _run(knobs.cuobjdump.path, "--dump-resource-usage", str(binary))
         sass = _run(knobs.nvdisasm.path, "-c", str(binary))
     registers = re.search(r"REG:(\d+)", usage)
@@ -218,31 +267,31 @@ def _cuda(kernel: Any) -> tuple[int, int, list[str]]:
             lines.append(f"{label[1]}:")
         elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
             lines.append(instruction[1])
-    spilled = sum(_width(line) for line in lines if re.search(r"\bSTL\b|\bSTL\.", line))
-    return int(registers[1]), spilled, lines
+    return int(registers[1]), lines
 
 
-def _width(line: str) -> int:
-    """Bytes that a store to local memory writes for a lane."""
-    found = re.search(r"STL\S*?\.(64|128|U?8|U?16)\b", line)
-    bits = int(found[1].lstrip("U")) if found else 32
-    return bits // 8
-
-
-def _amd(kernel: Any) -> tuple[int, int, list[str]]:
-    """Vector registers a lane, spilled bytes a lane, and the assembly: a label or an instruction a line."""
+def _amd(kernel: Any) -> tuple[int, list[str]]:
+    """Vector registers a lane, and the assembly: a label or an instruction a line."""
     text = kernel.asm["amdgcn"]
-    figure = {
-        name: int(found[1]) if (found := re.search(rf"\.{name}:\s+(\d+)", text)) else 0
-        for name in ("vgpr_count", "vgpr_spill_count")
-    }
+    registers = re.search(r"\.vgpr_count:\s+(\d+)", text)
+    assert registers is not None
     lines = []
     for line in text.splitlines():
         if label := re.match(r"(\.LBB\w+):", line):
             lines.append(f"{label[1]}:")
         elif instruction := re.match(r"\t([a-z]\w+(?:\s.*)?)$", line):
             lines.append(instruction[1].split(";")[0].strip())
-    return figure["vgpr_count"], 4 * figure["vgpr_spill_count"], lines
+    return int(registers[1]), lines
+
+
+def spilled_bytes(lines: list[str]) -> tuple[int, int]:
+    """Bytes that a lane stores in and loads from memory of its own, as `ptxas -v` counts them."""
+    total = {True: 0, False: 0}
+    for found in filter(None, map(_LOCAL.match, lines)):
+        bits = re.search(r"\.[SU]?(8|16|64|128)\b", found["width"])
+        words = re.search(r"dwordx(\d)", found["width"])
+        total[bool(found["store"])] += int(bits[1]) // 8 if bits else 4 * int(words[1]) if words else 4
+    return total[True], total[False]
 
 
 def instructions_of(lines: list[str]) -> list[str]:
@@ -265,10 +314,10 @@ def loops_of(lines: list[str]) -> list[tuple[int, int]]:
     return [a for a in found if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in found)]
 
 
-def tile_loops(lines: list[str], matrix: re.Pattern[str]) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+def tile_loops(lines: list[str]) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
     """The loops over full and over masked tiles, as (start, end) in instructions; None where there is no such loop."""
     code = instructions_of(lines)
-    products = {a: sum(bool(matrix.search(line)) for line in code[slice(*a)]) for a in loops_of(lines)}
+    products = {a: sum(bool(_MATRIX.match(line)) for line in code[slice(*a)]) for a in loops_of(lines)}
     most = max(products.values(), default=0)
     if most == 0:
         return None, None

@@ -43,7 +43,7 @@ _TILES = {
         ("dkv", 128): Tiles(16, 128, 8, 2),
     },
     "sm_100": {
-        ("forward", 32): Tiles(128, 64, 8, 2),
+        ("forward", 32): Tiles(128, 64, 8, 4),
         ("forward", 64): Tiles(128, 64, 8, 2),
         ("forward", 128): Tiles(128, 64, 8, 2),
         ("dq", 32): Tiles(128, 64, 8, 2),
@@ -62,7 +62,7 @@ _TILES = {
         ("dq", 128): Tiles(128, 32, 8, 2),
         ("dkv", 32): Tiles(32, 64, 4, 2),
         ("dkv", 64): Tiles(32, 64, 4, 2),
-        ("dkv", 128): Tiles(32, 64, 4, 2),  # spills 8 bytes; without, two thirds more instructions
+        ("dkv", 128): Tiles(32, 64, 4, 2),
     },
 }
 _RECEIVED = Tiles(64, 128, 8, 2)

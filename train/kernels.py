@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -14,19 +15,20 @@ from typing import Any
 from train.rundir import write_atomic
 
 BASELINE = Path(__file__).resolve().parent.parent / "kernels" / "compiled.csv"
-_KEYS = ("arch", "kernel", "dtype", "head_dim")
+_KEYS = ("arch", "kernel", "mask", "dtype", "head_dim")
+_CHECKED = ("tiles", "spilled", "unit", "matrix", "full_loop")
 _GROWTH = 1.02  # of a loop over full tiles, before a check fails
 
 
-def compile_one(task: tuple[str, str, str, int, tuple[int, int, int, int] | None]) -> dict[str, Any]:
+def compile_one(task: tuple[str, str, str, str, int, tuple[int, int, int, int] | None]) -> dict[str, Any]:
     """One line of the table; runs in a process of its own. A compiler's refusal is the line's `error`."""
     from dataclasses import asdict
 
     from kernels.compile import Variant, compile_variant
     from kernels.tiles import Tiles
 
-    arch, kernel, dtype, head_dim, tiles = task
-    variant = Variant(arch, kernel, dtype, head_dim)
+    arch, kernel, mask, dtype, head_dim, tiles = task
+    variant = Variant(arch, kernel, mask, dtype, head_dim)
     try:
         counts = compile_variant(variant, tiles=None if tiles is None else Tiles(*tiles))
     except Exception as error:
@@ -59,7 +61,7 @@ def read_table(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
         raise FileNotFoundError(f"{path}: expected a table of `sinkbed kernels --write`, found no file")
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
-    if not lines or not {*_KEYS, "spilled", "full_loop"} <= set(lines[0]):
+    if not lines or not {*_KEYS, *_CHECKED} <= set(lines[0]):
         raise ValueError(f"{path}: expected a table of `sinkbed kernels --write`, found other columns")
     return {tuple(line[key] for key in _KEYS): line for line in lines}
 
@@ -80,11 +82,28 @@ def violations(found: Sequence[dict[str, Any]], baseline: dict[tuple[str, ...], 
             messages.append(
                 f"{name}: expected at most {chip.shared_block} bytes of shared memory, found {line['shared']}"
             )
-        if line["kernel"] != "delta" and line["matrix"] == 0:
-            messages.append(f"{name}: expected matrix instructions in the loop over full tiles, found none")
+        if line["kernel"] != "delta":
+            if line["matrix"] == 0:
+                messages.append(f"{name}: expected matrix instructions in the loop over full tiles, found none")
+            elif not 0 < line["full_loop"] < line["masked_loop"]:
+                messages.append(
+                    f"{name}: expected a loop over masked tiles longer than that over full tiles, found "
+                    f"{line['masked_loop']} and {line['full_loop']} instructions"
+                )
         if stored is None:
             messages.append(f"{name}: expected a line in the baseline, found none; make it anew with --write")
             continue
+        if line["tiles"] != stored["tiles"]:
+            messages.append(
+                f"{name}: expected the baseline's tiles {stored['tiles']}, found {line['tiles']}; "
+                "make it anew with --write"
+            )
+            continue
+        if line["matrix"] > 0 and (line["unit"], line["matrix"]) != (stored["unit"], int(stored["matrix"])):
+            messages.append(
+                f"{name}: expected {stored['matrix']} {stored['unit']} in the loop over full tiles, found "
+                f"{line['matrix']} {line['unit']}"
+            )
         if line["spilled"] > int(stored["spilled"]):
             messages.append(f"{name}: expected at most {stored['spilled']} spilled bytes, found {line['spilled']}")
         if line["full_loop"] > _GROWTH * int(stored["full_loop"]):
@@ -98,7 +117,8 @@ def violations(found: Sequence[dict[str, Any]], baseline: dict[tuple[str, ...], 
 def to_csv(lines: Sequence[dict[str, Any]]) -> str:
     """The stored table."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, [n for n in lines[0] if n != "error"], lineterminator="\n", extrasaction="ignore")
+    names = max(lines, key=len)  # a line of an error has no counts
+    writer = csv.DictWriter(buffer, [n for n in names if n != "error"], lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(lines)
     return buffer.getvalue()
@@ -109,14 +129,22 @@ def print_table(lines: Sequence[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Compiled ahead of time: static counts, nothing was run", title_justify="left")
+    from kernels.compile import CHIPS, roofline
+
+    table = Table(
+        title="Compiled ahead of time: static counts, nothing was run",
+        caption="peak: an estimate of the share of the 16-bit matrix units' peak in reach of the loop over full tiles",
+        title_justify="left",
+        caption_justify="left",
+    )
     names = {
-        "arch": "GPU", "kernel": "kernel", "dtype": "dtype", "head_dim": "D", "tiles": "tile", "registers": "registers",
-        "spilled": "spilled B", "shared": "shared B", "occupancy": "occupancy %", "matrix": "matrix",
-        "full_loop": "full tile", "masked_loop": "masked tile", "total": "all",
+        "arch": "GPU", "kernel": "kernel", "mask": "mask", "dtype": "dtype", "head_dim": "D", "tiles": "tile",
+        "registers": "reg.", "spilled": "spilled B", "shared": "shared B", "occupancy": "occ. %",
+        "full_loop": "full tile", "masked_loop": "masked",
     }  # fmt: skip
-    for index, name in enumerate(names.values()):
-        table.add_column(name, justify="left" if index in (0, 1, 2, 4) else "right")
+    for name in (*names.values(), "products", "peak %"):
+        left = name in ("GPU", "kernel", "mask", "dtype", "tile")
+        table.add_column(name, justify="left" if left else "right", no_wrap=left)
     before = None
     for line in lines:
         if before not in (None, line["arch"]):
@@ -124,8 +152,11 @@ def print_table(lines: Sequence[dict[str, Any]]) -> None:
         before = line["arch"]
         if "error" in line:
             table.add_row(*(str(line[k]) for k in _KEYS), line["error"])
-        else:
-            table.add_row(*(str(line[k]) for k in names))
+            continue
+        sizes = (line["kernel"], line["tiles"], line["full_loop"], line["head_dim"])
+        share = roofline(CHIPS[line["arch"]], *sizes) if line["dtype"] != "fp32" else None
+        peak = f"{100 * share[0]:.0f}–{100 * share[1]:.0f}" if share else ""
+        table.add_row(*(str(line[k]) for k in names), f"{line['matrix']} {line['unit']}" if line["unit"] else "", peak)
     console = Console()
     (console if console.is_terminal else Console(width=150)).print(table)
 
@@ -142,14 +173,18 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").replace("\n", " "))
     parser.add_argument("--arch", nargs="+", choices=archs, default=archs, help="GPUs (default: all)")
     parser.add_argument("--kernel", nargs="+", choices=kernels, default=kernels, help="default: all")
+    parser.add_argument(
+        "--mask", nargs="+", choices=("document", "causal"), default=("document",), help="default: document"
+    )
     parser.add_argument("--dtype", nargs="+", choices=("bf16", "fp16", "fp32"), default=("bf16",), help="default: bf16")
     parser.add_argument("--head_dim", nargs="+", type=int, choices=(32, 64, 96, 128), default=(64, 128))
-    parser.add_argument("--all", action="store_true", help="every dtype and head dim")
+    parser.add_argument("--all", action="store_true", help="every mask, dtype and head dim")
     parser.add_argument(
         "--tiles", nargs=4, type=int, metavar=("M", "N", "WARPS", "STAGES"), help="instead of the table's"
     )
     parser.add_argument("--workers", type=int, default=2, help="processes that compile")
     parser.add_argument("--csv", type=Path, help="write the table to this file")
+    parser.add_argument("--json", type=Path, help="the same as a list of objects, refused variants with their error")
     parser.add_argument(
         "--check", type=Path, nargs="?", const=BASELINE, help="fail where it is worse than a stored table"
     )
@@ -158,20 +193,25 @@ def run(command: str, argv: Sequence[str]) -> int:
     if arguments.write and arguments.tiles:
         raise ValueError("kernels --write: expected the kernels' own tiles, found --tiles; leave one of them out")
     if arguments.all:
-        arguments.dtype, arguments.head_dim = ("bf16", "fp16", "fp32"), (32, 64, 96, 128)
+        arguments.mask, arguments.dtype = ("document", "causal"), ("bf16", "fp16", "fp32")
+        arguments.head_dim = (32, 64, 96, 128)
     baseline = read_table(arguments.check) if arguments.check else {}
-    tasks = [
-        (arch, kernel, dtype, head_dim, tuple(arguments.tiles) if arguments.tiles else None)
+    tiles = tuple(arguments.tiles) if arguments.tiles else None
+    tasks = dict.fromkeys(
+        (arch, kernel, "document" if kernel == "delta" else mask, dtype, head_dim, tiles)  # delta has no mask
         for arch in arguments.arch
+        for mask in arguments.mask
         for dtype in arguments.dtype
         for head_dim in arguments.head_dim
         for kernel in arguments.kernel
-    ]
-    lines = compile_all(tasks, arguments.workers)
+    )
+    lines = compile_all(list(tasks), arguments.workers)
     print_table(lines)
     wrong = [f"{' '.join(str(line[k]) for k in _KEYS)}: {line['error']}" for line in lines if "error" in line]
     if arguments.csv is not None:
         write_atomic(arguments.csv, to_csv(lines))
+    if arguments.json is not None:
+        write_atomic(arguments.json, json.dumps(lines, indent=1) + "\n")
     if arguments.check:
         wrong = violations(lines, baseline)
     if arguments.write and not wrong:
