@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels import Implementation, Mask, Statistics
 from model.attention import SelfAttention
@@ -65,6 +67,8 @@ class Decoder(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self.implementation: Implementation | None = None
+        self.checkpoint_activations = False
+        """Whether training computes each block again in its backward pass instead of keeping what is inside."""
         self.embedding = nn.Embedding(vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
@@ -109,8 +113,10 @@ class Decoder(nn.Module):
         rotation = rotations(positions, self.config.dim, self.config.rope_base)
         x = self.embedding(tokens)
         found: list[Statistics] = []
+        again = self.checkpoint_activations and torch.is_grad_enabled()
         for block in self.blocks:
-            x, layer = block(x, rotation, mask, statistics=statistics, implementation=self.implementation)
+            call = partial(checkpoint, block, use_reentrant=False) if again else block
+            x, layer = call(x, rotation, mask, statistics=statistics, implementation=self.implementation)
             if layer is not None:
                 found.append(layer)
         x = self.norm(x)

@@ -23,6 +23,11 @@ logging.raiseExceptions = False
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`pytest tests/train/test_faults.py --kills 200` is the long form of the fault tests."""
+    parser.addoption("--kills", type=int, default=8, help="random kills of training runs, over all of them")
+
+
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A token store of 400 short generated documents, vocabulary 300."""

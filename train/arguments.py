@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
@@ -13,6 +15,23 @@ from lightning.pytorch.cli import LightningArgumentParser
 _UNKNOWN = (r"does not accept option '([\w.]+)'", r"unrecognized arguments: (\S+)", r"Key '([\w.]+)' is not expected")
 _NO_TYPE = r'Parser key "([\w.]+)":.*Subtypes: \[(.*?)\]\n.*Given value: (.*)'
 _WRONG_TYPE = r'Parser key "([\w.]+)":\s+(?:Expected an? (.+?)\. Got value: (.*)|(.+))'
+
+
+def check_yaml(argv: Sequence[str]) -> None:
+    """Refuse a --config that is no YAML of plain values; raises ValueError with file and line."""
+    import yaml
+
+    for index, argument in enumerate(argv):
+        value = argv[index + 1] if argument == "--config" and index + 1 < len(argv) else argument.partition("=")[2]
+        if argument.partition("=")[0] != "--config" or not Path(value).is_file():
+            continue
+        try:
+            yaml.safe_load(Path(value).read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{value}, line {mark.line + 1}" if mark else value
+            problem = getattr(error, "problem", None) or error
+            raise ValueError(f"{where}: expected YAML of plain values, found: {problem}") from None
 
 
 class ShortErrors:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
+import shutil
 import signal
 import threading
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +16,50 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from train.rundir import write_atomic
+from train import rundir
+from train.fsdp import load_sharded, read_meta
 
-LAST = "last.ckpt"
+
+def kept_steps(points: int, max_steps: int) -> set[int]:
+    """Steps whose checkpoints stay: `points` of them from 1 to `max_steps`, each the same factor after the last."""
+    return {round(max_steps ** (i / max(1, points - 1))) for i in range(points)}
 
 
 class Checkpoints(Checkpoint):
-    """Saves step-N.ckpt every few optimizer steps, after the last, and when told to stop; last.ckpt is a link to
-    the newest.
+    """Saves step-N.ckpt; last.ckpt is a link to the newest.
 
-    SIGINT (Ctrl-C) and SIGTERM (a scheduler) ask for a stop after the current step; a second one interrupts at once.
+    A checkpoint is saved every few optimizer steps, at log-spaced steps (sinks form early), where the validation loss
+    is the lowest so far, after the last step, and when told to stop. The newest, the best and the log-spaced ones stay,
+    the others go as soon as a newer one is whole.
+
+    SIGINT (Ctrl-C) and SIGTERM (a scheduler) ask for a stop after the current step, SIGUSR1 (SLURM before the end of
+    the time limit) for that and a requeue; a second one interrupts at once.
     Being Lightning's kind of Checkpoint, it runs after the other callbacks, whose state it saves.
     """
 
-    def __init__(self, folder: Path, every: int) -> None:
+    def __init__(
+        self, folder: Path, *, every: int, points: int, metrics: Path, loss: Callable[[int], float | None]
+    ) -> None:
+        """Configure the saving.
+
+        Args:
+            every: steps between checkpoints; points: log-spaced ones that stay.
+            metrics: the run's metrics.jsonl, which every checkpoint holds a copy of.
+            loss: the validation loss measured after a step, None where none was.
+        """
         if every < 1:
             raise ValueError(f"checkpoint_every: expected at least 1, found {every}")
+        if points < 0:
+            raise ValueError(f"checkpoint_points: expected 0 or more, found {points}")
         self.folder = folder
         self.every = every
+        self.points = points
+        self.metrics = metrics
+        self.loss = loss
+        self.best: tuple[int, float] | None = None
+        """Step and validation loss of the best checkpoint."""
+        self.restored = ""
+        """metrics.jsonl as the checkpoint saved it that this process resumed from."""
         self.reached = -1
         self.saved: int | None = None
         """Step of the newest checkpoint, None before there is one."""
@@ -39,12 +67,25 @@ class Checkpoints(Checkpoint):
         """The signal that asked for the stop."""
         self._handlers: dict[signal.Signals, Any] = {}
 
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint: which one is the best, whose run it is, and every point so far."""
+        run = self.metrics.with_name(rundir.RUN)
+        return {
+            "best": self.best,
+            "run": rundir.read_json(run) if run.exists() else {},
+            "metrics": self.metrics.read_text() if self.metrics.exists() else "",
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From the checkpoint; the points go back through `rundir.restore_metrics`."""
+        self.best, self.restored = state_dict["best"], state_dict["metrics"]
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The step that a run resumes from is saved already. From here on a stop is an orderly one."""
         self.reached = trainer.global_step
         self.saved = trainer.global_step if trainer.ckpt_path else None
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._handlers[number] = signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -61,10 +102,24 @@ class Checkpoints(Checkpoint):
             return
         self.reached = step
         stop = self._told_to_stop(trainer)
-        if stop or step % self.every == 0 or step == trainer.max_steps:
+        loss = self.loss(step)
+        best = loss is not None and (self.best is None or loss < self.best[1])
+        if best:
+            self.best = (step, loss)  # type: ignore[assignment]
+        kept = kept_steps(self.points, trainer.max_steps)
+        if stop or best or step in kept or step % self.every == 0 or step == trainer.max_steps:
             self._save(trainer, pl_module, step)
+            if trainer.is_global_zero:
+                self._remove(kept)
         if stop:
             trainer.should_stop = True
+
+    def _remove(self, kept: set[int]) -> None:
+        """Remove checkpoints that a newer one has replaced."""
+        for path in self.folder.glob("step-*.ckpt"):
+            step = int(path.stem.removeprefix("step-"))
+            if step < self.reached and step not in kept and (self.best is None or step != self.best[0]):
+                remove_checkpoint(path)
 
     def _told_to_stop(self, trainer: L.Trainer) -> bool:
         """Whether any process was told; they agree, when there are several, at the logging steps."""
@@ -77,14 +132,13 @@ class Checkpoints(Checkpoint):
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         pl_module.check_finite()  # type: ignore[operator]
         path = self.folder / f"step-{step:07d}.ckpt"
-        trainer.save_checkpoint(path)
+        save_atomic(trainer, path)
         self.saved = step
         if trainer.is_global_zero:
-            # A hard link costs no space, and renaming it over the old one is atomic.
-            link = self.folder / f".{LAST}"
+            link = self.folder / f".{rundir.LAST}"
             link.unlink(missing_ok=True)
-            os.link(path, link)
-            os.replace(link, self.folder / LAST)
+            link.symlink_to(path.name)
+            os.replace(link, self.folder / rundir.LAST)  # atomic, also over the old link
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the signals back."""
@@ -100,32 +154,93 @@ class Checkpoints(Checkpoint):
             signal.signal(number, handler)
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files through a temporary file in the same folder, fsync and rename."""
+def save_atomic(trainer: L.Trainer, path: Path) -> None:
+    """Save a checkpoint under its name when all of it is on the disk; called by every process.
+
+    A file (one process, DDP, FSDP2 with a whole checkpoint), or a folder with a part from each process.
+    """
+    partial = path.with_name(f".{path.name}")
+    trainer.save_checkpoint(partial)
+    trainer.strategy.barrier()
+    if trainer.is_global_zero:
+        if path.exists() and (path.is_dir() or partial.is_dir()):  # made again after resuming from an earlier one
+            remove_checkpoint(path)
+        os.replace(partial, path)
+        rundir.sync_folder(path.parent)
+    trainer.strategy.barrier()
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint, first from its name, so that no half of a folder bears it."""
+    if path.is_dir():
+        gone = path.with_name(f".removed-{path.name}")
+        os.replace(path, gone)
+        shutil.rmtree(gone)
+    else:
+        path.unlink()
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a kill in the middle of writing left."""
+    for partial in folder.glob(".*"):
+        if partial.is_dir() and not partial.is_symlink():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink()
+
+
+class SyncedCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, on the disk before they count as written."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Serialise, then replace `path`; a full disk or a crash leaves the previous file."""
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        write_atomic(Path(path), buffer.getbuffer())
+        """Write and fsync; `save_atomic` gives the file its name."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with path.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException as error:
+            path.unlink(missing_ok=True)
+            while not isinstance(error, OSError) and error.__context__ is not None:
+                error = error.__context__  # torch tells of a full disk as an internal error of its archive
+            if isinstance(error, OSError):
+                raise OSError(error.errno, error.strerror, str(path)) from None
+            raise
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """See `load_checkpoint`."""
         return load_checkpoint(Path(path))
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, tensors: bool = True) -> dict[str, Any]:
     """Load a checkpoint on the CPU; only tensors and plain values, so that a stranger's file runs no code.
 
+    Every byte is compared with the checksums that the file carries. Without `tensors`, those of a sharded checkpoint
+    are left out, and a file's are mapped instead of read.
     Raises FileNotFoundError, or ValueError for a file that is damaged or holds anything else.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a checkpoint file, found none")
+    if not path.exists():
+        there = ", ".join(sorted(p.name for p in path.parent.glob("step-*.ckpt"))) or "none"
+        raise FileNotFoundError(f"{path}: expected a checkpoint, found none of that name; there: {there}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if path.is_dir():
+            return load_sharded(path) if tensors else read_meta(path)
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"checksum of {damaged.partition('/')[2]}")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=not tensors)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        others = [
+            p.name for p in sorted(path.parent.glob("step-*.ckpt"), reverse=True) if p.name != path.resolve().name
+        ]
+        remedy = (
+            f"resume from another one with --ckpt_path {path.parent / others[0]}" if others else "start the run anew"
+        )
         raise ValueError(
-            f"{path}: expected a checkpoint of tensors and plain values, found a file that does not load "
-            f"({reason}); resume from another one in {path.parent}"
+            f"{path.resolve()}: expected a checkpoint of tensors and plain values, found a file that does not load "
+            f"({reason}); {remedy}"
         ) from None

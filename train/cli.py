@@ -21,6 +21,8 @@ COMMANDS = {
     "bench": ("train.bench", "ratios against named peers: training, attention"),
 }
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The top-level parser; each command parses its own arguments."""
@@ -68,13 +70,13 @@ def explained(error: Exception) -> bool:
     """Whether the error's message is meant for the user, so that a traceback would only hide it."""
     return isinstance(error, ValueError | FileNotFoundError | FileExistsError) or (
         type(error).__name__ in ("TrainingDiverged", "MisconfigurationException")
-        or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS))
+        or (isinstance(error, OSError) and error.errno in (*_NO_SPACE, errno.EACCES, errno.EROFS))
     )
 
 
 def explain(error: Exception) -> str:
     """The one message."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
         where = f" while writing {error.filename}" if error.filename else ""
         return (
             f"the disk is full{where}; nothing half-written was kept. Free some space, then run the same "

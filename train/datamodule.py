@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ class TokenData(L.LightningDataModule):
         self.seed = seed
         self.workers = workers
         self.rows_at_start = 0
+        self.tokens_at_start = 0
         self.steps_at_start = 0
         self.store = TokenStore.open(store, "train")
         self.rows = Rows(self.store, strategy, context_length, seed)
@@ -71,13 +74,29 @@ class TokenData(L.LightningDataModule):
         steps = self.trainer.global_step if self.trainer is not None else self.steps_at_start
         return self.rows_at_start + (steps - self.steps_at_start) * self.global_batch
 
+    def tokens_at(self, step: int) -> int:
+        """Tokens seen after `step` optimizer steps of this run."""
+        done = step - max(0, self.steps_at_start)
+        return self.tokens_at_start + done * self.global_batch * self.context_length
+
+    def layout(self) -> dict[str, Any]:
+        """What decides the tokens of row number r."""
+        return {
+            "documents": self.store.info.digest,
+            "strategy": dataclasses.asdict(self.strategy),
+            "context_length": self.context_length,
+            "seed": self.seed,
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"rows_consumed": self.rows_consumed()}
+        steps = self.trainer.global_step if self.trainer is not None else self.steps_at_start
+        return {"rows_consumed": self.rows_consumed(), "tokens": self.tokens_at(steps), "layout": self.layout()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From the checkpoint, before the loader is made."""
-        self.rows_at_start = state["rows_consumed"]
+        """From the checkpoint, before the loader is made. A fork may have other rows; it begins with their first."""
+        self.rows_at_start = state["rows_consumed"] if state["layout"] == self.layout() else 0
+        self.tokens_at_start = state["tokens"]
         self.steps_at_start = -1  # set by the loader, once the trainer knows its step
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -108,3 +127,44 @@ class TokenData(L.LightningDataModule):
     def audit(self) -> dict[str, Any]:
         """What packing did with the corpus."""
         return audit(self.rows)
+
+
+class StoreCheck(L.Callback):
+    """Compares the token store with its checksums while training goes on, in a thread; damage stops the run.
+
+    A small store is compared before the first step.
+    """
+
+    def __init__(self, data: TokenData) -> None:
+        self.data = data
+        self.damage: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    def _compare(self) -> None:
+        try:
+            for split in self.data.store.manifest.splits:
+                TokenStore.open(self.data.store_path, split).verify()
+        except Exception as error:
+            self.damage = error
+
+    def _raise(self) -> None:
+        if self.damage is not None:
+            raise ValueError(f"{self.damage}. Steps since this run began may have read what is damaged")
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Begin, from one process of each machine."""
+        if trainer.local_rank == 0 and self._thread is None:
+            self._thread = threading.Thread(target=self._compare, name="store-check", daemon=True)
+            self._thread.start()
+            self._thread.join(timeout=1.0)
+            self._raise()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Stop on damage, before the checkpoint of this step."""
+        self._raise()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Wait for the end of the comparison."""
+        if self._thread is not None:
+            self._thread.join()
+        self._raise()

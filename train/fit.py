@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,11 +21,13 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from train import rundir
-from train.arguments import ShortLightningParser
-from train.checkpoint import LAST, AtomicCheckpointIO, Checkpoints, load_checkpoint
-from train.datamodule import TokenData
+from train.arguments import ShortLightningParser, check_yaml
+from train.checkpoint import Checkpoints, SyncedCheckpointIO, load_checkpoint, remove_partial
+from train.datamodule import StoreCheck, TokenData
 from train.loggers import MetricsFile, WandbConfig, finish_wandb, process_rank, start_wandb
 from train.measure import MeasureConfig
 from train.module import SinkbedModule, check_identity
@@ -75,6 +80,7 @@ class RunFiles(SaveConfigCallback):
             return
         assert isinstance(pl_module, SinkbedModule)
         run_dir = Path(self.config["run_dir"])
+        checkpoints = _checkpoints(trainer)
         config = self.config.clone()
         config["ckpt_path"] = None  # else a run started from this file would continue this one
         rundir.write_atomic(run_dir / rundir.CONFIG, self.parser.dump(config, skip_none=False))
@@ -82,8 +88,11 @@ class RunFiles(SaveConfigCallback):
         rundir.write_atomic(run_dir / rundir.MANIFEST, manifest.read_bytes())
         rundir.write_json(run_dir / rundir.AUDIT, pl_module.data.audit())
         (run_dir / rundir.MEASUREMENT).unlink(missing_ok=True)  # of an end that is now to come again
-        rundir.cut_metrics(run_dir / rundir.METRICS, trainer.global_step if trainer.ckpt_path else -1)
+        told = rundir.restore_metrics(run_dir / rundir.METRICS, checkpoints.restored)
+        if told is not None:
+            rank_zero_warn(told)
         settings = json.loads(self.parser.dump(config, format="json"))
+        rundir.identify(run_dir, pl_module.parent)
         tracker = start_wandb(WandbConfig(**config["wandb"].as_dict()), run_dir, settings)
         if tracker is not None:
             trainer.loggers = [*trainer.loggers, tracker]
@@ -102,11 +111,16 @@ def _interrupted(trainer: L.Trainer) -> str:
     """What is kept of a run that was stopped, and how it goes on."""
     checkpoints = _checkpoints(trainer)
     saved = checkpoints.saved
-    if saved is None and (checkpoints.folder / LAST).exists():  # resumed, and stopped before the first step
+    if saved is None and rundir.newest_checkpoint(
+        checkpoints.folder.parent
+    ):  # resumed, and stopped before the first step
         return "stopped before the first step; resume with --ckpt_path last"
     if saved is None:
         return f"stopped at step {trainer.global_step}, before a checkpoint; start it again with the same command"
     return f"stopped at step {trainer.global_step}; step {saved} is saved: resume with --ckpt_path last"
+
+
+_say = rank_zero_only(print)
 
 
 class AlreadyFinished(Exception):
@@ -139,6 +153,7 @@ class SinkbedCLI(LightningCLI):
         """Parse, build and train, with the run directory locked."""
         self.held: IO[str] | None = None
         self.checkpoint: dict[str, Any] | None = None
+        self.parent: dict[str, Any] | None = None
         try:
             super().__init__(*args, **kwargs)
         finally:
@@ -149,7 +164,18 @@ class SinkbedCLI(LightningCLI):
         """Keys beside model, data and trainer."""
         parser.add_argument("--run_dir", type=Path, required=True, help="folder of this run")
         parser.add_argument("--threads", type=int, default=None, help="CPU threads; null: torch's choice")
-        parser.add_argument("--checkpoint_every", type=int, default=100, help="steps between checkpoints")
+        parser.add_argument(
+            "--checkpoint_every", type=int, default=100, help="steps between checkpoints; of these the newest is kept"
+        )
+        parser.add_argument(
+            "--checkpoint_points", type=int, default=12, help="log-spaced checkpoints that are kept, dense early"
+        )
+        parser.add_argument(
+            "--fork",
+            type=Path | None,
+            default=None,
+            help="start a new run from another run's checkpoint, with settings of its own",
+        )
         parser.add_class_arguments(MeasureConfig, "measure")
         parser.add_class_arguments(WandbConfig, "wandb")
         parser.set_defaults(
@@ -188,46 +214,64 @@ class SinkbedCLI(LightningCLI):
                     f"trainer.{name}: has no effect here, found {config.trainer.get(name)}; set {instead} instead"
                 )
         run_dir = Path(config.run_dir)
-        last = run_dir / rundir.CHECKPOINTS / LAST
-        if last.exists() and not config.ckpt_path:
+        last = rundir.newest_checkpoint(run_dir)
+        folder = run_dir / rundir.CHECKPOINTS
+        if last is not None and not config.ckpt_path:
             raise FileExistsError(
                 f"run_dir {run_dir}: expected a new folder, found a run. Resume it with --ckpt_path last, "
                 "or choose another --run_dir"
             )
+        if config.ckpt_path == "auto":
+            config.ckpt_path = "last" if last is not None else None
         if config.ckpt_path == "last":
-            if not last.exists():
+            if last is None:
                 raise FileNotFoundError(
-                    f"--ckpt_path last: expected {last}, found none; leave --ckpt_path out to start the run"
+                    f"--ckpt_path last: expected a checkpoint in {folder}, found none; leave --ckpt_path out to start "
+                    "the run"
                 )
             config.ckpt_path = str(last)
-        if config.ckpt_path and Path(config.ckpt_path).resolve().parent != last.parent.resolve():
+        if config.ckpt_path and Path(config.ckpt_path).resolve().parent != folder.resolve():
             raise ValueError(
-                f"--ckpt_path {config.ckpt_path}: expected a checkpoint of this run, in {last.parent}; give "
-                "the run_dir that it belongs to, or leave --ckpt_path out to start the run"
+                f"--ckpt_path {config.ckpt_path}: expected a checkpoint of this run, in {folder}; start a new run "
+                "from another one's with --fork"
             )
+        forking = config.fork is not None and not config.ckpt_path
+        if forking:
+            config.ckpt_path = str(Path(config.fork).resolve())
         if process_rank() == 0:
             self.held = rundir.lock(run_dir)
+            remove_partial(run_dir / rundir.CHECKPOINTS)
         if config.ckpt_path:
-            loaded = load_checkpoint(Path(config.ckpt_path))
-            self.checkpoint = {k: loaded.get(k) for k in ("sinkbed", "global_step")}
-        for partial in (run_dir / rundir.CHECKPOINTS).glob(".*"):
-            partial.unlink()  # what a kill in the middle of writing left
+            loaded = load_checkpoint(Path(config.ckpt_path), tensors=False)
+            saved = (loaded.get("callbacks") or {}).get("Checkpoints", {})
+            self.checkpoint = {k: loaded.get(k) for k in ("sinkbed", "global_step")} | {"saved": saved}
+            if forking:
+                run = saved.get("run", {})
+                self.parent = {"checkpoint": config.ckpt_path, "step": loaded.get("global_step"), **run}
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer with our callbacks, checkpoint files and loggers."""
         config = self.config_init.fit
         run_dir = Path(config.run_dir)
-        callbacks: list[Callback] = [
-            SinkMonitor(config.measure, run_dir),
-            Checkpoints(run_dir / rundir.CHECKPOINTS, config.checkpoint_every),
-        ]
+        monitor = SinkMonitor(config.measure, run_dir)
+        checkpoints = Checkpoints(
+            run_dir / rundir.CHECKPOINTS,
+            every=config.checkpoint_every,
+            points=config.checkpoint_points,
+            metrics=run_dir / rundir.METRICS,
+            loss=monitor.loss_at,
+        )
+        callbacks: list[Callback] = [StoreCheck(self.datamodule), monitor, checkpoints]
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(ProgressBar(refresh_rate=1 if sys.stderr.isatty() else 20))
         self.trainer_defaults = {"callbacks": callbacks}
+        plugins: list[Any] = [SyncedCheckpointIO()]
+        if SLURMEnvironment.detect():
+            plugins.append(SLURMEnvironment(auto_requeue=False))  # `requeue` does, from a checkpoint of ours
         trainer = super().instantiate_trainer(
             logger=[MetricsFile(run_dir)],
             default_root_dir=str(run_dir),
-            plugins=[AtomicCheckpointIO()],
+            plugins=plugins,
             enable_checkpointing=True,
             **kwargs,
         )
@@ -235,6 +279,7 @@ class SinkbedCLI(LightningCLI):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.sort(key=lambda callback: not isinstance(callback, RunFiles))
         trainer.accumulate_grad_batches = self.datamodule.accumulation(trainer.world_size)
+        self.model.parent = self.parent
         if self.checkpoint is not None:
             self._check_resume(trainer, run_dir)
         return trainer
@@ -242,16 +287,30 @@ class SinkbedCLI(LightningCLI):
     def _check_resume(self, trainer: L.Trainer, run_dir: Path) -> None:
         """Before anything is written: is it this run's checkpoint, and is there anything left to do?"""
         assert self.checkpoint is not None
-        check_identity(self.checkpoint, self.model.identity(self.datamodule, trainer))
+        ours = self.model.identity(self.datamodule, trainer)
+        check_identity(self.checkpoint, ours, fork=self.parent is not None)
         step = self.checkpoint["global_step"]
+        if self.parent is not None:
+            if step >= trainer.max_steps:
+                raise ValueError(
+                    f"--fork: expected trainer.max_steps above the checkpoint's step {step}, found {trainer.max_steps}"
+                )
+            _say(f"forking {self.parent['checkpoint']} at step {step}, to step {trainer.max_steps} in {run_dir}")
+            return
         if step >= trainer.max_steps and (run_dir / rundir.MEASUREMENT).exists():
             raise AlreadyFinished(
                 f"{run_dir}: already finished, at step {step}; nothing was changed. `sinkbed validate {run_dir}` "
                 "measures it again; a longer run needs a run_dir of its own"
             )
-        points = rundir.read_metrics(run_dir / rundir.METRICS)
-        later = sum(1 for p in points if p["step"] > step)
-        print(f"resuming {run_dir} at step {step} of {trainer.max_steps}; {later} later points will be made again")
+        metrics = run_dir / rundir.METRICS
+        points = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        later = max(0, points - self.checkpoint["saved"]["metrics"].count("\n"))
+        _say(f"resuming {run_dir} at step {step} of {trainer.max_steps}; {later} later points will be made again")
+        saved = self.checkpoint["sinkbed"]
+        names = {"processes": "processes", "micro_batches": "micro-batches a step"}
+        split = [f"{name} {saved[k]} -> {ours[k]}" for k, name in names.items() if saved[k] != ours[k]]
+        if split:
+            _say(f"{', '.join(split)}: the same rows in the same order, sums rounded in another one")
 
     def after_fit(self) -> None:
         """Say how it ended. A run killed between its last step and its final measurement is measured when it is
@@ -269,9 +328,22 @@ class SinkbedCLI(LightningCLI):
             print(f"in {monitor.run_dir}; curves: wandb leet {monitor.run_dir}/wandb")
 
 
+def requeue() -> None:
+    """Have SLURM start this job again; its script resumes with --ckpt_path auto."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
+        print(f"SLURM job {job} is queued again")
+    except (OSError, subprocess.CalledProcessError) as error:
+        detail = getattr(error, "stderr", "") or error
+        print(f"SLURM job {job}: scontrol requeue failed ({detail}); submit the job again", file=sys.stderr)
+
+
 def run(command: str, argv: Sequence[str]) -> int:
     """Train."""
-    ours = ["sinkbed", command, *argv]
+    check_yaml(argv)
+    ours = [sys.argv[0], command, *argv]
     theirs, sys.argv = sys.argv, ours  # LightningCLI reads the real command line
     # Lightning's advice on workers and its notices of devices say nothing that a user here can use.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -291,7 +363,10 @@ def run(command: str, argv: Sequence[str]) -> int:
             parser_kwargs={"prog": "sinkbed", "fit": {"description": (__doc__ or "").split("\n")[0]}},
         )
         stop = _checkpoints(cli.trainer).stop
-        exit_code = 128 + stop if stop is not None and cli.trainer.global_step < cli.trainer.max_steps else 0
+        stopped_early = stop is not None and cli.trainer.global_step < cli.trainer.max_steps
+        exit_code = 128 + stop if stop is not None and stopped_early else 0
+        if stopped_early and stop == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ and process_rank() == 0:
+            requeue()
     except AlreadyFinished as finished:
         print(finished)
         exit_code = 0

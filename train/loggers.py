@@ -173,12 +173,15 @@ def process_rank() -> int:
     return int(getattr(rank_zero_only, "rank", 0))
 
 
+_SECONDS_TO_ANSWER = 10
+
+
 def _answers(url: str) -> bool:
     """Whether a server answers at all. Asked first, because an init that fails keeps the run's id in use."""
     import requests
 
     try:
-        requests.head(url, timeout=10)
+        requests.head(url, timeout=_SECONDS_TO_ANSWER)
     except requests.RequestException:
         return False
     return True
@@ -187,18 +190,16 @@ def _answers(url: str) -> bool:
 def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) -> Tracker | None:
     """Start or continue the run's W&B run, and send what metrics.jsonl holds and W&B lacks.
 
-    Its id is made once and kept in run.json. A server that does not answer costs a warning and the run
-    goes on offline.
+    Its id is the one in run.json. A server that does not answer costs a warning and the run goes on offline.
     """
     if config.mode == "disabled" or process_rank() != 0:
         return None
     import wandb
 
     path = run_dir / rundir.RUN
-    known = rundir.read_json(path) if path.exists() else {}
-    identifier = known.get("wandb_id") or secrets.token_hex(4)
-    if not known:
-        rundir.write_json(path, {"wandb_id": identifier})
+    known = rundir.read_json(path)
+    if "parent" in known:
+        settings = settings | {"parent": known["parent"]}
     mode: Any = config.mode
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
@@ -208,7 +209,7 @@ def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) ->
         group=config.group,
         name=config.name or run_dir.name,
         tags=config.tags or None,
-        id=identifier,
+        id=known["wandb_id"],
         resume="allow",
         dir=str(run_dir),
         config=settings,
@@ -228,7 +229,7 @@ def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) ->
         rank_zero_warn(f"W&B refused the run ({error}); it goes on offline, under a new id")
         arguments.pop("resume", None)  # the failed attempt still holds the old id
         arguments["id"] = secrets.token_hex(4)
-        rundir.write_json(path, {"wandb_id": arguments["id"]})
+        rundir.write_json(path, known | {"wandb_id": arguments["id"]})
         run = wandb.init(mode="offline", **arguments)
     run.define_metric("train/tokens")
     run.define_metric("*", step_metric="train/tokens")

@@ -233,7 +233,7 @@ def measure(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             for rows, text, lengths in probe.batches(config.batch_tokens):
                 first = first_tokens(mode, strategy, probe, rows)
                 hide = mode == "first_key_masked"

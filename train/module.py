@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from data.batches import Batch
 from data.manifest import differences
@@ -17,8 +18,9 @@ from kernels import Implementation, Mask, interval_mask
 from model import Decoder, DecoderConfig
 from model.loss import IGNORED
 from train.datamodule import TokenData
+from train.fsdp import FSDP2Strategy, shard
 from train.loggers import record
-from train.optim import OptimizerConfig, build_optimizer
+from train.optim import OptimizerConfig, build_optimizer, learning_rate_factor
 
 
 class TrainingDiverged(RuntimeError):
@@ -44,6 +46,16 @@ def counted_targets(batch: Batch) -> Tensor:
     return batch.targets.masked_fill(~batch.loss_mask, IGNORED)
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered from all processes; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 _DEFAULT_OPTIMIZER = OptimizerConfig()
 
 
@@ -56,6 +68,7 @@ class SinkbedModule(L.LightningModule):
         optimizer: OptimizerConfig = _DEFAULT_OPTIMIZER,
         clip_norm: float | None = 1.0,
         compile: bool = False,
+        activation_checkpointing: bool = False,
         implementation: Implementation | None = None,
     ) -> None:
         """Configure the model.
@@ -64,6 +77,8 @@ class SinkbedModule(L.LightningModule):
             decoder: shape and parts of the decoder; the vocabulary comes from the token store.
             optimizer: AdamW and its schedule.
             clip_norm: the gradient's global norm is scaled down to this; null never.
+            activation_checkpointing: compute each block again in the backward pass instead of keeping it; the same
+                bits in less memory.
             implementation: of the attention operator; null takes the device's own.
             compile: run the decoder through torch.compile (needs a C++ compiler on CPUs).
         """
@@ -72,9 +87,13 @@ class SinkbedModule(L.LightningModule):
         self.optimizer_config = optimizer
         self.clip_norm = clip_norm
         self.compile_decoder = compile
+        self.activation_checkpointing = activation_checkpointing
         self.implementation = implementation
         self.decoder: Decoder | None = None
+        self.parent: dict[str, Any] | None = None
+        """The run and step that this run is a fork of, when it starts from another run's checkpoint."""
         self._losses: list[Tensor] = []
+        self._counts: list[Tensor] = []
         self._last: tuple[int, Tensor, Tensor] | None = None
         self._window: tuple[float, int] | None = None
 
@@ -89,6 +108,9 @@ class SinkbedModule(L.LightningModule):
             return
         self.decoder = Decoder(self.decoder_config, self.data.store.manifest.vocab_size)
         self.decoder.implementation = self.implementation
+        self.decoder.checkpoint_activations = self.activation_checkpointing
+        if isinstance(self.trainer.strategy, FSDP2Strategy):
+            shard(self.decoder, self.trainer.strategy.device_mesh["data_parallel"])
         if self.compile_decoder:
             self.decoder.compile()
 
@@ -98,13 +120,40 @@ class SinkbedModule(L.LightningModule):
         optimizer, schedule = build_optimizer(self.decoder, self.optimizer_config, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    @property
+    def parts(self) -> int:
+        """Forward passes of an optimizer step, over all processes."""
+        return self.trainer.accumulate_grad_batches * self.trainer.world_size
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Loss of one micro-batch."""
+        """Loss of one micro-batch: the mean over its targets, or its share of the sum over the step's targets."""
         assert self.decoder is not None
         mask = batch_mask(batch, self.data)
         positions = batch.positions if self.data.strategy.positions == "document" else None
         loss = self.decoder(batch.tokens, positions, mask, targets=counted_targets(batch)).loss
+        if self.parts > 1:
+            # Micro-batches differ in the targets that count. Lightning averages over micro-batches and processes;
+            # `_normalise` makes of that the mean over all targets, whatever the parts.
+            count = batch.loss_mask.sum()
+            loss = loss * (count / batch.loss_mask.numel())
+            self._counts.append(count)
         self._losses.append(loss.detach())
+        return loss
+
+    def _normalise(self) -> Tensor:
+        """Loss of the optimizer step, the mean over all its targets; scales the gradients to it."""
+        if self.parts == 1:
+            [loss] = self._losses
+        else:
+            local = torch.stack([torch.stack(self._losses).sum(), torch.stack(self._counts).sum().float()])
+            sums = self.trainer.strategy.reduce(local, reduce_op="sum")
+            targets = self.data.global_batch * self.data.context_length
+            # sums[0] is parts times the average that Lightning made of sum / micro-batch size.
+            loss = sums[0] / self.parts * (targets / sums[1].clamp_min(1))
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            torch._foreach_mul_([local_part(g) for g in gradients], targets / sums[1].clamp_min(1))
+        self._losses.clear()
+        self._counts.clear()
         return loss
 
     def configure_gradient_clipping(
@@ -114,10 +163,9 @@ class SinkbedModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the global norm, stop on a norm that is not finite, and log."""
-        loss = torch.stack(self._losses).mean()  # over the step's micro-batches
-        self._losses.clear()
+        loss = self._normalise()
         limit = float("inf") if self.clip_norm is None else self.clip_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit, foreach=True)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters(), limit, foreach=True))
         step = self.trainer.global_step + 1
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         due = step % every == 0 or step in (1, self.trainer.max_steps)
@@ -164,14 +212,13 @@ class SinkbedModule(L.LightningModule):
 
     def tokens_at(self, step: int) -> int:
         """Tokens seen after `step` optimizer steps of this run."""
-        done = step - max(0, self.data.steps_at_start)
-        return (self.data.rows_at_start + done * self.data.global_batch) * self.data.context_length
+        return self.data.tokens_at(step)
 
     def identity(self, data: TokenData, trainer: L.Trainer) -> dict[str, Any]:
         """What a checkpoint must share with the run that resumes it, and what `validate` rebuilds it from."""
         manifest = data.store.manifest
         return {
-            "format": 1,
+            "format": 2,
             "decoder": dataclasses.asdict(self.decoder_config),
             "vocab_size": manifest.vocab_size,
             "tokenizer": manifest.tokenizer_sha256,
@@ -186,15 +233,52 @@ class SinkbedModule(L.LightningModule):
             "clip_norm": self.clip_norm,
             "max_steps": trainer.max_steps,
             "micro_batches": trainer.accumulate_grad_batches,
+            "processes": trainer.world_size,
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the identity."""
+        """Add the identity; name the optimizer's states by parameter, so that any strategy can read them."""
         checkpoint["sinkbed"] = self.identity(self.data, self.trainer)
+        for state, optimizer in zip(checkpoint["optimizer_states"], self.trainer.optimizers, strict=True):
+            if state:  # empty where another process saves the whole
+                rename_states(state, dict(enumerate(self._parameter_names(optimizer))))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See `check_identity`."""
-        check_identity(checkpoint, self.identity(self.data, self.trainer))
+        """See `check_identity`. Lightning counts micro-batches, which may be of another size now."""
+        fork = self.parent is not None
+        check_identity(checkpoint, self.identity(self.data, self.trainer), fork=fork)
+        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            # As saved in the hook at a batch's end: processed, not yet completed.
+            counts.update(ready=done, started=done, processed=done, completed=done - 1)
+        if fork:
+            self._adopt(checkpoint)
+
+    def _adopt(self, checkpoint: dict[str, Any]) -> None:
+        """Keep weights and moments of another run's checkpoint; every setting is this run's own."""
+        c = self.optimizer_config
+        factor = learning_rate_factor(c, checkpoint["global_step"], self.trainer.max_steps)
+        for state in checkpoint["optimizer_states"]:
+            for group, decay in zip(state["param_groups"], (c.weight_decay, 0.0), strict=True):
+                group |= {"lr": c.lr * factor, "initial_lr": c.lr, "weight_decay": decay, "eps": c.eps}
+                group["betas"] = c.betas
+        for schedule in checkpoint["lr_schedulers"]:
+            schedule["base_lrs"] = [c.lr] * len(schedule["base_lrs"])
+        for name in ("SinkMonitor", "Checkpoints"):
+            checkpoint["callbacks"].pop(name, None)
+
+    def _parameter_names(self, optimizer: torch.optim.Optimizer) -> list[str]:
+        """Names in the order of the optimizer's own numbers."""
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def rename_states(state: dict[str, Any], names: dict[Any, Any]) -> None:
+    """Rename the parameters of an optimizer's state dict, in place; a name that is not among `names` stays."""
+    state["state"] = {names.get(key, key): value for key, value in state["state"].items()}
+    for group in state["param_groups"]:
+        group["params"] = [names.get(key, key) for key in group["params"]]
 
 
 # Parts of the identity by the names that a user gives them.
@@ -207,26 +291,38 @@ _CONFIG_KEYS = {
     "global_batch": "data.global_batch",
     "seed": "data.seed",
     "max_steps": "trainer.max_steps",
-    "micro_batches": "micro-batches a step (data.micro_batch, processes)",
     "documents": "sha256 of the token store's documents",
     "tokenizer": "sha256 of the token store's tokenizer",
     "vocab_size": "tokens in the token store's vocabulary",
 }
 
 
-def check_identity(checkpoint: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Refuse a checkpoint of another shape, data or strategy; raises ValueError with both values of each setting."""
+# The same documents may lie elsewhere; the same rows may be split in another way.
+_MAY_CHANGE = ("store", "micro_batches", "processes")
+
+
+# What a fork may not change either: without it the weights have no meaning.
+_FORK = ("format", "decoder", "vocab_size", "tokenizer")
+
+
+def check_identity(checkpoint: dict[str, Any], ours: dict[str, Any], fork: bool = False) -> None:
+    """Refuse a checkpoint of another shape, data or strategy; of another shape or vocabulary in a fork.
+
+    Raises ValueError with both values of each setting.
+    """
     theirs = checkpoint.get("sinkbed")
     if theirs is None:
         raise ValueError("the checkpoint: expected one written by sinkbed fit, found no `sinkbed` entry")
     pairs = [
         f"{name}: the checkpoint has {found!r}, this configuration {expected!r}"
         for key, value in ours.items()
-        if key != "store"  # the same documents may lie elsewhere
+        if (key in _FORK if fork else key not in _MAY_CHANGE)
         for name, found, expected in differences(theirs.get(key), value, _CONFIG_KEYS.get(key, key))
     ]
+    if pairs and fork:
+        raise ValueError(f"--fork: expected the checkpoint's own model and vocabulary, found {'; '.join(pairs)}")
     if pairs:
         raise ValueError(
-            f"resuming: expected the run's own configuration, found {'; '.join(pairs)}. "
-            "Start from the run's config.yaml, or choose a new run_dir without --ckpt_path"
+            f"resuming: expected the run's own configuration, found {'; '.join(pairs)}. Start from the run's "
+            "config.yaml, or make a new run of it: another run_dir, and --fork CHECKPOINT instead of --ckpt_path"
         )

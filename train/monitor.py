@@ -37,6 +37,7 @@ class SinkMonitor(L.Callback):
         self.packed: Rows | None = None
         self.steps: set[int] = set()
         self.measured: int | None = None
+        self.loss: float | None = None
         self.final: _Results | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,6 +101,10 @@ class SinkMonitor(L.Callback):
         if step in self.steps and step != self.measured:
             self._measure_live(trainer, module)
 
+    def loss_at(self, step: int) -> float | None:
+        """Validation loss measured after a step, in the first live mode; None where none was."""
+        return self.loss if step == self.measured else None
+
     def _measure(self, module: SinkbedModule, probe: Probe, modes: Sequence[InferenceMode]) -> _Results:
         assert module.decoder is not None
         return {m: measure(module.decoder, probe, m, module.data.strategy, self.config) for m in modes}
@@ -121,7 +126,7 @@ class SinkMonitor(L.Callback):
         record(trainer, values, step=step, tokens=tokens, heatmaps=maps)
         if step:
             module.log("sink %", rate, prog_bar=True, logger=False)
-        self.measured = step
+        self.measured, self.loss = step, values[f"val/loss/{c.live_modes[0]}"]
         seconds = time.perf_counter() - began
         self.seconds += seconds
         module.skip_time(seconds)
@@ -137,7 +142,7 @@ class SinkMonitor(L.Callback):
         batch = batch.to(module.device)
         training = decoder.training
         decoder.eval()
-        with torch.inference_mode():
+        with torch.no_grad():
             positions = batch.positions if module.data.strategy.positions == "document" else None
             output = decoder(batch.tokens, positions, batch_mask(batch, module.data), statistics=True)
         decoder.train(training)

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 def run(command: str, argv: Sequence[str]) -> int:
     """Parse and prepare."""
     from data.prepare import PrepareConfig, prepare
-    from train.arguments import ShortParser
+    from train.arguments import ShortParser, check_yaml
 
+    check_yaml(argv)
     parser = ShortParser(prog=f"sinkbed {command}", description="Documents to a token store.")
     parser.add_argument("--config", action="config", help="YAML file with the keys below")
     parser.add_class_arguments(PrepareConfig, None)

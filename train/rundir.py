@@ -2,7 +2,7 @@
 
 config.yaml      the whole configuration          manifest.json  the token store's manifest
 audit.json       what packing did                 metrics.jsonl  every point, in order
-measurement.json the final measurement            checkpoints/   wandb/   run.json (W&B id)
+measurement.json the final measurement            checkpoints/   wandb/   run.json (W&B id, parent)
 .lock            held by the process that writes here
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,17 @@ from typing import IO, Any
 
 CONFIG, MANIFEST, AUDIT = "config.yaml", "manifest.json", "audit.json"
 METRICS, MEASUREMENT, RUN, CHECKPOINTS = "metrics.jsonl", "measurement.json", "run.json", "checkpoints"
+
+
+LAST = "last.ckpt"
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """What last.ckpt names, or the highest step where a crash took the link; None before the first checkpoint."""
+    folder = run_dir / CHECKPOINTS
+    if (folder / LAST).exists():
+        return (folder / LAST).resolve()
+    return max(folder.glob("step-*.ckpt"), default=None)
 
 
 def lock(folder: Path) -> IO[str]:
@@ -61,9 +73,19 @@ def write_atomic(path: Path, content: str | bytes | memoryview) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk too: a rename before this may be undone by a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -77,6 +99,13 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: expected JSON, found damage at {error}; restore or remove it") from None
+
+
+def identify(folder: Path, parent: dict[str, Any] | None) -> None:
+    """Write run.json: the W&B id, made once, and the run and step that this run is a fork of."""
+    path = folder / RUN
+    known = read_json(path) if path.exists() else {"wandb_id": secrets.token_hex(4)}
+    write_json(path, known | ({} if parent is None else {"parent": parent}))
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
@@ -96,7 +125,22 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"{path}, line {number}: expected one JSON object, found {line[:60]!r}") from None
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Drop the points after `step`: they will be made again on resume."""
-    if path.exists():
-        write_atomic(path, "".join(json.dumps(p) + "\n" for p in read_metrics(path) if p["step"] <= step))
+def restore_metrics(path: Path, saved: str) -> str | None:
+    """Put metrics.jsonl back to what a checkpoint saved; later points will be made again.
+
+    Points that differ from the saved ones were damaged: the file is kept beside as `.damaged`.
+    Returns what there is to tell the user, None where there is nothing.
+    """
+    found = path.read_bytes() if path.exists() else b""
+    if found != saved.encode():
+        write_atomic(path, saved)
+    if found.startswith(saved.encode()):
+        return None
+    if not found:
+        return f"{path}: expected {saved.count(chr(10))} points, found none; they are restored from the checkpoint"
+    damaged = path.with_name(f"{path.name}.damaged")
+    write_atomic(damaged, found)
+    pairs = zip(found.splitlines(), saved.encode().splitlines(), strict=False)
+    line = next((number for number, (ours, theirs) in enumerate(pairs, 1) if ours != theirs), None)
+    what = f"line {line} is not as the checkpoint saved it" if line else "points that the checkpoint saved are missing"
+    return f"{path}: damaged, {what}; restored from the checkpoint, the old file is {damaged.name}"

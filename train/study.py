@@ -93,7 +93,7 @@ class ArmRun:
 
     def resumable(self) -> bool:
         """Whether a checkpoint is there to go on from."""
-        return (self.folder / rundir.CHECKPOINTS / "last.ckpt").exists()
+        return rundir.newest_checkpoint(self.folder) is not None
 
     def reason(self) -> str:
         """Why the arm failed, or what makes its folder one of another configuration."""

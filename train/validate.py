@@ -68,15 +68,18 @@ def run(command: str, argv: Sequence[str]) -> int:
     import yaml
 
     from data.store import TokenStore
-    from train.checkpoint import LAST, load_checkpoint
+    from train.checkpoint import load_checkpoint
     from train.measure import MeasureConfig, Probe, check_modes, measure
 
     path = arguments.run
-    folder = path.parent.parent if path.is_file() else path
+    chosen = path.name.endswith(".ckpt")  # a sharded checkpoint is a folder too
+    folder = path.parent.parent if chosen else path
     config_path = folder / rundir.CONFIG
     if not config_path.is_file():
         raise FileNotFoundError(f"{path}: expected a run directory or a checkpoint inside one, found no {config_path}")
-    checkpoint = load_checkpoint(path if path.is_file() else folder / rundir.CHECKPOINTS / LAST)
+    checkpoint = load_checkpoint(
+        path if chosen else rundir.newest_checkpoint(folder) or folder / rundir.CHECKPOINTS / rundir.LAST
+    )
     config = yaml.safe_load(config_path.read_text())
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["measure"].items()}
     if arguments.documents is not None:

@@ -16,6 +16,7 @@ seed_everything: 0
 run_dir: {path.parent / "run"}
 threads: 1
 checkpoint_every: 4
+checkpoint_points: 3
 model:
   decoder: {{layers: 2, d_model: 32, heads: 2, d_ff: 48}}
   optimizer: {{lr: 1.0e-2, warmup_steps: 2}}

@@ -1,0 +1,272 @@
+"""Runs that are killed, starved and damaged, as they are in real life: in processes of their own.
+
+The long form is `pytest tests/train/test_faults.py --kills 200`.
+"""
+
+import itertools
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+
+import pytest
+
+from tests.train.test_fit import points
+from tests.train.test_resume import equal, training_state
+from train import rundir
+from train.checkpoint import load_checkpoint
+from train.loggers import read_wandb_file
+
+# One process imports everything; each run is forked from it and takes a second instead of ten.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["train.fit", "wandb"])
+LONG = (
+    "--trainer.max_steps",
+    "40",
+    "--checkpoint_every",
+    "3",
+    "--checkpoint_points",
+    "5",
+    "--measure.live_points",
+    "6",
+)
+
+
+def _run(arguments, log, largest_file):
+    from train.cli import main
+
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if largest_file is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    os._exit(main(arguments))
+
+
+@pytest.fixture
+def start(fit):
+    """Start `sinkbed fit` in a process; returns it."""
+    started = []
+
+    def call(folder, *extra, largest_file=None):
+        arguments = ["fit", "--config", str(fit.config), "--run_dir", str(folder), *extra]
+        process = _processes.Process(target=_run, args=(arguments, f"{folder}.log", largest_file))
+        process.start()
+        started.append(process)
+        return process
+
+    yield call
+    for process in started:
+        if process.is_alive():
+            process.kill()
+        process.join()
+
+
+@pytest.fixture
+def folder(fit):
+    return fit.config.parent / "cut"
+
+
+def output(folder):
+    with open(f"{folder}.log") as file:
+        return file.read()
+
+
+def finish(process):
+    process.join(timeout=120)
+    assert process.exitcode is not None, "hangs"
+    return process.exitcode
+
+
+def wait_for_partial(folder, process, deadline):
+    """Wait until a checkpoint is being written."""
+    while process.is_alive() and time.monotonic() < deadline:
+        if any((folder / "checkpoints").glob(".step-*")):
+            return True
+    return False
+
+
+def test_runs_killed_at_random_moments_end_as_the_uninterrupted_run(fit, start, request):
+    """SIGKILL at any moment, while a checkpoint is being written, and now and then a polite signal."""
+    kills, draw = request.config.getoption("--kills"), random.Random(0)
+    whole = fit.config.parent / "whole"
+    finish(start(whole, "--help"))  # the first one waits for the imports
+    began = time.monotonic()
+    assert finish(start(whole, *LONG)) == 0, output(whole)
+    lasts = time.monotonic() - began
+    done = in_writing = 0
+    for trial in itertools.count():
+        folder = fit.config.parent / f"cut{trial}"
+        for _ in range(draw.randint(2, 8)):
+            process = start(folder, *LONG, "--ckpt_path", "auto")
+            number = draw.choice([signal.SIGKILL] * 4 + [signal.SIGTERM, signal.SIGINT])
+            now = time.monotonic()
+            if in_writing == 0 or draw.random() < 0.3:
+                number = signal.SIGKILL
+                in_writing += wait_for_partial(folder, process, now + lasts)
+            else:
+                process.join(timeout=draw.uniform(0, 1.1) * lasts)
+            if process.is_alive():
+                os.kill(process.pid, number)
+                done += 1
+            assert finish(process) in (0, -signal.SIGKILL, -number, 128 + number), output(folder)
+        assert finish(start(folder, *LONG, "--ckpt_path", "auto")) == 0, output(folder)
+        assert points(folder) == points(whole), f"trial {trial} of {done} kills"
+        assert equal(training_state(folder, 40), training_state(whole, 40)), f"trial {trial}"
+        names = [sorted(p.name for p in (f / "checkpoints").iterdir()) for f in (folder, whole)]
+        assert set(names[1]) <= set(names[0]) and not any(name.startswith(".") for name in names[0])
+        segments = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+        steps = [row["_step"] for segment in segments for row in read_wandb_file(segment)]
+        assert steps == list(range(len(points(whole)))), "W&B has every point once"
+        assert "Traceback" not in output(folder), output(folder)
+        if done >= kills:
+            break
+    print(f"{done} kills, {in_writing} of them while a checkpoint was being written, over {trial + 1} runs")
+
+
+def test_a_full_disk_is_one_message_and_leaves_no_part_of_a_checkpoint(start, folder):
+    assert finish(start(folder, "--trainer.max_steps", "4", "--wandb.mode", "disabled")) == 0
+    size = (folder / "checkpoints" / "step-0000004.ckpt").stat().st_size
+    full = folder.with_name("full")
+    assert finish(start(full, "--wandb.mode", "disabled", largest_file=size - 500)) == 1
+    message = output(full)
+    assert "Traceback" not in message and "disk is full while writing" in message and ".ckpt" in message
+    assert not list((full / "checkpoints").glob(".step*"))
+    for path in (full / "checkpoints").glob("step-*.ckpt"):
+        load_checkpoint(path)
+    assert finish(start(full, "--ckpt_path", "auto", "--wandb.mode", "disabled")) == 0, output(full)
+
+
+def test_sigusr1_under_slurm_saves_and_requeues(start, folder, tmp_path, monkeypatch):
+    """A stand-in for scontrol records what it is called with."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    scontrol.chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "sinkbed", "SLURM_NODEID": "0",
+             "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}  # fmt: skip
+    arguments = ["--trainer.max_steps", "3000", "--ckpt_path", "auto"]
+    process = start_with_environment(
+        start, folder, {**slurm, "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}, arguments
+    )
+    deadline = time.monotonic() + 60
+    while rundir.newest_checkpoint(folder) is None and time.monotonic() < deadline and process.is_alive():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGUSR1)
+    assert finish(process) == 128 + signal.SIGUSR1, output(folder)
+    assert (tmp_path / "calls").read_text() == "requeue 77\n"
+    step = int(rundir.newest_checkpoint(folder).stem[5:])
+    assert f"step {step} is saved" in output(folder) and "queued again" in output(folder)
+    # The requeued job's script has the same command.
+    shorter = start_with_environment(start, folder, slurm, arguments)
+    while f"resuming {folder} at step {step}" not in output(folder) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    shorter.kill()
+    assert f"resuming {folder} at step {step}" in output(folder)
+
+
+def start_with_environment(start, folder, environment, arguments):
+    """Start with variables that the fork server does not have."""
+    process = _processes.Process(target=_run_with, args=(environment, *_arguments(start, folder, arguments)))
+    process.start()
+    return process
+
+
+def _arguments(start, folder, arguments):
+    config = folder.parent / "run.yaml"
+    return ["fit", "--config", str(config), "--run_dir", str(folder), *arguments], f"{folder}.log", None
+
+
+def _run_with(environment, *rest):
+    os.environ.update(environment)
+    _run(*rest)
+
+
+@pytest.mark.parametrize("kind", ["flipped", "truncated"])
+def test_a_damaged_checkpoint_never_loads_as_another(fit, kind):
+    _, folder = fit()
+    path = folder / "checkpoints" / "step-0000010.ckpt"
+    good, content, draw = load_checkpoint(path), path.read_bytes(), random.Random(1)
+    refused = 0
+    for _ in range(60):
+        at = draw.randrange(len(content))
+        bad = content[:at] + (
+            bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :] if kind == "flipped" else b""
+        )
+        path.write_bytes(bad)
+        try:
+            found = load_checkpoint(path)
+        except ValueError as error:
+            refused += 1
+            assert str(path) in str(error) and "--ckpt_path" in str(error) and "step-0000003.ckpt" in str(error)
+        else:
+            assert kind == "flipped" and equal(found, good), "a byte without meaning, such as padding"
+    assert refused > (30 if kind == "flipped" else 59)
+
+
+def test_a_damaged_token_store_stops_the_run_before_its_first_step(fit, tiny_store, tmp_path, capsys):
+    import shutil
+
+    store = tmp_path / "store"
+    shutil.copytree(tiny_store, store)
+    shard = next(store.glob("train*.arrow"), None) or max(store.rglob("*.arrow"), key=lambda p: p.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    status, folder = fit("--data.store", str(store))
+    assert status == 1
+    assert shard.name in (message := capsys.readouterr().err) and "damaged" in message
+    assert rundir.newest_checkpoint(folder) is None
+
+
+def test_a_tracker_that_never_answers_costs_seconds_and_not_the_run(fit, monkeypatch):
+    """A server that takes connections and says nothing."""
+    import socket
+
+    import train.loggers
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+        monkeypatch.setattr(train.loggers, "_SECONDS_TO_ANSWER", 0.5)
+        import wandb
+
+        wandb.teardown()
+        with pytest.warns(UserWarning, match="does not answer; the run goes on offline"):
+            status, folder = fit("--wandb.mode", "online")
+        monkeypatch.undo()
+        wandb.teardown()
+    assert status == 0
+    [segment] = folder.glob("wandb/offline-run-*/run-*.wandb")
+    assert len(list(read_wandb_file(segment))) == len(points(folder))
+
+
+def test_no_key_is_written_anywhere(fit, monkeypatch):
+    secret = "5" * 17 + "ab" * 11 + "7"
+    monkeypatch.setenv("WANDB_API_KEY", secret)
+    monkeypatch.setenv("HF_TOKEN", f"hf_{secret}")
+    status, folder = fit("--wandb.mode", "offline")
+    assert status == 0
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 8 and not [path for path in files if secret.encode() in path.read_bytes()]
+
+
+def test_a_config_that_builds_objects_is_refused(fit, capsys, tmp_path):
+    evil = tmp_path / "evil.yaml"
+    evil.write_text(f"run_dir: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n")
+    assert fit("--config", str(evil))[0] == 1
+    message = capsys.readouterr().err
+    assert "evil.yaml, line 1: expected YAML of plain values" in message and "python/object/apply:os.mkdir" in message
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_checkpoint_link_that_leaves_the_run_is_refused(fit, capsys, tmp_path):
+    _, folder = fit()
+    outside = tmp_path / "outside.ckpt"
+    (folder / "checkpoints" / "step-0000010.ckpt").rename(outside)
+    (folder / "checkpoints" / "step-0000010.ckpt").symlink_to(outside)
+    assert fit("--ckpt_path", "last")[0] == 1
+    assert "expected a checkpoint of this run" in capsys.readouterr().err
