@@ -89,6 +89,12 @@ class Mask:
         same = self.first_key is not None and self.first_key is self.doc_start
         return same and self.end_key is None and self.shared_prefix == 0
 
+    @property
+    def shared(self) -> tuple[int, int]:
+        """Where the shared prefix begins and ends; (0, 0) where it adds nothing to the intervals."""
+        some = self.first_key is not None and self.shared_from < self.shared_prefix
+        return (self.shared_from, self.shared_prefix) if some else (0, 0)
+
     # The transpose of an interval mask is one too: key j is in the interval of queries first_query[j] .. last_query[j].
 
     @property

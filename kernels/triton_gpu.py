@@ -175,12 +175,6 @@ def _checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _shared(mask: Mask) -> tuple[int, int]:
-    """The shared prefix, (0, 0) where it adds nothing."""
-    some = mask.first_key is not None and mask.shared_from < mask.shared_prefix
-    return (mask.shared_from, mask.shared_prefix) if some else (0, 0)
-
-
 def triton_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, sink_logit: Tensor | None, statistics: Wanted
 ) -> tuple[Tensor, Tensor, Statistics | None]:
@@ -192,7 +186,7 @@ def triton_attention(
     output, lse, row_mass, document_mass, max_probability, entropy = torch.ops.sinkbed.attention_triton(
         q, k, v, mask.first_key, mask.end_key, mask.first_query, mask.last_query,
         mask.doc_start if statistics else None, mask.doc_end if statistics else None, sink_logit,
-        *_shared(mask), scale, bool(statistics), statistics == "full",
+        *mask.shared, scale, bool(statistics), statistics == "full",
     )  # fmt: skip
     if not statistics:
         return output, lse, None
@@ -224,4 +218,4 @@ def triton_received(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float)
     """Column sums by the Triton kernel; shapes as in `kernels.api.attention_received`. Raises as `triton_attention`."""
     q, k, _ = _checked(q, k, k)
     lse = lse.float().contiguous()
-    return _received(q, k, lse, mask.first_query, mask.last_query, *_shared(mask), scale)
+    return _received(q, k, lse, mask.first_query, mask.last_query, *mask.shared, scale)

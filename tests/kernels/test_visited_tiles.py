@@ -6,7 +6,7 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from kernels import available, interval_mask
 from tests.kernels.test_attention import MASKS, boundaries
@@ -62,10 +62,9 @@ def visited(mask, block_m, block_n, by_key):
     blocks_m, blocks_n = triton.cdiv(T, block_m), triton.cdiv(T, block_n)
     found = torch.zeros(blocks_n if by_key else blocks_m, 6, dtype=torch.int32)
     tensors = (mask.first_query, mask.last_query) if by_key else (mask.first_key, mask.end_key)
-    shared = (mask.shared_from, mask.shared_prefix) if mask.first_key is not None else (0, 0)
     kernel = record_key_block if by_key else record_query_block
     kernel[(len(found),)](
-        *tensors, found, T, *shared, BLOCK_M=block_m, BLOCK_N=block_n, HAS_FIRST=mask.first_key is not None,
+        *tensors, found, T, *mask.shared, BLOCK_M=block_m, BLOCK_N=block_n, HAS_FIRST=mask.first_key is not None,
         HAS_END=mask.end_key is not None,
     )  # fmt: skip
     some, full = (torch.zeros(blocks_m, blocks_n, dtype=torch.bool) for _ in range(2))
@@ -122,6 +121,7 @@ def test_the_kernels_visit_the_fewest_tiles(name, blocks):
     hide=st.booleans(),
     blocks=st.sampled_from([(16, 16), (16, 32), (32, 16)]),
 )
+@example(lengths=[1, 15, 1], window=None, document=True, shared=1, prefix=0, hide=True, blocks=(16, 16))
 def test_any_mask(lengths, window, document, shared, prefix, hide, blocks):
     T = sum(lengths)
     start, end = boundaries(lengths)
