@@ -33,7 +33,8 @@ class Checkpoints(Checkpoint):
     the others go as soon as a newer one is whole.
 
     SIGINT (Ctrl-C) and SIGTERM (a scheduler) ask for a stop after the current step, SIGUSR1 (SLURM before the end of
-    the time limit) for that and a requeue; a second one interrupts at once.
+    the time limit) for that and a requeue; a second one interrupts at once. Several processes agree on a stop at the
+    next logging step, whichever of them was told.
     Being Lightning's kind of Checkpoint, it runs after the other callbacks, whose state it saves.
     """
 
@@ -64,7 +65,7 @@ class Checkpoints(Checkpoint):
         self.saved: int | None = None
         """Step of the newest checkpoint, None before there is one."""
         self.stop: signal.Signals | None = None
-        """The signal that asked for the stop."""
+        """The signal that asked for the stop, in any process once they have agreed."""
         self._handlers: dict[signal.Signals, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,7 +94,7 @@ class Checkpoints(Checkpoint):
             raise KeyboardInterrupt
         self.stop = signal.Signals(number)
         # Not print: the signal may have come in the middle of one.
-        os.write(2, f"\n{self.stop.name}: saving after this step; once more to stop at once\n".encode())
+        os.write(2, f"\n{self.stop.name}: saving at the next step; once more to stop at once\n".encode())
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Save when an optimizer step that is due has ended."""
@@ -123,11 +124,13 @@ class Checkpoints(Checkpoint):
 
     def _told_to_stop(self, trainer: L.Trainer) -> bool:
         """Whether any process was told; they agree, when there are several, at the logging steps."""
-        told = self.stop is not None
-        if trainer.world_size == 1:
-            return told
-        due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        return due and bool(trainer.strategy.reduce_boolean_decision(told, all=False))
+        if trainer.world_size > 1:
+            if trainer.global_step % trainer.log_every_n_steps != 0:  # type: ignore[attr-defined]
+                return False
+            told = torch.tensor(self.stop or 0, device=trainer.strategy.root_device)
+            agreed = int(trainer.strategy.reduce(told, reduce_op="max"))
+            self.stop = signal.Signals(agreed) if agreed else None
+        return self.stop is not None
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         pl_module.check_finite()  # type: ignore[operator]

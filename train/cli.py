@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def explained(error: Exception) -> bool:
     """Whether the error's message is meant for the user, so that a traceback would only hide it."""
     return isinstance(error, ValueError | FileNotFoundError | FileExistsError) or (
-        type(error).__name__ in ("TrainingDiverged", "MisconfigurationException")
+        type(error).__name__ in ("TrainingDiverged", "ProcessLost", "MisconfigurationException")
         or (isinstance(error, OSError) and error.errno in (*_NO_SPACE, errno.EACCES, errno.EROFS))
     )
 

@@ -100,7 +100,7 @@ class RunFiles(SaveConfigCallback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Lightning ends an interrupted run without a word."""
         if isinstance(exception, KeyboardInterrupt):
-            print(_interrupted(trainer), file=sys.stderr)
+            _say(_interrupted(trainer), file=sys.stderr)
 
 
 def _checkpoints(trainer: L.Trainer) -> Checkpoints:
@@ -125,6 +125,14 @@ _say = rank_zero_only(print)
 
 class AlreadyFinished(Exception):
     """The run to resume has nothing left to do."""
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the job is gone, so that this one cannot go on."""
+
+
+# What gloo, NCCL and the rendezvous say then; they have no exception of its own for it.
+_LOST = ("gloo/transport", "ncclRemoteError", "remote process exited", "Connection closed by", "Connection reset by")
 
 
 # Trainer settings that this command sets itself, or that would end or repeat the endless walk over rows.
@@ -156,6 +164,16 @@ class SinkbedCLI(LightningCLI):
         self.parent: dict[str, Any] | None = None
         try:
             super().__init__(*args, **kwargs)
+        except RuntimeError as error:
+            if not (isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in _LOST)):
+                raise
+            saved = rundir.newest_checkpoint(Path(self.config.fit.run_dir))
+            step = "No step is saved: start the run" if saved is None else f"{saved.name} is saved: resume the run"
+            reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
+            raise ProcessLost(
+                f"another process of this job ended or does not answer ({reason}); see what it says itself. {step} with "
+                "--ckpt_path auto"
+            ) from None
         finally:
             if self.held is not None:
                 rundir.release(self.held)
@@ -318,7 +336,7 @@ class SinkbedCLI(LightningCLI):
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         monitor = next(c for c in callbacks if isinstance(c, SinkMonitor))
         if self.trainer.global_step < self.trainer.max_steps:
-            print(_interrupted(self.trainer), file=sys.stderr)
+            _say(_interrupted(self.trainer), file=sys.stderr)
             return
         if monitor.final is None:
             next(c for c in callbacks if isinstance(c, RunFiles)).start(self.trainer, self.model)
@@ -346,7 +364,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     ours = [sys.argv[0], command, *argv]
     theirs, sys.argv = sys.argv, ours  # LightningCLI reads the real command line
     # Lightning's advice on workers and its notices of devices say nothing that a user here can use.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")

@@ -4,24 +4,20 @@ The long form is `pytest tests/train/test_faults.py --kills 200`.
 """
 
 import itertools
-import multiprocessing
 import os
 import random
-import resource
 import signal
 import time
 
 import pytest
 
+from tests.train.processes import Job, slurm
 from tests.train.test_fit import points
 from tests.train.test_resume import equal, training_state
 from train import rundir
 from train.checkpoint import load_checkpoint
 from train.loggers import read_wandb_file
 
-# One process imports everything; each run is forked from it and takes a second instead of ten.
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["train.fit", "wandb"])
 LONG = (
     "--trainer.max_steps",
     "40",
@@ -34,35 +30,20 @@ LONG = (
 )
 
 
-def _run(arguments, log, largest_file):
-    from train.cli import main
-
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    if largest_file is not None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    os._exit(main(arguments))
-
-
 @pytest.fixture
 def start(fit):
-    """Start `sinkbed fit` in a process; returns it."""
-    started = []
+    """Start `sinkbed fit` in a process of its own."""
+    jobs = []
 
-    def call(folder, *extra, largest_file=None):
+    def call(folder, *extra, environment=None, **options):
         arguments = ["fit", "--config", str(fit.config), "--run_dir", str(folder), *extra]
-        process = _processes.Process(target=_run, args=(arguments, f"{folder}.log", largest_file))
-        process.start()
-        started.append(process)
-        return process
+        jobs.append(Job(arguments, f"{folder}.log", [environment or {}], **options))
+        return jobs[-1]
 
     yield call
-    for process in started:
-        if process.is_alive():
-            process.kill()
-        process.join()
+    for job in jobs:
+        job.signal(signal.SIGKILL)
+        job.finish()
 
 
 @pytest.fixture
@@ -70,20 +51,9 @@ def folder(fit):
     return fit.config.parent / "cut"
 
 
-def output(folder):
-    with open(f"{folder}.log") as file:
-        return file.read()
-
-
-def finish(process):
-    process.join(timeout=120)
-    assert process.exitcode is not None, "hangs"
-    return process.exitcode
-
-
-def wait_for_partial(folder, process, deadline):
+def wait_for_partial(folder, job, deadline):
     """Wait until a checkpoint is being written."""
-    while process.is_alive() and time.monotonic() < deadline:
+    while job.alive() and time.monotonic() < deadline:
         if any((folder / "checkpoints").glob(".step-*")):
             return True
     return False
@@ -93,27 +63,26 @@ def test_runs_killed_at_random_moments_end_as_the_uninterrupted_run(fit, start, 
     """SIGKILL at any moment, while a checkpoint is being written, and now and then a polite signal."""
     kills, draw = request.config.getoption("--kills"), random.Random(0)
     whole = fit.config.parent / "whole"
-    finish(start(whole, "--help"))  # the first one waits for the imports
+    start(whole, "--help").finish()  # the first one waits for the imports
     began = time.monotonic()
-    assert finish(start(whole, *LONG)) == 0, output(whole)
+    assert start(whole, *LONG).finish() == [0]
     lasts = time.monotonic() - began
     done = in_writing = 0
     for trial in itertools.count():
         folder = fit.config.parent / f"cut{trial}"
         for _ in range(draw.randint(2, 8)):
-            process = start(folder, *LONG, "--ckpt_path", "auto")
+            job = start(folder, *LONG, "--ckpt_path", "auto")
             number = draw.choice([signal.SIGKILL] * 4 + [signal.SIGTERM, signal.SIGINT])
-            now = time.monotonic()
             if in_writing == 0 or draw.random() < 0.3:
                 number = signal.SIGKILL
-                in_writing += wait_for_partial(folder, process, now + lasts)
+                in_writing += wait_for_partial(folder, job, time.monotonic() + lasts)
             else:
-                process.join(timeout=draw.uniform(0, 1.1) * lasts)
-            if process.is_alive():
-                os.kill(process.pid, number)
-                done += 1
-            assert finish(process) in (0, -signal.SIGKILL, -number, 128 + number), output(folder)
-        assert finish(start(folder, *LONG, "--ckpt_path", "auto")) == 0, output(folder)
+                job.first.join(timeout=draw.uniform(0, 1.1) * lasts)
+            done += job.alive()
+            job.signal(number)
+            assert job.finish()[0] in (0, -signal.SIGKILL, -number, 128 + number), job.output()
+        job = start(folder, *LONG, "--ckpt_path", "auto")
+        assert job.finish() == [0], job.output()
         assert points(folder) == points(whole), f"trial {trial} of {done} kills"
         assert equal(training_state(folder, 40), training_state(whole, 40)), f"trial {trial}"
         names = [sorted(p.name for p in (f / "checkpoints").iterdir()) for f in (folder, whole)]
@@ -121,68 +90,52 @@ def test_runs_killed_at_random_moments_end_as_the_uninterrupted_run(fit, start, 
         segments = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
         steps = [row["_step"] for segment in segments for row in read_wandb_file(segment)]
         assert steps == list(range(len(points(whole)))), "W&B has every point once"
-        assert "Traceback" not in output(folder), output(folder)
+        assert "Traceback" not in job.output(), job.output()
         if done >= kills:
             break
     print(f"{done} kills, {in_writing} of them while a checkpoint was being written, over {trial + 1} runs")
 
 
 def test_a_full_disk_is_one_message_and_leaves_no_part_of_a_checkpoint(start, folder):
-    assert finish(start(folder, "--trainer.max_steps", "4", "--wandb.mode", "disabled")) == 0
+    settings = ("--wandb.mode", "disabled", "--trainer.max_steps", "4")
+    assert start(folder, *settings).finish() == [0]
     size = (folder / "checkpoints" / "step-0000004.ckpt").stat().st_size
     full = folder.with_name("full")
-    assert finish(start(full, "--wandb.mode", "disabled", largest_file=size - 500)) == 1
-    message = output(full)
+    job = start(full, *settings, largest_file=size - 500)
+    assert job.finish() == [1]
+    message = job.output()
     assert "Traceback" not in message and "disk is full while writing" in message and ".ckpt" in message
     assert not list((full / "checkpoints").glob(".step*"))
     for path in (full / "checkpoints").glob("step-*.ckpt"):
         load_checkpoint(path)
-    assert finish(start(full, "--ckpt_path", "auto", "--wandb.mode", "disabled")) == 0, output(full)
+    job = start(full, *settings, "--ckpt_path", "auto")
+    assert job.finish() == [0], job.output()
 
 
-def test_sigusr1_under_slurm_saves_and_requeues(start, folder, tmp_path, monkeypatch):
+def test_sigusr1_under_slurm_saves_and_requeues(start, folder, tmp_path):
     """A stand-in for scontrol records what it is called with."""
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
     scontrol.chmod(0o755)
-    slurm = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "sinkbed", "SLURM_NODEID": "0",
-             "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}  # fmt: skip
-    arguments = ["--trainer.max_steps", "3000", "--ckpt_path", "auto"]
-    process = start_with_environment(
-        start, folder, {**slurm, "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}, arguments
-    )
+    [environment] = slurm(1)
+    environment["PATH"] = f"{scontrol.parent}:{os.environ['PATH']}"
+    command = (folder, "--trainer.max_steps", "3000", "--ckpt_path", "auto")
+    job = start(*command, environment=environment)
     deadline = time.monotonic() + 60
-    while rundir.newest_checkpoint(folder) is None and time.monotonic() < deadline and process.is_alive():
+    while rundir.newest_checkpoint(folder) is None and time.monotonic() < deadline and job.alive():
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGUSR1)
-    assert finish(process) == 128 + signal.SIGUSR1, output(folder)
+    job.signal(signal.SIGUSR1)
+    assert job.finish() == [128 + signal.SIGUSR1], job.output()
     assert (tmp_path / "calls").read_text() == "requeue 77\n"
     step = int(rundir.newest_checkpoint(folder).stem[5:])
-    assert f"step {step} is saved" in output(folder) and "queued again" in output(folder)
-    # The requeued job's script has the same command.
-    shorter = start_with_environment(start, folder, slurm, arguments)
-    while f"resuming {folder} at step {step}" not in output(folder) and time.monotonic() < deadline:
+    assert f"step {step} is saved" in job.output() and "queued again" in job.output()
+    # The script of the requeued job has the same command.
+    again = start(*command, environment=environment)
+    resumes = f"resuming {folder} at step {step}"
+    while resumes not in again.output() and time.monotonic() < deadline and again.alive():
         time.sleep(0.01)
-    shorter.kill()
-    assert f"resuming {folder} at step {step}" in output(folder)
-
-
-def start_with_environment(start, folder, environment, arguments):
-    """Start with variables that the fork server does not have."""
-    process = _processes.Process(target=_run_with, args=(environment, *_arguments(start, folder, arguments)))
-    process.start()
-    return process
-
-
-def _arguments(start, folder, arguments):
-    config = folder.parent / "run.yaml"
-    return ["fit", "--config", str(config), "--run_dir", str(folder), *arguments], f"{folder}.log", None
-
-
-def _run_with(environment, *rest):
-    os.environ.update(environment)
-    _run(*rest)
+    assert resumes in again.output()
 
 
 @pytest.mark.parametrize("kind", ["flipped", "truncated"])

@@ -1,0 +1,162 @@
+"""Two processes with gloo: the run of one process, written once, in every strategy and from one to the other."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.train.processes import Job, slurm, torchrun
+from tests.train.test_fit import points
+from train import rundir
+from train.checkpoint import load_checkpoint
+from train.cli import main
+from train.loggers import read_wandb_file
+
+KINDS = ("one", "ddp", "fsdp2", "fsdp2_sharded")
+# Under the document mask processes differ in the targets that count.
+SETTINGS = ("--data.strategy.mask", "document")
+
+
+@pytest.fixture
+def launch(fit):
+    """Start a run of a kind: one process, or two under a strategy."""
+    jobs = []
+
+    def call(kind, folder, *extra, launcher=torchrun):
+        two = () if kind == "one" else ("--trainer.devices", "2", "--trainer.strategy", kind)
+        arguments = ["fit", "--config", str(fit.config), "--run_dir", str(folder), *SETTINGS, *two, *extra]
+        jobs.append(Job(arguments, f"{folder}.log", [{}] if kind == "one" else launcher(2)))
+        return jobs[-1]
+
+    yield call
+    for job in jobs:
+        job.signal(signal.SIGKILL)
+        job.finish()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_store):
+    """A finished run of each kind."""
+    from tests.train.conftest import write_run_config
+
+    folder = tmp_path_factory.mktemp("runs")
+    config = write_run_config(folder / "run.yaml", tiny_store)
+    for kind in KINDS:
+        two = () if kind == "one" else ("--trainer.devices", "2", "--trainer.strategy", kind)
+        arguments = ["fit", "--config", str(config), "--run_dir", str(folder / kind), *SETTINGS, *two]
+        job = Job(arguments, f"{folder / kind}.log", [{}] if kind == "one" else torchrun(2))
+        assert set(job.finish()) == {0}, job.output()
+        assert "Traceback" not in job.output()
+    return folder
+
+
+def close(ours, theirs):
+    """Points of two runs that differ by the order of sums only."""
+    assert [p.keys() for p in ours] == [p.keys() for p in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a["step"], a["train/tokens"]) == (b["step"], b["train/tokens"])
+        for key in a.keys() & {"train/loss", "val/loss/bos", "val/loss/text", "sink/mass/bos", "train/lr"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-4), (a["step"], key)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_two_processes_make_the_run_of_one_and_write_it_once(runs, kind):
+    close(points(runs / kind), points(runs / "one"))
+    names = {path.name for path in (runs / "one").iterdir()}
+    assert {path.name for path in (runs / kind).iterdir()} == names
+    [segment] = (runs / kind).glob("wandb/offline-run-*/run-*.wandb")
+    assert [row["_step"] for row in read_wandb_file(segment)] == list(range(len(points(runs / "one"))))
+    ours, theirs = (load_checkpoint(runs / k / "checkpoints" / "step-0000010.ckpt") for k in (kind, "one"))
+    assert ours["state_dict"].keys() == theirs["state_dict"].keys()
+    for name, weight in theirs["state_dict"].items():
+        torch.testing.assert_close(ours["state_dict"][name], weight, atol=1e-3, rtol=1e-3)
+    [ours], [theirs] = ours["optimizer_states"], theirs["optimizer_states"]
+    assert [g["params"] for g in ours["param_groups"]] == [g["params"] for g in theirs["param_groups"]]
+    for name, state in theirs["state"].items():
+        torch.testing.assert_close(ours["state"][name]["exp_avg_sq"], state["exp_avg_sq"], atol=1e-4, rtol=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_validate_reads_every_kind_of_checkpoint(runs, kind, capsys, tmp_path):
+    assert main(["validate", str(runs / kind), "--json", str(tmp_path / "figures.json")]) == 0
+    found = rundir.read_json(tmp_path / "figures.json")
+    expected = rundir.read_json(runs / kind / rundir.MEASUREMENT)["modes"]
+    for mode, figures in expected.items():
+        assert found[mode]["loss"] == pytest.approx(figures["loss"], rel=1e-6)
+
+
+PAIRS = [("one", "fsdp2_sharded"), ("fsdp2_sharded", "one"), ("fsdp2_sharded", "ddp"), ("ddp", "fsdp2"),
+         ("fsdp2", "fsdp2_sharded"), ("fsdp2_sharded", "fsdp2_sharded"), ("fsdp2", "one")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_a_checkpoint_of_one_kind_resumes_as_another(runs, launch, tmp_path, first, second):
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(runs / first, folder, symlinks=True)
+    (folder / rundir.MEASUREMENT).unlink()
+    job = launch(second, folder, "--ckpt_path", str(folder / "checkpoints" / "step-0000003.ckpt"))
+    assert set(job.finish()) == {0}, job.output()
+    close(points(folder), points(runs / "one"))
+    assert job.output().count("resuming") == 1, "said once"
+    if (first, second) == ("fsdp2_sharded", "fsdp2_sharded"):
+        assert points(folder) == points(runs / first), "the same processes, the same bits"
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2_sharded"])
+def test_a_process_that_dies_ends_the_job_with_a_message(launch, fit, kind):
+    folder = fit.config.parent / "run"
+    job = launch(kind, folder, "--trainer.max_steps", "5000", "--checkpoint_every", "5000")
+    deadline = time.monotonic() + 60
+    while rundir.newest_checkpoint(folder) is None and time.monotonic() < deadline and job.alive():
+        time.sleep(0.01)
+    os.kill(job.processes[1].pid, signal.SIGKILL)
+    began = time.monotonic()
+    assert job.finish()[0] == 1
+    assert time.monotonic() - began < 30
+    assert "another process of this job ended" in job.output() and "--ckpt_path auto" in job.output()
+    assert "Traceback" not in job.output()
+
+
+@pytest.mark.parametrize(("launcher", "number"), [(torchrun, signal.SIGTERM), (slurm, signal.SIGINT)])
+def test_processes_told_to_stop_save_once_and_stop_together(launch, fit, launcher, number):
+    folder = fit.config.parent / "run"
+    job = launch("ddp", folder, "--trainer.max_steps", "5000", "--checkpoint_every", "5000", launcher=launcher)
+    deadline = time.monotonic() + 60
+    while rundir.newest_checkpoint(folder) is None and time.monotonic() < deadline and job.alive():
+        time.sleep(0.01)
+    os.kill(job.processes[1].pid, number)  # one of them is enough
+    assert job.finish() == [128 + number] * 2, job.output()
+    step = int(rundir.newest_checkpoint(folder).stem[5:])
+    assert job.output().count(f"step {step} is saved") == 1, job.output()
+
+
+def test_real_torchrun_and_lightnings_own_launcher(fit):
+    folders = [fit.config.parent / name for name in ("torchrun", "own")]
+    both = ["--config", str(fit.config), "--trainer.devices", "2", "--trainer.strategy", "ddp", "--run_dir"]
+    commands = [
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "train"],
+        [sys.executable, "-m", "train"],
+    ]
+    for folder, command in zip(folders, commands, strict=True):
+        done = subprocess.run([*command, "fit", *both, str(folder)], capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("step 10, 6 documents") == 1
+    assert points(folders[0]) == points(folders[1])
+
+
+def test_the_attention_operator_runs_sharded_and_compiled(launch, fit):
+    found = []
+    for kind, compiled in itertools.product(("one", "fsdp2"), ("false", "true")):
+        folder = fit.config.parent / f"{kind}-{compiled}"
+        job = launch(kind, folder, "--model.compile", compiled, "--trainer.max_steps", "4")
+        assert set(job.finish(timeout=400)) == {0}, job.output()
+        found.append(points(folder))
+    for other in found[1:]:
+        close(other, found[0])
