@@ -171,8 +171,8 @@ class SinkbedCLI(LightningCLI):
             step = "No step is saved: start the run" if saved is None else f"{saved.name} is saved: resume the run"
             reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
             raise ProcessLost(
-                f"another process of this job ended or does not answer ({reason}); see what it says itself. {step} with "
-                "--ckpt_path auto"
+                f"another process of this job ended or does not answer ({reason}); see what it says itself. {step} "
+                "with --ckpt_path auto"
             ) from None
         finally:
             if self.held is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import tempfile
@@ -168,17 +169,16 @@ def run(command: str, argv: Sequence[str]) -> int:
 
     if importlib.util.find_spec("triton") is None:
         raise ValueError("kernels: expected the package triton, found none; pip install triton")
-    archs = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
-    kernels = ("forward", "forward+statistics", "forward+full", "delta", "dq", "dkv", "received")
+    from kernels.compile import CHIPS, DTYPES, HEAD_DIMS, KERNELS, MASKS, stored
+
+    archs = tuple(CHIPS)
     parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").replace("\n", " "))
     parser.add_argument("--arch", nargs="+", choices=archs, default=archs, help="GPUs (default: all)")
-    parser.add_argument("--kernel", nargs="+", choices=kernels, default=kernels, help="default: all")
-    parser.add_argument(
-        "--mask", nargs="+", choices=("document", "causal"), default=("document",), help="default: document"
-    )
-    parser.add_argument("--dtype", nargs="+", choices=("bf16", "fp16", "fp32"), default=("bf16",), help="default: bf16")
-    parser.add_argument("--head_dim", nargs="+", type=int, choices=(32, 64, 96, 128), default=(64, 128))
-    parser.add_argument("--all", action="store_true", help="every mask, dtype and head dim")
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS, help="default: all")
+    parser.add_argument("--mask", nargs="+", choices=MASKS, default=("document",), help="default: document")
+    parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=("bf16",), help="default: bf16")
+    parser.add_argument("--head_dim", nargs="+", type=int, choices=HEAD_DIMS, default=(64, 128), help="default: 64 128")
+    parser.add_argument("--all", action="store_true", help="every variant of the stored table")
     parser.add_argument(
         "--tiles", nargs=4, type=int, metavar=("M", "N", "WARPS", "STAGES"), help="instead of the table's"
     )
@@ -192,20 +192,15 @@ def run(command: str, argv: Sequence[str]) -> int:
     arguments = parser.parse_args(list(argv))
     if arguments.write and arguments.tiles:
         raise ValueError("kernels --write: expected the kernels' own tiles, found --tiles; leave one of them out")
-    if arguments.all:
-        arguments.mask, arguments.dtype = ("document", "causal"), ("bf16", "fp16", "fp32")
-        arguments.head_dim = (32, 64, 96, 128)
     baseline = read_table(arguments.check) if arguments.check else {}
     tiles = tuple(arguments.tiles) if arguments.tiles else None
-    tasks = dict.fromkeys(
-        (arch, kernel, "document" if kernel == "delta" else mask, dtype, head_dim, tiles)  # delta has no mask
-        for arch in arguments.arch
-        for mask in arguments.mask
-        for dtype in arguments.dtype
-        for head_dim in arguments.head_dim
-        for kernel in arguments.kernel
-    )
-    lines = compile_all(list(tasks), arguments.workers)
+    sizes = [MASKS, DTYPES, HEAD_DIMS] if arguments.all else [arguments.mask, arguments.dtype, arguments.head_dim]
+    tasks = [
+        (arch, kernel, mask, dtype, head_dim, tiles)
+        for arch, mask, dtype, head_dim, kernel in itertools.product(arguments.arch, *sizes, arguments.kernel)
+        if not arguments.all or stored(kernel, mask, dtype, head_dim)
+    ]
+    lines = compile_all(tasks, arguments.workers)
     print_table(lines)
     wrong = [f"{' '.join(str(line[k]) for k in _KEYS)}: {line['error']}" for line in lines if "error" in line]
     if arguments.csv is not None:

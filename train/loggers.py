@@ -9,9 +9,10 @@ import json
 import math
 import os
 import secrets
+import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +42,8 @@ class WandbConfig:
     """Display name; null is the run directory's name."""
     tags: list[str] = field(default_factory=list)
     """Tags of the run."""
+    finish_seconds: float = 300.0
+    """Longest wait for the upload when the run ends; `wandb sync` uploads what was left."""
 
 
 class Tracker(WandbLogger):
@@ -56,6 +59,8 @@ class Tracker(WandbLogger):
         """Points that W&B had when this process began."""
         self.next = 0
         """Number of the next point."""
+        self.lost = False
+        """Whether W&B's process failed; a resumed run sends what is missing."""
 
     def log_point(self, point: dict[str, Any]) -> None:
         """Send one line of metrics.jsonl; a map becomes an image, a gap is left out."""
@@ -64,6 +69,8 @@ class Tracker(WandbLogger):
             return
         import wandb
 
+        if self.lost:
+            return
         row: dict[str, Any] = {}
         for key, value in point.items():
             if key == "step":
@@ -74,7 +81,14 @@ class Tracker(WandbLogger):
                 row[key] = wandb.Image(heatmap_image(value), caption=caption)
             elif value is not None:
                 row[key] = value
-        self.experiment.log(row, step=number, commit=True)
+        try:
+            self.experiment.log(row, step=number, commit=True)
+        except Exception as error:
+            self.lost = True
+            rank_zero_warn(
+                f"W&B takes no more points ({error or type(error).__name__}); training goes on, and metrics.jsonl has "
+                "them all"
+            )
 
 
 class MetricsFile(Logger):
@@ -213,7 +227,9 @@ def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) ->
         resume="allow",
         dir=str(run_dir),
         config=settings,
-        settings=wandb.Settings(console="off", silent=mode == "offline"),
+        settings=wandb.Settings(
+            console="off", silent=mode == "offline", finish_timeout=config.finish_seconds, quiet=True
+        ),
     )
     if mode == "online" and not _answers(wandb.setup().settings.base_url):
         rank_zero_warn(
@@ -233,31 +249,29 @@ def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) ->
         run = wandb.init(mode="offline", **arguments)
     run.define_metric("train/tokens")
     run.define_metric("*", step_metric="train/tokens")
-    sent = run.starting_step if mode == "online" else _points_on_disk(run_dir, arguments["id"], besides=run.dir)
+    own = Path(run.dir).parent
+    earlier = [f for f in run_dir.glob(f"wandb/*run-*/run-{arguments['id']}.wandb") if f.parent != own]
+    for file in earlier:
+        mend_wandb_file(file)
+    sent = run.starting_step if mode == "online" else _earlier_points(f for f in earlier if f.exists())
     tracker = Tracker(run, run_dir, sent=sent)
     for point in rundir.read_metrics(run_dir / rundir.METRICS):
         tracker.log_point(point)
     return tracker
 
 
-def _points_on_disk(run_dir: Path, identifier: str, besides: str) -> int:
-    """Points in the W&B files that earlier processes wrote for a run; a kill may have cut the last of them short."""
-    own = Path(besides).parent
-    files = [f for f in run_dir.glob(f"wandb/*run-*/run-{identifier}.wandb") if f.parent != own]
+def _earlier_points(files: Iterable[Path]) -> int:
+    """Points in the W&B files that earlier processes wrote for a run."""
     return max((row["_step"] + 1 for file in files for row in read_wandb_file(file)), default=0)
 
 
-def read_wandb_file(path: Path) -> Iterator[dict[str, Any]]:
-    """History rows of a W&B run file, `_step` among their keys, up to where it breaks off.
+def _wandb_records(content: bytes) -> Iterator[tuple[bytes, int]]:
+    """Records of a W&B run file, each with the offset at which it ends, up to where the file breaks off.
 
     The format is LevelDB's log: blocks of 32 KiB, in them pieces of records with checksum (4 bytes),
     length (2) and kind (1: whole, 2: first, 3: middle, 4: last); a record is a protocol buffer.
     """
-    from google.protobuf.message import DecodeError
-    from wandb.proto import wandb_internal_pb2
-
-    content = path.read_bytes()
-    at, whole = 7, b""  # after the file's own header
+    at, record = 7, b""  # after the file's own header
     while at + 7 <= len(content):
         left = 32768 - at % 32768
         length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
@@ -266,23 +280,49 @@ def read_wandb_file(path: Path) -> Iterator[dict[str, Any]]:
             continue
         if at + 7 + length > len(content):
             return
-        whole += content[at + 7 : at + 7 + length]
+        record += content[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
-            record: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
-            try:
-                record.ParseFromString(whole)
-            except DecodeError:
-                return
-            whole = b""
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                row = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
-                yield {**row, "_step": record.history.step.num}
+            yield record, at
+            record = b""
+
+
+def mend_wandb_file(path: Path) -> None:
+    """Cut off the record that a kill left unfinished, and remove the folder of a file without any.
+
+    At either, `wandb sync` stops and leaves the later segments of the run out.
+    """
+    content = path.read_bytes()
+    end = max((end for _, end in _wandb_records(content)), default=0)
+    if end == 0:
+        shutil.rmtree(path.parent)
+    elif end < len(content):
+        os.truncate(path, end)
+
+
+def read_wandb_file(path: Path) -> Iterator[dict[str, Any]]:
+    """History rows of a W&B run file, `_step` among their keys, up to where it breaks off."""
+    from google.protobuf.message import DecodeError
+    from wandb.proto import wandb_internal_pb2
+
+    for content, _ in _wandb_records(path.read_bytes()):
+        record: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+        try:
+            record.ParseFromString(content)
+        except DecodeError:
+            return
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            row = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
+            yield {**row, "_step": record.history.step.num}
 
 
 def finish_wandb(exit_code: int) -> None:
     """Close the run, so that its file is complete; a code other than 0 marks it as failed."""
     wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
+    if wandb is None or wandb.run is None:
+        return
+    try:
         wandb.finish(exit_code=exit_code)
+    except Exception as error:
+        rank_zero_warn(f"W&B did not finish the run ({error or type(error).__name__}); wandb sync can upload it")
