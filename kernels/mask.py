@@ -28,8 +28,10 @@ from torch import Tensor
 class Mask:
     """Interval mask of a batch of rows; build it with `interval_mask`, once per batch.
 
-    Raises ValueError for tensors of the wrong shape or dtype, and for intervals that leave a query
-    without itself, reach outside the row or decrease along it.
+    Raises ValueError for tensors of the wrong shape, dtype or device, and for intervals that leave a query without
+    itself, reach outside the row or decrease along it. Values are looked at once a mask, when it is built: on CUDA and
+    ROCm without waiting for them, by an assertion on the device that stops the process; inside torch.compile not at
+    all.
     """
 
     rows: int
@@ -52,31 +54,40 @@ class Mask:
     _ends: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        device = None
+        kept: dict[int, Tensor] = {}
         for name in ("first_key", "end_key", "doc_start"):
             tensor = getattr(self, name)
             if tensor is None:
                 continue
-            if tuple(tensor.shape) != (self.rows, self.length) or tensor.dtype != torch.int32:
-                raise ValueError(
-                    f"{name}: expected int32 of shape [{self.rows}, {self.length}], "
-                    f"received {tensor.dtype} of shape {list(tensor.shape)}"
-                )
-            # On an accelerator this check would stall the stream on every batch; there the builder is trusted.
-            if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_positions(name, tensor, self.rows, self.length, device)
+            device = tensor.device
+            # The kernels count on it. One tensor under two names stays one: `is_document` looks at that.
+            object.__setattr__(self, name, kept.setdefault(id(tensor), tensor.contiguous()))
+            if not torch.compiler.is_compiling() and (name == "doc_start" or tensor is not self.doc_start):
                 self._check_values(name, tensor)
-        if not 0 <= self.shared_prefix <= self.length:
-            raise ValueError(f"shared_prefix: expected 0 to {self.length} (T), received {self.shared_prefix}")
+        for name in ("shared_prefix", "shared_from"):
+            _check_setting(name, getattr(self, name), self.length)
+        if not torch.compiler.is_compiling():
+            # Now, not on first use: a compiled function that finds other cached tensors than before compiles anew.
+            _ = self.first_query, self.last_query
+            if device is not None and device.type != "cpu":
+                _ = self.doc_end
 
     def _check_values(self, name: str, tensor: Tensor) -> None:
-        index = torch.arange(self.length, dtype=torch.int32)
+        index = torch.arange(self.length, dtype=torch.int32, device=tensor.device)
+        decreasing = (tensor.diff(dim=1) < 0).any()
         if name == "end_key":
-            wrong = ((tensor <= index) | (tensor > self.length)).any() or (tensor.diff(dim=1) < 0).any()
+            outside = ((tensor <= index) | (tensor > self.length)).any()
             rule = "i < end_key[i] <= T, never decreasing along a row"
         else:
-            wrong = ((tensor < 0) | (tensor > index)).any() or (tensor.diff(dim=1) < 0).any()
+            outside = ((tensor < 0) | (tensor > index)).any()
             rule = f"0 <= {name}[i] <= i, never decreasing along a row"
-        if wrong:
-            raise ValueError(f"{name}: expected {rule}; the tensor received breaks this")
+        _refuse(outside | decreasing, name, rule)
+        if name == "doc_start":
+            # Clamped: on a GPU the assertion above has not been looked at yet.
+            start = tensor.gather(1, tensor.clamp(0, self.length - 1).long())
+            _refuse((start != tensor).any(), name, "a document's first position to start it: s[s[i]] == s[i]")
 
     @property
     def is_causal(self) -> bool:
@@ -110,6 +121,8 @@ class Mask:
     @property
     def doc_end(self) -> Tensor | None:
         """[B, T] int32, the exclusive end of the document at position j; None: T. Cached."""
+        if self.doc_start is self.first_key:
+            return self.last_query
         return self._count_up_to("doc_end", self.doc_start)
 
     def _count_up_to(self, name: str, tensor: Tensor | None) -> Tensor | None:
@@ -118,10 +131,8 @@ class Mask:
             return None
         if name not in self._ends:
             index = torch.arange(self.length, dtype=torch.int32, device=tensor.device)
-            found = torch.searchsorted(
-                tensor.contiguous(), index.expand_as(tensor).contiguous(), right=True, out_int32=True
-            )
-            self._ends[name] = found
+            every = index.repeat(self.rows, 1)
+            self._ends[name] = torch.searchsorted(tensor, every, right=True, out_int32=True)
         return self._ends[name]
 
     def queries_per_key(self, device: torch.device | None = None) -> Tensor:
@@ -166,6 +177,30 @@ class Mask:
         return torch.device("cpu")
 
 
+def _check_positions(name: str, tensor: Tensor, rows: int, length: int, device: torch.device | None) -> None:
+    """Refuse what is not int32 [rows, length], on `device` where there is one."""
+    if tuple(tensor.shape) != (rows, length) or tensor.dtype != torch.int32:
+        raise ValueError(
+            f"{name}: expected int32 of shape [{rows}, {length}], received {tensor.dtype} of shape {list(tensor.shape)}"
+        )
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name}: expected the mask's tensors on one device, {device}, received {tensor.device}")
+
+
+def _check_setting(name: str, value: int, length: int) -> None:
+    if not 0 <= value <= length:
+        raise ValueError(f"{name}: expected 0 to {length} (T), received {value}")
+
+
+def _refuse(wrong: Tensor, name: str, rule: str) -> None:
+    """Stop where `wrong` [] holds. On a GPU the host does not wait to see: the device stops at the assertion."""
+    message = f"{name}: expected {rule}; the tensor received breaks this"
+    if wrong.device.type == "cuda":
+        torch._assert_async(wrong.logical_not(), message)
+    elif wrong.device.type != "meta" and wrong:
+        raise ValueError(message)
+
+
 def interval_mask(
     rows: int,
     length: int,
@@ -184,7 +219,8 @@ def interval_mask(
     Args:
         rows, length: B and T.
         doc_start, doc_end: [B, T] int32, extent of the document that each position belongs to (end
-            exclusive). Needed when `document` is set; else `doc_start` serves the statistics only.
+            exclusive). `document` needs the start, and with `prefix_lm` the end too, which may leave out padding at a
+            document's end; else `doc_start` serves the statistics only.
         document: queries see keys of their own document only (intra-document masking, arXiv 2402.13991).
         window: queries see at most this many keys, themselves included (sliding window).
         shared_prefix: row positions below this are visible to every later query (arXiv 2504.02732, Table 2).
@@ -192,18 +228,22 @@ def interval_mask(
             within a document where `document` is set.
         hide_first_key: no query but the first sees key 0 (the inference mode `first_key_masked`).
 
-    Raises ValueError for settings outside their range or boundaries that are missing.
+    Raises ValueError for settings outside their range and for boundaries that are missing or contradict each other;
+    their values are looked at as `Mask` says.
     """
+    if device is None:
+        device = doc_start.device if doc_start is not None else "cpu"
+    for name, bound in (("doc_start", doc_start), ("doc_end", doc_end)):
+        if bound is not None:
+            _check_positions(name, bound, rows, length, doc_start.device if doc_start is not None else None)
     if document and doc_start is None:
         raise ValueError("document: expected doc_start [B, T] with it, received None")
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1, received {window}")
-    if not 0 <= prefix_lm <= length:
-        raise ValueError(f"prefix_lm: expected 0 to {length} (T), received {prefix_lm}")
+    _check_setting("prefix_lm", prefix_lm, length)
+    _check_setting("shared_prefix", shared_prefix, length)
     if document and prefix_lm and doc_end is None:
         raise ValueError("prefix_lm with document: expected doc_end [B, T], received None")
-    if device is None:
-        device = doc_start.device if doc_start is not None else "cpu"
     index = torch.arange(length, dtype=torch.int32, device=device).expand(rows, length)
     doc_start = None if doc_start is None else doc_start.contiguous()
 
@@ -217,7 +257,11 @@ def interval_mask(
     end_key = None
     if prefix_lm:
         limit = torch.full_like(index, prefix_lm)
-        if document and doc_end is not None:
+        if document and doc_start is not None and doc_end is not None:
+            if not torch.compiler.is_compiling():
+                last = doc_start.gather(1, (doc_end - 1).clamp(0, length - 1).long())
+                wrong = (doc_end < 1) | (doc_end > length) | (last != doc_start)
+                _refuse(wrong.any(), "doc_end", "1 to T, and position doc_end[i] − 1 to be of i's document")
             limit = torch.minimum(limit, doc_end)
         end_key = torch.maximum(index + 1, torch.where(index < prefix_lm, limit, 0))
     return Mask(
