@@ -67,4 +67,5 @@ def reference_received(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: flo
     """Column sums of the attention matrix; shapes as in `kernels.api.attention_received`."""
     groups = q.shape[1] // k.shape[1]
     logits = torch.einsum("bhid,bhjd->bhij", q, k.repeat_interleave(groups, dim=1)) * scale
-    return (logits - lse[..., None]).exp().masked_fill(~mask.visible(q.device), 0.0).sum(2)
+    p = (logits - lse[..., None]).exp().masked_fill(~mask.visible(q.device), 0.0)
+    return p.sum(2).to(lse.dtype)

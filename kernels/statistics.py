@@ -76,10 +76,13 @@ def blocks_of(length: int, size: int = 128) -> list[slice]:
 
 
 def log_probabilities(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float, queries: slice) -> Tensor:
-    """[B, H, M, T] log of the attention of M of the queries, −inf where hidden; lse [B, H, T] of the forward pass."""
+    """[B, H, M, T] log of the attention of M of the queries, −inf where hidden; lse [B, H, T] of the forward pass.
+
+    Products are taken in the dtype of k: a float32 lse needs float32 keys.
+    """
     B, H, _, D = q.shape
-    grouped = q[:, :, queries].reshape(B, k.shape[1], -1, D)  # the query heads of a key head side by side
-    logits = (grouped @ k.transpose(2, 3)).view(B, H, -1, k.shape[2]).to(lse.dtype) * scale
+    grouped = q[:, :, queries].to(k.dtype).reshape(B, k.shape[1], -1, D)  # the query heads of a key head side by side
+    logits = (grouped @ k.transpose(2, 3)).view(B, H, -1, k.shape[2]) * scale
     logits = logits.masked_fill(~mask.visible(q.device, queries), float("-inf"))
     return logits - lse[:, :, queries, None]
 
@@ -90,20 +93,23 @@ def spread(
 ) -> tuple[Tensor, Tensor]:
     """Maximum probability and entropy, [B, H, T], in blocks of queries: for devices without a kernel for them."""
     largest, entropy = torch.empty_like(lse), torch.empty_like(lse)
+    k = k.to(lse.dtype)
     for queries in blocks_of(q.shape[2]):
         log_p = log_probabilities(q, k, lse, mask, scale, queries)
         largest[:, :, queries] = log_p.amax(-1).exp()
         entropy[:, :, queries] = -torch.where(log_p == float("-inf"), 0.0, log_p.exp() * log_p).sum(-1)
     if sink_logit is not None:
         log_p = sink_logit.to(lse.dtype)[None, :, None] - lse
-        entropy -= log_p.exp() * log_p
+        entropy -= torch.where(log_p == float("-inf"), 0.0, log_p.exp() * log_p)
     return largest, entropy
 
 
 @torch.no_grad()
 def received_in_blocks(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float) -> Tensor:
     """Column sums [B, H, T] in blocks of queries: for devices without a kernel for them."""
-    received = torch.zeros_like(lse)
+    dtype = torch.promote_types(lse.dtype, torch.float32)  # lse may be narrower: the reference's has q's dtype
+    received = torch.zeros_like(lse, dtype=dtype)
+    k = k.to(dtype)
     for queries in blocks_of(q.shape[2]):
         received += log_probabilities(q, k, lse, mask, scale, queries).exp().sum(2)
-    return received
+    return received.to(lse.dtype)
