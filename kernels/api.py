@@ -6,6 +6,7 @@ Shapes: B rows, H query heads, Hkv key/value heads (H a multiple of Hkv), T posi
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
@@ -50,7 +51,7 @@ class AttentionOutput(NamedTuple):
 
 
 def available(device: torch.device | str) -> tuple[Implementation, ...]:
-    """Implementations that run on `device`, the preferred one first."""
+    """Implementations that run on `device`, the preferred one first; `reference` is never taken unless asked for."""
     kind = torch.device(device).type
     if kind == "cpu":
         # In Triton's interpreter the kernels run on CPU tensors: for tests, never by themselves.
@@ -81,11 +82,13 @@ def attention(
         statistics: True: also return the masses on the first key of the row, of the document and on the learned
             sink. "full": also the maximum probability and the entropy, which take a fifth more instructions in Triton
             and a pass of their own on CPUs.
-        implementation: None takes the first of `available(q.device)`.
+        implementation: None takes the device's own: `torch` on CPUs, `triton` on CUDA and ROCm. Other devices have
+            none: `reference`, which holds the T×T matrix, must be asked for.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, or an implementation that does not run
             on this device. Nothing falls back silently.
+        NotImplementedError: for a gradient of the gradients, which `reference` alone has.
     """
     _validate(q, k, v, sink_logit)
     mask = _fitting(mask, q)
@@ -117,13 +120,14 @@ def attention_received(
         [B, H, T] in the dtype of lse; without gradient. A rerun is bitwise equal.
 
     Raises:
-        ValueError: as `attention`, and for an lse of another shape.
+        ValueError: as `attention`, and for an lse of another shape, device or kind of number.
     """
     _validate(q, k, k, None)
     mask = _fitting(mask, q)
-    if lse.shape != q.shape[:3] or lse.device != q.device:
+    if lse.shape != q.shape[:3] or lse.device != q.device or lse.dtype not in _DTYPES:
         raise ValueError(
-            f"lse: expected shape {list(q.shape[:3])} on {q.device}, received {list(lse.shape)} on {lse.device}"
+            f"lse: expected a float dtype and shape {list(q.shape[:3])} on {q.device}, "
+            f"received {lse.dtype}, {list(lse.shape)} on {lse.device}"
         )
     functions, scale = _choose(implementation, q.device), _checked_scale(scale, q)
     with torch.no_grad():
@@ -135,12 +139,22 @@ def _fitting(mask: Mask | None, q: Tensor) -> Mask:
     mask = Mask(rows=B, length=T) if mask is None else mask
     if (mask.rows, mask.length) != (B, T):
         raise ValueError(f"mask: expected B={B}, T={T} as in q, received B={mask.rows}, T={mask.length}")
+    for tensor in (mask.first_key, mask.end_key, mask.doc_start):
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"mask: expected its tensors on {q.device} as q, received {tensor.device}")
     return mask
 
 
 def _choose(implementation: Implementation | None, device: torch.device) -> _Functions:
     usable = available(device)
     chosen = usable[0] if implementation is None else implementation
+    if implementation is None and chosen == "reference":
+        missing = (
+            "the package triton, found none" if device.type == "cuda" else f"q on a CPU or CUDA, received {device}"
+        )
+        raise ValueError(
+            f"implementation: expected {missing}; implementation='reference' runs on any device, with the T×T matrix"
+        )
     if chosen not in usable:
         known = "" if chosen in get_args(Implementation) else f" (known: {', '.join(get_args(Implementation))})"
         raise ValueError(
@@ -151,8 +165,8 @@ def _choose(implementation: Implementation | None, device: torch.device) -> _Fun
 
 def _checked_scale(scale: float | None, q: Tensor) -> float:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if scale <= 0:
-        raise ValueError(f"scale: expected more than 0, received {scale}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale: expected a finite number above 0, received {scale}")
     return scale
 
 
@@ -174,8 +188,10 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, sink_logit: Tensor | None) -> Non
             raise ValueError(f"{name}: expected [B={B}, Hkv={Hkv}, T={T}, D={D}] as q and k, received {list(x.shape)}")
     if H % Hkv:
         raise ValueError(f"k: expected a number of heads that divides q's {H}, received {Hkv}")
-    if sink_logit is not None and (tuple(sink_logit.shape) != (H,) or sink_logit.device != q.device):
+    if sink_logit is None:
+        return
+    if tuple(sink_logit.shape) != (H,) or sink_logit.device != q.device or sink_logit.dtype not in _DTYPES:
         raise ValueError(
-            f"sink_logit: expected shape [H={H}] on {q.device}, "
-            f"received {list(sink_logit.shape)} on {sink_logit.device}"
+            f"sink_logit: expected a float dtype and shape [H={H}] on {q.device}, "
+            f"received {sink_logit.dtype}, {list(sink_logit.shape)} on {sink_logit.device}"
         )

@@ -172,15 +172,22 @@ def _add_lse_gradient(
     return dq + weight * mixed, dk + weighted, dsink
 
 
+def _no_second_backward(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError(
+        "attention: expected one backward pass, found one through its gradients; implementation='reference' has those"
+    )
+
+
 torch.library.register_autograd("sinkbed::attention_torch", _backward, setup_context=_setup_context)
+torch.library.register_autograd("sinkbed::attention_torch_backward", _no_second_backward)
 
 
 @torch.no_grad()
 def _mass_on(k_first: Tensor, q: Tensor, lse: Tensor, scale: float) -> Tensor:
     """exp(scale · q·k_first − lse): [B, H, T]; k_first [B, Hkv, T or 1, D], one key for each query."""
     B, H, T, D = q.shape
-    grouped = q.reshape(B, k_first.shape[1], -1, T, D)
-    logit = (grouped * k_first[:, :, None]).sum(-1, dtype=lse.dtype).reshape(B, H, T) * scale
+    grouped = q.to(lse.dtype).reshape(B, k_first.shape[1], -1, T, D)
+    logit = (grouped * k_first[:, :, None]).sum(-1).reshape(B, H, T) * scale
     return (logit - lse).exp()
 
 

@@ -185,6 +185,46 @@ def test_long_rows_of_documents_are_computed_document_by_document(sink, monkeypa
     assert calls[:5] == [300, 1, 200, 99, 600] and not mask._bias
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_of_16_bit_inputs_are_summed_in_float32(dtype):
+    """Products in q's dtype gave probabilities of 1.2."""
+    start, end = boundaries([90, 60])
+    mask = interval_mask(1, 150, doc_start=start, doc_end=end, document=True, window=80)
+    q, k, v = ((4 * x).detach().to(dtype) for x in inputs(1, 4, 2, 150, 16))
+    sink = torch.tensor([0.0, 1.0, 4.0, 30.0])
+    lse, statistics = attention(q, k, v, mask, sink_logit=sink, statistics="full")[1:]
+    found = [lse, *statistics, attention_received(q, k, lse, mask)]
+    exact = [x.double() for x in (q, k, v)]
+    oracle = attention(*exact, mask, sink_logit=sink.double(), statistics="full", implementation="reference")
+    received = attention_received(*exact[:2], oracle.lse, mask, implementation="reference")
+    for ours, true in zip(found, [oracle.lse, *oracle.statistics, received], strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), true, atol=1e-3, rtol=1e-3)
+
+
+def test_a_sink_at_minus_infinity_is_none():
+    q, k, v = inputs(1, 2, 1, 9, 8)
+    plain = attention(q, k, v, statistics="full")
+    for implementation in ("torch", "reference"):
+        none = torch.full((2,), float("-inf"), dtype=torch.float64)
+        found = attention(q, k, v, sink_logit=none, statistics="full", implementation=implementation)
+        torch.testing.assert_close(found.output, plain.output)
+        torch.testing.assert_close(found.statistics.entropy, plain.statistics.entropy)
+
+
+@pytest.mark.parametrize("sink", [False, True])
+def test_a_gradient_of_gradients_is_refused_but_by_the_reference(sink):
+    q, k, v = inputs(1, 2, 1, 9, 8)
+    logit = torch.zeros(2, dtype=torch.float64, requires_grad=True) if sink else None
+    first = lambda name: torch.autograd.grad(  # noqa: E731
+        attention(q, k, v, sink_logit=logit, implementation=name).output.square().sum(), q, create_graph=True
+    )[0]
+    with pytest.raises(NotImplementedError, match="implementation='reference' has those"):
+        first("torch").sum().backward()
+    first("reference").sum().backward()
+    assert q.grad.abs().max() > 0
+
+
 def test_off_by_one_is_a_sink_logit_of_zero():
     q, k, v = inputs(1, 2, 2, 9, 8)
     out = attention(q, k, v, sink_logit=torch.zeros(2, dtype=torch.float64), statistics=True)
@@ -249,14 +289,41 @@ BAD = {
     "v: expected a float dtype": lambda q, k, v: attention(q, k, v.double()),
     "q: expected no empty": lambda q, k, v: attention(*(x[:, :, :0] for x in (q, k, v))),
     "divides q's 3": lambda q, k, v: attention(q[:, :3], k, v),
-    "sink_logit: expected shape [H=4]": lambda q, k, v: attention(q, k, v, sink_logit=torch.zeros(2)),
+    "sink_logit: expected a float dtype and shape [H=4]": lambda q, k, v: attention(q, k, v, sink_logit=torch.zeros(2)),
+    "received torch.int64, [4]": lambda q, k, v: attention(q, k, v, sink_logit=torch.zeros(4, dtype=torch.int64)),
+    "scale: expected a finite number above 0, received nan": lambda q, k, v: attention(q, k, v, scale=float("nan")),
+    "scale: expected a finite number above 0, received 0": lambda q, k, v: attention(q, k, v, scale=0),
+    "lse: expected a float dtype": lambda q, k, v: attention_received(q, k, torch.zeros(1, 4, 6, dtype=torch.int32)),
+    "mask: expected its tensors on cpu as q, received meta": lambda q, k, v: attention(
+        q, k, v, Mask(rows=1, length=6, first_key=torch.zeros(1, 6, dtype=torch.int32, device="meta"))
+    ),
     "mask: expected B=1, T=6": lambda q, k, v: attention(q, k, v, Mask(rows=1, length=7)),
     "implementation: expected one of": lambda q, k, v: attention(q, k, v, implementation="flash"),
     "first_key: expected int32": lambda q, k, v: Mask(rows=1, length=6, first_key=torch.zeros(1, 6)),
     "never decreasing": lambda q, k, v: Mask(rows=1, length=3, first_key=torch.tensor([[0, 1, 0]], dtype=torch.int32)),
     "window: expected at least 1": lambda q, k, v: interval_mask(1, 6, window=0),
     "document: expected doc_start": lambda q, k, v: interval_mask(1, 6, document=True),
+    "s[s[i]] == s[i]": lambda q, k, v: interval_mask(1, 5, doc_start=positions(0, 0, 1, 1, 2)),
+    "doc_start: expected int32 of shape [1, 6]": lambda q, k, v: interval_mask(
+        1, 6, doc_start=positions(1, 5), document=True, window=2
+    ),
+    "doc_end: expected int32 of shape [1, 3]": lambda q, k, v: interval_mask(
+        1, 3, doc_start=positions(0, 0, 2), doc_end=positions(2, 2, 3).long()
+    ),
+    "doc_end: expected 1 to T": lambda q, k, v: interval_mask(
+        1, 3, doc_start=positions(0, 0, 2), doc_end=positions(3, 3, 3), document=True, prefix_lm=3
+    ),
+    "on one device, cpu, received meta": lambda q, k, v: Mask(
+        rows=1, length=3, first_key=positions(0, 0, 0), doc_start=positions(0, 0, 0).to("meta")
+    ),
+    "shared_prefix: expected 0 to 6 (T), received -5": lambda q, k, v: interval_mask(1, 6, shared_prefix=-5),
+    "shared_prefix: expected 0 to 6 (T), received 99": lambda q, k, v: interval_mask(1, 6, shared_prefix=99),
+    "prefix_lm: expected 0 to 6 (T), received 7": lambda q, k, v: interval_mask(1, 6, prefix_lm=7),
 }
+
+
+def positions(*values):
+    return torch.tensor([values], dtype=torch.int32)
 
 
 @pytest.mark.parametrize("message", BAD)
@@ -266,6 +333,43 @@ def test_a_wrong_argument_is_refused_with_expected_and_received(message):
         BAD[message](q, k, v)
     assert message in str(refused.value)
     assert "received" in str(refused.value) or "breaks" in str(refused.value)
+
+
+def test_no_device_falls_back_to_the_reference(monkeypatch):
+    x = torch.zeros(1, 1, 4, 8, device="meta")
+    with pytest.raises(ValueError, match=r"expected q on a CPU or CUDA, received meta; implementation='reference'"):
+        attention(x, x, x)
+    assert attention(x, x, x, implementation="reference").output.device.type == "meta"
+    monkeypatch.delitem(kernels.api._IMPLEMENTATIONS, "triton", raising=False)
+    with pytest.raises(ValueError, match="expected the package triton, found none"):
+        kernels.api._choose(None, torch.device("cuda"))
+
+
+def test_a_mask_on_a_gpu_is_checked_without_waiting_for_it(monkeypatch):
+    """On fake CUDA tensors, whose values nothing can wait for."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    asserted = []
+    monkeypatch.setattr(torch, "_assert_async", lambda right, message: asserted.append((right.shape, message)))
+    with FakeTensorMode():
+        start = torch.zeros(2, 6, dtype=torch.int32, device="cuda")
+        mask = interval_mask(2, 6, doc_start=start, doc_end=start + 6, document=True, window=3, prefix_lm=3)
+        assert mask.first_key.device.type == "cuda"
+    assert all(shape == () for shape, _ in asserted)
+    for name in ("first_key", "end_key", "doc_start", "doc_end"):
+        assert any(message.startswith(f"{name}: expected") for _, message in asserted)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_the_transposed_tensors_are_there_before_they_are_used(name):
+    """What a compiled function finds on its second call is what it found on its first."""
+    start, end = boundaries([5, 1, 1, 12, 4])
+    mask = interval_mask(1, 23, doc_start=start, doc_end=end, **MASKS[name](start, end))
+    before = list(mask._ends)
+    found = mask.first_query, mask.last_query
+    assert list(mask._ends) == before
+    assert [x is None for x in found] == [mask.end_key is None, mask.first_key is None]
+    assert torch.equal(mask.doc_end, end)
 
 
 def test_the_private_flash_operator_still_behaves_as_relied_on():
@@ -332,7 +436,7 @@ def test_wrong_requests_are_refused():
     q, k, v = inputs(1, 2, 1, 6, 8)
     with pytest.raises(ValueError, match='expected False, True or "full", received'):
         attention(q, k, v, statistics="fool")
-    with pytest.raises(ValueError, match=r"lse: expected shape \[1, 2, 6\]"):
+    with pytest.raises(ValueError, match=r"lse: expected a float dtype and shape \[1, 2, 6\]"):
         attention_received(q, k, torch.zeros(1, 2, 5))
     with pytest.raises(ValueError, match="mask: expected B=1, T=6"):
         attention_received(q, k, torch.zeros(1, 2, 6), Mask(rows=2, length=6))
