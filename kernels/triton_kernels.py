@@ -187,8 +187,8 @@ def _load_interval(p_first, p_end, rows, T, HAS_FIRST: tl.constexpr, HAS_END: tl
 
 @triton.jit
 def forward_kernel(
-    q, k, v, o, lse, row_mass, document_mass, max_probability, entropy, first_key, end_key, doc_start, doc_end,
-    sink_logit, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
+    q, k, v, o, lse, row_mass, document_mass, sink_mass, max_probability, entropy, first_key, end_key, doc_start,
+    doc_end, sink_logit, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
     H, G, T, D, shared_from, shared_to, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_SINK: tl.constexpr,
@@ -243,7 +243,8 @@ def forward_kernel(
         b_keep = tl.math.exp2(b_max - b_new)
         b_p = tl.math.exp2(sink2 - b_new)
         if FULL:
-            b_u = b_keep * (b_u + (b_max - b_new) * b_sum) + b_p * (sink2 - b_new)
+            b_pz = tl.where(b_p > 0, b_p * (sink2 - b_new), 0.0)  # 0 · −∞ of a sink at −∞
+            b_u = b_keep * (b_u + (b_max - b_new) * b_sum) + b_pz
         b_sum = b_sum * b_keep + b_p
         b_o = b_o * b_keep[:, None]
         b_max = b_new
@@ -255,6 +256,8 @@ def forward_kernel(
     at = bh.to(tl.int64) * T + rows
     tl.store(lse + at, (b_max + tl.math.log2(b_sum)) * _LN2, mask=rows < T)
 
+    if STATISTICS and HAS_SINK:
+        tl.store(sink_mass + at, b_p / b_sum, mask=rows < T)
     if FULL:
         # H = ln 2 · (log2 Σ 2^z − Σ 2^z z / Σ 2^z)
         tl.store(max_probability + at, tl.math.exp2(b_key_max - b_max) / b_sum, mask=rows < T)
@@ -283,7 +286,8 @@ def forward_kernel(
             b_document = tl.where(b_start == anchor, b_mass, b_document)
             if HAS_DOCS:
                 following = tl.load(doc_end + anchor)
-                anchor = tl.where((anchor == 0) & (at0 > 0), at0, following)
+                following = tl.where((anchor == 0) & (at0 > 0), at0, following)
+                anchor = tl.maximum(following, anchor + 1)  # ends, whatever the tensors hold
             else:
                 anchor = T
         if HAS_FIRST:

@@ -4,12 +4,14 @@ Registers, shared memory, races and bfloat16 do not show there; tiles are small 
 tile borders.
 """
 
+from contextlib import nullcontext
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
 
-from kernels import attention, attention_received, available, interval_mask
+from kernels import Mask, attention, attention_received, available, interval_mask
 from tests.kernels.test_attention import MASKS, boundaries, inputs
 
 pytestmark = pytest.mark.skipif(
@@ -226,7 +228,130 @@ def test_the_mass_is_exact_at_large_logits():
     assert error < 5e-4, "exp(logit − lse) of a float32 lse would drift further"
 
 
-def test_the_operator_passes_opcheck():
+def strided(x, step=2):
+    """The same values, every `step`-th element of a larger tensor along the last dimension."""
+    return torch.stack([x, *(torch.full_like(x, 77) for _ in range(step - 1))], -1).flatten(-2)[..., ::step]
+
+
+def test_masks_and_sinks_of_any_strides_are_read_as_they_are():
+    """The kernels read them as contiguous: strided ones gave other values, expanded ones ran out of bounds."""
+    start, end = boundaries([5, 7, 9], rows=2)
+    bounds = interval_mask(2, 21, doc_start=start, doc_end=end, document=True, prefix_lm=9, shared_prefix=1)
+    names = ("first_key", "end_key", "doc_start")
+    expanded = {n: getattr(bounds, n)[:1].expand(2, -1) for n in names}
+    apart = {n: strided(getattr(bounds, n)) for n in names}
+    sink = torch.tensor([2.0]).expand(4)
+    q, k, v = (x.detach() for x in inputs(2, 4, 2, 21, 16, torch.float32))
+
+    def values(mask, sink):
+        out = attention(q, k, v, mask, sink_logit=sink, statistics="full", implementation="triton")
+        return [out.output, *out.statistics, attention_received(q, k, out.lse, mask, implementation="triton")]
+
+    expected = values(bounds, sink.contiguous())
+    for tensors, logit in ((expanded, sink), (apart, strided(torch.full((4,), 2.0)))):
+        assert not any(x.is_contiguous() for x in (*tensors.values(), logit))
+        mask = Mask(rows=2, length=21, shared_prefix=1, **tensors)
+        assert all(torch.equal(a, b) for a, b in zip(values(mask, logit), expected, strict=True))
+
+
+def test_the_operators_themselves_take_any_strides():
+    ops = torch.ops.sinkbed
+    start, end = boundaries([5, 7, 9])
+    mask = interval_mask(1, 21, doc_start=start, doc_end=end, document=True, prefix_lm=9)
+    bounds = (mask.first_key, mask.end_key, mask.first_query, mask.last_query)
+    q, k, v = (x.detach() for x in inputs(1, 2, 1, 21, 16, torch.float32))
+    grad, sink = torch.randn_like(q), torch.tensor([0.5, -1.0])
+    results = []
+    for f in (lambda x: x, strided):
+        forward = (*map(f, (q, k, v)), *map(f, (*bounds, start, mask.doc_end, sink)), 0, 0, 0.25, True, True)
+        found = ops.attention_triton(*forward)
+        lse = found[1]
+        back = ops.attention_triton_backward(
+            f(grad), f(lse), *map(f, (q, k, v, found[0], lse, *bounds, sink)), 0, 0, 0.25
+        )
+        received = ops.attention_received_triton(*map(f, (q, k, lse, *bounds[2:])), 0, 0, 0.25)
+        results.append([*found, *back, received])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_inputs_whose_elements_overlap_have_outputs_of_their_own():
+    """Windows of one line: memory laid out as theirs would have had strides that the kernels do not write to."""
+    line = torch.randn(1, 2, 24 + 15, dtype=torch.float64)
+    exact = line.unfold(2, 16, 1)
+    q = line.float().unfold(2, 16, 1).requires_grad_()
+    assert q.shape == (1, 2, 24, 16) and q.stride()[2:] == (1, 1)
+    found = attention(q, q, q, implementation="triton").output.detach()
+    expected = attention(exact, exact, exact, implementation="reference").output
+    assert worst([found], [expected]) < 5e-6
+    torch.library.opcheck(torch.ops.sinkbed.attention_triton.default, (q, q, q, *[None] * 7, 0, 0, 0.25, True, True))
+
+
+def test_a_stride_whose_offsets_leave_32_bits_is_copied():
+    from kernels.triton_gpu import _readable
+
+    near, far = (torch.empty_strided((1, 1, 200, 16), (1, 1, s, 1), device="meta") for s in (2**24 - 1, 2**24))
+    assert _readable(near)[0] is near and _readable(far)[0].stride(2) == 16
+
+
+def test_a_row_longer_than_a_grid_is_refused():
+    x = torch.zeros(1, 1, 1, 16).expand(1, 1, 65_535 * 16 + 1, 16)
+    with pytest.raises(ValueError, match="at most 1,048,560 positions, received 1,048,561"):
+        attention(x, x, x, implementation="triton")
+
+
+def test_a_launch_goes_to_the_tensors_device(monkeypatch):
+    from types import SimpleNamespace
+
+    from kernels import triton_gpu
+
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    call = triton_gpu._on_its_device(lambda q, n: n)
+    assert call(SimpleNamespace(device=torch.device("cuda", 1)), 3) == 3 and call(torch.zeros(1), 4) == 4
+    assert entered == [torch.device("cuda", 1)]
+    for launch in (triton_gpu._forward, triton_gpu._backward_kernels, triton_gpu._received):
+        assert hasattr(launch, "__wrapped__")
+
+
+def test_a_gradient_of_gradients_is_refused():
+    """It was silently zero."""
+    q, k, v = inputs(1, 2, 1, 9, 16, torch.float32)
+    out = attention(q, k, v, implementation="triton")
+    [dq] = torch.autograd.grad(out.output.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="expected one backward pass"):
+        dq.sum().backward()
+
+
+def test_a_sink_at_minus_infinity_is_none():
+    logit = [float("-inf"), 0.5]
+    found = run("triton", torch.float32, None, 1, 2, 1, 21, 16, sink=logit)
+    assert worst(found, run("reference", torch.float64, None, 1, 2, 1, 21, 16, sink=logit)) < 5e-6
+
+
+def test_the_mass_on_the_sink_is_exact_at_large_logits():
+    q, k, v = (x.detach() for x in inputs(1, 1, 1, 24, 16, torch.float64))
+    q = (q * 1000).float().double()
+    k, v = k.float().double(), v.float().double()
+    largest = attention(q, k, v, implementation="reference").lse.mean()
+    sink = largest.float()[None]
+    found = attention(q.float(), k.float(), v.float(), sink_logit=sink, statistics=True, implementation="triton")
+    expected = attention(q, k, v, sink_logit=sink.double(), statistics=True, implementation="reference")
+    drifting = (sink - found.lse).exp()
+    true = expected.statistics.sink_mass
+    errors = [float((x.double() - true).abs().max()) for x in (found.statistics.sink_mass, drifting)]
+    assert found.lse.abs().max() > 1000 and true.max() > 0.01
+    assert errors[0] < errors[1]
+
+
+def test_a_column_sum_has_the_dtype_of_its_lse():
+    q, k, v = (x.detach() for x in inputs(1, 2, 1, 21, 16, torch.float32))
+    lse = attention(q, k, v).lse
+    for implementation in ("triton", "torch", "reference"):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            assert attention_received(q, k, lse.to(dtype), implementation=implementation).dtype == dtype
+
+
+def test_the_operators_pass_opcheck():
     start, end = boundaries([9, 12])
     mask = interval_mask(1, 21, doc_start=start, doc_end=end, document=True)
     q, k, v = inputs(1, 2, 1, 21, 16, torch.float32)
@@ -234,6 +359,9 @@ def test_the_operator_passes_opcheck():
     boundaries_and_sink = (mask.first_key, None, None, mask.last_query, start, mask.doc_end, sink)
     arguments = (q, k, v, *boundaries_and_sink, 0, 0, 0.25, True, True)
     torch.library.opcheck(torch.ops.sinkbed.attention_triton.default, arguments)
+    q, k, lse = q.detach(), k.detach(), torch.zeros(1, 2, 21)
+    received = torch.ops.sinkbed.attention_received_triton.default
+    torch.library.opcheck(received, (q, k, lse, None, mask.last_query, 0, 0, 0.25))
 
 
 def test_torch_compile_sees_one_operator_and_breaks_no_graph():
@@ -242,16 +370,37 @@ def test_torch_compile_sees_one_operator_and_breaks_no_graph():
 
     def function(q, k, v):
         out = attention(q * 2, k, v, mask, statistics=True, implementation="triton")
-        return (out.output * 3).sum() + out.lse.sum(), out.statistics.row_mass
+        received = attention_received(q * 2, k, out.lse, mask, implementation="triton")
+        return (out.output * 3).sum() + out.lse.sum(), (out.statistics.row_mass, received)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     results = []
     for call in (function, compiled):
         q, k, v = inputs(1, 2, 1, 21, 16, torch.float32)
-        loss, mass = call(q, k, v)
+        loss, found = call(q, k, v)
         loss.backward()
-        results.append([loss.detach(), mass, q.grad, k.grad, v.grad])
+        results.append([loss.detach(), *found, q.grad, k.grad, v.grad])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_mask_used_again_does_not_compile_anew():
+    """Its cached tensors, made on first use, were a change that a compiled function guards against."""
+    start, end = boundaries([9, 12])
+    mask = interval_mask(1, 21, doc_start=start, doc_end=end, document=True, prefix_lm=3)
+    graphs = []
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=count)
+    def function(q):
+        return attention(q, q, q, mask, statistics=True, implementation="triton").output
+
+    q = torch.randn(1, 2, 21, 16)
+    for _ in range(3):
+        function(q)
+    assert len(graphs) == 1
 
 
 def test_a_decoder_on_the_kernels_equals_one_on_the_reference():
