@@ -25,6 +25,8 @@ from data.packing import Concat, random_tokens
 from data.store import TokenStore
 from data.strategy import Strategy
 
+_BLOCK = 1024
+
 
 class Batch(NamedTuple):
     """B rows of T tokens; every tensor is [B, T]."""
@@ -79,6 +81,7 @@ class Rows(Dataset[Batch]):
         self.strategy = strategy
         self.context_length = context_length
         self.seed = seed
+        self._block: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
         self.layout = Concat(
             offsets=store.offsets,
             context_length=context_length,
@@ -105,8 +108,8 @@ class Rows(Dataset[Batch]):
         number = np.asarray(numbers, dtype=np.int64)
         if number.size and number.min() < 0:
             raise IndexError(f"row {number.min()}: rows are numbered from 0")
-        epoch, place = np.divmod(number, len(self))
-        slot = permute(place, len(self), seed=self.seed, epoch=epoch)
+        epoch = number // len(self)
+        slot = self._slots(number)
         first = self._first_ids(slot, epoch)
         rows = [
             self.layout.row(int(index), self.store.stream, None if first is None else int(first[i]))
@@ -121,6 +124,22 @@ class Rows(Dataset[Batch]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.store, self.strategy, self.context_length, self.seed)
+
+    def _slots(self, number: np.ndarray) -> np.ndarray:
+        """[N] the row in its epoch of each global number.
+
+        Training asks for one number after the other, and `permute` costs as much for one as for a thousand: a block of
+        them is computed at a time, and the last one kept.
+        """
+        slots = np.empty_like(number)
+        blocks = number // _BLOCK
+        for block in np.unique(blocks):
+            if self._block[0] != block:
+                epoch, place = np.divmod(np.arange(block * _BLOCK, (block + 1) * _BLOCK), len(self))
+                self._block = (int(block), permute(place, len(self), seed=self.seed, epoch=epoch))
+            inside = blocks == block
+            slots[inside] = self._block[1][number[inside] - block * _BLOCK]
+        return slots
 
     def _first_ids(self, slot: np.ndarray, epoch: np.ndarray) -> np.ndarray | None:
         """[N] the first token of each row; None without one."""

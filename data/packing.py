@@ -29,6 +29,7 @@ Shapes: D documents, R rows per epoch, T tokens per row, N queries.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -106,18 +107,16 @@ class Concat:
         A document's first token belongs to the document itself, and a document without tokens holds
         no position: this is the right-sided search, for the last document that starts at or before it.
         """
-        position = np.asarray(position, dtype=np.int64)
         if not self.extras:
             return np.searchsorted(self.offsets, position, side="right") - 1
-        # The starts are not stored, so bisect on the formula: start(low) <= position < start(high).
-        low = np.zeros_like(position)
-        high = np.full_like(position, len(self.offsets) - 1)
-        for _ in range(len(self.offsets).bit_length()):
-            middle = (low + high) // 2
-            at_or_before = self.document_start(middle) <= position
-            low = np.where(at_or_before, middle, low)
-            high = np.where(at_or_before, high, middle)
-        return low
+        # The starts are not stored, so bisect on their formula.
+        documents, extras, offsets = range(len(self.offsets)), self.extras, self.offsets
+
+        def start(document: int) -> int:
+            return int(offsets[document]) + document * extras
+
+        found = [bisect_right(documents, p, key=start) - 1 for p in np.asarray(position).tolist()]
+        return np.array(found, dtype=np.int64)
 
     def row(self, index: int, read: ReadTokens, first_id: int | None = None) -> Row:
         """Row `index`, in 0 .. R - 1, of the stream.

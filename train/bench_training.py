@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,59 @@ from train.module import counted_targets
 from train.optim import OptimizerConfig, build_optimizer
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """A run config as plain values; raises FileNotFoundError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"bench: no config at {path}")
+    config: dict[str, Any] = yaml.safe_load(path.read_text())
+    return config
+
+
+def decoder_config(config: dict[str, Any]) -> DecoderConfig:
+    """The shape in a run config."""
+    parser = ArgumentParser()
+    parser.add_class_arguments(DecoderConfig, "decoder")
+    shape = parser.instantiate_classes(parser.parse_object({"decoder": config["model"]["decoder"]})).decoder
+    return shape if isinstance(shape, DecoderConfig) else DecoderConfig(**vars(shape))
+
+
+def random_batch(rows: int, length: int, vocab_size: int) -> Batch:
+    """Rows of random tokens, each one document."""
+    tokens = torch.randint(vocab_size, (rows, length + 1))
+    zeros = torch.zeros(rows, length, dtype=torch.int32)
+    return Batch(
+        tokens=tokens[:, :-1].contiguous(),
+        targets=tokens[:, 1:].contiguous(),
+        loss_mask=torch.ones(rows, length, dtype=torch.bool),
+        positions=torch.arange(length).expand(rows, length),
+        doc_start=zeros,
+        doc_end=zeros + length,
+    )
+
+
+def step_of(module: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    """One optimizer step: forward, loss, backward, clipping, AdamW."""
+    optimizer, _ = build_optimizer(module, OptimizerConfig(lr=1e-3), total_steps=10_000)
+
+    def step() -> None:
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def decoder_step(shape: DecoderConfig, batch: Batch, vocab_size: int, compiled: bool = False) -> Callable[[], None]:
+    """`step_of` a decoder of ours."""
+    decoder = Decoder(shape, vocab_size)
+    forward = torch.compile(decoder) if compiled else decoder
+    return step_of(decoder, lambda: forward(batch.tokens, targets=counted_targets(batch)).loss)
+
+
 def run(arguments: Any) -> int:
     """One optimizer step (forward, loss, backward, clipping, AdamW) of our decoder and of HF's Llama."""
-    if not arguments.config.is_file():
-        raise FileNotFoundError(f"bench training: no config at {arguments.config}")
+    config = read_config(arguments.config)
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
@@ -27,40 +77,9 @@ def run(arguments: Any) -> int:
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    config = yaml.safe_load(arguments.config.read_text())
-    parser = ArgumentParser()
-    parser.add_class_arguments(DecoderConfig, "decoder")
-    shape = parser.instantiate_classes(parser.parse_object({"decoder": config["model"]["decoder"]})).decoder
-    shape = shape if isinstance(shape, DecoderConfig) else DecoderConfig(**vars(shape))
+    shape = decoder_config(config)
     B, T, V = config["data"]["global_batch"], config["data"]["context_length"], arguments.vocab_size
-
-    tokens = torch.randint(V, (B, T + 1))
-    ordinal = torch.arange(T).expand(B, T)
-    zeros = torch.zeros(B, T, dtype=torch.int32)
-    batch = Batch(
-        tokens=tokens[:, :-1].contiguous(),
-        targets=tokens[:, 1:].contiguous(),
-        loss_mask=torch.ones(B, T, dtype=torch.bool),
-        positions=ordinal,
-        doc_start=zeros,
-        doc_end=zeros + T,
-    )
-
-    def step_of(parameters: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
-        optimizer, _ = build_optimizer(parameters, OptimizerConfig(lr=1e-3), total_steps=10_000)
-
-        def step() -> None:
-            loss().backward()
-            torch.nn.utils.clip_grad_norm_(parameters.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
-
-    def ours(compiled: bool) -> Callable[[], None]:
-        decoder = Decoder(shape, V)
-        forward = torch.compile(decoder) if compiled else decoder
-        return step_of(decoder, lambda: forward(batch.tokens, targets=counted_targets(batch)).loss)
+    batch = random_batch(B, T, V)
 
     def peer(compiled: bool) -> Callable[[], None]:
         llama = LlamaForCausalLM(
@@ -84,9 +103,9 @@ def run(arguments: Any) -> int:
 
         return step_of(llama, loss)
 
-    contenders = {"HF Llama (SDPA)": peer(False), "Sinkbed": ours(False)}
+    contenders = {"HF Llama (SDPA)": peer(False), "Sinkbed": decoder_step(shape, batch, V)}
     if arguments.compile:
-        contenders |= {"HF Llama, compiled": peer(True), "Sinkbed, compiled": ours(True)}
+        contenders |= {"HF Llama, compiled": peer(True), "Sinkbed, compiled": decoder_step(shape, batch, V, True)}
     timings = interleave(contenders, arguments.repeats, warmup=5)
     base = timings[0].median
     count = Decoder(shape, V).parameter_count()

@@ -315,7 +315,7 @@ class SinkbedCLI(LightningCLI):
                 )
             _say(f"forking {self.parent['checkpoint']} at step {step}, to step {trainer.max_steps} in {run_dir}")
             return
-        if step >= trainer.max_steps and (run_dir / rundir.MEASUREMENT).exists():
+        if step >= trainer.max_steps and rundir.is_finished(run_dir):
             raise AlreadyFinished(
                 f"{run_dir}: already finished, at step {step}; nothing was changed. `sinkbed validate {run_dir}` "
                 "measures it again; a longer run needs a run_dir of its own"
@@ -331,7 +331,7 @@ class SinkbedCLI(LightningCLI):
             _say(f"{', '.join(split)}: the same rows in the same order, sums rounded in another one")
 
     def after_fit(self) -> None:
-        """Say how it ended. A run killed between its last step and its final measurement is measured when it is
+        """Say how it ended. A run killed after its last step, before W&B had everything, is measured again when it is
         resumed."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         monitor = next(c for c in callbacks if isinstance(c, SinkMonitor))
@@ -343,6 +343,8 @@ class SinkbedCLI(LightningCLI):
             monitor.finish(self.trainer, self.model)
         if monitor.final is not None and self.trainer.is_global_zero:
             print(measurement_table(self.trainer.global_step, monitor.final, monitor.config.sink_tokens))
+            finish_wandb(0)
+            rundir.mark_finished(monitor.run_dir)
             print(f"in {monitor.run_dir}; curves: wandb leet {monitor.run_dir}/wandb")
 
 

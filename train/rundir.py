@@ -2,7 +2,7 @@
 
 config.yaml      the whole configuration          manifest.json  the token store's manifest
 audit.json       what packing did                 metrics.jsonl  every point, in order
-measurement.json the final measurement            checkpoints/   wandb/   run.json (W&B id, parent)
+measurement.json the final measurement            checkpoints/   wandb/   run.json (W&B id, parent, whether finished)
 .lock            held by the process that writes here
 """
 
@@ -105,7 +105,19 @@ def identify(folder: Path, parent: dict[str, Any] | None) -> None:
     """Write run.json: the W&B id, made once, and the run and step that this run is a fork of."""
     path = folder / RUN
     known = read_json(path) if path.exists() else {"wandb_id": secrets.token_hex(4)}
+    known.pop("finished", None)
     write_json(path, known | ({} if parent is None else {"parent": parent}))
+
+
+def mark_finished(folder: Path) -> None:
+    """Note in run.json that nothing is left to do: measured, and W&B's files are whole."""
+    write_json(folder / RUN, read_json(folder / RUN) | {"finished": True})
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run came to its end, the last of W&B's points included."""
+    path = folder / RUN
+    return (folder / MEASUREMENT).exists() and path.exists() and "finished" in read_json(path)
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

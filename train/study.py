@@ -85,7 +85,7 @@ class ArmRun:
         record = self.record()
         if record and record["settings"] != self.settings:
             return "other"
-        if record and (self.folder / rundir.MEASUREMENT).exists():
+        if record and rundir.is_finished(self.folder):
             return "finished"
         if "failed" in record:
             return "failed"

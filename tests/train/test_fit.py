@@ -93,13 +93,13 @@ def test_a_killed_run_resumes_to_the_same_weights_and_points(fit, monkeypatch, e
     revive()
     folder = whole.parent / "cut"
     assert points(folder)[-1]["step"] > 4, "points after the checkpoint exist and must be made again"
-    identifier = rundir.read_json(folder / rundir.RUN)
+    identifier = rundir.read_json(folder / rundir.RUN)["wandb_id"]
     assert fit(*extra, "--ckpt_path", "last", run_dir="cut")[0] == 0
     assert points(folder) == points(whole)
     ours, theirs = weights(folder, 10), weights(whole, 10)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
-    assert rundir.read_json(folder / rundir.RUN) == identifier
+    assert rundir.read_json(folder / rundir.RUN)["wandb_id"] == identifier
     measured = (rundir.read_json(f / rundir.MEASUREMENT)["modes"] for f in (folder, whole))
     assert next(measured) == next(measured)
     # The W&B run is two offline folders of one id now; together they hold every point once.
@@ -220,6 +220,29 @@ def test_a_run_killed_before_its_final_measurement_is_measured_on_resume(fit):
     assert again["modes"] == expected["modes"]
     assert again["seconds"]["training"] == pytest.approx(expected["seconds"]["training"], abs=1)
     assert points(folder) == before
+
+
+def test_a_run_killed_before_wandb_has_everything_sends_the_rest_on_resume(fit, monkeypatch):
+    import train.fit
+
+    def killed(exit_code):
+        raise Killed
+
+    monkeypatch.setattr(train.fit, "finish_wandb", killed)
+    with pytest.raises(Killed):
+        fit()
+    monkeypatch.undo()
+    train.fit.finish_wandb(1)
+    folder = fit.config.parent / "run"
+    [segment] = folder.glob("wandb/offline-run-*/run-*.wandb")
+    segment.write_bytes(segment.read_bytes()[: segment.stat().st_size // 2])
+    before = rundir.read_json(folder / rundir.MEASUREMENT)["modes"]
+    assert fit("--ckpt_path", "last")[0] == 0
+    segments = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(segments) == 2
+    steps = [row["_step"] for path in segments for row in read_wandb_file(path)]
+    assert steps == list(range(len(points(folder))))
+    assert rundir.read_json(folder / rundir.MEASUREMENT)["modes"] == before
 
 
 def test_a_run_killed_with_sigkill_resumes_to_the_same_weights(fit):
