@@ -174,13 +174,21 @@ def _load(source: Source) -> Any:
         dataset = datasets.Dataset.from_dict({"text": _demo_texts(source)})
     elif source.kind == "hub":
         assert source.name is not None
-        dataset = datasets.load_dataset(
-            source.name,
-            source.config,
-            split=source.split or "train",
-            revision=source.revision,
-            streaming=source.streaming,
-        )
+        try:
+            dataset = datasets.load_dataset(
+                source.name,
+                source.config,
+                split=source.split or "train",
+                revision=source.revision,
+                streaming=source.streaming,
+            )
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            raise ValueError(
+                f"{_describe(source)}: expected data files, found a data set that brings code of its own, which is "
+                f"never run ({error}); use a revision with Parquet files"
+            ) from None
     else:
         arguments: dict[str, Any] = {"sample_by": "document"} if source.kind == "text" else {}
         files = _matching(source.patterns)

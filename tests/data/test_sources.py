@@ -152,7 +152,7 @@ def test_a_data_set_that_brings_its_own_code_is_not_run(tmp_path: Path) -> None:
     trace = tmp_path / "was_run"
     (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w').close()")
     for streaming in (False, True):
-        with pytest.raises(RuntimeError, match=r"[Ss]cripts are no longer supported"):
+        with pytest.raises(ValueError, match=r"code of its own, which is never run.*evil\.py"):
             list(Documents(Source(kind="hub", name=str(folder), streaming=streaming)))
     assert not trace.exists()
 

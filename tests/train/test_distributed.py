@@ -18,19 +18,29 @@ from train.cli import main
 from train.loggers import read_wandb_file
 
 KINDS = ("one", "ddp", "fsdp2", "fsdp2_sharded")
-# Under the document mask processes differ in the targets that count.
-SETTINGS = ("--data.strategy.mask", "document")
+# Under the document mask micro-batches and processes differ in the targets that count.
+SETTINGS = ("--data.strategy.mask", "document", "--data.micro_batch", "1")
+
+
+def of_kind(kind):
+    """Options and environments of a run of a kind: one process, or two under a strategy."""
+    if kind == "one":
+        return [], [{}]
+    options = ["--trainer.devices", "2", "--trainer.strategy", kind]
+    # The sharded kind computes its blocks again, too.
+    again = ["--model.activation_checkpointing", "true"] if kind == "fsdp2_sharded" else []
+    return [*options, *again], torchrun(2)
 
 
 @pytest.fixture
 def launch(fit):
-    """Start a run of a kind: one process, or two under a strategy."""
+    """Start a run of a kind."""
     jobs = []
 
-    def call(kind, folder, *extra, launcher=torchrun):
-        two = () if kind == "one" else ("--trainer.devices", "2", "--trainer.strategy", kind)
-        arguments = ["fit", "--config", str(fit.config), "--run_dir", str(folder), *SETTINGS, *two, *extra]
-        jobs.append(Job(arguments, f"{folder}.log", [{}] if kind == "one" else launcher(2)))
+    def call(kind, folder, *extra, environments=None):
+        options, environments_of_kind = of_kind(kind)
+        arguments = ["fit", "--config", str(fit.config), "--run_dir", str(folder), *SETTINGS, *options, *extra]
+        jobs.append(Job(arguments, f"{folder}.log", environments or environments_of_kind))
         return jobs[-1]
 
     yield call
@@ -47,9 +57,9 @@ def runs(tmp_path_factory, tiny_store):
     folder = tmp_path_factory.mktemp("runs")
     config = write_run_config(folder / "run.yaml", tiny_store)
     for kind in KINDS:
-        two = () if kind == "one" else ("--trainer.devices", "2", "--trainer.strategy", kind)
-        arguments = ["fit", "--config", str(config), "--run_dir", str(folder / kind), *SETTINGS, *two]
-        job = Job(arguments, f"{folder / kind}.log", [{}] if kind == "one" else torchrun(2))
+        options, environments = of_kind(kind)
+        arguments = ["fit", "--config", str(config), "--run_dir", str(folder / kind), *SETTINGS, *options]
+        job = Job(arguments, f"{folder / kind}.log", environments)
         assert set(job.finish()) == {0}, job.output()
         assert "Traceback" not in job.output()
     return folder
@@ -127,7 +137,7 @@ def test_a_process_that_dies_ends_the_job_with_a_message(launch, fit, kind):
 @pytest.mark.parametrize(("launcher", "number"), [(torchrun, signal.SIGTERM), (slurm, signal.SIGINT)])
 def test_processes_told_to_stop_save_once_and_stop_together(launch, fit, launcher, number):
     folder = fit.config.parent / "run"
-    job = launch("ddp", folder, "--trainer.max_steps", "5000", "--checkpoint_every", "5000", launcher=launcher)
+    job = launch("ddp", folder, "--trainer.max_steps", "5000", "--checkpoint_every", "5000", environments=launcher(2))
     deadline = time.monotonic() + 60
     while rundir.newest_checkpoint(folder) is None and time.monotonic() < deadline and job.alive():
         time.sleep(0.01)
