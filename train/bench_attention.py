@@ -198,7 +198,8 @@ def _values(call: Contender, inputs: list[Tensor]) -> list[Tensor]:
     """Output and gradients of q, k and v, in float64."""
     output = call(*inputs)
     weight = torch.linspace(-1, 1, output.numel(), device=output.device, dtype=torch.float64).view_as(output)
-    return [output.double(), *(g.double() for g in torch.autograd.grad((output.double() * weight).sum(), inputs))]
+    gradients = torch.autograd.grad((output.double() * weight).sum(), inputs)
+    return [x.detach().double() for x in (output, *gradients)]
 
 
 def _reference(case: Case, dtype: torch.dtype) -> list[Tensor]:
@@ -209,9 +210,8 @@ def _reference(case: Case, dtype: torch.dtype) -> list[Tensor]:
 
 def error_of(found: list[Tensor], exact: list[Tensor]) -> float:
     """Largest deviation of any tensor from the exact one, relative to its largest value; NaN where any is NaN."""
-    return float(
-        torch.stack([(a - b).detach().abs().max() / b.abs().max() for a, b in zip(found, exact, strict=True)]).max()
-    )
+    errors = [(a - b).abs().max() / b.abs().max().clamp_min(1e-6) for a, b in zip(found, exact, strict=True)]
+    return float(torch.stack(errors).max())
 
 
 def _tried(name: str, call: Callable[[], _Result], absent: dict[str, str]) -> _Result | None:

@@ -299,6 +299,24 @@ def test_a_row_longer_than_a_grid_is_refused():
         attention(x, x, x, implementation="triton")
 
 
+def test_the_walk_over_documents_ends_whatever_the_documents_are():
+    """Ends that do not lie behind their positions held it for ever."""
+    import signal
+
+    def late(*_):
+        raise TimeoutError("the kernel is still walking")
+
+    q, k, v = (x.detach() for x in inputs(1, 1, 1, 21, 16, torch.float32))
+    start, end = torch.arange(21, dtype=torch.int32)[None], torch.zeros(1, 21, dtype=torch.int32)
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    try:
+        torch.ops.sinkbed.attention_triton(q, k, v, *[None] * 4, start, end, None, 0, 0, 0.25, True, False)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_a_launch_goes_to_the_tensors_device(monkeypatch):
     from types import SimpleNamespace
 

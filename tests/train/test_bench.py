@@ -56,3 +56,23 @@ def test_a_contender_with_wrong_values_is_not_timed(monkeypatch):
     monkeypatch.setattr(bench_attention, "contenders", with_a_fault)
     with pytest.raises(ValueError, match="no mask: expected values within"):
         bench_attention.measure(case("mixed"), repeats=1)
+
+
+def test_the_loader_is_compared_with_what_the_model_consumes(capsys, tiny_store, fit):
+    options = ["--config", str(fit.config), "--store", str(tiny_store), "--repeats", "1"]
+    assert main(["bench", "data", *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = ["model, one training step", "loader, no workers", "loader, 1 workers"]
+    assert [line[:28].strip() for line in lines[2:]] == names
+    rates = [float(line[28:42].replace(",", "")) for line in lines[2:]]
+    ratios = [float(line.split()[-2]) for line in lines[2:]]
+    assert ratios == pytest.approx([rate / rates[0] for rate in rates], abs=0.06)
+
+
+def test_saving_and_resuming_are_measured_on_real_runs(capsys, fit, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = ["--config", str(fit.config), "--resume", str(fit.config), "--vocab_size", "300", "--repeats", "1"]
+    assert main(["bench", "checkpoint", *config]) == 0
+    output = capsys.readouterr().out
+    assert "saves at most in 10 steps of 2 s" in output and output.count("s to the first new step") == 2
+    assert not list(tmp_path.glob(".bench*"))
