@@ -1,5 +1,6 @@
 """W&B as users meet it: wandb's own client and `wandb sync`, and a server on this machine that keeps what they send."""
 
+import json
 import os
 import signal
 import subprocess
@@ -140,3 +141,17 @@ def test_a_server_lost_while_training_costs_nothing_but_the_upload(start, fit, s
     server.silent = False
     sync(server, folder.glob("wandb/run-*"))
     holds(server, folder)
+
+
+def test_a_fork_is_another_run_that_names_its_parent(start, fit, server):
+    parent, fork = fit.config.parent / "parent", fit.config.parent / "fork"
+    assert start(parent, environment=OFFLINE).finish() == [0]
+    checkpoint = parent / "checkpoints" / "step-0000060.ckpt"
+    job = start(fork, "--fork", str(checkpoint), "--trainer.max_steps", "70", environment=server.environment)
+    assert job.finish() == [0], job.output()
+    holds(server, fork)
+    [run] = server.runs.values()
+    known = rundir.read_json(parent / rundir.RUN)
+    assert run.name != known["wandb_id"]
+    expected = {"checkpoint": str(checkpoint), "step": 60, "wandb_id": known["wandb_id"]}
+    assert json.loads(run.config)["parent"]["value"] == expected
