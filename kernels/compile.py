@@ -27,8 +27,10 @@ from kernels import triton_gpu, triton_kernels
 from kernels.tiles import Tiles, override
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-HEAD_DIMS = (32, 64, 96, 128)
-MASKS = ("document", "causal")
+HEAD_DIMS = (16, 32, 64, 96, 128)
+MASKS = ("document", "causal", "prefix_lm", "one_document")
+"""`document` and `causal`; `prefix_lm`: a prefix LM within documents, a learned sink, a gradient of lse and a T that
+is no multiple of 16; `one_document`: causal, with such a T and statistics of rows without documents."""
 KERNELS = ("forward", "forward+statistics", "forward+full", "delta", "dq", "dkv", "received")
 # The opcode and no modifier: HFMA2.MMA moves a constant.
 _MATRIX = re.compile(r"(?:@!?U?P\w+\s+)?((?:[HIDQO]|[HIQ]G|UTC[HIQO])MMA|v_mfma)(?![A-Z0-9])")
@@ -74,7 +76,7 @@ class Variant:
     arch: str
     kernel: str
     mask: str
-    """`document`, or `causal` where no interval is loaded."""
+    """One of MASKS."""
     dtype: str
     head_dim: int
 
@@ -170,24 +172,39 @@ def compile_variant(variant: Variant, tiles: Tiles | None = None) -> Counts:
     return _count(kernel, options, chip)
 
 
+def is_stored(kernel: str, mask: str, dtype: str, head_dim: int) -> bool:
+    """Whether the stored table has this variant, on every chip."""
+    if mask == "document":
+        return head_dim > 16 or dtype == "bf16"
+    if mask == "causal":
+        return head_dim > 16 and kernel != "delta"  # which reads no mask
+    # What adds little to the loops is compiled for one dtype and the head dims that are used most.
+    if mask == "one_document" and kernel not in ("forward+statistics", "forward+full"):
+        return False
+    return dtype == "bf16" and head_dim in (32, 64, 128)
+
+
 def _launch(variant: Variant) -> None:
-    q, k = (torch.zeros(1, h, 256, variant.head_dim, dtype=DTYPES[variant.dtype]) for h in (4, 2))
-    interval = torch.zeros(1, 256, dtype=torch.int32)
-    first_key = last_query = interval if variant.mask == "document" else None
-    end_key = first_query = None  # the diagonal
+    T = 256 if variant.mask in ("document", "causal") else 761
+    q, k = (torch.zeros(1, h, T, variant.head_dim, dtype=DTYPES[variant.dtype]) for h in (4, 2))
+    interval, lse = torch.zeros(1, T, dtype=torch.int32), torch.zeros(1, 4, T)
+    prefix_lm = variant.mask == "prefix_lm"
+    first_key = last_query = interval if variant.mask == "document" or prefix_lm else None
+    end_key = first_query = interval if prefix_lm else None  # None: the diagonal
+    sink_logit = torch.zeros(4) if prefix_lm else None
     scale = variant.head_dim**-0.5
     if variant.kernel.startswith("forward"):
         statistics, full = "+" in variant.kernel, variant.kernel.endswith("+full")
-        docs = interval if statistics else None
+        docs = interval if statistics and variant.mask != "one_document" else None
         triton_gpu._forward(
-            q, k, k, first_key, end_key, first_query, last_query, docs, docs, None, 0, 0, scale, statistics, full
+            q, k, k, first_key, end_key, first_query, last_query, docs, docs, sink_logit, 0, 0, scale, statistics, full
         )
     elif variant.kernel == "received":
-        triton_gpu._received(q, k, torch.zeros(1, 4, 256), first_query, last_query, 0, 0, scale)
+        triton_gpu._received(q, k, lse, first_query, last_query, 0, 0, scale)
     else:
-        lse = torch.zeros(1, 4, 256)
         ends = (first_key, end_key, first_query, last_query)
-        triton_gpu._backward_kernels(q, None, q, k, k, q, lse, *ends, None, 0, 0, scale)
+        grad_lse = lse if prefix_lm else None
+        triton_gpu._backward_kernels(q, grad_lse, q, k, k, q, lse, *ends, sink_logit, 0, 0, scale)
 
 
 def _count(kernel: Any, options: dict[str, Any], chip: Chip) -> Counts:
