@@ -97,7 +97,7 @@ def test_head_dims(D):
     assert worst(found, run("reference", torch.float64, None, 1, 2, 1, 40, D)) < 5e-6
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 24), min_size=1, max_size=5),
     window=st.none() | st.integers(1, 40),
