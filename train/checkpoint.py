@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -33,8 +34,8 @@ class Checkpoints(Checkpoint):
     the others go as soon as a newer one is whole.
 
     SIGINT (Ctrl-C) and SIGTERM (a scheduler) ask for a stop after the current step, SIGUSR1 (SLURM before the end of
-    the time limit) for that and a requeue; a second one interrupts at once. Several processes agree on a stop at the
-    next logging step, whichever of them was told.
+    the time limit) for that and a requeue. A scheduler and a launcher may both send it: only a later Ctrl-C interrupts
+    at once. Several processes agree on a stop one step later, whichever of them was told.
     Being Lightning's kind of Checkpoint, it runs after the other callbacks, whose state it saves.
     """
 
@@ -59,6 +60,8 @@ class Checkpoints(Checkpoint):
         self.loss = loss
         self.best: tuple[int, float] | None = None
         """Step and validation loss of the best checkpoint."""
+        self.resumed = False
+        """Whether this process goes on from a checkpoint of this run."""
         self.restored = ""
         """metrics.jsonl as the checkpoint saved it that this process resumed from."""
         self.reached = -1
@@ -66,35 +69,47 @@ class Checkpoints(Checkpoint):
         """Step of the newest checkpoint, None before there is one."""
         self.stop: signal.Signals | None = None
         """The signal that asked for the stop, in any process once they have agreed."""
+        self.run: dict[str, Any] = {}
+        """Content of run.json, for the checkpoints."""
+        self._told: torch.Tensor | None = None
+        self._told_at = 0.0
         self._handlers: dict[signal.Signals, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint: which one is the best, whose run it is, and every point so far."""
-        run = self.metrics.with_name(rundir.RUN)
         return {
             "best": self.best,
-            "run": rundir.read_json(run) if run.exists() else {},
+            "run": self.run,
             "metrics": self.metrics.read_text() if self.metrics.exists() else "",
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the checkpoint; the points go back through `rundir.restore_metrics`."""
-        self.best, self.restored = state_dict["best"], state_dict["metrics"]
+        self.best, self.restored, self.run = state_dict["best"], state_dict["metrics"], state_dict["run"]
+        self.resumed = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The step that a run resumes from is saved already. From here on a stop is an orderly one."""
+        """The step that a run resumes from is saved already, and from now on it is its last one, though a later one of
+        an earlier try may be there. From here on a stop is an orderly one."""
         self.reached = trainer.global_step
-        self.saved = trainer.global_step if trainer.ckpt_path else None
+        resumed = Path(trainer.ckpt_path) if trainer.ckpt_path else None
+        if resumed is not None and resumed.resolve().parent == self.folder.resolve():  # no fork
+            self.saved = trainer.global_step
+            if trainer.is_global_zero:
+                self._link(resumed.resolve())
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._handlers[number] = signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
         if self.stop is not None:
-            raise KeyboardInterrupt
-        self.stop = signal.Signals(number)
+            if number == signal.SIGINT and now - self._told_at > 1:
+                raise KeyboardInterrupt
+            return
+        self.stop, self._told_at = signal.Signals(number), now
         # Not print: the signal may have come in the middle of one.
-        os.write(2, f"\n{self.stop.name}: saving at the next step; once more to stop at once\n".encode())
+        os.write(2, f"\n{self.stop.name}: saving after this step; Ctrl-C stops at once\n".encode())
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Save when an optimizer step that is due has ended."""
@@ -103,7 +118,8 @@ class Checkpoints(Checkpoint):
             return
         self.reached = step
         stop = self._told_to_stop(trainer)
-        loss = self.loss(step)
+        # Whether this step is saved is one process's decision: their losses may differ in the last bit.
+        loss = trainer.strategy.broadcast(self.loss(step)) if trainer.world_size > 1 else self.loss(step)
         best = loss is not None and (self.best is None or loss < self.best[1])
         if best:
             self.best = (step, loss)  # type: ignore[assignment]
@@ -123,13 +139,15 @@ class Checkpoints(Checkpoint):
                 remove_checkpoint(path)
 
     def _told_to_stop(self, trainer: L.Trainer) -> bool:
-        """Whether any process was told; they agree, when there are several, at the logging steps."""
+        """Whether any process was told. What they told each other in one step is read in the next one, so that an
+        accelerator need not wait for it."""
         if trainer.world_size > 1:
-            if trainer.global_step % trainer.log_every_n_steps != 0:  # type: ignore[attr-defined]
-                return False
+            agreed = 0 if self._told is None else int(self._told)
             told = torch.tensor(self.stop or 0, device=trainer.strategy.root_device)
-            agreed = int(trainer.strategy.reduce(told, reduce_op="max"))
-            self.stop = signal.Signals(agreed) if agreed else None
+            self._told = trainer.strategy.reduce(told, reduce_op="max")  # type: ignore[assignment]
+            if not agreed:
+                return False
+            self.stop = signal.Signals(agreed)
         return self.stop is not None
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
@@ -138,10 +156,14 @@ class Checkpoints(Checkpoint):
         save_atomic(trainer, path)
         self.saved = step
         if trainer.is_global_zero:
-            link = self.folder / f".{rundir.LAST}"
-            link.unlink(missing_ok=True)
-            link.symlink_to(path.name)
-            os.replace(link, self.folder / rundir.LAST)  # atomic, also over the old link
+            self._link(path)
+
+    def _link(self, path: Path) -> None:
+        """Have last.ckpt name a checkpoint; atomic, also over the old link."""
+        link = self.folder / f".{rundir.LAST}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name)
+        os.replace(link, self.folder / rundir.LAST)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the signals back."""
@@ -163,7 +185,12 @@ def save_atomic(trainer: L.Trainer, path: Path) -> None:
     A file (one process, DDP, FSDP2 with a whole checkpoint), or a folder with a part from each process.
     """
     partial = path.with_name(f".{path.name}")
-    trainer.save_checkpoint(partial)
+    try:
+        trainer.save_checkpoint(partial)
+    except BaseException:
+        if trainer.is_global_zero and partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     trainer.strategy.barrier()
     if trainer.is_global_zero:
         if path.exists() and (path.is_dir() or partial.is_dir()):  # made again after resuming from an earlier one
@@ -213,15 +240,20 @@ class SyncedCheckpointIO(TorchCheckpointIO):
             raise
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """See `load_checkpoint`."""
-        return load_checkpoint(Path(path))
+        """See `load_checkpoint`; its bytes were compared before anything was built."""
+        return load_checkpoint(Path(path), verify=False)
 
 
-def load_checkpoint(path: Path, tensors: bool = True) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, *, tensors: bool = True, verify: bool = True, option: str = "--ckpt_path"
+) -> dict[str, Any]:
     """Load a checkpoint on the CPU; only tensors and plain values, so that a stranger's file runs no code.
 
-    Every byte is compared with the checksums that the file carries. Without `tensors`, those of a sharded checkpoint
-    are left out, and a file's are mapped instead of read.
+    Args:
+        tensors: False leaves those of a sharded checkpoint out, and maps a file's instead of reading them.
+        verify: compare every byte with the checksums that the checkpoint carries.
+        option: how the user chose it, for the message.
+
     Raises FileNotFoundError, or ValueError for a file that is damaged or holds anything else.
     """
     if not path.exists():
@@ -229,20 +261,21 @@ def load_checkpoint(path: Path, tensors: bool = True) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: expected a checkpoint, found none of that name; there: {there}")
     try:
         if path.is_dir():
-            return load_sharded(path) if tensors else read_meta(path)
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"checksum of {damaged.partition('/')[2]}")
+            return load_sharded(path, verify) if tensors else read_meta(path, verify)
+        if verify:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"checksum of {damaged.partition('/')[2]}")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=not tensors)
+    except (PermissionError, MemoryError):
+        raise
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         others = [
             p.name for p in sorted(path.parent.glob("step-*.ckpt"), reverse=True) if p.name != path.resolve().name
         ]
-        remedy = (
-            f"resume from another one with --ckpt_path {path.parent / others[0]}" if others else "start the run anew"
-        )
+        remedy = f"take another one with {option} {path.parent / others[0]}" if others else "start the run anew"
         raise ValueError(
             f"{path.resolve()}: expected a checkpoint of tensors and plain values, found a file that does not load "
             f"({reason}); {remedy}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,13 @@ from data.audit import audit
 from data.batches import Batch, Rows, RowSampler
 from data.store import TokenStore
 from data.strategy import Strategy
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """A scheduler signals every process; batches are wanted until the checkpoint is saved. Workers end with their
+    parent."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class TokenData(L.LightningDataModule):
@@ -117,6 +125,7 @@ class TokenData(L.LightningDataModule):
             batch_sampler=sampler,
             collate_fn=Rows.collate,
             num_workers=self.workers,
+            worker_init_fn=_leave_signals_to_the_trainer,
             pin_memory=torch.cuda.is_available(),
         )
 

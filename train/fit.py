@@ -83,7 +83,10 @@ class RunFiles(SaveConfigCallback):
         checkpoints = _checkpoints(trainer)
         config = self.config.clone()
         config["ckpt_path"] = None  # else a run started from this file would continue this one
-        rundir.write_atomic(run_dir / rundir.CONFIG, self.parser.dump(config, skip_none=False))
+        text, path = self.parser.dump(config, skip_none=False), run_dir / rundir.CONFIG
+        # A run that never came to a checkpoint may be started again with other settings: to W&B that is another run.
+        other = not checkpoints.resumed and path.exists() and path.read_text() != text
+        rundir.write_atomic(path, text)
         manifest = pl_module.data.store_path / rundir.MANIFEST
         rundir.write_atomic(run_dir / rundir.MANIFEST, manifest.read_bytes())
         rundir.write_json(run_dir / rundir.AUDIT, pl_module.data.audit())
@@ -92,7 +95,9 @@ class RunFiles(SaveConfigCallback):
         if told is not None:
             rank_zero_warn(told)
         settings = json.loads(self.parser.dump(config, format="json"))
-        rundir.identify(run_dir, pl_module.parent)
+        checkpoints.run, told = rundir.identify(run_dir, checkpoints.run, pl_module.parent, anew=other)
+        if told is not None:
+            rank_zero_warn(told)
         tracker = start_wandb(WandbConfig(**config["wandb"].as_dict()), run_dir, settings)
         if tracker is not None:
             trainer.loggers = [*trainer.loggers, tracker]
@@ -151,6 +156,7 @@ _TRAINER_FIXED = {
     "enable_checkpointing": (None, "checkpoint_every"),
     "default_root_dir": (None, "run_dir"),
     "plugins": (None, "nothing: checkpoints are written by this command"),
+    "use_distributed_sampler": (False, "nothing: rows are dealt to the processes here"),
 }
 
 
@@ -226,6 +232,15 @@ class SinkbedCLI(LightningCLI):
             raise ValueError(
                 f"trainer.max_steps: expected at least 1 (the schedules need the end), found {config.trainer.max_steps}"
             )
+        if (config.trainer.log_every_n_steps or 0) < 1:
+            raise ValueError(
+                f"trainer.log_every_n_steps: expected at least 1, found {config.trainer.log_every_n_steps}"
+            )
+        if config.trainer.precision == "16-mixed":
+            raise ValueError(
+                "trainer.precision: 16-mixed overflows to find its loss scale, which counts as diverged here; found "
+                "16-mixed, expected bf16-mixed, bf16-true or 32-true"
+            )
         for name, (fixed, instead) in _TRAINER_FIXED.items():
             if config.trainer.get(name, fixed) not in (fixed, None):
                 raise ValueError(
@@ -258,9 +273,13 @@ class SinkbedCLI(LightningCLI):
             config.ckpt_path = str(Path(config.fork).resolve())
         if process_rank() == 0:
             self.held = rundir.lock(run_dir)
+            rundir.remove_temporaries(run_dir)
             remove_partial(run_dir / rundir.CHECKPOINTS)
         if config.ckpt_path:
-            loaded = load_checkpoint(Path(config.ckpt_path), tensors=False)
+            option = "--fork" if forking else "--ckpt_path"
+            # One process compares the bytes for all; where it finds damage, the job ends.
+            verify = process_rank() == 0
+            loaded = load_checkpoint(Path(config.ckpt_path), tensors=False, verify=verify, option=option)
             saved = (loaded.get("callbacks") or {}).get("Checkpoints", {})
             self.checkpoint = {k: loaded.get(k) for k in ("sinkbed", "global_step")} | {"saved": saved}
             if forking:
@@ -339,6 +358,7 @@ class SinkbedCLI(LightningCLI):
             _say(_interrupted(self.trainer), file=sys.stderr)
             return
         if monitor.final is None:
+            self.model.to(self.trainer.strategy.root_device)  # Lightning has taken it off when fit ended
             next(c for c in callbacks if isinstance(c, RunFiles)).start(self.trainer, self.model)
             monitor.finish(self.trainer, self.model)
         if monitor.final is not None and self.trainer.is_global_zero:
@@ -387,9 +407,10 @@ def run(command: str, argv: Sequence[str]) -> int:
         stopped_early = stop is not None and cli.trainer.global_step < cli.trainer.max_steps
         exit_code = 128 + stop if stop is not None and stopped_early else 0
         if stopped_early and stop == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ and process_rank() == 0:
+            finish_wandb(exit_code)  # first: scontrol ends this job
             requeue()
     except AlreadyFinished as finished:
-        print(finished)
+        _say(finished)
         exit_code = 0
     except SystemExit as stopped:
         # Lightning turns an interruption into the exit status 1.

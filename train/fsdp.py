@@ -19,7 +19,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -92,7 +93,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self.is_global_zero and path.exists():
             shutil.rmtree(path)
         self.barrier()
-        dcp.save(_flatten(checkpoint), storage_writer=dcp.FileSystemWriter(path))
+        try:
+            dcp.save(_flatten(checkpoint), storage_writer=dcp.FileSystemWriter(path))
+        except CheckpointException as error:  # a BaseException, of which every process learns
+            failures = [failure for failure, _ in error.failures.values()]
+            full = next((f for f in failures if isinstance(f, OSError)), None)
+            if full is not None:
+                raise OSError(full.errno, full.strerror, str(path)) from None
+            raise RuntimeError(f"{path}: not saved, {failures}") from error
         sums = {p.name: _sha256(p) for p in path.glob(f"__{self.global_rank}_*")}
         everyone: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(everyone, sums)
@@ -109,14 +117,14 @@ class FSDP2Strategy(ModelParallelStrategy):
 
         path = Path(self.broadcast(checkpoint_path))
         if not path.is_dir():
-            return load_checkpoint(path)
+            return load_checkpoint(path, verify=False)
         assert self.model is not None
-        checkpoint = read_meta(path, verify=self.is_global_zero)
+        checkpoint = read_meta(path, verify=False)
         checkpoint["state_dict"] = get_model_state_dict(self.model)
         for state, optimizer in zip(checkpoint["optimizer_states"], self.optimizers, strict=True):
             state["state"] = get_optimizer_state_dict(self.model, optimizer)["state"]
         tensors = _flatten(checkpoint, keep=True)
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path))
+        dcp.load(tensors, storage_reader=_Reader(path))
         _unflatten(tensors, checkpoint)
         return checkpoint
 
@@ -138,17 +146,17 @@ StrategyRegistry.register("fsdp2", FSDP2Strategy, "FSDP2, whole checkpoints", sh
 StrategyRegistry.register("fsdp2_sharded", FSDP2Strategy, "FSDP2, sharded checkpoints", sharded_checkpoint=True)
 
 
-def load_sharded(path: Path) -> dict[str, Any]:
+def load_sharded(path: Path, verify: bool = True) -> dict[str, Any]:
     """A sharded checkpoint as one whole on the CPU, in a single process.
 
     Raises ValueError for a folder that is damaged or holds anything but tensors.
     """
-    checkpoint = read_meta(path)
-    entries = _tensor_entries(path)
+    checkpoint = read_meta(path, verify)
+    entries: dict[str, Any] = _read_metadata(path).state_dict_metadata
     tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+        dcp.load(tensors, storage_reader=_Reader(path), no_dist=True)
     _unflatten(tensors, checkpoint)
     return checkpoint
 
@@ -165,44 +173,58 @@ def read_meta(path: Path, verify: bool = True) -> dict[str, Any]:
         file = path / name
         if file.parent != path or not file.is_file() or (verify and _sha256(file) != expected):
             raise ValueError(f"checksum of {name}")
-    _tensor_entries(path)
+    _read_metadata(path)
     meta: dict[str, Any] = torch.load(path / META, map_location="cpu", weights_only=True)
     return meta
 
 
-class _Unpickler(pickle.Unpickler):
-    """Reads torch.distributed.checkpoint's .metadata, a pickle, without running anything but its own types."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("torch.distributed.checkpoint.") or (module, name) in _PLAIN:
-            found = super().find_class(module, name)
-            if isinstance(found, type) or (module, name) in _PLAIN:
-                return found
-        raise ValueError(f"{module}.{name} in .metadata")
-
-
 _PLAIN = {
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in ("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex",
+                     "StorageMeta", "_MEM_FORMAT_ENCODING")
+    ),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     *(("torch", name) for name in ("float16", "bfloat16", "float32", "float64", "int64", "contiguous_format")),
     ("pathlib", "PosixPath"),
     ("torch._utils", "_rebuild_memory_format"),
-}
+}  # fmt: skip
 
 
-def _tensor_entries(path: Path) -> dict[str, TensorStorageMetadata]:
+class _Unpickler(pickle.Unpickler):
+    """Reads torch.distributed.checkpoint's .metadata, a pickle, without calling anything but what it is made of."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _PLAIN:
+            raise ValueError(f"{module}.{name} in .metadata")
+        return super().find_class(module, name)
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's reader, which would unpickle anything, with `_read_metadata` in its place."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        metadata = _read_metadata(Path(self.path))
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def _read_metadata(path: Path) -> Metadata:
+    """The index of a sharded checkpoint; raises ValueError for one that holds anything but tensors of this folder."""
     with (path / ".metadata").open("rb") as file:
         metadata = _Unpickler(file).load()
     if not isinstance(metadata, Metadata):
         raise ValueError("a .metadata of another kind")
-    entries = metadata.state_dict_metadata
-    if not all(isinstance(entry, TensorStorageMetadata) for entry in entries.values()):
+    if not all(isinstance(entry, TensorStorageMetadata) for entry in metadata.state_dict_metadata.values()):
         raise ValueError("something else than tensors")
     inside = path.resolve()
     for info in (metadata.storage_data or {}).values():
         if (path / info.relative_path).resolve().parent != inside:
             raise ValueError(f"a path out of the folder, {info.relative_path}")
-    return entries  # type: ignore[return-value]
+    return metadata
 
 
 def _flatten(checkpoint: dict[str, Any], keep: bool = False) -> dict[str, Any]:

@@ -5,14 +5,14 @@ Both are Lightning loggers, and `record` hands a point to each with the same x a
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-import secrets
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -47,30 +47,42 @@ class WandbConfig:
 
 
 class Tracker(WandbLogger):
-    """Lightning's W&B logger for points that are numbered: the n-th line of metrics.jsonl is W&B's step n.
+    """Lightning's W&B logger for points that W&B counts: the n-th line of metrics.jsonl is W&B's step n, for as long as
+    a run logs at the same steps.
 
     So a run that is resumed leaves out the points that W&B has and sends those it lacks, and segments
     written offline continue one count.
     """
 
-    def __init__(self, run: Any, run_dir: Path, *, sent: int) -> None:
+    def __init__(self, run: Any, run_dir: Path, *, sent: int, steps: Sequence[int]) -> None:
+        """Configure what is left out.
+
+        Args:
+            sent: points that W&B had when this process began.
+            steps: the training step of each; fewer than `sent` where they are not known.
+        """
         super().__init__(experiment=run, save_dir=str(run_dir))
         self.sent = sent
-        """Points that W&B had when this process began."""
-        self.next = 0
-        """Number of the next point."""
+        self.number = sent
+        """W&B's step of the next point."""
+        self.reached = (steps[-1], steps.count(steps[-1])) if steps and len(steps) == sent else None
+        """Training step of W&B's last point, and how many of its points are of that step."""
+        self.at, self.seen = (-1, 0), 0
         self.lost = False
         """Whether W&B's process failed; a resumed run sends what is missing."""
 
+    def _has(self, step: int) -> bool:
+        """Whether W&B has this point, the next of metrics.jsonl."""
+        self.at = (step, self.at[1] + 1 if step == self.at[0] else 1)
+        self.seen += 1
+        return self.seen <= self.sent if self.reached is None else self.at <= self.reached
+
     def log_point(self, point: dict[str, Any]) -> None:
         """Send one line of metrics.jsonl; a map becomes an image, a gap is left out."""
-        number, self.next = self.next, self.next + 1
-        if number < self.sent:
+        if self._has(point["step"]) or self.lost:
             return
         import wandb
 
-        if self.lost:
-            return
         row: dict[str, Any] = {}
         for key, value in point.items():
             if key == "step":
@@ -82,13 +94,14 @@ class Tracker(WandbLogger):
             elif value is not None:
                 row[key] = value
         try:
-            self.experiment.log(row, step=number, commit=True)
+            self.experiment.log(row, step=self.number, commit=True)
         except Exception as error:
             self.lost = True
             rank_zero_warn(
                 f"W&B takes no more points ({error or type(error).__name__}); training goes on, and metrics.jsonl has "
                 "them all"
             )
+        self.number += 1
 
 
 class MetricsFile(Logger):
@@ -125,8 +138,17 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_point(self, point: dict[str, Any]) -> None:
         """Append one point."""
-        with (self.run_dir / rundir.METRICS).open("a") as file:
-            file.write(json.dumps(point) + "\n")
+        path = self.run_dir / rundir.METRICS
+        with path.open("ab", buffering=0) as file:
+            size = file.tell()
+            line = (json.dumps(point) + "\n").encode()
+            try:
+                written = file.write(line)
+                if written != len(line):  # a disk that fills up takes a part
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                os.truncate(path, size)
+                raise OSError(error.errno, error.strerror, str(path)) from None
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
@@ -191,20 +213,20 @@ _SECONDS_TO_ANSWER = 10
 
 
 def _answers(url: str) -> bool:
-    """Whether a server answers at all. Asked first, because an init that fails keeps the run's id in use."""
+    """Whether a server answers. Asked first, because an init that fails takes a minute and a half."""
     import requests
 
     try:
-        requests.head(url, timeout=_SECONDS_TO_ANSWER)
+        return requests.head(url, timeout=_SECONDS_TO_ANSWER).status_code < 500
     except requests.RequestException:
         return False
-    return True
 
 
 def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) -> Tracker | None:
     """Start or continue the run's W&B run, and send what metrics.jsonl holds and W&B lacks.
 
-    Its id is the one in run.json. A server that does not answer costs a warning and the run goes on offline.
+    Its id is the one in run.json, also offline. A server that does not answer, or refuses the run, costs a warning and
+    the run goes on offline.
     """
     if config.mode == "disabled" or process_rank() != 0:
         return None
@@ -228,13 +250,17 @@ def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) ->
         dir=str(run_dir),
         config=settings,
         settings=wandb.Settings(
-            console="off", silent=mode == "offline", finish_timeout=config.finish_seconds, quiet=True
+            console="off",
+            silent=mode == "offline",
+            finish_timeout=config.finish_seconds,
+            finish_timeout_raises=True,
+            quiet=True,
         ),
     )
     if mode == "online" and not _answers(wandb.setup().settings.base_url):
         rank_zero_warn(
             f"the W&B server {wandb.setup().settings.base_url} does not answer; the run goes on offline. "
-            f"Upload it later with: wandb sync {run_dir}/wandb/offline-run-*"
+            f"Upload it later with: {_sync(run_dir)}"
         )
         mode = "offline"
     if mode == "offline":
@@ -242,27 +268,34 @@ def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) ->
     try:
         run = wandb.init(mode=mode, **arguments)
     except wandb.errors.Error as error:
-        rank_zero_warn(f"W&B refused the run ({error}); it goes on offline, under a new id")
-        arguments.pop("resume", None)  # the failed attempt still holds the old id
-        arguments["id"] = secrets.token_hex(4)
-        rundir.write_json(path, known | {"wandb_id": arguments["id"]})
+        rank_zero_warn(f"W&B refused the run ({error}); it goes on offline. Upload it later with: {_sync(run_dir)}")
+        wandb.teardown()  # the failed attempt still holds the run's id
+        arguments.pop("resume", None)
         run = wandb.init(mode="offline", **arguments)
+        mode = "offline"
     run.define_metric("train/tokens")
     run.define_metric("*", step_metric="train/tokens")
     own = Path(run.dir).parent
     earlier = [f for f in run_dir.glob(f"wandb/*run-*/run-{arguments['id']}.wandb") if f.parent != own]
     for file in earlier:
         mend_wandb_file(file)
-    sent = run.starting_step if mode == "online" else _earlier_points(f for f in earlier if f.exists())
-    tracker = Tracker(run, run_dir, sent=sent)
+    steps = _earlier_steps(f for f in earlier if f.exists())
+    sent = run.starting_step if mode == "online" else len(steps)
+    tracker = Tracker(run, run_dir, sent=sent, steps=steps[:sent])
     for point in rundir.read_metrics(run_dir / rundir.METRICS):
         tracker.log_point(point)
     return tracker
 
 
-def _earlier_points(files: Iterable[Path]) -> int:
-    """Points in the W&B files that earlier processes wrote for a run."""
-    return max((row["_step"] + 1 for file in files for row in read_wandb_file(file)), default=0)
+def _sync(run_dir: Path) -> str:
+    return f"wandb sync --no-skip-online {run_dir}/wandb/*run-*"
+
+
+def _earlier_steps(files: Iterable[Path]) -> list[int]:
+    """Training step of each point in the W&B files that earlier processes wrote for a run, by W&B's count."""
+    in_time = sorted(files, key=lambda file: file.parent.name.partition("run-")[2])
+    steps = {row["_step"]: row["trainer/global_step"] for file in in_time for row in read_wandb_file(file)}
+    return [steps[number] for number in sorted(steps)]
 
 
 def _wandb_records(content: bytes) -> Iterator[tuple[bytes, int]]:
@@ -322,7 +355,9 @@ def finish_wandb(exit_code: int) -> None:
     wandb = sys.modules.get("wandb")
     if wandb is None or wandb.run is None:
         return
+    run_dir = Path(wandb.run.dir).parents[2]
     try:
         wandb.finish(exit_code=exit_code)
     except Exception as error:
-        rank_zero_warn(f"W&B did not finish the run ({error or type(error).__name__}); wandb sync can upload it")
+        reason = error or type(error).__name__
+        rank_zero_warn(f"W&B did not take all of the run ({reason}); upload it with: {_sync(run_dir)}")

@@ -186,7 +186,7 @@ class SinkbedModule(L.LightningModule):
                 f"step {step} ({self.tokens_at(step):,} tokens): expected a finite loss and gradient, found "
                 f"loss {float(loss):.4g} and gradient norm {float(norm):.4g}. Weights of this step are not saved and "
                 "the checkpoints before it are good; start a new run with a lower model.optimizer.lr or a longer "
-                "warm-up (a resumed run keeps its settings)"
+                "warm-up, from the beginning or with --fork from one of them (a resumed run keeps its settings)"
             )
 
     def _log_training(self, step: int, loss: Tensor, norm: Tensor) -> None:
@@ -218,7 +218,7 @@ class SinkbedModule(L.LightningModule):
         """What a checkpoint must share with the run that resumes it, and what `validate` rebuilds it from."""
         manifest = data.store.manifest
         return {
-            "format": 2,
+            "format": 3,
             "decoder": dataclasses.asdict(self.decoder_config),
             "vocab_size": manifest.vocab_size,
             "tokenizer": manifest.tokenizer_sha256,
@@ -232,6 +232,7 @@ class SinkbedModule(L.LightningModule):
             "optimizer": {**dataclasses.asdict(self.optimizer_config), "betas": list(self.optimizer_config.betas)},
             "clip_norm": self.clip_norm,
             "max_steps": trainer.max_steps,
+            "precision": str(trainer.precision),
             "micro_batches": trainer.accumulate_grad_batches,
             "processes": trainer.world_size,
         }
@@ -291,6 +292,7 @@ _CONFIG_KEYS = {
     "global_batch": "data.global_batch",
     "seed": "data.seed",
     "max_steps": "trainer.max_steps",
+    "precision": "trainer.precision",
     "documents": "sha256 of the token store's documents",
     "tokenizer": "sha256 of the token store's tokenizer",
     "vocab_size": "tokens in the token store's vocabulary",

@@ -88,6 +88,13 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a kill in the middle of `write_atomic` left."""
+    for name in (CONFIG, MANIFEST, AUDIT, METRICS, MEASUREMENT, RUN):
+        for path in folder.glob(f".{name}.*"):
+            path.unlink()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, indented."""
     write_atomic(path, json.dumps(value, indent=2) + "\n")
@@ -97,16 +104,35 @@ def read_json(path: Path) -> Any:
     """Read JSON; raises ValueError that names a damaged file."""
     try:
         return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{path}: expected JSON, found damage at {error}; restore or remove it") from None
 
 
-def identify(folder: Path, parent: dict[str, Any] | None) -> None:
-    """Write run.json: the W&B id, made once, and the run and step that this run is a fork of."""
-    path = folder / RUN
-    known = read_json(path) if path.exists() else {"wandb_id": secrets.token_hex(4)}
-    known.pop("finished", None)
-    write_json(path, known | ({} if parent is None else {"parent": parent}))
+def identify(
+    folder: Path, saved: dict[str, Any], parent: dict[str, Any] | None, anew: bool
+) -> tuple[dict[str, Any], str | None]:
+    """Write run.json: the W&B id, made once, and the run and step that this run is a fork of.
+
+    Args:
+        saved: run.json as the checkpoint saved it that the run resumes from; taken where the file is damaged.
+        parent: of a fork.
+        anew: whether the run starts with other settings than before, and so with another id.
+
+    Returns its content, and what there is to tell the user.
+    """
+    path, told = folder / RUN, None
+    known: dict[str, Any] = {}
+    try:
+        known = read_json(path) if path.exists() else saved
+        if known and not isinstance(known.get("wandb_id"), str):
+            raise ValueError(f"{path}: expected a wandb_id, found none")
+    except ValueError as error:
+        known, told = saved, f"{error}; taken from the checkpoint, or made anew"
+    if anew or "wandb_id" not in known:
+        known = {"wandb_id": secrets.token_hex(4)}
+    known = {k: v for k, v in known.items() if k != "finished"} | ({} if parent is None else {"parent": parent})
+    write_json(path, known)
+    return known, told
 
 
 def mark_finished(folder: Path) -> None:
@@ -133,7 +159,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
                 return
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError:
+            except ValueError:
                 raise ValueError(f"{path}, line {number}: expected one JSON object, found {line[:60]!r}") from None
 
 
@@ -148,8 +174,9 @@ def restore_metrics(path: Path, saved: str) -> str | None:
         write_atomic(path, saved)
     if found.startswith(saved.encode()):
         return None
-    if not found:
-        return f"{path}: expected {saved.count(chr(10))} points, found none; they are restored from the checkpoint"
+    if saved.encode().startswith(found):  # lost with the machine's power, which no write of ours waits for
+        lines = found.count(b"\n")
+        return f"{path}: expected {saved.count(chr(10))} points, found {lines}; restored from the checkpoint"
     damaged = path.with_name(f"{path.name}.damaged")
     write_atomic(damaged, found)
     pairs = zip(found.splitlines(), saved.encode().splitlines(), strict=False)

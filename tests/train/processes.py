@@ -10,11 +10,20 @@ _forkserver = multiprocessing.get_context("forkserver")
 _forkserver.set_forkserver_preload(["train.fit", "wandb"])
 
 
-def _run(arguments, log, environment, largest_file):
+def _run(arguments, log, environment, largest_file, group):
+    if group:
+        os.setpgid(0, 0)
     os.environ.update(environment)
     from lightning.pytorch.utilities import rank_zero_only
 
     from train.cli import main
+
+    if "SINKBED_TEST_LOSS" in environment:
+        from train.monitor import SinkMonitor
+
+        # Of one process it falls, of the other it rises.
+        sign = 1 - 2 * int(environment["SINKBED_TEST_LOSS"])
+        SinkMonitor.loss_at = lambda self, step: 10 - sign * step
 
     rank_zero_only.rank = int(environment.get("RANK", environment.get("SLURM_PROCID", 0)))
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -29,10 +38,11 @@ def _run(arguments, log, environment, largest_file):
 class Job:
     """One run: its processes, what they print, how they end."""
 
-    def __init__(self, arguments, log, environments=({},), largest_file=None):
+    def __init__(self, arguments, log, environments=({},), largest_file=None, group=False):
+        """`group`: each process leads a process group of its own; `largest_file`: bytes, as if the disk were full."""
         self.log = log
         self.processes = [
-            _forkserver.Process(target=_run, args=(arguments, log, environment, largest_file))
+            _forkserver.Process(target=_run, args=(arguments, log, environment, largest_file, group))
             for environment in environments
         ]
         for process in self.processes:

@@ -119,16 +119,99 @@ def test_a_checkpoint_of_one_kind_resumes_as_another(runs, launch, tmp_path, fir
         assert points(folder) == points(runs / first), "the same processes, the same bits"
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2_sharded"])
-def test_a_process_that_dies_ends_the_job_with_a_message(launch, fit, kind):
+def parts(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_every_file_of_a_sharded_checkpoint_is_under_a_checksum(runs, tmp_path):
+    import shutil
+
+    original = runs / "fsdp2_sharded" / "checkpoints" / "step-0000010.ckpt"
+    names = [path.name for path in parts(original)]
+    assert len(names) == 5 and {".metadata", "meta.ckpt", "checksums.json"} < set(names)
+    for name in names:
+        for damage in (lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b[: len(b) // 2], None):
+            folder = tmp_path / "step-0000010.ckpt"
+            shutil.copytree(original, folder)
+            content = (folder / name).read_bytes()
+            (folder / name).unlink()
+            if damage is not None:
+                (folder / name).write_bytes(damage(content))
+            with pytest.raises(ValueError, match=r"step-0000010\.ckpt: expected a checkpoint") as refusal:
+                load_checkpoint(folder)
+            assert name in str(refusal.value)
+            shutil.rmtree(folder)
+
+
+TRAPS = {
+    "a call": b"cos\nmkdir\n(S'{made}'\ntR.",
+    # Through a module that is allowed to another one that it imports.
+    "a dotted name": b"\x80\x04\x8c\x27torch.distributed.checkpoint.filesystem\x8c\x08os.mkdir\x93"
+    b"\x8c{size}{made}\x85R.",
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_the_index_of_a_sharded_checkpoint_cannot_run_code(runs, tmp_path, trap):
+    import hashlib
+    import pickle
+    import shutil
+
+    made = str(tmp_path / "made")
+    content = TRAPS[trap].replace(b"{size}", bytes([len(made)])).replace(b"{made}", made.encode())
+    pickle.loads(content)
+    os.rmdir(made)  # the trap works
+    folder = tmp_path / "step-0000010.ckpt"
+    shutil.copytree(runs / "fsdp2_sharded" / "checkpoints" / "step-0000010.ckpt", folder)
+    (folder / ".metadata").write_bytes(content)
+    sums = rundir.read_json(folder / "checksums.json") | {".metadata": hashlib.sha256(content).hexdigest()}
+    rundir.write_json(folder / "checksums.json", sums)
+    with pytest.raises(ValueError, match=r"mkdir in \.metadata"):
+        load_checkpoint(folder)
+    assert not os.path.exists(made)
+
+
+def test_a_sharded_checkpoint_stays_inside_its_folder(runs, tmp_path):
+    import shutil
+
+    folder = tmp_path / "step-0000010.ckpt"
+    shutil.copytree(runs / "fsdp2_sharded" / "checkpoints" / "step-0000010.ckpt", folder)
+    name = next(path.name for path in parts(folder) if path.suffix == ".distcp")
+    shutil.copy(folder / name, tmp_path / name)
+    sums = rundir.read_json(folder / "checksums.json")
+    rundir.write_json(folder / "checksums.json", {f"../{name}" if n == name else n: v for n, v in sums.items()})
+    with pytest.raises(ValueError, match=rf"checksum of \.\./{name}"):
+        load_checkpoint(folder)
+
+
+def test_a_disk_that_fills_up_under_a_sharded_checkpoint(fit, tmp_path):
+    folder = tmp_path / "full"
+    options, environments = of_kind("fsdp2_sharded")
+    arguments = ["fit", "--config", str(fit.config), "--run_dir", str(folder), *SETTINGS, *options]
+    job = Job([*arguments, "--wandb.mode", "disabled"], f"{folder}.log", environments, largest_file=60_000)
+    assert job.finish() == [1, 1], job.output()
+    assert "the disk is full while writing" in job.output() and "step-0000001.ckpt" in job.output()
+    assert "Traceback" not in job.output()
+    assert not list((folder / "checkpoints").iterdir())
+
+
+def test_processes_whose_losses_differ_save_together(launch, fit):
+    """Which checkpoint is the best is one process's decision."""
+    folder = fit.config.parent / "run"
+    job = launch("ddp", folder, environments=[e | {"SINKBED_TEST_LOSS": e["RANK"]} for e in torchrun(2)])
+    assert set(job.finish(timeout=60)) == {0}, job.output()
+
+
+@pytest.mark.parametrize(("kind", "victim"), [("ddp", 0), ("ddp", 1), ("fsdp2_sharded", 1)])
+def test_a_process_that_dies_ends_the_job_with_a_message(launch, fit, kind, victim):
     folder = fit.config.parent / "run"
     job = launch(kind, folder, "--trainer.max_steps", "5000", "--checkpoint_every", "5000")
     deadline = time.monotonic() + 60
     while rundir.newest_checkpoint(folder) is None and time.monotonic() < deadline and job.alive():
         time.sleep(0.01)
-    os.kill(job.processes[1].pid, signal.SIGKILL)
+    os.kill(job.processes[victim].pid, signal.SIGKILL)
     began = time.monotonic()
-    assert job.finish()[0] == 1
+    assert job.finish()[1 - victim] == 1
     assert time.monotonic() - began < 30
     assert "another process of this job ended" in job.output() and "--ckpt_path auto" in job.output()
     assert "Traceback" not in job.output()

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from tests.train.processes import Job, slurm
-from tests.train.test_fit import points
+from tests.train.test_fit import Killed, kill_at, points
 from tests.train.test_resume import equal, training_state
 from train import rundir
 from train.checkpoint import load_checkpoint
@@ -96,6 +96,21 @@ def test_runs_killed_at_random_moments_end_as_the_uninterrupted_run(fit, start, 
     print(f"{done} kills, {in_writing} of them while a checkpoint was being written, over {trial + 1} runs")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_every_process_of_the_run_saves_first(start, folder, number):
+    """As a scheduler sends it, and a launcher once more; data workers live until the checkpoint is saved."""
+    job = start(folder, "--trainer.max_steps", "5000", "--checkpoint_every", "5000", "--data.workers", "2", group=True)
+    deadline = time.monotonic() + 60
+    while rundir.newest_checkpoint(folder) is None and time.monotonic() < deadline and job.alive():
+        time.sleep(0.01)
+    for _ in range(2):
+        os.killpg(job.first.pid, number)
+    assert job.finish() == [128 + number], job.output()
+    step = int(rundir.newest_checkpoint(folder).stem[5:])
+    assert f"step {step} is saved" in job.output() and "Traceback" not in job.output()
+    assert points(folder)[-1]["step"] == step
+
+
 def test_a_full_disk_is_one_message_and_leaves_no_part_of_a_checkpoint(start, folder):
     settings = ("--wandb.mode", "disabled", "--trainer.max_steps", "4")
     assert start(folder, *settings).finish() == [0]
@@ -158,6 +173,46 @@ def test_a_damaged_checkpoint_never_loads_as_another(fit, kind):
         else:
             assert kind == "flipped" and equal(found, good), "a byte without meaning, such as padding"
     assert refused > (30 if kind == "flipped" else 59)
+
+
+def test_following_the_message_about_a_damaged_checkpoint_loses_no_more_than_it_must(fit, capsys, monkeypatch):
+    _, whole = fit(run_dir="whole")
+    revive = kill_at(monkeypatch, 9)
+    with pytest.raises(Killed):
+        fit(run_dir="cut")
+    revive()
+    cut = whole.parent / "cut"
+    newest = cut / "checkpoints" / "step-0000008.ckpt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    capsys.readouterr()
+    assert fit("--ckpt_path", "auto", run_dir="cut")[0] == 1
+    message = capsys.readouterr().err
+    assert str(newest) in message and "checksum of" in message
+    earlier = message.rpartition("--ckpt_path ")[2].strip()
+    assert earlier.endswith("step-0000003.ckpt")
+    assert fit("--ckpt_path", earlier, run_dir="cut")[0] == 0
+    assert points(cut) == points(whole) and equal(training_state(cut, 10), training_state(whole, 10))
+
+
+def test_damage_found_while_training_stops_the_run(fit, capsys, monkeypatch):
+    """A store that takes longer to compare than a second is compared while training goes on."""
+    from train.datamodule import StoreCheck
+
+    monkeypatch.setattr(StoreCheck, "_compare", lambda self: None)
+    original = StoreCheck.on_train_batch_end
+
+    def later(self, trainer, *args):
+        if trainer.global_step == 6:
+            self.damage = ValueError("train-00000.arrow: damaged")
+        original(self, trainer, *args)
+
+    monkeypatch.setattr(StoreCheck, "on_train_batch_end", later)
+    status, folder = fit()
+    assert status == 1
+    assert "train-00000.arrow: damaged. Steps since" in capsys.readouterr().err
+    assert rundir.newest_checkpoint(folder).name == "step-0000004.ckpt"
 
 
 def test_a_damaged_token_store_stops_the_run_before_its_first_step(fit, tiny_store, tmp_path, capsys):

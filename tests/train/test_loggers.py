@@ -70,7 +70,7 @@ def holds(server, folder):
     """Assert that the server has one run, with every point of metrics.jsonl once and in order."""
     [run] = server.runs.values()
     assert run.name == rundir.read_json(folder / rundir.RUN)["wandb_id"]
-    assert run.group == "study" and run.ended == 0
+    assert run.group == "study" and run.ended == 0 and run.changed == 0
     assert [row["_step"] for row in run.history] == list(range(len(points(folder))))
     for row, point in zip(run.history, points(folder), strict=True):
         assert row["trainer/global_step"] == point["step"] and row["train/tokens"] == point["train/tokens"]
@@ -118,6 +118,21 @@ def test_a_run_begun_offline_is_uploaded_when_it_goes_on_with_a_key(start, fit, 
     holds(server, folder)
 
 
+@pytest.mark.parametrize("status", [401, 503])
+def test_a_server_that_refuses_leaves_the_run_its_id(start, fit, server, status):
+    folder = fit.config.parent / "run"
+    cut(start, folder, [OFFLINE] * 2)
+    identifier = rundir.read_json(folder / rundir.RUN)["wandb_id"]
+    server.status = status
+    job = start(folder, "--ckpt_path", "auto", environment=server.environment)
+    assert job.finish() == [0], job.output()
+    assert rundir.read_json(folder / rundir.RUN)["wandb_id"] == identifier
+    assert "goes on offline. Upload it later with: wandb sync" in job.output()
+    server.status = 200
+    sync(server, folder.glob("wandb/offline-run-*"))
+    holds(server, folder)
+
+
 def test_a_slow_server_does_not_slow_training(start, fit, server):
     server.delay = 0.5
     folder = fit.config.parent / "run"
@@ -138,6 +153,7 @@ def test_a_server_lost_while_training_costs_nothing_but_the_upload(start, fit, s
     assert "step 1000, 6 documents" in job.output() and "Traceback" not in job.output()
     [run] = server.runs.values()
     assert len(run.history) < len(points(folder)) and run.ended is None
+    assert f"upload it with: wandb sync --no-skip-online {folder}/wandb/*run-*" in job.output()
     server.silent = False
     sync(server, folder.glob("wandb/run-*"))
     holds(server, folder)

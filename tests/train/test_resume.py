@@ -143,9 +143,104 @@ def test_damaged_metrics_are_restored_from_the_checkpoint(fit, monkeypatch, dama
     [message] = [str(w.message) for w in recwarn if str(path) in str(w.message)]
     assert "restored from" in message
     kept = cut / f"{rundir.METRICS}.damaged"
-    assert kept.exists() == (DAMAGE[damage] is not None)
+    assert kept.exists() == (damage in ("a flipped byte", "a missing line")), "what is only short is in the checkpoint"
     if kept.exists():
         assert kept.read_bytes() == DAMAGE[damage](before)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"{}", b'{"wandb_id": 1}', None])
+def test_a_damaged_run_json_is_restored_from_the_checkpoint(fit, monkeypatch, content):
+    revive = kill_at(monkeypatch, 7)
+    with pytest.raises(Killed):
+        fit()
+    revive()
+    path = fit.config.parent / "run" / rundir.RUN
+    before = rundir.read_json(path)["wandb_id"]
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+        with pytest.warns(UserWarning, match=r"run\.json.*taken from the checkpoint"):
+            assert fit("--ckpt_path", "last")[0] == 0
+    else:
+        assert fit("--ckpt_path", "last")[0] == 0
+    assert rundir.read_json(path)["wandb_id"] == before
+
+
+def test_a_run_started_again_with_other_settings_before_its_first_checkpoint_is_another_to_wandb(fit, monkeypatch):
+    ids = []
+    for extra in ((), (), ("--model.optimizer.lr", "2e-2")):
+        revive = kill_at(monkeypatch, 0)
+        with pytest.raises(Killed):
+            fit(*extra)
+        revive()
+        ids.append(rundir.read_json(fit.config.parent / "run" / rundir.RUN)["wandb_id"])
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_going_back_to_an_earlier_checkpoint_is_kept_to(fit, monkeypatch, capsys, recwarn):
+    """Killed before its next save, the run goes on from where the user went back to, not from the later ones."""
+    _, folder = fit()
+    revive = kill_at(monkeypatch, 3)
+    with pytest.raises(Killed):
+        fit("--ckpt_path", str(folder / "checkpoints" / "step-0000003.ckpt"))
+    revive()
+    capsys.readouterr()
+    assert fit("--ckpt_path", "auto")[0] == 0
+    assert "at step 3 of 10" in capsys.readouterr().out
+    assert not (folder / f"{rundir.METRICS}.damaged").exists()
+
+
+def test_points_of_another_cadence_reach_wandb(fit, monkeypatch):
+    """W&B has points beyond the checkpoint; those made again are fewer, and the later ones are sent all the same."""
+    revive = kill_at(monkeypatch, 7)
+    with pytest.raises(Killed):
+        fit()
+    revive()
+    other = ("--trainer.log_every_n_steps", "2", "--measure.live_points", "2", "--ckpt_path", "last")
+    _, folder = fit(*other)
+    segments = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+    first, second = (list(read_wandb_file(segment)) for segment in segments)
+    reached = first[-1]["trainer/global_step"]
+    assert reached == 7 and "train/loss" in first[-1]
+    later = [p["step"] for p in points(folder) if p["step"] > reached]
+    assert 8 in later and later[-2:] == [10, 10], "trained and measured at the last step"
+    assert [row["trainer/global_step"] for row in second] == later
+    assert [row["_step"] for row in second] == list(range(len(first), len(first) + len(second)))
+
+
+@pytest.mark.parametrize("change", ["documents", "vocabulary"])
+def test_resuming_on_another_token_store_is_refused(fit, tiny_store, tmp_path, capsys, monkeypatch, change):
+    from data.prepare import PrepareConfig, TokenizerConfig, prepare
+    from data.sources import Source
+
+    revive = kill_at(monkeypatch, 7)
+    with pytest.raises(Killed):
+        fit()
+    revive()
+    lines = (tiny_store.parent / "docs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "docs.jsonl").write_text("".join(lines if change == "vocabulary" else lines[:-1]))
+    tokenizer = (
+        TokenizerConfig(vocab_size=290)
+        if change == "vocabulary"
+        else TokenizerConfig(path=str(tiny_store / "tokenizer.json"))
+    )
+    source = Source(kind="jsonl", files=(str(tmp_path / "docs.jsonl"),), column="text")
+    out = tmp_path / "other"
+    prepare(PrepareConfig(source=source, tokenizer=tokenizer, validation_share=0.1, out=str(out)), progress=False)
+    message = refused(capsys, fit("--data.store", str(out), "--ckpt_path", "last")[0])
+    assert "sha256 of the token store's documents" in message and "--fork" in message
+    named = "sha256 of the token store's tokenizer" in message and "vocabulary: the checkpoint has 300" in message
+    assert named == (change == "vocabulary")
+    assert fit("--ckpt_path", "last")[0] == 0
+
+
+def test_another_precision_is_another_run(fit, capsys, monkeypatch):
+    revive = kill_at(monkeypatch, 7)
+    with pytest.raises(Killed):
+        fit()
+    revive()
+    message = refused(capsys, fit("--trainer.precision", "bf16-true", "--ckpt_path", "last")[0])
+    assert "trainer.precision: the checkpoint has '32-true', this configuration 'bf16-true'" in message
 
 
 def test_a_fork_is_a_new_run_with_settings_of_its_own_that_names_its_parent(fit):

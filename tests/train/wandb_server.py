@@ -19,6 +19,8 @@ class Run:
         """File of the stream -> lines by number."""
         self.files = set()
         self.ended = None
+        self.changed = 0
+        """Lines that came again with another content."""
 
     @property
     def history(self):
@@ -48,6 +50,7 @@ class Server:
         self.delay = 0.0
         self.silent = False
         """Takes connections and closes them without a word."""
+        self.status = 200
         self.lock = threading.Lock()
 
         class Handler(_Handler):
@@ -88,7 +91,9 @@ class Server:
         run = self.runs[name]
         for file, part in (body.get("files") or {}).items():
             for number, line in enumerate(part["content"], part.get("offset") or 0):
-                run.lines.setdefault(file, {})[number] = line
+                known = run.lines.setdefault(file, {})
+                run.changed += known.get(number, line) != line
+                known[number] = line
         if body.get("complete"):
             run.ended = body.get("exitcode")
 
@@ -125,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif self.path.endswith("/file_stream"):
                 state.stream(self.path.split("/")[-2], json.loads(content))
         encoded = b"" if self.command == "HEAD" else json.dumps(answer).encode()
-        self.send_response(200)
+        self.send_response(state.status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(encoded)))
         self.end_headers()
