@@ -276,10 +276,10 @@ def test_the_operators_themselves_take_any_strides():
 
 def test_inputs_whose_elements_overlap_have_outputs_of_their_own():
     """Windows of one line: memory laid out as theirs would have had strides that the kernels do not write to."""
-    line = torch.randn(1, 2, 24 + 15, dtype=torch.float64)
-    exact = line.unfold(2, 16, 1)
-    q = line.float().unfold(2, 16, 1).requires_grad_()
-    assert q.shape == (1, 2, 24, 16) and q.stride()[2:] == (1, 1)
+    line = torch.randn(1, 2, 9 + 63, dtype=torch.float64)
+    exact = line.unfold(2, 64, 1)
+    q = line.float().unfold(2, 64, 1).requires_grad_()
+    assert q.shape == (1, 2, 9, 64) and q.stride()[2:] == (1, 1) and torch.empty_like(q).stride(-1) != 1
     found = attention(q, q, q, implementation="triton").output.detach()
     expected = attention(exact, exact, exact, implementation="reference").output
     assert worst([found], [expected]) < 5e-6
