@@ -267,12 +267,17 @@ def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) ->
         arguments.pop("resume", None)  # W&B warns that it has no meaning without a server
     try:
         run = wandb.init(mode=mode, **arguments)
-    except wandb.errors.Error as error:
-        rank_zero_warn(f"W&B refused the run ({error}); it goes on offline. Upload it later with: {_sync(run_dir)}")
+    except Exception as error:  # whatever W&B's client raises
+        if mode == "online":
+            rank_zero_warn(f"W&B refused the run ({error}); it goes on offline. Upload it later with: {_sync(run_dir)}")
         wandb.teardown()  # the failed attempt still holds the run's id
         arguments.pop("resume", None)
-        run = wandb.init(mode="offline", **arguments)
         mode = "offline"
+        try:
+            run = wandb.init(mode=mode, **arguments)
+        except Exception as again:
+            rank_zero_warn(f"W&B does not start ({again}); training goes on without it, metrics.jsonl has every point")
+            return None
     run.define_metric("train/tokens")
     run.define_metric("*", step_metric="train/tokens")
     own = Path(run.dir).parent

@@ -124,7 +124,7 @@ def identify(
     known: dict[str, Any] = {}
     try:
         known = read_json(path) if path.exists() else saved
-        if known and not isinstance(known.get("wandb_id"), str):
+        if path.exists() and not isinstance(known.get("wandb_id"), str):
             raise ValueError(f"{path}: expected a wandb_id, found none")
     except ValueError as error:
         known, told = saved, f"{error}; taken from the checkpoint, or made anew"

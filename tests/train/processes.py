@@ -13,6 +13,7 @@ _forkserver.set_forkserver_preload(["train.fit", "wandb"])
 def _run(arguments, log, environment, largest_file, group):
     if group:
         os.setpgid(0, 0)
+    os.environ.pop("WANDB_SERVICE", None)  # of the process that runs the tests
     os.environ.update(environment)
     from lightning.pytorch.utilities import rank_zero_only
 

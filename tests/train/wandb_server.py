@@ -20,7 +20,7 @@ class Run:
         self.files = set()
         self.ended = None
         self.changed = 0
-        """Lines that came again with another content."""
+        """Points that came again with another content."""
 
     @property
     def history(self):
@@ -92,7 +92,7 @@ class Server:
         for file, part in (body.get("files") or {}).items():
             for number, line in enumerate(part["content"], part.get("offset") or 0):
                 known = run.lines.setdefault(file, {})
-                run.changed += known.get(number, line) != line
+                run.changed += file == "wandb-history.jsonl" and known.get(number, line) != line
                 known[number] = line
         if body.get("complete"):
             run.ended = body.get("exitcode")
