@@ -9,7 +9,7 @@ demo: $(VENV)/.demo ## train and measure the demo study, print its table, write 
 	$(BIN)/sinkbed study configs/study/demo.yaml
 
 test: $(VENV)/.dev ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
