@@ -118,8 +118,10 @@ class Checkpoints(Checkpoint):
             return
         self.reached = step
         stop = self._told_to_stop(trainer)
-        # Whether this step is saved is one process's decision: their losses may differ in the last bit.
-        loss = trainer.strategy.broadcast(self.loss(step)) if trainer.world_size > 1 else self.loss(step)
+        loss = self.loss(step)
+        if loss is not None and trainer.world_size > 1:
+            # Whether this step is saved is one process's decision: their losses may differ in the last bit.
+            loss = trainer.strategy.broadcast(loss)
         best = loss is not None and (self.best is None or loss < self.best[1])
         if best:
             self.best = (step, loss)  # type: ignore[assignment]
