@@ -1,9 +1,8 @@
 """Audit: what a strategy makes of a token store, counted exactly from document offsets.
 
 Saved with every run, so that arms of a study can be compared for what they changed and, by
-`document_order`, for what they share. No row is made and no token is read: one pass over the offsets,
-in pieces of bounded memory, in the notation of `data.packing` (row r covers stream positions r * n to
-(r + 1) * n; R rows).
+`document_order`, for what they share. No token is read: one pass over the pieces that stand in the rows of
+the first epoch, in parts of bounded memory, in the notation of `data.layout` and `data.packing`.
 """
 
 from __future__ import annotations
@@ -18,25 +17,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.batches import Rows
-from data.packing import Concat
+from data.layout import Layout, Pieces
+from data.offsets import Offsets
+from data.packing import places, starts_counted
 
-_CHUNK = 2**20  # documents at a time: some 50 MB of temporaries
+_CHUNK_TOKENS = 2**24  # rows at a time
+_CHUNK_DOCUMENTS = 2**20
 
 
 @dataclass
 class _Counts:
-    """What the pass over the documents adds up."""
+    """What the pass over the rows adds up."""
 
-    starts: int = 0
-    """Documents whose first token stands in a row."""
-    starts_at_row: int = 0
-    """Rows whose first stream token is the first of a document."""
-    cut: int = 0
-    """Documents with a row boundary inside."""
-    uncounted: int = 0
-    """Targets left out because they belong to another document, and for no other reason."""
+    documents: int = 0
+    """Documents in each row, over all rows."""
     most: int = 0
     """Documents in the row that holds most."""
+    opened: int = 0
+    """Rows that begin with the first token of a document, but for their own first token."""
+    not_whole: int = 0
+    """Documents of which a row holds the beginning and not the end."""
+    inputs: int = 0
+    repeated: int = 0
+    """Inputs that are read a second time."""
+    bos: int = 0
+    """Rows with BOS at position 0."""
+    targets: int = 0
 
 
 def audit(rows: Rows) -> dict[str, Any]:
@@ -46,104 +52,113 @@ def audit(rows: Rows) -> dict[str, Any]:
     `document_order`, sha256 of the document offsets, equal for all arms that read the same documents in
     the same order; `store_digest`, which also tells the tokens apart.
     """
-    layout, store, strategy = rows.layout, rows.store, rows.strategy
+    layout, store = rows.layout, rows.store
     length, count = layout.context_length, layout.rows
-    counts = _count(layout)
-    # A row that does not open with a document start holds the rest of one more document.
-    documents = counts.starts + count - counts.starts_at_row
-    always_uncounted = max(strategy.prefix_lm - 1, 0) + layout.first
-    uncounted = count * always_uncounted
-    if strategy.mask == "document":
-        uncounted += counts.uncounted
-    dropped = layout.stream_length - count * layout.stride
+    c = _Counts()
+    for index in _chunks(layout):
+        _count_structure(c, layout, index)
+        led = rows.led(index, np.zeros_like(index))
+        for kind in (True, False):
+            if (some := index[led == kind]).size:
+                _count_contents(c, rows, some, kind)
+    placed = count * len(rows.strategy.placed)
+    if rows.strategy.first_token_share < 1:
+        placed = sum(int(rows.led(index, np.zeros_like(index)).sum()) for index in _chunks(layout))
+        placed *= len(rows.strategy.placed)
+    read = c.inputs - c.repeated
     return {
-        "strategy": dataclasses.asdict(strategy),
+        "strategy": dataclasses.asdict(rows.strategy),
         "context_length": length,
         "split": store.split,
         "seed": rows.seed,
         "rows_per_epoch": count,
         "tokens_per_epoch": count * length,
-        "stream_tokens_per_epoch": count * layout.stride,
-        "targets_per_epoch": count * length - uncounted,
+        "stream_tokens_per_epoch": read,
+        "targets_per_epoch": c.targets,
         "documents": store.documents,
-        "documents_per_row_mean": documents / count,
-        "documents_per_row_max": counts.most,
-        "share_of_rows_that_begin_with_bos": _rows_with_bos(rows, counts) / count,
-        "share_of_rows_that_begin_a_document": counts.starts_at_row / count,
-        "share_of_tokens_padding": 0.0,
-        "documents_cut": counts.cut,
-        "share_of_documents_cut": counts.cut / store.documents,
-        "tail_tokens_dropped": dropped,
-        "share_of_targets_not_counted": uncounted / (count * length),
+        "documents_per_row_mean": c.documents / count,
+        "documents_per_row_max": c.most,
+        "share_of_rows_that_begin_with_bos": c.bos / count,
+        "share_of_rows_that_begin_a_document": c.opened / count,
+        "share_of_tokens_padding": 1 - (c.inputs + placed) / (count * length),
+        "documents_cut": c.not_whole,
+        "share_of_documents_cut": c.not_whole / store.documents,
+        "tokens_cropped": layout.stream_length - read,
+        "share_of_tokens_cropped": 1 - read / layout.stream_length,
+        "share_of_tokens_repeated": c.repeated / c.inputs,
+        "share_of_targets_not_counted": 1 - c.targets / (count * length),
         "document_order": _digest(store.offsets),
         "store_digest": store.digest,
     }
 
 
-def _rows_with_bos(rows: Rows, counts: _Counts) -> int:
+def _chunks(layout: Layout) -> Iterator[NDArray[np.int64]]:
+    step = max(1, _CHUNK_TOKENS // layout.context_length)
+    for begin in range(0, layout.rows, step):
+        yield np.arange(begin, min(begin + step, layout.rows))
+
+
+def _count_structure(c: _Counts, layout: Layout, index: NDArray[np.int64]) -> None:
+    """How documents lie in the rows, as if all had their first token."""
+    pieces = layout.pieces(index)
+    at = places(pieces)
+    seen = at < pieces.inputs[pieces.row]
+    held = np.bincount(pieces.row[seen], minlength=len(index))
+    c.documents += int(held.sum())
+    c.most = max(c.most, int(held.max()))
+    begins = pieces.begin == 0
+    c.opened += int((begins & (at == 0)).sum())
+    end = np.minimum(pieces.end, pieces.begin + pieces.inputs[pieces.row] - at)
+    c.not_whole += int((seen & begins & ~pieces.repeated & (end < pieces.length)).sum())
+
+
+def _count_contents(c: _Counts, rows: Rows, index: NDArray[np.int64], led: bool) -> None:
+    """Tokens and targets of rows that all have their first token, or all lack it."""
+    layout, strategy = rows.layout, rows.strategy
+    pieces = layout.pieces(index, led or not strategy.placed)
+    at = places(pieces)
+    size = pieces.end - pieces.begin
+    c.inputs += int(pieces.inputs.sum())
+    again = np.minimum(size, pieces.inputs[pieces.row] - at)[pieces.repeated]
+    c.repeated += int(pieces.context.sum() + again.sum())
+    c.bos += _opened_by_bos(rows, pieces, at, led)
+
+    placed = strategy.placed if led else ()
+    slots = np.delete(np.arange(layout.context_length), placed)
+    predictor = np.append(slots, layout.context_length) - 1  # row position that predicts each column of content
+    least = int(np.searchsorted(predictor, max(strategy.prefix_lm - 1, 0)))
+    lowest = np.full(len(index), least)
+    if strategy.placed and not led:
+        lowest = np.maximum(lowest, pieces.context + (strategy.opening == "none"))
+    held = np.bincount(pieces.row, size, minlength=len(index)).astype(np.int64)
+    counts = starts_counted(layout, pieces, at, placed, slots)
+    left_out = ~counts & (at >= lowest[pieces.row])
+    beyond = 0
+    if not layout.counts_beyond:
+        there = (held > pieces.inputs) & (pieces.inputs >= lowest)
+        opens_there = left_out & (at == pieces.inputs[pieces.row])  # left out already
+        beyond = int(there.sum()) - int(opens_there.sum())
+    c.targets += int(np.maximum(held - lowest, 0).sum()) - int(left_out.sum()) - beyond
+
+
+def _opened_by_bos(rows: Rows, pieces: Pieces, at: NDArray[np.int64], led: bool) -> int:
     """Rows whose token at position 0 is BOS, whether by the first token or by where a document's marker falls."""
-    bos, layout = rows.store.manifest.bos_id, rows.layout
-    first = rows.strategy.first_token
-    if first != "none":
-        return len(rows) if first == "bos" or first == bos else 0
-    at_start = counts.starts_at_row if layout.start_id == bos else 0
-    if layout.end_id != bos:
-        return at_start
-    return at_start + _rows_that_begin_with_an_end(layout)
+    manifest, layout, opening = rows.store.manifest, rows.layout, rows.strategy.opening
+    if led and opening != "none":
+        # A random token is never a special one.
+        bos = opening != "random" and manifest.token_id(opening) == manifest.bos_id
+        return len(pieces.inputs) if bos else 0
+    first = at == 0
+    opened = np.zeros_like(first)
+    if layout.start_id == manifest.bos_id:
+        opened |= pieces.begin == 0
+    if layout.end_id == manifest.bos_id:
+        opened |= pieces.begin == pieces.length - 1
+    return int((first & opened).sum())
 
 
-def _count(layout: Concat) -> _Counts:
-    """One pass over the documents that hold at least one stream token."""
-    total = _Counts()
-    stride, limit = layout.stride, layout.rows * layout.stride
-    prefix = max(layout.strategy.prefix_lm - 1, 0)
-    last_row, last_documents = -1, 0
-    for start, end in _extents(layout):
-        total.cut += int(np.count_nonzero(np.minimum(end - 1, limit) // stride > start // stride))
-        start = start[start <= limit]
-        # The target at stream position s is predicted from position s - 1 of the row before or the same.
-        predictor = (start[start > 0] - 1) % stride + layout.first
-        last_counts = layout.context_length - layout.first
-        total.uncounted += int(np.count_nonzero((predictor >= prefix) & (predictor < last_counts)))
-        start = start[start < limit]
-        opens = start % stride == 0
-        total.starts += len(start)
-        total.starts_at_row += int(np.count_nonzero(opens))
-        if not len(start):
-            continue
-        row, documents = np.unique(start // stride, return_counts=True)
-        # One more in rows that open in the middle of a document.
-        documents = documents + ~np.isin(row, start[opens] // stride)
-        if row[0] == last_row:  # the previous piece of documents counted how this row opens
-            documents[0] += last_documents - 1
-        total.most = max(total.most, int(documents.max()))
-        last_row, last_documents = int(row[-1]), int(documents[-1])
-    total.most = max(total.most, 1)
-    return total
-
-
-def _rows_that_begin_with_an_end(layout: Concat) -> int:
-    """Rows whose first stream token is the last of a document, which its end marker is."""
-    found = 0
-    for _, end in _extents(layout):
-        last = end - 1
-        inside = (last < layout.rows * layout.stride) & (last % layout.stride == 0)
-        found += int(np.count_nonzero(inside))
-    return found
-
-
-def _extents(layout: Concat) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Pieces of (start, end) stream positions of the documents that hold a token; each [<= _CHUNK] int64."""
-    documents = len(layout.offsets) - 1
-    for begin in range(0, documents, _CHUNK):
-        edges = layout.document_start(np.arange(begin, min(begin + _CHUNK, documents) + 1))
-        held = edges[1:] > edges[:-1]
-        if held.any():
-            yield edges[:-1][held], edges[1:][held]
-
-
-def _digest(offsets: NDArray[np.int64]) -> str:
+def _digest(offsets: Offsets) -> str:
     digest = hashlib.sha256()
-    for begin in range(0, len(offsets), _CHUNK):
-        digest.update(np.ascontiguousarray(offsets[begin : begin + _CHUNK], dtype="<i8").tobytes())
+    for begin in range(0, len(offsets), _CHUNK_DOCUMENTS):
+        digest.update(offsets[begin : begin + _CHUNK_DOCUMENTS].astype("<i8").tobytes())
     return digest.hexdigest()

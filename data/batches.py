@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from data.layout import Concat, Layout, Planned
 from data.order import permute
-from data.packing import Concat, random_tokens
+from data.packing import Row, has_first_token, pack, random_tokens
+from data.plan import Plan, Recipe
 from data.store import TokenStore
 from data.strategy import Strategy
 
@@ -69,26 +71,13 @@ class Rows(Dataset[Batch]):
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"seed: found {seed!r}, expected an integer from 0 to 2**63 - 1")
         manifest = store.manifest
-        if isinstance(strategy.first_token, int) and strategy.first_token >= manifest.vocab_size:
-            raise ValueError(
-                f"first_token: found id {strategy.first_token}, expected less than {manifest.vocab_size} "
-                f"(the vocabulary of {store.path})"
-            )
-        if strategy.first_token == "random" and manifest.vocab_size <= len(manifest.special_ids):
-            raise ValueError("first_token: found 'random' with a vocabulary of special tokens only")
-        ids = {"bos": manifest.bos_id, "eos": manifest.eos_id, "none": None}
+        strategy.check_vocabulary(manifest.vocab_size, manifest.special_ids, store.path)
         self.store = store
         self.strategy = strategy
         self.context_length = context_length
         self.seed = seed
         self._block: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
-        self.layout = Concat(
-            offsets=store.offsets,
-            context_length=context_length,
-            strategy=strategy,
-            start_id=ids[strategy.document_start],
-            end_id=ids[strategy.document_end],
-        )
+        self.layout = self._make_layout()
         if not self.layout.rows:
             raise ValueError(
                 f"context_length {context_length} but the split {store.split!r} has only {store.tokens:,} tokens "
@@ -110,12 +99,19 @@ class Rows(Dataset[Batch]):
             raise IndexError(f"row {number.min()}: rows are numbered from 0")
         epoch = number // len(self)
         slot = self._slots(number)
-        first = self._first_ids(slot, epoch)
-        rows = [
-            self.layout.row(int(index), self.store.stream, None if first is None else int(first[i]))
-            for i, index in enumerate(slot)
-        ]
-        return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
+        led = self.led(slot, epoch)
+        if led.all():
+            row = self._pack(slot, epoch, led=True)
+        elif not led.any():
+            row = self._pack(slot, epoch, led=False)
+        else:
+            parts = [self._pack(slot[some], epoch[some], led=kind) for kind, some in ((True, led), (False, ~led))]
+            back = np.argsort(np.argsort(~led, kind="stable"), kind="stable")
+            row = Row(*(np.concatenate(columns)[back] for columns in zip(*parts, strict=True)))
+        tokens, targets, loss_mask, doc_start, doc_end = map(torch.from_numpy, row)
+        index = torch.arange(self.context_length)
+        positions = index - doc_start if self.strategy.positions == "document" else index.expand(tokens.shape)
+        return Batch(tokens, targets, loss_mask, positions, doc_start, doc_end)
 
     @staticmethod
     def collate(batch: Any) -> Batch:
@@ -141,20 +137,49 @@ class Rows(Dataset[Batch]):
             slots[inside] = self._block[1][number[inside] - block * _BLOCK]
         return slots
 
-    def _first_ids(self, slot: np.ndarray, epoch: np.ndarray) -> np.ndarray | None:
-        """[N] the first token of each row; None without one."""
-        first, manifest = self.strategy.first_token, self.store.manifest
-        if first == "none":
-            return None
-        if first == "random":
-            return random_tokens(
-                slot,
-                seed=self.seed,
-                epoch=epoch,
-                vocab_size=manifest.vocab_size,
-                special_ids=manifest.special_ids,
-            )
-        return np.full(len(slot), manifest.bos_id if first == "bos" else first, dtype=np.int64)
+    def led(self, slot: np.ndarray, epoch: np.ndarray) -> np.ndarray:
+        """[N] whether each row of an epoch [N] has its first token."""
+        strategy = self.strategy
+        if strategy.first_token_share == 1:
+            return np.full(len(slot), bool(strategy.placed))
+        return has_first_token(slot, share=strategy.first_token_share, seed=self.seed, epoch=epoch)
+
+    def _pack(self, slot: np.ndarray, epoch: np.ndarray, *, led: bool) -> Row:
+        manifest, leading = self.store.manifest, self.strategy.leading
+        placed = np.empty((len(slot), len(self.strategy.placed)), dtype=np.int64) if led else None
+        if placed is not None:
+            for column, position in enumerate(self.strategy.placed):
+                what = leading[position]
+                if what == "random":
+                    placed[:, column] = random_tokens(
+                        slot,
+                        seed=self.seed,
+                        epoch=epoch,
+                        vocab_size=manifest.vocab_size,
+                        special_ids=manifest.special_ids,
+                        position=position,
+                    )
+                else:
+                    placed[:, column] = manifest.token_id(what)  # type: ignore[assignment]  # none is not placed
+        return pack(self.layout, slot, self.store.gather, placed_ids=placed, padding_id=manifest.eos_id)
+
+    def _make_layout(self) -> Layout:
+        store, strategy = self.store, self.strategy
+        start, end = (store.manifest.token_id(what) for what in (strategy.document_start, strategy.document_end))
+        common: dict[str, Any] = {
+            "offsets": store.offsets,
+            "context_length": self.context_length,
+            "strategy": strategy,
+            "start_id": start,
+            "end_id": end,
+        }
+        if strategy.packing == "concat":
+            return Concat(**common)
+        room = self.context_length - len(strategy.placed)
+        recipe = Recipe(strategy=strategy, room=room, extras=(start is not None) + (end is not None))
+        return Planned(
+            plan=Plan.load(recipe, store.offsets, store.path / "packing" / store.split, store.digest), **common
+        )
 
 
 class RowSampler(Sampler[list[int]]):

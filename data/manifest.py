@@ -73,6 +73,10 @@ class Manifest:
     """Documents left out because they hold nothing but white space."""
     splits: dict[str, SplitInfo]
 
+    def token_id(self, what: str | int) -> int | None:
+        """The id that a strategy means by `bos`, `eos`, `none` (None) or an id."""
+        return {"bos": self.bos_id, "eos": self.eos_id, "none": None}[what] if isinstance(what, str) else what
+
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into `folder` and flush it to the disk."""
         with open(folder / MANIFEST_NAME, "w", encoding="utf-8") as file:

@@ -1,192 +1,193 @@
-"""Packing: which tokens of which documents stand in row r. Pure functions of offsets, strategy and r.
+"""Packing: pieces of documents to rows of tokens, targets and boundaries; all rows of a batch at once.
 
-`concat`, the only packing so far. The stream of an epoch is, for each document in store order,
+`data.layout` says which pieces stand in a row. Here they become arrays: markers and placed tokens are put in,
+text is read from the store, padding fills up. Text flows around placed tokens. A placed token predicts the text
+that follows it, belongs to the document it stands before, and is never a target.
 
-    [document_start] tokens [document_end]
-
-The extra tokens per document are constant, so document d starts at stream position
-`offsets[d] + d * extras`: the stream needs no memory beyond the store's own offsets. A row of T tokens
-takes n = T - F stream tokens, where F is 1 with a first token and else 0. Row r covers stream positions
-r * n to (r + 1) * n. Two documents `a b c`, `d e`, document_end `.`, T = 4:
-
-    stream       a b c . d e .          |  first_token none (n = 4)   |  first_token bos (n = 3)
-    row 0        tokens     a b c .     |  tokens     B a b c
-                 targets    b c . d     |  targets    a b c .   <- not counted: row 1 counts it
-                 doc_start  0 0 0 0     |  doc_start  0 0 0 0
-    row 1        (its last target is    |  tokens     B . d e
-                 missing: not complete) |  targets    . d e .
-                                        |  doc_start  0 0 2 2   the first token joins the document it opens
-
-A target is the next stream token, across the end of the row. With a first token the stream token that
-opens a row is the target of that first token, so the previous row does not count it: every row counts
-exactly as many targets as it consumes stream tokens, and no token is counted twice.
-
-Traded away: documents are cut where a row ends, and the tokens after the last complete row are dropped
-(at most n; the audit says how many).
-
-Shapes: D documents, R rows per epoch, T tokens per row, N queries.
+Shapes: N rows, T tokens per row, P pieces, F placed tokens, W = T - F + 1 columns of content: what a row holds
+but for placed tokens, and the target beyond its end.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from data.layout import Layout, Pieces
 from data.order import hash_words
-from data.strategy import Strategy
 
-ReadTokens = Callable[[int, int], NDArray[np.integer]]
-"""`read(start, stop)`: tokens of the store, documents end to end, without extras."""
+Gather = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.integer]]
+"""`gather(starts, lengths)`: tokens of the store, documents end to end, without markers; the ranges joined."""
 
 _FIRST_TOKEN_KEY = 0xF1257  # keeps the draws of first tokens apart from those of the row order
+_SHARE_KEY = 0x54A8E
 
 
 class Row(NamedTuple):
-    """One row; every array is [T] (see `data.batches.Batch` for the meaning of each)."""
+    """N rows; every array is [N, T] (see `data.batches.Batch` for the meaning of each)."""
 
     tokens: NDArray[np.int64]
     targets: NDArray[np.int64]
     loss_mask: NDArray[np.bool_]
-    positions: NDArray[np.int64]
     doc_start: NDArray[np.int32]
     doc_end: NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Concat:
-    """The stream of an epoch and its cut into rows."""
+def pack(
+    layout: Layout,
+    index: NDArray[np.int64],
+    gather: Gather,
+    *,
+    placed_ids: NDArray[np.int64] | None = None,
+    padding_id: int = 0,
+) -> Row:
+    """Rows `index` [N], each in 0 .. R - 1, of a layout.
 
-    offsets: NDArray[np.int64]
-    """[D + 1] tokens before each document, in store order; the last is the number of all tokens."""
-    context_length: int
-    """T."""
-    strategy: Strategy
-    start_id: int | None = None
-    """Token put before each document."""
-    end_id: int | None = None
-    """Token put after each document."""
+    Args:
+        gather: tokens of the store by ranges.
+        placed_ids: [N, F] the tokens at the strategy's placed positions; None for rows without them.
+        padding_id: what stands where a row holds nothing.
+    """
+    length, strategy = layout.context_length, layout.strategy
+    placed = () if placed_ids is None else strategy.placed
+    slots = np.delete(np.arange(length), placed)
+    pieces = layout.pieces(index, led=placed_ids is not None or not strategy.placed)
+    at = places(pieces)
+    content, held = _content(layout, pieces, at, len(index), len(slots) + 1, gather, padding_id)
+    counted = _counted(layout, pieces, at, held, placed, slots)
 
-    @property
-    def extras(self) -> int:
-        """Tokens added to each document."""
-        return (self.start_id is not None) + (self.end_id is not None)
+    # Row position p predicts the content after the last slot up to p. Beyond the leading positions slots are
+    # consecutive, so that two slices do what an index of all columns would.
+    lead = len(strategy.leading) if placed else 0
+    skip = lead - len(placed)
+    ahead = np.searchsorted(slots, np.arange(lead), side="right")
+    tokens = np.empty((len(index), length), dtype=np.int64)
+    tokens[:, lead:] = content[:, skip:-1]
+    targets, loss_mask = np.empty_like(tokens), np.empty(tokens.shape, dtype=np.bool_)
+    for whole, part in ((targets, content), (loss_mask, counted)):
+        whole[:, lead:] = part[:, skip + 1 :]
+        whole[:, :lead] = part[:, ahead]
+    if placed_ids is not None:
+        tokens[:, slots[:skip]] = content[:, :skip]
+        tokens[:, list(placed)] = placed_ids
+        loss_mask[:, [p - 1 for p in placed if p]] = False  # what follows is no text
+    loss_mask[:, : max(strategy.prefix_lm - 1, 0)] = False  # inside the prefix the target is visible to the query
+    short = np.flatnonzero(pieces.inputs < len(slots))
+    tokens[short, slots[pieces.inputs[short]]] = padding_id  # a target only
 
-    @property
-    def first(self) -> int:
-        """F: row positions taken by the first token, 0 or 1."""
-        return int(self.strategy.first_token != "none")
+    doc_start, doc_end = _boundaries(pieces, at, slots, length)
+    return Row(tokens, targets, loss_mask, doc_start, doc_end)
 
-    @property
-    def stride(self) -> int:
-        """n: stream tokens per row."""
-        return self.context_length - self.first
 
-    @property
-    def stream_length(self) -> int:
-        """Tokens of the stream, extras included."""
-        documents = len(self.offsets) - 1
-        return int(self.offsets[-1]) + documents * self.extras
+def places(pieces: Pieces) -> NDArray[np.int64]:
+    """[P] column of a row's content at which each piece begins."""
+    size = pieces.end - pieces.begin
+    before = np.cumsum(size) - size
+    opens = np.searchsorted(pieces.row, np.arange(len(pieces.inputs)))
+    return before - before[opens][pieces.row]
 
-    @property
-    def rows(self) -> int:
-        """R: rows whose last target exists."""
-        return max(0, (self.stream_length - 1) // self.stride)
 
-    def document_start(self, document: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Stream position of the first token of each document [N]; D gives the end of the stream."""
-        return self.offsets[document] + document * self.extras
+def _content(
+    layout: Layout,
+    pieces: Pieces,
+    at: NDArray[np.int64],
+    rows: int,
+    width: int,
+    gather: Gather,
+    padding_id: int,
+) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+    """Tokens [N, W] of the pieces and the markers between them, and how many of each row [N] there are."""
+    start, end = int(layout.start_id is not None), int(layout.end_id is not None)
+    text_begin = np.maximum(pieces.begin - start, 0)
+    text_end = np.minimum(pieces.end - start, pieces.length - start - end)
+    text = gather(layout.offsets[pieces.document] + text_begin, np.maximum(text_end - text_begin, 0))
 
-    def document_at(self, position: ArrayLike) -> NDArray[np.int64]:
-        """[N] the document that holds each stream position.
+    held = np.bincount(pieces.row, pieces.end - pieces.begin, minlength=rows).astype(np.int64)
+    first = pieces.row * width + at  # in the flattened content
+    last = first + pieces.end - pieces.begin - 1
+    content = np.full(rows * width, padding_id, dtype=text.dtype)  # narrow until it is copied to its places
+    is_text = np.ones(rows * width, dtype=np.bool_)
+    if (held < width).any():
+        is_text.reshape(rows, width)[np.arange(width) >= held[:, None]] = False
+    for marker, places in (
+        (layout.start_id, first[pieces.begin == 0]),
+        (layout.end_id, last[pieces.end == pieces.length]),
+    ):
+        if marker is not None:
+            content[places] = marker
+            is_text[places] = False
+    content[is_text] = text
+    return content.reshape(rows, width), held
 
-        A document's first token belongs to the document itself, and a document without tokens holds
-        no position: this is the right-sided search, for the last document that starts at or before it.
-        """
-        if not self.extras:
-            return np.searchsorted(self.offsets, position, side="right") - 1
-        # The starts are not stored, so bisect on their formula.
-        documents, extras, offsets = range(len(self.offsets)), self.extras, self.offsets
 
-        def start(document: int) -> int:
-            return int(offsets[document]) + document * extras
+def _counted(
+    layout: Layout,
+    pieces: Pieces,
+    at: NDArray[np.int64],
+    held: NDArray[np.int64],
+    placed: tuple[int, ...],
+    slots: NDArray[np.int64],
+) -> NDArray[np.bool_]:
+    """[N, W] whether each token of the content counts as a target, where something precedes it."""
+    strategy, width = layout.strategy, len(slots) + 1
+    columns = np.arange(width)
+    counted = np.ones((len(held), width), dtype=np.bool_)
+    if (held < width).any():
+        counted &= columns < held[:, None]
+    counted[pieces.row, at] &= starts_counted(layout, pieces, at, placed, slots)
+    if not layout.counts_beyond:
+        beyond = np.flatnonzero(held > pieces.inputs)
+        counted[beyond, pieces.inputs[beyond]] = False
+    if not placed and strategy.placed:
+        opens = pieces.context + (strategy.opening == "none")
+        counted &= columns >= opens[:, None]
+    return counted
 
-        found = [bisect_right(documents, p, key=start) - 1 for p in np.asarray(position).tolist()]
-        return np.array(found, dtype=np.int64)
 
-    def row(self, index: int, read: ReadTokens, first_id: int | None = None) -> Row:
-        """Row `index`, in 0 .. R - 1, of the stream.
+def starts_counted(
+    layout: Layout, pieces: Pieces, at: NDArray[np.int64], placed: tuple[int, ...], slots: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """[P] whether the token that a piece begins with counts as a target, where something precedes it.
 
-        Args:
-            read: tokens of the store by range.
-            first_id: token at row position 0; given exactly when the strategy has a first token.
-        """
-        assert 0 <= index < self.rows and (first_id is not None) == bool(self.first)
-        stride, first, length = self.stride, self.first, self.context_length
-        begin, end = index * stride, (index + 1) * stride + 1  # the last one is a target only
-        head, tail = self.document_at([begin, end - 1])
-        documents = np.arange(head, tail + 1)
-        starts = self.document_start(documents)
-        ends = self.document_start(documents + 1)
-        owner = np.repeat(np.arange(len(documents)), np.minimum(ends, end) - np.maximum(starts, begin))
+    Args:
+        at: [P] the pieces' columns of content; placed, slots: row positions of placed tokens and of content.
+    """
+    # Where a piece begins, its document does, unless it opens the row; another document precedes, or a placed token.
+    after_placed = np.isin(np.append(slots, layout.context_length) - 1, placed)
+    precedes = (at == 0) | after_placed[at] | (layout.strategy.mask == "causal")
+    begins = (pieces.begin == 0) | ((at == 0) & layout.counts_resumed)
+    return precedes & begins
 
-        stream = self._stream(begin, end, documents[0], starts, ends, read)
-        tokens = np.empty(length, dtype=np.int64)
-        tokens[first:] = stream[:stride]
-        token_owner = np.empty(length, dtype=np.int64)
-        token_owner[first:] = owner[:stride]
-        if first_id is not None:
-            tokens[0], token_owner[0] = first_id, owner[0]
 
-        # Row position of stream position p is p - begin + first; whoever opens the row owns its first token.
-        row_start = np.where(starts <= begin, 0, starts - begin + first)
-        row_end = np.minimum(ends - begin + first, length)
-        doc_start = row_start[token_owner]
-        same_document = token_owner == owner[1 - first :]
-        positions = np.arange(length)
-        return Row(
-            tokens=tokens,
-            targets=stream[1 - first :],
-            loss_mask=self._counted(same_document),
-            positions=positions - doc_start if self.strategy.positions == "document" else positions,
-            doc_start=doc_start.astype(np.int32),
-            doc_end=row_end[token_owner].astype(np.int32),
-        )
+def _boundaries(
+    pieces: Pieces, at: NDArray[np.int64], slots: NDArray[np.int64], length: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Row position [N, T] where the document of each position starts, and after its last in this row."""
+    edge = np.append(0, slots + 1)  # row position at which a piece that begins in a column does, placed tokens included
+    edge[-1] = length
+    seen = at < pieces.inputs[pieces.row]  # others are the target beyond the row
+    row, begin = pieces.row[seen], at[seen]
+    end = np.minimum(begin + (pieces.end - pieces.begin)[seen], pieces.inputs[row])
+    start_at, end_at = edge[begin], edge[end]
+    short = np.flatnonzero(pieces.inputs < len(slots))
+    if len(short):  # padding is a document of its own
+        order = np.argsort(np.concatenate([row, short]), kind="stable")
+        start_at = np.concatenate([start_at, edge[pieces.inputs[short]]])[order]
+        end_at = np.concatenate([end_at, np.full(len(short), length)])[order]
+    shape, size = (len(pieces.inputs), length), end_at - start_at
+    return (
+        np.repeat(start_at.astype(np.int32), size).reshape(shape),
+        np.repeat(end_at.astype(np.int32), size).reshape(shape),
+    )
 
-    def _stream(
-        self,
-        begin: int,
-        end: int,
-        head: np.int64,
-        starts: NDArray[np.int64],
-        ends: NDArray[np.int64],
-        read: ReadTokens,
-    ) -> NDArray[np.int64]:
-        """Stream tokens [begin, end), of documents that start and end at `starts` and `ends`."""
-        stream = np.empty(end - begin, dtype=np.int64)
-        is_text = np.ones(end - begin, dtype=bool)
-        for extra, places in ((self.start_id, starts), (self.end_id, ends - 1)):
-            if extra is not None:
-                places = places[(places >= begin) & (places < end)] - begin
-                stream[places] = extra
-                is_text[places] = False
-        # The text of consecutive documents is consecutive in the store: one range covers the row.
-        skipped = begin - int(starts[0]) - (self.start_id is not None)
-        text = int(self.offsets[head]) + max(skipped, 0)
-        stream[is_text] = read(text, text + int(is_text.sum()))
-        return stream
 
-    def _counted(self, same_document: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        counted = same_document.copy() if self.strategy.mask == "document" else np.ones_like(same_document)
-        if self.first:
-            counted[-1] = False
-        # Inside the prefix the target is visible to the query.
-        counted[: max(self.strategy.prefix_lm - 1, 0)] = False
-        return counted
+def has_first_token(rows: NDArray[np.int64], *, share: float, seed: int, epoch: ArrayLike) -> NDArray[np.bool_]:
+    """Whether each row [N] has its first token, with probability `share`: a function of (seed, epoch, row)."""
+    # A share is compared in 53 bits, which a float holds exactly.
+    return (hash_words(_SHARE_KEY, seed, epoch, rows) >> np.uint64(11)).astype(np.float64) < share * 2.0**53
 
 
 def random_tokens(
@@ -196,11 +197,16 @@ def random_tokens(
     epoch: ArrayLike,
     vocab_size: int,
     special_ids: tuple[int, ...],
+    position: int = 0,
 ) -> NDArray[np.int64]:
-    """A token for each row [N], uniform over the ids that are not special: a function of (seed, epoch, row)."""
+    """A token for a position of each row [N], uniform over the ids that are not special.
+
+    A function of (seed, epoch, row, position).
+    """
     ordinary = vocab_size - len(special_ids)
+    words = (seed, epoch, rows, position) if position else (seed, epoch, rows)
     # The modulo favours some ids by less than one part in 2**40.
-    drawn = (hash_words(_FIRST_TOKEN_KEY, seed, epoch, rows) % np.uint64(ordinary)).astype(np.int64)
+    drawn = (hash_words(_FIRST_TOKEN_KEY, *words) % np.uint64(ordinary)).astype(np.int64)
     for special in sorted(special_ids):
         drawn += drawn >= special
     return drawn

@@ -10,7 +10,8 @@ Each record is a document: `tokens`, large_list<uint16> (uint32 when the vocabul
 special tokens, and `bytes`, int64, the UTF-8 length of its text. The files are uncompressed, so a slice
 of tokens is a view of the mapped file, and `datasets`, polars and pyarrow read them as they are.
 
-Memory: 8 bytes per document (the offsets), whatever the number of tokens. Tokens live in the page cache.
+Memory: a few integers per shard, whatever the number of documents and tokens: tokens and offsets live in the page
+cache, from which the system takes them back when it wants to.
 Traded away: a store is never changed in place; another tokenizer or split means another store.
 """
 
@@ -26,9 +27,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from data.manifest import TOKENIZER_NAME, Manifest, ShardInfo, SplitInfo, sha256_file
+from data.offsets import Offsets
 from data.tokenizer import Tokenizer, tokenizer_file_sha256
 
-_MAPPED_SHARDS = 128  # each mapping holds a file descriptor, of which a process has about a thousand
+_MAPPED_SHARDS = 4096  # a process may have some 65,000 mappings; they hold no file descriptors
+_CHECKED_SHARDS = 256  # counted when opening; others when they are first read, so that opening stays quick
 
 
 class TokenStore:
@@ -40,22 +43,14 @@ class TokenStore:
         self.manifest = manifest
         self.info: SplitInfo = manifest.splits[split]
         shards = self.info.shards
-        self._first_document = np.cumsum([0, *(shard.documents for shard in shards)], dtype=np.int64)
         self._first_token = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)
-        self._mapped: OrderedDict[int, NDArray[Any]] = OrderedDict()
-        self.offsets: NDArray[np.int64] = np.zeros(self.info.documents + 1, dtype=np.int64)
+        self._mapped: OrderedDict[int, tuple[NDArray[np.int64], NDArray[Any]]] = OrderedDict()
+        self.offsets = Offsets(
+            [shard.documents for shard in shards],
+            [shard.tokens for shard in shards],
+            lambda shard: self._shard(shard)[0],
+        )
         """[documents + 1] tokens before each document, over all shards; the last is the number of tokens."""
-        for index, shard in enumerate(shards):
-            offsets = self._column(shard, "tokens").offsets.to_numpy()
-            if len(offsets) != shard.documents + 1 or int(offsets[-1]) != shard.tokens:
-                raise self._damaged(
-                    shard,
-                    f"found {len(offsets) - 1:,} documents and {int(offsets[-1]):,} tokens, "
-                    f"expected {shard.documents:,} and {shard.tokens:,}",
-                )
-            begin = int(self._first_document[index])
-            self.offsets[begin : begin + len(offsets)] = offsets + self._first_token[index]
-        self.offsets.flags.writeable = False
 
     @classmethod
     def open(cls, path: Path | str, split: str = "train") -> Self:
@@ -86,7 +81,10 @@ class TokenStore:
             size = (path / shard.file).stat().st_size
             if size != shard.size:
                 raise cls._damaged_at(path, shard, f"found {size:,} bytes on disk, expected {shard.size:,}")
-        return cls(path, split, manifest)
+        store = cls(path, split, manifest)
+        for number in range(min(len(store.info.shards), _CHECKED_SHARDS)):
+            store._shard(number)
+        return store
 
     @property
     def documents(self) -> int:
@@ -116,25 +114,40 @@ class TokenStore:
         """
         if not 0 <= document < self.documents:
             raise IndexError(f"document {document}: the split has documents 0 to {self.documents - 1}")
-        shard = int(np.searchsorted(self._first_document, document, side="right")) - 1
-        begin, end = (int(offset) - int(self._first_token[shard]) for offset in self.offsets[document : document + 2])
-        return self._values(shard)[begin:end][start:stop]
+        begin, end = self.offsets[np.array([document, document + 1])].tolist()
+        # The last shard that begins at or before the document: those before it may hold no token.
+        shard = max(0, int(np.searchsorted(self._first_token[:-1], begin, side="right")) - 1)
+        base = int(self._first_token[shard])
+        return self._shard(shard)[1][begin - base : end - base][start:stop]
+
+    def gather(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:
+        """Copy of ranges of tokens, joined; `starts` and `lengths` [P] count over all documents end to end.
+
+        Raises IndexError for a range that leaves the split.
+        """
+        ends = starts + lengths
+        if len(starts) and (starts.min() < 0 or lengths.min() < 0 or ends.max() > self.tokens):
+            raise IndexError(f"tokens {starts.min()} to {ends.max()}: the split has {self.tokens}")
+        result = np.empty(int(lengths.sum()), dtype=self.manifest.dtype)
+        # Consecutive documents are consecutive in the store: ranges that touch are read as one.
+        opens = np.flatnonzero(np.concatenate([[True], starts[1:] != ends[:-1]])[: len(starts)])
+        closes = np.append(opens[1:], len(starts)) - 1
+        filled = 0
+        for start, stop in zip(starts[opens].tolist(), ends[closes[: len(opens)]].tolist(), strict=True):
+            while start < stop:
+                shard = int(self._first_token.searchsorted(start, side="right")) - 1
+                base, end = int(self._first_token[shard]), min(stop, int(self._first_token[shard + 1]))
+                result[filled : filled + end - start] = self._shard(shard)[1][start - base : end - base]
+                filled += end - start
+                start = end
+        return result
 
     def stream(self, start: int, stop: int) -> NDArray[np.unsignedinteger]:
         """Copy of tokens `start` to `stop` of all documents end to end, across shards.
 
         Raises IndexError for a range that leaves the split.
         """
-        if not 0 <= start <= stop <= self.tokens:
-            raise IndexError(f"tokens {start} to {stop}: the split has {self.tokens}")
-        result = np.empty(stop - start, dtype=self.manifest.dtype)
-        position = start
-        while position < stop:
-            shard = int(np.searchsorted(self._first_token, position, side="right")) - 1
-            base, end = int(self._first_token[shard]), min(stop, int(self._first_token[shard + 1]))
-            result[position - start : end - start] = self._values(shard)[position - base : end - base]
-            position = end
-        return result
+        return self.gather(np.array([start]), np.array([stop - start]))
 
     def document_bytes(self) -> NDArray[np.int64]:
         """[documents] UTF-8 bytes of each document's text."""
@@ -151,16 +164,25 @@ class TokenStore:
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (os.fspath(self.path.absolute()), self.split, self.digest)
 
-    def _values(self, shard: int) -> NDArray[Any]:
-        """All tokens of a shard: a view of the mapped file. The least recently used mapping is let go."""
-        if shard in self._mapped:
-            self._mapped.move_to_end(shard)
-            return self._mapped[shard]
-        values = self._column(self.info.shards[shard], "tokens").values.to_numpy(zero_copy_only=True)
-        self._mapped[shard] = values
-        if len(self._mapped) > _MAPPED_SHARDS:
+    def _shard(self, number: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
+        """A shard's own offsets and all its tokens: views of the mapped file. The least recently used one is let go."""
+        if number in self._mapped:
+            if len(self._mapped) == _MAPPED_SHARDS:
+                self._mapped.move_to_end(number)
+            return self._mapped[number]
+        shard = self.info.shards[number]
+        column = self._column(shard, "tokens")
+        offsets, values = column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=True)
+        if len(offsets) != shard.documents + 1 or int(offsets[-1]) != shard.tokens:
+            raise self._damaged(
+                shard,
+                f"found {len(offsets) - 1:,} documents and {int(offsets[-1]):,} tokens, "
+                f"expected {shard.documents:,} and {shard.tokens:,}",
+            )
+        if len(self._mapped) >= _MAPPED_SHARDS:
             self._mapped.popitem(last=False)
-        return values
+        self._mapped[number] = offsets, values
+        return offsets, values
 
     def _column(self, shard: ShardInfo, name: str) -> Any:
         try:

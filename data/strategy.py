@@ -1,20 +1,22 @@
 """Strategy: how documents become rows and what a query may see. Every axis is independent of the others.
 
-A strategy is plain data. `data.packing` reads the axes that decide the tokens and boundaries of a row;
-whoever builds the attention mask reads `mask`, `window`, `shared_prefix` and `prefix_lm`. A setting that
-would change nothing is an error here, so that two arms of a study with different strategies really differ.
+A strategy is plain data. `data.layout` and `data.packing` read the axes that decide the tokens and boundaries
+of a row; whoever builds the attention mask reads `mask`, `window`, `shared_prefix` and `prefix_lm`. A setting
+that would change nothing is an error here, so that two arms of a study with different strategies really differ.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-Packing = Literal["concat"]
+Packing = Literal["concat", "best_fit", "pad", "grouped"]
 FirstToken = Literal["bos", "none", "random"]
 Marker = Literal["bos", "eos", "none"]
 MaskKind = Literal["causal", "document"]
 Positions = Literal["row", "document"]
+LongDocuments = Literal["split", "crop"]
+Fill = Literal["pad", "crop", "repeat"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +27,26 @@ class Strategy:
     """
 
     packing: Packing = "concat"
-    """How documents become rows. `concat`: all documents form one stream, cut into rows."""
-    first_token: FirstToken | int = "none"
+    """How documents become rows. `concat`: all documents form one stream, cut into rows. `best_fit`: whole
+    documents, each put where it leaves least room (arXiv 2404.10830). `pad`: one document a row. `grouped`:
+    whole documents of about the same length share a row."""
+    long_documents: LongDocuments = "split"
+    """All packings but `concat`: what becomes of a document longer than a row. `split`: pieces of row length,
+    and a rest that is packed as a document is. `crop`: its beginning is kept, so that every row begins
+    at a document's start."""
+    fill: Fill = "pad"
+    """`best_fit`: what stands where no whole document fits. `pad`: padding. `crop`: the shortest waiting document,
+    whose rest is dropped. `repeat`: the beginning of a document that also stands elsewhere."""
+    first_token: FirstToken | int | list[FirstToken | int] = "none"
     """What stands at row position 0: `bos` (the same in every row), `random` (a token drawn for each
-    row), a token id (the same in every row), or `none` (whatever token of the text falls there)."""
-    document_start: Marker = "none"
-    """Token put before each document."""
-    document_end: Marker = "eos"
-    """Token put after each document."""
+    row), a token id (the same in every row), or `none` (whatever token of the text falls there). A list
+    says it for positions 0, 1, ...: `[none, bos]` fixes BOS at position 1, the text flows around it."""
+    first_token_share: float = 1.0
+    """Share of rows that have the first token, drawn for each row. The others show the text in its place."""
+    document_start: Marker | int = "none"
+    """Token put before each document: `bos`, `eos`, a token id, or `none`."""
+    document_end: Marker | int = "eos"
+    """Token put after each document: `bos`, `eos`, a token id, or `none`."""
     mask: MaskKind = "causal"
     """Which keys a query sees: all before it in the row (`causal`) or those of its own document only."""
     window: int | None = None
@@ -44,16 +58,42 @@ class Strategy:
     positions: Positions = "row"
     """Where position 0 is: at the start of the row, or of each document in it."""
 
+    @property
+    def leading(self) -> tuple[FirstToken | int, ...]:
+        """`first_token` as what stands at row positions 0, 1, ...; empty where the text has them all."""
+        if isinstance(self.first_token, list):
+            return tuple(self.first_token)
+        return () if self.first_token == "none" else (self.first_token,)
+
+    @property
+    def opening(self) -> FirstToken | int:
+        """What stands at row position 0."""
+        return self.leading[0] if self.leading else "none"
+
+    @property
+    def placed(self) -> tuple[int, ...]:
+        """Row positions that hold a token which is not of the text."""
+        return tuple(i for i, what in enumerate(self.leading) if what != "none")
+
     def __post_init__(self) -> None:
         _check_choice("packing", self.packing, get_args(Packing))
-        _check_choice("document_start", self.document_start, get_args(Marker))
-        _check_choice("document_end", self.document_end, get_args(Marker))
+        _check_choice("long_documents", self.long_documents, get_args(LongDocuments))
+        _check_choice("fill", self.fill, get_args(Fill))
         _check_choice("mask", self.mask, get_args(MaskKind))
         _check_choice("positions", self.positions, get_args(Positions))
-        if isinstance(self.first_token, str):
-            _check_choice("first_token", self.first_token, get_args(FirstToken), "or a token id")
-        else:
-            _check_integer("first_token", self.first_token, 0)
+        for name in ("document_start", "document_end"):
+            _check_token(name, getattr(self, name), get_args(Marker))
+        self._check_first_token()
+        if self.packing == "concat" and self.long_documents != "split":
+            raise ValueError(
+                f"long_documents: found {self.long_documents!r} with packing 'concat', which cuts wherever a row "
+                "ends; expected another packing, or long_documents: split"
+            )
+        if self.packing != "best_fit" and self.fill != "pad":
+            raise ValueError(
+                f"fill: found {self.fill!r} with packing {self.packing!r}, which ignores it; expected packing: "
+                "best_fit, or fill: pad"
+            )
         if self.window is not None:
             _check_integer("window", self.window, 1)
         _check_integer("shared_prefix", self.shared_prefix, 0)
@@ -69,6 +109,28 @@ class Strategy:
                 "expected 0 or at least 2"
             )
 
+    def _check_first_token(self) -> None:
+        if isinstance(self.first_token, list):
+            if not self.first_token or self.first_token[-1] == "none":
+                raise ValueError(
+                    f"first_token: found {self.first_token}, expected a list that ends in a token to place, or none"
+                )
+            for what in self.first_token:
+                _check_token("first_token", what, get_args(FirstToken))
+        else:
+            _check_token("first_token", self.first_token, get_args(FirstToken))
+        share: Any = self.first_token_share
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise ValueError(
+                f"first_token_share: found {share!r}, expected more than 0 and at most 1; for no row at all set "
+                "first_token: none"
+            )
+        if share < 1 and not self.placed:
+            raise ValueError(
+                f"first_token_share: found {share} with first_token 'none', which has nothing to share; set a "
+                "first_token, or first_token_share: 1"
+            )
+
     def check_context(self, context_length: int) -> None:
         """Raise ValueError where an axis does not fit, or does nothing, in rows of `context_length` tokens."""
         _check_integer("context_length", context_length, 2)
@@ -77,6 +139,11 @@ class Strategy:
                 f"window: found {self.window} with context_length {context_length}, which limits nothing; "
                 f"expected at most {context_length - 1}, or null for no window"
             )
+        if len(self.leading) >= context_length:
+            raise ValueError(
+                f"first_token: found {len(self.leading)} positions with context_length {context_length}; expected at "
+                f"most {context_length - 1}, so that text is left"
+            )
         for name in ("shared_prefix", "prefix_lm"):
             if getattr(self, name) >= context_length:
                 raise ValueError(
@@ -84,11 +151,33 @@ class Strategy:
                     f"most {context_length - 1}, so that part of the row lies outside it"
                 )
 
+    def check_vocabulary(self, vocab_size: int, special_ids: tuple[int, ...], where: object) -> None:
+        """Raise ValueError where a token id lies outside the vocabulary, or a random one has none to be drawn from."""
+        for name, ids in (
+            ("first_token", self.leading),
+            ("document_start", (self.document_start,)),
+            ("document_end", (self.document_end,)),
+        ):
+            for token in ids:
+                if isinstance(token, int) and token >= vocab_size:
+                    raise ValueError(
+                        f"{name}: found id {token}, expected less than {vocab_size} (the vocabulary of {where})"
+                    )
+        if "random" in self.leading and vocab_size <= len(special_ids):
+            raise ValueError("first_token: found 'random' with a vocabulary of special tokens only")
+
 
 def _check_choice(name: str, found: object, choices: tuple[str, ...], extra: str = "") -> None:
     if not isinstance(found, str) or found not in choices:
         expected = ", ".join(map(repr, choices)) + (f" {extra}" if extra else "")
         raise ValueError(f"{name}: found {found!r}, expected one of {expected}")
+
+
+def _check_token(name: str, found: object, choices: tuple[str, ...]) -> None:
+    if isinstance(found, str):
+        _check_choice(name, found, choices, "or a token id")
+    else:
+        _check_integer(name, found, 0)
 
 
 def _check_integer(name: str, found: object, least: int) -> None:

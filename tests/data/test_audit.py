@@ -50,7 +50,7 @@ def counted_by_hand(documents: list[list[int]], strategy: Strategy, length: int)
         "share_of_tokens_padding": 0.0,
         "documents_cut": sum(len(held) > 1 for held in row_of.values()),
         "share_of_documents_cut": sum(len(held) > 1 for held in row_of.values()) / len(documents),
-        "tail_tokens_dropped": len(stream) - len(rows) * stride,
+        "tokens_cropped": len(stream) - len(rows) * stride,
         "share_of_targets_not_counted": 1 - sum(targets) / len(targets),
     }
 
@@ -77,7 +77,7 @@ def test_the_audit_equals_a_count_over_all_rows(
         return
     with pytest.MonkeyPatch.context() as patch:
         # Pieces of a few documents, so that rows begin in one and end in another.
-        patch.setattr(audit_module, "_CHUNK", chunk)
+        patch.setattr(audit_module, "_CHUNK_TOKENS", chunk)
         found = audit(Rows(make_store(documents), strategy, length))
     for name, value in counted_by_hand(documents, strategy, length).items():
         assert found[name] == pytest.approx(value), name
@@ -89,7 +89,7 @@ def test_the_extremes_of_each_share_occur(make_store: MakeStore) -> None:
     found = audit(Rows(aligned, Strategy(document_start="bos", document_end="none"), 8))
     assert found["share_of_rows_that_begin_with_bos"] == found["share_of_rows_that_begin_a_document"] == 1
     assert (found["documents_cut"], found["documents_per_row_max"]) == (0, 1)
-    assert found["tail_tokens_dropped"] == 8, "the last row has no last target"
+    assert found["tokens_cropped"] == 8, "the last row has no last target"
     single = audit(Rows(make_store([[2] * 80]), Strategy(), 8))
     assert single["share_of_rows_that_begin_a_document"] == 1 / single["rows_per_epoch"]
     assert single["share_of_documents_cut"] == 1

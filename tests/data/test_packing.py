@@ -15,7 +15,7 @@ from oracle import BOS, EOS, OracleRow, fields_of, rows_of, stream_of
 
 from data.batches import Rows
 from data.order import permute
-from data.packing import Concat, random_tokens
+from data.packing import random_tokens
 from data.store import TokenStore
 from data.strategy import Strategy
 
@@ -190,21 +190,6 @@ def test_the_first_token_joins_the_document_at_the_start_of_its_row(make_store: 
     aligned = rows_in_stream_order(Rows(make_store([[10, 11, 12], [13, 14, 15, 16]]), strategy, 4))
     assert aligned[1]["tokens"] == [BOS, 13, 14, 15]
     assert aligned[1]["doc_start"] == [0, 0, 0, 0]
-
-
-@pytest.mark.parametrize("extras", [(None, None), (0, None), (None, 1), (0, 1)])
-def test_the_document_of_a_position_is_found_without_stored_starts(extras: tuple[int | None, int | None]) -> None:
-    lengths = np.array([0, 0, 4, 1, 0, 0, 9, 1, 0])
-    layout = Concat(
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        context_length=4,
-        strategy=Strategy(),
-        start_id=extras[0],
-        end_id=extras[1],
-    )
-    expected = np.repeat(np.arange(len(lengths)), lengths + layout.extras)
-    assert layout.stream_length == len(expected)
-    np.testing.assert_array_equal(layout.document_at(np.arange(len(expected))), expected)
 
 
 def test_random_first_tokens_are_uniform_over_text_ids_and_never_special() -> None:

@@ -13,7 +13,7 @@ from data.strategy import Strategy
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"packing": "pad"}, "packing: found 'pad'"),
+        ({"packing": "stack"}, "packing: found 'stack'"),
         ({"first_token": "eos"}, "first_token: found 'eos'.*or a token id"),
         ({"first_token": -1}, "first_token: found -1"),
         ({"first_token": True}, "first_token: found True"),
