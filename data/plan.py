@@ -24,6 +24,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,7 +100,9 @@ class Plan:
                 _write(path, recipe, offsets)
             return cls(pa.memory_map(os.fspath(path)))
         except (OSError, pa.ArrowInvalid):  # a read-only or full disk, a damaged file: what it held can be made anew
-            return cls(pa.BufferReader(_in_memory(recipe, offsets)))
+            sink = pa.BufferOutputStream()
+            _make(sink, recipe, offsets)
+            return cls(pa.BufferReader(sink.getvalue()))
 
     @property
     def rows(self) -> int:
@@ -138,22 +141,16 @@ class Plan:
 
 def _write(path: Path, recipe: Recipe, offsets: Offsets) -> None:
     """Make the plan under a name of this process's own, then give it its name: others do the same and agree."""
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with open(partial, "wb") as file:
+    path.parent.mkdir(exist_ok=True, parents=True)
+    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}.", delete=False) as file:
+        try:
             _make(file, recipe, offsets)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _in_memory(recipe: Recipe, offsets: Offsets) -> pa.Buffer:
-    sink = pa.BufferOutputStream()
-    _make(sink, recipe, offsets)
-    return sink.getvalue()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def _make(sink: Any, recipe: Recipe, offsets: Offsets) -> None:

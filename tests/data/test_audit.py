@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import BOS, rows_of, stream_of
+from oracle import BOS, laid_out, marked, planned_row, rows_of, stream_of
 
 from data import audit as audit_module
 from data.audit import audit
@@ -48,6 +48,8 @@ def counted_by_hand(documents: list[list[int]], strategy: Strategy, length: int)
         "share_of_rows_that_begin_with_bos": sum(row.tokens[0] == BOS for row in rows) / len(rows),
         "share_of_rows_that_begin_a_document": sum(opens) / len(rows),
         "share_of_tokens_padding": 0.0,
+        "share_of_tokens_repeated": 0.0,
+        "share_of_tokens_cropped": 1 - len(rows) * stride / len(stream),
         "documents_cut": sum(len(held) > 1 for held in row_of.values()),
         "share_of_documents_cut": sum(len(held) > 1 for held in row_of.values()) / len(documents),
         "tokens_cropped": len(stream) - len(rows) * stride,
@@ -81,6 +83,84 @@ def test_the_audit_equals_a_count_over_all_rows(
         found = audit(Rows(make_store(documents), strategy, length))
     for name, value in counted_by_hand(documents, strategy, length).items():
         assert found[name] == pytest.approx(value), name
+
+
+def planned_by_hand(documents: list[list[int]], strategy: Strategy, length: int) -> dict[str, Any]:
+    first = [] if strategy.first_token == "none" else [BOS]
+    laid = laid_out(documents, strategy, length - len(first), 1000)
+    rows = [planned_row(documents, strategy, length, row, list(first)) for row in laid]
+    sizes = [[piece.end - piece.begin for piece in row] for row in laid]
+    filled, again = sum(map(sum, sizes)), sum(p.end - p.begin for row in laid for p in row if p.repeated)
+    total = sum(len(marked(document, strategy)) for document in documents)
+    targets = sum(sum(row.loss_mask) for row in rows)
+    heads = [p for row in laid for p in row if not p.begin and not p.repeated]
+    return {
+        "rows_per_epoch": len(rows),
+        "targets_per_epoch": targets,
+        "stream_tokens_per_epoch": filled - again,
+        "documents_per_row_mean": sum(map(len, laid)) / len(rows),
+        "documents_per_row_max": max(map(len, laid)),
+        "share_of_rows_that_begin_with_bos": sum(row.tokens[0] == BOS for row in rows) / len(rows),
+        "share_of_rows_that_begin_a_document": sum(row[0].begin == 0 for row in laid) / len(rows),
+        "share_of_tokens_padding": 1 - (filled + len(first) * len(rows)) / (len(rows) * length),
+        "documents_cut": sum(p.end < len(marked(documents[p.document], strategy)) for p in heads),
+        "tokens_cropped": total - filled + again,
+        "share_of_tokens_repeated": again / filled,
+        "share_of_targets_not_counted": 1 - targets / (len(rows) * length),
+    }
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 20), min_size=4, max_size=40),
+    packing=st.sampled_from(
+        [
+            {"packing": "best_fit"},
+            {"packing": "best_fit", "fill": "crop"},
+            {"packing": "best_fit", "fill": "repeat", "long_documents": "crop"},
+            {"packing": "pad", "long_documents": "crop"},
+            {"packing": "grouped"},
+        ]
+    ),
+    first=st.sampled_from(["none", "bos"]),
+    start=st.sampled_from(["none", "bos"]),
+    mask=st.sampled_from(["causal", "document"]),
+    prefix_lm=st.sampled_from([0, 3]),
+    length=st.integers(5, 12),
+    chunk=st.integers(1, 40),
+)
+def test_the_audit_of_whole_documents_equals_a_count_over_all_rows(
+    make_store: MakeStore,
+    lengths: list[int],
+    packing: dict[str, Any],
+    first: Any,
+    start: Any,
+    length: int,
+    chunk: int,
+    **axes: Any,
+) -> None:
+    strategy = Strategy(**packing, first_token=first, document_start=start, **axes)
+    documents = [[2 + i % 256] * size for i, size in enumerate(lengths)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(audit_module, "_CHUNK_TOKENS", chunk)
+        found = audit(Rows(make_store(documents), strategy, length))
+    for name, value in planned_by_hand(documents, strategy, length).items():
+        assert found[name] == pytest.approx(value), name
+
+
+def test_rows_without_their_first_token_are_audited_as_drawn(make_store: MakeStore) -> None:
+    strategy = Strategy(first_token="bos", first_token_share=0.5, document_end="none")
+    rows = Rows(make_store([[5, 6, 7, 8, 9]] * 60), strategy, 8)
+    tokens = rows.__getitems__(list(range(len(rows)))).tokens
+    found = audit(rows)
+    led = int((tokens[:, 0] == BOS).sum())
+    assert 0 < led < len(rows)
+    assert found["share_of_rows_that_begin_with_bos"] == led / len(rows)
+    # The first row of the stream has nothing before it: where it is drawn without BOS it ends in padding.
+    padded = int((tokens[:, -1] == 1).sum())
+    assert padded == round(found["share_of_tokens_padding"] * len(rows) * 8) <= 1
+    repeated = len(rows) - led - padded
+    assert found["share_of_tokens_repeated"] == pytest.approx(repeated / (len(rows) * 7 + repeated))
 
 
 def test_the_extremes_of_each_share_occur(make_store: MakeStore) -> None:

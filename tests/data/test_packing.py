@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from oracle import BOS, EOS, OracleRow, fields_of, rows_of, stream_of
+from oracle import BOS, EOS, OracleRow, fields_of, laid_out, marked, planned_row, rows_of, stream_of
 
+from data import plan as plan_module
+from data.audit import audit
 from data.batches import Rows
 from data.order import permute
 from data.packing import random_tokens
@@ -61,13 +63,20 @@ STRATEGIES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def store_of_all_lengths(make_store: MakeStore) -> TokenStore:
+    """Shards of 10 tokens, so that rows and documents meet shard boundaries too."""
+    store = make_store(documents_of(LENGTHS), shard_tokens=10)
+    assert len(store.info.shards) > 3
+    return store
+
+
 @pytest.mark.parametrize("length", [6, 8, 9])
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: "-".join(map(str, _short(strategy))))
-def test_every_field_of_every_row_equals_the_oracle(make_store: MakeStore, strategy: Strategy, length: int) -> None:
-    documents = documents_of(LENGTHS)
-    # Shards of 10 tokens, so that rows and documents meet shard boundaries too.
-    store = make_store(documents, shard_tokens=10)
-    assert len(store.info.shards) > 3
+def test_every_field_of_every_row_equals_the_oracle(
+    store_of_all_lengths: TokenStore, strategy: Strategy, length: int
+) -> None:
+    documents, store = documents_of(LENGTHS), store_of_all_lengths
     expected = rows_of(documents, strategy, length, first_id(strategy))
     assert_boundaries_occur(expected)
     found = rows_in_stream_order(Rows(store, strategy, length, seed=5))
@@ -237,3 +246,202 @@ def _short(strategy: Strategy) -> tuple[Any, ...]:
         strategy.positions,
         strategy.prefix_lm,
     )
+
+
+PLANNED: list[dict[str, Any]] = [
+    {"packing": "best_fit"},
+    {"packing": "best_fit", "long_documents": "crop"},
+    {"packing": "best_fit", "fill": "crop"},
+    {"packing": "best_fit", "fill": "crop", "long_documents": "crop"},
+    {"packing": "best_fit", "fill": "repeat"},
+    {"packing": "best_fit", "fill": "repeat", "long_documents": "crop"},
+    {"packing": "pad"},
+    {"packing": "pad", "long_documents": "crop"},
+    {"packing": "grouped"},
+    {"packing": "grouped", "long_documents": "crop"},
+]
+FIRST: list[Any] = ["none", "bos", 77, ["none", "bos"], ["bos", "none", 77], [77, "bos"]]
+
+
+def leading_ids(strategy: Strategy) -> list[int | None]:
+    return [None if what == "none" else BOS if what == "bos" else int(what) for what in strategy.leading]
+
+
+def fields_that_count(row: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """A target that does not count may be anything."""
+    targets = [t if counts else -1 for t, counts in zip(row["targets"], row["loss_mask"], strict=True)]
+    return {**row, "targets": targets}
+
+
+def assert_planned_rows_equal_the_oracle(rows: Rows, documents: list[list[int]]) -> list[OracleRow]:
+    strategy, length = rows.strategy, rows.context_length
+    laid = laid_out(documents, strategy, length - len(strategy.placed), plan_module._WAITING)
+    expected = [planned_row(documents, strategy, length, row, leading_ids(strategy)) for row in laid]
+    found = rows_in_stream_order(rows)
+    assert len(found) == len(expected)
+    for place, row in enumerate(expected):
+        assert fields_that_count(found[place]) == fields_that_count(fields_of(row)), f"row {place}: {laid[place]}"
+    return expected
+
+
+@pytest.mark.parametrize("packing", PLANNED, ids=lambda axes: "-".join(axes.values()))
+@pytest.mark.parametrize("first", FIRST, ids=str)
+@pytest.mark.parametrize("mask", ["causal", "document"])
+def test_every_field_of_rows_of_whole_documents_equals_the_oracle(
+    store_of_all_lengths: TokenStore,
+    packing: dict[str, Any],
+    first: Any,
+    mask: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plan_module, "_WAITING", 4)
+    documents = documents_of(LENGTHS)
+    start: Any = "bos" if first == "none" else "none"
+    strategy = Strategy(**packing, first_token=first, mask=mask, document_start=start, positions="document")
+    rows = Rows(store_of_all_lengths, strategy, 9, seed=3)
+    expected = assert_planned_rows_equal_the_oracle(rows, documents)
+    # The boundaries in question occur: a long document, several documents in a row, one that fills it, padding.
+    room = 9 - len(strategy.placed)
+    laid = laid_out(documents, strategy, room, 4)
+    sizes = [sum(piece.end - piece.begin for piece in row) for row in laid]
+    assert any(len(marked(document, strategy)) > 2 * room for document in documents)
+    assert any(len(marked(document, strategy)) == room for document in documents)
+    assert (max(map(len, laid)) > 1) == (strategy.packing != "pad")
+    assert max(sizes) == room and (min(sizes) < room or strategy.fill != "pad")
+    assert any(piece.begin for row in laid for piece in row) == (strategy.long_documents == "split")
+    assert any(row.loss_mask[-1] for row in expected) == (strategy.long_documents == "split")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=20),
+    packing=st.sampled_from(PLANNED),
+    first=st.sampled_from(FIRST),
+    start=st.sampled_from(["none", "bos", 5]),
+    end=st.sampled_from(["none", "eos"]),
+    mask=st.sampled_from(["causal", "document"]),
+    positions=st.sampled_from(["row", "document"]),
+    prefix_lm=st.sampled_from([0, 3]),
+    length=st.integers(4, 12),
+)
+def test_any_layout_of_whole_documents_equals_the_oracle(
+    make_store: MakeStore, lengths: list[int], packing: dict[str, Any], length: int, **axes: Any
+) -> None:
+    axes["first_token"], axes["document_start"] = axes.pop("first"), axes.pop("start")
+    axes["document_end"] = axes.pop("end")
+    strategy = Strategy(**packing, **axes)
+    documents = documents_of(lengths)
+    assume(any(marked(document, strategy) for document in documents))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module, "_WAITING", 3)
+        assert_planned_rows_equal_the_oracle(Rows(make_store(documents, shard_tokens=30), strategy, length), documents)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=20),
+    packing=st.sampled_from([{}, *PLANNED]),
+    first=st.sampled_from(FIRST),
+    share=st.sampled_from([0.5, 1.0]),
+    mask=st.sampled_from(["causal", "document"]),
+    length=st.integers(4, 12),
+    seed=st.integers(0, 3),
+)
+def test_no_token_is_read_twice_or_lost_and_none_is_counted_twice(
+    make_store: MakeStore,
+    lengths: list[int],
+    packing: dict[str, Any],
+    first: Any,
+    share: float,
+    mask: Any,
+    length: int,
+    seed: int,
+) -> None:
+    """But for what a strategy says it repeats, crops or drops, and the audit says how much that is."""
+    if share < 1 and first == "none":
+        return
+    strategy = Strategy(**packing, first_token=first, first_token_share=share, mask=mask, document_end="none")
+    # Each token tells its place in the corpus.
+    size = sum(lengths)
+    assume(0 < size <= 178)
+    tokens = iter(range(80, 80 + size))
+    documents = [[next(tokens) for _ in range(n)] for n in lengths]
+    store = make_store(documents, shard_tokens=30)
+    try:
+        rows = Rows(store, strategy, length, seed)
+    except ValueError as error:
+        assert "not one complete row" in str(error) and not packing
+        return
+    found = rows_in_stream_order(rows).values()
+    read = Counter(token for row in found for token in row["tokens"] if token >= 80)
+    counted = Counter(
+        token for row in found for token, counts in zip(row["targets"], row["loss_mask"], strict=True) if counts
+    )
+    audited = audit(rows)
+    assert sum(read.values()) - len(read) == round(audited["share_of_tokens_repeated"] * sum(read.values()))
+    assert size - len(read) == audited["tokens_cropped"]
+    assert sum(counted.values()) == audited["targets_per_epoch"]
+    repeats = strategy.fill == "repeat" or (share < 1 and not packing)
+    assert repeats or max(read.values()) == 1
+    if strategy.long_documents == "split" and strategy.fill != "crop":
+        assert size - len(read) <= (0 if packing else length)
+    # What follows its predecessor in its document is counted once; the first token of a document at most once.
+    heads = {document[0] for document in documents if document}
+    assert not counted or (max(counted.values()) == 1) or strategy.fill == "repeat"
+    if packing and strategy.long_documents == "split" and strategy.fill == "pad":
+        assert set(range(80, 80 + size)) - heads <= set(counted)
+
+
+def test_a_share_of_rows_has_the_first_token_and_the_others_the_text_before(make_store: MakeStore) -> None:
+    store = make_store(documents_of([40] * 50))
+    strategy = Strategy(first_token="bos", first_token_share=0.3, document_end="none")
+    rows, whole = Rows(store, strategy, 8), Rows(store, Strategy(first_token="bos", document_end="none"), 8)
+    found, fixed = rows_in_stream_order(rows), rows_in_stream_order(whole)
+    stream = [token for token, _ in stream_of(documents_of([40] * 50), strategy)]
+    led = [place for place, row in found.items() if row["tokens"][0] == BOS]
+    assert 0.2 < len(led) / len(found) < 0.4
+    for place, row in found.items():
+        if place in led:
+            assert row == fixed[place]
+        elif place:
+            assert row["tokens"] == [stream[place * 7 - 1], *fixed[place]["tokens"][1:]]
+            # The same targets, whatever stands first.
+            assert (row["targets"], row["loss_mask"]) == (fixed[place]["targets"], fixed[place]["loss_mask"])
+    again = rows.__getitems__(list(range(len(rows), 2 * len(rows)))).tokens[:, 0] == BOS
+    assert again.sum() not in (0, len(rows)), "drawn anew in each epoch"
+    slots = permute(np.arange(len(rows)), len(rows), seed=0, epoch=1)
+    assert {int(slot) for slot, has in zip(slots, again.tolist(), strict=True) if has} != set(led)
+
+
+def test_a_row_of_whole_documents_without_its_first_token_moves_up(make_store: MakeStore) -> None:
+    store = make_store(documents_of([5] * 60))
+    strategy = Strategy(packing="pad", first_token="bos", first_token_share=0.5)
+    found = rows_in_stream_order(Rows(store, strategy, 8))
+    starts = Counter(row["tokens"][0] == BOS for row in found.values())
+    assert min(starts[True], starts[False]) > 15
+    for place, row in found.items():
+        text = documents_of([5] * 60)[place]
+        lead = [BOS] if row["tokens"][0] == BOS else []
+        assert row["tokens"] == [*lead, *text, EOS, *[EOS] * (2 - len(lead))]
+        counted = [t for t, counts in zip(row["targets"], row["loss_mask"], strict=True) if counts]
+        assert counted == [*text, EOS] if lead else [*text[1:], EOS]
+
+
+def test_random_tokens_are_drawn_for_each_position_and_the_text_flows_around_them(make_store: MakeStore) -> None:
+    documents = documents_of([400])
+    rows = Rows(make_store(documents), Strategy(first_token=["random", "none", "random"], document_end="none"), 8)
+    found = rows_in_stream_order(rows)
+    assert [token for place in sorted(found) for token in [found[place]["tokens"][1], *found[place]["tokens"][3:]]] == (
+        documents[0][: 6 * len(found)]
+    )
+    drawn = [(row["tokens"][0], row["tokens"][2]) for row in found.values()]
+    assert len(set(drawn)) > len(found) / 2 and any(a != b for a, b in drawn)
+    # No position predicts a placed token; what follows one is predicted by it.
+    assert {tuple(row["loss_mask"]) for row in found.values()} == {(True, False, *[True] * 5, False)}
+    assert all(row["targets"][2] == row["tokens"][3] for row in found.values())
+
+
+def test_a_marker_may_be_any_token(make_store: MakeStore) -> None:
+    strategy = Strategy(document_start=77, document_end=78)
+    found = rows_in_stream_order(Rows(make_store([[10, 11], [12, 13, 14]]), strategy, 8))
+    assert found[0]["tokens"] == [77, 10, 11, 78, 77, 12, 13, 14]
