@@ -158,6 +158,12 @@ class ModeResult:
     documents: int
     tokens: int
     """Targets that the loss is the mean of: the same in every mode."""
+    placed_key: int = 0
+    """The last row position at which the mode places a token; 0 where that is the first, or none is placed."""
+    rate_placed: dict[str, list[list[float]]] | None = None
+    """eps -> [L][H] sink rate in % at key `placed_key`, over its later queries among the first `sink_tokens`."""
+    mass_placed: list[list[float]] | None = None
+    """[L][H] mean mass on key `placed_key` of the queries after it among the first `sink_tokens`."""
 
     def metrics(self, mode: str) -> dict[str, float]:
         """The result under its metric keys."""
@@ -173,6 +179,10 @@ class ModeResult:
             out[f"sink/rate_row/{eps}/{mode}"] = _mean(self.rate_row[eps])
         for layer, heads in enumerate(self.mass):
             out[f"sink/mass_by_layer/{layer}/{mode}"] = sum(heads) / len(heads)
+        if self.rate_placed is not None and self.mass_placed is not None:
+            out[f"sink/mass_placed/{mode}"] = _mean(self.mass_placed)
+            for eps in self.rate_placed:
+                out[f"sink/rate_placed/{eps}/{mode}"] = _mean(self.rate_placed[eps])
         return out
 
 
@@ -188,25 +198,31 @@ def _mean(rows: list[list[float]]) -> float:
     return sum(map(sum, rows)) / sum(map(len, rows))
 
 
-def first_tokens(mode: InferenceMode, strategy: Strategy, probe: Probe, rows: Sequence[int]) -> torch.Tensor | None:
-    """Token ids [B, 1] put before the text of the probe's documents `rows` in a mode, or None.
+def first_tokens(
+    mode: InferenceMode, strategy: Strategy, probe: Probe, rows: Sequence[int]
+) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Token ids [B, F] put into the text of the probe's documents `rows` in a mode, and their F row positions.
 
-    `as_trained` and `first_key_masked` take what the strategy puts at row position 0, or else before each
-    document. A random token is a function of the document's number: it draws from no generator.
+    `as_trained` and `first_key_masked` take what the strategy places in a row, or else before each document. A
+    random token is a function of the document's number: it draws from no generator.
     """
     import torch
 
-    what: str | int = {"bos": "bos", "text": "none", "random_first": "random"}.get(mode, strategy.first_token)
-    if what == "none" and mode in ("as_trained", "first_key_masked"):
-        what = strategy.document_start
-    if what == "none":
-        return None
-    if what == "random":
-        usable = [t for t in range(len(probe.token_bytes)) if t not in probe.special_ids]
-        # Knuth's multiplicative hash spreads neighbouring numbers over the vocabulary.
-        return torch.tensor([[usable[(row + 1) * 2_654_435_761 % 2**32 % len(usable)]] for row in rows])
-    token = {"bos": probe.bos_id, "eos": probe.eos_id}.get(what, what) if isinstance(what, str) else what
-    return torch.full((len(rows), 1), int(token))
+    by_mode: dict[str, tuple[str | int, ...]] = {"bos": ("bos",), "text": (), "random_first": ("random",)}
+    leading = by_mode.get(mode, strategy.leading)
+    if mode in ("as_trained", "first_key_masked") and not leading and strategy.document_start != "none":
+        leading = (strategy.document_start,)
+    usable = [t for t in range(len(probe.token_bytes)) if t not in probe.special_ids]
+
+    def token(what: str | int, position: int, row: int) -> int:
+        if what == "random":
+            # Knuth's multiplicative hash spreads neighbouring numbers over the vocabulary.
+            return usable[(row + 1 + position * 2**20) * 2_654_435_761 % 2**32 % len(usable)]
+        return {"bos": probe.bos_id, "eos": probe.eos_id}[what] if isinstance(what, str) else what
+
+    positions = tuple(i for i, what in enumerate(leading) if what != "none")
+    placed = [[token(leading[i], i, row) for i in positions] for row in rows]
+    return torch.tensor(placed, dtype=torch.int64).reshape(len(rows), len(positions)), positions
 
 
 def measure(
@@ -228,22 +244,28 @@ def measure(
 
     shape = (model.config.layers, model.config.heads)
     above = torch.zeros(len(EPSILONS), *shape, dtype=torch.float64)
-    above_row, totals = torch.zeros_like(above), torch.zeros(3, *shape, dtype=torch.float64)
+    above_row, above_placed = torch.zeros_like(above), torch.zeros_like(above)
+    totals, key = torch.zeros(4, *shape, dtype=torch.float64), 0
     loss_sum, byte_sum, token_sum, documents = 0.0, 0, 0, 0
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             for rows, text, lengths in probe.batches(config.batch_tokens):
-                first = first_tokens(mode, strategy, probe, rows)
+                first, positions = first_tokens(mode, strategy, probe, rows)
                 hide = mode == "first_key_masked"
-                alpha, alpha_row, mass, mass_row, nll = _observe(
-                    model, first, text, lengths, strategy, hide, config.sink_tokens
+                key = 0 if strategy.prefix_lm or not positions else positions[-1]
+                if key >= config.sink_tokens - 1:
+                    key = 0  # no query is left to look at it
+                alpha, alpha_row, mass, mass_row, placed, nll = _observe(
+                    model, first, positions, text, lengths, strategy, hide, config.sink_tokens, key
                 )
                 for e, eps in enumerate(EPSILONS):
                     above[e] += (alpha > eps).sum(0)
                     above_row[e] += (alpha_row > eps).sum(0)
-                totals += torch.stack([alpha.sum(0), mass.sum(0), mass_row.sum(0)])
+                    above_placed[e] += (placed.mean(-1) > eps).sum(0)
+                after = placed[..., 1:].mean(-1)
+                totals += torch.stack([alpha.sum(0), mass.sum(0), mass_row.sum(0), after.sum(0)])
                 index = torch.arange(1, text.shape[1])[None, :]
                 counted = (index < lengths[:, None]) & (index >= strategy.prefix_lm)
                 loss_sum += float(nll[counted].sum(dtype=torch.float64))
@@ -256,10 +278,14 @@ def measure(
         raise ValueError(
             f"measuring: expected documents longer than strategy.prefix_lm={strategy.prefix_lm}, found none"
         )
-    alpha, mass, mass_row = (totals / documents).tolist()
+    alpha, mass, mass_row, mass_placed = (totals / documents).tolist()
+
+    def rates(counts: torch.Tensor) -> dict[str, list[list[float]]]:
+        return {str(e): (100 * counts[i] / documents).tolist() for i, e in enumerate(EPSILONS)}
+
     return ModeResult(
-        rate={str(e): (100 * above[i] / documents).tolist() for i, e in enumerate(EPSILONS)},
-        rate_row={str(e): (100 * above_row[i] / documents).tolist() for i, e in enumerate(EPSILONS)},
+        rate=rates(above),
+        rate_row=rates(above_row),
         mass=mass,
         alpha=alpha,
         mass_row=mass_row,
@@ -267,55 +293,70 @@ def measure(
         bits_per_byte=loss_sum / math.log(2) / byte_sum,
         documents=documents,
         tokens=token_sum,
+        placed_key=key,
+        rate_placed=rates(above_placed) if key else None,
+        mass_placed=mass_placed if key else None,
     )
 
 
 def _observe(
     model: Decoder,
-    first: torch.Tensor | None,
+    first: torch.Tensor,
+    positions: tuple[int, ...],
     text: torch.Tensor,
     lengths: torch.Tensor,
     strategy: Strategy,
     hide_first_key: bool,
     sink_tokens: int,
+    key: int,
 ) -> tuple[torch.Tensor, ...]:
-    """One forward pass: alpha and mass [B, L, H] over sink_tokens and over the row, nll [B, n−1]."""
+    """One forward pass: alpha and mass [B, L, H] over sink_tokens and over the row, mass on `key` [B, L, H, queries
+    from it on], nll [B, n−1]."""
     import torch
 
     from kernels import interval_mask
 
     device = next(model.parameters()).device
-    tokens = text if first is None else torch.cat([first, text], dim=1)
-    shift = tokens.shape[1] - text.shape[1]
-    B, T = tokens.shape
+    shift = len(positions)
+    B, T = len(text), text.shape[1] + shift
+    slots = torch.tensor([i for i in range(T) if i not in positions])
+    tokens = torch.empty(B, T, dtype=torch.int64)
+    tokens[:, slots] = text
+    tokens[:, list(positions)] = first
     mask = None
-    if strategy.window is not None or strategy.prefix_lm or hide_first_key:
-        # One document a row; its end matters to a prefix LM, whose prefix must not reach into the padding.
+    if strategy.window is not None or strategy.prefix_lm or hide_first_key or key:
+        # One document a row; its end matters to a prefix LM, whose prefix must not reach into the padding. A key
+        # other than the first is observed as if a document started there that the mask does not keep apart.
         end = (lengths + shift).to(torch.int32)[:, None].expand(B, T).contiguous().to(device)
+        start = torch.where(torch.arange(T) < key, 0, key).to(torch.int32)[None, :].expand(B, T).contiguous()
         mask = interval_mask(
             B,
             T,
-            doc_start=torch.zeros_like(end),
+            doc_start=start.to(device),
             doc_end=end,
-            document=True,
+            document=not key,
             window=strategy.window,
-            shared_prefix=min(strategy.shared_prefix, T),
+            shared_prefix=min(strategy.shared_prefix, T) if strategy.window is not None or not key else 0,
             prefix_lm=min(strategy.prefix_lm, T),
             hide_first_key=hide_first_key,
         )
     output = model(tokens.to(device), mask=mask, statistics=True)
     assert output.logits is not None and output.statistics is not None
-    logits = output.logits[:, shift : shift + text.shape[1] - 1].float()
+    logits = output.logits[:, (slots[1:] - 1).to(device)].float()
     nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), text[:, 1:].to(device), reduction="none").cpu()
     masses = torch.stack([s.row_mass for s in output.statistics], dim=1).float().cpu()  # [B, L, H, T]
     head = masses[..., :sink_tokens]
     real = (torch.arange(T)[None, :] < (lengths + shift)[:, None])[:, None, None, :]  # no padding
     own = masses * real
     count = real.sum(-1)
+    on_key = head
+    if key:
+        on_key = torch.stack([s.document_mass[..., key:sink_tokens] for s in output.statistics], dim=1).float().cpu()
     return (
         head.mean(-1),
         own.sum(-1) / count,
         head[..., 1:].mean(-1),
         (own.sum(-1) - own[..., 0]) / (count - 1),
+        on_key,
         nll,
     )

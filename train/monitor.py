@@ -134,7 +134,7 @@ class SinkMonitor(L.Callback):
     def _packed(self, decoder: Decoder, module: SinkbedModule) -> dict[str, float]:
         """Mass on the first key of the query's document and of the row, in rows packed as in training.
 
-        Queries that are that key themselves do not count.
+        Queries that are that key themselves do not count, nor those without a target, which padding is.
         """
         if self.packed is None:
             return {}
@@ -148,9 +148,10 @@ class SinkMonitor(L.Callback):
         decoder.train(training)
         assert output.statistics is not None
         index = torch.arange(batch.tokens.shape[1], device=module.device)
-        later = (batch.doc_start < index)[:, None, :].expand(-1, decoder.config.heads, -1)
+        counted = batch.loss_mask[:, None, :].expand(-1, decoder.config.heads, -1)
+        later = counted & (batch.doc_start < index)[:, None, :]
         document = torch.stack([s.document_mass[later].mean() for s in output.statistics]).mean()
-        row = torch.stack([s.row_mass[..., 1:].mean() for s in output.statistics]).mean()
+        row = torch.stack([s.row_mass[..., 1:][counted[..., 1:]].mean() for s in output.statistics]).mean()
         return {"sink/document_start_mass": float(document), "sink/row_start_mass": float(row)}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

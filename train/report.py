@@ -76,7 +76,7 @@ def load_result(folder: Path, arm: str, seed: int) -> Result:
 
 
 def describe(strategy: dict[str, Any]) -> tuple[str, str]:
-    """Mask and first token of a strategy in the words of the published table."""
+    """Mask, with any packing but `concat`, and first token of a strategy in the words of the published table."""
     mask = "causal" if strategy["mask"] == "causal" else "intra-document"
     if strategy["shared_prefix"]:
         what = "position 0" if strategy["shared_prefix"] == 1 else f"positions below {strategy['shared_prefix']}"
@@ -85,13 +85,26 @@ def describe(strategy: dict[str, Any]) -> tuple[str, str]:
         mask += f", window {strategy['window']}"
     if strategy["prefix_lm"]:
         mask += f", prefix LM {strategy['prefix_lm']}"
+    packing = strategy.get("packing", "concat")
+    if packing != "concat":
+        details = ["long ones cropped"] if strategy["long_documents"] == "crop" else []
+        details += {"pad": [], "crop": ["filled up by cropping"], "repeat": ["filled up by repeating"]}[
+            strategy["fill"]
+        ]
+        mask += f"; {packing}" + (f" ({', '.join(details)})" if details else "")
     parts = []
-    if strategy["first_token"] == "bos":
-        parts.append("fixed at position 0")
-    elif strategy["first_token"] != "none":
-        parts.append(f"none; {strategy['first_token']} token at position 0")
+    first = strategy["first_token"]
+    share = strategy.get("first_token_share", 1)
+    rows = "" if share == 1 else f" of {100 * share:g} % of rows"
+    for position, what in enumerate(first if isinstance(first, list) else [first]):
+        if what == "bos":
+            parts.append(f"fixed at position {position}{rows}")
+        elif what != "none":
+            parts.append(f"none; {what} token at position {position}{rows}")
     if strategy["document_start"] == "bos":
         parts.append("at document starts")
+    elif strategy["document_start"] != "none":
+        parts.append(f"{strategy['document_start']} token at document starts")
     return mask, " and ".join(parts) or "none"
 
 

@@ -28,7 +28,7 @@ def decoder():
     return Decoder(DecoderConfig(layers=2, d_model=32, heads=4, kv_heads=2, d_ff=48, init_std=0.4), 300)
 
 
-def attention_matrices(decoder, tokens, hide_first, monkeypatch):
+def attention_matrices(decoder, tokens, hide_first, monkeypatch, window=None):
     """[L, H, T, T] of one document, from the inputs that the operator really receives."""
     found, operator = [], model.attention.attention
 
@@ -40,7 +40,7 @@ def attention_matrices(decoder, tokens, hide_first, monkeypatch):
     from kernels import interval_mask
 
     monkeypatch.setattr(model.attention, "attention", spy)
-    mask = interval_mask(1, tokens.shape[1], hide_first_key=hide_first)
+    mask = interval_mask(1, tokens.shape[1], hide_first_key=hide_first, window=window)
     logits = decoder(tokens, mask=mask).logits
     monkeypatch.setattr(model.attention, "attention", operator)
     return torch.stack(found), logits
@@ -108,11 +108,49 @@ def test_as_trained_is_the_input_of_the_strategy(strategy, mode, probe, decoder)
 
 
 def test_as_trained_puts_the_token_that_the_strategy_fixes(probe):
-    assert first_tokens("as_trained", Strategy(first_token=7), probe, [0, 1]).tolist() == [[7], [7]]
-    assert first_tokens("first_key_masked", Strategy(first_token=7), probe, [0]).tolist() == [[7]]
-    eos = first_tokens("as_trained", Strategy(document_start="eos"), probe, [0])
-    assert eos.tolist() == [[probe.eos_id]] and probe.eos_id != probe.bos_id
-    assert first_tokens("as_trained", Strategy(), probe, [0]) is None
+    def placed(mode, rows, **axes):
+        tokens, positions = first_tokens(mode, Strategy(**axes), probe, rows)
+        return tokens.tolist(), positions
+
+    assert placed("as_trained", [0, 1], first_token=7) == ([[7], [7]], (0,))
+    assert placed("first_key_masked", [0], first_token=7) == ([[7]], (0,))
+    assert placed("as_trained", [0], document_start="eos") == ([[probe.eos_id]], (0,))
+    assert probe.eos_id != probe.bos_id
+    assert placed("as_trained", [0], document_start=9) == ([[9]], (0,))
+    assert placed("as_trained", [0, 1]) == ([[], []], ())
+    assert placed("as_trained", [0], first_token=["none", "bos", 8]) == ([[probe.bos_id, 8]], (1, 2))
+    [[one, two]], positions = placed("as_trained", [3], first_token=["random", "random"])
+    assert positions == (0, 1) and one != two and not {one, two} & probe.special_ids
+    assert placed("bos", [0], first_token=["none", 8]) == ([[probe.bos_id]], (0,))
+
+
+@pytest.mark.parametrize("window", [None, 12])
+def test_a_token_placed_further_on_is_measured_there(window, probe, decoder, monkeypatch):
+    strategy = Strategy(first_token=["none", "none", "bos"], window=window)
+    result = measure(decoder, probe, "as_trained", strategy, CONFIG)
+    alphas, masses, nll, size = [], [], [], 0
+    with torch.no_grad():
+        for text in probe.documents:
+            tokens = torch.cat([text[:2], torch.tensor([probe.bos_id]), text[2:]])
+            a, logits = attention_matrices(decoder, tokens[None], False, monkeypatch, window=window)
+            alphas.append(a[..., 2:16, 2].sum(-1) / 14)
+            masses.append(a[..., 3:16, 2].mean(-1))
+            # BOS is no target; the text after it is predicted from it.
+            rows = [i for i in range(len(tokens) - 1) if i != 1]
+            nll.append(F.cross_entropy(logits[0, rows], text[1:], reduction="sum"))
+            size += len(text) - 1
+    assert result.placed_key == 2 and result.tokens == size
+    assert result.loss == pytest.approx(float(sum(nll)) / size, rel=1e-5)
+    torch.testing.assert_close(torch.tensor(result.mass_placed), torch.stack(masses).mean(0), atol=1e-6, rtol=1e-5)
+    for eps in EPSILONS:
+        expected = 100 * (torch.stack(alphas) > eps).double().mean(0)
+        torch.testing.assert_close(torch.tensor(result.rate_placed[str(eps)], dtype=torch.float64), expected)
+    assert max(max(row) for row in result.rate_placed["0.2"]) > 0, "some head is over a threshold"
+    metrics = result.metrics("as_trained")
+    assert metrics["sink/rate_placed/0.2/as_trained"] > 0 and metrics["sink/mass_placed/as_trained"] > 0
+    plain = measure(decoder, probe, "text", strategy, CONFIG)
+    assert plain.placed_key == 0 and plain.rate_placed is None
+    assert not any("placed" in name for name in plain.metrics("text"))
 
 
 def test_a_prefix_lm_neither_sees_padding_nor_counts_what_it_shows(probe, decoder):
