@@ -1,0 +1,108 @@
+"""What the training step makes of packed rows equals documents one at a time."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data.batches import Rows
+from data.manifest import Manifest
+from data.store import TokenStore
+from data.strategy import Strategy
+from model import Decoder, DecoderConfig
+from train.module import batch_mask, counted_targets
+
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def short_documents(tmp_path_factory):
+    """Documents of 1 to 22 tokens: with a marker or two, some fill a row of 24."""
+    from data.tokenizer import Tokenizer
+    from data.writer import StoreWriter
+
+    out = tmp_path_factory.mktemp("short") / "store"
+    generator = torch.Generator().manual_seed(0)
+    lengths = [22, 1, 22, 21, *torch.randint(1, 23, (30,), generator=generator).tolist()]
+    with StoreWriter(out, Tokenizer.train([], vocab_size=258)) as writer:
+        for length in lengths:
+            writer.add("train", torch.randint(2, 258, (length,), generator=generator).tolist(), length)
+        writer.finish(recipe={})
+    return TokenStore.open(out)
+
+
+def decoder():
+    torch.manual_seed(0)
+    return Decoder(DecoderConfig(layers=2, d_model=32, heads=4, kv_heads=2, d_ff=48, init_std=0.2), 258)
+
+
+def marked(store: TokenStore, strategy: Strategy, number: int) -> torch.Tensor:
+    manifest: Manifest = store.manifest
+    start, end = (manifest.token_id(what) for what in (strategy.document_start, strategy.document_end))
+    text = store.slice(number).tolist()
+    return torch.tensor([*([] if start is None else [start]), *text, *([] if end is None else [end])])
+
+
+@pytest.mark.parametrize("positions", ["row", "document"])
+@pytest.mark.parametrize(
+    "packing",
+    [
+        {"packing": "best_fit"},
+        {"packing": "best_fit", "document_start": "bos"},
+        {"packing": "best_fit", "fill": "crop", "long_documents": "crop"},
+        {"packing": "pad", "document_start": "bos", "document_end": "none"},
+        {"packing": "grouped"},
+    ],
+    ids=lambda axes: "-".join(axes.values()),
+)
+def test_loss_and_gradients_of_packed_rows_equal_those_of_separate_documents(packing, positions, short_documents):
+    strategy = Strategy(**packing, mask="document", positions=positions)
+    rows = Rows(short_documents, strategy, LENGTH)
+    batch = rows.__getitems__(list(range(len(rows))))
+    together, apart = decoder(), decoder()
+    data = SimpleNamespace(strategy=strategy)
+    given = batch.positions if positions == "document" else None
+    logits = together(batch.tokens, given, batch_mask(batch, data)).logits
+    packed = F.cross_entropy(logits.flatten(0, 1), counted_targets(batch).flatten(), reduction="sum")
+    packed.backward()
+
+    # What a row holds of each document, as the plan says: all of it, unless the strategy crops.
+    held, documents, _ = rows.layout.plan.read(torch.arange(len(rows)).numpy())
+    separate, read, edge = torch.zeros(()), [], 0
+    for count in held.tolist():
+        room = LENGTH
+        for number in documents[edge : edge + count].tolist():
+            tokens = marked(short_documents, strategy, number)[:room]
+            room -= len(tokens)
+            read.append(number)
+            if len(tokens) > 1:
+                loss = F.cross_entropy(apart(tokens[None]).logits[0, :-1], tokens[1:], reduction="sum")
+                loss.backward()
+                separate = separate + loss.detach()
+        edge += count
+    assert sorted(read) == list(range(short_documents.documents)), "every document stands in one row"
+    if packing["packing"] != "pad":
+        assert held.max() > 1, "documents share rows"
+    torch.testing.assert_close(packed.detach(), separate, rtol=1e-5, atol=1e-3)
+    for one, other in zip(together.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("fill", ["pad", "crop"])
+def test_what_stands_in_another_document_or_in_padding_changes_no_counted_loss(fill, short_documents):
+    strategy = Strategy(packing="best_fit", fill=fill, mask="document")
+    rows = Rows(short_documents, strategy, LENGTH)
+    batch = rows.__getitems__(list(range(len(rows))))
+    first = batch.doc_start == 0
+    model = decoder()
+
+    def losses(tokens):
+        logits = model(tokens, None, batch_mask(batch, SimpleNamespace(strategy=strategy))).logits
+        targets = counted_targets(batch).masked_fill(~first, -100)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+
+    changed = batch.tokens.masked_fill(~first, 7)
+    assert (changed != batch.tokens).sum() > 50
+    with torch.no_grad():
+        assert torch.equal(losses(changed), losses(batch.tokens))
