@@ -7,6 +7,7 @@ that would change nothing is an error here, so that two arms of a study with dif
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -74,6 +75,11 @@ class Strategy:
     def placed(self) -> tuple[int, ...]:
         """Row positions that hold a token which is not of the text."""
         return tuple(i for i, what in enumerate(self.leading) if what != "none")
+
+    @staticmethod
+    def completed(saved: dict[str, Any]) -> dict[str, Any]:
+        """A strategy as it was saved, with the axes that came later at their defaults, under which nothing changed."""
+        return {**dataclasses.asdict(Strategy()), **saved}
 
     def __post_init__(self) -> None:
         _check_choice("packing", self.packing, get_args(Packing))

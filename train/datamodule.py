@@ -103,7 +103,8 @@ class TokenData(L.LightningDataModule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From the checkpoint, before the loader is made. A fork may have other rows; it begins with their first."""
-        self.rows_at_start = state["rows_consumed"] if state["layout"] == self.layout() else 0
+        layout = {**state["layout"], "strategy": Strategy.completed(state["layout"]["strategy"])}
+        self.rows_at_start = state["rows_consumed"] if layout == self.layout() else 0
         self.tokens_at_start = state["tokens"]
         self.steps_at_start = -1  # set by the loader, once the trainer knows its step
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from data.batches import Batch
 from data.manifest import differences
+from data.strategy import Strategy
 from kernels import Implementation, Mask, interval_mask
 from model import Decoder, DecoderConfig
 from model.loss import IGNORED
@@ -315,6 +316,7 @@ def check_identity(checkpoint: dict[str, Any], ours: dict[str, Any], fork: bool 
     theirs = checkpoint.get("sinkbed")
     if theirs is None:
         raise ValueError("the checkpoint: expected one written by sinkbed fit, found no `sinkbed` entry")
+    theirs = {**theirs, "strategy": Strategy.completed(theirs.get("strategy") or {})}
     pairs = [
         f"{name}: the checkpoint has {found!r}, this configuration {expected!r}"
         for key, value in ours.items()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from data.strategy import Strategy
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -28,6 +32,18 @@ from data.strategy import Strategy
         ({"positions": "absolute"}, "positions: found 'absolute'"),
         ({"shared_prefix": 1}, "shared_prefix: found 1 with mask 'causal' and no window"),
         ({"prefix_lm": 1}, "prefix_lm: found 1, which changes nothing"),
+        ({"long_documents": "crop"}, "long_documents: found 'crop' with packing 'concat'"),
+        ({"long_documents": "drop", "packing": "pad"}, "long_documents: found 'drop'"),
+        ({"fill": "repeat", "packing": "grouped"}, "fill: found 'repeat' with packing 'grouped'"),
+        ({"fill": "crop"}, "fill: found 'crop' with packing 'concat'"),
+        ({"first_token": []}, "first_token: found .*ends in a token to place"),
+        ({"first_token": ["bos", "none"]}, "first_token: found .*ends in a token to place"),
+        ({"first_token": ["bos", "eos"]}, "first_token: found 'eos'"),
+        ({"first_token": "bos", "first_token_share": 0}, "first_token_share: found 0"),
+        ({"first_token": "bos", "first_token_share": 1.5}, "first_token_share: found 1.5"),
+        ({"first_token": "bos", "first_token_share": True}, "first_token_share: found True"),
+        ({"first_token_share": 0.5}, "first_token_share: found 0.5 with first_token 'none'"),
+        ({"document_start": -3}, "document_start: found -3"),
     ],
 )
 def test_a_value_that_is_wrong_or_without_effect_is_named(setting: dict[str, Any], message: str) -> None:
@@ -40,7 +56,15 @@ def test_a_shared_prefix_has_effect_beside_a_window_or_the_document_mask() -> No
     assert Strategy(shared_prefix=1, mask="document").shared_prefix == 1
 
 
-@pytest.mark.parametrize("setting", [{"window": 16}, {"prefix_lm": 16}, {"shared_prefix": 16, "mask": "document"}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"window": 16},
+        {"prefix_lm": 16},
+        {"shared_prefix": 16, "mask": "document"},
+        {"first_token": [*["none"] * 15, "bos"]},
+    ],
+)
 def test_a_setting_as_long_as_the_row_is_refused_for_that_context(setting: dict[str, Any]) -> None:
     strategy = Strategy(**setting)
     strategy.check_context(17)
@@ -53,3 +77,34 @@ def test_a_strategy_cannot_be_changed_and_knows_no_other_axis() -> None:
         Strategy().mask = "document"  # type: ignore[misc]
     with pytest.raises(TypeError, match="sink"):
         Strategy(sink=True)  # type: ignore[call-arg]
+
+
+def test_what_stands_at_leading_positions_is_one_list_however_it_is_written() -> None:
+    assert (Strategy().leading, Strategy().placed, Strategy().opening) == ((), (), "none")
+    bos = Strategy(first_token="bos")
+    assert (bos.leading, bos.placed, bos.opening) == (("bos",), (0,), "bos")
+    later = Strategy(first_token=["none", 7, "none", "random"])
+    assert (later.placed, later.opening) == ((1, 3), "none")
+
+
+def test_a_token_id_outside_the_vocabulary_is_refused() -> None:
+    for setting in ({"first_token": ["none", 300]}, {"document_start": 300}, {"document_end": 300}):
+        [name] = setting
+        with pytest.raises(ValueError, match=f"{name}: found id 300, expected less than 258"):
+            Strategy(**setting).check_vocabulary(258, (0, 1), "stores/x")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="special tokens only"):
+        Strategy(first_token="random").check_vocabulary(2, (0, 1), "stores/x")
+
+
+def test_a_strategy_saved_before_an_axis_existed_is_that_axis_at_its_default() -> None:
+    saved = dataclasses.asdict(Strategy(mask="document", document_start="bos"))
+    for later in ("long_documents", "fill", "first_token_share"):
+        del saved[later]
+    assert Strategy.completed(saved) == dataclasses.asdict(Strategy(mask="document", document_start="bos"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "strategy").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_strategy_in_the_checkout_is_valid_and_commented(path: Path) -> None:
+    text = path.read_text()
+    assert text.startswith("# ")
+    Strategy(**yaml.safe_load(text)["data"]["strategy"]).check_context(128)
