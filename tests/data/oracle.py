@@ -88,7 +88,7 @@ def fields_of(row: OracleRow) -> dict[str, list[Any]]:
     return {name: getattr(row, name) for name in names}
 
 
-@dataclass
+@dataclass(eq=False)
 class Piece:
     """Tokens `begin` to `end` of a document with its markers."""
 
