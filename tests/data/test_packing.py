@@ -149,6 +149,12 @@ def test_the_rows_drawn_in_the_readme_are_those_made(make_store: MakeStore) -> N
 
     assert row()["tokens"] == [a, b, c, EOS, d, e, f, g]
     assert row(document_start="bos", document_end="none")["tokens"] == [BOS, a, b, c, BOS, d, e, f]
+    assert row(first_token=["none", "bos"])["tokens"] == [a, BOS, b, c, EOS, d, e, f]
+    assert row(first_token=["none", "bos"])["doc_start"] == [0, 0, 0, 0, 0, 5, 5, 5]
+    found = rows_in_stream_order(Rows(store, Strategy(packing="best_fit"), 8))
+    assert found[0]["tokens"] == [d, e, f, g, EOS, EOS, EOS, EOS] and found[0]["doc_start"] == [0] * 5 + [5] * 3
+    assert found[1]["tokens"] == [a, b, c, EOS, 20, 20, 20, EOS]
+    assert row(packing="pad")["doc_end"] == [4] * 4 + [8] * 4
     drawn = row(first_token="bos")
     assert drawn["tokens"] == [BOS, a, b, c, EOS, d, e, f]
     assert drawn["targets"] == [a, b, c, EOS, d, e, f, g]
