@@ -29,7 +29,6 @@ from train.bench import interleave
 from train.bench_training import decoder_config, decoder_step, random_batch, read_config
 
 _BATCHES = 100  # a turn: many more than a worker holds ready
-_TURN_TOKENS = 2**22
 PACKINGS: dict[str, dict[str, Any]] = {
     "concat": {},
     "best_fit": {"packing": "best_fit"},
@@ -87,13 +86,12 @@ def run_packing(arguments: Any) -> None:
     print(f"{store.path}: {store.tokens:,} tokens in {store.documents:,} documents; batches of {B} rows of {T}")
     titles = {"plan": 8, "rows": 8, "both": 8, "padded": 10, "cropped": 10, "repeated": 10, "cut": 8}
     print(f"{'million tokens/s':24}" + "".join(f"{title:>{width}}" for title, width in titles.items()))
-    batches = max(1, _TURN_TOKENS // (B * T))
     for name, axes in PACKINGS.items():
         strategy = Strategy(**axes, mask="document", positions="document")
         rows = Rows(store, strategy, T)
 
         def make(rows: Rows = rows) -> None:
-            for batch in range(batches):
+            for batch in range(_BATCHES):
                 rows.__getitems__(range(batch * B, (batch + 1) * B))
 
         def plan(strategy: Strategy = strategy) -> None:
@@ -104,7 +102,7 @@ def run_packing(arguments: Any) -> None:
         if axes:
             contenders["plan"] = plan
         seconds = {t.name: t.median for t in interleave(contenders, arguments.repeats, warmup=1)}
-        of_rows = seconds["rows"] / (batches * B * T)
+        of_rows = seconds["rows"] / (_BATCHES * B * T)
         of_plan = seconds.get("plan", 0.0) / store.tokens
         found = audit(rows)
         figures = [f"{1e-6 / of_plan:8.0f}" if of_plan else f"{'-':>8}"]

@@ -7,6 +7,7 @@ import torch
 
 from train import bench_attention
 from train.bench_attention import Case
+from train.bench_data import PACKINGS
 from train.cli import main
 
 
@@ -59,14 +60,34 @@ def test_a_contender_with_wrong_values_is_not_timed(monkeypatch):
 
 
 def test_the_loader_is_compared_with_what_the_model_consumes(capsys, tiny_store, fit):
-    options = ["--config", str(fit.config), "--store", str(tiny_store), "--repeats", "1"]
+    options = ["--config", str(fit.config), "--store", str(tiny_store), "--repeats", "1", "--parts", "loader"]
     assert main(["bench", "data", *options]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.rstrip().splitlines()
     names = ["model, one training step", "loader, no workers", "loader, 1 workers"]
     assert [line[:28].strip() for line in lines[2:]] == names
     rates = [float(line[28:42].replace(",", "")) for line in lines[2:]]
     ratios = [float(line.split()[-2]) for line in lines[2:]]
     assert ratios == pytest.approx([rate / rates[0] for rate in rates], abs=0.06)
+
+
+def test_packings_are_compared_by_rate_and_by_what_they_leave_out(capsys, tiny_store, fit):
+    options = ["--store", str(tiny_store), "--repeats", "1", "--length", "64", "--batch", "4"]
+    assert main(["bench", "data", "--config", str(fit.config), "--parts", "packing", *options]) == 0
+    lines = capsys.readouterr().out.rstrip().splitlines()
+    assert [line[:24].strip() for line in lines[2:]] == list(PACKINGS)
+    padded = {line[:24].strip(): float(line[24:].split()[3]) for line in lines[2:]}
+    assert padded["concat"] == padded["best_fit, fill: repeat"] == 0 < padded["best_fit"] < padded["pad"]
+    assert all(float(value) > 0 for line in lines[3:] for value in line[24:].split()[:3])
+
+
+def test_memory_is_measured_on_generated_stores_that_are_removed(capsys, fit, tmp_path):
+    sizes = ["--megabytes", "1", "--length", "64", "--batch", "4", "--batches", "3"]
+    assert main(["bench", "data", "--parts", "memory", "--scratch", str(tmp_path), *sizes]) == 0
+    lines = capsys.readouterr().out.rstrip().splitlines()
+    assert [line.split()[:3] for line in lines[2:]] == [["concat", "1", "MB"], ["best_fit", "1", "MB"]]
+    documents = [int(line.split()[3].replace(",", "")) for line in lines[2:]]
+    assert documents[0] == documents[1] > 500
+    assert not list(tmp_path.glob("sinkbed-bench-*"))
 
 
 def test_saving_and_resuming_are_measured_on_real_runs(capsys, fit, monkeypatch, tmp_path):
