@@ -115,6 +115,9 @@ class Layout:
         """The pieces in rows `index` [N], each in 0 .. R - 1; `led`: these rows have their first token."""
         raise NotImplementedError
 
+    def verify(self) -> None:
+        """Compare what is kept on disk of this layout with what it was made from. Raises ValueError for damage."""
+
     def bounds(self, document: Ints) -> tuple[Ints, Ints]:
         """Stream positions [N] of the first token of each document and after its last, markers included."""
         edges = self.offsets[np.concatenate([document, document + 1])].reshape(2, -1)
@@ -186,6 +189,10 @@ class Planned(Layout):
     def counts_resumed(self) -> bool:
         """It was counted where the token before it stands."""
         return False
+
+    def verify(self) -> None:
+        """See `Layout.verify`."""
+        self.plan.verify()
 
     def pieces(self, index: Ints, led: bool = True) -> Pieces:
         """See `Layout.pieces`. Rows without their first token begin with the same piece."""

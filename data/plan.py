@@ -85,7 +85,8 @@ class Recipe:
 class Plan:
     """The rows of a split, read window by window from its file or from memory."""
 
-    def __init__(self, source: pa.NativeFile) -> None:
+    def __init__(self, recipe: Recipe, offsets: Offsets, source: pa.NativeFile, path: Path | None = None) -> None:
+        self._recipe, self._offsets, self._path = recipe, offsets, path
         self._reader = pa.ipc.open_file(source)
         counts = [self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)]
         self._first_row = np.cumsum([0, *counts], dtype=np.int64)
@@ -96,13 +97,29 @@ class Plan:
         """The plan of the split with this digest: mapped from `folder`, where it is made first if need be."""
         path = folder / f"{recipe.key(digest)}.arrow"
         try:
-            if not path.is_file():
-                _write(path, recipe, offsets)
-            return cls(pa.memory_map(os.fspath(path)))
-        except (OSError, pa.ArrowInvalid):  # a read-only or full disk, a damaged file: what it held can be made anew
-            sink = pa.BufferOutputStream()
-            _make(sink, recipe, offsets)
-            return cls(pa.BufferReader(sink.getvalue()))
+            for attempt in range(2):
+                if attempt or not path.is_file():
+                    _write(path, recipe, offsets)
+                try:
+                    return cls(recipe, offsets, pa.memory_map(os.fspath(path)), path)
+                except pa.ArrowInvalid:  # damaged: what it held can be made again
+                    continue
+        except OSError:  # a read-only or a full disk
+            pass
+        sink = pa.BufferOutputStream()
+        _make(sink, recipe, offsets)
+        return cls(recipe, offsets, pa.BufferReader(sink.getvalue()))
+
+    def verify(self) -> None:
+        """Lay out everything again and compare. Raises ValueError that names a damaged file."""
+        for number, (start, stop) in enumerate(windows(self._offsets)):
+            items = items_of(self._offsets, start, stop, self._recipe)
+            expected = _columns(items, lay_out(items, self._recipe))
+            if not all(np.array_equal(a, b) for a, b in zip(self._window(number), expected, strict=True)):
+                raise ValueError(
+                    f"{self._path or 'the layout of rows'} is damaged: found other documents in its rows than the "
+                    "token store gives; delete it, and it is made again"
+                )
 
     @property
     def rows(self) -> int:
@@ -162,14 +179,16 @@ def _make(sink: Any, recipe: Recipe, offsets: Offsets) -> None:
     with pa.ipc.new_file(sink, schema) as writer, bar:
         for start, stop in windows(offsets):
             items = items_of(offsets, start, stop, recipe)
-            laid = lay_out(items, recipe)
-            edges = np.concatenate([[0], np.cumsum(laid.held)])
-            columns = [
-                pa.LargeListArray.from_arrays(pa.array(edges), pa.array(values))
-                for values in (items.document[laid.piece], np.where(laid.repeated, -1, items.begin[laid.piece]))
-            ]
+            edges, *values = _columns(items, lay_out(items, recipe))
+            columns = [pa.LargeListArray.from_arrays(pa.array(edges), pa.array(column)) for column in values]
             writer.write_batch(pa.record_batch(columns, schema=schema))
             bar.update(int(offsets[np.array([start, stop])] @ [-1, 1]))
+
+
+def _columns(items: Items, laid: Laid) -> tuple[Ints, Ints, Ints]:
+    """What is kept of a window: pieces before each row [R + 1], and of each piece document and first token [P]."""
+    edges = np.concatenate([[0], np.cumsum(laid.held)])
+    return edges, items.document[laid.piece], np.where(laid.repeated, -1, items.begin[laid.piece])
 
 
 def windows(offsets: Offsets) -> Iterator[tuple[int, int]]:

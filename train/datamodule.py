@@ -154,6 +154,7 @@ class StoreCheck(L.Callback):
         try:
             for split in self.data.store.manifest.splits:
                 TokenStore.open(self.data.store_path, split).verify()
+            self.data.rows.layout.verify()
         except Exception as error:
             self.damage = error
 

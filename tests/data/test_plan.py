@@ -175,6 +175,22 @@ def test_a_plan_that_cannot_be_kept_is_made_in_memory_and_leaves_nothing(
     assert [p.name for p in tmp_path.iterdir() if p != path] == []
 
 
+def test_a_damaged_plan_is_made_again_or_named(recipe: Recipe, offsets: Offsets, tmp_path: Path) -> None:
+    plan = Plan.load(recipe, offsets, tmp_path, "digest")
+    plan.verify()
+    expected = rows_of(plan)
+    [path] = tmp_path.iterdir()
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert rows_of(Plan.load(recipe, offsets, tmp_path, "digest")) == expected
+    assert path.read_bytes() == content
+    # A flipped bit leaves a readable file: document 1 becomes document 0.
+    place = content.index((1).to_bytes(8, "little") + (1).to_bytes(8, "little"))
+    path.write_bytes(content[:place] + bytes([0]) + content[place + 1 :])
+    with pytest.raises(ValueError, match=rf"{path.name} is damaged.*delete it, and it is made again"):
+        Plan.load(recipe, offsets, tmp_path, "digest").verify()
+
+
 def test_items_of_a_document_that_fits_a_row_exactly_are_one() -> None:
     offsets = Offsets.of([7, 8, 15, 16])
     recipe = Recipe(strategy=Strategy(packing="best_fit"), room=8, extras=1)
