@@ -11,6 +11,7 @@ from train import rundir
 
 if TYPE_CHECKING:
     from data.strategy import Strategy
+    from data.tokenizer import Tokenizer
     from model import Decoder
     from train.measure import InferenceMode, ModeResult
 
@@ -31,6 +32,41 @@ def load_decoder(checkpoint: dict[str, Any]) -> tuple[Decoder, Strategy]:
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     decoder.load_state_dict(weights)
     return decoder, Strategy(**identity["strategy"])
+
+
+def open_run(path: Path) -> tuple[dict[str, Any], Path]:
+    """A checkpoint, or the newest of a run directory, and the run directory.
+
+    Raises FileNotFoundError for a path that is neither, ValueError for a checkpoint that does not load.
+    """
+    from train.checkpoint import load_checkpoint
+
+    chosen = path.name.endswith(".ckpt")  # a sharded checkpoint is a folder too
+    folder = path.parent.parent if chosen else path
+    if not (folder / rundir.CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{path}: expected a run directory or a checkpoint inside one, found no {folder / rundir.CONFIG}"
+        )
+    checkpoint = load_checkpoint(
+        path if chosen else rundir.newest_checkpoint(folder) or folder / rundir.CHECKPOINTS / rundir.LAST
+    )
+    return checkpoint, folder
+
+
+def run_tokenizer(identity: dict[str, Any], store: Path | None) -> Tokenizer:
+    """The tokenizer a checkpoint was trained with, from its token store or another one that has it.
+
+    Raises ValueError for a store with another tokenizer.
+    """
+    from data.store import TokenStore
+
+    opened = TokenStore.open(store or Path(identity["store"]), "train")
+    if opened.manifest.tokenizer_sha256 != identity["tokenizer"]:
+        raise ValueError(
+            f"{opened.path}: expected the tokenizer that the checkpoint was trained with "
+            f"({identity['tokenizer'][:12]}), found {opened.manifest.tokenizer_sha256[:12]}; give its --store"
+        )
+    return opened.tokenizer()
 
 
 def measurement_table(step: int, results: dict[InferenceMode, ModeResult], sink_tokens: int) -> str:
@@ -68,19 +104,10 @@ def run(command: str, argv: Sequence[str]) -> int:
     import yaml
 
     from data.store import TokenStore
-    from train.checkpoint import load_checkpoint
     from train.measure import MeasureConfig, Probe, check_modes, measure
 
-    path = arguments.run
-    chosen = path.name.endswith(".ckpt")  # a sharded checkpoint is a folder too
-    folder = path.parent.parent if chosen else path
-    config_path = folder / rundir.CONFIG
-    if not config_path.is_file():
-        raise FileNotFoundError(f"{path}: expected a run directory or a checkpoint inside one, found no {config_path}")
-    checkpoint = load_checkpoint(
-        path if chosen else rundir.newest_checkpoint(folder) or folder / rundir.CHECKPOINTS / rundir.LAST
-    )
-    config = yaml.safe_load(config_path.read_text())
+    checkpoint, folder = open_run(arguments.run)
+    config = yaml.safe_load((folder / rundir.CONFIG).read_text())
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["measure"].items()}
     if arguments.documents is not None:
         settings |= {"documents": arguments.documents, "live_documents": 1}
@@ -92,12 +119,8 @@ def run(command: str, argv: Sequence[str]) -> int:
 
     decoder, strategy = load_decoder(checkpoint)
     identity = checkpoint["sinkbed"]
+    run_tokenizer(identity, arguments.store)
     store = TokenStore.open(arguments.store or Path(identity["store"]), "validation")
-    if store.manifest.tokenizer_sha256 != identity["tokenizer"]:
-        raise ValueError(
-            f"{store.path}: expected the tokenizer that the checkpoint was trained with "
-            f"({identity['tokenizer'][:12]}), found {store.manifest.tokenizer_sha256[:12]}; give its --store"
-        )
     probe = Probe.from_store(store, identity["context_length"], measuring)
     results = {mode: measure(decoder, probe, mode, strategy, measuring) for mode in measuring.modes}
     print(measurement_table(checkpoint["global_step"], results, measuring.sink_tokens))

@@ -1,0 +1,124 @@
+"""`sinkbed export`: a checkpoint as a Hugging Face Llama folder, whose logits equal ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data.strategy import Strategy
+    from data.tokenizer import Tokenizer
+
+# What a Llama cannot be told, under `data.strategy`, and the value at which there is nothing to tell.
+_MASKS = {"window": None, "prefix_lm": 0}
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Parse and export."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("run", type=Path, help="run directory, or a checkpoint inside one")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; it must not hold anything yet")
+    parser.add_argument("--store", type=Path, help="token store with the run's tokenizer (default: the run's)")
+    parser.add_argument(
+        "--bos",
+        choices=("as_trained", "always", "never"),
+        default="as_trained",
+        help="whether the exported tokenizer puts a token before each text; as_trained: what the strategy put there",
+    )
+    arguments = parser.parse_args(list(argv))
+    if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
+        raise FileExistsError(f"--out {arguments.out}: expected a folder that holds nothing; choose another name")
+
+    from model.llama import CONFIG, WEIGHTS, llama_config, to_llama
+    from train.rundir import sync_folder
+    from train.validate import load_decoder, open_run, run_tokenizer
+
+    checkpoint, _ = open_run(arguments.run)
+    decoder, strategy = load_decoder(checkpoint)
+    identity = checkpoint["sinkbed"]
+    tokenizer = run_tokenizer(identity, arguments.store)
+    first = first_id(strategy, tokenizer, arguments.bos)
+    config = llama_config(
+        decoder, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, context_length=identity["context_length"]
+    )
+    from safetensors.torch import save_file
+
+    out = Path(os.path.abspath(arguments.out))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        save_file(to_llama(decoder), partial / WEIGHTS, metadata={"format": "pt"})
+        write_tokenizer(partial, tokenizer, first, identity["context_length"])
+        _write_json(partial / CONFIG, config)
+        generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        _write_json(partial / "generation_config.json", generation)
+        for path in partial.iterdir():
+            path.chmod(0o644)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        partial.chmod(0o755)
+        os.replace(partial, out)  # an empty folder of that name gives way
+        sync_folder(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    token = "no token" if first is None else repr(tokenizer.backend.id_to_token(first))
+    print(f"{arguments.out}: step {checkpoint['global_step']}, {decoder.parameter_count():,} parameters; its tokenizer")
+    print(f"puts {token} before a text (transformers; lm_eval asks for add_bos_token=True in --model_args)")
+    return 0
+
+
+def first_id(strategy: Strategy, tokenizer: Tokenizer, bos: str) -> int | None:
+    """The token before each text; None for none.
+
+    Raises ValueError for a strategy under which the model is more than a Llama and its tokenizer can be told.
+    """
+    for name, plain in _MASKS.items():
+        if getattr(strategy, name) != plain:
+            raise ValueError(
+                f"data.strategy.{name}: found {getattr(strategy, name)}, which Hugging Face's Llama cannot express"
+            )
+    if any(what != "none" for what in strategy.leading[1:]):
+        raise ValueError(
+            f"data.strategy.first_token: found {strategy.first_token}, whose tokens past position 0 no tokenizer "
+            "places; only a first token can be exported"
+        )
+    if bos != "as_trained":
+        return tokenizer.bos_id if bos == "always" else None
+    what = strategy.opening if strategy.leading else strategy.document_start
+    if isinstance(what, int):
+        return what
+    return {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}.get(what)
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, first: int | None, context_length: int) -> None:
+    """tokenizer.json, with a template that puts `first` before a text, and tokenizer_config.json."""
+    from tokenizers import processors
+
+    backend = type(tokenizer.backend).from_str(tokenizer.backend.to_str())
+    bos, eos = (backend.id_to_token(index) for index in (tokenizer.bos_id, tokenizer.eos_id))
+    if first is not None:
+        token = backend.id_to_token(first)
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, first)]
+        )
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "add_bos_token": first == tokenizer.bos_id,
+        "model_max_length": context_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
