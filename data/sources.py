@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from data.manifest import sha256_file
+from data.synthetic import GENERATOR_VERSION, Synthetic, synthetic_documents
 
-Kind = Literal["demo", "jsonl", "parquet", "text", "hub"]
+Kind = Literal["demo", "jsonl", "parquet", "text", "hub", "synthetic"]
 Part = Literal["leads", "speeches"]
 
 _LOCAL = ("jsonl", "parquet", "text")
@@ -40,7 +41,8 @@ class Source:
 
     kind: Kind
     """`demo`: the packaged corpus. `jsonl`, `parquet`: local files, one document a record. `text`: local
-    files, one document a file. `hub`: a data set of the Hugging Face hub, or a local folder laid out like one."""
+    files, one document a file. `hub`: a data set of the Hugging Face hub, or a local folder laid out like one.
+    `synthetic`: a task of `data.synthetic`."""
     parts: tuple[Part, ...] | None = None
     """demo: `leads` (10,033 encyclopedia leads), `speeches` (249 addresses). None: both."""
     files: tuple[str, ...] | str = ()
@@ -53,6 +55,8 @@ class Source:
     """hub: split to read. None: `train`."""
     revision: str | None = None
     """hub: commit, tag or branch. Pin a commit to make the token store reproducible."""
+    synthetic: Synthetic | None = None
+    """synthetic: the task and its parameters."""
     column: str | None = None
     """jsonl, parquet, hub: the column that holds the text. None: `text`."""
     streaming: bool = False
@@ -74,8 +78,9 @@ class Source:
             "parts": ("demo",),
             "files": _LOCAL,
             **dict.fromkeys(("name", "config", "split", "revision"), ("hub",)),
+            "synthetic": ("synthetic",),
             "column": ("jsonl", "parquet", "hub"),
-            "streaming": (*_LOCAL, "hub"),
+            "streaming": (*_LOCAL, "hub", "synthetic"),
         }
         for field, kinds in meant_for.items():
             if getattr(self, field) and self.kind not in kinds:
@@ -87,6 +92,8 @@ class Source:
             raise ValueError(f"source.files: found none with kind {self.kind!r}; expected paths or globs")
         if self.kind == "hub" and not self.name:
             raise ValueError("source.name: found none with kind 'hub'; expected owner/name")
+        if self.kind == "synthetic" and self.synthetic is None:
+            raise ValueError("source.synthetic: found none with kind 'synthetic'; expected a task and its parameters")
         unknown = [part for part in self.parts or () if part not in get_args(Part)]
         if unknown or self.parts == () or len(set(self.parts or ())) < len(self.parts or ()):
             raise ValueError(
@@ -155,13 +162,16 @@ class Documents:
 def identity(source: Source) -> dict[str, Any]:
     """What tells one state of a source from another: file names, sizes and sha256, or package versions.
 
-    A hub data set is identified by what the config says of it; only a pinned revision makes that exact.
+    A hub data set is identified by what the config says of it; only a pinned revision makes that exact. A
+    synthetic task is what its parameters say under one version of the generator.
     Raises FileNotFoundError for missing files or packages.
     """
     if source.kind == "demo":
         return {"packages": {package: _distribution(package).version for package in _demo_packages(source)}}
     if source.kind == "hub":
         return {"name": source.name, "revision": source.revision}
+    if source.kind == "synthetic":
+        return {"generator": GENERATOR_VERSION}
     paths = [Path(path) for path in _matching(source.patterns)]
     return {"files": [{"name": path.name, "size": path.stat().st_size, "sha256": sha256_file(path)} for path in paths]}
 
@@ -172,6 +182,9 @@ def _load(source: Source) -> Any:
 
     if source.kind == "demo":
         dataset = datasets.Dataset.from_dict({"text": _demo_texts(source)})
+    elif source.kind == "synthetic":
+        assert source.synthetic is not None
+        dataset = _synthetic(source.synthetic, source.streaming)
     elif source.kind == "hub":
         assert source.name is not None
         try:
@@ -214,6 +227,17 @@ def _load(source: Source) -> Any:
     if source.streaming:
         return dataset.shuffle(seed=source.shuffle_seed, buffer_size=source.shuffle_buffer or 10_000)
     return dataset.shuffle(seed=source.shuffle_seed)
+
+
+def _synthetic(task: Synthetic, streaming: bool) -> Any:
+    import datasets
+
+    if not streaming:
+        return datasets.Dataset.from_dict({"text": list(synthetic_documents(task))})
+    return datasets.IterableDataset.from_generator(
+        lambda: ({"text": text} for text in synthetic_documents(task)),
+        features=datasets.Features({"text": datasets.Value("string")}),
+    )
 
 
 @contextmanager
@@ -298,4 +322,5 @@ def _no_document(source: Source) -> ValueError:
 
 
 def _describe(source: Source) -> str:
-    return source.name or ", ".join(source.patterns) or "the demo corpus"
+    task = source.synthetic.task if source.synthetic else None
+    return source.name or ", ".join(source.patterns) or task or "the demo corpus"

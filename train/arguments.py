@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,9 +13,17 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
-_UNKNOWN = (r"does not accept option '([\w.]+)'", r"unrecognized arguments: (\S+)", r"Key '([\w.]+)' is not expected")
+_UNKNOWN = (
+    r"does not accept option '([\w.]+)'",
+    r"unrecognized arguments: (\S+)",
+    r"Key '([\w.]+)' is not expected",
+    r"Option '([\w.]+)' is not accepted",
+)
 _NO_TYPE = r'Parser key "([\w.]+)":.*Subtypes: \[(.*?)\]\n.*Given value: (.*)'
 _WRONG_TYPE = r'Parser key "([\w.]+)":\s+(?:Expected an? (.+?)\. Got value: (.*)|(.+))'
+
+# A group of keys that may be null: jsonargparse lists why it is neither the group nor null.
+_NEITHER = r"Union subtypes\n.*Errors:\n  - (.*?)\n  - Expected a <class 'NoneType'>"
 
 
 def check_yaml(argv: Sequence[str]) -> None:
@@ -40,6 +49,8 @@ class ShortErrors:
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and how to learn more; exit with status 2."""
         parser: Any = getattr(ex, "subcommand_parser", None) or self
+        if not parser.exit_on_error:  # a group of keys is tried against one type of several
+            raise ArgumentError(None, message) from ex
         program = parser.prog.replace(" [options]", "")
         print(f"{program}: {rewritten(message, known_keys(parser))}", file=sys.stderr)
         print(f"{program} --help lists every key, --print_config with the same arguments their values", file=sys.stderr)
@@ -71,8 +82,12 @@ def rewritten(message: str, keys: list[str]) -> str:
             near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6) or _same_leaf(key, keys)
             meant = f"; did you mean {near[0]}?" if near else ""
             return f"{option}: expected a known key, found none of that name{meant}"
+    if found := re.search(_NEITHER, message, re.DOTALL):
+        return " ".join(found[1].split())
     if found := re.search(_NO_TYPE, message, re.DOTALL):
         key, kinds, value = found.groups()
+        if nested := re.fullmatch(r"NestedArg\(key='(\w+)', val='?(.*?)'?\)", value.strip()):
+            key, value = f"{key}.{nested[1]}", nested[2]
         return f"{key}: expected {_readable(kinds).replace(', ', ' or ')}, found {value.strip()!r}"
     if found := re.search(_WRONG_TYPE, message, re.DOTALL):
         key, kind, value, other = found.groups()

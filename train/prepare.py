@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def run(command: str, argv: Sequence[str]) -> int:
     """Parse and prepare."""
     from data.prepare import PrepareConfig, prepare
-    from train.arguments import ShortParser, check_yaml
+    from train.arguments import ShortParser, check_yaml, rewritten
 
     check_yaml(argv)
     parser = ShortParser(prog=f"sinkbed {command}", description="Documents to a token store.")
@@ -25,7 +25,10 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument("--force", action="store_true", help="replace a store made from another config")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     config = parser.parse_args(list(argv))
-    built = parser.instantiate_classes(config).as_dict()
+    try:
+        built = parser.instantiate_classes(config).as_dict()
+    except ValueError as error:
+        raise ValueError(rewritten(str(error), [])) from None
     force, quiet = built.pop("force"), built.pop("quiet")
     built.pop("config", None)
     began = time.perf_counter()

@@ -1,11 +1,12 @@
-"""`sinkbed bench attention`: what it reports, on inputs too small to time."""
+"""`sinkbed bench`: what it reports, on inputs too small to time."""
 
 import csv
+import json
 
 import pytest
 import torch
 
-from train import bench_attention
+from train import bench, bench_attention, bench_prepare
 from train.bench_attention import Case
 from train.bench_data import PACKINGS
 from train.cli import main
@@ -97,3 +98,36 @@ def test_saving_and_resuming_are_measured_on_real_runs(capsys, fit, monkeypatch,
     output = capsys.readouterr().out
     assert "saves at most in 10 steps of 2 s" in output and output.count("s to the first new step") == 2
     assert not list(tmp_path.glob(".bench*"))
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    texts = (f"document {i} " + "has words and more words " * (i % 9 + 8) for i in range(200))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def test_preparing_is_compared_on_the_same_text(capsys, corpus, tmp_path):
+    options = ["--vocab_size", "300", "--repeats", "1", "--copies", "2", "--folder", str(tmp_path)]
+    assert main(["bench", "prepare", "--file", str(corpus), *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    size = 2 * sum(len(json.loads(line)["text"]) for line in corpus.read_text().splitlines())
+    assert lines[0].startswith(f"{size / 1e6:.1f} MB of text") and "vocabulary 300; 2 threads" in lines[0]
+    rows = {line[:24].strip(): line[24:].split() for line in lines[2:] if "×" in line}
+    required = {"tokenizers, in memory", "Sinkbed", "datasets.map, blocks"}
+    assert required <= set(rows) and (len(rows) == 4 or "litdata: not installed, left out" in lines)
+    base = float(rows["tokenizers, in memory"][0])
+    for seconds, megabytes, tokens, ratio, *_ in rows.values():
+        assert float(seconds) > 0 and float(megabytes) >= 0 and float(tokens.replace(",", "")) > 0
+        assert float(ratio[:-1]) == pytest.approx(base / float(seconds), rel=0.3, abs=0.05)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"], "nothing is left behind"
+
+
+def test_a_contender_that_loses_tokens_is_not_compared(monkeypatch, corpus):
+    def measured(name, job):
+        return bench_prepare.Turn(1.0, 99 if name == "Sinkbed" else 100, 0)
+
+    monkeypatch.setattr(bench_prepare, "one_turn", measured)
+    with pytest.raises(ValueError, match="Sinkbed: expected 100 tokens, found 99"):
+        bench.run("bench", ["prepare", "--file", str(corpus), "--vocab_size", "300", "--repeats", "1"])

@@ -54,6 +54,9 @@ def test_the_version_is_shown(capsys):
         (["fit", "nonsense"], "nonsense: expected a known key"),
         (["prepare", "--source.kind", "jsn"], "source.kind: expected one of 'demo', 'jsonl'"),
         (["prepare", "--source.fils", "x"], "did you mean source.files?"),
+        (["prepare", "--source.kind", "synthetic", "--source.synthetic.tsk", "x"], "tsk: expected a known key"),
+        (["prepare", "--source.synthetic.length", "x"], "source.synthetic.length: expected int or tuple[int or int], "
+         "found 'x'"),
         (["prepare"], "expected a value for source.kind, out; found none"),
     ],
 )  # fmt: skip
@@ -95,6 +98,14 @@ def test_imports_go_one_way(package):
             seen |= {n.split(".")[0] for n in names} & ours
     assert seen, "the package imports at least its own modules"
     assert seen <= ALLOWED[package]
+
+
+def test_a_setting_that_a_synthetic_task_ignores_is_one_short_message(capsys, tmp_path):
+    config = ["--config", str(ROOT / "configs/data/repeated.yaml"), "--out", str(tmp_path / "store")]
+    assert main(["prepare", *config, "--source.synthetic.triggers", "3"]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("sinkbed prepare: synthetic.triggers: found 3 with task 'repeated', which ignores it")
+    assert shown.count("\n") == 1 and not (tmp_path / "store").exists()
 
 
 def test_prepare_runs_from_its_config(tmp_path, capsys):
