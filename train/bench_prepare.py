@@ -271,4 +271,6 @@ def _print(turns: dict[str, list[Turn]], size: int, vocab_size: int, arguments: 
             f"{peak / 1e6:16,.0f} MB"
         )
     if "litdata optimize" not in turns:
-        print("litdata: not installed, left out")
+        # Not in the bench extra: it requires torchvision, which may bring another torch.
+        needed = "litdata boto3 botocore jmespath s3transfer obstore python-dateutil six"
+        print(f"litdata: not installed, left out; pip install --no-deps {needed}")
