@@ -1,0 +1,227 @@
+"""Causal language models of `transformers` under our attention operator, so that one code measures them and ours.
+
+`transformers` calls an attention function by name. Ours hands the layer's queries, keys and values to
+`kernels.attention`, which returns output and sink statistics without the T×T matrix: what is kept of a layer is a few
+numbers a query. Masks come as intervals, from the caller and from the layer's own sliding window.
+
+Not expressible: positions added to the logits (ALiBi, T5), heads whose values have another width than their keys, and
+layers that are no attention. No code that comes with a model is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels import Mask, Statistics, attention
+from kernels.statistics import blocks_of
+from model.decoder import DecoderOutput
+
+_NAME = "sinkbed"
+
+
+@dataclass
+class _Pass:
+    """What one forward pass asks of every layer, and what it got."""
+
+    mask: Mask
+    statistics: bool
+    windows: dict[int, Mask] = field(default_factory=dict)
+    found: list[Statistics] = field(default_factory=list)
+    layers: int = 0
+
+    def within(self, window: int | None) -> Mask:
+        """The mask, narrowed to the last `window` keys of each query."""
+        if window is None or window >= self.mask.length:
+            return self.mask
+        if window not in self.windows:
+            self.windows[window] = narrowed(self.mask, window)
+        return self.windows[window]
+
+
+_PASS: ContextVar[_Pass | None] = ContextVar("pass", default=None)
+
+
+def narrowed(mask: Mask, window: int) -> Mask:
+    """The same mask where a query sees at most the last `window` keys, itself included."""
+    device = mask.first_key.device if mask.first_key is not None else None
+    if device is None and mask.doc_start is not None:
+        device = mask.doc_start.device
+    index = torch.arange(mask.length, dtype=torch.int32, device=device)
+    first = (index - window + 1).clamp_min(0).expand(mask.rows, -1)
+    if mask.first_key is not None:
+        first = torch.maximum(first, mask.first_key)
+    return Mask(
+        rows=mask.rows,
+        length=mask.length,
+        first_key=first.contiguous(),
+        end_key=mask.end_key,
+        shared_prefix=mask.shared_prefix if mask.first_key is not None else 0,
+        shared_from=mask.shared_from,
+        doc_start=mask.doc_start,
+    )
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that `transformers` calls: query [B, H, T, D], key, value [B, Hkv, T, D] -> [B, T, H, D].
+
+    Raises ValueError for an attention that the operator cannot express.
+    """
+    asked = _PASS.get()
+    assert asked is not None, "called outside of HFModel"
+    name = type(module).__name__
+    if not getattr(module, "is_causal", True):
+        raise ValueError(f"{name}: found attention in both directions, expected a causal language model")
+    if value.shape[-1] != key.shape[-1] or query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"{name}: found queries {list(query.shape)}, keys {list(key.shape)} and values {list(value.shape)}, "
+            "expected one length and one head dim"
+        )
+    mask = asked.within(sliding_window)
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    found: Statistics | None
+    if softcap is None:
+        out = attention(query, key, value, mask, scale=scaling, sink_logit=s_aux, statistics=asked.statistics)
+        output, found = out.output, out.statistics
+    else:
+        if s_aux is not None:
+            raise ValueError(f"{name}: found a soft cap and a sink logit, which together are not supported")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        output, found = _softcapped(query, key, value, mask, scale, softcap)
+    asked.layers += 1
+    if found is not None and asked.statistics:
+        asked.found.append(Statistics(*(None if s is None else s.cpu() for s in found)))  # type: ignore[arg-type]
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _softcapped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, cap: float
+) -> tuple[Tensor, Statistics]:
+    """Attention with cap · tanh(logits / cap) (Gemma 2, arXiv 2408.00118), in blocks of queries.
+
+    The operator has no such logits; memory is a block of queries times T.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    output = torch.empty_like(query)
+    shape = query.shape[:3]
+    row, document = query.new_zeros(shape, dtype=torch.float32), query.new_zeros(shape, dtype=torch.float32)
+    start = mask.doc_start
+    for block in blocks_of(query.shape[2]):
+        logits = (query[:, :, block] @ key.transpose(2, 3)).float() * scale
+        logits = (cap * torch.tanh(logits / cap)).masked_fill(~mask.visible(query.device, block), float("-inf"))
+        probabilities = logits.softmax(-1)
+        output[:, :, block] = probabilities.to(value.dtype) @ value
+        row[:, :, block] = probabilities[..., 0]
+        first = None if start is None else start[:, None, block, None].long().expand(-1, shape[1], -1, 1)
+        document[:, :, block] = probabilities[..., 0] if first is None else probabilities.gather(-1, first)[..., 0]
+    return output, Statistics(row, document, None)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What measuring needs to know of a model."""
+
+    layers: int
+    heads: int
+
+
+class HFModel(nn.Module):
+    """A causal language model of `transformers` that is called as our decoder is."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        text = model.config.get_text_config()
+        self.config = Shape(int(text.num_hidden_layers), int(text.num_attention_heads))
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        gguf: str | None = None,
+        dtype: str = "auto",
+        device_map: str | None = None,
+    ) -> HFModel:
+        """Load a model folder, or a model of the hub by name.
+
+        Args:
+            gguf: file in that folder or repository, for weights in GGUF.
+            dtype: as in `transformers`: `auto`, `float32`, `bfloat16`, ...
+            device_map: as in `transformers`, such as `auto`: layers over several devices (needs `accelerate`).
+
+        Raises ValueError for what is no causal language model, whose attention cannot be observed, or whose files
+        are damaged.
+        """
+        try:
+            import transformers
+        except ImportError:
+            raise ValueError(
+                "measuring a Hugging Face model needs the package transformers, found none; pip install -e .[hf]"
+            ) from None
+        transformers.AttentionInterface.register(_NAME, attend)
+        options: dict[str, Any] = {"revision": revision, "gguf_file": gguf, "device_map": device_map}
+        given = {key: value for key, value in options.items() if value is not None}
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                name, attn_implementation=_NAME, dtype=dtype, trust_remote_code=False, **given
+            )
+        except Exception as error:  # the library raises whatever its parts do
+            reason = " ".join(str(error).split())[:300]
+            kind = "folder" if Path(name).is_dir() else "name"
+            raise ValueError(
+                f"{name}: expected the {kind} of a causal language model that transformers loads without code of its "
+                f"own, found: {reason}"
+            ) from error
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ValueError(f"{name}: found an encoder with a decoder, expected a causal language model")
+        return cls(model.eval())
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Mask | None = None,
+        *,
+        statistics: bool = False,
+    ) -> DecoderOutput:
+        """Logits [B, T, V] and each layer's statistics (on the CPU); see `Decoder.forward`."""
+        asked = _Pass(Mask(rows=len(tokens), length=tokens.shape[1]) if mask is None else mask, statistics)
+        with _set(asked):
+            logits = self.model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+        if asked.layers != self.config.layers:
+            raise ValueError(
+                f"{type(self.model).__name__}: found {asked.layers} layers whose attention can be observed, expected "
+                f"{self.config.layers}; the others are no softmax attention, or bypass transformers' interface for it"
+            )
+        return DecoderOutput(logits, None, tuple(asked.found) if statistics else None)
+
+
+@contextmanager
+def _set(asked: _Pass) -> Iterator[None]:
+    token = _PASS.set(asked)
+    try:
+        yield
+    finally:
+        _PASS.reset(token)
