@@ -10,6 +10,8 @@ layers that are no attention. No code that comes with a model is run.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -198,6 +200,27 @@ class HFModel(nn.Module):
             raise ValueError(f"{name}: found an encoder with a decoder, expected a causal language model")
         return cls(model.eval())
 
+    @staticmethod
+    def tokenizer(name: str, *, revision: str | None = None, gguf: str | None = None) -> Any:
+        """The model's own tokenizer. Raises ValueError where there is none with a backend of `tokenizers`."""
+        import transformers
+
+        options = {"revision": revision, "gguf_file": gguf}
+        given = {key: value for key, value in options.items() if value is not None}
+        try:
+            found = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **given)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{name}: expected a tokenizer beside the model, found: {reason}") from error
+        if len(found.get_vocab()) <= len(found.all_special_ids):  # what transformers makes of a folder without files
+            raise ValueError(f"{name}: expected a tokenizer beside the model, found none (no tokenizer.json)")
+        if not getattr(found, "is_fast", False):
+            raise ValueError(
+                f"{name}: found a tokenizer of type {type(found).__name__} without a tokenizer.json, expected one of "
+                "the `tokenizers` library"
+            )
+        return found
+
     def forward(
         self,
         tokens: Tensor,
@@ -225,3 +248,29 @@ def _set(asked: _Pass) -> Iterator[None]:
         yield
     finally:
         _PASS.reset(token)
+
+
+def token_bytes(tokenizer: Any, size: int) -> list[int]:
+    """UTF-8 bytes of text that each id stands for, [size]; 0 for control tokens and ids without a token.
+
+    Args:
+        tokenizer: of `transformers`, with a backend of the `tokenizers` library: byte-level, or with ▁ for a space and
+            <0x0A> for single bytes (SentencePiece).
+    """
+    decoder = json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder") or {}
+    byte_level = "ByteLevel" in json.dumps(decoder)
+    added = tokenizer.get_added_vocab()
+    special = set(tokenizer.all_special_ids)
+    table = [0] * size
+    for token, index in tokenizer.get_vocab().items():
+        if index >= size or index in special:
+            continue
+        if not byte_level and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            table[index] = 1
+        elif token in added:
+            table[index] = len(token.encode())
+        elif byte_level:
+            table[index] = len(token)  # each character stands for one byte
+        else:
+            table[index] = len(token.replace("▁", " ").encode())
+    return table

@@ -159,7 +159,7 @@ class ModeResult:
     tokens: int
     """Targets that the loss is the mean of: the same in every mode."""
     placed_key: int = 0
-    """The last row position at which the mode places a token; 0 where that is the first, or none is placed."""
+    """Row position of a second key that is measured, by default the last at which the mode places a token; 0: none."""
     rate_placed: dict[str, list[list[float]]] | None = None
     """eps -> [L][H] sink rate in % at key `placed_key`, over its later queries among the first `sink_tokens`."""
     mass_placed: list[list[float]] | None = None
@@ -231,8 +231,12 @@ def measure(
     mode: InferenceMode,
     strategy: Strategy,
     config: MeasureConfig,
+    key: int | None = None,
 ) -> ModeResult:
     """Measure a model on a probe set in one inference mode.
+
+    Args:
+        key: row position of a second key to measure, besides the first. None: see `ModeResult.placed_key`.
 
     The strategy's window, shared prefix and prefix LM apply as in training; the probe's rows hold one
     document each. The loss counts the same targets in every mode: the text's second and later tokens,
@@ -245,7 +249,7 @@ def measure(
     shape = (model.config.layers, model.config.heads)
     above = torch.zeros(len(EPSILONS), *shape, dtype=torch.float64)
     above_row, above_placed = torch.zeros_like(above), torch.zeros_like(above)
-    totals, key = torch.zeros(4, *shape, dtype=torch.float64), 0
+    totals, second = torch.zeros(4, *shape, dtype=torch.float64), 0
     loss_sum, byte_sum, token_sum, documents = 0.0, 0, 0, 0
     was_training = model.training
     model.eval()
@@ -254,11 +258,11 @@ def measure(
             for rows, text, lengths in probe.batches(config.batch_tokens):
                 first, positions = first_tokens(mode, strategy, probe, rows)
                 hide = mode == "first_key_masked"
-                key = 0 if strategy.prefix_lm or not positions else positions[-1]
-                if key >= config.sink_tokens - 1:
-                    key = 0  # no query is left to look at it
+                second = (positions or (0,))[-1] if key is None else key
+                if strategy.prefix_lm or second >= config.sink_tokens - 1:
+                    second = 0  # no query is left to look at it
                 alpha, alpha_row, mass, mass_row, placed, nll = _observe(
-                    model, first, positions, text, lengths, strategy, hide, config.sink_tokens, key
+                    model, first, positions, text, lengths, strategy, hide, config.sink_tokens, second
                 )
                 for e, eps in enumerate(EPSILONS):
                     above[e] += (alpha > eps).sum(0)
@@ -293,9 +297,9 @@ def measure(
         bits_per_byte=loss_sum / math.log(2) / byte_sum,
         documents=documents,
         tokens=token_sum,
-        placed_key=key,
-        rate_placed=rates(above_placed) if key else None,
-        mass_placed=mass_placed if key else None,
+        placed_key=second,
+        rate_placed=rates(above_placed) if second else None,
+        mass_placed=mass_placed if second else None,
     )
 
 

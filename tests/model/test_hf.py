@@ -1,0 +1,148 @@
+"""Models of `transformers` under our operator: their own logits, and the sinks of their eager attention."""
+
+import pytest
+import torch
+
+from kernels import interval_mask
+from kernels.mask import Mask
+from model.hf import HFModel, narrowed, token_bytes
+
+transformers = pytest.importorskip("transformers")
+COMMON = dict(
+    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    bos_token_id=0, eos_token_id=1, pad_token_id=1, initializer_range=0.3,
+)  # fmt: skip
+GQA = dict(num_key_value_heads=2)
+FAMILIES = {
+    "Llama": GQA,
+    "GPT2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "GPTNeoX": {},
+    "OPT": dict(ffn_dim=48, word_embed_proj_dim=32, init_std=0.3),
+    "Mistral": dict(**GQA, sliding_window=7),
+    "Qwen2": GQA,
+    "Qwen3": dict(**GQA, head_dim=8),
+    "Olmo": GQA,
+    "Olmo2": GQA,
+    "Gemma": dict(num_key_value_heads=1, head_dim=16),
+    "Gemma2": dict(num_key_value_heads=1, head_dim=16, sliding_window=6, attn_logit_softcapping=3.0),
+    "Gemma3Text": dict(num_key_value_heads=1, head_dim=16, sliding_window=6),
+    "GptOss": dict(**GQA, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=6),
+    "Phi3": GQA,
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def saved(request, tmp_path_factory):
+    """A tiny model of a family as `transformers` loads it, and its folder."""
+    torch.manual_seed(0)
+    name = request.param
+    keep = {"GPT2": ("vocab_size", "bos_token_id", "eos_token_id", "initializer_range")}.get(name, COMMON)
+    config = getattr(transformers, f"{name}Config")(**{k: COMMON[k] for k in keep}, **FAMILIES[name])
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    folder = tmp_path_factory.mktemp(name)
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def test_logits_and_masses_equal_those_of_eager_attention(saved):
+    theirs, folder = saved
+    ours = HFModel.load(str(folder))
+    tokens = torch.randint(96, (2, 20))
+    with torch.no_grad():
+        eager, found = theirs(tokens, output_attentions=True), ours(tokens, statistics=True)
+    torch.testing.assert_close(found.logits, eager.logits, atol=2e-5, rtol=1e-4)
+    assert len(found.statistics) == len(eager.attentions) == ours.config.layers == 2
+    for statistics, matrix in zip(found.statistics, eager.attentions, strict=True):
+        assert matrix.shape[1] == ours.config.heads
+        torch.testing.assert_close(statistics.row_mass, matrix[..., 0], atol=1e-5, rtol=1e-4)
+    if theirs.config.model_type in ("mistral", "gemma2", "gemma3_text", "gpt_oss"):
+        assert any((m[:, :, -1, 0] == 0).all() for m in eager.attentions), "a window hides key 0 from the last query"
+    if theirs.config.model_type == "gpt_oss":
+        assert all(m.sum(-1).min() < 0.99 for m in eager.attentions), "its sink logits take a share"
+
+
+def test_a_mask_of_ours_applies_in_every_layer(saved):
+    """Hiding key 0: what stands there changes nothing after it. A document start moves the second mass."""
+    _, folder = saved
+    ours = HFModel.load(str(folder))
+    tokens = torch.randint(2, 96, (1, 12))
+    other = tokens.clone()
+    other[0, 0] = (other[0, 0] + 7) % 90 + 2
+    hidden = interval_mask(1, 12, hide_first_key=True)
+    with torch.no_grad():
+        a, b = (ours(t, mask=hidden, statistics=True) for t in (tokens, other))
+        torch.testing.assert_close(a.logits[:, 1:], b.logits[:, 1:], atol=1e-5, rtol=1e-5)
+        assert (ours(tokens).logits - ours(other).logits)[:, 1:].abs().max() > 1e-3
+        start = torch.where(torch.arange(12) < 3, 0, 3).to(torch.int32)[None]
+        third = interval_mask(1, 12, doc_start=start, doc_end=torch.full_like(start, 12), document=False)
+        found = ours(tokens, mask=third, statistics=True)
+        plain = ours(tokens, statistics=True)
+    assert all((s.row_mass[..., 1:] == 0).all() for s in a.statistics), "query 0 sees itself alone"
+    torch.testing.assert_close(found.logits, plain.logits, atol=1e-5, rtol=1e-5)
+    for statistics in found.statistics:
+        assert (statistics.document_mass[..., 3] > 0).any() and (statistics.document_mass[..., 3:] <= 1).all()
+
+
+@pytest.mark.parametrize("hide", [False, True])
+def test_a_window_narrows_any_mask(hide):
+    mask = narrowed(interval_mask(2, 10, hide_first_key=hide), 4)
+    index = torch.arange(10)
+    expected = (index[None] <= index[:, None]) & (index[None] > index[:, None] - 4)
+    if hide:
+        expected[1:, 0] = False
+    assert torch.equal(mask.visible(torch.device("cpu"))[0, 0, 1:], expected[1:])
+    assert isinstance(mask, Mask)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda t: t.BertConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                num_attention_heads=4), "attention in both directions, expected a causal"),
+        (lambda t: t.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4), "found 0 layers whose attention"),
+    ],
+)  # fmt: skip
+def test_what_is_no_causal_softmax_attention_is_refused(make, message, tmp_path):
+    transformers.AutoModelForCausalLM.from_config(make(transformers)).save_pretrained(tmp_path)
+    model = HFModel.load(str(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        model(torch.randint(96, (1, 8)))
+
+
+def test_a_folder_that_holds_no_model_or_a_damaged_one_is_named(saved, tmp_path):
+    with pytest.raises(ValueError, match="expected the folder of a causal language model"):
+        HFModel.load(str(tmp_path))
+    theirs, _ = saved
+    theirs.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="expected the folder of a causal language model"):
+        HFModel.load(str(tmp_path))
+    with pytest.raises(ValueError, match="expected a tokenizer beside the model"):
+        HFModel.tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_tokens_stand_for_the_bytes_of_their_text(kind, tmp_path):
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+    text = "a été of row and bos, row of bos"
+    backend = tokenizers.Tokenizer(models.BPE(byte_fallback=kind == "sentencepiece", unk_token=None))
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>"], show_progress=False)
+    if kind == "byte-level":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        backend.normalizer = normalizers.Replace(" ", "▁")
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        trainer = trainers.BpeTrainer(
+            vocab_size=300, special_tokens=["<s>", *(f"<0x{i:02X}>" for i in range(256))], show_progress=False
+        )
+    backend.train_from_iterator([text] * 3, trainer)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    ids = theirs(text + " 漢", add_special_tokens=False)["input_ids"]
+    table = token_bytes(theirs, 320)
+    assert len(table) == 320 and table[theirs.bos_token_id] == 0
+    assert sum(table[i] for i in ids) == len((text + " 漢").encode())

@@ -1,0 +1,272 @@
+"""`sinkbed probe`: sinks of any causal language model, with the code that measures during training.
+
+The model is a run or checkpoint of ours, or a Hugging Face model (folder, hub name, GGUF), whose attention goes
+through our operator (`model.hf`). The text is a token store's validation split or a file of prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from train import rundir
+
+if TYPE_CHECKING:
+    from data.strategy import Strategy
+    from train.measure import InferenceMode, MeasureConfig, ModeResult, Probe
+
+Input = Literal["natural", "random", "repeated"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model to measure, with what its text is made of."""
+
+    name: str
+    model: Any
+    """Called as our decoder is."""
+    strategy: Strategy
+    bos_id: int | None
+    eos_id: int
+    special_ids: frozenset[int]
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    token_bytes: Any
+    """[V] UTF-8 bytes of text that each id stands for."""
+    context_length: int | None
+    store: Path | None
+    """Where its own validation text is."""
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Parse, measure, print a table."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model", help="run directory, checkpoint, Hugging Face folder or hub name")
+    parser.add_argument("--prompts", type=Path, help="text: a JSONL file (column text), or a document a line")
+    parser.add_argument("--store", type=Path, help="text: validation split of this token store (default: a run's own)")
+    parser.add_argument("--modes", nargs="+", default=["bos", "text", "first_key_masked"], help="inference modes")
+    parser.add_argument("--inputs", nargs="+", choices=get_args(Input), default=["natural"], help="what is read")
+    parser.add_argument("--keys", type=int, nargs="+", default=[0], help="row positions k whose sink rate is wanted")
+    parser.add_argument("--documents", type=int, default=100)
+    parser.add_argument("--sink_tokens", type=int, default=64, help="T of the sink rate")
+    parser.add_argument("--length", type=int, help="tokens of a document at most (default: the context, 512 at most)")
+    parser.add_argument("--bos", help="token that serves as BOS (default: the tokenizer's)")
+    parser.add_argument("--dtype", default="auto", help="Hugging Face: auto, float32, bfloat16, ...")
+    parser.add_argument("--device_map", help="Hugging Face: such as auto, layers over several devices")
+    parser.add_argument("--revision", help="Hugging Face: commit, tag or branch")
+    parser.add_argument("--gguf", help="Hugging Face: weights in this GGUF file of the folder or repository")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--batch_tokens", type=int, default=2_048, help="tokens of a forward pass, padding included")
+    parser.add_argument("--json", type=Path, help="also write every figure, per layer and head, to this file")
+    arguments = parser.parse_args(list(argv))
+
+    import torch
+
+    from train.measure import MeasureConfig, check_modes, measure
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    modes = check_modes(arguments.modes)
+    subject = load(arguments)
+    limit = arguments.length or min(512, subject.context_length or 512)
+    config = MeasureConfig(
+        documents=arguments.documents,
+        live_documents=1,
+        sink_tokens=arguments.sink_tokens,
+        batch_tokens=arguments.batch_tokens,
+    )
+    natural = probe_of(subject, texts(arguments, subject), limit, config)
+    _check_bos(subject, modes, arguments)
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    print(f"{subject.name}: {len(natural.documents)} documents, T = {config.sink_tokens}, eps 0.3")
+    print(f"{'input':10}{'mode':20}{'key':>5}{'sink rate %':>13}{'sink mass':>11}{'loss':>9}{'bits/byte':>11}")
+    for kind in arguments.inputs:
+        probe = natural if kind == "natural" else artificial(natural, kind)
+        for mode in modes:
+            for key in arguments.keys:
+                result = measure(subject.model, probe, mode, subject.strategy, config, key=key)
+                results.setdefault(kind, {}).setdefault(mode, {})[str(key)] = dataclasses.asdict(result)
+                print(_line(kind, mode, key, result), flush=True)
+    if arguments.json is not None:
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
+        rundir.write_json(arguments.json, {"settings": settings, "results": results})
+    return 0
+
+
+def load(arguments: Any) -> Subject:
+    """The model that `arguments.model` names. Raises FileNotFoundError or ValueError that says what is missing."""
+    path = Path(arguments.model)
+    if (path / rundir.CONFIG).is_file() or path.name.endswith(".ckpt"):
+        return _ours(path, arguments)
+    if path.exists() and not (path / "config.json").is_file() and arguments.gguf is None:
+        raise ValueError(
+            f"{path}: expected a run directory (with {rundir.CONFIG}), a checkpoint inside one, or a Hugging Face "
+            "folder (with config.json), found none of these"
+        )
+    return _hugging_face(arguments)
+
+
+def _ours(path: Path, arguments: Any) -> Subject:
+    from train.validate import load_decoder, open_run, run_tokenizer
+
+    checkpoint, _ = open_run(path)
+    decoder, strategy = load_decoder(checkpoint)
+    identity = checkpoint["sinkbed"]
+    tokenizer = run_tokenizer(identity, arguments.store)
+    bos = tokenizer.bos_id
+    if arguments.bos is not None:
+        bos = _token_id(tokenizer.backend.token_to_id(arguments.bos), arguments.bos, path)
+    return Subject(
+        name=f"{path}, step {checkpoint['global_step']}",
+        model=decoder,
+        strategy=strategy,
+        bos_id=bos,
+        eos_id=tokenizer.eos_id,
+        special_ids=frozenset(tokenizer.special_ids),
+        encode=tokenizer.encode,
+        decode=tokenizer.decode,
+        token_bytes=tokenizer.token_bytes,
+        context_length=identity["context_length"],
+        store=arguments.store or Path(identity["store"]),
+    )
+
+
+def _hugging_face(arguments: Any) -> Subject:
+    from data.strategy import Strategy
+    from model.hf import HFModel, token_bytes
+
+    name = arguments.model
+    model = HFModel.load(
+        name,
+        revision=arguments.revision,
+        gguf=arguments.gguf,
+        dtype=arguments.dtype,
+        device_map=arguments.device_map,
+    )
+    tokenizer = HFModel.tokenizer(name, revision=arguments.revision, gguf=arguments.gguf)
+    bos = tokenizer.bos_token_id
+    if arguments.bos is not None:
+        found = tokenizer.convert_tokens_to_ids(arguments.bos)
+        bos = _token_id(None if found == tokenizer.unk_token_id else found, arguments.bos, name)
+    special = {index for index in tokenizer.all_special_ids if index is not None}
+    return Subject(
+        name=name,
+        model=model,
+        strategy=Strategy() if bos is None else Strategy(first_token="bos"),
+        bos_id=bos,
+        eos_id=next(i for i in (tokenizer.eos_token_id, bos, 0) if i is not None),
+        special_ids=frozenset(special),
+        encode=lambda text: tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"],
+        decode=lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
+        token_bytes=token_bytes(tokenizer, model.model.get_input_embeddings().num_embeddings),
+        context_length=getattr(model.model.config.get_text_config(), "max_position_embeddings", None),
+        store=arguments.store,
+    )
+
+
+def _token_id(found: int | None, token: str, where: object) -> int:
+    if found is None:
+        raise ValueError(f"--bos: found {token!r}, which is no token of {where}; expected one of its vocabulary")
+    return found
+
+
+def texts(arguments: Any, subject: Subject) -> Iterator[str]:
+    """The documents to read. Raises ValueError where nothing says which, or a file holds none."""
+    if arguments.prompts is not None:
+        yield from _prompts(arguments.prompts)
+        return
+    if subject.store is None:
+        raise ValueError("expected text to read, found none: give --prompts FILE, or --store with a token store")
+    from data.store import TokenStore
+
+    store = TokenStore.open(subject.store, "validation")
+    tokenizer = store.tokenizer()
+    yield from (tokenizer.decode(store.slice(number)) for number in range(store.documents))
+
+
+def _prompts(path: Path) -> Iterator[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"--prompts: no file at {path}")
+    if path.suffix == ".jsonl":
+        from data.sources import Documents, Source
+
+        yield from Documents(Source(kind="jsonl", files=str(path), shuffle_seed=None, streaming=True))
+        return
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {path}: expected UTF-8, found {error}") from None
+    yield from (line for line in lines if line.strip())
+
+
+def probe_of(subject: Subject, documents: Iterator[str], limit: int, config: MeasureConfig) -> Probe:
+    """The first documents with at least `sink_tokens` tokens, cropped to `limit`.
+
+    Raises ValueError where there is none, saying how long the longest was.
+    """
+    import torch
+
+    from train.measure import Probe
+
+    chosen, longest = [], 0
+    for text in documents:
+        ids = subject.encode(text)[: limit - 1]
+        longest = max(longest, len(ids))
+        if len(ids) >= config.sink_tokens:
+            chosen.append(torch.tensor(ids))
+        if len(chosen) == config.documents:
+            break
+    if not chosen:
+        raise ValueError(
+            f"--sink_tokens {config.sink_tokens}: expected documents of at least as many tokens, found {longest} in "
+            f"the longest, cropped to --length {limit} with room for BOS; give longer ones, or lower it"
+        )
+    return Probe(
+        tuple(chosen),
+        torch.as_tensor(subject.token_bytes, dtype=torch.int64),
+        subject.eos_id if subject.bos_id is None else subject.bos_id,
+        subject.eos_id,
+        subject.special_ids,
+    )
+
+
+def artificial(probe: Probe, kind: Literal["random", "repeated"]) -> Probe:
+    """Documents of the same lengths, of uniformly random tokens, or each of one random token over and over."""
+    import numpy as np
+    import torch
+
+    from data.packing import random_tokens
+    from train.measure import Probe
+
+    documents = []
+    for number, document in enumerate(probe.documents):
+        count = len(document) if kind == "random" else 1
+        drawn = random_tokens(
+            np.arange(count), seed=0, epoch=number, vocab_size=len(probe.token_bytes),
+            special_ids=tuple(sorted(probe.special_ids)),
+        )  # fmt: skip
+        documents.append(torch.from_numpy(np.resize(drawn, len(document))))
+    return Probe(tuple(documents), probe.token_bytes, probe.bos_id, probe.eos_id, probe.special_ids)
+
+
+def _check_bos(subject: Subject, modes: Sequence[InferenceMode], arguments: Any) -> None:
+    if subject.bos_id is None and "bos" in modes:
+        raise ValueError(
+            f"{subject.name}: its tokenizer has no BOS, which the mode bos puts first; name a token with --bos, or "
+            "leave the mode out (--modes text)"
+        )
+
+
+def _line(kind: str, mode: str, key: int, result: ModeResult) -> str:
+    rate, mass = (result.rate, result.mass) if not key else (result.rate_placed, result.mass_placed)
+    assert rate is not None and mass is not None
+    heads = [value for row in rate["0.3"] for value in row]
+    masses = [value for row in mass for value in row]
+    return (
+        f"{kind:10}{mode:20}{key:5}{sum(heads) / len(heads):13.2f}{sum(masses) / len(masses):11.3f}"
+        f"{result.loss:9.3f}{result.bits_per_byte:11.3f}"
+    )
