@@ -1,14 +1,16 @@
-"""Writing a token store: all or nothing, shard by shard.
+"""Writing a token store: shard by shard into a folder of its own, which is renamed when it is whole.
 
 Everything is written into a sibling folder `.NAME.partial`, flushed to the disk and renamed at the end,
-so what stands under the final name is complete. The partial folder is locked while a writer lives; what
-a killed one left behind is cleared by the next. Memory: one shard per split.
+so what stands under the final name is complete. The partial folder is locked while a writer lives.
+`PartialStore` is that folder; `data.prepare` goes on with one that a killed process left. `StoreWriter`
+builds a store from documents at hand, in one go. Memory: one shard per split.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -27,20 +29,158 @@ from data.manifest import (
     Manifest,
     ShardInfo,
     SplitInfo,
-    sha256_file,
     sha256_json,
 )
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, token_dtype
 
 SHARD_TOKENS = 2**26
+LOCK_NAME = ".lock"
 
 
 class DiskFullError(OSError):
     """No space or quota left; the message says what became of the token store and what to do."""
 
 
+class PartialStore:
+    """The folder `.NAME.partial` beside `out`, in which a token store grows. A context manager: locked while open.
+
+    What stands in it is whole: each file is written beside its place, flushed, then renamed.
+
+    Args:
+        replace: take the place of a token store already at `out`.
+        keeps: whether what is written outlives an error, to be gone on with; for the message of a full disk.
+
+    Raises FileExistsError where `out` is taken, BlockingIOError where another process is writing it, and
+    DiskFullError when there is no space left.
+    """
+
+    def __init__(self, out: Path | str, *, replace: bool = False, keeps: bool = False) -> None:
+        self.out = Path(os.path.abspath(out))
+        self.folder = self.out.parent / f".{self.out.name}.partial"
+        self._replace = replace
+        self._keeps = keeps
+        self._lock: Any = None
+
+    def __enter__(self) -> Self:
+        _refuse_taken(self.out, self._replace)
+        with self.full_disk_named():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / LOCK_NAME, "w")  # held until __exit__
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise BlockingIOError(
+                errno.EWOULDBLOCK, f"another process is preparing {self.out}; wait for it or choose another --out"
+            ) from None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.close()
+
+    def clear(self) -> None:
+        """Forget what an earlier writer left."""
+        for stale in self.folder.iterdir():
+            if stale.name != LOCK_NAME:
+                remove(stale)
+
+    def discard(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def write_shard(
+        self, name: str, tokens: NDArray[Any], counts: NDArray[np.int64], sizes: NDArray[np.int64]
+    ) -> ShardInfo:
+        """Write one shard, durably.
+
+        Args:
+            name: such as `train/00000.arrow`.
+            tokens: [sum of counts] in the type of the token store.
+            counts: [documents] tokens of each document.
+            sizes: [documents] UTF-8 bytes of each document.
+        """
+        path = self.folder / name
+        aside = path.with_name(path.name + ".part")
+        with self.full_disk_named():
+            path.parent.mkdir(exist_ok=True)
+            try:
+                size, sha256 = _write_arrow(aside, tokens, counts, sizes)
+            except OSError:
+                aside.unlink(missing_ok=True)  # room for what the user does next
+                raise
+            os.replace(aside, path)
+            flush(path.parent)
+        return ShardInfo(
+            file=name, size=size, sha256=sha256, documents=len(counts), tokens=len(tokens), bytes=int(sizes.sum())
+        )
+
+    def write_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Write `tokenizer.json`, durably."""
+        path = self.folder / TOKENIZER_NAME
+        aside = path.with_name(path.name + ".part")
+        with self.full_disk_named():
+            tokenizer.save(aside)
+            flush(aside)
+            os.replace(aside, path)
+
+    def publish(self, manifest: Manifest, forget: Sequence[str] = ()) -> Manifest:
+        """Write the manifest, and give the token store its name.
+
+        Args:
+            forget: files and folders of ours that are no part of a token store. They go after the manifest
+                is written: a folder with a manifest is whole, and publishing may be repeated.
+        """
+        with self.full_disk_named():
+            manifest.write(self.folder)
+            flush(self.folder)
+            for name in forget:
+                remove(self.folder / name)
+            flush(self.folder)
+            previous = self._rename()
+        # The store stands. Its name is made durable before what it replaces goes.
+        (self.out / LOCK_NAME).unlink(missing_ok=True)
+        flush(self.out.parent)
+        remove(previous)
+        return manifest
+
+    def _rename(self) -> Path:
+        """Rename the partial folder to its final name. Returns where the store that stood there is now, if any."""
+        previous = self.out.parent / f".{self.out.name}.previous"
+        remove(previous)
+        if self.out.exists():
+            _refuse_taken(self.out, self._replace)
+            os.rename(self.out, previous)
+        try:
+            os.rename(self.folder, self.out)
+        except OSError:
+            if previous.exists():
+                os.rename(previous, self.out)
+            raise
+        return previous
+
+    @contextmanager
+    def full_disk_named(self) -> Iterator[None]:
+        """Turn a full disk or quota, met anywhere inside, into one message that says what to do."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, DiskFullError):
+                raise
+            became, then = "and what was written is removed", "choose another --out"
+            if self._keeps:
+                became = f"the shards that were finished are kept in {self.folder}"
+                then = "run the same command again to go on, or remove that folder to give up"
+            raise DiskFullError(
+                error.errno,
+                f"the disk is full: the token store {self.out} was not made, {became}; free space (about 2.2 bytes per "
+                f"token with a vocabulary of up to 65,536, else 4.2), then {then}",
+            ) from error
+
+
 class StoreWriter:
-    """Context manager that builds a token store; nothing is visible at `out` until `finish`.
+    """Context manager that builds a token store, document by document; nothing is visible at `out` until `finish`.
 
         with StoreWriter(out, tokenizer) as writer:
             writer.add("train", ids, len(text.encode()))
@@ -52,8 +192,7 @@ class StoreWriter:
         shard_tokens: a shard is closed before it would hold more; a longer document has one of its own.
         replace: take the place of a token store already at `out`.
 
-    Raises FileExistsError where `out` is taken, BlockingIOError where another process is writing it, and
-    DiskFullError when there is no space left.
+    Raises as `PartialStore`.
     """
 
     def __init__(
@@ -61,40 +200,25 @@ class StoreWriter:
     ) -> None:
         if shard_tokens < 1:
             raise ValueError(f"shard_tokens: found {shard_tokens}, expected at least 1")
-        self.out = Path(os.path.abspath(out))
         self.tokenizer = tokenizer
         self.shard_tokens = shard_tokens
-        self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-        self._replace = replace
-        self._partial = self.out.parent / f".{self.out.name}.partial"
+        self.dtype = token_dtype(tokenizer)
+        self._partial = PartialStore(out, replace=replace)
         self._pending: dict[str, _Pending] = {}
         self._shards: dict[str, list[ShardInfo]] = {}
-        self._lock: Any = None
         self._finished = False
 
     def __enter__(self) -> Self:
-        _refuse_taken(self.out, self._replace)
-        with _clear_full_disk(self.out):
-            self._partial.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self._partial / ".lock", "w")  # held until __exit__
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self._lock.close()
-                raise BlockingIOError(
-                    errno.EWOULDBLOCK, f"another process is preparing {self.out}; wait for it or choose another --out"
-                ) from None
-            for stale in self._partial.iterdir():
-                if stale.name != ".lock":
-                    _remove(stale)
+        self._partial.__enter__()
+        self._partial.clear()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self._finished:
-            shutil.rmtree(self._partial, ignore_errors=True)
-        self._lock.close()
+            self._partial.discard()
+        self._partial.__exit__(kind, error, trace)
 
     def add(self, split: str, tokens: Sequence[int] | NDArray[np.integer], byte_count: int) -> None:
         """Append a document. Raises ValueError for an id that the vocabulary lacks or reserves as special."""
@@ -109,75 +233,28 @@ class StoreWriter:
                 "adds special tokens when rows are made"
             )
         pending = self._pending.setdefault(split, _Pending())
-        if pending.documents and pending.tokens + array.size > self.shard_tokens:
+        if pending.arrays and pending.tokens + array.size > self.shard_tokens:
             self._close_shard(split)
         pending.add(array.astype(self.dtype), byte_count)
 
-    def finish(self, *, recipe: dict[str, Any], skipped_documents: int = 0) -> Manifest:
+    def finish(self, *, recipe: dict[str, Any], left_out: dict[str, int] | None = None) -> Manifest:
         """Write the rest, flush, and give the token store its name."""
-        with _clear_full_disk(self.out):
-            for split, pending in self._pending.items():
-                if pending.documents:
-                    self._close_shard(split)
-            self.tokenizer.save(self._partial / TOKENIZER_NAME)
-            _flush(self._partial / TOKENIZER_NAME)
-            manifest = Manifest(
-                recipe=recipe,
-                fingerprint=sha256_json(recipe),
-                tokenizer_sha256=self.tokenizer.sha256,
-                vocab_size=self.tokenizer.vocab_size,
-                bos_id=self.tokenizer.bos_id,
-                eos_id=self.tokenizer.eos_id,
-                special_ids=self.tokenizer.special_ids,
-                dtype=self.dtype.name,
-                skipped_documents=skipped_documents,
-                splits={split: _sum(shards) for split, shards in self._shards.items()},
-            )
-            manifest.write(self._partial)
-            for folder in (*(self._partial / split for split in self._shards), self._partial):
-                _flush(folder)
-            previous = self._publish()
-        # The store stands. Its name is made durable before what it replaces goes.
-        (self.out / ".lock").unlink(missing_ok=True)
-        _flush(self.out.parent)
-        _remove(previous)
+        for split, pending in self._pending.items():
+            if pending.arrays:
+                self._close_shard(split)
+        self._partial.write_tokenizer(self.tokenizer)
+        manifest = self._partial.publish(manifest_of(recipe, self.tokenizer, self._shards, left_out or {}))
+        self._finished = True
         return manifest
 
     def _close_shard(self, split: str) -> None:
         pending = self._pending[split]
         shards = self._shards.setdefault(split, [])
-        name = f"{split}/{len(shards):05d}.arrow"
-        path = self._partial / name
-        with _clear_full_disk(self.out):
-            path.parent.mkdir(exist_ok=True)
-            _write_shard(path, pending, self.dtype)
-            shards.append(
-                ShardInfo(
-                    file=name,
-                    size=path.stat().st_size,
-                    sha256=sha256_file(path),
-                    documents=pending.documents,
-                    tokens=pending.tokens,
-                    bytes=sum(pending.byte_counts),
-                )
-            )
+        counts = np.array([array.size for array in pending.arrays], dtype=np.int64)
+        sizes = np.array(pending.byte_counts, dtype=np.int64)
+        name = shard_name(split, len(shards))
+        shards.append(self._partial.write_shard(name, np.concatenate(pending.arrays), counts, sizes))
         pending.clear()
-
-    def _publish(self) -> Path:
-        """Rename the partial folder to its final name. Returns where the store that stood there is now, if any."""
-        previous = self.out.parent / f".{self.out.name}.previous"
-        _remove(previous)
-        if self.out.exists():
-            _refuse_taken(self.out, self._replace)
-            os.rename(self.out, previous)
-        try:
-            os.rename(self._partial, self.out)
-        except OSError:
-            if previous.exists():
-                os.rename(previous, self.out)
-            raise
-        self._finished = True
-        return previous
 
 
 class _Pending:
@@ -191,27 +268,71 @@ class _Pending:
         self.byte_counts: list[int] = []
         self.tokens = 0
 
-    @property
-    def documents(self) -> int:
-        return len(self.arrays)
-
     def add(self, array: NDArray[Any], byte_count: int) -> None:
         self.arrays.append(array)
         self.byte_counts.append(byte_count)
         self.tokens += array.size
 
 
-def _write_shard(path: Path, pending: _Pending, dtype: np.dtype[Any]) -> None:
-    """One record batch: the `tokens` of a document are a slice of one values buffer."""
-    offsets = np.cumsum([0, *(array.size for array in pending.arrays)], dtype=np.int64)
-    values = np.concatenate(pending.arrays) if pending.arrays else np.zeros(0, dtype=dtype)
-    tokens = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
-    batch = pa.record_batch([tokens, pa.array(pending.byte_counts, pa.int64())], names=["tokens", "bytes"])
+class _Hashing:
+    """A file that hashes what is written to it."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._sha256 = hashlib.sha256()
+        self.size = 0
+
+    closed = False
+
+    def write(self, content: Any) -> int:
+        self._sha256.update(content)
+        self.size += len(content)
+        return self._file.write(content)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def hexdigest(self) -> str:
+        return self._sha256.hexdigest()
+
+
+def shard_name(split: str, number: int) -> str:
+    """Path of a shard inside its token store."""
+    return f"{split}/{number:05d}.arrow"
+
+
+def manifest_of(
+    recipe: dict[str, Any], tokenizer: Tokenizer, shards: dict[str, list[ShardInfo]], left_out: dict[str, int]
+) -> Manifest:
+    """The manifest of a store of these shards per split."""
+    return Manifest(
+        recipe=recipe,
+        fingerprint=sha256_json(recipe),
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        special_ids=tokenizer.special_ids,
+        dtype=token_dtype(tokenizer).name,
+        left_out=dict(sorted(left_out.items())),
+        splits={split: _sum(infos) for split, infos in shards.items()},
+    )
+
+
+def _write_arrow(
+    path: Path, tokens: NDArray[Any], counts: NDArray[np.int64], sizes: NDArray[np.int64]
+) -> tuple[int, str]:
+    """One record batch: the `tokens` of a document are a slice of one values buffer. Returns size and sha256."""
+    offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    lists = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(tokens))
+    batch = pa.record_batch([lists, pa.array(sizes, pa.int64())], names=["tokens", "bytes"])
     with open(path, "wb") as file:
-        with pa.ipc.new_file(file, batch.schema) as writer:
+        hashing = _Hashing(file)
+        with pa.ipc.new_file(pa.PythonFile(hashing, "w"), batch.schema) as writer:
             writer.write_batch(batch)
         file.flush()
         os.fsync(file.fileno())
+    return hashing.size, hashing.hexdigest()
 
 
 def _sum(shards: list[ShardInfo]) -> SplitInfo:
@@ -235,22 +356,7 @@ def _refuse_taken(out: Path, replace: bool) -> None:
         raise FileExistsError(f"{out}: found a token store; choose another --out, or --force to replace it")
 
 
-@contextmanager
-def _clear_full_disk(out: Path) -> Iterator[None]:
-    """Turn a full disk or quota, met anywhere inside, into one message that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, DiskFullError):
-            raise
-        raise DiskFullError(
-            error.errno,
-            f"the disk is full: the token store {out} was not made and what was written is removed; free space "
-            "(about 2.2 bytes per token with a vocabulary of up to 65,536, else 4.2) or choose another --out",
-        ) from error
-
-
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """fsync a file or folder, so that the rename that follows never precedes the contents."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -259,7 +365,8 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or folder, which may be absent."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -42,8 +42,9 @@ def summary(manifest: Manifest) -> str:
     """What a token store holds, in one line."""
     splits = [f"{name} {s.documents:,} documents, {s.tokens:,} tokens" for name, s in manifest.splits.items()]
     train = manifest.splits["train"]
-    skipped = f"; {manifest.skipped_documents} empty documents left out" if manifest.skipped_documents else ""
+    counts = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in manifest.left_out.items())
+    left_out = f"; left out: {counts}" if counts else ""
     return (
         f"{'; '.join(splits)}; vocabulary {manifest.vocab_size:,}, "
-        f"{train.bytes / max(1, train.tokens):.2f} bytes a token{skipped}"
+        f"{train.bytes / max(1, train.tokens):.2f} bytes a token{left_out}"
     )

