@@ -50,6 +50,19 @@ def load(source: Source) -> Any:
     )
 
 
+def known_records(source: SingleSource) -> int | None:
+    """Records in a source, as far as that is known without reading it."""
+    if source.kind == "demo":
+        return len(demo_texts(demo_parts(source)))
+    if source.kind == "parquet":
+        return sum(pq.read_metadata(file).num_rows for file in matching(source.patterns))
+    if source.kind == "hub" and source.name is not None:
+        builder = datasets.load_dataset_builder(source.name, source.config, revision=source.revision)
+        split = (builder.info.splits or {}).get(source.split or "train")
+        return (split.num_examples or None) if split is not None else None
+    return None
+
+
 @contextmanager
 def unreadable_named(source: SingleSource) -> Iterator[None]:
     """Name the source when a reader of `datasets` gives up on one of its files."""

@@ -110,8 +110,8 @@ class PrepareConfig:
             raise ValueError(f"on_error: found {self.on_error!r}, expected refuse or skip")
         if self.deduplicate and self.source.stopping_strategy == "all_exhausted":
             raise ValueError(
-                "deduplicate: found with source.stopping_strategy all_exhausted, whose repeated documents it would leave "
-                "out again; choose all_exhausted_without_replacement"
+                "deduplicate: found with source.stopping_strategy all_exhausted, whose repeated documents it would "
+                "leave out again; choose all_exhausted_without_replacement"
             )
 
 
