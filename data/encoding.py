@@ -74,13 +74,19 @@ class Encoder:
     ) -> Iterator[tuple[Batch, Encoded | None]]:
         """Each batch with its tokens, in order; None for the batches of units that are `done`."""
         pending: deque[_Pending] = deque()
-        for batch in batches:
-            pending.append(self._submit(batch, encode=batch.unit not in done))
-            # Two batches a process: one at work, one waiting.
-            while len(pending) > 2 * self._workers:
+        try:
+            for batch in batches:
+                pending.append(self._submit(batch, encode=batch.unit not in done))
+                # One at work in each process, and enough waiting to last while a shard is written.
+                while len(pending) > 4 * self._workers:
+                    yield self._result(pending.popleft())
+            while pending:
                 yield self._result(pending.popleft())
-        while pending:
-            yield self._result(pending.popleft())
+        except BrokenProcessPool:
+            raise WorkerDiedError(
+                "a process that encodes died (killed, perhaps because memory ran out); finished shards are kept: run "
+                f"the same command again, with fewer than --workers {self._workers}"
+            ) from None
 
     def _submit(self, batch: Batch, encode: bool) -> _Pending:
         pending = _Pending(batch, encode)
@@ -108,13 +114,7 @@ class Encoder:
             return pending.batch, None
         if pending.future is None:
             return pending.batch, encode_texts(self._tokenizer, _texts(pending.batch))
-        try:
-            return pending.batch, pending.future.result()
-        except BrokenProcessPool:
-            raise WorkerDiedError(
-                "a process that encodes died (killed, perhaps because memory ran out); finished shards are kept: run "
-                f"the same command again, with fewer than --workers {self._workers}"
-            ) from None
+        return pending.batch, pending.future.result()
 
 
 class _Pending:

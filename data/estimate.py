@@ -27,6 +27,7 @@ S = TypeVar("S", bound=SingleSource)
 SAMPLE_BYTES = 8_000_000
 _SAMPLE_FILES = 8
 _SAMPLE_TEXT_FILES = 256
+_READ_AHEAD = 2**19  # a decompressor reads up to 128 KiB more than it gives: too much of a small file to infer from
 _DOCUMENT_BYTES = 16  # an offset and a length in the token store
 
 
@@ -128,34 +129,42 @@ class _Sample:
             self._read_head(config.source, budget)
 
     def _read_files(self, source: Source, budget: int) -> None:
-        from data.records import read_records
-
         files = matching(source.patterns)
-        limit = _SAMPLE_TEXT_FILES if source.kind == "text" else _SAMPLE_FILES
-        chosen = [files[len(files) * i // min(limit, len(files))] for i in range(min(limit, len(files)))]
-        consumed = 0
-        for file in chosen:
-            with open(file, "rb") as raw:
-                records = read_records(file, file, source.kind, source.column or "text", raw)
-                read = 0
-                for record in records:
-                    problem = record.problem or ("empty" if not (record.text or "").strip() else None)
-                    if problem is None:
-                        assert record.text is not None
-                        self.texts.append(record.text)
-                        read += len(record.text)
-                    elif record.problem and self._config.on_error == "refuse":
-                        raise ValueError(f"{record.at}; or leave such records out with --on_error skip")
-                    else:
-                        self.left_out[problem] += 1
-                    if read >= budget / len(chosen):
-                        consumed += raw.tell()
-                        break
-                else:
-                    consumed += Path(file).stat().st_size
-        total = sum(Path(file).stat().st_size for file in files)
-        self.share = min(1.0, consumed / total) if total and consumed else None
+        limit = min(len(files), _SAMPLE_TEXT_FILES if source.kind == "text" else _SAMPLE_FILES)
+        spread = [files[len(files) * i // limit] for i in range(limit)]
+        sizes = {file: Path(file).stat().st_size for file in files}
+        consumed = opened = read = 0
+        for file in dict.fromkeys((*spread, *files)):
+            if read >= budget:
+                break
+            opened += 1
+            consumed_here, read_here = self._read_file(source, file, min(budget / limit, budget - read))
+            consumed += consumed_here
+            read += read_here
         self.exact = source.kind == "text"
+        if self.exact:
+            self.share = opened / len(files)
+        elif consumed:
+            self.share = min(1.0, consumed / sum(sizes.values()))
+
+    def _read_file(self, source: Source, file: str, budget: float) -> tuple[int, int]:
+        """Read records until `budget` characters; returns how far into the file, and how many."""
+        from data.records import COMPRESSED, read_records
+
+        read = 0
+        ahead = _READ_AHEAD if file.endswith(COMPRESSED) else 0
+        with open(file, "rb") as raw:
+            for record in read_records(file, file, source.kind, source.column or "text", raw):
+                if record.problem and self._config.on_error == "refuse":
+                    raise ValueError(f"{record.at}; or leave such records out with --on_error skip")
+                if record.problem or not record.text or record.text.isspace():
+                    self.left_out[record.problem or "empty"] += 1
+                    continue
+                self.texts.append(record.text)
+                read += len(record.text)
+                if read >= budget and source.kind != "text" and raw.tell() >= ahead:
+                    return raw.tell(), read
+        return Path(file).stat().st_size, read
 
     def _read_head(self, source: Source, budget: int) -> None:
         from data.loading import known_records

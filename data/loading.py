@@ -27,7 +27,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.utils.file_utils import xopen
 
 from data.demo import demo_texts
-from data.records import Records, decompressed
+from data.records import FEATURES, Records, decompressed
 from data.sources import SingleSource, Source, demo_parts, describe, matching, no_document
 
 
@@ -39,8 +39,7 @@ def load(source: Source) -> Any:
     """
     if source.kind != "mixture":
         return _load_single(source)
-    parts = [_load_single(part) for part in source.sources]
-    streams = [part.to_iterable_dataset() if isinstance(part, datasets.Dataset) else part for part in parts]
+    streams = [_stream(_load_single(part)) for part in source.sources]
     total = sum(source.weights)
     return datasets.interleave_datasets(
         streams,
@@ -48,6 +47,19 @@ def load(source: Source) -> Any:
         seed=source.shuffle_seed,
         stopping_strategy=source.stopping_strategy or "first_exhausted",
     )
+
+
+def _stream(dataset: Any) -> Any:
+    """A part of a mixture: all parts need the same columns."""
+    stream = dataset.to_iterable_dataset() if isinstance(dataset, datasets.Dataset) else dataset
+    if stream.features is not None and set(stream.features) == set(FEATURES):
+        return stream
+    return stream.map(_as_records, batched=True, batch_size=256, features=FEATURES)
+
+
+def _as_records(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    nothing = [None] * len(batch["text"])
+    return {"text": batch["text"], "problem": nothing, "at": nothing}
 
 
 def known_records(source: SingleSource) -> int | None:

@@ -24,6 +24,8 @@ import datasets
 import pyarrow as pa
 from datasets.builder import Key
 
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
 _TABLE_BYTES = 1 << 20  # of text in a table handed to `datasets`; bounds memory and latency
 _READ_VERSION = "1"  # part of the cache's name: raise it when the same files give other records
 _SHOWN = 60  # characters of an offending line in a message

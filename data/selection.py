@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-_BATCH_DOCUMENTS = 1024
-_BATCH_BYTES = 1_000_000  # encoded at a time; bounds memory when documents are books
+_BATCH_DOCUMENTS = 512
+_BATCH_BYTES = 400_000  # encoded at a time: bounds memory, and how long the last process is waited for
 _RECENT = 2**16
 
 
