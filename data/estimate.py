@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from data.prepare import PrepareConfig, available_cores, make_tokenizer, recipe_of
-from data.selection import Selection, batches
+from data.prepare import available_cores, make_tokenizer
+from data.recipe import PrepareConfig, recipe_of, selection
+from data.selection import batches
 from data.sources import Documents, SingleSource, Source, matching
 
 S = TypeVar("S", bound=SingleSource)
@@ -63,18 +64,12 @@ def estimate(config: PrepareConfig, *, workers: int | None = None, sample_bytes:
     from data.encoding import Encoder, token_dtype
 
     sample = _Sample(config, sample_bytes)
-    chosen = Selection(
-        sample.texts,
-        validation_share=config.validation_share,
-        min_bytes=config.min_bytes,
-        max_bytes=config.max_bytes,
-        deduplicate=config.deduplicate,
-    )
+    with_texts = _Fixed(config.source, sample.texts)
+    chosen = selection(config, with_texts)
     documents = list(chosen)
     if not documents:
         raise ValueError(f"the sample holds no document (left out: {dict(sample.left_out + chosen.left_out)})")
     size = sum(document.size for document in documents)
-    with_texts = _Fixed(config.source, sample.texts)
     tokenizer = make_tokenizer(config, with_texts, progress=False)
     tokens = timed = 0
     began: float | None = None

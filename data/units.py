@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 
 from data.encoding import Encoded
 from data.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, ShardInfo, differing, sha256_file, write_json
+from data.partial import PartialStore, flush
 from data.selection import Batch
-from data.writer import PartialStore, flush, shard_name
+from data.writer import shard_name
 
 RECIPE_NAME = "recipe.json"
 UNITS_NAME = "units"

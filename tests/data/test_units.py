@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from datasets import config as datasets_config
 
-from data import prepare as prepare_module
+from data import recipe
 from data import units as units_module
 from data.prepare import PrepareConfig, TokenizerConfig, prepare
 from data.sources import Source
@@ -229,7 +229,7 @@ def test_a_forced_replacement_that_was_stopped_is_gone_on_with(config: PrepareCo
 
 
 def test_a_source_that_changed_in_between_is_noticed(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "identity", lambda _: {"name": "a hub data set without a revision"})
+    monkeypatch.setattr(recipe, "identity", lambda _: {"name": "a hub data set without a revision"})
     stop_after(config, 3)
     path = Path(config.source.patterns[0])
     lines = path.read_text().splitlines()
