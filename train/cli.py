@@ -70,14 +70,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def explained(error: Exception) -> bool:
     """Whether the error's message is meant for the user, so that a traceback would only hide it."""
-    return isinstance(error, ValueError | FileNotFoundError | FileExistsError) or (
-        type(error).__name__ in ("TrainingDiverged", "ProcessLost", "MisconfigurationException")
+    return isinstance(error, ValueError | FileNotFoundError | FileExistsError | BlockingIOError) or (
+        type(error).__name__ in ("TrainingDiverged", "ProcessLost", "WorkerDiedError", "MisconfigurationException")
         or (isinstance(error, OSError) and error.errno in (*_NO_SPACE, errno.EACCES, errno.EROFS))
     )
 
 
 def explain(error: Exception) -> str:
     """The one message."""
+    if type(error).__name__ in ("DiskFullError", "BlockingIOError"):
+        return str(error.strerror)  # type: ignore[attr-defined]  # ours, without the number
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         where = f" while writing {error.filename}" if error.filename else ""
         return (

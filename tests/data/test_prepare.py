@@ -8,7 +8,9 @@ import os
 import random
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,14 @@ import datasets
 import pytest
 import yaml
 from datasets import config as datasets_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
+from tokenizers import normalizers
 
+from data import selection
 from data.prepare import PrepareConfig, TokenizerConfig, prepare, split_of
-from data.sources import Source
+from data.sources import SingleSource, Source
 from data.store import TokenStore
 from data.tokenizer import Tokenizer
 
@@ -47,9 +53,14 @@ def config(tmp_path: Path) -> PrepareConfig:
         source=Source(kind="jsonl", files=(str(write_corpus(tmp_path, [*TEXTS, " "])),)),
         tokenizer=TokenizerConfig(vocab_size=300),
         validation_share=0.2,
-        shard_tokens=1000,
+        shard_bytes=2000,
         out=str(tmp_path / "stores" / "corpus"),
     )
+
+
+def repeating() -> Source:
+    part = SingleSource(kind="demo")
+    return Source(kind="mixture", sources=(part, part), weights=(1, 1), stopping_strategy="all_exhausted")
 
 
 def documents_in(out: str, split: str) -> list[str]:
@@ -63,7 +74,7 @@ def test_every_document_comes_back_from_exactly_one_split(config: PrepareConfig)
     train, validation = (documents_in(config.out, split) for split in ("train", "validation"))
     assert sorted(train + validation) == sorted(TEXTS)
     assert 30 < len(validation) < 90
-    assert manifest.skipped_documents == 1
+    assert manifest.left_out == {"empty": 1}
     assert len(manifest.splits["train"].shards) > 3
     for split, texts in (("train", train), ("validation", validation)):
         store = TokenStore.open(config.out, split)
@@ -113,6 +124,108 @@ def test_the_tokenizer_sees_no_validation_document_and_no_more_than_its_limit(
             assert sum(sizes[:-1]) < 500 <= sum(sizes)
         elif not limit:
             assert len(seen) == len(order)
+
+
+def test_the_store_is_the_same_to_the_byte_for_any_number_of_workers(
+    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "_BATCH_DOCUMENTS", 16)
+    found = []
+    for workers in (1, 2, 3):
+        out = tmp_path / f"by{workers}"
+        manifest = prepare(dataclasses.replace(config, out=str(out)), progress=False, workers=workers)
+        assert sum(len(split.shards) for split in manifest.splits.values()) > 6
+        found.append({str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()})
+    assert found[0] == found[1] == found[2]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    texts=st.lists(st.text(st.characters(exclude_categories=("Cs",)), max_size=30), min_size=1, max_size=30),
+    deduplicate=st.booleans(),
+    min_bytes=st.sampled_from([None, 4]),
+    shard_bytes=st.integers(1, 80),
+    shuffle_seed=st.sampled_from([None, 3]),
+)
+def test_what_a_store_and_its_count_of_left_out_hold_is_the_corpus(
+    tmp_path_factory: pytest.TempPathFactory,
+    texts: list[str],
+    deduplicate: bool,
+    min_bytes: int | None,
+    shard_bytes: int,
+    shuffle_seed: int | None,
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    texts = [*texts, "always a document"]
+    source = Source(
+        kind="jsonl", files=str(write_corpus(folder, [*texts, "\ud800"])), streaming=True, shuffle_seed=shuffle_seed
+    )
+    share = 0.4 if any(split_of(t, 0.4) == "validation" and len(t) > 4 and t.strip() for t in texts) else 0.0
+    chosen = PrepareConfig(
+        source=source,
+        tokenizer=TokenizerConfig(vocab_size=258),
+        validation_share=share,
+        deduplicate=deduplicate,
+        min_bytes=min_bytes,
+        on_error="skip",
+        shard_bytes=shard_bytes,
+        out=str(folder / "store"),
+    )
+    try:
+        manifest = prepare(chosen, progress=False, workers=1)
+    except ValueError as error:
+        assert "and 0 validation" in str(error) or " 0 training" in str(error)
+        return
+    kept = [text for text in texts if text.strip() and len(text.encode()) >= (min_bytes or 0)]
+    kept = list(dict.fromkeys(kept)) if deduplicate else kept
+    splits = {split: documents_in(chosen.out, split) for split in manifest.splits}
+    assert sorted(chain(*splits.values())) == sorted(kept)
+    assert all(split_of(text, share) == split for split, found in splits.items() for text in found)
+    assert len(kept) + sum(manifest.left_out.values()) == len(texts) + 1
+    assert manifest.left_out["encoding"] == 1
+
+
+def test_every_reason_for_leaving_out_is_counted_in_the_manifest(config: PrepareConfig, tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    with path.open("a") as file:
+        file.write("\n" + "\n".join(['{"text": "tiny"}', json.dumps({"text": TEXTS[3]}), "{", '{"text": 3}', "{}"]))
+        file.write("\n" + json.dumps({"text": "long " * 90}))
+    strict = dataclasses.replace(config, min_bytes=5, max_bytes=200, deduplicate=True)
+    with pytest.raises(ValueError, match=r"corpus\.jsonl, line 30[4-6]: found"):
+        prepare(strict, progress=False)
+    assert list(Path(config.out).parent.iterdir()) == [], "nothing of it is of use to another config"
+    manifest = prepare(dataclasses.replace(strict, on_error="skip"), progress=False)
+    assert manifest.left_out == {
+        "duplicate": 1,
+        "empty": 1,
+        "malformed": 1,
+        "missing_column": 1,
+        "not_text": 1,
+        "too_long": 1,
+        "too_short": 1,
+    }
+    assert sum(split.documents for split in manifest.splits.values()) == len(TEXTS)
+
+
+def test_a_tokenizer_of_a_folder_and_its_normaliser_decide_what_is_stored(
+    config: PrepareConfig, tmp_path: Path
+) -> None:
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    backend = Tokenizer.train(TEXTS, vocab_size=300).backend
+    backend.normalizer = normalizers.NFC()
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<eos>", "eos_token": "<eos>"}))
+    decomposed = ["e\u0301" + text for text in TEXTS]
+    source = Source(kind="jsonl", files=str(write_corpus(tmp_path, decomposed, "nfd.jsonl")))
+    chosen = dataclasses.replace(config, source=source, tokenizer=TokenizerConfig(path=str(folder)))
+    manifest = prepare(chosen, progress=False)
+    assert manifest.bos_id == manifest.eos_id == 1 and manifest.recipe["tokenizer"]["bos"] == "<eos>"
+    found = [text for split in manifest.splits for text in documents_in(chosen.out, split)]
+    assert sorted(found) == sorted(unicodedata.normalize("NFC", text) for text in decomposed)
+    assert sum(split.bytes for split in manifest.splits.values()) == sum(len(text.encode()) for text in found)
+    named = TokenizerConfig(path=str(folder), bos="<eos>", eos="<eos>")
+    assert prepare(dataclasses.replace(chosen, tokenizer=named), progress=False) == manifest
 
 
 def test_the_same_config_gives_the_same_store_wherever_it_stands(config: PrepareConfig, tmp_path: Path) -> None:
@@ -189,11 +302,22 @@ def test_a_share_that_leaves_a_split_empty_is_refused_and_leaves_nothing(config:
         ),
         (lambda: TokenizerConfig(bos="<s>"), "tokenizer.bos: found '<s>', which a tokenizer that is trained"),
         (lambda: TokenizerConfig(train_bytes=0), "tokenizer.train_bytes: found 0"),
+        (lambda: PrepareConfig(source=Source(kind="demo"), min_bytes=1, out="x"), "min_bytes: found 1, which leaves"),
+        (lambda: PrepareConfig(source=Source(kind="demo"), max_bytes=0, out="x"), "max_bytes: found 0, expected"),
+        (
+            lambda: PrepareConfig(source=Source(kind="demo"), min_bytes=9, max_bytes=8, out="x"),
+            "max_bytes: found 8, expected at least 9",
+        ),
+        (lambda: PrepareConfig(source=Source(kind="demo"), on_error="stop", out="x"), "on_error: found 'stop'"),  # type: ignore[arg-type]
+        (
+            lambda: PrepareConfig(source=repeating(), deduplicate=True, out="x"),
+            "deduplicate: found with source.stopping_strategy all_exhausted",
+        ),
         (
             lambda: PrepareConfig(source=Source(kind="demo"), validation_share=1.0, out="x"),
             "validation_share: found 1.0",
         ),
-        (lambda: PrepareConfig(source=Source(kind="demo"), shard_tokens=0, out="x"), "shard_tokens: found 0"),
+        (lambda: PrepareConfig(source=Source(kind="demo"), shard_bytes=0, out="x"), "shard_bytes: found 0"),
     ],
 )
 def test_settings_outside_their_range_or_without_effect_are_refused(make: Any, message: str) -> None:
@@ -217,4 +341,6 @@ def test_every_config_in_the_checkout_is_valid(path: Path) -> None:
 
 
 def test_the_configs_include_those_the_guide_names() -> None:
-    assert {"demo", "hub", "local_jsonl"} <= {path.stem for path in (ROOT / "configs" / "data").glob("*.yaml")}
+    assert {"demo", "fineweb-edu", "mixture", "local_jsonl"} <= {
+        path.stem for path in (ROOT / "configs" / "data").glob("*.yaml")
+    }

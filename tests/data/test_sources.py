@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import config as datasets_config
 
-from data import sources
-from data.sources import Documents, Source, identity
+from data import demo
+from data.sources import Documents, SingleSource, Source, identity
 
 TEXTS = [f"document {i}: été" for i in range(40)]
 
@@ -68,6 +68,7 @@ def write_hub(folder: Path) -> Source:
     return Source(kind="hub", name=str(folder), config="small", split="heldout", shuffle_seed=None)
 
 
+LINES = SingleSource(kind="jsonl", files=("a",))
 WRITERS = [write_jsonl, write_parquet, write_texts, write_hub]
 each_kind = pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
 
@@ -112,9 +113,9 @@ def test_empty_documents_are_skipped_and_counted_and_others_left_as_they_are(str
     source = Source(kind="jsonl", files=(str(tmp_path / "a.jsonl"),), shuffle_seed=None, streaming=streaming)
     documents = Documents(source)
     assert list(documents) == ["  a\n", "b "]
-    assert documents.skipped == 3
+    assert documents.left_out == {"empty": 3}
     list(documents)
-    assert documents.skipped == 3, "each pass counts anew"
+    assert documents.left_out["empty"] == 3, "each pass counts anew"
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -125,7 +126,7 @@ def test_a_missing_column_is_named_beside_those_found(streaming: bool, tmp_path:
 
 
 def test_values_that_are_no_text_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="column 'id': found a value of type int"):
+    with pytest.raises(ValueError, match=r"part0\.jsonl, line 1: column 'id': found a value of type int"):
         list(Documents(changed(write_jsonl(tmp_path), column="id")))
 
 
@@ -133,16 +134,22 @@ def test_missing_files_and_empty_corpora_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no file matches .*\*\.jsonl"):
         list(Documents(Source(kind="jsonl", files=(str(tmp_path / "*.jsonl"),))))
     (tmp_path / "blank.jsonl").write_text('{"text": " "}\n')
-    with pytest.raises(ValueError, match=r"no document: 1 records.*blank\.jsonl"):
+    with pytest.raises(ValueError, match=r"no document: look at .*blank\.jsonl \(left out: 1 empty\)"):
         list(Documents(Source(kind="jsonl", files=(str(tmp_path / "blank.jsonl"),))))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-def test_a_file_of_another_format_is_named(kind: Any, streaming: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("parquet", r"broken\.data: could not be read as parquet.*check source\.kind"),
+        ("jsonl", r"broken\.data, line 2: found no JSON .*--on_error skip"),
+    ],
+)
+def test_a_file_of_another_format_is_named(kind: Any, message: str, streaming: bool, tmp_path: Path) -> None:
     (tmp_path / "broken.data").write_text('{"text": "a"}\n{"text": \n')
     source = Source(kind=kind, files=(str(tmp_path / "broken.data"),), streaming=streaming)
-    with pytest.raises(ValueError, match=rf"broken\.data: could not be read as {kind}.*check source\.kind"):
+    with pytest.raises(ValueError, match=message):
         list(Documents(source))
 
 
@@ -167,6 +174,15 @@ def test_a_data_set_that_brings_its_own_code_is_not_run(tmp_path: Path) -> None:
         ({"kind": "text", "files": ("a",), "column": "x"}, "source.column"),
         ({"kind": "jsonl"}, "source.files: found none"),
         ({"kind": "hub"}, "source.name: found none"),
+        ({"kind": "hub", "name": "a/b", "weights": (1.0,)}, "source.weights: .* belongs to kind mixture"),
+        ({"kind": "mixture"}, "source.weights: found 0 with 0 sources"),
+        ({"kind": "mixture", "sources": (LINES, LINES), "weights": (1.0,)}, "found 1 with 2 sources"),
+        ({"kind": "mixture", "sources": (LINES, LINES), "weights": (1.0, 0.0)}, "found 0.0, expected each above 0"),
+        (
+            {"kind": "mixture", "sources": (LINES, LINES), "weights": (1.0, 1.0), "shuffle_seed": None},
+            "source.shuffle_seed: found none with kind 'mixture'",
+        ),
+        ({"kind": "mixture", "name": "a/b", "sources": (LINES,) * 2, "weights": (1.0, 1.0)}, "source.name"),
         ({"kind": "demo", "parts": ("plays",)}, r"source.parts: found \['plays'\]"),
         ({"kind": "demo", "parts": ()}, r"source.parts: found \[\]"),
         ({"kind": "demo", "parts": ("leads", "leads")}, "each once"),
@@ -195,7 +211,7 @@ def test_the_identity_of_files_follows_their_contents_not_their_folder(tmp_path:
 def test_the_demo_corpus_holds_all_its_documents(parts: Any, count: int) -> None:
     documents = Documents(Source(kind="demo", parts=parts, shuffle_seed=None))
     texts = list(documents)
-    assert (len(texts), documents.skipped) == (count, 0)
+    assert (len(texts), documents.left_out) == (count, {})
 
 
 @needs_demo
@@ -219,7 +235,7 @@ def test_reading_the_demo_corpus_imports_no_code_of_its_packages() -> None:
 
 
 def test_a_demo_package_that_is_not_installed_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sources._DEMO_PACKAGE, "speeches", "no-such-package-here")
+    monkeypatch.setitem(demo.PACKAGES, "speeches", "no-such-package-here")
     for use in (lambda source: list(Documents(source)), identity):
         with pytest.raises(FileNotFoundError, match=r"'no-such-package-here'.*pip install -e \.\[demo\]"):
             use(Source(kind="demo", parts=("speeches",)))
@@ -231,9 +247,9 @@ def test_a_demo_package_that_is_not_installed_is_named_with_the_remedy(monkeypat
     [
         ("empty.jsonl", b"", "no document: look at .*empty"),
         ("blank.jsonl", b"\n\n", "no document: look at .*blank"),
-        ("bytes.jsonl", b'{"text": "\xff\xfe"}\n', "bytes.jsonl: could not be read as jsonl .*utf-8"),
-        ("bytes.txt", b"\xff\xfe", "bytes.txt: could not be read as text .*utf-8"),
-        ("empty.txt", b"", "no document: 1 records, all of them empty"),
+        ("bytes.jsonl", b'{"text": "\xff\xfe"}\n', "bytes.jsonl, line 1: found bytes that are no UTF-8"),
+        ("bytes.txt", b"\xff\xfe", "bytes.txt: found bytes that are no UTF-8"),
+        ("empty.txt", b"", r"no document: .*left out: 1 empty"),
         ("empty.parquet", b"", "empty.parquet: could not be read as parquet"),
     ],
 )
@@ -249,3 +265,48 @@ def test_an_empty_file_beside_others_is_nothing(tmp_path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"")
     (tmp_path / "b.jsonl").write_text('{"text": "hello"}\n')
     assert list(Documents(Source(kind="jsonl", files=f"{tmp_path}/*.jsonl"))) == ["hello"]
+
+
+def write_mixture(folder: Path, **settings: Any) -> Source:
+    """100 documents of Parquet under another column, 20 of JSONL."""
+    pq.write_table(pa.table({"body": [f"many {i}" for i in range(100)]}), folder / "many.parquet")
+    lines = [json.dumps({"text": f"few {i}", "meta": {"a": i}}) for i in range(20)]
+    (folder / "few.jsonl").write_text("\n".join([*lines[:5], "{broken", *lines[5:]]))
+    many = SingleSource(kind="parquet", files=str(folder / "many.parquet"), column="body", shuffle_seed=None)
+    few = SingleSource(kind="jsonl", files=str(folder / "few.jsonl"), streaming=True, shuffle_seed=None)
+    return Source(kind="mixture", sources=(many, few), weights=(3, 1), **settings)
+
+
+def test_a_mixture_draws_from_each_source_in_its_own_order_by_weight(tmp_path: Path) -> None:
+    source = write_mixture(tmp_path)
+    texts = list(Documents(source, on_error="skip"))
+    for name in ("many", "few"):
+        numbers = [int(text.split()[1]) for text in texts if text.startswith(name)]
+        assert numbers == list(range(len(numbers)))
+    share = sum(text.startswith("many") for text in texts) / len(texts)
+    assert 0.65 < share < 0.85 and len(texts) < 120, "it ends with the source that runs out first"
+    assert list(Documents(source, on_error="skip")) == texts
+    assert list(Documents(write_mixture(tmp_path, shuffle_seed=5), on_error="skip")) != texts
+
+
+def test_a_mixture_may_give_every_document_once_or_repeat_the_smaller_sources(tmp_path: Path) -> None:
+    once = Documents(write_mixture(tmp_path, stopping_strategy="all_exhausted_without_replacement"), on_error="skip")
+    texts = list(once)
+    assert len(texts) == len(set(texts)) == 120 and once.left_out == {"malformed": 1}
+    repeated = list(Documents(write_mixture(tmp_path, stopping_strategy="all_exhausted"), on_error="skip"))
+    assert set(repeated) == set(texts) and len(repeated) > 120
+
+
+def test_a_bad_record_of_a_mixture_is_refused_by_file_and_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"few\.jsonl, line 6: found no JSON"):
+        list(Documents(write_mixture(tmp_path)))
+
+
+def test_the_identity_of_a_mixture_is_that_of_its_sources(tmp_path: Path) -> None:
+    source = write_mixture(tmp_path)
+    assert identity(source) == {"sources": [identity(part) for part in source.sources]}
+
+
+def test_a_missing_split_is_named_beside_those_found(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"found splits train, heldout, expected 'test'; set source\.split"):
+        list(Documents(changed(write_hub(tmp_path), split="test")))

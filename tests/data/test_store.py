@@ -198,8 +198,8 @@ def test_another_tokenizer_in_the_store_is_refused_but_its_layout_is_free(make_s
     [
         ("{", "damaged"),
         ("{}", "damaged"),
-        ('{"format": 99}', "found format 99, expected 1"),
-        ('{"format": 1}', "damaged"),
+        ('{"format": 99}', "found format 99, expected 2"),
+        ('{"format": 2}', "damaged"),
     ],
 )
 def test_a_manifest_that_is_damaged_or_of_another_format_is_refused(

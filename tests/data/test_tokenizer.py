@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,9 +114,65 @@ def test_a_missing_file_a_file_that_is_none_and_a_missing_special_are_named(tmp_
         Tokenizer.load(tmp_path / "tokenizer.json", bos="<s>")
 
 
-def _normalising() -> tokenizers.Tokenizer:
+def _folder(path: Path, **files: Any) -> Path:
+    """A tokenizer as `transformers` saves it, with the given configuration files."""
     backend = Tokenizer.train(TEXTS, vocab_size=270).backend
+    backend.add_special_tokens(["<|begin|>", "<|end|>"])
+    path.mkdir()
+    backend.save(str(path / "tokenizer.json"))
+    for name, fields in files.items():
+        (path / f"{name}.json").write_text(json.dumps(fields))
+    return path
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config": {"bos_token": "<|begin|>", "eos_token": "<|end|>", "model_max_length": 8}},
+        {"tokenizer_config": {"bos_token": {"content": "<|begin|>", "lstrip": False}, "eos_token": "<|end|>"}},
+        {"special_tokens_map": {"bos_token": "<|begin|>", "eos_token": {"content": "<|end|>"}}},
+        {
+            "special_tokens_map": {"bos_token": "<eos>", "eos_token": "<|end|>"},
+            "tokenizer_config": {"bos_token": "<|begin|>", "eos_token": None},
+        },
+    ],
+    ids=["config", "objects", "map", "both"],
+)
+def test_a_folder_of_transformers_names_its_bos_and_eos(files: dict[str, Any], tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "hf", **files)
+    found = Tokenizer.load(folder)
+    assert (found.bos_id, found.eos_id) == (270, 271)
+    assert Tokenizer.load(folder, eos="<bos>").eos_id == 0, "what the caller names goes first"
+    assert Tokenizer.load(folder / "tokenizer.json").bos_id == 0, "a file stands for itself"
+
+
+def test_a_folder_without_a_tokenizer_or_with_a_broken_configuration_is_named(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "hf")
+    (folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is no JSON"):
+        Tokenizer.load(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer\.json.*use_fast"):
+        Tokenizer.load(folder)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=ANY_TEXT)
+def test_with_a_normaliser_the_normalised_text_comes_back_and_its_bytes_add_up(text: str) -> None:
+    backend = Tokenizer.train([], vocab_size=258).backend
     backend.normalizer = normalizers.NFC()
+    tokenizer = Tokenizer(backend)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == tokenizer.normalize(text) == unicodedata.normalize("NFC", text)
+    assert tokenizer.token_bytes[ids].sum() == len(tokenizer.normalize(text).encode())
+
+
+def _metaspace() -> tokenizers.Tokenizer:
+    """As Llama 2's: a space is a letter of its own, with bytes to fall back on."""
+    letters = ["<bos>", "<eos>", "\u2581", *"abc", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(letters)}, [], byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     return backend
 
 
@@ -131,7 +189,7 @@ def _word_level() -> tokenizers.Tokenizer:
     return backend
 
 
-@pytest.mark.parametrize("make", [_normalising, _spacing, _word_level])
+@pytest.mark.parametrize("make", [_spacing, _metaspace, _word_level])
 def test_a_tokenizer_that_loses_text_is_refused(make: Callable[[], tokenizers.Tokenizer]) -> None:
     with pytest.raises(ValueError, match="expected a lossless byte-level BPE"):
         Tokenizer(make())

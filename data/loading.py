@@ -1,0 +1,219 @@
+"""A source as a data set of the `datasets` library: which reader, which files, which shuffle.
+
+Every data set made here has a column `text`, and may have `problem` and `at` (see `data.records.Record`).
+Only built-in readers and ours are used: no loading script and no remote code is ever run.
+
+To add a kind: a function from its `SingleSource` to a `datasets` data set with a column `text`, in `_OPEN`.
+
+Traded away: without `streaming`, `datasets` keeps an Arrow copy of the corpus in its cache, the price of
+a full shuffle; with it, nothing is copied and the shuffle is that of a buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from json import JSONDecodeError
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.data_files import DataFilesDict, DataFilesList
+from datasets.exceptions import DatasetGenerationError
+from datasets.packaged_modules.json.json import Json
+from datasets.packaged_modules.parquet.parquet import Parquet
+from datasets.utils.file_utils import xopen
+
+from data.demo import demo_texts
+from data.records import FEATURES, Records, decompressed
+from data.sources import SingleSource, Source, demo_parts, describe, matching, no_document
+from data.synthetic import synthetic_documents
+
+
+def load(source: Source) -> Any:
+    """The source as a (possibly streaming) data set, shuffled if asked, or the mixture of its parts.
+
+    Raises FileNotFoundError for missing files, ValueError for a missing column, a data set that brings its
+    own code, or a source without a single record.
+    """
+    if source.kind != "mixture":
+        return _load_single(source)
+    streams = [_stream(_load_single(part)) for part in source.sources]
+    total = sum(source.weights)
+    return datasets.interleave_datasets(
+        streams,
+        probabilities=[weight / total for weight in source.weights],
+        seed=source.shuffle_seed,
+        stopping_strategy=source.stopping_strategy or "first_exhausted",
+    )
+
+
+def _stream(dataset: Any) -> Any:
+    """A part of a mixture: all parts need the same columns."""
+    stream = dataset.to_iterable_dataset() if isinstance(dataset, datasets.Dataset) else dataset
+    if stream.features is not None and set(stream.features) == set(FEATURES):
+        return stream
+    return stream.map(_as_records, batched=True, batch_size=256, features=FEATURES)
+
+
+def _as_records(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    nothing = [None] * len(batch["text"])
+    return {"text": batch["text"], "problem": nothing, "at": nothing}
+
+
+def known_records(source: SingleSource) -> int | None:
+    """Records in a source, as far as that is known without reading it."""
+    if source.kind == "demo":
+        return len(demo_texts(demo_parts(source)))
+    if source.kind == "parquet":
+        return sum(pq.read_metadata(file).num_rows for file in matching(source.patterns))
+    if source.kind == "hub" and source.name is not None:
+        builder = datasets.load_dataset_builder(source.name, source.config, revision=source.revision)
+        split = (builder.info.splits or {}).get(source.split or "train")
+        return (split.num_examples or None) if split is not None else None
+    return None
+
+
+@contextmanager
+def unreadable_named(source: SingleSource) -> Iterator[None]:
+    """Name the source when a reader of `datasets` gives up on one of its files."""
+    try:
+        yield
+    except (pa.ArrowInvalid, JSONDecodeError, UnicodeDecodeError, DatasetGenerationError) as error:
+        raise ValueError(
+            f"{describe(source)}: could not be read as {source.kind} ({error.__cause__ or error}); check source.kind "
+            "and the files"
+        ) from error
+
+
+def _load_single(source: SingleSource) -> Any:
+    with unreadable_named(source):
+        dataset = _OPEN[source.kind](source)
+    if source.shuffle_seed is None:
+        return dataset
+    if source.streaming:
+        return dataset.shuffle(seed=source.shuffle_seed, buffer_size=source.shuffle_buffer or 10_000)
+    return dataset.shuffle(seed=source.shuffle_seed)
+
+
+def _demo(source: SingleSource) -> Any:
+    return datasets.Dataset.from_dict({"text": demo_texts(demo_parts(source))})
+
+
+def _synthetic(source: SingleSource) -> Any:
+    assert source.synthetic is not None
+    task = source.synthetic
+    if not source.streaming:
+        return datasets.Dataset.from_dict({"text": list(synthetic_documents(task))})
+    return datasets.IterableDataset.from_generator(
+        lambda: ({"text": text} for text in synthetic_documents(task)),
+        features=datasets.Features({"text": datasets.Value("string")}),
+    )
+
+
+def _lines_or_texts(source: SingleSource) -> Any:
+    files = matching(source.patterns)
+    # What the cache's name is made of: another size or time is another file.
+    states = [(str(Path(file).stat().st_size), str(Path(file).stat().st_mtime_ns)) for file in files]
+    chosen = DataFilesDict({"train": DataFilesList([str(Path(file).absolute()) for file in files], states)})
+    return _records(source, chosen, "train")
+
+
+def _records(source: SingleSource, files: DataFilesDict, split: str) -> Any:
+    builder = Records(
+        data_files=files, format="text" if source.kind == "text" else "jsonl", column=source.column or "text"
+    )
+    try:
+        return _opened(builder, source, split)
+    except ValueError as error:  # a corpus without a record, read into the cache
+        if "corresponds to no data" in str(error):
+            raise no_document(source) from None
+        raise
+
+
+def _parquet(source: SingleSource) -> Any:
+    arguments: dict[str, Any] = {"path": "parquet", "data_files": matching(source.patterns)}
+    return _columnar(source, datasets.load_dataset_builder(**arguments), arguments, "train")
+
+
+def _hub(source: SingleSource) -> Any:
+    assert source.name is not None
+    split = source.split or "train"
+    arguments: dict[str, Any] = {"path": source.name, "name": source.config, "revision": source.revision}
+    try:
+        builder = datasets.load_dataset_builder(**arguments)
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        raise ValueError(
+            f"{describe(source)}: expected data files, found a data set that brings code of its own, which is "
+            f"never run ({error}); use a revision with Parquet files"
+        ) from None
+    files = builder.config.data_files
+    if files and split not in files:
+        raise ValueError(
+            f"{describe(source)}: found splits {', '.join(map(str, files))}, expected {split!r}; set source.split"
+        )
+    if isinstance(builder, Json) and not _is_array(files[split][0]):
+        return _records(source, DataFilesDict({split: files[split]}), split)
+    return _columnar(source, builder, arguments, split)
+
+
+def _columnar(source: SingleSource, builder: Any, arguments: dict[str, Any], split: str) -> Any:
+    """A data set of the library's own readers, reduced to the column of the text, which becomes `text`."""
+    column = source.column or "text"
+    if isinstance(builder, Parquet):
+        with xopen(builder.config.data_files[split][0], "rb") as file:
+            _require_column(source, pq.read_schema(file).names)
+        builder = datasets.load_dataset_builder(**arguments, columns=[column])
+        dataset = _opened(builder, source, split)
+    else:
+        dataset = _opened(builder, source, split)
+        found = dataset.column_names
+        if found is None:  # a stream without declared features: its first record tells
+            found = list(next(iter(dataset), {}))
+        _require_column(source, found)
+        dataset = dataset.select_columns([column])
+    kind = (dataset.features or {}).get(column)
+    if kind is not None and getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
+        raise ValueError(
+            f"{describe(source)}: column {column!r}: found values of type {getattr(kind, 'dtype', kind)}, expected "
+            "text; name another column with source.column"
+        )
+    return dataset if column == "text" else dataset.rename_column(column, "text")
+
+
+def _opened(builder: Any, source: SingleSource, split: str) -> Any:
+    if source.streaming:
+        return builder.as_streaming_dataset(split=split)
+    builder.download_and_prepare()
+    return builder.as_dataset(split=split)
+
+
+def _require_column(source: SingleSource, found: list[str]) -> None:
+    column = source.column or "text"
+    if not found:
+        raise no_document(source)
+    if column not in found:
+        raise ValueError(
+            f"{describe(source)}: found columns {', '.join(map(repr, found))}, expected {column!r}; "
+            "name the one that holds the text with source.column"
+        )
+
+
+def _is_array(file: str) -> bool:
+    """Whether a JSON file is one array of records, which is for the reader of `datasets`, rather than lines."""
+    with xopen(file, "rb") as raw, decompressed(raw, file) as stream:
+        return stream.read(1) == b"["
+
+
+_OPEN: dict[str, Callable[[SingleSource], Any]] = {
+    "demo": _demo,
+    "synthetic": _synthetic,
+    "jsonl": _lines_or_texts,
+    "text": _lines_or_texts,
+    "parquet": _parquet,
+    "hub": _hub,
+}

@@ -1,0 +1,145 @@
+"""Selection: which documents of a source go into a token store, and into which split.
+
+Everything here is a function of the documents in their order, never of how fast or by how many processes
+they are encoded. The split is by a hash of each text, so reordering or extending a corpus moves no document
+from training to validation, and duplicates fall on the same side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+_BATCH_DOCUMENTS = 512
+_BATCH_BYTES = 400_000  # encoded at a time: bounds memory, and how long the last process is waited for
+_RECENT = 2**16
+
+
+class Document(NamedTuple):
+    """A document that was selected."""
+
+    text: str
+    split: str
+    size: int
+    """UTF-8 bytes of the text."""
+    digest: int
+    """64-bit hash of the text."""
+
+
+@dataclass
+class Batch:
+    """Documents that are encoded together, all of one unit."""
+
+    unit: int
+    """A unit is what one shard per split holds."""
+    documents: list[Document] = field(default_factory=list)
+    last: bool = False
+    """Whether the unit ends with this batch."""
+
+
+class Selection:
+    """The documents that pass, in order.
+
+    Args:
+        validation_share: see `split_of`.
+        min_bytes, max_bytes: bounds of a document's UTF-8 bytes, both inclusive.
+        deduplicate: keep only the first of equal texts.
+    """
+
+    def __init__(
+        self,
+        texts: Iterable[str],
+        *,
+        validation_share: float,
+        min_bytes: int | None = None,
+        max_bytes: int | None = None,
+        deduplicate: bool = False,
+    ) -> None:
+        self._texts = texts
+        self._bound = validation_share * 2**64
+        self._min_bytes = min_bytes or 0
+        self._max_bytes = max_bytes or 2**63
+        self._seen = Seen() if deduplicate else None
+        self.left_out: Counter[str] = Counter()
+        """Documents left out so far: `too_short`, `too_long`, `duplicate`."""
+
+    def __iter__(self) -> Iterator[Document]:
+        for text in self._texts:
+            content = text.encode()
+            size = len(content)
+            if size < self._min_bytes:
+                self.left_out["too_short"] += 1
+                continue
+            if size > self._max_bytes:
+                self.left_out["too_long"] += 1
+                continue
+            digest = text_hash(content)
+            if self._seen is not None and not self._seen.add(digest):
+                self.left_out["duplicate"] += 1
+                continue
+            yield Document(text, "validation" if digest < self._bound else "train", size, digest)
+
+
+class Seen:
+    """A set of 64-bit hashes in about 14 bytes each: a sorted array, and a set of those added lately.
+
+    Two different texts share a hash with a probability of n² / 2⁶⁵ over n documents: 3e-6 for ten million.
+    """
+
+    def __init__(self) -> None:
+        self._sorted: NDArray[np.uint64] = np.zeros(0, dtype=np.uint64)
+        self._recent: set[int] = set()
+
+    def add(self, digest: int) -> bool:
+        """Whether it is new."""
+        if digest in self._recent:
+            return False
+        if self._sorted.size:
+            place = int(self._sorted.searchsorted(np.uint64(digest)))
+            if place < self._sorted.size and int(self._sorted[place]) == digest:
+                return False
+        self._recent.add(digest)
+        if len(self._recent) > max(_RECENT, self._sorted.size // 16):
+            added = np.fromiter(self._recent, dtype=np.uint64, count=len(self._recent))
+            self._sorted = np.sort(np.concatenate([self._sorted, np.sort(added)]), kind="stable")
+            self._recent = set()
+        return True
+
+
+def batches(documents: Iterable[Document], shard_bytes: int) -> Iterator[Batch]:
+    """Cut documents into units of at most `shard_bytes` UTF-8 bytes, and those into batches.
+
+    A longer document is a unit by itself.
+    """
+    batch = Batch(0)
+    size = unit_size = 0
+    for document in documents:
+        if batch.documents and unit_size + document.size > shard_bytes:
+            batch.last = True
+            yield batch
+            batch, size, unit_size = Batch(batch.unit + 1), 0, 0
+        elif len(batch.documents) == _BATCH_DOCUMENTS or size >= _BATCH_BYTES:
+            yield batch
+            batch, size = Batch(batch.unit), 0
+        batch.documents.append(document)
+        size += document.size
+        unit_size += document.size
+    if batch.documents:
+        batch.last = True
+        yield batch
+
+
+def split_of(text: str, validation_share: float) -> str:
+    """`train` or `validation`: a function of the text alone (blake2b, 64 bits)."""
+    return "validation" if text_hash(text.encode()) < validation_share * 2**64 else "train"
+
+
+def text_hash(content: bytes) -> int:
+    """blake2b of a text's UTF-8 bytes, as a number of 64 bits."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")

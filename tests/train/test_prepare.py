@@ -1,0 +1,71 @@
+"""`sinkbed prepare` says what it made, what it would make, and whether a store is intact."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from data.partial import DiskFullError
+from train.cli import main
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    lines = [json.dumps({"text": f"document {i} with a few words"}) for i in range(300)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join([*lines, "{broken"]))
+    (tmp_path / "config.yaml").write_text(
+        f"source: {{kind: jsonl, files: '{tmp_path}/corpus.jsonl', streaming: true}}\n"
+        f"tokenizer: {{vocab_size: 270}}\nvalidation_share: 0.1\nout: {tmp_path}/store\n"
+    )
+    return ["prepare", "--config", str(tmp_path / "config.yaml")]
+
+
+def test_the_last_line_tells_what_was_left_out(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--workers", "1"]) == 1
+    assert "corpus.jsonl, line 301: found no JSON" in capsys.readouterr().err
+    assert main([*command, "--workers", "1", "--on_error", "skip"]) == 0
+    printed = capsys.readouterr()
+    assert "left out: 1 malformed" in printed.out and "MB/s" in printed.err and "tokens/s" in printed.err
+
+
+def test_a_dry_run_prints_the_size_and_time_and_writes_nothing(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    assert main([*command, "--dry_run", "--on_error", "skip", "--workers", "1"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("documents        300 (known)", "bytes per token", "disk", "time left", "1 malformed"):
+        assert part in printed
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_store_is_checked_by_its_path_alone(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--on_error", "skip", "--quiet", "--workers", "1"]) == 0
+    check = ["prepare", "--check", str(tmp_path / "store")]
+    assert main(check) == 0
+    assert "2 shards, every checksum as written" in capsys.readouterr().out
+    shard = tmp_path / "store" / "validation" / "00000.arrow"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert main(check) == 1
+    assert "validation/00000.arrow is damaged" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_in_the_words_of_preparing(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("data.prepare.prepare", lambda *_, **__: (_ for _ in ()).throw(DiskFullError(28, "kept in x")))
+    assert main(command) == 1
+    assert capsys.readouterr().err.strip().endswith("sinkbed prepare: kept in x")
+
+
+def test_workers_below_one_are_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--workers", "0"]) == 1
+    assert "--workers: found 0, expected at least 1" in capsys.readouterr().err
