@@ -8,6 +8,7 @@ whoever started them, also when that is killed, and are not started at all for a
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -162,6 +163,7 @@ def _start(definition: str, bos_id: int, eos_id: int) -> None:
     """Make a process ready: its tokenizer, and a thread that ends it with its parent."""
     global _tokenizer
     os.environ[_PARALLEL] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that started it to handle
     _tokenizer = Tokenizer.from_str(definition, bos_id=bos_id, eos_id=eos_id)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -82,6 +82,8 @@ def unreadable_named(source: SingleSource) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowInvalid, JSONDecodeError, UnicodeDecodeError, DatasetGenerationError) as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
+            raise error.__cause__ from None  # the cache's disk is full, say: no fault of the source
         raise ValueError(
             f"{describe(source)}: could not be read as {source.kind} ({error.__cause__ or error}); check source.kind "
             "and the files"

@@ -91,6 +91,7 @@ def _fill(config: PrepareConfig, recipe: dict[str, Any], units: Units, workers: 
     tokenizer = _kept_tokenizer(config, documents, units, progress)
     selected = selection(config, documents)
     gathered = Gathered()
+    read = 0
     done = set(units.finished)
     cut = batches(selected, config.shard_bytes or SHARD_BYTES)
     with _Bar("encoding", progress, documents.count()) as bar, Encoder(tokenizer, workers) as encoder:
@@ -104,7 +105,8 @@ def _fill(config: PrepareConfig, recipe: dict[str, Any], units: Units, workers: 
             else:
                 units.finish(batch.unit, gathered)
             gathered = Gathered()
-        unread = [number for number in units.finished if number > batch.unit]
+            read = batch.unit + 1
+    unread = [number for number in units.finished if number >= read]
     if unread:
         raise ValueError(
             f"{units.partial.folder}: the source gives fewer documents than when unit {unread[0]} was made; pin its "
