@@ -21,7 +21,7 @@ from data.layout import Layout, Pieces
 from data.offsets import Offsets
 from data.packing import places, starts_counted
 
-_CHUNK_TOKENS = 2**24  # rows at a time
+_CHUNK_TOKENS = 2**20  # rows at a time
 _CHUNK_DOCUMENTS = 2**20
 
 

@@ -21,7 +21,7 @@ Document d starts at `offsets[d] + d * extras`, so nothing is stored beside the 
 A target is the next stream token, across the end of the row. A first token predicts the stream token that opens
 its row, so the previous row does not count it: every row counts exactly as many targets as it consumes stream
 tokens, and no token is counted twice. A row drawn without the first token (`first_token_share`) shows the stream
-tokens before it in its place and counts the same targets.
+tokens before it in its place; under a causal mask it counts the same targets.
 
 `Planned`. Every other packing: rows hold whole documents, or pieces of n tokens of those that are longer, as
 `data.plan` laid them out. A token is counted where the token before it in its document stands, in that row; the
@@ -115,6 +115,11 @@ class Layout:
         """The pieces in rows `index` [N], each in 0 .. R - 1; `led`: these rows have their first token."""
         raise NotImplementedError
 
+    @property
+    def pads(self) -> bool:
+        """Whether rows may end in padding."""
+        return self.strategy.first_token_share < 1
+
     def verify(self) -> None:
         """Compare what is kept on disk of this layout with what it was made from. Raises ValueError for damage."""
 
@@ -189,6 +194,11 @@ class Planned(Layout):
     def counts_resumed(self) -> bool:
         """It was counted where the token before it stands."""
         return False
+
+    @property
+    def pads(self) -> bool:
+        """Even `fill` leaves some: where documents run out."""
+        return True
 
     def verify(self) -> None:
         """See `Layout.verify`."""

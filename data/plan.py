@@ -19,6 +19,7 @@ Shapes: R rows, N rows asked for, I items, P pieces.
 from __future__ import annotations
 
 import os
+import warnings
 from bisect import bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ _WINDOW_TOKENS = 2**26
 _WINDOW_DOCUMENTS = 2**20
 _WAITING = 1000  # items in the buffer of `fill: crop`
 _MAPPED_WINDOWS = 256
+_SCHEMA = pa.schema([(name, pa.large_list(pa.int64())) for name in ("documents", "begins")])
 
 
 class Items(NamedTuple):
@@ -88,6 +90,8 @@ class Plan:
     def __init__(self, recipe: Recipe, offsets: Offsets, source: pa.NativeFile, path: Path | None = None) -> None:
         self._recipe, self._offsets, self._path = recipe, offsets, path
         self._reader = pa.ipc.open_file(source)
+        if self._reader.schema != _SCHEMA:
+            raise pa.ArrowInvalid(f"found the columns {self._reader.schema.names}")
         counts = [self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)]
         self._first_row = np.cumsum([0, *counts], dtype=np.int64)
         self._windows: OrderedDict[int, tuple[Ints, Ints, Ints]] = OrderedDict()
@@ -102,10 +106,14 @@ class Plan:
                     _write(path, recipe, offsets)
                 try:
                     return cls(recipe, offsets, pa.memory_map(os.fspath(path)), path)
-                except pa.ArrowInvalid:  # damaged: what it held can be made again
+                except (pa.ArrowException, KeyError):  # damaged: what it held can be made again
                     continue
-        except OSError:  # a read-only or a full disk
-            pass
+        except OSError as error:  # a read-only or a full disk
+            warnings.warn(
+                f"{path}: the layout of rows could not be kept ({error}); every process lays it out anew, in its own "
+                "memory. Make that folder writable, or prepare a store of your own",
+                stacklevel=2,
+            )
         sink = pa.BufferOutputStream()
         _make(sink, recipe, offsets)
         return cls(recipe, offsets, pa.BufferReader(sink.getvalue()))
@@ -133,16 +141,21 @@ class Plan:
         """
         windows = np.searchsorted(self._first_row, index, side="right") - 1
         held = np.empty(len(index), dtype=np.int64)
-        documents, begins = [], []
-        for i, (window, row) in enumerate(zip(windows.tolist(), index.tolist(), strict=True)):
-            edges, document, begin = self._window(window)
-            place = row - int(self._first_row[window])
-            a, b = int(edges[place]), int(edges[place + 1])
-            held[i] = b - a
-            documents.append(document[a:b])
-            begins.append(begin[a:b])
-        empty = np.zeros(0, dtype=np.int64)
-        return held, np.concatenate([empty, *documents]), np.concatenate([empty, *begins])
+        first = np.empty(len(index), dtype=np.int64)
+        for window in np.unique(windows).tolist():
+            chosen = np.flatnonzero(windows == window)
+            edges, place = self._window(window)[0], index[chosen] - self._first_row[window]
+            first[chosen] = edges[place]
+            held[chosen] = edges[place + 1] - edges[place]
+        # Piece by piece: where it stands in its window.
+        place = np.arange(int(held.sum())) + np.repeat(first - np.cumsum(held) + held, held)
+        owner = np.repeat(windows, held)
+        documents, begins = np.empty_like(place), np.empty_like(place)
+        for window in np.unique(windows).tolist():
+            chosen = np.flatnonzero(owner == window)
+            _, document, begin = self._window(window)
+            documents[chosen], begins[chosen] = document[place[chosen]], begin[place[chosen]]
+        return held, documents, begins
 
     def _window(self, window: int) -> tuple[Ints, Ints, Ints]:
         if window in self._windows:
@@ -164,6 +177,7 @@ def _write(path: Path, recipe: Recipe, offsets: Offsets) -> None:
             _make(file, recipe, offsets)
             file.flush()
             os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)  # others may train from the same store
             os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)
@@ -173,15 +187,13 @@ def _write(path: Path, recipe: Recipe, offsets: Offsets) -> None:
 def _make(sink: Any, recipe: Recipe, offsets: Offsets) -> None:
     from tqdm import tqdm
 
-    numbers = pa.large_list(pa.int64())
-    schema = pa.schema([("documents", numbers), ("begins", numbers)])
     bar = tqdm(total=offsets.tokens, desc="packing", unit=" tokens", unit_scale=True, delay=5.0)
-    with pa.ipc.new_file(sink, schema) as writer, bar:
+    with pa.ipc.new_file(sink, _SCHEMA) as writer, bar:
         for start, stop in windows(offsets):
             items = items_of(offsets, start, stop, recipe)
             edges, *values = _columns(items, lay_out(items, recipe))
             columns = [pa.LargeListArray.from_arrays(pa.array(edges), pa.array(column)) for column in values]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
+            writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
             bar.update(int(offsets[np.array([start, stop])] @ [-1, 1]))
 
 

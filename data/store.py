@@ -142,13 +142,6 @@ class TokenStore:
                 start = end
         return result
 
-    def stream(self, start: int, stop: int) -> NDArray[np.unsignedinteger]:
-        """Copy of tokens `start` to `stop` of all documents end to end, across shards.
-
-        Raises IndexError for a range that leaves the split.
-        """
-        return self.gather(np.array([start]), np.array([stop - start]))
-
     def document_bytes(self) -> NDArray[np.int64]:
         """[documents] UTF-8 bytes of each document's text."""
         columns = [self._column(shard, "bytes").to_numpy() for shard in self.info.shards]

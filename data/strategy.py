@@ -95,6 +95,12 @@ class Strategy:
                 f"long_documents: found {self.long_documents!r} with packing 'concat', which cuts wherever a row "
                 "ends; expected another packing, or long_documents: split"
             )
+        for name in ("mask", "positions"):
+            if self.packing == "pad" and getattr(self, name) == "document":
+                raise ValueError(
+                    f"{name}: found 'document' with packing 'pad', where a row holds one document and padding that "
+                    f"nothing before it sees; expected {name}: {'causal' if name == 'mask' else 'row'}"
+                )
         if self.packing != "best_fit" and self.fill != "pad":
             raise ValueError(
                 f"fill: found {self.fill!r} with packing {self.packing!r}, which ignores it; expected packing: "
@@ -120,6 +126,10 @@ class Strategy:
             if not self.first_token or self.first_token[-1] == "none":
                 raise ValueError(
                     f"first_token: found {self.first_token}, expected a list that ends in a token to place, or none"
+                )
+            if len(self.first_token) == 1:
+                raise ValueError(
+                    f"first_token: found {self.first_token}, expected the token itself where a list would hold one"
                 )
             for what in self.first_token:
                 _check_token("first_token", what, get_args(FirstToken))

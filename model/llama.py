@@ -90,7 +90,9 @@ def from_llama(folder: Path) -> Decoder:
     do not fit the config.
     """
     config = decoder_config(folder)
-    vocab_size = int(_read_json(folder / CONFIG)["vocab_size"])
+    vocab_size = _read_json(folder / CONFIG).get("vocab_size")
+    if not isinstance(vocab_size, int):
+        raise ValueError(f"{folder / CONFIG}: found vocab_size {vocab_size!r}, expected a number")
     with torch.device("meta"):
         decoder = Decoder(config, vocab_size)
     theirs = _read_weights(folder)

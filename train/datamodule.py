@@ -154,7 +154,9 @@ class StoreCheck(L.Callback):
         try:
             for split in self.data.store.manifest.splits:
                 TokenStore.open(self.data.store_path, split).verify()
-            self.data.rows.layout.verify()
+            # Opened anew: what training reads from is not for two threads.
+            store = TokenStore.open(self.data.store_path, "train")
+            Rows(store, self.data.strategy, self.data.context_length).layout.verify()
         except Exception as error:
             self.damage = error
 

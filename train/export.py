@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data.strategy import Strategy
-    from data.tokenizer import Tokenizer
+    from data.tokenizer import Tokenizer as OurTokenizer
 
 # What a Llama cannot be told, under `data.strategy`, and the value at which there is nothing to tell.
 _MASKS = {"window": None, "prefix_lm": 0}
@@ -74,7 +74,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     return 0
 
 
-def first_id(strategy: Strategy, tokenizer: Tokenizer, bos: str) -> int | None:
+def first_id(strategy: Strategy, tokenizer: OurTokenizer, bos: str) -> int | None:
     """The token before each text; None for none.
 
     Raises ValueError for a strategy under which the model is more than a Llama and its tokenizer can be told.
@@ -97,18 +97,24 @@ def first_id(strategy: Strategy, tokenizer: Tokenizer, bos: str) -> int | None:
     return {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}.get(what)
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, first: int | None, context_length: int) -> None:
+def write_tokenizer(folder: Path, tokenizer: OurTokenizer, first: int | None, context_length: int) -> None:
     """tokenizer.json, with a template that puts `first` before a text, and tokenizer_config.json."""
-    from tokenizers import processors
+    from tokenizers import Tokenizer
 
-    backend = type(tokenizer.backend).from_str(tokenizer.backend.to_str())
-    bos, eos = (backend.id_to_token(index) for index in (tokenizer.bos_id, tokenizer.eos_id))
+    definition = json.loads(tokenizer.backend.to_str())
     if first is not None:
-        token = backend.id_to_token(first)
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, first)]
-        )
-    backend.save(str(folder / "tokenizer.json"))
+        # As JSON: the library's own short form gives "$" and ":" in a token a meaning.
+        token, text = {"SpecialToken": {"id": "first", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+        definition["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [token, text],
+            "pair": [token, text, token, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {
+                "first": {"id": "first", "ids": [first], "tokens": [tokenizer.backend.id_to_token(first)]}
+            },
+        }
+    Tokenizer.from_str(json.dumps(definition)).save(str(folder / "tokenizer.json"))
+    bos, eos = (tokenizer.backend.id_to_token(index) for index in (tokenizer.bos_id, tokenizer.eos_id))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,

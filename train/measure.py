@@ -161,7 +161,8 @@ class ModeResult:
     placed_key: int = 0
     """Row position of a second key that is measured, by default the last at which the mode places a token; 0: none."""
     rate_placed: dict[str, list[list[float]]] | None = None
-    """eps -> [L][H] sink rate in % at key `placed_key`, over its later queries among the first `sink_tokens`."""
+    """eps -> [L][H] sink rate in % at key `placed_key`, over its own and later queries among the first `sink_tokens`.
+    None without such a key, and under a prefix LM."""
     mass_placed: list[list[float]] | None = None
     """[L][H] mean mass on key `placed_key` of the queries after it among the first `sink_tokens`."""
 
@@ -257,6 +258,11 @@ def measure(
         with torch.no_grad():
             for rows, text, lengths in probe.batches(config.batch_tokens):
                 first, positions = first_tokens(mode, strategy, probe, rows)
+                if positions and positions[-1] >= config.sink_tokens:
+                    raise ValueError(
+                        f"strategy.first_token: found a token placed at position {positions[-1]}, expected one before "
+                        f"measure.sink_tokens={config.sink_tokens}, so that every document of the probe reaches it"
+                    )
                 hide = mode == "first_key_masked"
                 second = (positions or (0,))[-1] if key is None else key
                 if strategy.prefix_lm or second >= config.sink_tokens - 1:

@@ -84,6 +84,7 @@ class SinkMonitor(L.Callback):
         self.probe = Probe.from_store(held_out, pl_module.data.context_length, self.config)
         try:
             self.packed = Rows(held_out, pl_module.data.strategy, pl_module.data.context_length, 0)
+            self.packed.layout.verify()
         except ValueError:  # a validation split shorter than a row has no packed rows to look at
             self.packed = None
 
@@ -134,7 +135,7 @@ class SinkMonitor(L.Callback):
     def _packed(self, decoder: Decoder, module: SinkbedModule) -> dict[str, float]:
         """Mass on the first key of the query's document and of the row, in rows packed as in training.
 
-        Queries that are that key themselves do not count, nor those without a target, which padding is.
+        Queries that are that key themselves do not count, nor padding.
         """
         if self.packed is None:
             return {}
@@ -148,10 +149,14 @@ class SinkMonitor(L.Callback):
         decoder.train(training)
         assert output.statistics is not None
         index = torch.arange(batch.tokens.shape[1], device=module.device)
-        counted = batch.loss_mask[:, None, :].expand(-1, decoder.config.heads, -1)
-        later = counted & (batch.doc_start < index)[:, None, :]
+        real = torch.ones_like(batch.loss_mask)
+        if self.packed.layout.pads:  # padding is a document without a target
+            start = batch.doc_start.long()
+            real = torch.zeros_like(start).scatter_add_(1, start, batch.loss_mask.long()).gather(1, start) > 0
+        real = real[:, None, :].expand(-1, decoder.config.heads, -1)
+        later = real & (batch.doc_start < index)[:, None, :]
         document = torch.stack([s.document_mass[later].mean() for s in output.statistics]).mean()
-        row = torch.stack([s.row_mass[..., 1:][counted[..., 1:]].mean() for s in output.statistics]).mean()
+        row = torch.stack([s.row_mass[..., 1:][real[..., 1:]].mean() for s in output.statistics]).mean()
         return {"sink/document_start_mass": float(document), "sink/row_start_mass": float(row)}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -100,12 +100,13 @@ def describe(strategy: dict[str, Any]) -> tuple[str, str]:
         if what == "bos":
             parts.append(f"fixed at position {position}{rows}")
         elif what != "none":
-            parts.append(f"none; {what} token at position {position}{rows}")
+            parts.append(f"{'random token' if what == 'random' else f'token {what}'} at position {position}{rows}")
     if strategy["document_start"] == "bos":
         parts.append("at document starts")
     elif strategy["document_start"] != "none":
-        parts.append(f"{strategy['document_start']} token at document starts")
-    return mask, " and ".join(parts) or "none"
+        parts.append(f"token {strategy['document_start']} at document starts")
+    has_bos = any("fixed" in part or part == "at document starts" for part in parts)
+    return mask, ("" if has_bos or not parts else "none; ") + " and ".join(parts) or "none"
 
 
 COLUMNS = (

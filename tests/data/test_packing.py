@@ -254,6 +254,13 @@ def _short(strategy: Strategy) -> tuple[Any, ...]:
     )
 
 
+def whole(packing: dict[str, Any], **axes: Any) -> Strategy:
+    """A strategy, without what has no effect where a row holds one document."""
+    if packing.get("packing") == "pad":
+        axes |= {"mask": "causal", "positions": "row"}
+    return Strategy(**packing, **axes)
+
+
 PLANNED: list[dict[str, Any]] = [
     {"packing": "best_fit"},
     {"packing": "best_fit", "long_documents": "crop"},
@@ -303,7 +310,7 @@ def test_every_field_of_rows_of_whole_documents_equals_the_oracle(
     monkeypatch.setattr(plan_module, "_WAITING", 4)
     documents = documents_of(LENGTHS)
     start: Any = "bos" if first == "none" else "none"
-    strategy = Strategy(**packing, first_token=first, mask=mask, document_start=start, positions="document")
+    strategy = whole(packing, first_token=first, mask=mask, document_start=start, positions="document")
     rows = Rows(store_of_all_lengths, strategy, 9, seed=3)
     expected = assert_planned_rows_equal_the_oracle(rows, documents)
     # The boundaries in question occur: a long document, several documents in a row, one that fills it, padding.
@@ -335,7 +342,7 @@ def test_any_layout_of_whole_documents_equals_the_oracle(
 ) -> None:
     axes["first_token"], axes["document_start"] = axes.pop("first"), axes.pop("start")
     axes["document_end"] = axes.pop("end")
-    strategy = Strategy(**packing, **axes)
+    strategy = whole(packing, **axes)
     documents = documents_of(lengths)
     assume(any(marked(document, strategy) for document in documents))
     with pytest.MonkeyPatch.context() as patch:
@@ -366,7 +373,7 @@ def test_no_token_is_read_twice_or_lost_and_none_is_counted_twice(
     """But for what a strategy says it repeats, crops or drops, and the audit says how much that is."""
     if share < 1 and first == "none":
         return
-    strategy = Strategy(**packing, first_token=first, first_token_share=share, mask=mask, document_end="none")
+    strategy = whole(packing, first_token=first, first_token_share=share, mask=mask, document_end="none")
     # Each token tells its place in the corpus.
     size = sum(lengths)
     assume(0 < size <= 178)

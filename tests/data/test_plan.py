@@ -154,25 +154,31 @@ def test_what_decides_a_plan_is_in_its_name(recipe: Recipe) -> None:
     assert same.key("digest") == recipe.key("digest"), "the mask and what a first token is move no document"
 
 
-@pytest.mark.parametrize("trouble", ["read-only", "full", "damaged", "cut off"])
-def test_a_plan_that_cannot_be_kept_is_made_in_memory_and_leaves_nothing(
+@pytest.mark.parametrize("trouble", ["folder", "full"])
+def test_a_plan_that_cannot_be_kept_is_made_in_memory_with_a_warning_and_leaves_nothing(
     recipe: Recipe, offsets: Offsets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
-    expected = rows_of(Plan.load(recipe, offsets, tmp_path, "digest"))
-    [path] = tmp_path.iterdir()
-    if trouble in ("damaged", "cut off"):
-        content = path.read_bytes()
-        path.write_bytes(b"x" * len(content) if trouble == "damaged" else content[: len(content) // 2])
+    expected = rows_of(Plan.load(recipe, offsets, tmp_path / "good", "digest"))
+    folder = tmp_path / "packing"
+    if trouble == "folder":
+        folder.write_text("a file where the folder should be")
     else:
-        path.unlink()
-        error = PermissionError(13, "read-only") if trouble == "read-only" else OSError(28, "full")
 
         def refuse(*_: Any) -> None:
-            raise error
+            raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", refuse)
-    assert rows_of(Plan.load(recipe, offsets, tmp_path, "digest")) == expected
-    assert [p.name for p in tmp_path.iterdir() if p != path] == []
+    with pytest.warns(UserWarning, match=r"could not be kept .*Make that folder writable"):
+        plan = Plan.load(recipe, offsets, folder, "digest")
+    assert rows_of(plan) == expected
+    plan.verify()
+    assert folder.is_file() or list(folder.iterdir()) == []
+
+
+def test_others_may_read_a_plan(recipe: Recipe, offsets: Offsets, tmp_path: Path) -> None:
+    Plan.load(recipe, offsets, tmp_path, "digest")
+    [path] = tmp_path.iterdir()
+    assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_a_damaged_plan_is_made_again_or_named(recipe: Recipe, offsets: Offsets, tmp_path: Path) -> None:
@@ -181,9 +187,16 @@ def test_a_damaged_plan_is_made_again_or_named(recipe: Recipe, offsets: Offsets,
     expected = rows_of(plan)
     [path] = tmp_path.iterdir()
     content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    assert rows_of(Plan.load(recipe, offsets, tmp_path, "digest")) == expected
-    assert path.read_bytes() == content
+    broken = {
+        "cut off": content[: len(content) // 2],
+        "no Arrow": b"x" * len(content),
+        "no footer": content[:-40] + bytes(40),
+        "other columns": content.replace(b"begins", b"bogins"),
+    }
+    for what, damaged in broken.items():
+        path.write_bytes(damaged)
+        assert rows_of(Plan.load(recipe, offsets, tmp_path, "digest")) == expected, what
+        assert path.read_bytes() == content
     # A flipped bit leaves a readable file: document 1 becomes document 0.
     place = content.index((1).to_bytes(8, "little") + (1).to_bytes(8, "little"))
     path.write_bytes(content[:place] + bytes([0]) + content[place + 1 :])

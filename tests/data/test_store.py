@@ -42,7 +42,11 @@ def test_any_documents_come_back_across_any_shards(
     assert store.document_bytes().tolist() == [len(document) for document in documents]
     start = data.draw(st.integers(0, len(flat)))
     stop = data.draw(st.integers(start, len(flat)))
-    assert store.stream(start, stop).tolist() == flat[start:stop]
+    ranges = data.draw(st.lists(st.tuples(st.integers(0, len(flat)), st.integers(0, len(flat))), max_size=5))
+    ranges = [(min(pair), max(pair)) for pair in [(start, stop), *ranges]]
+    starts, stops = np.array(ranges).T
+    expected = [token for start, stop in ranges for token in flat[start:stop]]
+    assert store.gather(starts, stops - starts).tolist() == expected
 
 
 def test_shards_are_cut_before_they_exceed_their_limit(make_store: MakeStore) -> None:
@@ -69,14 +73,14 @@ def test_ranges_outside_the_split_are_refused(make_store: MakeStore) -> None:
             store.slice(document)
     for start, stop in ((-1, 2), (3, 2), (0, 13)):
         with pytest.raises(IndexError, match="the split has 12"):
-            store.stream(start, stop)
+            store.gather(np.array([start]), np.array([stop - start]))
 
 
 def test_mappings_are_let_go_when_there_are_many_shards(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "_MAPPED_SHARDS", 2)
     store = make_store([[2 + i] for i in range(9)], shard_tokens=1)
     assert len(store.info.shards) == 9
-    assert store.stream(0, 9).tolist() == list(range(2, 11))
+    assert store.gather(np.array([0]), np.array([9])).tolist() == list(range(2, 11))
     assert len(store._mapped) == 2
     assert store.slice(0).tolist() == [2]
 

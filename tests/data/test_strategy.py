@@ -39,6 +39,9 @@ ROOT = Path(__file__).parents[2]
         ({"first_token": []}, "first_token: found .*ends in a token to place"),
         ({"first_token": ["bos", "none"]}, "first_token: found .*ends in a token to place"),
         ({"first_token": ["bos", "eos"]}, "first_token: found 'eos'"),
+        ({"first_token": ["bos"]}, "first_token: found .*expected the token itself"),
+        ({"packing": "pad", "mask": "document"}, "mask: found 'document' with packing 'pad'"),
+        ({"packing": "pad", "positions": "document"}, "positions: found 'document' with packing 'pad'"),
         ({"first_token": "bos", "first_token_share": 0}, "first_token_share: found 0"),
         ({"first_token": "bos", "first_token_share": 1.5}, "first_token_share: found 1.5"),
         ({"first_token": "bos", "first_token_share": True}, "first_token_share: found True"),
@@ -105,6 +108,9 @@ def test_a_strategy_saved_before_an_axis_existed_is_that_axis_at_its_default() -
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "strategy").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_strategy_in_the_checkout_is_valid_and_commented(path: Path) -> None:
+    """Whole, too: what an overlay leaves out it would take over from the run it is laid upon."""
     text = path.read_text()
     assert text.startswith("# ")
-    Strategy(**yaml.safe_load(text)["data"]["strategy"]).check_context(128)
+    strategy = yaml.safe_load(text)["data"]["strategy"]
+    assert strategy.keys() == {field.name for field in dataclasses.fields(Strategy)}
+    Strategy(**strategy).check_context(128)

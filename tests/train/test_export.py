@@ -54,12 +54,14 @@ def test_text_to_logits_equal_ours(run_dir, tmp_path, capsys):
         ({"document_start": "bos"}, "as_trained", "bos"),
         ({"document_start": "eos"}, "as_trained", "eos"),
         ({"first_token": 77}, "as_trained", 77),
+        *(({"first_token": token}, "as_trained", token) for token in (5, 27)),  # "$" and ":"
         ({"first_token": "random"}, "as_trained", None),
         ({"first_token": "random", "document_start": "bos"}, "as_trained", None),
     ],
 )
 def test_the_tokenizer_puts_what_the_strategy_put_before_a_text(axes, bos, expected, tiny_store, tmp_path):
     ours = TokenStore.open(tiny_store).tokenizer()
+    assert {ours.decode([5]), ours.decode([27])} == {"$", ":"}, "tokens that the library's short form reads otherwise"
     first = first_id(Strategy(**axes), ours, bos)
     assert first == {"bos": ours.bos_id, "eos": ours.eos_id}.get(expected, expected)
     write_tokenizer(tmp_path, ours, first, 32)

@@ -124,6 +124,12 @@ def test_as_trained_puts_the_token_that_the_strategy_fixes(probe):
     assert placed("bos", [0], first_token=["none", 8]) == ([[probe.bos_id]], (0,))
 
 
+def test_a_token_placed_beyond_the_documents_of_the_probe_is_refused(probe, decoder):
+    strategy = Strategy(first_token=[*["none"] * 16, "bos"])
+    with pytest.raises(ValueError, match=r"placed at position 16, expected one before measure\.sink_tokens=16"):
+        measure(decoder, probe, "as_trained", strategy, CONFIG)
+
+
 @pytest.mark.parametrize("window", [None, 12])
 def test_a_token_placed_further_on_is_measured_there(window, probe, decoder, monkeypatch):
     strategy = Strategy(first_token=["none", "none", "bos"], window=window)
