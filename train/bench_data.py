@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from data.audit import audit
 from data.batches import Batch, Rows, RowSampler
+from data.manifest import ShardInfo
 from data.plan import Recipe, items_of, lay_out
 from data.store import TokenStore
 from data.strategy import Strategy
@@ -157,7 +158,7 @@ def generate(path: Path, tokens: int) -> None:
     from data.writer import manifest_of, shard_name
 
     generator, tokenizer = np.random.default_rng(0), Tokenizer.train([], vocab_size=258)
-    shards = []
+    shards: list[ShardInfo] = []
     with PartialStore(path) as partial:
         while tokens > 0:
             lengths = 1 + generator.lognormal(5.7, 1.0, _SHARD_DOCUMENTS).astype(np.int64)
