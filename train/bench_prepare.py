@@ -93,7 +93,7 @@ def sinkbed(job: Job) -> Callable[[], Callable[[], int]]:
     import datasets  # noqa: F401  imported on use: not part of the work
 
     def work() -> Callable[[], int]:
-        manifest = prepare(config, progress=False)
+        manifest = prepare(config, progress=False, workers=job.workers)
         return lambda: sum(split.tokens for split in manifest.splits.values())
 
     return work
