@@ -85,8 +85,8 @@ class Encoder:
                 yield self._result(pending.popleft())
         except BrokenProcessPool:
             raise WorkerDiedError(
-                "a process that encodes died (killed, perhaps because memory ran out); finished shards are kept: run "
-                f"the same command again, with fewer than --workers {self._workers}"
+                "a process that encodes died (killed, perhaps because memory ran out, or it could not start); "
+                f"finished shards are kept: run the same command again, with fewer than --workers {self._workers}"
             ) from None
 
     def _submit(self, batch: Batch, encode: bool) -> _Pending:

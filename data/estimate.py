@@ -38,7 +38,7 @@ class Estimate:
 
     documents: int | None
     known: bool
-    """Whether `documents`, and with them all else, is counted rather than inferred."""
+    """Whether `documents` is the source's own count of its records rather than inferred from the sample."""
     bytes: int | None
     """UTF-8 bytes of the documents' text."""
     bytes_per_token: float
@@ -48,7 +48,7 @@ class Estimate:
     seconds: float | None
     """Time left to encode, at `rate`, without the training of a tokenizer."""
     rate: float
-    """Bytes of text encoded a second, by the given workers."""
+    """Bytes of text a second: one process's times the workers that have a core, at most what is read a second."""
     finished_bytes: int
     """Bytes of text in shards that a stopped run has finished."""
     sample_documents: int
@@ -63,7 +63,9 @@ def estimate(config: PrepareConfig, *, workers: int | None = None, sample_bytes:
     """Read up to `sample_bytes` of text, encode it with `workers` processes, and add up. Raises as `prepare`."""
     from data.encoding import Encoder, token_dtype
 
+    began = time.perf_counter()
     sample = _Sample(config, sample_bytes)
+    sample.seconds = time.perf_counter() - began
     with_texts = _Fixed(config.source, sample.texts)
     chosen = selection(config, with_texts)
     documents = list(chosen)
@@ -71,19 +73,16 @@ def estimate(config: PrepareConfig, *, workers: int | None = None, sample_bytes:
         raise ValueError(f"the sample holds no document (left out: {dict(sample.left_out + chosen.left_out)})")
     size = sum(document.size for document in documents)
     tokenizer = make_tokenizer(config, with_texts, progress=False)
-    tokens = timed = 0
-    began: float | None = None
-    start = time.perf_counter()
-    with Encoder(tokenizer, workers or available_cores()) as encoder:
+    # One process is timed, as many as there are cores for are assumed to do as much each, and none can be faster than
+    # the one that reads: timing all of them on a sample would time how they start and stop.
+    tokens, start = 0, time.perf_counter()
+    with Encoder(tokenizer, 1) as encoder:
         for _, encoded in encoder.map(batches(documents, 2**62)):
             assert encoded is not None
             tokens += len(encoded.tokens)
-            if began is None:  # what starting the processes took is no part of the rate
-                began = time.perf_counter()
-            else:
-                timed += int(encoded.sizes.sum())
-    now = time.perf_counter()
-    rate = timed / (now - began) if timed and began is not None else size / (now - start)
+    rate = size / (time.perf_counter() - start) * min(workers or available_cores(), available_cores())
+    if sample.seconds:
+        rate = min(rate, size / sample.seconds)
     finished = _finished_bytes(config)
     total = documents_total = None
     if sample.share is not None:
@@ -115,6 +114,8 @@ class _Sample:
         self.texts: list[str] = []
         self.left_out: Counter[str] = Counter()
         self.share: float | None = None
+        self.seconds = 0.0
+        """What reading it took."""
         self.exact = False
         """Whether the number of records is known."""
         self._config = config

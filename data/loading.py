@@ -21,12 +21,13 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.data_files import DataFilesDict, DataFilesList
-from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.utils.file_utils import xopen
 
 from data.demo import demo_texts
+from data.manifest import sha256_file, sha256_json
 from data.records import FEATURES, Records, decompressed
 from data.sources import SingleSource, Source, demo_parts, describe, matching, no_document
 from data.synthetic import synthetic_documents
@@ -68,7 +69,7 @@ def known_records(source: SingleSource) -> int | None:
     if source.kind == "demo":
         return len(demo_texts(demo_parts(source)))
     if source.kind == "parquet":
-        return sum(pq.read_metadata(file).num_rows for file in matching(source.patterns))
+        return sum(map(_parquet_rows, matching(source.patterns)))
     if source.kind == "hub" and source.name is not None:
         builder = datasets.load_dataset_builder(source.name, source.config, revision=source.revision)
         split = (builder.info.splits or {}).get(source.split or "train")
@@ -87,6 +88,12 @@ def unreadable_named(source: SingleSource) -> Iterator[None]:
         raise ValueError(
             f"{describe(source)}: could not be read as {source.kind} ({error.__cause__ or error}); check source.kind "
             "and the files"
+        ) from error
+    except (ConnectionError, DatasetsError) as error:
+        raise ValueError(
+            f"{describe(source)}: expected a data set that the hub or its cache gives, found {type(error).__name__} "
+            f"({error}); check source.name, config and revision, the network and HF_HUB_OFFLINE, or give source.name a "
+            "local folder laid out like it"
         ) from error
 
 
@@ -117,8 +124,8 @@ def _synthetic(source: SingleSource) -> Any:
 
 def _lines_or_texts(source: SingleSource) -> Any:
     files = matching(source.patterns)
-    # What the cache's name is made of: another size or time is another file.
-    states = [(str(Path(file).stat().st_size), str(Path(file).stat().st_mtime_ns)) for file in files]
+    # What the cache's name is made of: contents, as in the recipe; a size and a time may be those of another text.
+    states = [(sha256_file(Path(file)),) for file in files]
     chosen = DataFilesDict({"train": DataFilesList([str(Path(file).absolute()) for file in files], states)})
     return _records(source, chosen, "train")
 
@@ -136,8 +143,23 @@ def _records(source: SingleSource, files: DataFilesDict, split: str) -> Any:
 
 
 def _parquet(source: SingleSource) -> Any:
-    arguments: dict[str, Any] = {"path": "parquet", "data_files": matching(source.patterns)}
+    files = [file for file in matching(source.patterns) if _parquet_rows(file)]  # the reader trips over empty ones
+    if not files:
+        raise no_document(source)
+    # The library tells files apart by size and time; the name of the configuration is part of its cache's name.
+    contents = sha256_json([sha256_file(Path(file)) for file in files])[:32]
+    arguments: dict[str, Any] = {"path": "parquet", "name": contents, "data_files": files}
     return _columnar(source, datasets.load_dataset_builder(**arguments), arguments, "train")
+
+
+def _parquet_rows(file: str) -> int:
+    """Records of a Parquet file. Raises ValueError that names one that cannot be read."""
+    try:
+        return pq.read_metadata(file).num_rows
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(
+            f"{file}: could not be read as parquet ({error}); check source.kind, or copy the file again"
+        ) from error
 
 
 def _hub(source: SingleSource) -> Any:
@@ -208,7 +230,7 @@ def _require_column(source: SingleSource, found: list[str]) -> None:
 def _is_array(file: str) -> bool:
     """Whether a JSON file is one array of records, which is for the reader of `datasets`, rather than lines."""
     with xopen(file, "rb") as raw, decompressed(raw, file) as stream:
-        return stream.read(1) == b"["
+        return stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
 _OPEN: dict[str, Callable[[SingleSource], Any]] = {

@@ -63,6 +63,11 @@ class PartialStore:
             raise BlockingIOError(
                 errno.EWOULDBLOCK, f"another process is preparing {self.out}; wait for it or choose another --out"
             ) from None
+        if not _is_at(self._lock, self.folder / LOCK_NAME):
+            self._lock.close()
+            raise BlockingIOError(
+                errno.EWOULDBLOCK, f"another process has just finished {self.out}; run the same command again"
+            )
         return self
 
     def __exit__(
@@ -128,16 +133,15 @@ class PartialStore:
             for name in forget:
                 remove(self.folder / name)
             flush(self.folder)
-            previous = self._rename()
+            self._rename()
         # The store stands. Its name is made durable before what it replaces goes.
-        (self.out / LOCK_NAME).unlink(missing_ok=True)
         flush(self.out.parent)
-        remove(previous)
+        sweep(self.out)
         return manifest
 
-    def _rename(self) -> Path:
-        """Rename the partial folder to its final name. Returns where the store that stood there is now, if any."""
-        previous = self.out.parent / f".{self.out.name}.previous"
+    def _rename(self) -> None:
+        """Rename the partial folder to its final name; a store that stood there is put aside."""
+        previous = _previous(self.out)
         remove(previous)
         if self.out.exists():
             _refuse_taken(self.out, self._replace)
@@ -148,7 +152,6 @@ class PartialStore:
             if previous.exists():
                 os.rename(previous, self.out)
             raise
-        return previous
 
     @contextmanager
     def full_disk_named(self) -> Iterator[None]:
@@ -207,6 +210,14 @@ def _write_arrow(
     return hashing.size, hashing.hexdigest()
 
 
+def _is_at(file: Any, path: Path) -> bool:
+    """Whether an open file is still what stands at a path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def _refuse_taken(out: Path, replace: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
@@ -217,6 +228,17 @@ def _refuse_taken(out: Path, replace: bool) -> None:
         )
     if not replace:
         raise FileExistsError(f"{out}: found a token store; choose another --out, or --force to replace it")
+
+
+def _previous(out: Path) -> Path:
+    return out.parent / f".{out.name}.previous"
+
+
+def sweep(out: Path) -> None:
+    """Remove what publishing leaves beside a finished store, and what a kill kept it from removing."""
+    out = Path(os.path.abspath(out))
+    (out / LOCK_NAME).unlink(missing_ok=True)
+    remove(_previous(out))
 
 
 def flush(path: Path) -> None:

@@ -59,11 +59,13 @@ def prepare(
         return _up_to_date(out, recipe)
 
     from data.partial import PartialStore
-    from data.units import Units
+    from data.units import Units, begun_recipe
 
     with PartialStore(out, replace=force, keeps=True) as partial:
         # A forced run that was stopped is forced again to go on; it starts over where nothing needs the force.
-        units = Units(partial, recipe, start_over=force and (not standing or _begun_otherwise(partial.folder, recipe)))
+        begun = begun_recipe(partial.folder)
+        needless = not standing and not (partial.folder / MANIFEST_NAME).is_file()
+        units = Units(partial, recipe, start_over=force and (needless or begun not in (None, recipe)))
         manifest = units.published()
         if manifest is not None:
             return manifest
@@ -89,7 +91,7 @@ def _fill(config: PrepareConfig, recipe: dict[str, Any], units: Units, workers: 
 
     documents = Documents(config.source, on_error=config.on_error)
     tokenizer = _kept_tokenizer(config, documents, units, progress)
-    selected = selection(config, documents)
+    selected = selection(config, documents, tokenizer)
     gathered = Gathered()
     read = 0
     done = set(units.finished)
@@ -125,14 +127,9 @@ def _fill(config: PrepareConfig, recipe: dict[str, Any], units: Units, workers: 
     return units.partial.publish(manifest_of(recipe, tokenizer, shards, left_out), FORGOTTEN)
 
 
-def _begun_otherwise(folder: Path, recipe: dict[str, Any]) -> bool:
-    from data.units import begun_recipe
-
-    return begun_recipe(folder) not in (None, recipe)
-
-
 def _up_to_date(out: Path, recipe: dict[str, Any]) -> Manifest:
     """The manifest at `out` if its store is whole and was made from `recipe`; else ValueError."""
+    from data.partial import sweep
     from data.store import TokenStore
 
     manifest = Manifest.read(out)
@@ -143,6 +140,7 @@ def _up_to_date(out: Path, recipe: dict[str, Any]) -> Manifest:
         )
     for split in manifest.splits:
         TokenStore.open(out, split)
+    sweep(out)
     return manifest
 
 
@@ -152,7 +150,13 @@ def _kept_tokenizer(config: PrepareConfig, documents: Documents, units: Units, p
 
     chosen = config.tokenizer
     if units.has_tokenizer() and not chosen.path:
-        return Tokenizer.load(units.partial.folder / TOKENIZER_NAME)
+        try:
+            return Tokenizer.load(units.partial.folder / TOKENIZER_NAME)
+        except ValueError as error:
+            raise ValueError(
+                f"{units.partial.folder}: the tokenizer of this unfinished token store is damaged ({error}); remove "
+                "that folder to start over"
+            ) from None
     tokenizer = make_tokenizer(config, documents, progress)
     units.partial.write_tokenizer(tokenizer)
     return tokenizer

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from data.manifest import FORMAT, sha256_file
 from data.selection import Selection
 from data.sources import Documents, OnError, Source, identity
+
+if TYPE_CHECKING:
+    from data.tokenizer import Tokenizer
 
 VOCAB_SIZE = 32_768
 TRAIN_BYTES = 4_000_000
@@ -92,14 +95,16 @@ class PrepareConfig:
             )
 
 
-def selection(config: PrepareConfig, documents: Documents) -> Selection:
-    """The documents of a source that go into the store."""
+def selection(config: PrepareConfig, documents: Documents, tokenizer: Tokenizer | None = None) -> Selection:
+    """The documents of a source that go into the store; without a tokenizer, as one without a normaliser has them."""
+    normalizes = tokenizer is not None and tokenizer.backend.normalizer is not None
     return Selection(
         documents,
         validation_share=config.validation_share,
         min_bytes=config.min_bytes,
         max_bytes=config.max_bytes,
         deduplicate=config.deduplicate,
+        normalize=tokenizer.normalize if tokenizer is not None and normalizes else None,
     )
 
 

@@ -16,6 +16,7 @@ import io
 import json
 import lzma
 import posixpath
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
@@ -100,7 +101,7 @@ def read_records(path: str, name: str, format: str, column: str, raw: IO[bytes] 
             for number, line in enumerate(stream, 1):
                 if not line.isspace():
                     yield _parsed(line, f"{shown}, line {number}", column)
-    except (EOFError, OSError, lzma.LZMAError) as error:
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         # A missing or forbidden file is no bad data: nothing could be said of what it holds.
         if isinstance(error, OSError) and error.errno is not None:
             raise

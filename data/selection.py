@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -48,6 +48,7 @@ class Selection:
 
     Args:
         validation_share: see `split_of`.
+        normalize: the tokenizer's normaliser; what it makes of a text is stored, and decides all else.
         min_bytes, max_bytes: bounds of a document's UTF-8 bytes, both inclusive.
         deduplicate: keep only the first of equal texts.
     """
@@ -60,17 +61,23 @@ class Selection:
         min_bytes: int | None = None,
         max_bytes: int | None = None,
         deduplicate: bool = False,
+        normalize: Callable[[str], str] | None = None,
     ) -> None:
         self._texts = texts
+        self._normalize = normalize
         self._bound = validation_share * 2**64
         self._min_bytes = min_bytes or 0
         self._max_bytes = max_bytes or 2**63
         self._seen = Seen() if deduplicate else None
         self.left_out: Counter[str] = Counter()
-        """Documents left out so far: `too_short`, `too_long`, `duplicate`."""
+        """Documents left out so far: `empty` after normalising, `too_short`, `too_long`, `duplicate`."""
 
     def __iter__(self) -> Iterator[Document]:
-        for text in self._texts:
+        for original in self._texts:
+            text = original if self._normalize is None else self._normalize(original)
+            if text is not original and (not text or text.isspace()):
+                self.left_out["empty"] += 1
+                continue
             content = text.encode()
             size = len(content)
             if size < self._min_bytes:

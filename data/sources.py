@@ -163,6 +163,11 @@ class Documents:
                     if self.on_error == "refuse":
                         raise ValueError(f"{batch['at'][index]}; or leave such records out with --on_error skip")
                     left_out[problems[index]] += 1
+                elif text is not None and not isinstance(text, str):
+                    raise ValueError(
+                        f"{describe(self.source)}: found a value of type {type(text).__name__} in the column of the "
+                        "text, expected text; name another column with source.column"
+                    )
                 elif not text or text.isspace():
                     left_out["empty"] += 1
                 else:
@@ -214,13 +219,15 @@ def identity(source: SingleSource) -> dict[str, Any]:
 
 def matching(patterns: tuple[str, ...]) -> list[str]:
     """Files that the globs match, sorted, each once. Raises FileNotFoundError for a glob without a file."""
-    paths: set[str] = set()
+    known: dict[Path, str] = {}
     for pattern in patterns:
         matches = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
         if not matches:
             raise FileNotFoundError(f"source.files: no file matches {pattern!r} (from {Path.cwd()})")
-        paths.update(matches)
-    return sorted(paths)
+        # One file under two spellings is one file.
+        for path in matches:
+            known.setdefault(Path(path).resolve(), path)
+    return sorted(known.values())
 
 
 def demo_parts(source: SingleSource) -> tuple[str, ...]:

@@ -52,6 +52,11 @@ class Tokenizer:
         )
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         """One more than the largest id."""
+        if getattr(backend.model, "dropout", None):
+            raise ValueError(
+                f"tokenizer: found BPE dropout ({backend.model.dropout}), which encodes a text in another way each "
+                "time, expected none; remove it from the tokenizer.json"
+            )
         self._check_lossless()
 
     @classmethod

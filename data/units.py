@@ -68,9 +68,9 @@ class Units:
             self.folder.mkdir(exist_ok=True)
         self.finished: dict[int, Unit] = {}
         for path in sorted(self.folder.glob("*.json")):
-            unit = _read(json.loads(path.read_text(encoding="utf-8")))
+            unit = _read(path)
             # The disk may have lost what a crash of the machine overtook; such a unit is made again.
-            if all(self._is_whole(shard) for shard in unit.shards.values()):
+            if unit is not None and all(self._is_whole(shard) for shard in unit.shards.values()):
                 self.finished[int(path.stem)] = unit
 
     def published(self) -> Manifest | None:
@@ -156,12 +156,22 @@ def begun_recipe(folder: Path) -> dict[str, Any] | None:
     """The recipe of what a partial folder holds; None where nothing was begun."""
     for name in (RECIPE_NAME, MANIFEST_NAME):
         if (folder / name).is_file():
-            fields = json.loads((folder / name).read_text(encoding="utf-8"))
-            return fields if name == RECIPE_NAME else fields["recipe"]
+            try:
+                fields = json.loads((folder / name).read_text(encoding="utf-8"))
+                return fields if name == RECIPE_NAME else fields["recipe"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{folder / name}: expected what this unfinished token store is made from, found a damaged file "
+                    f"({error}); remove {folder} to start over"
+                ) from None
     return None
 
 
-def _read(fields: dict[str, Any]) -> Unit:
-    return Unit(
-        shards={split: ShardInfo(**shard) for split, shard in fields["shards"].items()}, digest=fields["digest"]
-    )
+def _read(path: Path) -> Unit | None:
+    """The record of a unit; None where it is damaged."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        shards = {split: ShardInfo(**shard) for split, shard in fields["shards"].items()}
+        return Unit(shards=shards, digest=fields["digest"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None

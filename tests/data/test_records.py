@@ -6,10 +6,13 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import config as datasets_config
 
@@ -121,6 +124,38 @@ def test_a_file_that_changes_is_read_anew_without_streaming(tmp_path: Path) -> N
     for text in ("one", "three"):
         path.write_text(json.dumps({"text": text}))
         assert list(Documents(Source(kind="jsonl", files=str(path)))) == [text]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "text", "parquet"])
+def test_a_file_of_the_same_size_and_time_with_another_text_is_read_anew(kind: Any, tmp_path: Path) -> None:
+    """Regression: the library's cache tells files apart by size and time, the recipe by contents."""
+    path = tmp_path / "corpus.data"
+
+    def read(text: str) -> list[str]:
+        if kind == "parquet":
+            pq.write_table(pa.table({"text": [text] * 3}), path)
+        else:
+            path.write_text("\n".join([json.dumps({"text": text})] * 3) if kind == "jsonl" else text)
+        os.utime(path, (10**9, 10**9))
+        return list(Documents(Source(kind=kind, files=str(path))))
+
+    first, size = read("old text"), path.stat().st_size
+    second = read("new text")
+    assert path.stat().st_size == size
+    assert set(first) == {"old text"} and set(second) == {"new text"}
+
+
+def test_a_damaged_block_of_a_compressed_file_is_a_bad_record(tmp_path: Path) -> None:
+    """Regression: zlib has an error of its own, for which nothing was said."""
+    lines = [json.dumps({"text": f"{i} {i * i}"}) for i in range(20_000)]
+    content = bytearray(gzip.compress("\n".join(lines).encode(), mtime=0))
+    path = tmp_path / "corpus.jsonl.gz"
+    problems = set()
+    for place in range(2000, len(content) - 600, 4000):
+        path.write_bytes(content[:place] + bytes(512) + content[place + 512 :])
+        found = list(read_records(str(path), path.name, "jsonl", "text"))
+        problems |= {(record.at or "").partition("(")[2][:8] for record in found if record.problem == "unreadable_file"}
+    assert any(problem.startswith("Error -3") for problem in problems), "zlib's own error occurs"
 
 
 def test_long_files_are_handed_over_in_pieces(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import unicodedata
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -59,6 +61,21 @@ def test_what_is_left_out_is_counted_by_reason_and_the_first_of_equals_stays() -
     chosen = Selection(["aa", "b", "cccc", "aa", "dd"], validation_share=0, min_bytes=2, max_bytes=3, deduplicate=True)
     assert [document.text for document in chosen] == ["aa", "dd"]
     assert chosen.left_out == {"too_short": 1, "too_long": 1, "duplicate": 1}
+
+
+def test_what_is_stored_decides_the_split_and_the_duplicates() -> None:
+    """Regression: two forms of one accent were two documents, and could stand in both splits."""
+    composed = [f"caf\u00e9 number {i}" for i in range(200)]
+    apart = [unicodedata.normalize("NFD", text) for text in composed]
+    normalize = partial(unicodedata.normalize, "NFC")
+    selected = Selection([*composed, *apart], validation_share=0.5, deduplicate=True, normalize=normalize)
+    found = list(selected)
+    assert [document.text for document in found] == composed and selected.left_out == {"duplicate": 200}
+    assert all(document.split == split_of(document.text, 0.5) for document in found)
+    both = list(Selection([*composed, *apart], validation_share=0.5, normalize=normalize))
+    assert [d.split for d in both[:200]] == [d.split for d in both[200:]]
+    nothing = Selection(["\u200b", "a"], validation_share=0, normalize=lambda text: text.replace("\u200b", ""))
+    assert [d.text for d in nothing] == ["a"] and nothing.left_out == {"empty": 1}
 
 
 def test_hashes_are_told_apart_across_merges(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -261,6 +261,32 @@ def test_a_file_without_text_is_named(name, content, message, streaming, tmp_pat
         list(Documents(Source(kind=kind, files=name, streaming=streaming)))
 
 
+def test_a_parquet_file_without_records_beside_others_is_nothing_and_a_broken_one_is_named(tmp_path: Path) -> None:
+    for name, texts in (("a", ["one", "two"]), ("b", [])):
+        pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), tmp_path / f"{name}.parquet")
+    files = str(tmp_path / "*.parquet")
+    for streaming in (False, True):
+        source = Source(kind="parquet", files=files, shuffle_seed=None, streaming=streaming)
+        assert list(Documents(source)) == ["one", "two"]
+        with pytest.raises(ValueError, match="the source holds no document"):
+            list(Documents(Source(kind="parquet", files=str(tmp_path / "b.parquet"), streaming=streaming)))
+    (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"c\.parquet: could not be read as parquet"):
+        list(Documents(Source(kind="parquet", files=files)))
+
+
+def test_a_file_under_two_spellings_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "c.jsonl").write_text(json.dumps({"text": "one"}))
+    monkeypatch.chdir(tmp_path)
+    source = Source(kind="jsonl", files=("c.jsonl", "./*.jsonl", str(tmp_path / "c.jsonl")), streaming=True)
+    assert list(Documents(source)) == ["one"]
+
+
+def test_a_data_set_that_cannot_be_reached_is_one_message() -> None:
+    with pytest.raises(ValueError, match=r"nobody/nothing: expected a data set that the hub .*check source\.name"):
+        list(Documents(Source(kind="hub", name="nobody/nothing", streaming=True)))
+
+
 def test_an_empty_file_beside_others_is_nothing(tmp_path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"")
     (tmp_path / "b.jsonl").write_text('{"text": "hello"}\n')

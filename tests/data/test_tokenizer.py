@@ -193,3 +193,12 @@ def _word_level() -> tokenizers.Tokenizer:
 def test_a_tokenizer_that_loses_text_is_refused(make: Callable[[], tokenizers.Tokenizer]) -> None:
     with pytest.raises(ValueError, match="expected a lossless byte-level BPE"):
         Tokenizer(make())
+
+
+def test_a_tokenizer_that_encodes_at_random_is_refused(tmp_path: Path) -> None:
+    Tokenizer.train(["some text"] * 3, vocab_size=262).save(tmp_path / "t.json")
+    definition = json.loads((tmp_path / "t.json").read_text())
+    definition["model"]["dropout"] = 0.3
+    (tmp_path / "t.json").write_text(json.dumps(definition))
+    with pytest.raises(ValueError, match=r"found BPE dropout \(0\.3"):
+        Tokenizer.load(tmp_path / "t.json")

@@ -267,3 +267,78 @@ def test_a_full_disk_keeps_the_finished_shards_and_says_how_to_go_on(
     assert list((partial_of(config) / "units").iterdir()) and not list(partial_of(config).rglob("*.arrow.part"))
     prepare(config, progress=False, workers=1)
     assert contents(config.out) == contents(whole.out)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"shards": {"train": {}}, "digest": ""}'])
+def test_a_unit_whose_record_is_damaged_is_made_again(config: PrepareConfig, content: str) -> None:
+    expected = contents_of_a_whole_run(config)
+    stop_after_units(config, 3)
+    (partial_of(config) / "units" / "00001.json").write_text(content)
+    prepare(config, progress=False, workers=1)
+    assert contents(config.out) == expected
+
+
+def test_a_damaged_recipe_is_named_with_the_remedy(config: PrepareConfig) -> None:
+    stop_after_units(config, 2)
+    (partial_of(config) / "recipe.json").write_text("{")
+    with pytest.raises(ValueError, match=r"recipe\.json: expected .*damaged file.*remove .* to start over"):
+        prepare(config, progress=False, workers=1)
+
+
+@pytest.mark.parametrize("moment", ["between the renames", "before the sweep"])
+def test_a_forced_replacement_stopped_while_publishing_goes_on(
+    config: PrepareConfig, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = contents_of_a_whole_run(config)
+    prepare(dataclasses.replace(config, validation_share=0.5), progress=False, workers=1)
+
+    class Stop(BaseException):
+        pass
+
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        if moment == "before the sweep":
+            patch.setattr("data.partial.sweep", stop)
+        else:
+            rename, calls = os.rename, []
+
+            def second(*arguments: Any) -> None:
+                calls.append(arguments)
+                if len(calls) == 2:
+                    raise Stop
+                rename(*arguments)
+
+            patch.setattr(os, "rename", second)
+        with pytest.raises(Stop):
+            prepare(config, force=True, progress=False, workers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "train", lambda *_, **__: pytest.fail("started over"))
+        prepare(config, force=moment == "between the renames", progress=False, workers=1)
+    assert contents(config.out) == expected
+    assert [path.name for path in Path(config.out).parent.iterdir() if path.name.startswith(".corpus")] == []
+
+
+def contents_of_a_whole_run(config: PrepareConfig) -> dict[str, bytes]:
+    whole = elsewhere(config, "whole")
+    prepare(whole, progress=False, workers=1)
+    return contents(whole.out)
+
+
+def stop_after_units(config: PrepareConfig, count: int) -> None:
+    """Leave a partial store with that many finished units."""
+
+    class Stop(BaseException):
+        pass
+
+    finish = units_module.Units.finish
+
+    def some(self: Any, number: int, gathered: Any) -> None:
+        if number == count:
+            raise Stop
+        finish(self, number, gathered)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(units_module.Units, "finish", some)
+        prepare(config, progress=False, workers=1)
