@@ -2,17 +2,18 @@
 
 `transformers` calls an attention function by name. Ours hands the layer's queries, keys and values to
 `kernels.attention`, which returns output and sink statistics without the T×T matrix: what is kept of a layer is a few
-numbers a query. Masks come as intervals, from the caller and from the layer's own sliding window.
+numbers a query. Masks come as intervals, from the caller and from the layer's own sliding window. The mask that the
+model itself would build is evaluated for a sample of its queries, to refuse a model whose layers see other keys.
 
-Not expressible: positions added to the logits (ALiBi, T5), heads whose values have another width than their keys, and
-layers that are no attention. No code that comes with a model is run.
+Not expressible: biases added to the logits (ALiBi, T5, Doge), chunks and blocks that see both ways, heads whose values
+have another width than their keys, and layers that are no attention. No code that comes with a model is run.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -27,6 +28,13 @@ from kernels.statistics import blocks_of
 from model.decoder import DecoderOutput
 
 _NAME = "sinkbed"
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_SAMPLE = 64
+"""Queries whose keys are compared with those that the model's own mask shows."""
+_HARMLESS = frozenset(
+    {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}
+)
+"""Keywords of attention functions that change no output here: rotation happened before, nothing is cached."""
 
 
 @dataclass
@@ -38,6 +46,8 @@ class _Pass:
     windows: dict[int, Mask] = field(default_factory=dict)
     found: list[Statistics] = field(default_factory=list)
     layers: int = 0
+    sampled: bool = False
+    """Whether the model was given masks of fewer rows than there are queries."""
 
     def within(self, window: int | None) -> Mask:
         """The mask, narrowed to the last `window` keys of each query."""
@@ -71,6 +81,68 @@ def narrowed(mask: Mask, window: int) -> Mask:
     )
 
 
+def sampled_queries(length: int, device: torch.device | str | None = None) -> Tensor:
+    """At most 64 of the positions 0..T−1, evenly spaced, the first and the last among them: [S] int64."""
+    count = min(length, _SAMPLE)
+    return torch.arange(count, device=device) * (length - 1) // max(count - 1, 1)
+
+
+def sampled_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    *,
+    mask_function: Callable[..., Tensor],
+    device: torch.device | str = "cpu",
+    **others: Any,
+) -> Tensor:
+    """The mask function that `transformers` calls: rows of the model's own mask, [B, 1, S, T] bool, True where visible.
+
+    The rows are those of `sampled_queries`, so that memory is 64 · T at any length.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    queries = sampled_queries(q_length, device) + q_offset
+    asked = _PASS.get()
+    if asked is not None and len(queries) < q_length:
+        asked.sampled = True
+
+    def of_sample(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return mask_function(batch, head, queries[query], key)
+
+    # Left out where it is plain, the mask would be indistinguishable from that of a model which builds none.
+    others |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    found = sdpa_mask(batch_size, len(queries), kv_length, mask_function=of_sample, device=device, **others)
+    assert found is not None, "no mask is left out"
+    return found
+
+
+def _check_own_mask(name: str, own: Tensor, length: int, window: int | None) -> None:
+    """Refuse a layer whose own mask is not causal, with the window that it tells of."""
+    queries = sampled_queries(length, own.device)[:, None]
+    expected = [1, len(queries), length]
+    if own.dtype != torch.bool or list(own.shape[1:]) != expected:
+        raise ValueError(
+            f"{name}: found attention_mask of {own.dtype} and shape {list(own.shape)}, expected the one that "
+            f"transformers makes for us, torch.bool of shape [B, {', '.join(map(str, expected))}]; a bias on the "
+            "logits and a mask of the model's own making are not supported"
+        )
+    keys = torch.arange(length, device=own.device)
+    plain = keys <= queries
+    if window is not None:
+        plain &= keys > queries - window
+    differing = (own != plain).any(-1).any(0)[0]
+    if differing.any():
+        query = int(queries[differing][0])
+        seen = "all keys up to its own" if window is None else f"the last {window} keys"
+        raise ValueError(
+            f"{name}: found a mask whose query {query} of {length} sees other keys than expected, {seen}; chunks, "
+            "blocks that see both ways, and windows that are told to the mask alone are not supported (a length within "
+            "the first chunk or window may be)"
+        )
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -82,7 +154,8 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_: Any,
+    is_causal: bool | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that `transformers` calls: query [B, H, T, D], key, value [B, Hkv, T, D] -> [B, T, H, D].
 
@@ -91,13 +164,21 @@ def attend(
     asked = _PASS.get()
     assert asked is not None, "called outside of HFModel"
     name = type(module).__name__
-    if not getattr(module, "is_causal", True):
+    if is_causal is False or not getattr(module, "is_causal", True):
         raise ValueError(f"{name}: found attention in both directions, expected a causal language model")
     if value.shape[-1] != key.shape[-1] or query.shape[2] != key.shape[2]:
         raise ValueError(
             f"{name}: found queries {list(query.shape)}, keys {list(key.shape)} and values {list(value.shape)}, "
             "expected one length and one head dim"
         )
+    unknown = sorted(key for key, given in others.items() if given is not None and key not in _HARMLESS)
+    if unknown:
+        raise ValueError(
+            f"{name}: found attention with {', '.join(unknown)}, expected none but a scale, a window, a soft cap or a "
+            "sink logit"
+        )
+    if attention_mask is not None:
+        _check_own_mask(name, attention_mask, query.shape[2], sliding_window)
     mask = asked.within(sliding_window)
     query, key = query.to(value.dtype), key.to(value.dtype)
     found: Statistics | None
@@ -174,7 +255,7 @@ class HFModel(nn.Module):
             device_map: as in `transformers`, such as `auto`: layers over several devices (needs `accelerate`).
 
         Raises ValueError for what is no causal language model, whose attention cannot be observed, or whose files
-        are damaged.
+        are damaged or lack weights.
         """
         try:
             import transformers
@@ -183,11 +264,18 @@ class HFModel(nn.Module):
                 "measuring a Hugging Face model needs the package transformers, found none; pip install -e .[hf]"
             ) from None
         transformers.AttentionInterface.register(_NAME, attend)
+        transformers.AttentionMaskInterface.register(_NAME, sampled_mask)
         options: dict[str, Any] = {"revision": revision, "gguf_file": gguf, "device_map": device_map}
         given = {key: value for key, value in options.items() if value is not None}
+        loader: Any = transformers.AutoModelForCausalLM
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                name, attn_implementation=_NAME, dtype=dtype, trust_remote_code=False, **given
+            model, loaded = loader.from_pretrained(
+                name,
+                attn_implementation=_NAME,
+                dtype=dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **given,
             )
         except Exception as error:  # the library raises whatever its parts do
             reason = " ".join(str(error).split())[:300]
@@ -198,6 +286,13 @@ class HFModel(nn.Module):
             ) from error
         if getattr(model.config, "is_encoder_decoder", False):
             raise ValueError(f"{name}: found an encoder with a decoder, expected a causal language model")
+        # What the files lack would be drawn at random. Tied weights that they leave out are not among these.
+        lacking = sorted({*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])})
+        if lacking:
+            raise ValueError(
+                f"{name}: expected all weights of {type(model).__name__}, found {len(lacking)} of them missing or of "
+                f"another shape: {', '.join(lacking[:5])}{', ...' if len(lacking) > 5 else ''}"
+            )
         return cls(model.eval())
 
     @staticmethod
@@ -229,10 +324,26 @@ class HFModel(nn.Module):
         *,
         statistics: bool = False,
     ) -> DecoderOutput:
-        """Logits [B, T, V] and each layer's statistics (on the CPU); see `Decoder.forward`."""
+        """Logits [B, T, V] and each layer's statistics (on the CPU); see `Decoder.forward`.
+
+        Raises ValueError for attention that the operator cannot express.
+        """
         asked = _Pass(Mask(rows=len(tokens), length=tokens.shape[1]) if mask is None else mask, statistics)
-        with _set(asked):
-            logits = self.model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+        # Told that no token is padding, transformers does not look for documents in the positions: `mask` has them.
+        given = {} if positions is None else {"position_ids": positions, "attention_mask": torch.ones_like(tokens)}
+        try:
+            with _set(asked):
+                logits = self.model(input_ids=tokens, use_cache=False, **given).logits
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if not asked.sampled:
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"{type(self.model).__name__}: expected a model that hands its mask on to its attention as it is, "
+                f"found a forward pass that fails on a sample of the mask's rows: {reason}"
+            ) from error
         if asked.layers != self.config.layers:
             raise ValueError(
                 f"{type(self.model).__name__}: found {asked.layers} layers whose attention can be observed, expected "
@@ -250,8 +361,22 @@ def _set(asked: _Pass) -> Iterator[None]:
         _PASS.reset(token)
 
 
+def special_ids(tokenizer: Any, size: int) -> frozenset[int]:
+    """Ids below `size` that no text contains: control tokens, the reserved ones too, and ids without a token."""
+    # Some vocabularies list the single bytes that text falls back to as special tokens.
+    added = {
+        index
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if token.special and not _BYTE.fullmatch(token.content)
+    }
+    ordinary = set(tokenizer.get_vocab().values()) - added - set(tokenizer.all_special_ids)
+    return frozenset(range(size)) - ordinary
+
+
 def token_bytes(tokenizer: Any, size: int) -> list[int]:
     """UTF-8 bytes of text that each id stands for, [size]; 0 for control tokens and ids without a token.
+
+    Of other kinds of tokenizer the figures are wrong; whoever uses them checks them on text (`train.probe`).
 
     Args:
         tokenizer: of `transformers`, with a backend of the `tokenizers` library: byte-level, or with ▁ for a space and
@@ -260,12 +385,12 @@ def token_bytes(tokenizer: Any, size: int) -> list[int]:
     decoder = json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder") or {}
     byte_level = "ByteLevel" in json.dumps(decoder)
     added = tokenizer.get_added_vocab()
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer, size)
     table = [0] * size
     for token, index in tokenizer.get_vocab().items():
         if index >= size or index in special:
             continue
-        if not byte_level and re.fullmatch("<0x[0-9A-F]{2}>", token):
+        if not byte_level and _BYTE.fullmatch(token):
             table[index] = 1
         elif token in added:
             table[index] = len(token.encode())

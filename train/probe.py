@@ -36,6 +36,8 @@ class Subject:
     token_bytes: Any
     """[V] UTF-8 bytes of text that each id stands for."""
     context_length: int | None
+    longest: int | None
+    """Tokens that the model reads at most. None: no limit."""
     store: Path | None
     """Where its own validation text is."""
 
@@ -71,16 +73,18 @@ def run(command: str, argv: Sequence[str]) -> int:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     modes = check_modes(arguments.modes)
-    subject = load(arguments)
-    limit = arguments.length or min(512, subject.context_length or 512)
     config = MeasureConfig(
         documents=arguments.documents,
         live_documents=1,
         sink_tokens=arguments.sink_tokens,
         batch_tokens=arguments.batch_tokens,
     )
+    _check_keys(arguments.keys, config.sink_tokens)
+    subject = load(arguments)
+    _check_subject(subject, arguments)
+    limit = arguments.length or min(512, subject.context_length or 512)
     natural = probe_of(subject, texts(arguments, subject), limit, config)
-    _check_bos(subject, modes, arguments)
+    _check_bos(subject, modes)
     results: dict[str, dict[str, dict[str, Any]]] = {}
     print(f"{subject.name}: {len(natural.documents)} documents, T = {config.sink_tokens}, eps 0.3")
     print(f"{'input':10}{'mode':20}{'key':>5}{'sink rate %':>13}{'sink mass':>11}{'loss':>9}{'bits/byte':>11}")
@@ -131,13 +135,14 @@ def _ours(path: Path, arguments: Any) -> Subject:
         decode=tokenizer.decode,
         token_bytes=tokenizer.token_bytes,
         context_length=identity["context_length"],
+        longest=None,
         store=arguments.store or Path(identity["store"]),
     )
 
 
 def _hugging_face(arguments: Any) -> Subject:
     from data.strategy import Strategy
-    from model.hf import HFModel, token_bytes
+    from model.hf import HFModel, special_ids, token_bytes
 
     name = arguments.model
     model = HFModel.load(
@@ -152,18 +157,20 @@ def _hugging_face(arguments: Any) -> Subject:
     if arguments.bos is not None:
         found = tokenizer.convert_tokens_to_ids(arguments.bos)
         bos = _token_id(None if found == tokenizer.unk_token_id else found, arguments.bos, name)
-    special = {index for index in tokenizer.all_special_ids if index is not None}
+    size = model.model.get_input_embeddings().num_embeddings
+    context_length = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
     return Subject(
         name=name,
         model=model,
         strategy=Strategy() if bos is None else Strategy(first_token="bos"),
         bos_id=bos,
         eos_id=next(i for i in (tokenizer.eos_token_id, bos, 0) if i is not None),
-        special_ids=frozenset(special),
+        special_ids=special_ids(tokenizer, size),
         encode=lambda text: tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"],
         decode=lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
-        token_bytes=token_bytes(tokenizer, model.model.get_input_embeddings().num_embeddings),
-        context_length=getattr(model.model.config.get_text_config(), "max_position_embeddings", None),
+        token_bytes=token_bytes(tokenizer, size),
+        context_length=context_length,
+        longest=context_length,
         store=arguments.store,
     )
 
@@ -206,7 +213,8 @@ def _prompts(path: Path) -> Iterator[str]:
 def probe_of(subject: Subject, documents: Iterator[str], limit: int, config: MeasureConfig) -> Probe:
     """The first documents with at least `sink_tokens` tokens, cropped to `limit`.
 
-    Raises ValueError where there is none, saying how long the longest was.
+    Raises ValueError where there is none, saying how long the longest was, and where the bytes of its tokens are not
+    those of its text.
     """
     import torch
 
@@ -214,9 +222,11 @@ def probe_of(subject: Subject, documents: Iterator[str], limit: int, config: Mea
 
     chosen, longest = [], 0
     for text in documents:
-        ids = subject.encode(text)[: limit - 1]
+        whole = subject.encode(text)
+        ids = whole[: limit - 1]
         longest = max(longest, len(ids))
         if len(ids) >= config.sink_tokens:
+            _check_bytes(subject, whole)
             chosen.append(torch.tensor(ids))
         if len(chosen) == config.documents:
             break
@@ -253,7 +263,53 @@ def artificial(probe: Probe, kind: Literal["random", "repeated"]) -> Probe:
     return Probe(tuple(documents), probe.token_bytes, probe.bos_id, probe.eos_id, probe.special_ids)
 
 
-def _check_bos(subject: Subject, modes: Sequence[InferenceMode], arguments: Any) -> None:
+def _check_keys(keys: Sequence[int], sink_tokens: int) -> None:
+    for key in keys:
+        if not 0 <= key < sink_tokens - 1:
+            raise ValueError(
+                f"--keys: found {key}, expected 0 to {sink_tokens - 2}, so that a later query among the first "
+                f"--sink_tokens {sink_tokens} can look at it; give another key, or raise --sink_tokens"
+            )
+
+
+def _check_subject(subject: Subject, arguments: Any) -> None:
+    """Refuse what this model cannot be asked for."""
+    prefix = subject.strategy.prefix_lm
+    if prefix and any(arguments.keys):
+        raise ValueError(
+            f"--keys: found {max(arguments.keys)} for a prefix LM (strategy.prefix_lm={prefix}), where only the first "
+            "key is measured; expected 0, or leave --keys out"
+        )
+    length = arguments.length
+    if length is not None and length < 2:
+        raise ValueError(f"--length: found {length}, expected at least 2 tokens")
+    if length is not None and subject.longest is not None and length > subject.longest:
+        raise ValueError(
+            f"--length: found {length}, expected at most {subject.longest}, the max_position_embeddings of "
+            f"{subject.name}; lower it, or where the model computes its positions, raise that in a copy of its "
+            "config.json"
+        )
+
+
+def _check_bytes(subject: Subject, ids: list[int]) -> None:
+    """Refuse a tokenizer whose tokens do not make up their text byte by byte, which bits per byte rests on."""
+    size = len(subject.token_bytes)
+    if max(ids) >= size:
+        raise ValueError(
+            f"{subject.name}: found token {max(ids)} in the text, expected ids below {size}, its embeddings"
+        )
+    counted = sum(int(subject.token_bytes[index]) for index in ids)
+    # What a second copy adds: decoders drop the space that they put before a text, but not one inside it.
+    once, twice = (len(subject.decode(read).encode()) for read in (ids, ids + ids))
+    if counted != twice - once:
+        raise ValueError(
+            f"{subject.name}: found {counted} bytes in the tokens of a document and {twice - once} in its decoded "
+            "text, expected the same; this tokenizer's tokens cannot be told in bytes, which bits per byte needs "
+            "(byte-level BPE and SentencePiece with ▁ can)"
+        )
+
+
+def _check_bos(subject: Subject, modes: Sequence[InferenceMode]) -> None:
     if subject.bos_id is None and "bos" in modes:
         raise ValueError(
             f"{subject.name}: its tokenizer has no BOS, which the mode bos puts first; name a token with --bos, or "

@@ -5,7 +5,7 @@ import torch
 
 from kernels import interval_mask
 from kernels.mask import Mask
-from model.hf import HFModel, narrowed, token_bytes
+from model.hf import HFModel, narrowed, sampled_mask, sampled_queries, special_ids, token_bytes
 
 transformers = pytest.importorskip("transformers")
 COMMON = dict(
@@ -61,6 +61,36 @@ def test_logits_and_masses_equal_those_of_eager_attention(saved):
         assert all(m.sum(-1).min() < 0.99 for m in eager.attentions), "its sink logits take a share"
 
 
+def test_more_queries_than_are_sampled_and_positions_that_restart_change_nothing(saved):
+    """Past 64 tokens the model gets a sample of its mask; left alone, it would make documents of the positions."""
+    theirs, folder = saved
+    ours = HFModel.load(str(folder))
+    length = 64 if theirs.config.model_type == "gpt2" else 90
+    tokens = torch.randint(96, (2, length))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, atol=2e-5, rtol=1e-4)
+        restarting = torch.arange(length).remainder(30).expand(2, -1)
+        found = ours(tokens, restarting).logits
+        expected = theirs(tokens, position_ids=restarting, attention_mask=torch.ones_like(tokens)).logits
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_the_sampled_queries_hold_both_ends_and_are_few():
+    for length in (1, 2, 63, 64, 65, 127, 1000, 2**20):
+        rows = sampled_queries(length)
+        assert len(rows) == min(length, 64) and rows[0] == 0 and rows[-1] == length - 1
+        assert (rows.diff() > 0).all()
+
+
+def test_the_sampled_mask_is_rows_of_the_whole_one():
+    from transformers.masking_utils import sdpa_mask, sliding_window_causal_mask_function
+
+    given = dict(batch_size=2, q_length=200, kv_length=200, mask_function=sliding_window_causal_mask_function(9))
+    found, rows = sampled_mask(**given), sampled_queries(200)
+    assert found.shape == (2, 1, 64, 200) and found.dtype == torch.bool
+    assert torch.equal(found, sdpa_mask(**given, allow_is_causal_skip=False)[:, :, rows])
+
+
 def test_a_mask_of_ours_applies_in_every_layer(saved):
     """Hiding key 0: what stands there changes nothing after it. A document start moves the second mass."""
     _, folder = saved
@@ -109,6 +139,89 @@ def test_what_is_no_causal_softmax_attention_is_refused(make, message, tmp_path)
         model(torch.randint(96, (1, 8)))
 
 
+SMALL = dict(**GQA, head_dim=8)
+OTHER_KEYS = "found a mask whose query 7 of .* sees other keys than expected"
+REFUSED = {
+    "a bias in the mask": ("Doge", GQA, 12, "DogeAttention: found attention_mask of torch.float32 and shape"),
+    "a bias in a mask that is sampled": ("Doge", GQA, 90, "DogeForCausalLM: expected a model that hands its mask on"),
+    "a bias beside the mask": (
+        "InklingText",
+        dict(**SMALL, swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8, sliding_window_size=6,
+             d_rel=4, rel_extent=8, moe_intermediate_size=16, n_routed_experts=2, num_experts_per_tok=1),
+        12,
+        "InklingAttention: found attention with position_bias",
+    ),
+    "chunks": (
+        "Llama4Text", dict(**SMALL, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=7), 12,
+        f"Llama4TextAttention: {OTHER_KEYS}",
+    ),
+    "a window in the mask alone": (
+        "Phimoe", dict(**GQA, sliding_window=7, num_local_experts=2), 12, f"PhimoeAttention: {OTHER_KEYS}",
+    ),
+}  # fmt: skip
+
+
+def from_family(name, options, folder):
+    config = getattr(transformers, f"{name}Config")(**{**COMMON, **options})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model.save_pretrained(folder)
+    return model, HFModel.load(str(folder))
+
+
+@pytest.mark.parametrize(("name", "options", "length", "message"), REFUSED.values(), ids=list(REFUSED))
+def test_layers_that_see_other_keys_or_other_logits_are_refused(name, options, length, message, tmp_path):
+    _, ours = from_family(name, options, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        ours(torch.randint(2, 96, (2, length)))
+
+
+@pytest.mark.parametrize("kind", ["chunks", "a window in the mask alone"])
+def test_a_row_that_fits_in_a_chunk_or_window_is_measured(kind, tmp_path):
+    name, options, _, _ = REFUSED[kind]
+    theirs, ours = from_family(name, options, tmp_path)
+    tokens = torch.randint(2, 96, (2, 7))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_blocks_that_see_both_ways_are_refused(long, tmp_path, monkeypatch):
+    """A mask function of a model's own, which transformers evaluates index by index (vmap)."""
+    from transformers.models.llama import modeling_llama
+
+    original = modeling_llama.create_causal_mask
+    prefix = lambda batch, head, query, key: (query < 3) & (key < 3)  # noqa: E731
+    monkeypatch.setattr(
+        modeling_llama, "create_causal_mask", lambda **given: original(**given, or_mask_function=prefix)
+    )
+    _, ours = from_family("Llama", GQA, tmp_path)
+    with pytest.raises(ValueError, match=r"LlamaAttention: found a mask whose query 0 of .* both ways"):
+        ours(torch.randint(2, 96, (2, 90 if long else 12)))
+
+
+@pytest.mark.parametrize("key", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+def test_weights_that_the_files_lack_are_named(key, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from_family("Llama", GQA, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    full = weights.pop(key)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"expected all weights of LlamaForCausalLM, found 1 of them missing.*{key}"):
+        HFModel.load(str(tmp_path))
+    save_file({**weights, key: full[:-1].clone()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="mismatch"):
+        HFModel.load(str(tmp_path))
+
+
+def test_weights_that_are_tied_are_not_missing(tmp_path):
+    from safetensors.torch import load_file
+
+    theirs, ours = from_family("Llama", dict(**GQA, tie_word_embeddings=True), tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    torch.testing.assert_close(ours.model.lm_head.weight, theirs.lm_head.weight)
+
+
 def test_a_folder_that_holds_no_model_or_a_damaged_one_is_named(saved, tmp_path):
     with pytest.raises(ValueError, match="expected the folder of a causal language model"):
         HFModel.load(str(tmp_path))
@@ -146,3 +259,18 @@ def test_tokens_stand_for_the_bytes_of_their_text(kind, tmp_path):
     table = token_bytes(theirs, 320)
     assert len(table) == 320 and table[theirs.bos_token_id] == 0
     assert sum(table[i] for i in ids) == len((text + " 漢").encode())
+
+
+def test_reserved_tokens_and_ids_without_a_token_are_special():
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "<|reserved_0|>"])
+    backend.add_tokens(["ordinary"])
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    assert "<|reserved_0|>" not in theirs.all_special_tokens
+    assert special_ids(theirs, 264) == {256, 257, *range(259, 264)}
+    assert special_ids(theirs, 257) == {256}, "none past the embeddings"
+    assert token_bytes(theirs, 264)[255:] == [1, 0, 0, len("ordinary"), 0, 0, 0, 0, 0]
