@@ -203,7 +203,9 @@ def _streamed(source: Source) -> Source:
 
 
 def _single(source: S) -> S:
-    return dataclasses.replace(source, streaming=source.kind != "demo", shuffle_seed=None, shuffle_buffer=None)
+    if source.kind == "demo":  # in memory anyway, and its long documents stand at its end
+        return source
+    return dataclasses.replace(source, streaming=True, shuffle_seed=None, shuffle_buffer=None)
 
 
 def _finished_bytes(config: PrepareConfig) -> int:

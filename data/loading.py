@@ -124,6 +124,10 @@ def _synthetic(source: SingleSource) -> Any:
 
 def _lines_or_texts(source: SingleSource) -> Any:
     files = matching(source.patterns)
+    for file in files:
+        with open(file, "rb") as opened:
+            if opened.read(4) == b"PAR1":
+                raise ValueError(f"{file}: found Parquet, expected {source.kind}; set source.kind: parquet")
     # What the cache's name is made of: contents, as in the recipe; a size and a time may be those of another text.
     states = [(sha256_file(Path(file)),) for file in files]
     chosen = DataFilesDict({"train": DataFilesList([str(Path(file).absolute()) for file in files], states)})

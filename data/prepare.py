@@ -116,6 +116,13 @@ def _fill(config: PrepareConfig, recipe: dict[str, Any], units: Units, workers: 
         )
     shards = units.shards()
     written = {split: sum(shard.documents for shard in shards.get(split, ())) for split in ("train", "validation")}
+    if not any(written.values()):
+        units.partial.discard()
+        left_out = documents.left_out + selected.left_out
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(left_out.items()))
+        raise ValueError(
+            f"found no document that the config lets pass (left out: {reasons}); look at min_bytes and max_bytes"
+        )
     if not written["train"] or (config.validation_share and not written["validation"]):
         units.partial.discard()
         raise ValueError(

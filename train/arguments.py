@@ -79,6 +79,11 @@ def rewritten(message: str, keys: list[str]) -> str:
     for pattern in _UNKNOWN:
         if found := re.search(pattern, message):
             option, key = found[1], found[1].lstrip("-").split("=")[0]
+            if Path(option).exists():
+                return (
+                    f"{option}: found a file where an option was expected; quote a glob, so that the shell leaves it "
+                    "whole, or give a list: '[a.jsonl, b.jsonl]'"
+                )
             near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6) or _same_leaf(key, keys)
             meant = f"; did you mean {near[0]}?" if near else ""
             return f"{option}: expected a known key, found none of that name{meant}"

@@ -270,7 +270,10 @@ class SinkbedCLI(LightningCLI):
             )
         forking = config.fork is not None and not config.ckpt_path
         if forking:
-            config.ckpt_path = str(Path(config.fork).resolve())
+            parent = Path(config.fork).resolve()
+            if (parent / rundir.CONFIG).is_file():  # a run: its newest checkpoint
+                parent = rundir.newest_checkpoint(parent) or parent / rundir.CHECKPOINTS / rundir.LAST
+            config.ckpt_path = str(parent)
         if process_rank() == 0:
             self.held = rundir.lock(run_dir)
             rundir.remove_temporaries(run_dir)
@@ -365,7 +368,8 @@ class SinkbedCLI(LightningCLI):
             print(measurement_table(self.trainer.global_step, monitor.final, monitor.config.sink_tokens))
             finish_wandb(0)
             rundir.mark_finished(monitor.run_dir)
-            print(f"in {monitor.run_dir}; curves: wandb leet {monitor.run_dir}/wandb")
+            curves = f"; curves: wandb leet {monitor.run_dir}/wandb" if (monitor.run_dir / "wandb").is_dir() else ""
+            print(f"in {monitor.run_dir}{curves}")
 
 
 def requeue() -> None:

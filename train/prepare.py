@@ -34,7 +34,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument(
         "--force", action="store_true", help="replace a store made from another config, start over one begun from it"
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     parser.add_argument("--check", metavar="STORE", help="read a token store and compare every checksum; no config")
     config = parser.parse_args(list(argv))
     try:
@@ -79,11 +79,12 @@ def described(found: Estimate) -> list[str]:
         return "unknown" if value is None else shape.format(value)
 
     how = "known" if found.known else "estimated" if found.documents is not None else "the source does not tell"
+    whole = found.documents == found.sample_documents
     trained = ", by a tokenizer trained on the sample" if found.trained_on_sample else ""
     lines = [
         f"sample           {found.sample_documents:,} documents, {found.sample_bytes:,} bytes",
         f"documents        {of(found.documents)} ({how})",
-        f"bytes            {of(found.bytes)}",
+        f"bytes            {of(found.bytes)}" + ("" if whole or found.bytes is None else " (from the sample)"),
         f"bytes per token  {found.bytes_per_token:.2f}{trained}",
         f"tokens           {of(found.tokens)}",
         f"disk             {of(None if found.disk is None else found.disk / 1e9, '{:,.3f} GB')}",

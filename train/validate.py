@@ -48,7 +48,8 @@ def open_run(path: Path) -> tuple[dict[str, Any], Path]:
             f"{path}: expected a run directory or a checkpoint inside one, found no {folder / rundir.CONFIG}"
         )
     checkpoint = load_checkpoint(
-        path if chosen else rundir.newest_checkpoint(folder) or folder / rundir.CHECKPOINTS / rundir.LAST
+        path if chosen else rundir.newest_checkpoint(folder) or folder / rundir.CHECKPOINTS / rundir.LAST,
+        option="the path",
     )
     return checkpoint, folder
 

@@ -336,3 +336,9 @@ def test_the_identity_of_a_mixture_is_that_of_its_sources(tmp_path: Path) -> Non
 def test_a_missing_split_is_named_beside_those_found(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"found splits train, heldout, expected 'test'; set source\.split"):
         list(Documents(changed(write_hub(tmp_path), split="test")))
+
+
+def test_parquet_that_is_read_as_lines_is_told_so(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["one"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: found Parquet, expected jsonl; set source\.kind: parquet"):
+        list(Documents(Source(kind="jsonl", files=str(tmp_path / "a.parquet"))))

@@ -256,6 +256,9 @@ def test_a_fork_is_a_new_run_with_settings_of_its_own_that_names_its_parent(fit)
     theirs, ours = (rundir.read_json(folder / rundir.RUN) for folder in (parent, twin))
     assert ours["wandb_id"] != theirs["wandb_id"]
     assert ours["parent"] == {"checkpoint": str(checkpoint), "step": 3, "wandb_id": theirs["wandb_id"]}
+    # A run stands for its newest checkpoint, of step 10.
+    status, longer = fit("--fork", str(parent), "--trainer.max_steps", "12", run_dir="longer")
+    assert status == 0 and rundir.read_json(longer / rundir.RUN)["parent"]["step"] == 10
     # Another learning rate, length and strategy: rows from the first of its own order, tokens counted on.
     other = ("--model.optimizer.lr", "1e-3", "--trainer.max_steps", "12", "--data.strategy.first_token", "none")
     status, fork = fit(*same, *other, run_dir="fork")
