@@ -54,6 +54,7 @@ class Encoder:
         self._workers = workers
         self._pool: ProcessPoolExecutor | None = None
         self._first: _Pending | None = None
+        self._started = False  # whether the processes have begun to give results
         self._before = os.environ.get(_PARALLEL)
 
     def __enter__(self) -> Self:
@@ -80,6 +81,7 @@ class Encoder:
                 pending.append(self._submit(batch, encode=batch.unit not in done))
                 # One at work in each process, and enough waiting to last while a shard is written.
                 while len(pending) > 4 * self._workers:
+                    self._help(pending)
                     yield self._result(pending.popleft())
             while pending:
                 yield self._result(pending.popleft())
@@ -109,10 +111,24 @@ class Encoder:
         pending.future = self._pool.submit(_work, _texts(batch))
         return pending
 
+    def _help(self, pending: deque[_Pending]) -> None:
+        """Encode from the end of what waits while the processes start, which takes as long as some megabytes do."""
+        first = pending[0].future
+        if self._started or first is None:
+            return
+        for other in reversed(pending):
+            if first.done():
+                break
+            if other.future is not None and other.future.cancel():
+                other.future, other.encoded = None, encode_texts(self._tokenizer, _texts(other.batch))
+        self._started = True
+
     def _result(self, pending: _Pending) -> tuple[Batch, Encoded | None]:
         pending.taken = True
         if not pending.encode:
             return pending.batch, None
+        if pending.encoded is not None:
+            return pending.batch, pending.encoded
         if pending.future is None:
             return pending.batch, encode_texts(self._tokenizer, _texts(pending.batch))
         return pending.batch, pending.future.result()
@@ -123,6 +139,7 @@ class _Pending:
         self.batch = batch
         self.encode = encode
         self.future: Future[Encoded] | None = None
+        self.encoded: Encoded | None = None
         self.taken = False
 
 

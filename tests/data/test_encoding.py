@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from tokenizers import normalizers
 
-from data.encoding import Encoder, WorkerDiedError, encode_texts
+from data import encoding
+from data.encoding import Encoded, Encoder, WorkerDiedError, encode_texts
 from data.selection import Batch, Document
 from data.tokenizer import Tokenizer
 
@@ -39,6 +40,26 @@ def test_batches_come_back_in_order_with_the_tokens_of_one_process(tokenizer: To
             assert all(np.array_equal(a, b) for a, b in zip(alone, parallel, strict=True))
             assert alone.sizes.tolist() == [document.size for document in batch.documents]
     assert [batch.unit for batch, _ in found[0]] == list(range(30))
+
+
+def test_the_process_that_reads_encodes_too_while_the_others_start(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here: list[str] = []
+
+    def spy(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
+        here.append(texts[0])
+        return encode_texts(tokenizer, texts)
+
+    monkeypatch.setattr(encoding, "encode_texts", spy)
+    with Encoder(tokenizer, 2) as encoder:
+        found = list(encoder.map(map(batch_of, range(40))))
+    assert 0 < len(here) < 40 and len(set(here)) == len(here)
+    assert [batch.unit for batch, _ in found] == list(range(40))
+    for batch, encoded in found:
+        assert encoded is not None
+        expected = encode_texts(tokenizer, [document.text for document in batch.documents])
+        assert all(np.array_equal(a, b) for a, b in zip(encoded, expected, strict=True))
 
 
 def test_a_corpus_of_one_batch_starts_no_process(tokenizer: Tokenizer) -> None:
