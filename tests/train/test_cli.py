@@ -156,7 +156,7 @@ def test_the_example_for_local_text_holds_for_every_format_it_names(tmp_path, mo
         Path(f"{i:03}.txt").write_text(text)
     trained = Tokenizer.train(texts, vocab_size=300)
     trained.backend.save("gpt2.json")
-    example = ["prepare", "--config", "configs/data/local_jsonl.yaml", "--quiet"]
+    example = ["prepare", "--config", str(ROOT / "configs/data/local_jsonl.yaml"), "--quiet"]
     loaded = ["--tokenizer.vocab_size", "null", "--tokenizer.train_bytes", "null", "--tokenizer.path", "gpt2.json"]
     for out, options in {
         "jsonl": ["--source.files", "*.jsonl"],
@@ -173,5 +173,5 @@ def test_a_glob_that_the_shell_has_expanded_is_told_so(tmp_path, capsys):
         (tmp_path / name).write_text("{}")
     files = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
     with pytest.raises(SystemExit):
-        main(["prepare", "--config", "configs/data/local_jsonl.yaml", "--source.files", *files])
+        main(["prepare", "--config", str(ROOT / "configs/data/local_jsonl.yaml"), "--source.files", *files])
     assert "quote a glob, so that the shell leaves it whole" in capsys.readouterr().err
