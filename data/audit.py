@@ -54,17 +54,14 @@ def audit(rows: Rows) -> dict[str, Any]:
     """
     layout, store = rows.layout, rows.store
     length, count = layout.context_length, layout.rows
-    c = _Counts()
+    c, placed = _Counts(), 0
     for index in _chunks(layout):
         _count_structure(c, layout, index)
         led = rows.led(index, np.zeros_like(index))
+        placed += int(led.sum()) * len(rows.strategy.placed)
         for kind in (True, False):
             if (some := index[led == kind]).size:
                 _count_contents(c, rows, some, kind)
-    placed = count * len(rows.strategy.placed)
-    if rows.strategy.first_token_share < 1:
-        placed = sum(int(rows.led(index, np.zeros_like(index)).sum()) for index in _chunks(layout))
-        placed *= len(rows.strategy.placed)
     read = c.inputs - c.repeated
     return {
         "strategy": dataclasses.asdict(rows.strategy),
