@@ -11,7 +11,9 @@ from data.manifest import Manifest
 from data.store import TokenStore
 from data.strategy import Strategy
 from model import Decoder, DecoderConfig
+from train.measure import MeasureConfig
 from train.module import batch_mask, counted_targets
+from train.monitor import _PACKED_ROWS, SinkMonitor
 
 LENGTH = 24
 
@@ -109,3 +111,24 @@ def test_what_stands_in_another_document_or_in_padding_changes_no_counted_loss(f
     assert (changed != batch.tokens).sum() > 50
     with torch.no_grad():
         assert torch.equal(losses(changed), losses(batch.tokens))
+
+
+def test_padding_has_no_part_in_the_masses_of_packed_rows(short_documents, tmp_path):
+    strategy = Strategy(packing="pad", document_end="none")
+    monitor = SinkMonitor(MeasureConfig(), tmp_path)
+    monitor.packed = Rows(short_documents, strategy, LENGTH)
+    model = decoder().eval()
+    module = SimpleNamespace(data=SimpleNamespace(strategy=strategy), device=torch.device("cpu"))
+    found = monitor._packed(model, module)
+    batch = monitor.packed.__getitems__(list(range(min(_PACKED_ROWS, len(monitor.packed)))))
+    lengths = (batch.doc_start == 0).sum(1).tolist()
+    assert min(lengths) < LENGTH - 5, "rows end in padding"
+    masses = [[] for _ in range(model.config.layers)]
+    with torch.no_grad():
+        for tokens, length in zip(batch.tokens, lengths, strict=True):
+            alone = model(tokens[None, :length], statistics=True).statistics
+            for layer, statistics in enumerate(alone):
+                masses[layer].append(statistics.row_mass[0, :, 1:].flatten())
+    expected = torch.stack([torch.cat(layer).mean() for layer in masses]).mean()
+    assert found["sink/document_start_mass"] == pytest.approx(float(expected), rel=1e-5)
+    assert found["sink/row_start_mass"] == pytest.approx(float(expected), rel=1e-5)
