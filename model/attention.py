@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from kernels import Implementation, Mask, Statistics, attention
+from kernels import AttentionOutput, Implementation, Mask, Statistics, attention
 from model.config import DecoderConfig
 from model.parts import rotate
+
+
+class Operator(nn.Module):
+    """`kernels.attention` as a module without weights: hooks see what it is given and what it makes."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, **options: Any) -> AttentionOutput:
+        """See `kernels.attention`."""
+        return attention(q, k, v, mask, **options)
 
 
 class SelfAttention(nn.Module):
@@ -19,6 +29,7 @@ class SelfAttention(nn.Module):
         heads = config.heads + 2 * config.key_heads
         self.qkv = nn.Linear(config.d_model, heads * config.dim, bias=False)
         self.out = nn.Linear(config.heads * config.dim, config.d_model, bias=False)
+        self.operator = Operator()
         self.sink_logit: Tensor | None
         if config.sink == "learned":
             self.sink_logit = nn.Parameter(torch.zeros(config.heads))
@@ -39,7 +50,7 @@ class SelfAttention(nn.Module):
         c = self.config
         q_k, v = self.qkv(x).unflatten(-1, (-1, c.dim)).split([c.heads + c.key_heads, c.key_heads], dim=2)
         q, k = rotate(q_k, rotation).split([c.heads, c.key_heads], dim=2)
-        out = attention(
+        out = self.operator(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from kernels import Implementation, Mask, Statistics
 from model.attention import SelfAttention
 from model.config import DecoderConfig
 from model.loss import linear_cross_entropy
+from model.observe import Attentions, LayerAttention
 from model.parts import RMSNorm, SwiGLU, rotations
 
 
@@ -125,6 +128,27 @@ class Decoder(nn.Module):
             return DecoderOutput(self.head(x), None, seen)
         loss = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten())
         return DecoderOutput(None, loss, seen)
+
+    @contextmanager
+    def observed(self, attention: Attentions) -> Iterator[None]:
+        """Hand each layer's attention to a callback; see `model.observe`."""
+
+        def hook(layer: int) -> Any:
+            def seen(module: nn.Module, args: Any, options: dict[str, Any], output: Any) -> None:
+                q, k, v, mask = args
+                mask = Mask(rows=len(q), length=q.shape[2]) if mask is None else mask
+                scale = q.shape[-1] ** -0.5
+                attention(LayerAttention(layer, q, k, v, output.lse, mask, scale, None, output.statistics))
+
+            return seen
+
+        operators = [block.attention.operator for block in self.blocks]
+        handles = [o.register_forward_hook(hook(layer), with_kwargs=True) for layer, o in enumerate(operators)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def parameter_count(self) -> int:
         """Number of parameters, tied ones once."""

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from kernels import Mask, Statistics, attention
 from kernels.statistics import blocks_of
 from model.decoder import DecoderOutput
+from model.observe import Attentions, LayerAttention
 
 _NAME = "sinkbed"
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
@@ -46,6 +47,7 @@ class _Pass:
     windows: dict[int, Mask] = field(default_factory=dict)
     found: list[Statistics] = field(default_factory=list)
     layers: int = 0
+    observer: Attentions | None = None
     sampled: bool = False
     """Whether the model was given masks of fewer rows than there are queries."""
 
@@ -182,14 +184,16 @@ def attend(
     mask = asked.within(sliding_window)
     query, key = query.to(value.dtype), key.to(value.dtype)
     found: Statistics | None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if softcap is None:
-        out = attention(query, key, value, mask, scale=scaling, sink_logit=s_aux, statistics=asked.statistics)
-        output, found = out.output, out.statistics
+        out = attention(query, key, value, mask, scale=scale, sink_logit=s_aux, statistics=asked.statistics)
+        output, lse, found = out.output, out.lse, out.statistics
     else:
         if s_aux is not None:
             raise ValueError(f"{name}: found a soft cap and a sink logit, which together are not supported")
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        output, found = _softcapped(query, key, value, mask, scale, softcap)
+        output, lse, found = _softcapped(query, key, value, mask, scale, softcap)
+    if asked.observer is not None:
+        asked.observer(LayerAttention(asked.layers, query, key, value, lse, mask, scale, softcap, found))
     asked.layers += 1
     if found is not None and asked.statistics:
         asked.found.append(Statistics(*(None if s is None else s.cpu() for s in found)))  # type: ignore[arg-type]
@@ -198,26 +202,28 @@ def attend(
 
 def _softcapped(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, cap: float
-) -> tuple[Tensor, Statistics]:
-    """Attention with cap · tanh(logits / cap) (Gemma 2, arXiv 2408.00118), in blocks of queries.
+) -> tuple[Tensor, Tensor, Statistics]:
+    """Output, lse and statistics of attention with cap · tanh(logits / cap) (Gemma 2, arXiv 2408.00118).
 
-    The operator has no such logits; memory is a block of queries times T.
+    The operator has no such logits; in blocks of queries, memory is a block times T.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    output = torch.empty_like(query)
-    shape = query.shape[:3]
+    H, shape = query.shape[1], query.shape[:3]
+    outputs, normalisers = [], []
     row, document = query.new_zeros(shape, dtype=torch.float32), query.new_zeros(shape, dtype=torch.float32)
     start = mask.doc_start
     for block in blocks_of(query.shape[2]):
         logits = (query[:, :, block] @ key.transpose(2, 3)).float() * scale
         logits = (cap * torch.tanh(logits / cap)).masked_fill(~mask.visible(query.device, block), float("-inf"))
-        probabilities = logits.softmax(-1)
-        output[:, :, block] = probabilities.to(value.dtype) @ value
+        normalisers.append(logits.logsumexp(-1))
+        probabilities = (logits - normalisers[-1][..., None]).exp()
+        outputs.append(probabilities.to(value.dtype) @ value)
+        probabilities = probabilities.detach()
         row[:, :, block] = probabilities[..., 0]
-        first = None if start is None else start[:, None, block, None].long().expand(-1, shape[1], -1, 1)
+        first = None if start is None else start[:, None, block, None].long().expand(-1, H, -1, 1)
         document[:, :, block] = probabilities[..., 0] if first is None else probabilities.gather(-1, first)[..., 0]
-    return output, Statistics(row, document, None)
+    return torch.cat(outputs, 2), torch.cat(normalisers, 2), Statistics(row, document, None)
 
 
 @dataclass(frozen=True)
@@ -234,6 +240,7 @@ class HFModel(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.observer: Attentions | None = None
         text = model.config.get_text_config()
         self.config = Shape(int(text.num_hidden_layers), int(text.num_attention_heads))
 
@@ -316,6 +323,27 @@ class HFModel(nn.Module):
             )
         return found
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The layers, first to last. Raises ValueError where the model does not keep them in one list."""
+        lists = [m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == self.config.layers]
+        kinds = [m for m in lists if all(any("att" in name.lower() for name, _ in b.named_modules()) for b in m)]
+        if len(kinds) != 1:
+            raise ValueError(
+                f"{type(self.model).__name__}: expected one list of {self.config.layers} layers with attention, whose "
+                f"hidden states can be observed, found {len(kinds)}"
+            )
+        return kinds[0]
+
+    @contextmanager
+    def observed(self, attention: Attentions) -> Iterator[None]:
+        """Hand each layer's attention to a callback; see `model.observe`."""
+        before, self.observer = self.observer, attention
+        try:
+            yield
+        finally:
+            self.observer = before
+
     def forward(
         self,
         tokens: Tensor,
@@ -328,7 +356,8 @@ class HFModel(nn.Module):
 
         Raises ValueError for attention that the operator cannot express.
         """
-        asked = _Pass(Mask(rows=len(tokens), length=tokens.shape[1]) if mask is None else mask, statistics)
+        mask = Mask(rows=len(tokens), length=tokens.shape[1]) if mask is None else mask
+        asked = _Pass(mask, statistics, observer=self.observer)
         # Told that no token is padding, transformers does not look for documents in the positions: `mask` has them.
         given = {} if positions is None else {"position_ids": positions, "attention_mask": torch.ones_like(tokens)}
         try:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which readers with colour-blindness tell apart; one an arm, by order.
 COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#7A7A7A", "#000000")
 MODE_COLOURS = {"bos": "#0072B2", "text": "#D55E00", "first_key_masked": "#7A7A7A"}
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -52,7 +52,7 @@ def write_figures(results: Sequence[Result], folder: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with plt.rc_context(dict(_STYLE)):
+    with plt.rc_context(dict(STYLE)):
         for name, draw in (("result", _result), ("curves", _curves), ("heatmaps", _heatmaps), ("loss", _losses)):
             figure = draw(results)
             buffer = io.BytesIO()

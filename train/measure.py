@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 if TYPE_CHECKING:
     import torch
 
     from data.store import TokenStore
     from data.strategy import Strategy
+    from kernels import Mask
     from model import Decoder
 
 InferenceMode = Literal["as_trained", "bos", "text", "first_key_masked", "random_first"]
@@ -252,23 +253,23 @@ def measure(
     above_row, above_placed = torch.zeros_like(above), torch.zeros_like(above)
     totals, second = torch.zeros(4, *shape, dtype=torch.float64), 0
     loss_sum, byte_sum, token_sum, documents = 0.0, 0, 0, 0
-    was_training = model.training
+    was_training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
         with torch.no_grad():
             for rows, text, lengths in probe.batches(config.batch_tokens):
-                first, positions = first_tokens(mode, strategy, probe, rows)
+                _, positions = first_tokens(mode, strategy, probe, rows)
                 if positions and positions[-1] >= config.sink_tokens:
                     raise ValueError(
                         f"strategy.first_token: found a token placed at position {positions[-1]}, expected one before "
                         f"measure.sink_tokens={config.sink_tokens}, so that every document of the probe reaches it"
                     )
-                hide = mode == "first_key_masked"
                 second = (positions or (0,))[-1] if key is None else key
                 if strategy.prefix_lm or second >= config.sink_tokens - 1:
                     second = 0  # no query is left to look at it
+                row = arrange(probe, mode, strategy, rows, text, lengths, device=device, key=second)
                 alpha, alpha_row, mass, mass_row, placed, nll = _observe(
-                    model, first, positions, text, lengths, strategy, hide, config.sink_tokens, second
+                    model, row, text, lengths, config.sink_tokens, second
                 )
                 for e, eps in enumerate(EPSILONS):
                     above[e] += (alpha > eps).sum(0)
@@ -309,24 +310,42 @@ def measure(
     )
 
 
-def _observe(
-    model: Decoder,
-    first: torch.Tensor,
-    positions: tuple[int, ...],
+class Arranged(NamedTuple):
+    """Documents as a model reads them in an inference mode."""
+
+    tokens: torch.Tensor
+    """[B, T]."""
+    mask: Mask | None
+    slots: torch.Tensor
+    """[n] row positions of the text's tokens."""
+
+
+def arrange(
+    probe: Probe,
+    mode: InferenceMode,
+    strategy: Strategy,
+    rows: Sequence[int],
     text: torch.Tensor,
     lengths: torch.Tensor,
-    strategy: Strategy,
-    hide_first_key: bool,
-    sink_tokens: int,
-    key: int,
-) -> tuple[torch.Tensor, ...]:
-    """One forward pass: alpha and mass [B, L, H] over sink_tokens and over the row, mass on `key` [B, L, H, queries
-    from it on], nll [B, n−1]."""
+    *,
+    device: torch.device,
+    key: int = 0,
+) -> Arranged:
+    """The row of each document in a mode: the text with its first tokens, and the strategy's window, shared prefix
+    and prefix LM as in training.
+
+    Args:
+        rows: numbers of the documents.
+        text: [B, n] their token ids, padded on the right.
+        lengths: [B] tokens of each.
+        key: a key other than the first is observed as if a document started there that the mask does not keep apart.
+    """
     import torch
 
     from kernels import interval_mask
 
-    device = next(model.parameters()).device
+    first, positions = first_tokens(mode, strategy, probe, rows)
+    hide = mode == "first_key_masked"
     shift = len(positions)
     B, T = len(text), text.shape[1] + shift
     slots = torch.tensor([i for i in range(T) if i not in positions])
@@ -334,9 +353,8 @@ def _observe(
     tokens[:, slots] = text
     tokens[:, list(positions)] = first
     mask = None
-    if strategy.window is not None or strategy.prefix_lm or hide_first_key or key:
-        # One document a row; its end matters to a prefix LM, whose prefix must not reach into the padding. A key
-        # other than the first is observed as if a document started there that the mask does not keep apart.
+    if strategy.window is not None or strategy.prefix_lm or hide or key:
+        # One document a row; its end matters to a prefix LM, whose prefix must not reach into the padding.
         end = (lengths + shift).to(torch.int32)[:, None].expand(B, T).contiguous().to(device)
         start = torch.where(torch.arange(T) < key, 0, key).to(torch.int32)[None, :].expand(B, T).contiguous()
         mask = interval_mask(
@@ -348,15 +366,33 @@ def _observe(
             window=strategy.window,
             shared_prefix=min(strategy.shared_prefix, T) if strategy.window is not None or not key else 0,
             prefix_lm=min(strategy.prefix_lm, T),
-            hide_first_key=hide_first_key,
+            hide_first_key=hide,
         )
-    output = model(tokens.to(device), mask=mask, statistics=True)
+    return Arranged(tokens.to(device), mask, slots.to(device))
+
+
+def target_nll(logits: torch.Tensor, slots: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """[B, n−1] negative log-likelihood, in nats, of the text's second and later tokens; logits [B, T, V]."""
+    import torch
+
+    chosen = logits[:, slots[1:] - 1].float()
+    return torch.nn.functional.cross_entropy(chosen.transpose(1, 2), text[:, 1:].to(logits.device), reduction="none")
+
+
+def _observe(
+    model: Decoder, row: Arranged, text: torch.Tensor, lengths: torch.Tensor, sink_tokens: int, key: int
+) -> tuple[torch.Tensor, ...]:
+    """One forward pass: alpha and mass [B, L, H] over sink_tokens and over the row, mass on `key` [B, L, H, queries
+    from it on], nll [B, n−1]."""
+    import torch
+
+    output = model(row.tokens, mask=row.mask, statistics=True)
     assert output.logits is not None and output.statistics is not None
-    logits = output.logits[:, (slots[1:] - 1).to(device)].float()
-    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), text[:, 1:].to(device), reduction="none").cpu()
+    nll = target_nll(output.logits, row.slots, text).cpu()
+    T = row.tokens.shape[1]
     masses = torch.stack([s.row_mass for s in output.statistics], dim=1).float().cpu()  # [B, L, H, T]
     head = masses[..., :sink_tokens]
-    real = (torch.arange(T)[None, :] < (lengths + shift)[:, None])[:, None, None, :]  # no padding
+    real = (torch.arange(T)[None, :] < (lengths + T - text.shape[1])[:, None])[:, None, None, :]  # no padding
     own = masses * real
     count = real.sum(-1)
     on_key = head

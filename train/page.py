@@ -36,6 +36,7 @@ thead button:focus-visible { outline: 2px solid var(--accent); }
 tbody tr { border-top: 1px solid var(--line); } tbody tr:hover { background: #f8fafb; }
 .failed { border-left: 4px solid #D55E00; background: #fdf3ec; padding: .5rem 1rem; }
 a { color: var(--accent); }
+.drawing { overflow-x: auto; } .drawing svg { width: 100%; height: auto; max-width: 1100px; min-width: 620px; }
 """
 
 # Sorts a table by the column whose header is pressed: as numbers where the cell starts with one.
@@ -81,13 +82,12 @@ def write_page(
     from plotly.offline import get_plotlyjs
 
     parts = [
-        f"<h1>{html.escape(study.title)}</h1>",
         f"<p>{html.escape(study.question)}</p>" if study.question else "",
         "".join(
             f'<p class="failed">Arm {html.escape(name)} failed: {html.escape(why)}</p>' for name, why in failed.items()
         ),
         "<h2>Result</h2>",
-        _table(*table_of(summary), "words"),
+        table(*table_of(summary), "words"),
         f'<p class="note">{html.escape(note)}</p>',
         "<h2>Sink rate while training</h2>",
         _plot(_curves(results, "sink/rate/0.3/{}", "sink rate, % (eps 0.3)")),
@@ -102,23 +102,27 @@ def write_page(
         "<figcaption>Mean attention on key 0, layers down, heads across, first seed; left: BOS + text, right: text. "
         "The slider moves through the measurements of training.</figcaption>",
         "<h2>Every measurement</h2>",
-        _table(tuple(rows_of(results)[0]), [tuple(map(_text, row.values())) for row in rows_of(results)]),
+        table(tuple(rows_of(results)[0]), [tuple(map(_text, row.values())) for row in rows_of(results)]),
     ]
-    page = (
+    write_atomic(path, document(study.title, parts, get_plotlyjs()))
+
+
+def document(title: str, parts: Sequence[str], library: str = "") -> str:
+    """A page of its own: heading, parts, tables that sort; `library` is a script that the parts need."""
+    scripts = f"<script>{library}</script>" if library else ""
+    return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(study.title)}</title><style>{_CSS}</style>"
-        f"<script>{get_plotlyjs()}</script></head><body><main>{''.join(parts)}</main>"
-        f"<script>{_SCRIPT}</script></body></html>\n"
+        f"<title>{html.escape(title)}</title><style>{_CSS}</style>{scripts}</head>"
+        f"<body><main><h1>{html.escape(title)}</h1>{''.join(parts)}</main><script>{_SCRIPT}</script></body></html>\n"
     )
-    write_atomic(path, page)
 
 
 def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "figures") -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "figures") -> str:
     head = "".join(f'<th scope="col"><button type="button">{html.escape(name)}</button></th>' for name in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return (

@@ -1,92 +1,119 @@
-"""`sinkbed probe`: sinks of any causal language model, with the code that measures during training.
+"""`sinkbed probe`: sinks, states and mixing of any causal language model, with the code that measures during training.
 
-The model is a run or checkpoint of ours, or a Hugging Face model (folder, hub name, GGUF), whose attention goes
-through our operator (`model.hf`). The text is a token store's validation split or a file of prompts.
+What is measured is chosen by --measure; `sinks` alone is the default, as the others take more passes over the text.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from train import rundir
 
 if TYPE_CHECKING:
-    from data.strategy import Strategy
     from train.measure import InferenceMode, MeasureConfig, ModeResult, Probe
+    from train.subject import Subject
 
 Input = Literal["natural", "random", "repeated"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """A model to measure, with what its text is made of."""
-
-    name: str
-    model: Any
-    """Called as our decoder is."""
-    strategy: Strategy
-    bos_id: int | None
-    eos_id: int
-    special_ids: frozenset[int]
-    encode: Callable[[str], list[int]]
-    decode: Callable[[list[int]], str]
-    token_bytes: Any
-    """[V] UTF-8 bytes of text that each id stands for."""
-    context_length: int | None
-    longest: int | None
-    """Tokens that the model reads at most. None: no limit."""
-    store: Path | None
-    """Where its own validation text is."""
+Measure = Literal["sinks", "states", "gradients", "perturbation", "rank", "paths", "jacobian", "positions", "streaming"]
+ONSET_RATE = 10.0
 
 
 def run(command: str, argv: Sequence[str]) -> int:
-    """Parse, measure, print a table."""
+    """Parse, measure, print tables, write what was asked for."""
     import argparse
 
     parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", help="run directory, checkpoint, Hugging Face folder or hub name")
-    parser.add_argument("--prompts", type=Path, help="text: a JSONL file (column text), or a document a line")
-    parser.add_argument("--store", type=Path, help="text: validation split of this token store (default: a run's own)")
-    parser.add_argument("--modes", nargs="+", default=["bos", "text", "first_key_masked"], help="inference modes")
-    parser.add_argument("--inputs", nargs="+", choices=get_args(Input), default=["natural"], help="what is read")
-    parser.add_argument("--keys", type=int, nargs="+", default=[0], help="row positions k whose sink rate is wanted")
-    parser.add_argument("--documents", type=int, default=100)
-    parser.add_argument("--sink_tokens", type=int, default=64, help="T of the sink rate")
-    parser.add_argument("--length", type=int, help="tokens of a document at most (default: the context, 512 at most)")
-    parser.add_argument("--bos", help="token that serves as BOS (default: the tokenizer's)")
-    parser.add_argument("--dtype", default="auto", help="Hugging Face: auto, float32, bfloat16, ...")
-    parser.add_argument("--device_map", help="Hugging Face: such as auto, layers over several devices")
-    parser.add_argument("--revision", help="Hugging Face: commit, tag or branch")
-    parser.add_argument("--gguf", help="Hugging Face: weights in this GGUF file of the folder or repository")
+    text = parser.add_argument_group("text")
+    text.add_argument("--prompts", type=Path, help="a JSONL file (column text), or a document a line")
+    text.add_argument("--store", type=Path, help="validation split of this token store (default: a run's own)")
+    text.add_argument("--documents", type=int, default=100)
+    text.add_argument("--length", type=int, help="tokens of a document at most (default: the context, 512 at most)")
+    text.add_argument("--inputs", nargs="+", choices=get_args(Input), default=["natural"], help="what is read (sinks)")
+    text.add_argument("--modes", nargs="+", default=["bos", "text", "first_key_masked"], help="inference modes")
+    text.add_argument("--bos", help="token that serves as BOS (default: the tokenizer's)")
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--measure", nargs="+", choices=[*get_args(Measure), "all"], default=["sinks"])
+    what.add_argument("--sink_tokens", type=int, default=64, help="T of the sink rate, tokens of states and mixing")
+    what.add_argument("--keys", type=int, nargs="+", default=[0], help="row positions k whose sink rate is wanted")
+    what.add_argument("--mixing_documents", type=int, default=16, help="documents of states and mixing")
+    what.add_argument("--lengths", type=int, nargs="+", default=[], help="mixing at these numbers of tokens too")
+    what.add_argument("--change", nargs=2, metavar=("OLD", "NEW"), help="perturbation: this word in the first prompt")
+    what.add_argument("--directions", default="16", help="jacobian: random directions, or exact")
+    what.add_argument("--jacobian_documents", type=int, default=4, help="documents of the jacobian")
+    what.add_argument("--cache", type=int, help="streaming: keys (default: a quarter of the longest document)")
+    what.add_argument("--kept", type=int, nargs="+", default=[0, 1, 2, 4], help="streaming: first keys kept")
+    what.add_argument("--checkpoints", action="store_true", help="also along all checkpoints of a run")
+    hub = parser.add_argument_group("Hugging Face models")
+    hub.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ...")
+    hub.add_argument("--device_map", help="such as auto: layers over several devices, or partly on disk")
+    hub.add_argument("--revision", help="commit, tag or branch")
+    hub.add_argument("--gguf", help="weights in this GGUF file of the folder or repository")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--batch_tokens", type=int, default=2_048, help="tokens of a forward pass, padding included")
-    parser.add_argument("--json", type=Path, help="also write every figure, per layer and head, to this file")
+    parser.add_argument("--json", type=Path, help="write every figure, per layer and head, to this file")
+    parser.add_argument("--out", type=Path, help="write a report to this folder: HTML page, figures, CSV, JSON")
+    parser.add_argument("--wandb", action="store_true", help="log figures and numbers to the run's W&B page")
     arguments = parser.parse_args(list(argv))
 
     import torch
 
-    from train.measure import MeasureConfig, check_modes, measure
+    from train import probe_report
+    from train.measure import MeasureConfig, check_modes
+    from train.subject import load, probe_of, texts
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     modes = check_modes(arguments.modes)
+    measures = set(get_args(Measure)) if "all" in arguments.measure else set(arguments.measure)
     config = MeasureConfig(
         documents=arguments.documents,
         live_documents=1,
         sink_tokens=arguments.sink_tokens,
         batch_tokens=arguments.batch_tokens,
     )
-    _check_keys(arguments.keys, config.sink_tokens)
+    _check_arguments(arguments, measures)
     subject = load(arguments)
     _check_subject(subject, arguments)
     limit = arguments.length or min(512, subject.context_length or 512)
     natural = probe_of(subject, texts(arguments, subject), limit, config)
     _check_bos(subject, modes)
-    results: dict[str, dict[str, dict[str, Any]]] = {}
     print(f"{subject.name}: {len(natural.documents)} documents, T = {config.sink_tokens}, eps 0.3")
+    found: dict[str, Any] = {
+        "model": subject.name,
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
+        "documents": len(natural.documents),
+    }
+    if "sinks" in measures:
+        found["sinks"] = _sinks(subject, natural, modes, arguments, config)
+    found |= _states_and_mixing(subject, natural, modes, measures, arguments)
+    found |= _perplexities(subject, natural, modes, measures, arguments)
+    if arguments.checkpoints:
+        found["checkpoints"] = _along(subject, natural, modes, config)
+    _name_tokens(found, subject)
+    probe_report.print_tables(found)
+    if arguments.json is not None:
+        rundir.write_json(arguments.json, found)
+    if arguments.out is not None:
+        page = probe_report.write(found, arguments.out)
+        print(f"report: {page} (also probe.json, *.csv, *.png and *.svg beside it)")
+    if arguments.wandb:
+        assert subject.run_dir is not None
+        print(probe_report.log_to_wandb(found, subject.run_dir, subject.step))
+    return 0
+
+
+def _sinks(
+    subject: Subject, natural: Probe, modes: Sequence[InferenceMode], arguments: Any, config: MeasureConfig
+) -> dict[str, Any]:
+    """input -> mode -> key -> `ModeResult`; a line is printed as soon as it is known."""
+    from train.measure import measure
+    from train.subject import artificial
+
+    results: dict[str, dict[str, dict[str, Any]]] = {}
     print(f"{'input':10}{'mode':20}{'key':>5}{'sink rate %':>13}{'sink mass':>11}{'loss':>9}{'bits/byte':>11}")
     for kind in arguments.inputs:
         probe = natural if kind == "natural" else artificial(natural, kind)
@@ -95,181 +122,194 @@ def run(command: str, argv: Sequence[str]) -> int:
                 result = measure(subject.model, probe, mode, subject.strategy, config, key=key)
                 results.setdefault(kind, {}).setdefault(mode, {})[str(key)] = dataclasses.asdict(result)
                 print(_line(kind, mode, key, result), flush=True)
-    if arguments.json is not None:
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
-        rundir.write_json(arguments.json, {"settings": settings, "results": results})
-    return 0
+    return results
 
 
-def load(arguments: Any) -> Subject:
-    """The model that `arguments.model` names. Raises FileNotFoundError or ValueError that says what is missing."""
-    path = Path(arguments.model)
-    if (path / rundir.CONFIG).is_file() or path.name.endswith(".ckpt"):
-        return _ours(path, arguments)
-    if path.exists() and not (path / "config.json").is_file() and arguments.gguf is None:
-        raise ValueError(
-            f"{path}: expected a run directory (with {rundir.CONFIG}), a checkpoint inside one, or a Hugging Face "
-            "folder (with config.json), found none of these"
-        )
-    return _hugging_face(arguments)
+def _states_and_mixing(
+    subject: Subject, probe: Probe, modes: Sequence[InferenceMode], measures: set[str], arguments: Any
+) -> dict[str, Any]:
+    """measure -> mode -> its figures; `by_length`: the mixing ones again at other numbers of tokens."""
+    from train import mixing, states
 
+    model, size = subject.model, arguments.batch_tokens
+    found: dict[str, Any] = {}
 
-def _ours(path: Path, arguments: Any) -> Subject:
-    from train.validate import load_decoder, open_run, run_tokenizer
+    def mixed(tokens: int) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for mode in modes:
+            excerpts = states.Excerpts.of(probe, mode, subject.strategy, tokens, arguments.mixing_documents)
+            few = states.Excerpts.of(probe, mode, subject.strategy, tokens, arguments.jacobian_documents)
+            directions = None if arguments.directions == "exact" else int(arguments.directions)
+            for name, call in (
+                ("perturbation", lambda e=excerpts: mixing.measure_perturbation(model, e, size)),
+                ("rank", lambda e=excerpts: mixing.measure_rank(model, e, size)),
+                ("paths", lambda e=excerpts: mixing.measure_paths(model, e, size)),
+                ("jacobian", lambda e=few: mixing.measure_jacobian(model, e, size, directions=directions)),
+            ):
+                if name in measures:
+                    value: Any = call()
+                    whole = isinstance(value, dict)
+                    out.setdefault(name, {})[mode] = (
+                        {k: dataclasses.asdict(v) for k, v in value.items()} if whole else dataclasses.asdict(value)
+                    )
+        return out
 
-    checkpoint, _ = open_run(path)
-    decoder, strategy = load_decoder(checkpoint)
-    identity = checkpoint["sinkbed"]
-    tokenizer = run_tokenizer(identity, arguments.store)
-    bos = tokenizer.bos_id
-    if arguments.bos is not None:
-        bos = _token_id(tokenizer.backend.token_to_id(arguments.bos), arguments.bos, path)
-    return Subject(
-        name=f"{path}, step {checkpoint['global_step']}",
-        model=decoder,
-        strategy=strategy,
-        bos_id=bos,
-        eos_id=tokenizer.eos_id,
-        special_ids=frozenset(tokenizer.special_ids),
-        encode=tokenizer.encode,
-        decode=tokenizer.decode,
-        token_bytes=tokenizer.token_bytes,
-        context_length=identity["context_length"],
-        longest=None,
-        store=arguments.store or Path(identity["store"]),
-    )
-
-
-def _hugging_face(arguments: Any) -> Subject:
-    from data.strategy import Strategy
-    from model.hf import HFModel, special_ids, token_bytes
-
-    name = arguments.model
-    model = HFModel.load(
-        name,
-        revision=arguments.revision,
-        gguf=arguments.gguf,
-        dtype=arguments.dtype,
-        device_map=arguments.device_map,
-    )
-    tokenizer = HFModel.tokenizer(name, revision=arguments.revision, gguf=arguments.gguf)
-    bos = tokenizer.bos_token_id
-    if arguments.bos is not None:
-        found = tokenizer.convert_tokens_to_ids(arguments.bos)
-        bos = _token_id(None if found == tokenizer.unk_token_id else found, arguments.bos, name)
-    size = model.model.get_input_embeddings().num_embeddings
-    context_length = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
-    return Subject(
-        name=name,
-        model=model,
-        strategy=Strategy() if bos is None else Strategy(first_token="bos"),
-        bos_id=bos,
-        eos_id=next(i for i in (tokenizer.eos_token_id, bos, 0) if i is not None),
-        special_ids=special_ids(tokenizer, size),
-        encode=lambda text: tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"],
-        decode=lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
-        token_bytes=token_bytes(tokenizer, size),
-        context_length=context_length,
-        longest=context_length,
-        store=arguments.store,
-    )
-
-
-def _token_id(found: int | None, token: str, where: object) -> int:
-    if found is None:
-        raise ValueError(f"--bos: found {token!r}, which is no token of {where}; expected one of its vocabulary")
+    for mode in modes:
+        excerpts = states.Excerpts.of(probe, mode, subject.strategy, arguments.sink_tokens, arguments.mixing_documents)
+        if "states" in measures:
+            measured = dataclasses.asdict(states.measure_states(model, excerpts, size))
+            found.setdefault("states", {})[mode] = measured
+            found.setdefault("map", {})[mode] = states.strongest_head(model, excerpts)
+        if "gradients" in measures:
+            gradients = states.measure_gradients(model, excerpts, size)
+            found.setdefault("gradients", {})[mode] = dataclasses.asdict(gradients)
+    found |= mixed(arguments.sink_tokens)
+    if arguments.lengths:
+        found["by_length"] = {str(length): mixed(length) for length in sorted(set(arguments.lengths))}
+    if arguments.change is not None:
+        found["change"] = _changed_word(subject, modes, arguments)
     return found
 
 
-def texts(arguments: Any, subject: Subject) -> Iterator[str]:
-    """The documents to read. Raises ValueError where nothing says which, or a file holds none."""
-    if arguments.prompts is not None:
-        yield from _prompts(arguments.prompts)
-        return
-    if subject.store is None:
-        raise ValueError("expected text to read, found none: give --prompts FILE, or --store with a token store")
-    from data.store import TokenStore
+def _changed_word(subject: Subject, modes: Sequence[InferenceMode], arguments: Any) -> dict[str, Any]:
+    """The perturbation of the paper's Figure 2: one word of the first prompt in place of another.
 
-    store = TokenStore.open(subject.store, "validation")
-    tokenizer = store.tokenizer()
-    yield from (tokenizer.decode(store.slice(number)) for number in range(store.documents))
-
-
-def _prompts(path: Path) -> Iterator[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"--prompts: no file at {path}")
-    if path.suffix == ".jsonl":
-        from data.sources import Documents, Source
-
-        yield from Documents(Source(kind="jsonl", files=str(path), shuffle_seed=None, streaming=True))
-        return
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {path}: expected UTF-8, found {error}") from None
-    yield from (line for line in lines if line.strip())
-
-
-def probe_of(subject: Subject, documents: Iterator[str], limit: int, config: MeasureConfig) -> Probe:
-    """The first documents with at least `sink_tokens` tokens, cropped to `limit`.
-
-    Raises ValueError where there is none, saying how long the longest was, and where the bytes of its tokens are not
-    those of its text.
+    Raises ValueError where the word is not there, or the texts differ in their number of tokens.
     """
     import torch
 
+    from train import mixing, states
     from train.measure import Probe
+    from train.subject import texts
 
-    chosen, longest = [], 0
-    for text in documents:
-        whole = subject.encode(text)
-        ids = whole[: limit - 1]
-        longest = max(longest, len(ids))
-        if len(ids) >= config.sink_tokens:
-            _check_bytes(subject, whole)
-            chosen.append(torch.tensor(ids))
-        if len(chosen) == config.documents:
-            break
-    if not chosen:
+    old, new = arguments.change
+    prompt = next(texts(arguments, subject))
+    if old not in prompt:
+        raise ValueError(f"--change: found no {old!r} in the first prompt, {prompt[:60]!r} …; expected a word of it")
+    before, after = subject.encode(prompt), subject.encode(prompt.replace(old, new, 1))
+    if len(before) != len(after):
         raise ValueError(
-            f"--sink_tokens {config.sink_tokens}: expected documents of at least as many tokens, found {longest} in "
-            f"the longest, cropped to --length {limit} with room for BOS; give longer ones, or lower it"
+            f"--change: found {len(before)} tokens with {old!r} and {len(after)} with {new!r}, expected as many; "
+            "choose a word of as many tokens"
         )
-    return Probe(
-        tuple(chosen),
-        torch.as_tensor(subject.token_bytes, dtype=torch.int64),
-        subject.eos_id if subject.bos_id is None else subject.bos_id,
-        subject.eos_id,
-        subject.special_ids,
-    )
+    before, after = before[: arguments.sink_tokens], after[: arguments.sink_tokens]
+    if before == after:
+        raise ValueError(
+            f"--change: found {old!r} past the first {arguments.sink_tokens} tokens of the prompt, expected it among "
+            "them; raise --sink_tokens"
+        )
+    eos, bytes_ = subject.eos_id, torch.as_tensor(subject.token_bytes, dtype=torch.int64)
+    bos = eos if subject.bos_id is None else subject.bos_id
+    probe = Probe((torch.tensor(before),), bytes_, bos, eos, subject.special_ids)
+    found: dict[str, Any] = {"old": old, "new": new, "tokens": before}
+    for mode in modes:
+        excerpts = states.Excerpts.of(probe, mode, subject.strategy, len(before), 1)
+        changed = mixing.measure_perturbation(
+            subject.model, excerpts, arguments.batch_tokens, changed=torch.tensor([after])
+        )
+        found.setdefault("modes", {})[mode] = dataclasses.asdict(changed)
+    return found
 
 
-def artificial(probe: Probe, kind: Literal["random", "repeated"]) -> Probe:
-    """Documents of the same lengths, of uniformly random tokens, or each of one random token over and over."""
-    import numpy as np
-    import torch
+def _perplexities(
+    subject: Subject, probe: Probe, modes: Sequence[InferenceMode], measures: set[str], arguments: Any
+) -> dict[str, Any]:
+    from train import perplexity
 
-    from data.packing import random_tokens
-    from train.measure import Probe
+    model, size = subject.model, arguments.batch_tokens
+    found: dict[str, Any] = {}
+    if "positions" in measures:
+        found["positions"] = {
+            mode: [dataclasses.asdict(s) for s in perplexity.by_position(model, probe, mode, subject.strategy, size)]
+            for mode in modes
+        }
+    if "streaming" in measures:
+        cache = arguments.cache or max(map(len, probe.documents)) // 4
+        found["streaming"] = {
+            mode: [
+                dataclasses.asdict(line)
+                for line in perplexity.streaming(
+                    model, probe, mode, subject.strategy, size, cache=cache, kept=arguments.kept
+                )
+            ]
+            for mode in modes
+            if mode != "first_key_masked"  # hides what is to be kept
+        }
+    return found
 
-    documents = []
-    for number, document in enumerate(probe.documents):
-        count = len(document) if kind == "random" else 1
-        drawn = random_tokens(
-            np.arange(count), seed=0, epoch=number, vocab_size=len(probe.token_bytes),
-            special_ids=tuple(sorted(probe.special_ids)),
-        )  # fmt: skip
-        documents.append(torch.from_numpy(np.resize(drawn, len(document))))
-    return Probe(tuple(documents), probe.token_bytes, probe.bos_id, probe.eos_id, probe.special_ids)
+
+def _along(subject: Subject, probe: Probe, modes: Sequence[InferenceMode], config: MeasureConfig) -> dict[str, Any]:
+    """Sinks and norms at every checkpoint of the run, oldest first, and the onset."""
+    from train.checkpoint import load_checkpoint
+    from train.measure import measure
+    from train.states import Excerpts, measure_states
+    from train.validate import load_decoder
+
+    assert subject.run_dir is not None
+    points: list[dict[str, Any]] = []
+    for path in rundir.checkpoints(subject.run_dir):
+        checkpoint = load_checkpoint(path, option="the path")
+        decoder, strategy = load_decoder(checkpoint)
+        identity = checkpoint["sinkbed"]
+        step = checkpoint["global_step"]
+        tokens = step * identity["global_batch"] * identity["context_length"]
+        point: dict[str, Any] = {"step": step, "tokens": tokens, "modes": {}}
+        for mode in modes:
+            excerpts = Excerpts.of(probe, mode, strategy, config.sink_tokens, config.documents)
+            states = measure_states(decoder, excerpts, config.batch_tokens)
+            values = measure(decoder, probe, mode, strategy, config).metrics(mode) | states.metrics(mode)
+            point["modes"][mode] = values
+        points.append(point)
+        print(f"checkpoint of step {step}: {_rate(point, modes[0]):.2f} % in mode {modes[0]}", flush=True)
+    onset = next((p["tokens"] for p in points if p["step"] and _rate(p, modes[0]) >= ONSET_RATE), None)
+    return {"points": points, "onset_tokens": onset, "onset_rate": ONSET_RATE, "onset_mode": modes[0]}
 
 
-def _check_keys(keys: Sequence[int], sink_tokens: int) -> None:
-    for key in keys:
-        if not 0 <= key < sink_tokens - 1:
+def _rate(point: dict[str, Any], mode: str) -> float:
+    return float(point["modes"][mode][f"sink/rate/0.3/{mode}"])
+
+
+def _name_tokens(found: dict[str, Any], subject: Subject) -> None:
+    """Put the text of token ids beside them."""
+    special = {subject.bos_id: "⟨bos⟩", subject.eos_id: "⟨eos⟩"} if subject.bos_id != subject.eos_id else {}
+
+    def text(index: int) -> str:
+        return special.get(index) or subject.decode([index])
+
+    for measured in found.get("states", {}).values():
+        for line in measured["strongest_token"]:
+            line["text"] = text(line["token"])
+        for line in measured["massive"]:
+            line["text"] = text(line["token"])
+    for shown in found.get("map", {}).values():
+        shown["text"] = [text(index) for index in shown["tokens"]]
+    if "change" in found:
+        found["change"]["text"] = [text(index) for index in found["change"]["tokens"]]
+
+
+def _check_arguments(arguments: Any, measures: set[str]) -> None:
+    for key in arguments.keys:
+        if not 0 <= key < arguments.sink_tokens - 1:
             raise ValueError(
-                f"--keys: found {key}, expected 0 to {sink_tokens - 2}, so that a later query among the first "
-                f"--sink_tokens {sink_tokens} can look at it; give another key, or raise --sink_tokens"
+                f"--keys: found {key}, expected 0 to {arguments.sink_tokens - 2}, so that a later query among the first "
+                f"--sink_tokens {arguments.sink_tokens} can look at it; give another key, or raise --sink_tokens"
             )
+    if arguments.directions != "exact" and not (arguments.directions.isdigit() and int(arguments.directions) > 1):
+        raise ValueError(f"--directions: found {arguments.directions!r}, expected exact, or a number of at least 2")
+    for name in ("mixing_documents", "jacobian_documents", "batch_tokens", "documents"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name}: found {getattr(arguments, name)}, expected at least 1")
+    if arguments.length is not None and arguments.length < 2:
+        raise ValueError(f"--length: found {arguments.length}, expected at least 2 tokens")
+    for length in arguments.lengths:
+        if length < 8:
+            raise ValueError(f"--lengths: found {length}, expected at least 8 tokens")
+    if arguments.lengths and not measures & {"perturbation", "rank", "paths", "jacobian"}:
+        raise ValueError(
+            "--lengths: expected a --measure that it applies to (perturbation, rank, paths, jacobian), found none"
+        )
+    if arguments.change is not None and arguments.prompts is None:
+        raise ValueError("--change: expected --prompts, whose first text holds the word, found none")
 
 
 def _check_subject(subject: Subject, arguments: Any) -> None:
@@ -280,33 +320,16 @@ def _check_subject(subject: Subject, arguments: Any) -> None:
             f"--keys: found {max(arguments.keys)} for a prefix LM (strategy.prefix_lm={prefix}), where only the first "
             "key is measured; expected 0, or leave --keys out"
         )
-    length = arguments.length
-    if length is not None and length < 2:
-        raise ValueError(f"--length: found {length}, expected at least 2 tokens")
-    if length is not None and subject.longest is not None and length > subject.longest:
+    length = max([arguments.length or 0, *(n + 1 for n in arguments.lengths)])
+    if subject.longest is not None and length > subject.longest:
         raise ValueError(
             f"--length: found {length}, expected at most {subject.longest}, the max_position_embeddings of "
             f"{subject.name}; lower it, or where the model computes its positions, raise that in a copy of its "
             "config.json"
         )
-
-
-def _check_bytes(subject: Subject, ids: list[int]) -> None:
-    """Refuse a tokenizer whose tokens do not make up their text byte by byte, which bits per byte rests on."""
-    size = len(subject.token_bytes)
-    if max(ids) >= size:
-        raise ValueError(
-            f"{subject.name}: found token {max(ids)} in the text, expected ids below {size}, its embeddings"
-        )
-    counted = sum(int(subject.token_bytes[index]) for index in ids)
-    # What a second copy adds: decoders drop the space that they put before a text, but not one inside it.
-    once, twice = (len(subject.decode(read).encode()) for read in (ids, ids + ids))
-    if counted != twice - once:
-        raise ValueError(
-            f"{subject.name}: found {counted} bytes in the tokens of a document and {twice - once} in its decoded "
-            "text, expected the same; this tokenizer's tokens cannot be told in bytes, which bits per byte needs "
-            "(byte-level BPE and SentencePiece with ▁ can)"
-        )
+    for name in ("checkpoints", "wandb"):
+        if getattr(arguments, name) and subject.run_dir is None:
+            raise ValueError(f"--{name}: expected a run of ours, found {subject.name}, a Hugging Face model")
 
 
 def _check_bos(subject: Subject, modes: Sequence[InferenceMode]) -> None:

@@ -32,6 +32,14 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return max(folder.glob("step-*.ckpt"), default=None)
 
 
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first. Raises FileNotFoundError where there is none."""
+    found = sorted((run_dir / CHECKPOINTS).glob("step-*.ckpt"))
+    if not found:
+        raise FileNotFoundError(f"{run_dir / CHECKPOINTS}: expected checkpoints, found none")
+    return found
+
+
 def lock(folder: Path) -> IO[str]:
     """Make `folder` this process's own until the file is closed or the process ends, however it ends.
 

@@ -1,0 +1,349 @@
+"""Mixing: how far a token's representation reaches into the others', and what the sink does to it.
+
+The claim of arXiv 2504.02732 is that a sink keeps representations from over-mixing. Four readings of it: the spread of
+a perturbation (its Figure 2), the Jacobian ∂v_j^(l) / ∂v_i^(0) and the bound on it that the attention alone gives
+(Theorem 3.2), and how near the representations are to each other (rank collapse; the distance of the last two).
+
+v^(l) are the hidden states of layer l, from 0, what the first block reads. Every document is cropped to the same length.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.observe import LayerAttention, observing
+from train.measure import Arranged
+from train.states import Excerpts, _Totals, device_of, hidden_states
+
+_LAYERS = 8
+"""Layers at most whose Jacobian is taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perturbation:
+    """One token of each text is replaced by another: what changes. n tokens of text; first tokens are left out."""
+
+    position: int
+    """Of the replaced token, in the text."""
+    change: list[list[float]]
+    """[L+1][n] norm of the change of the hidden state."""
+    relative: list[list[float]]
+    """[L+1][n] the same over the layer's mean norm of hidden states."""
+    spread: list[float]
+    """[L+1] mean of `relative` over the tokens after the replaced one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """How near the representations of a text are to one another, per layer; n tokens."""
+
+    distance: list[float]
+    """[L+1] ‖V − (1/n) 1 1ᵀ V‖_F; 0 is rank collapse."""
+    relative_distance: list[float]
+    """[L+1] the same over ‖V‖_F."""
+    effective_rank: list[float]
+    """[L+1] exp of the entropy of the singular values over their sum (Roy and Vetterli, 2007)."""
+    matrix_entropy: list[float]
+    """[L+1] entropy, nats, of the squared singular values over their sum (arXiv 2510.06477)."""
+    last_distance: list[float]
+    """[L+1] ‖v_n − v_{n−1}‖; 0 is representational collapse."""
+    relative_last_distance: list[float]
+    """[L+1] the same over the mean norm of the two."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    """The sum over paths of Theorem 3.2, from the attention of all layers below, into the last token j.
+
+    Π_l Ā^(l) with Ā^(l) = Σ_h A^(l,h) + I / H, each layer divided by its row sum H + 1/H; a row of the product then holds
+    the share of the bound that each source has (less than 1 in all where learned sinks take a part).
+    """
+
+    share: list[list[float]]
+    """[L][T] share of source i after layers 1 to l."""
+    first: list[float]
+    """[L] share of the first token."""
+    sources: list[float]
+    """[L] effective number of sources, exp of the entropy of the shares."""
+    log10_factor: float
+    """Decimal logarithm of (H + 1/H)^L, what the shares after the last layer are to be multiplied with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jacobian:
+    """Frobenius norm of ∂v_j^(l) / ∂v_i^(0) for the last token j of a row, mean over documents."""
+
+    layers: list[int]
+    """The l measured: at most eight, evenly spaced, the last among them."""
+    norm: list[list[float]]
+    """[layers][T] for each source i."""
+    error: list[list[float]]
+    """[layers][T] standard error of `norm` that the sampling of directions leaves; 0 where exact."""
+    others: list[float]
+    """[layers] mean over the sources of text before j, the first token of the row left out."""
+    others_error: list[float]
+    """[layers] standard error of `others` from the sampling of directions (of its sources taken as dependent)."""
+    across: list[float]
+    """[layers] standard error of `others` over documents; 0 with one."""
+    spectral: list[list[float]] | None
+    """[layers][T] largest singular value; where exact."""
+    directions: int
+    """Output directions taken: the width of the model where exact."""
+
+
+@torch.no_grad()
+def measure_perturbation(
+    model: Any, excerpts: Excerpts, batch_tokens: int, *, position: int | None = None, changed: Tensor | None = None
+) -> Perturbation:
+    """Replace one token of each text and compare hidden states.
+
+    Args:
+        position: of the token in the text; None: a quarter of the way.
+        changed: [N, n] the texts after the change, where another token than one drawn by document number is wanted.
+    """
+    text = excerpts.text
+    if changed is None:
+        position = text.shape[1] // 4 if position is None else position
+        changed = text.clone()
+        changed[:, position] = _other_tokens(excerpts, text[:, position])
+    differing = (changed != text).any(0).nonzero().flatten()
+    position = int(differing[0]) if len(differing) else 0
+    totals, device, done = _Totals(), device_of(model), 0
+    size = max(1, batch_tokens // (text.shape[1] + 1) // 2)
+    was_training = model.training
+    model.eval()
+    try:
+        for at in range(0, len(text), size):
+            chosen = slice(at, at + size)
+            both = torch.cat([text[chosen], changed[chosen]])
+            rows = excerpts.rows[chosen]
+            twice = Excerpts(excerpts.probe, excerpts.mode, excerpts.strategy, rows + rows, both)
+            _, row = twice.batch(slice(None), device)
+
+            def hidden(layer: int, h: Tensor, slots: Tensor = row.slots) -> None:
+                before, after = h[:, slots.to(h.device)].float().chunk(2)
+                change = (after - before).norm(dim=-1)
+                totals.add("change", layer, change)
+                totals.add("relative", layer, change / before.norm(dim=-1).mean(-1, keepdim=True))
+
+            with observing(model, hidden=hidden):
+                model(row.tokens, mask=row.mask)
+            done += len(rows)
+    finally:
+        model.train(was_training)
+    relative = totals.means("relative", done)
+    after = slice(position + 1, None)
+    return Perturbation(
+        position=position,
+        change=totals.means("change", done),
+        relative=relative,
+        spread=[sum(layer[after]) / max(1, len(layer[after])) for layer in relative],
+    )
+
+
+def _other_tokens(excerpts: Excerpts, tokens: Tensor) -> Tensor:
+    """Ordinary tokens in place of others, each a function of the document's number; [N] -> [N]."""
+    probe = excerpts.probe
+    usable = [t for t in range(len(probe.token_bytes)) if t not in probe.special_ids]
+    where = {token: index for index, token in enumerate(usable)}
+    # Knuth's multiplicative hash spreads neighbouring numbers; a step of 1 to V−1 never ends at the same token.
+    steps = [(row + 1) * 2_654_435_761 % 2**32 % (len(usable) - 1) + 1 for row in excerpts.rows]
+    old = [where[int(token)] for token in tokens]
+    return torch.tensor([usable[(at + step) % len(usable)] for at, step in zip(old, steps, strict=True)])
+
+
+@torch.no_grad()
+def measure_rank(model: Any, excerpts: Excerpts, batch_tokens: int) -> dict[str, Rank]:
+    """`row`: of all tokens of a row. `rest`: without the first, whose norm can hide the others."""
+    totals, done = _Totals(), 0
+
+    def hidden(layer: int, h: Tensor) -> None:
+        for part, v in (("row", h.float()), ("rest", h[:, 1:].float())):
+            whole = v.flatten(1).norm(dim=-1)
+            distance = (v - v.mean(1, keepdim=True)).flatten(1).norm(dim=-1)
+            # float64: of two large states that are nearly alike, the small singular values count.
+            s = torch.linalg.svdvals(v.double())
+            last = (v[:, -1] - v[:, -2]).norm(dim=-1)
+            for name, value in (
+                ("distance", distance),
+                ("relative_distance", distance / whole),
+                ("effective_rank", torch.special.entr(s / s.sum(-1, keepdim=True)).sum(-1).exp()),
+                ("matrix_entropy", torch.special.entr(s.square() / s.square().sum(-1, keepdim=True)).sum(-1)),
+                ("last_distance", last),
+                ("relative_last_distance", last / v[:, -2:].norm(dim=-1).mean(-1)),
+            ):
+                totals.add(f"{part}/{name}", layer, value)
+
+    was_training = model.training
+    model.eval()
+    try:
+        for text, row in excerpts.batches(device_of(model), batch_tokens):
+            with observing(model, hidden=hidden):
+                model(row.tokens, mask=row.mask)
+            done += len(text)
+    finally:
+        model.train(was_training)
+    return {
+        part: Rank(**{name: totals.means(f"{part}/{name}", done) for name in Rank.__dataclass_fields__})
+        for part in ("row", "rest")
+    }
+
+
+@torch.no_grad()
+def measure_paths(model: Any, excerpts: Excerpts, batch_tokens: int) -> Paths:
+    """The sum over causal paths of Theorem 3.2 (arXiv 2504.02732), as a product of matrices: no path is enumerated."""
+    totals, done = _Totals(), 0
+    product = torch.empty(0)
+    heads = int(model.config.heads)
+
+    def attention(seen: LayerAttention) -> None:
+        nonlocal product
+        B, H, T = seen.q.shape[:3]
+        if seen.layer == 0:
+            product = torch.eye(T, dtype=torch.float64).expand(B, T, T)
+        below, product = product.to(seen.q.device), torch.empty(B, T, T, dtype=torch.float64, device=seen.q.device)
+        for queries, probabilities in seen.blocks():
+            product[:, queries] = probabilities.double().sum(1) @ below + below[:, queries] / H
+        product /= H + 1 / H
+        totals.add("share", seen.layer, product[:, -1])
+        totals.add("first", seen.layer, product[:, -1, 0])
+        share = product[:, -1] / product[:, -1].sum(-1, keepdim=True)
+        totals.add("sources", seen.layer, torch.special.entr(share).sum(-1).exp())
+
+    was_training = model.training
+    model.eval()
+    try:
+        for text, row in excerpts.batches(device_of(model), batch_tokens):
+            with observing(model, attention=attention):
+                model(row.tokens, mask=row.mask)
+            done += len(text)
+    finally:
+        model.train(was_training)
+    return Paths(
+        share=totals.means("share", done),
+        first=totals.means("first", done),
+        sources=totals.means("sources", done),
+        log10_factor=int(model.config.layers) * math.log10(heads + 1 / heads),
+    )
+
+
+def measure_jacobian(
+    model: Any, excerpts: Excerpts, batch_tokens: int, *, directions: int | None = 16, seed: int = 0
+) -> Jacobian:
+    """Norms of the Jacobian by vector-Jacobian products, u ∂v_j^(l)/∂v_i^(0) for all sources i at once.
+
+    E ‖uᵀJ‖² = ‖J‖_F² for directions u with E uuᵀ = I. They are drawn orthogonal to one another, which only lowers the
+    variance; as many as the model is wide give the exact norm.
+
+    Args:
+        directions: how many are drawn, from a generator of their own; None: all, exact.
+    """
+    last = int(model.config.layers)
+    layers = sorted({round((i + 1) * last / min(last, _LAYERS)) for i in range(min(last, _LAYERS))})
+    device, width = device_of(model), 0
+    norms, errors, others, spectral = [], [], [], []
+    others_errors = []
+    was_training = model.training
+    model.eval()
+    try:
+        for number in range(len(excerpts.rows)):
+            text, row = excerpts.batch(slice(number, number + 1), device)
+            found = _squares(model, row, layers, batch_tokens, directions, seed)
+            width = found.width
+            mean = found.squares.mean(1)  # [layers, T]
+            norm = mean.sqrt()
+            count = found.squares.shape[1]
+            # Of `width` directions that add up to a constant, so many were drawn without putting any back.
+            left = 1 - (count - 1) / max(1, width - 1) if count < width else 0.0
+            error = (
+                found.squares.std(1, correction=1 if count > 1 else 0) * math.sqrt(left / count) if left else 0 * mean
+            )
+            error = error / (2 * norm).clamp_min(torch.finfo(norm.dtype).tiny)
+            norms.append(norm)
+            errors.append(error)
+            sources = row.slots[(row.slots > 0) & (row.slots < row.tokens.shape[1] - 1)].cpu()
+            others.append(norm[:, sources].mean(-1))
+            others_errors.append(error[:, sources].mean(-1))
+            if found.spectral is not None:
+                spectral.append(found.spectral)
+    finally:
+        model.train(was_training)
+    count = len(norms)
+    across = torch.stack(others).std(0) / math.sqrt(count) if count > 1 else torch.zeros(len(layers))
+    return Jacobian(
+        layers=layers,
+        norm=torch.stack(norms).mean(0).tolist(),
+        error=(torch.stack(errors).square().sum(0).sqrt() / count).tolist(),
+        others=torch.stack(others).mean(0).tolist(),
+        others_error=(torch.stack(others_errors).square().sum(0).sqrt() / count).tolist(),
+        across=across.tolist(),
+        spectral=torch.stack(spectral).mean(0).tolist() if spectral else None,
+        directions=width if directions is None else min(directions, width),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Squares:
+    squares: Tensor
+    """[layers, directions, T] ‖uᵀJ‖², float64."""
+    width: int
+    spectral: Tensor | None
+
+
+def _squares(
+    model: Any, row: Arranged, layers: list[int], batch_tokens: int, directions: int | None, seed: int
+) -> _Squares:
+    """One document's row, repeated so that a backward pass takes several directions."""
+    with torch.no_grad():
+        width = hidden_states(model, row)[0][0].shape[-1]
+    u = _directions(width, width if directions is None else min(directions, width), seed)
+    squares: list[list[Tensor]] = [[] for _ in layers]
+    gradients: list[list[Tensor]] = [[] for _ in layers]
+    for part in u.split(max(1, batch_tokens // row.tokens.shape[1])):
+        rows = len(part)
+        repeated = Arranged(row.tokens.expand(rows, -1), _repeated(row.mask, rows), row.slots)
+        states, _ = hidden_states(model, repeated)
+        for index, layer in enumerate(layers):
+            into = torch.zeros_like(states[layer])
+            into[:, -1] = part.to(into)
+            more = index + 1 < len(layers)
+            # A layer may be on another device than the first: autograd brings the gradient back.
+            (gradient,) = torch.autograd.grad(states[layer], states[0], into, retain_graph=more)
+            gradient = gradient.double().cpu()  # [directions, T, C]
+            squares[index].append(gradient.square().sum(-1))
+            if directions is None:
+                gradients[index].append(gradient)
+    spectral = None
+    if directions is None:  # rows of u are the unit vectors times √width: undo
+        spectral = torch.stack([
+            torch.linalg.matrix_norm(torch.cat(g).transpose(0, 1), ord=2) / math.sqrt(width) for g in gradients
+        ])  # fmt: skip
+    return _Squares(torch.stack([torch.cat(s) for s in squares]), width, spectral)
+
+
+def _directions(width: int, count: int, seed: int) -> Tensor:
+    """[count, width] orthogonal rows of norm √width: the unit vectors where count is width, else at random."""
+    if count == width:
+        return math.sqrt(width) * torch.eye(width)
+    generator = torch.Generator().manual_seed(seed)
+    q, r = torch.linalg.qr(torch.randn(width, count, generator=generator))
+    return math.sqrt(width) * (q * r.diagonal().sign()).T  # the sign makes it uniform over rotations
+
+
+def _repeated(mask: Any, rows: int) -> Any:
+    """The mask of one row, for several."""
+    if mask is None:
+        return None
+    from dataclasses import replace
+
+    wide = {
+        name: getattr(mask, name).expand(rows, -1).contiguous()
+        for name in ("first_key", "end_key", "doc_start")
+        if getattr(mask, name) is not None
+    }
+    return replace(mask, rows=rows, **wide)

@@ -1,0 +1,119 @@
+"""Where the loss is: by position in the document, and with a window of keys and the first few kept (StreamingLLM).
+
+Losses are nats per token, and the targets are the same in every line of a table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from data.strategy import Strategy
+from train.measure import InferenceMode, Probe, arrange, target_nll
+from train.states import device_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Loss of the targets at positions `start` to `end` − 1 of their documents."""
+
+    start: int
+    end: int
+    tokens: int
+    loss: float
+    perplexity: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streaming:
+    """Loss with the keys that a cache of constant size would hold (arXiv 2309.17453)."""
+
+    kept: int
+    """First keys of the row that every query sees."""
+    window: int
+    """Last keys that a query sees besides, itself included."""
+    tokens: int
+    """Targets: those whose query has more keys before it than the cache holds."""
+    loss: float
+    perplexity: float
+
+
+def _losses(
+    model: Any, probe: Probe, mode: InferenceMode, strategy: Strategy, batch_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums [P] and counts [P] of the losses of the targets at text positions 1 to P, over documents."""
+    longest = max(map(len, probe.documents)) - 1
+    sums, counts = torch.zeros(longest, dtype=torch.float64), torch.zeros(longest, dtype=torch.int64)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for rows, text, lengths in probe.batches(batch_tokens):
+                row = arrange(probe, mode, strategy, rows, text, lengths, device=device_of(model))
+                nll = target_nll(model(row.tokens, mask=row.mask).logits, row.slots, text).cpu().double()
+                counted = torch.arange(1, text.shape[1])[None, :] < lengths[:, None]
+                sums[: nll.shape[1]] += (nll * counted).sum(0)
+                counts[: nll.shape[1]] += counted.sum(0)
+    finally:
+        model.train(was_training)
+    return sums, counts
+
+
+def by_position(model: Any, probe: Probe, mode: InferenceMode, strategy: Strategy, batch_tokens: int) -> list[Span]:
+    """Loss by position in the document, in spans that double: 1, 2 to 3, 4 to 7, ... (arXiv 2402.13991)."""
+    sums, counts = _losses(model, probe, mode, strategy, batch_tokens)
+    spans, start = [], 1
+    while start <= len(sums):
+        part = slice(start - 1, 2 * start - 1)
+        tokens = int(counts[part].sum())
+        loss = float(sums[part].sum()) / tokens
+        end = min(2 * start, len(sums) + 1)
+        spans.append(Span(start=start, end=end, tokens=tokens, loss=loss, perplexity=math.exp(loss)))
+        start *= 2
+    return spans
+
+
+def streaming(
+    model: Any,
+    probe: Probe,
+    mode: InferenceMode,
+    strategy: Strategy,
+    batch_tokens: int,
+    *,
+    cache: int,
+    kept: Sequence[int],
+) -> list[Streaming]:
+    """Loss with a cache of `cache` keys: the first k kept, and the last cache − k; first of all with all keys.
+
+    Positions are those of the text, where StreamingLLM counts them within its cache.
+
+    Raises ValueError for a cache that no document overflows, and for k outside 0 to cache − 1.
+    """
+    for k in kept:
+        if not 0 <= k < cache:
+            raise ValueError(f"kept first keys: found {k}, expected 0 to {cache - 1}, fewer than the cache of {cache}")
+    longest = max(map(len, probe.documents))
+    if longest <= cache + 1:
+        raise ValueError(
+            f"cache: found {cache} keys, expected fewer than the longest document has tokens ({longest}), less one; "
+            "give longer documents, or a smaller cache"
+        )
+    lines = []
+    for k, window in ((longest + 1, 0), *((k, cache - k) for k in kept)):
+        # A prefix LM's prefix would show keys that a cache has lost.
+        cached = replace(strategy, window=window, shared_prefix=k, prefix_lm=0) if window else strategy
+        sums, counts = _losses(model, probe, mode, cached, batch_tokens)
+        # The query of the target at text position p has at least p keys, its own included.
+        loss, tokens = float(sums[cache:].sum()), int(counts[cache:].sum())
+        loss /= tokens
+        full = k if window else 0
+        lines.append(
+            Streaming(
+                kept=full, window=window or longest, tokens=tokens, loss=loss, perplexity=math.exp(min(loss, 700))
+            )
+        )
+    return lines
