@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import Implementation, Mask, Statistics
-from model.attention import SelfAttention
+from model.attention import Operator, SelfAttention
 from model.config import DecoderConfig
 from model.loss import linear_cross_entropy
 from model.observe import Attentions, LayerAttention
@@ -142,7 +142,7 @@ class Decoder(nn.Module):
 
             return seen
 
-        operators = [block.attention.operator for block in self.blocks]
+        operators = [m for m in self.modules() if isinstance(m, Operator)]
         handles = [o.register_forward_hook(hook(layer), with_kwargs=True) for layer, o in enumerate(operators)]
         try:
             yield

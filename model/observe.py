@@ -73,6 +73,8 @@ def observing(model: Any, *, attention: Attentions | None = None, hidden: Hidden
             returns, if anything, takes the place of h.
     """
     with ExitStack() as stack:
+        # Compiled code does not look for hooks that came after it.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         if hidden is not None:
             for handle in _hidden_hooks(model.blocks, hidden):
                 stack.callback(handle.remove)

@@ -1,10 +1,10 @@
 """Mixing: how far a token's representation reaches into the others', and what the sink does to it.
 
-The claim of arXiv 2504.02732 is that a sink keeps representations from over-mixing. Four readings of it: the spread of
-a perturbation (its Figure 2), the Jacobian ∂v_j^(l) / ∂v_i^(0) and the bound on it that the attention alone gives
+The claim of arXiv 2504.02732 is that a sink keeps representations from over-mixing. Four readings of it: the spread
+of a perturbation (its Figure 2), the Jacobian ∂v_j^(l) / ∂v_i^(0) and the bound on it that the attention alone gives
 (Theorem 3.2), and how near the representations are to each other (rank collapse; the distance of the last two).
 
-v^(l) are the hidden states of layer l, from 0, what the first block reads. Every document is cropped to the same length.
+v^(l) are the hidden states of layer l; l = 0 is what the first block reads. Every document is cropped to one length.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Rank:
 class Paths:
     """The sum over paths of Theorem 3.2, from the attention of all layers below, into the last token j.
 
-    Π_l Ā^(l) with Ā^(l) = Σ_h A^(l,h) + I / H, each layer divided by its row sum H + 1/H; a row of the product then holds
-    the share of the bound that each source has (less than 1 in all where learned sinks take a part).
+    Π_l Ā^(l) with Ā^(l) = Σ_h A^(l,h) + I / H, each layer divided by its row sum H + 1/H; a row of the product then
+    holds the share of the bound that each source has (less than 1 in all where learned sinks take a part).
     """
 
     share: list[list[float]]
@@ -252,7 +252,7 @@ def measure_jacobian(
     model.eval()
     try:
         for number in range(len(excerpts.rows)):
-            text, row = excerpts.batch(slice(number, number + 1), device)
+            _, row = excerpts.batch(slice(number, number + 1), device)
             found = _squares(model, row, layers, batch_tokens, directions, seed)
             width = found.width
             mean = found.squares.mean(1)  # [layers, T]

@@ -61,7 +61,7 @@ def run(command: str, argv: Sequence[str]) -> int:
 
     import torch
 
-    from train import probe_report
+    from train import probe_report, probe_tables
     from train.measure import MeasureConfig, check_modes
     from train.subject import load, probe_of, texts
 
@@ -94,7 +94,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     if arguments.checkpoints:
         found["checkpoints"] = _along(subject, natural, modes, config)
     _name_tokens(found, subject)
-    probe_report.print_tables(found)
+    probe_tables.print_tables(found)
     if arguments.json is not None:
         rundir.write_json(arguments.json, found)
     if arguments.out is not None:
@@ -144,7 +144,7 @@ def _states_and_mixing(
                 ("perturbation", lambda e=excerpts: mixing.measure_perturbation(model, e, size)),
                 ("rank", lambda e=excerpts: mixing.measure_rank(model, e, size)),
                 ("paths", lambda e=excerpts: mixing.measure_paths(model, e, size)),
-                ("jacobian", lambda e=few: mixing.measure_jacobian(model, e, size, directions=directions)),
+                ("jacobian", lambda e=few, d=directions: mixing.measure_jacobian(model, e, size, directions=d)),
             ):
                 if name in measures:
                     value: Any = call()
@@ -291,8 +291,8 @@ def _check_arguments(arguments: Any, measures: set[str]) -> None:
     for key in arguments.keys:
         if not 0 <= key < arguments.sink_tokens - 1:
             raise ValueError(
-                f"--keys: found {key}, expected 0 to {arguments.sink_tokens - 2}, so that a later query among the first "
-                f"--sink_tokens {arguments.sink_tokens} can look at it; give another key, or raise --sink_tokens"
+                f"--keys: found {key}, expected 0 to {arguments.sink_tokens - 2}, so that a later query among the "
+                f"first --sink_tokens {arguments.sink_tokens} can look at it; give another key, or raise --sink_tokens"
             )
     if arguments.directions != "exact" and not (arguments.directions.isdigit() and int(arguments.directions) > 1):
         raise ValueError(f"--directions: found {arguments.directions!r}, expected exact, or a number of at least 2")

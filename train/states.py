@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from kernels import mean_received, top_sinks
-from kernels.mask import Mask
 from model.observe import LayerAttention, observing
 from train.measure import Arranged, InferenceMode, Probe, arrange, target_nll
 
@@ -69,7 +68,7 @@ class States:
     """[L][T] attention received by a key from each query that sees it, mean over heads."""
     strongest_position: list[dict[str, Any]]
     """Row positions by the share of (document, layer, head) in which they receive most, among keys that at least 16
-    queries see: position, share. The strongest ten."""
+    queries see (or as many as any key is seen by): position, share. The strongest ten."""
     strongest_token: list[dict[str, Any]]
     """The same by token id and whether it stands first: token, first, share."""
 
@@ -159,7 +158,8 @@ class _Totals:
 @torch.no_grad()
 def measure_states(model: Any, excerpts: Excerpts, batch_tokens: int) -> States:
     """Measure a model on documents in one inference mode; see `States`."""
-    totals, massive = _Totals(), {}
+    totals = _Totals()
+    massive: dict[int, dict[str, int | float]] = {}
     positions: Counter[int] = Counter()
     tokens_seen: Counter[tuple[int, bool]] = Counter()
     ids, done, total = torch.empty(0), 0, 0
@@ -201,9 +201,10 @@ def measure_states(model: Any, excerpts: Excerpts, batch_tokens: int) -> States:
         totals.add("entropy", layer, entropy[..., 1:].mean(-1))
         received = seen.received()
         totals.add("received", layer, mean_received(received, seen.mask).mean(1))
-        first = top_sinks(received, seen.mask, 1, min(_MIN_QUERIES, k.shape[2])).positions[..., 0].cpu()  # [B, H]
+        seen_by = int(seen.mask.queries_per_key(q.device).max())  # few under a window
+        first = top_sinks(received, seen.mask, 1, min(_MIN_QUERIES, seen_by)).positions[..., 0].cpu()  # [B, H]
         positions.update(first.flatten().tolist())
-        of_head = ids.gather(1, first.clamp_min(0))
+        of_head = ids.gather(1, first)
         tokens_seen.update(zip(of_head.flatten().tolist(), (first == 0).flatten().tolist(), strict=True))
 
     was_training = model.training

@@ -31,7 +31,7 @@ def exported(run_dir, tmp_path_factory):
 def probe(tmp_path, *arguments):
     path = tmp_path / "found.json"
     assert main(["probe", *map(str, arguments), "--sink_tokens", "16", "--documents", "6", "--json", str(path)]) == 0
-    return json.loads(path.read_text())["results"]
+    return json.loads(path.read_text())["sinks"]
 
 
 def test_a_run_is_measured_as_validate_does(run_dir, tmp_path):
@@ -81,6 +81,12 @@ def test_prompts_come_from_a_file(name, exported, tmp_path):
         (["--store", "STORE", "--keys", "-1"], "--keys: found -1, expected 0 to 62"),
         (["--store", "STORE", "--length", "-4"], "--length: found -4, expected at least 2"),
         (["--store", "STORE", "--length", "4096"], "--length: found 4096, expected at most 48"),
+        (["--store", "STORE", "--directions", "few"], "--directions: found 'few', expected exact, or a number"),
+        (["--store", "STORE", "--lengths", "32"], "--lengths: expected a --measure that it applies to"),
+        (["--store", "STORE", "--measure", "rank", "--lengths", "48"], "--length: found 49, expected at most 48"),
+        (["--store", "STORE", "--change", "a", "b"], "--change: expected --prompts, whose first text holds the word"),
+        (["--store", "STORE", "--checkpoints"], "--checkpoints: expected a run of ours, found"),
+        (["--store", "STORE", "--wandb"], "--wandb: expected a run of ours, found"),
     ],
 )
 def test_what_is_missing_is_named(options, message, exported, tiny_store, capsys):
@@ -88,6 +94,142 @@ def test_what_is_missing_is_named(options, message, exported, tiny_store, capsys
     assert main(["probe", str(exported), *options]) == 1
     captured = capsys.readouterr()
     assert message in captured.err and not captured.out, "nothing was measured before"
+
+
+ALL = ["--measure", "all", "--sink_tokens", "16", "--documents", "6", "--mixing_documents", "3", "--length", "48"]
+
+
+def everything(tmp_path, *arguments):
+    out = tmp_path / "report"
+    assert main(["probe", *map(str, arguments), *ALL, "--out", str(out)]) == 0
+    return json.loads((out / "probe.json").read_text()), out
+
+
+def numbers(value, path=()):
+    """Every number of a nested value, with where it is."""
+    if isinstance(value, dict):
+        for key, inside in value.items():
+            yield from numbers(inside, (*path, key))
+    elif isinstance(value, list):
+        for index, inside in enumerate(value):
+            yield from numbers(inside, (*path, index))
+    elif isinstance(value, int | float):
+        yield path, value
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_every_measure_of_a_run_is_that_of_its_hugging_face_folder(run_dir, exported, tiny_store, tmp_path, capsys):
+    ours, out = everything(tmp_path / "a", run_dir, "--directions", "exact", "--lengths", "16", "24")
+    theirs, _ = everything(
+        tmp_path / "b", exported, "--directions", "exact", "--lengths", "16", "24", "--store", tiny_store
+    )
+    measures = (
+        "states",
+        "gradients",
+        "perturbation",
+        "rank",
+        "paths",
+        "jacobian",
+        "positions",
+        "streaming",
+        "by_length",
+    )
+    for name in measures:
+        expected = dict(numbers(ours[name]))
+        found = dict(numbers(theirs[name]))
+        assert expected.keys() == found.keys() and len(expected) > 10
+        for where, value in expected.items():
+            assert found[where] == pytest.approx(value, rel=2e-3, abs=1e-4), (name, *where)
+    assert set(ours["by_length"]) == {"16", "24"}
+    assert list(ours["states"]) == ["bos", "text", "first_key_masked"] and list(ours["streaming"]) == ["bos", "text"]
+    assert {line["text"] for line in ours["states"]["bos"]["strongest_token"] if line["first"]} <= {"⟨bos⟩"}
+    page = (out / "index.html").read_text()
+    for name in ("sink_heads", "attention", "norms", "states", "perturbation", "mixing", "by_length", "positions"):
+        assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG" and (out / f"{name}.svg").is_file()
+    assert page.count("<svg") >= 9 and "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+    header, *rows = (out / "mixing-bos.csv").read_text().splitlines()
+    assert header.startswith("layer,perturbation spread") and [r.split(",")[0] for r in rows] == ["input", "0", "1"]
+    printed = capsys.readouterr().out
+    assert "States by layer: BOS + text" in printed and "With a cache of keys" in printed
+
+
+def test_a_word_is_changed_in_a_prompt(exported, tmp_path, capsys):
+    prompt = "sink bos row token mask head layer mass first key, and so on to the end of this."
+    (tmp_path / "prompts.txt").write_text(prompt + "\n")
+    options = [exported, "--prompts", tmp_path / "prompts.txt", "--measure", "perturbation", "--modes", "bos", "text"]
+    options += ["--sink_tokens", "16"]
+
+    def change(old, new):
+        return main(["probe", *map(str, options), "--change", old, new, "--json", str(tmp_path / "out.json")])
+
+    assert change(",", ".") == 0
+    found = json.loads((tmp_path / "out.json").read_text())["change"]
+    modes = found["modes"]
+    assert list(modes) == ["bos", "text"] and len(found["text"]) == 16
+    at = modes["bos"]["position"]
+    assert at > 0 and modes["bos"]["change"][0][at] > 0 and modes["bos"]["change"][0][:at] == [0.0] * at
+    assert modes["bos"]["change"][-1][-1] > 0, "the last token feels it"
+    for old, new, message in (
+        ("nowhere", "there", "found no 'nowhere' in the first prompt"),
+        (",", ", or not", "tokens with ',' and"),
+        (".", "!", "past the first 16 tokens"),
+    ):
+        capsys.readouterr()
+        assert change(old, new) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_all_checkpoints_of_a_run_are_measured(run_dir, tmp_path):
+    path = tmp_path / "found.json"
+    options = ["--sink_tokens", "16", "--documents", "6", "--modes", "bos", "--json", str(path), "--out", str(tmp_path)]
+    assert main(["probe", str(run_dir), "--checkpoints", *options]) == 0
+    found = json.loads(path.read_text())
+    points = found["checkpoints"]["points"]
+    assert [p["step"] for p in points] == sorted(p["step"] for p in points) and len(points) > 2
+    assert [p["tokens"] for p in points] == [p["step"] * 4 * 48 for p in points]
+    last, whole = points[-1]["modes"]["bos"], found["sinks"]["natural"]["bos"]["0"]
+    assert points[-1]["step"] == 10 and last["val/loss/bos"] == whole["loss"]
+    assert points[0]["modes"]["bos"]["val/loss/bos"] > last["val/loss/bos"]
+    reached = [p["tokens"] for p in points if p["modes"]["bos"]["sink/rate/0.3/bos"] >= 10]
+    assert found["checkpoints"]["onset_tokens"] == (reached[0] if reached else None)
+
+
+def test_a_probe_is_one_more_point_of_the_runs_wandb_history(tiny_store, tmp_path, monkeypatch):
+    from tests.train.conftest import write_run_config
+    from train.loggers import read_wandb_file
+
+    config = write_run_config(tmp_path / "run.yaml", tiny_store)
+    options = ["--wandb.mode", "offline"]
+    assert main(["fit", "--config", str(config), *options, "--trainer.max_steps", "6"]) == 0
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    probing = ["probe", str(tmp_path / "run"), *ALL, "--modes", "bos", "text", "--wandb"]
+    assert main(probing) == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics, "the record of training is left alone"
+    segments = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(segments) == 2
+    (row,) = read_wandb_file(segments[1])
+    assert row["_step"] == len(metrics.splitlines()) and row["train/tokens"] == 6 * 4 * 48
+    assert row["probe/natural/bos/loss"] > 0 and row["probe/bos/jacobian/others"] > 0
+    assert row["probe/figure/mixing/_type"] == "image-file" and row["probe/table/sinks/_type"] == "table-file"
+
+
+def test_a_report_is_whole_in_a_browser_without_a_network(run_dir, tmp_path):
+    import shutil
+    import subprocess
+
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium here")
+    _, out = everything(tmp_path, run_dir, "--modes", "bos", "text")
+    for width in (1280, 400):
+        shot = tmp_path / f"{width}.png"
+        done = subprocess.run(
+            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND",
+             "--enable-logging=stderr", f"--window-size={width},2000", f"--screenshot={shot}", f"file://{out}/index.html"],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert shot.is_file() and shot.stat().st_size > 20_000
+        assert "CONSOLE" not in done.stderr, done.stderr
 
 
 def test_a_tokenizer_without_bos_is_measured_on_text_alone(exported, tiny_store, tmp_path, capsys):
@@ -204,13 +346,13 @@ def test_a_prefix_space_and_a_normaliser_are_no_obstacle(kind, with_tokenizer, t
     import math
     import unicodedata
 
-    from train.probe import load
+    from train.subject import load
 
     folder, prompts = with_tokenizer(kind)
     found = tmp_path / "found.json"
     options = ["--sink_tokens", "8", "--modes", "text", "--length", "48", "--json", str(found)]
     assert main(["probe", str(folder), "--prompts", str(prompts), *options]) == 0
-    result = json.loads(found.read_text())["results"]["natural"]["text"]["0"]
+    result = json.loads(found.read_text())["sinks"]["natural"]["text"]["0"]
     subject = load(arguments_of(folder))
     ids = subject.encode(TEXT)
     assert len(ids) <= 47, "the whole document is measured"
@@ -225,7 +367,7 @@ def test_random_tokens_are_neither_control_tokens_nor_without_a_token(with_token
 
     from data.strategy import Strategy
     from train.measure import MeasureConfig, first_tokens
-    from train.probe import artificial, load, probe_of
+    from train.subject import artificial, load, probe_of
 
     folder, _ = with_tokenizer("byte-level")
     subject = load(arguments_of(folder))
