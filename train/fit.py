@@ -32,6 +32,7 @@ from train.loggers import MetricsFile, WandbConfig, finish_wandb, process_rank, 
 from train.measure import MeasureConfig
 from train.module import SinkbedModule, check_identity
 from train.monitor import SinkMonitor
+from train.state_monitor import StateMonitor
 from train.validate import measurement_table
 
 
@@ -301,7 +302,8 @@ class SinkbedCLI(LightningCLI):
             metrics=run_dir / rundir.METRICS,
             loss=monitor.loss_at,
         )
-        callbacks: list[Callback] = [StoreCheck(self.datamodule), monitor, checkpoints]
+        states = StateMonitor(config.measure, monitor)
+        callbacks: list[Callback] = [StoreCheck(self.datamodule), monitor, states, checkpoints]
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(ProgressBar(refresh_rate=1 if sys.stderr.isatty() else 20))
         self.trainer_defaults = {"callbacks": callbacks}

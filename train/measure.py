@@ -42,6 +42,12 @@ class MeasureConfig:
     """Measurements during training, geometrically spaced over the steps: dense early, sparser later."""
     first_step: int = 10
     """Step of the first measurement after the one at step 0."""
+    state_points: int = 0
+    """Measurements of states (norms, massive activations, value drain, ...) during training, spaced alike; 0: none."""
+    mixing_points: int = 0
+    """Measurements of mixing (perturbation, rank, paths, Jacobian) during training, spaced alike; 0: none."""
+    state_documents: int = 8
+    """Documents of both, the first `sink_tokens` tokens of each."""
     modes: tuple[InferenceMode, ...] = ("bos", "text", "first_key_masked")
     """Inference modes of the final measurement."""
     live_modes: tuple[InferenceMode, ...] = ("bos", "text", "first_key_masked")
@@ -54,9 +60,16 @@ class MeasureConfig:
     """Tokens per forward pass of a measurement, padding included."""
 
     def __post_init__(self) -> None:
-        for name in ("documents", "live_documents", "live_points", "first_step", "batch_tokens"):
+        for name in ("documents", "live_documents", "live_points", "first_step", "batch_tokens", "state_documents"):
             if getattr(self, name) < 1:
                 raise ValueError(f"measure.{name}: expected at least 1, found {getattr(self, name)}")
+        for name in ("state_points", "mixing_points"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"measure.{name}: expected at least 0, found {getattr(self, name)}")
+        if (self.state_points or self.mixing_points) and self.sink_tokens < 8:
+            raise ValueError(
+                f"measure.sink_tokens: found {self.sink_tokens} with state_points or mixing_points, expected at least 8"
+            )
         if self.sink_tokens < 2:
             raise ValueError(f"measure.sink_tokens: expected at least 2, found {self.sink_tokens}")
         if self.live_documents > self.documents:
@@ -67,12 +80,13 @@ class MeasureConfig:
             if len(set(getattr(self, name))) != len(getattr(self, name)) or not getattr(self, name):
                 raise ValueError(f"measure.{name}: expected distinct modes, at least one")
 
-    def steps(self, max_steps: int) -> list[int]:
-        """Steps after which to measure during training: 0, then geometric from first_step to max_steps."""
+    def steps(self, max_steps: int, points: int | None = None) -> list[int]:
+        """Steps after which to measure during training: 0, then `points` (None: `live_points`), geometric from
+        first_step to max_steps."""
+        points = self.live_points if points is None else points
         first = min(self.first_step, max_steps)
-        ratio = (max_steps / first) ** (1 / max(1, self.live_points - 1))
-        points = {round(first * ratio**i) for i in range(self.live_points)}
-        return sorted({0, max_steps} | points)
+        ratio = (max_steps / first) ** (1 / max(1, points - 1))
+        return sorted({0, max_steps} | {round(first * ratio**i) for i in range(points)})
 
 
 @dataclass(frozen=True, eq=False)

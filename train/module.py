@@ -267,7 +267,7 @@ class SinkbedModule(L.LightningModule):
                 group["betas"] = c.betas
         for schedule in checkpoint["lr_schedulers"]:
             schedule["base_lrs"] = [c.lr] * len(schedule["base_lrs"])
-        for name in ("SinkMonitor", "Checkpoints"):
+        for name in ("SinkMonitor", "StateMonitor", "Checkpoints"):
             checkpoint["callbacks"].pop(name, None)
 
     def _parameter_names(self, optimizer: torch.optim.Optimizer) -> list[str]:

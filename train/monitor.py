@@ -20,6 +20,8 @@ from train.measure import InferenceMode, MeasureConfig, ModeResult, Probe, measu
 from train.module import SinkbedModule, batch_mask
 
 _PACKED_ROWS = 4
+_LATER = ("state_documents",)
+"""Settings that checkpoints of before do not have, and had no figures to decide."""
 _Results = dict[InferenceMode, ModeResult]
 
 
@@ -53,7 +55,7 @@ class SinkMonitor(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the checkpoint. Raises ValueError where one curve would hold figures of two kinds."""
         for name, ours in self._figures().items():
-            theirs = state_dict["figures"].get(name)
+            theirs = state_dict["figures"].get(name, ours if name in _LATER else None)
             if theirs != ours:
                 raise ValueError(
                     f"resuming: expected the run's own measure.{name}: {theirs}, found {ours}, which would mix two "
@@ -70,7 +72,7 @@ class SinkMonitor(L.Callback):
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in settings.items()
-            if name not in ("live_points", "first_step", "batch_tokens")
+            if name not in ("live_points", "first_step", "batch_tokens", "state_points", "mixing_points")
         }
 
     def _elapsed(self) -> float:

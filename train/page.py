@@ -36,7 +36,7 @@ thead button:focus-visible { outline: 2px solid var(--accent); }
 tbody tr { border-top: 1px solid var(--line); } tbody tr:hover { background: #f8fafb; }
 .failed { border-left: 4px solid #D55E00; background: #fdf3ec; padding: .5rem 1rem; }
 a { color: var(--accent); }
-.drawing { overflow-x: auto; } .drawing svg { width: 100%; height: auto; max-width: 1100px; min-width: 620px; }
+.drawing { overflow-x: auto; } .drawing svg { max-width: max(100%, 620px); height: auto; }
 """
 
 # Sorts a table by the column whose header is pressed: as numbers where the cell starts with one.

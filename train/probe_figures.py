@@ -64,7 +64,7 @@ def figures(found: Found) -> Iterator[tuple[str, str, str, Figure]]:
         yield (
             "positions",
             "Perplexity by position in the document",
-            "Spans that double; both axes logarithmic.",
+            "Of the targets at these positions; perplexity on a logarithmic axis.",
             _position_figure(found["positions"]),
         )
     if "streaming" in found:
@@ -273,11 +273,10 @@ def _position_figure(positions: Found) -> Figure:
 
     figure, axis = plt.subplots(figsize=(6.5, 3.6))
     for mode, spans in positions.items():
-        middle = [(s["start"] * (s["end"] - 1)) ** 0.5 for s in spans]
-        axis.plot(
-            middle, [s["perplexity"] for s in spans], "o-", markersize=4, color=_colour(mode), label=MODE_LABELS[mode]
-        )
-    axis.set_xscale("log", base=2)
+        values = [s["perplexity"] for s in spans]
+        axis.plot(range(len(spans)), values, _style(mode), markersize=4, color=_colour(mode), label=MODE_LABELS[mode])
+    spans = next(iter(positions.values()))
+    axis.set_xticks(range(len(spans)), [f"{s['start']}–{s['end'] - 1}" for s in spans])
     axis.set_yscale("log")
     axis.set_xlabel("position in the document, tokens")
     axis.set_ylabel("perplexity")

@@ -1,0 +1,109 @@
+"""States and mixing while training: what is logged, when, and that training does not notice."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+
+from data.store import TokenStore
+from train.measure import MeasureConfig, Probe
+from train.mixing import measure_jacobian, measure_paths, measure_perturbation, measure_rank
+from train.states import Excerpts, measure_gradients, measure_states
+from train.validate import load_decoder, open_run
+
+LIVE = ["--wandb.mode", "disabled", "--measure.state_points", "3", "--measure.mixing_points", "2"]
+CONFIG = MeasureConfig(documents=6, live_documents=3, sink_tokens=16, first_step=2, live_points=3)
+
+
+def points(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_speed(folder):
+    return [{k: v for k, v in p.items() if k != "train/tokens_per_second"} for p in points(folder)]
+
+
+@pytest.fixture
+def live(fit):
+    status, folder = fit(*LIVE, run_dir="live")
+    assert status == 0
+    return folder
+
+
+def test_states_and_mixing_are_logged_at_their_own_steps(live, tiny_store):
+    found = points(live)
+    states = [p["step"] for p in found if "state/first_token_norm_ratio/0/bos" in p]
+    mixing = [p["step"] for p in found if "mixing/jacobian/text" in p]
+    assert states == CONFIG.steps(10, 3) == [0, 2, 4, 10] and mixing == CONFIG.steps(10, 2) == [0, 2, 10]
+    assert all(p["train/tokens"] == p["step"] * 4 * 48 for p in found)
+    checkpoint, _ = open_run(live)
+    decoder, strategy = load_decoder(checkpoint)
+    probe = Probe.from_store(TokenStore.open(tiny_store, "validation"), 48, CONFIG)
+    last = [p for p in found if p["step"] == 10 and "mixing/jacobian/bos" in p][-1]
+    for mode in ("bos", "text", "first_key_masked"):
+        excerpts = Excerpts.of(probe, mode, strategy, 16, 8)
+        expected = measure_states(decoder, excerpts, 4096).metrics(mode)
+        expected[f"state/gradient_ratio/1/{mode}"] = measure_gradients(decoder, excerpts, 4096).ratio[2]
+        expected[f"mixing/perturbation/{mode}"] = measure_perturbation(decoder, excerpts, 4096).spread[-1]
+        rank = measure_rank(decoder, excerpts, 4096)["rest"]
+        expected[f"mixing/rank_distance/0/{mode}"] = rank.relative_distance[1]
+        expected[f"mixing/paths_from_first_key/{mode}"] = measure_paths(decoder, excerpts, 4096).first[-1]
+        few = Excerpts.of(probe, mode, strategy, 16, 2)
+        expected[f"mixing/jacobian/{mode}"] = measure_jacobian(decoder, few, 4096, directions=8).others[-1]
+        for key, value in expected.items():
+            assert last[key] == value, key
+    assert last["state/value_norm_ratio/1/bos"] > 0
+
+
+def test_training_does_not_notice(live, fit):
+    _, plain = fit("--wandb.mode", "disabled", run_dir="plain")
+    measured = [p for p in without_speed(live) if not any(k.startswith(("state/", "mixing/")) for k in p)]
+    assert measured == without_speed(plain)
+    seconds = json.loads((live / "measurement.json").read_text())["seconds"]
+    less = json.loads((plain / "measurement.json").read_text())["seconds"]
+    assert seconds["measuring_live"] > less["measuring_live"], "its time counts as measuring"
+
+
+def test_a_resumed_run_makes_the_same_points(live, fit):
+    whole = without_speed(live)
+    step = live / "checkpoints" / "step-0000003.ckpt"
+    assert step.is_file()
+    (live / "run.json").write_text((live / "run.json").read_text().replace('"finished": true', '"finished": false'))
+    status, _ = fit(*LIVE, "--ckpt_path", str(step), run_dir="live")
+    assert status == 0 and without_speed(live) == whole
+
+
+def test_a_checkpoint_from_before_there_were_states_goes_on(fit):
+    """Its figures name no `state_documents`."""
+    from train.checkpoint import load_checkpoint
+    from train.monitor import SinkMonitor
+
+    status, folder = fit("--wandb.mode", "disabled")
+    assert status == 0
+    state = load_checkpoint(folder / "checkpoints" / "step-0000003.ckpt", option="the path")["callbacks"]["SinkMonitor"]
+    del state["figures"]["state_documents"]
+    SinkMonitor(CONFIG, folder).load_state_dict(state)
+    state["figures"]["documents"] = 7
+    with pytest.raises(ValueError, match=r"measure\.documents: 7, found 6"):
+        SinkMonitor(CONFIG, folder).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("state_points", "-1", "measure.state_points: expected at least 0, found -1"),
+        ("state_documents", "0", "measure.state_documents: expected at least 1, found 0"),
+    ],
+)
+def test_cadences_without_meaning_are_refused(key, value, message, fit, capsys):
+    with contextlib.suppress(SystemExit):
+        assert fit(f"--measure.{key}", value)[0] != 0
+    assert message in capsys.readouterr().err
+
+
+def test_the_configs_of_runs_log_them():
+    import yaml
+
+    for path in Path("configs/run").glob("*.yaml"):
+        assert yaml.safe_load(path.read_text())["measure"]["state_points"] > 0, path
