@@ -83,6 +83,17 @@ def observing(model: Any, *, attention: Attentions | None = None, hidden: Hidden
         yield
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def _hidden_hooks(blocks: nn.ModuleList, hidden: Hidden) -> Iterator[Any]:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not args:  # given by its name

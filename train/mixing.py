@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.observe import LayerAttention, observing
+from model.observe import LayerAttention, evaluating, observing
 from train.measure import Arranged
-from train.states import Excerpts, _Totals, device_of, hidden_states
+from train.states import Excerpts, Totals, device_of, hidden_states
 
 _LAYERS = 8
 """Layers at most whose Jacobian is taken."""
@@ -113,11 +113,9 @@ def measure_perturbation(
         changed[:, position] = _other_tokens(excerpts, text[:, position])
     differing = (changed != text).any(0).nonzero().flatten()
     position = int(differing[0]) if len(differing) else 0
-    totals, device, done = _Totals(), device_of(model), 0
+    totals, device, done = Totals(), device_of(model), 0
     size = max(1, batch_tokens // (text.shape[1] + 1) // 2)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for at in range(0, len(text), size):
             chosen = slice(at, at + size)
             both = torch.cat([text[chosen], changed[chosen]])
@@ -134,8 +132,6 @@ def measure_perturbation(
             with observing(model, hidden=hidden):
                 model(row.tokens, mask=row.mask)
             done += len(rows)
-    finally:
-        model.train(was_training)
     relative = totals.means("relative", done)
     after = slice(position + 1, None)
     return Perturbation(
@@ -160,7 +156,7 @@ def _other_tokens(excerpts: Excerpts, tokens: Tensor) -> Tensor:
 @torch.no_grad()
 def measure_rank(model: Any, excerpts: Excerpts, batch_tokens: int) -> dict[str, Rank]:
     """`row`: of all tokens of a row. `rest`: without the first, whose norm can hide the others."""
-    totals, done = _Totals(), 0
+    totals, done = Totals(), 0
 
     def hidden(layer: int, h: Tensor) -> None:
         for part, v in (("row", h.float()), ("rest", h[:, 1:].float())):
@@ -179,15 +175,11 @@ def measure_rank(model: Any, excerpts: Excerpts, batch_tokens: int) -> dict[str,
             ):
                 totals.add(f"{part}/{name}", layer, value)
 
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for text, row in excerpts.batches(device_of(model), batch_tokens):
             with observing(model, hidden=hidden):
                 model(row.tokens, mask=row.mask)
             done += len(text)
-    finally:
-        model.train(was_training)
     return {
         part: Rank(**{name: totals.means(f"{part}/{name}", done) for name in Rank.__dataclass_fields__})
         for part in ("row", "rest")
@@ -197,7 +189,7 @@ def measure_rank(model: Any, excerpts: Excerpts, batch_tokens: int) -> dict[str,
 @torch.no_grad()
 def measure_paths(model: Any, excerpts: Excerpts, batch_tokens: int) -> Paths:
     """The sum over causal paths of Theorem 3.2 (arXiv 2504.02732), as a product of matrices: no path is enumerated."""
-    totals, done = _Totals(), 0
+    totals, done = Totals(), 0
     product = torch.empty(0)
     heads = int(model.config.heads)
 
@@ -215,15 +207,11 @@ def measure_paths(model: Any, excerpts: Excerpts, batch_tokens: int) -> Paths:
         share = product[:, -1] / product[:, -1].sum(-1, keepdim=True)
         totals.add("sources", seen.layer, torch.special.entr(share).sum(-1).exp())
 
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for text, row in excerpts.batches(device_of(model), batch_tokens):
             with observing(model, attention=attention):
                 model(row.tokens, mask=row.mask)
             done += len(text)
-    finally:
-        model.train(was_training)
     return Paths(
         share=totals.means("share", done),
         first=totals.means("first", done),
@@ -248,9 +236,7 @@ def measure_jacobian(
     device, width = device_of(model), 0
     norms, errors, others, spectral = [], [], [], []
     others_errors = []
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for number in range(len(excerpts.rows)):
             _, row = excerpts.batch(slice(number, number + 1), device)
             found = _squares(model, row, layers, batch_tokens, directions, seed)
@@ -271,8 +257,6 @@ def measure_jacobian(
             others_errors.append(error[:, sources].mean(-1))
             if found.spectral is not None:
                 spectral.append(found.spectral)
-    finally:
-        model.train(was_training)
     count = len(norms)
     across = torch.stack(others).std(0) / math.sqrt(count) if count > 1 else torch.zeros(len(layers))
     return Jacobian(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from data.strategy import Strategy
+from model.observe import evaluating
 from train.measure import InferenceMode, Probe, arrange, target_nll
 from train.states import device_of
 
@@ -48,18 +49,13 @@ def _losses(
     """Sums [P] and counts [P] of the losses of the targets at text positions 1 to P, over documents."""
     longest = max(map(len, probe.documents)) - 1
     sums, counts = torch.zeros(longest, dtype=torch.float64), torch.zeros(longest, dtype=torch.int64)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for rows, text, lengths in probe.batches(batch_tokens):
-                row = arrange(probe, mode, strategy, rows, text, lengths, device=device_of(model))
-                nll = target_nll(model(row.tokens, mask=row.mask).logits, row.slots, text).cpu().double()
-                counted = torch.arange(1, text.shape[1])[None, :] < lengths[:, None]
-                sums[: nll.shape[1]] += (nll * counted).sum(0)
-                counts[: nll.shape[1]] += counted.sum(0)
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad():
+        for rows, text, lengths in probe.batches(batch_tokens):
+            row = arrange(probe, mode, strategy, rows, text, lengths, device=device_of(model))
+            nll = target_nll(model(row.tokens, mask=row.mask).logits, row.slots, text).cpu().double()
+            counted = torch.arange(1, text.shape[1])[None, :] < lengths[:, None]
+            sums[: nll.shape[1]] += (nll * counted).sum(0)
+            counts[: nll.shape[1]] += counted.sum(0)
     return sums, counts
 
 

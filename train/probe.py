@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 Input = Literal["natural", "random", "repeated"]
 Measure = Literal["sinks", "states", "gradients", "perturbation", "rank", "paths", "jacobian", "positions", "streaming"]
-ONSET_RATE = 10.0
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -261,8 +260,8 @@ def _along(subject: Subject, probe: Probe, modes: Sequence[InferenceMode], confi
             point["modes"][mode] = values
         points.append(point)
         print(f"checkpoint of step {step}: {_rate(point, modes[0]):.2f} % in mode {modes[0]}", flush=True)
-    onset = next((p["tokens"] for p in points if p["step"] and _rate(p, modes[0]) >= ONSET_RATE), None)
-    return {"points": points, "onset_tokens": onset, "onset_rate": ONSET_RATE, "onset_mode": modes[0]}
+    onset = next((p["tokens"] for p in points if p["step"] and _rate(p, modes[0]) >= config.onset_rate), None)
+    return {"points": points, "onset_tokens": onset, "onset_rate": config.onset_rate, "onset_mode": modes[0]}
 
 
 def _rate(point: dict[str, Any], mode: str) -> float:

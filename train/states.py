@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels import mean_received, top_sinks
-from model.observe import LayerAttention, observing
+from model.observe import LayerAttention, evaluating, observing
 from train.measure import Arranged, InferenceMode, Probe, arrange, target_nll
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def device_of(model: Any) -> torch.device:
     return found
 
 
-class _Totals:
+class Totals:
     """Sums over documents of a quantity per layer; layers may come from several devices."""
 
     def __init__(self) -> None:
@@ -158,7 +158,7 @@ class _Totals:
 @torch.no_grad()
 def measure_states(model: Any, excerpts: Excerpts, batch_tokens: int) -> States:
     """Measure a model on documents in one inference mode; see `States`."""
-    totals = _Totals()
+    totals = Totals()
     massive: dict[int, dict[str, int | float]] = {}
     positions: Counter[int] = Counter()
     tokens_seen: Counter[tuple[int, bool]] = Counter()
@@ -207,17 +207,13 @@ def measure_states(model: Any, excerpts: Excerpts, batch_tokens: int) -> States:
         of_head = ids.gather(1, first)
         tokens_seen.update(zip(of_head.flatten().tolist(), (first == 0).flatten().tolist(), strict=True))
 
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for text, row in excerpts.batches(device_of(model), batch_tokens):
             ids = row.tokens.cpu()
             with observing(model, attention=attention, hidden=hidden):
                 model(row.tokens, mask=row.mask)
             done += len(text)
             total = row.tokens.shape[1]
-    finally:
-        model.train(was_training)
     heads = sum(positions.values())
     names = States.__dataclass_fields__.keys() & totals.sums.keys()
     return States(
@@ -247,23 +243,17 @@ def strongest_head(model: Any, excerpts: Excerpts, tokens: int = 32) -> dict[str
         if float(mass[head]) > best["mass"]:
             best.update(layer=seen.layer, head=head, mass=float(mass[head]), attention=p[head].tolist())
 
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         _, row = excerpts.batch(slice(0, 1), device_of(model))
         with observing(model, attention=attention):
             model(row.tokens, mask=row.mask)
-    finally:
-        model.train(was_training)
     return best | {"tokens": row.tokens[0, :tokens].tolist()}
 
 
 def measure_gradients(model: Any, excerpts: Excerpts, batch_tokens: int) -> Gradients:
     """Gradients of the loss at each token's hidden states; leaves the gradients of the weights alone."""
-    totals, done = _Totals(), 0
-    was_training = model.training
-    model.eval()
-    try:
+    totals, done = Totals(), 0
+    with evaluating(model):
         for text, row in excerpts.batches(device_of(model), batch_tokens):
             states, logits = hidden_states(model, row)
             loss = target_nll(logits, row.slots, text).sum()
@@ -272,8 +262,6 @@ def measure_gradients(model: Any, excerpts: Excerpts, batch_tokens: int) -> Grad
                 totals.add("norm", layer, norms)
                 totals.add("ratio", layer, norms[:, 0] / norms[:, 1:].mean(-1))
             done += len(text)
-    finally:
-        model.train(was_training)
     return Gradients(norm=totals.means("norm", done), ratio=totals.means("ratio", done))
 
 
