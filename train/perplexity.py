@@ -73,6 +73,18 @@ def by_position(model: Any, probe: Probe, mode: InferenceMode, strategy: Strateg
     return spans
 
 
+def check_cache(longest: int, cache: int, kept: Sequence[int]) -> None:
+    """Raise ValueError for a cache that a document of `longest` tokens does not overflow, or that k first keys fill."""
+    if longest <= cache + 1:
+        raise ValueError(
+            f"cache: found {cache} keys, expected fewer than the longest document has tokens ({longest}), less one; "
+            "give longer documents, or a smaller cache"
+        )
+    for k in kept:
+        if not 0 <= k < cache:
+            raise ValueError(f"kept first keys: found {k}, expected 0 to {cache - 1}, fewer than the cache of {cache}")
+
+
 def streaming(
     model: Any,
     probe: Probe,
@@ -87,17 +99,10 @@ def streaming(
 
     Positions are those of the text, where StreamingLLM counts them within its cache.
 
-    Raises ValueError for a cache that no document overflows, and for k outside 0 to cache − 1.
+    Raises ValueError: see `check_cache`.
     """
-    for k in kept:
-        if not 0 <= k < cache:
-            raise ValueError(f"kept first keys: found {k}, expected 0 to {cache - 1}, fewer than the cache of {cache}")
     longest = max(map(len, probe.documents))
-    if longest <= cache + 1:
-        raise ValueError(
-            f"cache: found {cache} keys, expected fewer than the longest document has tokens ({longest}), less one; "
-            "give longer documents, or a smaller cache"
-        )
+    check_cache(longest, cache, kept)
     lines = []
     for k, window in ((longest + 1, 0), *((k, cache - k) for k in kept)):
         # A prefix LM's prefix would show keys that a cache has lost.

@@ -80,6 +80,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     limit = arguments.length or min(512, subject.context_length or 512)
     natural = probe_of(subject, texts(arguments, subject), limit, config)
     _check_bos(subject, modes)
+    _check_lengths(natural, limit, measures, arguments)
     print(f"{subject.name}: {len(natural.documents)} documents, T = {config.sink_tokens}, eps 0.3")
     found: dict[str, Any] = {
         "model": subject.name,
@@ -223,7 +224,7 @@ def _perplexities(
             for mode in modes
         }
     if "streaming" in measures:
-        cache = arguments.cache or max(map(len, probe.documents)) // 4
+        cache = _cache(arguments, probe)
         found["streaming"] = {
             mode: [
                 dataclasses.asdict(line)
@@ -329,6 +330,24 @@ def _check_subject(subject: Subject, arguments: Any) -> None:
     for name in ("checkpoints", "wandb"):
         if getattr(arguments, name) and subject.run_dir is None:
             raise ValueError(f"--{name}: expected a run of ours, found {subject.name}, a Hugging Face model")
+
+
+def _cache(arguments: Any, probe: Probe) -> int:
+    return arguments.cache or max(map(len, probe.documents)) // 4
+
+
+def _check_lengths(probe: Probe, limit: int, measures: set[str], arguments: Any) -> None:
+    """Refuse, before anything is measured, what the documents are too short for."""
+    from train.perplexity import check_cache
+
+    longest = max(map(len, probe.documents))
+    if arguments.lengths and max(arguments.lengths) > longest:
+        raise ValueError(
+            f"--lengths: found {max(arguments.lengths)}, expected at most {longest}, the tokens of the longest "
+            f"document (cropped to --length {limit} with room for BOS); give longer ones, or lower it"
+        )
+    if "streaming" in measures:
+        check_cache(longest, _cache(arguments, probe), arguments.kept)
 
 
 def _check_bos(subject: Subject, modes: Sequence[InferenceMode]) -> None:

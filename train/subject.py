@@ -54,6 +54,11 @@ def load(arguments: Any) -> Subject:
             f"{path}: expected a run directory (with {rundir.CONFIG}), a checkpoint inside one, or a Hugging Face "
             "folder (with config.json), found none of these"
         )
+    if not path.exists() and path.parent != Path() and path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{path}: expected a run directory, a checkpoint or a Hugging Face folder, found nothing there, but "
+            f"a folder {path.parent}; a model of the hub has to be asked for where no folder of its first name is"
+        )
     return _hugging_face(arguments)
 
 

@@ -81,6 +81,14 @@ def test_prompts_come_from_a_file(name, exported, tmp_path):
         (["--store", "STORE", "--keys", "-1"], "--keys: found -1, expected 0 to 62"),
         (["--store", "STORE", "--length", "-4"], "--length: found -4, expected at least 2"),
         (["--store", "STORE", "--length", "4096"], "--length: found 4096, expected at most 48"),
+        (
+            ["--store", "STORE", "--measure", "rank", "--sink_tokens", "16", "--lengths", "47", "--length", "40"],
+            "--lengths: found 47, expected at most 39, the tokens of the longest document (cropped to --length 40",
+        ),
+        (
+            ["--store", "STORE", "--measure", "streaming", "--sink_tokens", "16", "--cache", "46"],
+            "cache: found 46 keys",
+        ),
         (["--store", "STORE", "--directions", "few"], "--directions: found 'few', expected exact, or a number"),
         (["--store", "STORE", "--lengths", "32"], "--lengths: expected a --measure that it applies to"),
         (["--store", "STORE", "--measure", "rank", "--lengths", "48"], "--length: found 49, expected at most 48"),
@@ -252,6 +260,11 @@ def test_a_folder_that_is_no_model_is_named(tmp_path, capsys):
     assert "expected a run directory (with config.yaml), a checkpoint inside one, or a Hugging Face" in (
         capsys.readouterr().err
     )
+
+
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, capsys):
+    assert main(["probe", str(tmp_path / "none")]) == 1
+    assert f"{tmp_path / 'none'}: expected a run directory, a checkpoint or a" in capsys.readouterr().err
 
 
 def test_the_run_under_test_is_loaded_from_its_newest_checkpoint(run_dir):
