@@ -28,7 +28,8 @@ from kernels.statistics import blocks_of
 from model.decoder import DecoderOutput
 from model.observe import Attentions, LayerAttention
 
-_NAME = "sinkbed"
+ATTENTION = "sinkbed"
+"""Name of our attention for `transformers`; see `register`."""
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _SAMPLE = 64
 """Queries whose keys are compared with those that the model's own mask shows."""
@@ -200,6 +201,14 @@ def attend(
     return output.transpose(1, 2).contiguous(), None
 
 
+def register() -> None:
+    """Have `transformers` know our attention by its name. A model made with it is run through `HFModel` alone."""
+    import transformers
+
+    transformers.AttentionInterface.register(ATTENTION, attend)
+    transformers.AttentionMaskInterface.register(ATTENTION, sampled_mask)
+
+
 def _softcapped(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, cap: float
 ) -> tuple[Tensor, Tensor, Statistics]:
@@ -270,15 +279,14 @@ class HFModel(nn.Module):
             raise ValueError(
                 "measuring a Hugging Face model needs the package transformers, found none; pip install -e .[hf]"
             ) from None
-        transformers.AttentionInterface.register(_NAME, attend)
-        transformers.AttentionMaskInterface.register(_NAME, sampled_mask)
+        register()
         options: dict[str, Any] = {"revision": revision, "gguf_file": gguf, "device_map": device_map}
         given = {key: value for key, value in options.items() if value is not None}
         loader: Any = transformers.AutoModelForCausalLM
         try:
             model, loaded = loader.from_pretrained(
                 name,
-                attn_implementation=_NAME,
+                attn_implementation=ATTENTION,
                 dtype=dtype,
                 trust_remote_code=False,
                 output_loading_info=True,
