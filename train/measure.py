@@ -248,12 +248,14 @@ def measure(
     """
     import torch
 
+    from model.observe import input_device
+
     shape = (model.config.layers, model.config.heads)
     above = torch.zeros(len(EPSILONS), *shape, dtype=torch.float64)
     above_row, above_placed = torch.zeros_like(above), torch.zeros_like(above)
     totals, second = torch.zeros(4, *shape, dtype=torch.float64), 0
     loss_sum, byte_sum, token_sum, documents = 0.0, 0, 0, 0
-    was_training, device = model.training, next(model.parameters()).device
+    was_training, device = model.training, input_device(model)
     model.eval()
     try:
         with torch.no_grad():
