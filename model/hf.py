@@ -16,7 +16,8 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from kernels.statistics import blocks_of
 from model.decoder import DecoderOutput
 from model.observe import Attentions, LayerAttention
 
-_NAME = "sinkbed"
+ATTENTION = "sinkbed"
+"""Name of our attention for `transformers`; see `register`."""
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _SAMPLE = 64
 """Queries whose keys are compared with those that the model's own mask shows."""
@@ -44,20 +46,21 @@ class _Pass:
 
     mask: Mask
     statistics: bool
-    windows: dict[int, Mask] = field(default_factory=dict)
+    windows: dict[tuple[int | None, torch.device], Mask] = field(default_factory=dict)
     found: list[Statistics] = field(default_factory=list)
     layers: int = 0
     observer: Attentions | None = None
     sampled: bool = False
     """Whether the model was given masks of fewer rows than there are queries."""
 
-    def within(self, window: int | None) -> Mask:
-        """The mask, narrowed to the last `window` keys of each query."""
-        if window is None or window >= self.mask.length:
-            return self.mask
-        if window not in self.windows:
-            self.windows[window] = narrowed(self.mask, window)
-        return self.windows[window]
+    def within(self, window: int | None, device: torch.device) -> Mask:
+        """The mask, narrowed to the last `window` keys of each query, on the layer's device."""
+        if window is not None and window >= self.mask.length:
+            window = None
+        if (window, device) not in self.windows:
+            mask = self.mask if window is None else narrowed(self.mask, window)
+            self.windows[window, device] = moved(mask, device)
+        return self.windows[window, device]
 
 
 _PASS: ContextVar[_Pass | None] = ContextVar("pass", default=None)
@@ -81,6 +84,19 @@ def narrowed(mask: Mask, window: int) -> Mask:
         shared_from=mask.shared_from,
         doc_start=mask.doc_start,
     )
+
+
+def moved(mask: Mask, device: torch.device) -> Mask:
+    """The same mask on another device; itself where it is there."""
+    tensors = {name: getattr(mask, name) for name in ("first_key", "end_key", "doc_start")}
+    there: dict[int, Tensor] = {}
+    for tensor in tensors.values():
+        if tensor is not None:
+            there.setdefault(id(tensor), tensor.to(device))  # one tensor under two names stays one
+    if all(tensor is None or there[id(tensor)] is tensor for tensor in tensors.values()):
+        return mask
+    changed: dict[str, Any] = {name: None if t is None else there[id(t)] for name, t in tensors.items()}
+    return replace(mask, **changed, _bias={}, _ends={})
 
 
 def sampled_queries(length: int, device: torch.device | str | None = None) -> Tensor:
@@ -181,7 +197,7 @@ def attend(
         )
     if attention_mask is not None:
         _check_own_mask(name, attention_mask, query.shape[2], sliding_window)
-    mask = asked.within(sliding_window)
+    mask = asked.within(sliding_window, query.device)
     query, key = query.to(value.dtype), key.to(value.dtype)
     found: Statistics | None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -198,6 +214,14 @@ def attend(
     if found is not None and asked.statistics:
         asked.found.append(Statistics(*(None if s is None else s.cpu() for s in found)))  # type: ignore[arg-type]
     return output.transpose(1, 2).contiguous(), None
+
+
+def register() -> None:
+    """Have `transformers` know our attention by its name. A model made with it is run through `HFModel` alone."""
+    import transformers
+
+    transformers.AttentionInterface.register(ATTENTION, attend)
+    transformers.AttentionMaskInterface.register(ATTENTION, sampled_mask)
 
 
 def _softcapped(
@@ -252,17 +276,18 @@ class HFModel(nn.Module):
         revision: str | None = None,
         gguf: str | None = None,
         dtype: str = "auto",
-        device_map: str | None = None,
+        device_map: str | dict[str, int | str] | None = None,
     ) -> HFModel:
         """Load a model folder, or a model of the hub by name.
 
         Args:
-            gguf: file in that folder or repository, for weights in GGUF.
+            gguf: file in that folder or repository, for weights in GGUF (needs `gguf` and `accelerate`).
             dtype: as in `transformers`: `auto`, `float32`, `bfloat16`, ...
-            device_map: as in `transformers`, such as `auto`: layers over several devices (needs `accelerate`).
+            device_map: as in `transformers`: `auto`, or module -> device (`cpu`, `disk`, a GPU's number); layers over
+                several devices, or fetched from disk as they are needed (needs `accelerate`).
 
         Raises ValueError for what is no causal language model, whose attention cannot be observed, or whose files
-        are damaged or lack weights.
+        are damaged or lack weights, and for a package that is missing.
         """
         try:
             import transformers
@@ -270,29 +295,25 @@ class HFModel(nn.Module):
             raise ValueError(
                 "measuring a Hugging Face model needs the package transformers, found none; pip install -e .[hf]"
             ) from None
-        transformers.AttentionInterface.register(_NAME, attend)
-        transformers.AttentionMaskInterface.register(_NAME, sampled_mask)
-        options: dict[str, Any] = {"revision": revision, "gguf_file": gguf, "device_map": device_map}
-        given = {key: value for key, value in options.items() if value is not None}
+        _check_packages(gguf, device_map)
+        register()
+        source = {key: value for key, value in (("revision", revision), ("gguf_file", gguf)) if value is not None}
+        _check_config(name, source)
         loader: Any = transformers.AutoModelForCausalLM
         try:
             model, loaded = loader.from_pretrained(
                 name,
-                attn_implementation=_NAME,
+                attn_implementation=ATTENTION,
                 dtype=dtype,
                 trust_remote_code=False,
                 output_loading_info=True,
-                **given,
+                **source,
+                **({} if device_map is None else {"device_map": device_map}),
             )
         except Exception as error:  # the library raises whatever its parts do
-            reason = " ".join(str(error).split())[:300]
-            kind = "folder" if Path(name).is_dir() else "name"
-            raise ValueError(
-                f"{name}: expected the {kind} of a causal language model that transformers loads without code of its "
-                f"own, found: {reason}"
-            ) from error
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise ValueError(f"{name}: found an encoder with a decoder, expected a causal language model")
+            raise _refusal(name, error) from error
+        found = cls(model.eval())
+        found._check_direction(name)
         # What the files lack would be drawn at random. Tied weights that they leave out are not among these.
         lacking = sorted({*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])})
         if lacking:
@@ -300,7 +321,7 @@ class HFModel(nn.Module):
                 f"{name}: expected all weights of {type(model).__name__}, found {len(lacking)} of them missing or of "
                 f"another shape: {', '.join(lacking[:5])}{', ...' if len(lacking) > 5 else ''}"
             )
-        return cls(model.eval())
+        return found
 
     @staticmethod
     def tokenizer(name: str, *, revision: str | None = None, gguf: str | None = None) -> Any:
@@ -322,6 +343,19 @@ class HFModel(nn.Module):
                 "the `tokenizers` library"
             )
         return found
+
+    def _check_direction(self, name: str) -> None:
+        """Refuse an encoder by what its layers say of themselves; `attend` refuses it by what they ask for."""
+        try:
+            blocks = self.blocks
+        except ValueError:
+            return
+        ways = {getattr(module, "is_causal", None) for module in blocks.modules()}
+        if False in ways and True not in ways:
+            raise ValueError(
+                f"{name}: found an encoder ({self.model.config.model_type}), whose attention sees both directions, "
+                "expected a causal language model"
+            )
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -379,6 +413,93 @@ class HFModel(nn.Module):
                 f"{self.config.layers}; the others are no softmax attention, or bypass transformers' interface for it"
             )
         return DecoderOutput(logits, None, tuple(asked.found) if statistics else None)
+
+
+def _check_packages(gguf: str | None, device_map: object) -> None:
+    """Refuse what needs a package that is not there."""
+    needed: dict[str, tuple[str, ...]] = {"gguf": ("gguf", "accelerate")} if gguf is not None else {}
+    if device_map is not None:
+        needed["device_map"] = ("accelerate",)
+    for option, packages in needed.items():
+        missing = [package for package in packages if find_spec(package) is None]
+        if missing:
+            raise ValueError(
+                f"{option}: needs the package{'s' if len(missing) > 1 else ''} {' and '.join(missing)}, found none; "
+                "pip install -e .[hf]"
+            )
+
+
+def _check_config(name: str, source: dict[str, str]) -> None:
+    """Refuse, before weights are read, a model that its config says is not one of ours to measure."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **source)
+    except Exception as error:
+        try:
+            plain, _ = transformers.PreTrainedConfig.get_config_dict(name, **source)
+            kind = plain.get("model_type")
+        except Exception:
+            raise _refusal(name, error) from error
+        if kind is None or kind in transformers.CONFIG_MAPPING:
+            raise _refusal(name, error) from error
+        raise ValueError(
+            f"{name}: found a config.json with model_type {kind!r}, which transformers {transformers.__version__} does "
+            "not have"
+            + (
+                "; code that comes with a model is not run"
+                if "auto_map" in plain
+                else ", expected one of its causal language models; a newer release may have it"
+            )
+        ) from None
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name}: found an encoder with a decoder ({config.model_type}), expected a causal language model"
+        )
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{name}: found a model of type {config.model_type}, which transformers does not have as a causal language "
+            "model, expected one that it has"
+        )
+    if "gguf_file" in source:
+        _check_gguf(name, source)
+
+
+def _check_gguf(name: str, source: dict[str, str]) -> None:
+    """Refuse a GGUF file whose rotary positions are scaled: `transformers` reads it as if they were not."""
+    import gguf
+    from transformers.utils import cached_file
+
+    file = source["gguf_file"]
+    reader = gguf.GGUFReader(str(cached_file(name, file, revision=source.get("revision"))))
+    factors = [tensor for tensor in reader.tensors if tensor.name.startswith("rope_f")]
+    kinds = [str(found.contents()) for key, found in reader.fields.items() if key.endswith(".rope.scaling.type")]
+    scaled = sorted({kind for kind in kinds if kind != "none"} | {t.name for t in factors if (t.data != 1).any()})
+    if scaled:
+        raise ValueError(
+            f"{name}/{file}: found scaled rotary positions ({', '.join(scaled)}), which transformers does not read "
+            "from GGUF; measure the same model from safetensors"
+        )
+
+
+def _refusal(name: str, error: Exception) -> ValueError:
+    """One message for what `transformers` could not load."""
+    for path in sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else ():
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as found:
+            return ValueError(
+                f"{path}: expected whole weights, found a file that is cut off or damaged ({found}); copy it again"
+            )
+    reason = " ".join(str(error).split())[:300]
+    kind = "folder" if Path(name).is_dir() else "name"
+    return ValueError(
+        f"{name}: expected the {kind} of a causal language model that transformers loads without code of its own, "
+        f"found: {reason}"
+    )
 
 
 @contextmanager

@@ -62,6 +62,12 @@ Attentions = Callable[[LayerAttention], None]
 Hidden = Callable[[int, Tensor], Tensor | None]
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its tokens: with its first weights, or on a CPU where these are fetched from disk."""
+    first = next(model.parameters()).device
+    return torch.device("cpu") if first.type == "meta" else first
+
+
 @contextmanager
 def observing(model: Any, *, attention: Attentions | None = None, hidden: Hidden | None = None) -> Iterator[None]:
     """Watch the forward passes made inside.

@@ -20,7 +20,7 @@ COMMANDS = {
     "probe": ("train.probe", "sinks of any causal language model: a run, a checkpoint, a Hugging Face model"),
     "export": ("train.export", "a checkpoint as a Hugging Face Llama folder"),
     "kernels": ("train.kernels", "compile the Triton kernels ahead of time: registers, spills, instructions"),
-    "bench": ("train.bench", "ratios against named peers: training, attention, data, prepare, checkpoint"),
+    "bench": ("train.bench", "ratios against named peers: training, attention, metering, data, prepare, checkpoint"),
 }
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -69,9 +69,23 @@ def run(command: str, argv: Sequence[str]) -> int:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     token = "no token" if first is None else repr(tokenizer.backend.id_to_token(first))
-    print(f"{arguments.out}: step {checkpoint['global_step']}, {decoder.parameter_count():,} parameters; its tokenizer")
-    print(f"puts {token} before a text (transformers; lm_eval asks for add_bos_token=True in --model_args)")
+    print(
+        f"{arguments.out}: step {checkpoint['global_step']}, {decoder.parameter_count():,} parameters; its tokenizer "
+        f"puts {token} before a text"
+    )
+    print(f"lm_eval --model hf --model_args {lm_eval_arguments(arguments.out, first, tokenizer.bos_id)} --tasks ...")
     return 0
+
+
+def lm_eval_arguments(folder: Path, first: int | None, bos_id: int) -> str:
+    """What lm_eval has to be told so that its texts begin as the exported tokenizer's do.
+
+    Before an empty context it puts a token itself, BOS unless told otherwise. Its add_bos_token=True would put BOS in
+    place of another first token.
+    """
+    if first is None or first == bos_id:
+        return f"pretrained={folder},add_bos_token={first is not None}"
+    return f"pretrained={folder},prefix_token_id={first}"
 
 
 def first_id(strategy: Strategy, tokenizer: OurTokenizer, bos: str) -> int | None:

@@ -1,11 +1,26 @@
 """Models of `transformers` under our operator: their own logits, and the sinks of their eager attention."""
 
+import json
+
+import numpy
 import pytest
 import torch
 
+from data.strategy import Strategy
 from kernels import interval_mask
 from kernels.mask import Mask
-from model.hf import HFModel, narrowed, sampled_mask, sampled_queries, special_ids, token_bytes
+from model.hf import (
+    ATTENTION,
+    HFModel,
+    moved,
+    narrowed,
+    register,
+    sampled_mask,
+    sampled_queries,
+    special_ids,
+    token_bytes,
+)
+from train.measure import MeasureConfig, Probe, measure
 
 transformers = pytest.importorskip("transformers")
 COMMON = dict(
@@ -124,19 +139,72 @@ def test_a_window_narrows_any_mask(hide):
     assert isinstance(mask, Mask)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda t: t.BertConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                num_attention_heads=4), "attention in both directions, expected a causal"),
-        (lambda t: t.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4), "found 0 layers whose attention"),
-    ],
-)  # fmt: skip
-def test_what_is_no_causal_softmax_attention_is_refused(make, message, tmp_path):
-    transformers.AutoModelForCausalLM.from_config(make(transformers)).save_pretrained(tmp_path)
+def test_a_model_whose_layers_bypass_the_interface_is_refused(tmp_path):
+    config = transformers.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model = HFModel.load(str(tmp_path))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="found 0 layers whose attention"):
         model(torch.randint(96, (1, 8)))
+
+
+SHAPE = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+BOTH_WAYS = r"found an encoder \(bert\), whose attention sees both directions, expected a causal language model"
+TWO_PARTS = r"found an encoder with a decoder \({}\), expected a causal language model"
+NOT_OURS = {
+    "an encoder": ("BertForMaskedLM", "BertConfig", SHAPE, BOTH_WAYS),
+    "an encoder without a head": ("BertModel", "BertConfig", SHAPE, BOTH_WAYS),
+    "an encoder that is never causal": (
+        "ModernBertForMaskedLM", "ModernBertConfig", dict(**SHAPE, pad_token_id=0), "found a model of type modernbert",
+    ),
+    "T5": (
+        "T5ForConditionalGeneration", "T5Config",
+        dict(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4), TWO_PARTS.format("t5"),
+    ),
+    "BART, whose decoder would load alone": (
+        "BartForConditionalGeneration", "BartConfig",
+        dict(vocab_size=96, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+             decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64),
+        TWO_PARTS.format("bart"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "config", "options", "message"), NOT_OURS.values(), ids=list(NOT_OURS))
+def test_what_is_no_causal_language_model_is_refused_when_it_is_loaded(name, config, options, message, tmp_path):
+    getattr(transformers, name)(getattr(transformers, config)(**options)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        HFModel.load(str(tmp_path))
+
+
+def test_attention_in_both_directions_is_refused_in_the_pass_too():
+    register()
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.BertConfig(**SHAPE), attn_implementation=ATTENTION
+    )
+    with pytest.raises(ValueError, match="attention in both directions, expected a causal"):
+        HFModel(model.eval())(torch.randint(96, (1, 8)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model_type": "llamma"},
+            "found a config.json with model_type 'llamma', which transformers .* a newer release",
+        ),
+        (
+            {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"}},
+            "model_type 'mine', which .* code that comes with a model is not run",
+        ),
+        ({"model_type": None}, "expected the folder of a causal language model"),
+    ],
+)
+def test_a_config_that_the_library_does_not_know_is_named(changes, message, tmp_path):
+    from_family("Llama", GQA, tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        HFModel.load(str(tmp_path))
 
 
 SMALL = dict(**GQA, head_dim=8)
@@ -228,9 +296,13 @@ def test_a_folder_that_holds_no_model_or_a_damaged_one_is_named(saved, tmp_path)
     theirs, _ = saved
     theirs.save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="expected the folder of a causal language model"):
-        HFModel.load(str(tmp_path))
+    whole = weights.read_bytes()
+    for length in (0, 1000, len(whole) - 4):
+        weights.write_bytes(whole[:length])
+        with pytest.raises(
+            ValueError, match=r"model\.safetensors: expected whole weights, found a file that is cut off"
+        ):
+            HFModel.load(str(tmp_path))
     with pytest.raises(ValueError, match="expected a tokenizer beside the model"):
         HFModel.tokenizer(str(tmp_path))
 
@@ -274,3 +346,159 @@ def test_reserved_tokens_and_ids_without_a_token_are_special():
     assert special_ids(theirs, 264) == {256, 257, *range(259, 264)}
     assert special_ids(theirs, 257) == {256}, "none past the embeddings"
     assert token_bytes(theirs, 264)[255:] == [1, 0, 0, len("ordinary"), 0, 0, 0, 0, 0]
+
+
+GGUF_TOKENS = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz"]
+
+
+def write_gguf(path, model, *, frequencies=None, scaling=None):
+    """A Llama as llama.cpp's converter writes it: float32, rows of q and k permuted, a SentencePiece vocabulary."""
+    gguf = pytest.importorskip("gguf")
+    config = model.config
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    if scaling is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
+        writer.add_rope_scaling_factor(4.0)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(GGUF_TOKENS)
+    writer.add_token_scores([-float(i) for i in range(len(GGUF_TOKENS))])
+    writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * 27])  # unknown, control, byte, normal
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj.weight": config.num_attention_heads, "k_proj.weight": config.num_key_value_heads}
+    for key, weight in model.state_dict().items():
+        rows = weight.numpy()
+        for ending, count in heads.items():
+            if key.endswith(ending):  # halves of a head's rotary pairs become neighbours
+                rows = rows.reshape(count, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+        writer.add_tensor(names.get_name(key, try_suffixes=(".weight",)), numpy.ascontiguousarray(rows))
+    if frequencies is not None:
+        writer.add_tensor("rope_freqs.weight", numpy.array(frequencies, dtype=numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def gguf_source(tmp_path):
+    """A tiny Llama, and a folder for its GGUF."""
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    options = dict(**GQA, vocab_size=len(GGUF_TOKENS), max_position_embeddings=64, rope_theta=500.0, rms_norm_eps=1e-5)
+    torch.manual_seed(0)
+    theirs, ours = from_family("Llama", options, tmp_path / "safetensors")
+    (tmp_path / "gguf").mkdir()
+    return theirs, ours, tmp_path / "gguf"
+
+
+def test_a_gguf_file_gives_the_logits_masses_and_tokens_of_the_model_that_it_holds(gguf_source):
+    theirs, ours, folder = gguf_source
+    write_gguf(folder / "model.gguf", theirs, frequencies=[1.0] * 4)
+    found = HFModel.load(str(folder), gguf="model.gguf")
+    tokens = torch.randint(len(GGUF_TOKENS), (2, 20))
+    with torch.no_grad():
+        expected, got = ours(tokens, statistics=True), found(tokens, statistics=True)
+    torch.testing.assert_close(got.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    for a, b in zip(got.statistics, expected.statistics, strict=True):
+        torch.testing.assert_close(a.row_mass, b.row_mass, atol=1e-5, rtol=1e-5)
+    tokenizer = HFModel.tokenizer(str(folder), gguf="model.gguf")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    ids = tokenizer("sink row é", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == "sink row é"
+    table = token_bytes(tokenizer, len(GGUF_TOKENS))
+    assert sum(table[i] for i in ids) == len(" sink row é".encode()), "with the space that its tokenizer puts first"
+    assert special_ids(tokenizer, len(GGUF_TOKENS)) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"frequencies": [1.0, 1.0, 2.0, 8.0]}, "rope_freqs.weight"),
+        ({"scaling": "yarn"}, "yarn"),
+    ],
+)
+def test_scaled_positions_which_transformers_would_drop_from_a_gguf_file_are_refused(options, what, gguf_source):
+    theirs, _, folder = gguf_source
+    write_gguf(folder / "model.gguf", theirs, **options)
+    with pytest.raises(ValueError, match=rf"model\.gguf: found scaled rotary positions \({what}\)"):
+        HFModel.load(str(folder), gguf="model.gguf")
+
+
+def test_a_gguf_file_that_is_not_there_or_cut_off_is_one_message(gguf_source):
+    theirs, _, folder = gguf_source
+    for length in (None, 100, -1000):
+        if length is not None:
+            write_gguf(folder / "model.gguf", theirs)
+            content = (folder / "model.gguf").read_bytes()
+            (folder / "model.gguf").write_bytes(content[:length])
+        with pytest.raises(ValueError, match="expected the folder of a causal language model"):
+            HFModel.load(str(folder), gguf="model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("options", "absent", "message"),
+    [
+        (
+            {"gguf": "model.gguf"},
+            {"gguf", "accelerate"},
+            "gguf: needs the packages gguf and accelerate, found none; pip",
+        ),
+        ({"gguf": "model.gguf"}, {"gguf"}, "gguf: needs the package gguf, found none; pip install"),
+        ({"device_map": "auto"}, {"accelerate"}, "device_map: needs the package accelerate, found none; pip install"),
+    ],
+)
+def test_a_package_that_is_missing_is_named(options, absent, message, monkeypatch, tmp_path):
+    import model.hf
+
+    monkeypatch.setattr(model.hf, "find_spec", lambda name: None if name in absent else object())
+    with pytest.raises(ValueError, match=message):
+        HFModel.load(str(tmp_path), **options)
+
+
+PARTS = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+MAPS = {
+    "auto": "auto",
+    "a layer on disk": {**dict.fromkeys(PARTS, "cpu"), "model.layers.1": "disk"},
+    "everything on disk": {"": "disk"},
+}
+
+
+@pytest.mark.parametrize("device_map", MAPS.values(), ids=list(MAPS))
+def test_where_the_layers_are_changes_nothing_that_is_measured(device_map, tmp_path):
+    pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    _, ours = from_family("Llama", GQA, tmp_path)
+    found = HFModel.load(str(tmp_path), device_map=device_map)
+    away = [parameter.device.type == "meta" for parameter in found.parameters()]
+    assert any(away) == (device_map != "auto") and all(away) == (device_map == {"": "disk"})
+    documents = tuple(torch.randint(2, 96, (3, 20)))
+    probe = Probe(documents, torch.ones(96, dtype=torch.int64), 0, 1, frozenset({0, 1}))
+    config = MeasureConfig(documents=3, live_documents=1, sink_tokens=16)
+    for mode in ("bos", "text", "first_key_masked"):
+        expected, got = (measure(m, probe, mode, Strategy(first_token="bos"), config) for m in (ours, found))
+        assert got == expected
+
+
+def test_a_mask_goes_to_the_device_of_the_layer():
+    """One tensor under two names stays one, which is how a document mask is known."""
+    start = torch.tensor([[0, 0, 2, 2]], dtype=torch.int32)
+    mask = interval_mask(1, 4, doc_start=start, doc_end=torch.tensor([[2, 2, 4, 4]], dtype=torch.int32), document=True)
+    assert mask.is_document and moved(mask, torch.device("cpu")) is mask
+    there = moved(mask, torch.device("meta"))
+    assert there.first_key.device.type == there.doc_start.device.type == "meta" and there.is_document
+    plain = Mask(rows=1, length=4)
+    assert moved(plain, torch.device("meta")) is plain

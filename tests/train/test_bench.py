@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from train import bench, bench_attention, bench_prepare
+from train import bench, bench_attention, bench_metering, bench_prepare
 from train.bench_attention import Case
 from train.bench_data import PACKINGS
 from train.cli import main
@@ -131,3 +131,46 @@ def test_a_contender_that_loses_tokens_is_not_compared(monkeypatch, corpus):
     monkeypatch.setattr(bench_prepare, "one_turn", measured)
     with pytest.raises(ValueError, match="Sinkbed: expected 100 tokens, found 99"):
         bench.run("bench", ["prepare", "--file", str(corpus), "--vocab_size", "300", "--repeats", "1"])
+
+
+TINY = ["--layers", "2", "--hidden", "16", "--heads", "2", "--kv_heads", "1", "--ffn", "24", "--vocab_size", "50"]
+
+
+def test_measuring_is_compared_with_eager_attention_on_the_same_model(capsys, fit):
+    sizes = [*TINY, "--length", "256", "--documents", "3", "--tokens", "16", "--decoder_vocab_size", "60"]
+    options = ["--config", str(fit.config), "--repeats", "1", "--threads", "1", "--draws", "3", "--directions", "8"]
+    assert main(["bench", "metering", *sizes, *options]) == 0
+    output = capsys.readouterr().out
+    lines = {line[:34].strip(): line[34:].split() for line in output.splitlines()}
+    for logits in ("no logits", "logits too"):
+        ours, eager = (lines[f"{way}, {logits}"] for way in bench_metering.WAYS)
+        assert float(ours[0]) > 0 and float(eager[0]) > 0 and ours[1] == "1.00"
+        assert eager[2] == "unknown" or float(eager[2].replace(",", "")) >= 0
+    assert output.count("the masses of both differ by") == 2
+    _, table = output.split("measuring 3 documents of 16 tokens, seconds\n")
+    measured = [line.split() for line in table.splitlines()[1:3]]
+    assert [line[0] for line in measured] == ["Llama", str(fit.config)]
+    assert all(float(seconds) >= 0 for line in measured for seconds in line[2:])
+    assert "4 documents of 16 tokens, 8 of 32 directions, 3 draws" in table
+    layers = [line.split() for line in table.splitlines() if "%" in line]
+    assert [line[0] for line in layers] == ["1", "2"] and all(float(line[2][:-1]) > 0 for line in layers)
+
+
+def test_the_sampled_jacobian_of_a_run_is_compared_with_its_exact_one(capsys, fit):
+    assert fit("--wandb.mode", "disabled")[0] == 0
+    capsys.readouterr()
+    options = ["--run", str(fit.config.parent / "run"), "--tokens", "16", "--jacobian_documents", "2"]
+    # All directions of the width are the exact Jacobian, whatever the draw.
+    assert main(["bench", "metering", "--parts", "jacobian", *options, "--directions", "32", "--draws", "1"]) == 0
+    output = capsys.readouterr().out
+    assert "run, step 10: 2 documents of 16 tokens, 32 of 32 directions" in output
+    assert [line.split()[2:] for line in output.splitlines() if "%" in line] == [["0.0%", "0.0%", "0.0%"]] * 2
+
+
+def test_ways_whose_masses_differ_are_not_compared():
+    turns = {
+        way: [bench_metering.Turn(1.0, 0, torch.full((1, 2, 3), 0.5 + i / 1000))]
+        for i, way in enumerate(bench_metering.WAYS)
+    }
+    with pytest.raises(ValueError, match=r"masses of both ways within 1e-05, found 1\.0e-03"):
+        bench_metering.masses_differ(turns)

@@ -9,7 +9,7 @@ from data.store import TokenStore
 from data.strategy import Strategy
 from tests.train.conftest import write_run_config
 from train.cli import main
-from train.export import first_id, write_tokenizer
+from train.export import first_id, lm_eval_arguments, write_tokenizer
 from train.validate import load_decoder, open_run
 
 transformers = pytest.importorskip("transformers")
@@ -28,7 +28,8 @@ def run_dir(tmp_path_factory, tiny_store):
 def test_text_to_logits_equal_ours(run_dir, tmp_path, capsys):
     out = tmp_path / "hf"
     assert main(["export", str(run_dir), "--out", str(out)]) == 0
-    assert "puts '<bos>' before a text" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "puts '<bos>' before a text" in said and f"pretrained={out},add_bos_token=True --tasks" in said
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
     decoder, _ = load_decoder(open_run(run_dir)[0])
@@ -115,3 +116,110 @@ def test_the_exported_files_are_plain_data(run_dir, tmp_path):
     }
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert "auto_map" not in config, "no remote code"
+
+
+QUESTIONS = [
+    {"question": "12: sink bos row", "choices": [" token mask", " first key", " mass"]},
+    {"question": "7: head layer", "choices": [" sink", " row row", " été."]},
+    {"question": "", "choices": ["sink row", "key"]},
+]
+
+
+@pytest.fixture
+def lm_eval(tmp_path, monkeypatch):
+    """Evaluate a folder with lm_eval on a task of two local files; returns the log-likelihood of each choice."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    harness = pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    task = tmp_path / "task"
+    task.mkdir()
+    (task / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
+    (task / "sinkbed_questions.yaml").write_text(
+        f"""
+task: sinkbed_questions
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {task / "questions.jsonl"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: 0
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+"""
+    )
+
+    def evaluate(folder, **options):
+        found = harness.simple_evaluate(
+            model="hf", model_args={"pretrained": str(folder), "dtype": "float32", **options}, device="cpu",
+            tasks=["sinkbed_questions"], task_manager=TaskManager(include_path=str(task)), batch_size=2,
+            bootstrap_iters=0,
+        )  # fmt: skip
+        samples = sorted(found["samples"]["sinkbed_questions"], key=lambda sample: sample["doc_id"])
+        assert [sample["doc"] for sample in samples] == QUESTIONS
+        return [[float(answer[0]) for answer in sample["filtered_resps"]] for sample in samples]
+
+    return evaluate
+
+
+def likelihood(decoder, first, context, continuation):
+    """log p(continuation) after the first token and the context, all ids."""
+    ids = [*first, *context, *continuation]
+    with torch.no_grad():
+        logs = decoder(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(float(logs[at - 1, ids[at]]) for at in range(len(ids) - len(continuation), len(ids)))
+
+
+@pytest.mark.parametrize("bos", ["as_trained", "never"])
+def test_lm_eval_finds_the_likelihoods_of_the_decoder_after_the_token_it_was_trained_with(
+    bos, run_dir, tmp_path, lm_eval
+):
+    out = tmp_path / "hf"
+    assert main(["export", str(run_dir), "--out", str(out), "--bos", bos]) == 0
+    decoder, _ = load_decoder(open_run(run_dir)[0])
+    ours = TokenStore.open(open_run(run_dir)[0]["sinkbed"]["store"]).tokenizer()
+    first = [ours.bos_id] if bos == "as_trained" else []
+    found = lm_eval(out)
+    for question, answers in zip(QUESTIONS, found, strict=True):
+        context = ours.encode(question["question"])
+        for choice, answer in zip(question["choices"], answers, strict=True):
+            whole = ours.encode(question["question"] + choice)
+            assert whole[: len(context)] == context, "the seam is between tokens"
+            # Before an empty context the harness itself puts BOS.
+            expected = likelihood(decoder, first if context else [ours.bos_id], context, whole[len(context) :])
+            assert answer == pytest.approx(expected, abs=1e-3), (question, choice)
+    told = dict(option.split("=") for option in lm_eval_arguments(out, *first or [None], ours.bos_id).split(","))
+    assert told == {"pretrained": str(out), "add_bos_token": str(bos == "as_trained")}
+    assert lm_eval(out, add_bos_token=bos == "as_trained") == found, "what it is told is what the folder says"
+
+
+def test_lm_eval_keeps_a_first_token_that_is_not_bos(run_dir, tmp_path, lm_eval):
+    out = tmp_path / "hf"
+    assert main(["export", str(run_dir), "--out", str(out)]) == 0
+    decoder, _ = load_decoder(open_run(run_dir)[0])
+    ours = TokenStore.open(open_run(run_dir)[0]["sinkbed"]["store"]).tokenizer()
+    write_tokenizer(out, ours, 5, 48)
+    assert lm_eval_arguments(out, 5, ours.bos_id) == f"pretrained={out},prefix_token_id=5"
+    for question, answers in zip(QUESTIONS, lm_eval(out, prefix_token_id=5), strict=True):
+        context = ours.encode(question["question"])
+        for choice, answer in zip(question["choices"], answers, strict=True):
+            continuation = ours.encode(question["question"] + choice)[len(context) :]
+            assert answer == pytest.approx(likelihood(decoder, [5], context, continuation), abs=1e-3)
+
+
+def test_lm_eval_counts_no_bos_as_text_where_perplexity_is_told_not_to_put_it_twice(run_dir, tmp_path):
+    """Its rolling likelihood puts BOS first by itself, and would count a BOS of the tokenizer's as a target."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    out = tmp_path / "hf"
+    assert main(["export", str(run_dir), "--out", str(out)]) == 0
+    decoder, _ = load_decoder(open_run(run_dir)[0])
+    ours = TokenStore.open(open_run(run_dir)[0]["sinkbed"]["store"]).tokenizer()
+    request = Instance("loglikelihood_rolling", {}, ("sink row",), 0)
+    [found] = HFLM(pretrained=str(out), device="cpu", dtype="float32", add_bos_token=False).loglikelihood_rolling(
+        [request]
+    )
+    assert found == pytest.approx(likelihood(decoder, [ours.bos_id], [], ours.encode("sink row")), abs=1e-3)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 import model.attention
 from data.store import TokenStore
 from data.strategy import Strategy
+from kernels import Statistics
 from kernels.reference import probabilities
 from model import Decoder, DecoderConfig
+from model.decoder import DecoderOutput
 from train.measure import EPSILONS, MeasureConfig, Probe, first_tokens, measure
 
 CONFIG = MeasureConfig(documents=7, live_documents=3, sink_tokens=16, batch_tokens=200)
@@ -213,3 +216,66 @@ def test_a_probe_that_cannot_be_is_refused(tiny_store):
         Probe.from_store(store, 16, CONFIG)
     with pytest.raises(ValueError, match="none that long"):
         Probe.from_store(store, 4096, MeasureConfig(sink_tokens=2000))
+
+
+class Given(torch.nn.Module):
+    """Stands in for a decoder: hands back attention matrices as the operator would have observed them."""
+
+    def __init__(self, attention):
+        """attention: [N, L, H, T, T], row i of a document that begins with token i."""
+        super().__init__()
+        self.attention, self.weight = attention, torch.nn.Parameter(torch.zeros(1))
+        self.config = SimpleNamespace(layers=attention.shape[1], heads=attention.shape[2])
+
+    def forward(self, tokens, positions=None, mask=None, *, statistics=False):
+        found = self.attention[tokens[:, 0]]  # [B, L, H, T, T]
+        start = torch.zeros(tokens.shape, dtype=torch.long) if mask is None else mask.doc_start.long()
+        keys = start[:, None, None, :, None].expand(*found.shape[:4], 1)
+        row, document = found[..., 0], found.gather(-1, keys)[..., 0]
+        layers = tuple(Statistics(row[:, layer], document[:, layer], None) for layer in range(self.config.layers))
+        return DecoderOutput(torch.zeros(*tokens.shape, 50), None, layers)
+
+
+def published_sink_rate(attention, key, eps):
+    """Equation 6 of arXiv 2410.10781, one sequence, layer and head at a time, in plain arithmetic."""
+    sequences, layers, heads, length, _ = attention.shape
+    above = 0
+    for sequence, layer, head in itertools.product(range(sequences), range(layers), range(heads)):
+        matrix = attention[sequence, layer, head]
+        alpha = 0.0
+        for query in range(key, length):
+            alpha += float(matrix[query, key])
+        above += alpha / (length - key) > eps
+    return 100 * above / (sequences * layers * heads)
+
+
+@pytest.mark.parametrize("length", [16, 64])
+@pytest.mark.parametrize("key", [0, 1, 2, 7])
+def test_the_sink_rate_is_the_published_one_of_the_same_attention(key, length):
+    generator = torch.Generator().manual_seed(key)
+    N, L, H = 12, 3, 4
+    logits = 2 * torch.randn(N, L, H, length, length, generator=generator)
+    # From no sink to a full one, so that every threshold parts the heads.
+    logits[..., key] += torch.linspace(-2, 9, N * L * H)[torch.randperm(N * L * H, generator=generator)].view(
+        N, L, H, 1
+    )
+    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+    attention = logits.masked_fill(hidden, float("-inf")).softmax(-1)
+    text = torch.randint(N, 48, (N, length), generator=generator)
+    text[:, 0] = torch.arange(N)
+    probe = Probe(tuple(text), torch.ones(50, dtype=torch.int64), 48, 49, frozenset({48, 49}))
+    config = MeasureConfig(documents=N, live_documents=1, sink_tokens=length, batch_tokens=5 * length)
+    result = measure(Given(attention), probe, "text", Strategy(), config, key=key)
+    assert result.placed_key == key and EPSILONS == (0.2, 0.3, 0.5, 0.8)
+    found = result.rate_placed if key else result.rate
+    expected = {eps: published_sink_rate(attention, key, eps) for eps in EPSILONS}
+    assert 0 < expected[0.8] < expected[0.5] < expected[0.3] < expected[0.2] < 100
+    for eps in EPSILONS:
+        layers = found[str(eps)]
+        assert sum(map(sum, layers)) / (L * H) == pytest.approx(expected[eps], abs=1e-6), eps
+        for layer, head in itertools.product(range(L), range(H)):
+            one = published_sink_rate(attention[:, layer : layer + 1, head : head + 1], key, eps)
+            assert layers[layer][head] == pytest.approx(one, abs=1e-6), (eps, layer, head)
+    # The mean of the indicators is not the indicator of the mean: averaging documents first gives another number.
+    mean_first = published_sink_rate(attention.mean(0, keepdim=True), key, 0.3)
+    assert abs(mean_first - expected[0.3]) > 1
