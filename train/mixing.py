@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.observe import LayerAttention, evaluating, observing
+from model.observe import LayerAttention, evaluating, input_device, observing
 from train.measure import Arranged
-from train.states import Excerpts, Totals, device_of, hidden_states
+from train.states import Excerpts, Totals, hidden_states
 
 _LAYERS = 8
 """Layers at most whose Jacobian is taken."""
@@ -114,7 +114,7 @@ def measure_perturbation(
         changed[:, position] = _other_tokens(excerpts, text[:, position])
     differing = (changed != text).any(0).nonzero().flatten()
     position = int(differing[0]) if len(differing) else 0
-    totals, device, done = Totals(), device_of(model), 0
+    totals, device, done = Totals(), input_device(model), 0
     size = max(1, batch_tokens // (text.shape[1] + 1) // 2)
     with evaluating(model):
         for at in range(0, len(text), size):
@@ -176,7 +176,7 @@ def measure_rank(model: Any, excerpts: Excerpts, batch_tokens: int) -> dict[str,
                 totals.add(f"{part}/{name}", layer, value)
 
     with evaluating(model):
-        for text, row in excerpts.batches(device_of(model), batch_tokens):
+        for text, row in excerpts.batches(input_device(model), batch_tokens):
             with observing(model, hidden=hidden):
                 model(row.tokens, mask=row.mask)
             done += len(text)
@@ -215,7 +215,7 @@ def measure_paths(model: Any, excerpts: Excerpts, batch_tokens: int) -> Paths:
         totals.add("sources", seen.layer, torch.special.entr(share).sum(-1).exp())
 
     with evaluating(model):
-        for text, row in excerpts.batches(device_of(model), batch_tokens):
+        for text, row in excerpts.batches(input_device(model), batch_tokens):
             with observing(model, attention=attention):
                 model(row.tokens, mask=row.mask)
             done += len(text)
@@ -248,7 +248,7 @@ def measure_jacobian(
     last = int(model.config.layers)
     if layers is None:
         layers = sorted({round((i + 1) * last / min(last, _LAYERS)) for i in range(min(last, _LAYERS))})
-    device, width = device_of(model), 0
+    device, width = input_device(model), 0
     norms, errors, others, spectral = [], [], [], []
     others_errors = []
     with evaluating(model):

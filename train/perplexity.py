@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from data.strategy import Strategy
-from model.observe import evaluating
+from model.observe import evaluating, input_device
 from train.measure import InferenceMode, Probe, arrange, target_nll
-from train.states import device_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +50,7 @@ def _losses(
     sums, counts = torch.zeros(longest, dtype=torch.float64), torch.zeros(longest, dtype=torch.int64)
     with evaluating(model), torch.no_grad():
         for rows, text, lengths in probe.batches(batch_tokens):
-            row = arrange(probe, mode, strategy, rows, text, lengths, device=device_of(model))
+            row = arrange(probe, mode, strategy, rows, text, lengths, device=input_device(model))
             nll = target_nll(model(row.tokens, mask=row.mask).logits, row.slots, text).cpu().double()
             counted = torch.arange(1, text.shape[1])[None, :] < lengths[:, None]
             sums[: nll.shape[1]] += (nll * counted).sum(0)

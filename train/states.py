@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels import mean_received, top_sinks
-from model.observe import LayerAttention, evaluating, observing
+from model.observe import LayerAttention, evaluating, input_device, observing
 from train.measure import Arranged, InferenceMode, Probe, arrange, target_nll
 
 if TYPE_CHECKING:
@@ -132,12 +132,6 @@ class Excerpts:
         return text, arrange(self.probe, self.mode, self.strategy, self.rows[chosen], text, lengths, device=device)
 
 
-def device_of(model: Any) -> torch.device:
-    """Where a model takes its tokens."""
-    found: torch.device = next(model.parameters()).device
-    return found
-
-
 class Totals:
     """Sums over documents of a quantity per layer; layers may come from several devices."""
 
@@ -208,7 +202,7 @@ def measure_states(model: Any, excerpts: Excerpts, batch_tokens: int) -> States:
         tokens_seen.update(zip(of_head.flatten().tolist(), (first == 0).flatten().tolist(), strict=True))
 
     with evaluating(model):
-        for text, row in excerpts.batches(device_of(model), batch_tokens):
+        for text, row in excerpts.batches(input_device(model), batch_tokens):
             ids = row.tokens.cpu()
             with observing(model, attention=attention, hidden=hidden):
                 model(row.tokens, mask=row.mask)
@@ -244,7 +238,7 @@ def strongest_head(model: Any, excerpts: Excerpts, tokens: int = 32) -> dict[str
             best.update(layer=seen.layer, head=head, mass=float(mass[head]), attention=p[head].tolist())
 
     with evaluating(model):
-        _, row = excerpts.batch(slice(0, 1), device_of(model))
+        _, row = excerpts.batch(slice(0, 1), input_device(model))
         with observing(model, attention=attention):
             model(row.tokens, mask=row.mask)
     return best | {"tokens": row.tokens[0, :tokens].tolist()}
@@ -254,7 +248,7 @@ def measure_gradients(model: Any, excerpts: Excerpts, batch_tokens: int) -> Grad
     """Gradients of the loss at each token's hidden states; leaves the gradients of the weights alone."""
     totals, done = Totals(), 0
     with evaluating(model):
-        for text, row in excerpts.batches(device_of(model), batch_tokens):
+        for text, row in excerpts.batches(input_device(model), batch_tokens):
             states, logits = hidden_states(model, row)
             loss = target_nll(logits, row.slots, text).sum()
             for layer, gradient in enumerate(torch.autograd.grad(loss, states)):
