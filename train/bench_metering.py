@@ -198,7 +198,7 @@ def jacobian(arguments: Any) -> None:
         errors.append([abs(a / b - 1) for a, b in zip(found.others, exact.others, strict=True)])
         predicted.append([a / b for a, b in zip(found.others_error, found.others, strict=True)])
     print(
-        f"\nJacobian of {name}: {len(excerpts.rows)} documents of {arguments.tokens} tokens, {arguments.directions} of "
+        f"Jacobian of {name}: {len(excerpts.rows)} documents of {arguments.tokens} tokens, {arguments.directions} of "
         f"{exact.directions} directions, {arguments.draws} draws"
     )
     print(f"{'layer':>5}{'exact norm':>13}{'error, median':>15}{'largest':>9}{'stated':>9}")
@@ -244,11 +244,12 @@ def run(arguments: Any) -> int:
         ffn=arguments.ffn,
         vocab_size=arguments.vocab_size,
     )
-    print(
-        f"Llama: {shape.layers} layers, hidden {shape.hidden}, {shape.heads} heads, {shape.kv_heads} key heads, ffn "
-        f"{shape.ffn}, vocabulary {shape.vocab_size:,}; {arguments.threads} threads",
-        flush=True,
-    )
+    if {"eager", "modes"} & set(arguments.parts):
+        print(
+            f"Llama: {shape.layers} layers, hidden {shape.hidden}, {shape.heads} heads, {shape.kv_heads} key heads, "
+            f"ffn {shape.ffn}, vocabulary {shape.vocab_size:,}; {arguments.threads} threads",
+            flush=True,
+        )
     if "eager" in arguments.parts:
         eager(shape, arguments)
     if "modes" in arguments.parts:
