@@ -181,7 +181,7 @@ def modes(shape: Llama, arguments: Any) -> None:
 
 def jacobian(arguments: Any) -> None:
     """Deviation of `Jacobian.others` from the exact one at each layer, over draws; seconds of both."""
-    from train.mixing import measure_jacobian
+    from train.jacobian import measure_jacobian
     from train.states import Excerpts
 
     model, probe, strategy, name = _subject(arguments)

@@ -1,8 +1,9 @@
 """Mixing: how far a token's representation reaches into the others', and what the sink does to it.
 
-The claim of arXiv 2504.02732 is that a sink keeps representations from over-mixing. Four readings of it: the spread
-of a perturbation (its Figure 2), the Jacobian ∂v_j^(l) / ∂v_i^(0) and the bound on it that the attention alone gives
-(Theorem 3.2), and how near the representations are to each other (rank collapse; the distance of the last two).
+The claim of arXiv 2504.02732 is that a sink keeps representations from over-mixing. Readings of it: the spread of a
+perturbation (its Figure 2), the bound on the Jacobian ∂v_j^(l) / ∂v_i^(0) that the attention alone gives (Theorem 3.2;
+the Jacobian itself is in `train.jacobian`), and how near the representations are to each other (rank collapse; the
+distance of the last two).
 
 v^(l) are the hidden states of layer l; l = 0 is what the first block reads. Every document is cropped to one length.
 """
@@ -10,7 +11,6 @@ v^(l) are the hidden states of layer l; l = 0 is what the first block reads. Eve
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,7 @@ import torch
 from torch import Tensor
 
 from model.observe import LayerAttention, evaluating, input_device, observing
-from train.measure import Arranged
-from train.states import Excerpts, Totals, hidden_states
-
-_LAYERS = 8
-"""Layers at most whose Jacobian is taken."""
+from train.states import Excerpts, Totals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,28 +69,6 @@ class Paths:
     """[L] effective number of sources, exp of the entropy of the shares."""
     log10_factor: float
     """Decimal logarithm of (H + 1/H)^L, what the shares after the last layer are to be multiplied with."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Jacobian:
-    """Frobenius norm of ∂v_j^(l) / ∂v_i^(0) for the last token j of a row, mean over documents."""
-
-    layers: list[int]
-    """The l measured: at most eight, evenly spaced, the last among them."""
-    norm: list[list[float]]
-    """[layers][T] for each source i."""
-    error: list[list[float]]
-    """[layers][T] standard error of `norm` that the sampling of directions leaves; 0 where exact."""
-    others: list[float]
-    """[layers] mean over the sources of text before j, the first token of the row left out."""
-    others_error: list[float]
-    """[layers] standard error of `others` from the sampling of directions (of its sources taken as dependent)."""
-    across: list[float]
-    """[layers] standard error of `others` over documents; 0 with one."""
-    spectral: list[list[float]] | None
-    """[layers][T] largest singular value; where exact."""
-    directions: int
-    """Output directions taken: the width of the model where exact."""
 
 
 @torch.no_grad()
@@ -225,124 +199,3 @@ def measure_paths(model: Any, excerpts: Excerpts, batch_tokens: int) -> Paths:
         sources=totals.means("sources", done),
         log10_factor=int(model.config.layers) * math.log10(heads + 1 / heads),
     )
-
-
-def measure_jacobian(
-    model: Any,
-    excerpts: Excerpts,
-    batch_tokens: int,
-    *,
-    directions: int | None = 16,
-    layers: Sequence[int] | None = None,
-    seed: int = 0,
-) -> Jacobian:
-    """Norms of the Jacobian by vector-Jacobian products, u ∂v_j^(l)/∂v_i^(0) for all sources i at once.
-
-    E ‖uᵀJ‖² = ‖J‖_F² for directions u with E uuᵀ = I. They are drawn orthogonal to one another, which only lowers the
-    variance; as many as the model is wide give the exact norm.
-
-    Args:
-        directions: how many are drawn, from a generator of their own; None: all, exact.
-        layers: the l to measure, 1 to L; None: see `Jacobian.layers`.
-    """
-    last = int(model.config.layers)
-    if layers is None:
-        layers = sorted({round((i + 1) * last / min(last, _LAYERS)) for i in range(min(last, _LAYERS))})
-    device, width = input_device(model), 0
-    norms, errors, others, spectral = [], [], [], []
-    others_errors = []
-    with evaluating(model):
-        for number in range(len(excerpts.rows)):
-            _, row = excerpts.batch(slice(number, number + 1), device)
-            found = _squares(model, row, layers, batch_tokens, directions, seed)
-            width = found.width
-            mean = found.squares.mean(1)  # [layers, T]
-            norm = mean.sqrt()
-            count = found.squares.shape[1]
-            # Of `width` directions that add up to a constant, so many were drawn without putting any back.
-            left = 1 - (count - 1) / max(1, width - 1) if count < width else 0.0
-            error = (
-                found.squares.std(1, correction=1 if count > 1 else 0) * math.sqrt(left / count) if left else 0 * mean
-            )
-            error = error / (2 * norm).clamp_min(torch.finfo(norm.dtype).tiny)
-            norms.append(norm)
-            errors.append(error)
-            sources = row.slots[(row.slots > 0) & (row.slots < row.tokens.shape[1] - 1)].cpu()
-            others.append(norm[:, sources].mean(-1))
-            others_errors.append(error[:, sources].mean(-1))
-            if found.spectral is not None:
-                spectral.append(found.spectral)
-    count = len(norms)
-    across = torch.stack(others).std(0) / math.sqrt(count) if count > 1 else torch.zeros(len(layers))
-    return Jacobian(
-        layers=list(layers),
-        norm=torch.stack(norms).mean(0).tolist(),
-        error=(torch.stack(errors).square().sum(0).sqrt() / count).tolist(),
-        others=torch.stack(others).mean(0).tolist(),
-        others_error=(torch.stack(others_errors).square().sum(0).sqrt() / count).tolist(),
-        across=across.tolist(),
-        spectral=torch.stack(spectral).mean(0).tolist() if spectral else None,
-        directions=width if directions is None else min(directions, width),
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class _Squares:
-    squares: Tensor
-    """[layers, directions, T] ‖uᵀJ‖², float64."""
-    width: int
-    spectral: Tensor | None
-
-
-def _squares(
-    model: Any, row: Arranged, layers: Sequence[int], batch_tokens: int, directions: int | None, seed: int
-) -> _Squares:
-    """One document's row, repeated so that a backward pass takes several directions."""
-    with torch.no_grad():
-        width = hidden_states(model, row)[0][0].shape[-1]
-    u = _directions(width, width if directions is None else min(directions, width), seed)
-    squares: list[list[Tensor]] = [[] for _ in layers]
-    gradients: list[list[Tensor]] = [[] for _ in layers]
-    for part in u.split(max(1, batch_tokens // row.tokens.shape[1])):
-        rows = len(part)
-        repeated = Arranged(row.tokens.expand(rows, -1), _repeated(row.mask, rows), row.slots)
-        states, _ = hidden_states(model, repeated)
-        for index, layer in enumerate(layers):
-            into = torch.zeros_like(states[layer])
-            into[:, -1] = part.to(into)
-            more = index + 1 < len(layers)
-            # A layer may be on another device than the first: autograd brings the gradient back.
-            (gradient,) = torch.autograd.grad(states[layer], states[0], into, retain_graph=more)
-            gradient = gradient.double().cpu()  # [directions, T, C]
-            squares[index].append(gradient.square().sum(-1))
-            if directions is None:
-                gradients[index].append(gradient)
-    spectral = None
-    if directions is None:  # rows of u are the unit vectors times √width: undo
-        spectral = torch.stack([
-            torch.linalg.matrix_norm(torch.cat(g).transpose(0, 1), ord=2) / math.sqrt(width) for g in gradients
-        ])  # fmt: skip
-    return _Squares(torch.stack([torch.cat(s) for s in squares]), width, spectral)
-
-
-def _directions(width: int, count: int, seed: int) -> Tensor:
-    """[count, width] orthogonal rows of norm √width: the unit vectors where count is width, else at random."""
-    if count == width:
-        return math.sqrt(width) * torch.eye(width)
-    generator = torch.Generator().manual_seed(seed)
-    q, r = torch.linalg.qr(torch.randn(width, count, generator=generator))
-    return math.sqrt(width) * (q * r.diagonal().sign()).T  # the sign makes it uniform over rotations
-
-
-def _repeated(mask: Any, rows: int) -> Any:
-    """The mask of one row, for several."""
-    if mask is None:
-        return None
-    from dataclasses import replace
-
-    wide = {
-        name: getattr(mask, name).expand(rows, -1).contiguous()
-        for name in ("first_key", "end_key", "doc_start")
-        if getattr(mask, name) is not None
-    }
-    return replace(mask, rows=rows, **wide)

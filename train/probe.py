@@ -41,7 +41,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     what.add_argument("--mixing_documents", type=int, default=16, help="documents of states and mixing")
     what.add_argument("--lengths", type=int, nargs="+", default=[], help="mixing at these numbers of tokens too")
     what.add_argument("--change", nargs=2, metavar=("OLD", "NEW"), help="perturbation: this word in the first prompt")
-    what.add_argument("--directions", default="32", help="jacobian: random directions, or exact")
+    what.add_argument("--directions", default="16", help="jacobian: random directions, or exact")
     what.add_argument("--jacobian_documents", type=int, default=4, help="documents of the jacobian")
     what.add_argument("--cache", type=int, help="streaming: keys (default: a quarter of the longest document)")
     what.add_argument("--kept", type=int, nargs="+", default=[0, 1, 2, 4], help="streaming: first keys kept")
@@ -129,7 +129,7 @@ def _states_and_mixing(
     subject: Subject, probe: Probe, modes: Sequence[InferenceMode], measures: set[str], arguments: Any
 ) -> dict[str, Any]:
     """measure -> mode -> its figures; `by_length`: the mixing ones again at other numbers of tokens."""
-    from train import mixing, states
+    from train import jacobian, mixing, states
 
     model, size = subject.model, arguments.batch_tokens
     found: dict[str, Any] = {}
@@ -144,7 +144,7 @@ def _states_and_mixing(
                 ("perturbation", lambda e=excerpts: mixing.measure_perturbation(model, e, size)),
                 ("rank", lambda e=excerpts: mixing.measure_rank(model, e, size)),
                 ("paths", lambda e=excerpts: mixing.measure_paths(model, e, size)),
-                ("jacobian", lambda e=few, d=directions: mixing.measure_jacobian(model, e, size, directions=d)),
+                ("jacobian", lambda e=few, d=directions: jacobian.measure_jacobian(model, e, size, directions=d)),
             ):
                 if name in measures:
                     value: Any = call()
@@ -294,8 +294,8 @@ def _check_arguments(arguments: Any, measures: set[str]) -> None:
                 f"--keys: found {key}, expected 0 to {arguments.sink_tokens - 2}, so that a later query among the "
                 f"first --sink_tokens {arguments.sink_tokens} can look at it; give another key, or raise --sink_tokens"
             )
-    if arguments.directions != "exact" and not (arguments.directions.isdigit() and int(arguments.directions) > 1):
-        raise ValueError(f"--directions: found {arguments.directions!r}, expected exact, or a number of at least 2")
+    if arguments.directions != "exact" and not (arguments.directions.isdigit() and int(arguments.directions) > 3):
+        raise ValueError(f"--directions: found {arguments.directions!r}, expected exact, or a number of at least 4")
     for name in ("mixing_documents", "jacobian_documents", "batch_tokens", "documents"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name}: found {getattr(arguments, name)}, expected at least 1")

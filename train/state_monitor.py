@@ -8,9 +8,10 @@ from typing import Any
 import lightning.pytorch as L
 
 from train.fsdp import FSDP2Strategy
+from train.jacobian import measure_jacobian
 from train.loggers import record
 from train.measure import InferenceMode, MeasureConfig
-from train.mixing import measure_jacobian, measure_paths, measure_perturbation, measure_rank
+from train.mixing import measure_paths, measure_perturbation, measure_rank
 from train.module import SinkbedModule
 from train.monitor import SinkMonitor
 from train.states import Excerpts, measure_gradients, measure_states

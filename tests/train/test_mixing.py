@@ -13,8 +13,9 @@ from kernels.reference import probabilities
 from model import Decoder, DecoderConfig
 from model.observe import observing
 from train import perplexity
+from train.jacobian import measure_jacobian
 from train.measure import MeasureConfig, Probe, measure
-from train.mixing import measure_jacobian, measure_paths, measure_perturbation, measure_rank
+from train.mixing import measure_paths, measure_perturbation, measure_rank
 from train.states import Excerpts
 
 FIXED = Strategy(first_token="bos")
@@ -201,6 +202,11 @@ def test_random_directions_estimate_the_exact_norm_within_their_error(probe):
     drawn = [measure_jacobian(decoder, excerpts, 2000, directions=8, seed=seed) for seed in range(40)]
     norms = torch.tensor([d.norm for d in drawn])
     kept = exact > 1e-3
+    mean = exact[:, 1:N].mean(1)
+    others = torch.tensor([d.others for d in drawn])
+    assert ((others - mean).abs() / mean).median() < 0.05
+    said = torch.tensor([d.others_error for d in drawn]).mean(0)
+    assert (said / others.std(0) > 0.6).all() and (said / others.std(0) < 1.6).all()
     squares = norms.square()[:, kept]
     off = (squares.mean(0) - exact.square()[kept]) / (squares.std(0) / math.sqrt(len(drawn)))
     assert off.abs().max() < 4 and abs(float(off.mean())) < 2, "standard errors of the mean over the seeds"

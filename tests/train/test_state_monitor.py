@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from data.store import TokenStore
+from train.jacobian import measure_jacobian
 from train.measure import MeasureConfig, Probe
-from train.mixing import measure_jacobian, measure_paths, measure_perturbation, measure_rank
+from train.mixing import measure_paths, measure_perturbation, measure_rank
 from train.states import Excerpts, measure_gradients, measure_states
 from train.validate import load_decoder, open_run
 
@@ -50,7 +51,7 @@ def test_states_and_mixing_are_logged_at_their_own_steps(live, tiny_store):
         expected[f"mixing/rank_distance/0/{mode}"] = rank.relative_distance[1]
         expected[f"mixing/paths_from_first_key/{mode}"] = measure_paths(decoder, excerpts, 4096).first[-1]
         few = Excerpts.of(probe, mode, strategy, 16, 2)
-        expected[f"mixing/jacobian/{mode}"] = measure_jacobian(decoder, few, 4096, directions=8).others[-1]
+        expected[f"mixing/jacobian/{mode}"] = measure_jacobian(decoder, few, 4096, directions=8, layers=[2]).others[-1]
         for key, value in expected.items():
             assert last[key] == value, key
     assert last["state/value_norm_ratio/1/bos"] > 0
