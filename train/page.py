@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.figures import COLOURS, arms_of, common_modes, curve, mass_scale
-from train.report import MODE_LABELS, Result, SummaryRow, rows_of, table_of
+from train.report import MODE_LABELS, Result, Section, SummaryRow, rows_of, table_of
 from train.rundir import write_atomic
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from train.study import StudyConfig
+    from train.study_file import StudyConfig
 
 _CSS = """
 :root { color-scheme: light; --ink: #1b1f24; --soft: #5b6570; --line: #d9dee4; --accent: #0072B2; }
@@ -75,6 +75,7 @@ def write_page(
     results: Sequence[Result],
     summary: Sequence[SummaryRow],
     note: str,
+    more: Sequence[Section],
     failed: dict[str, str],
     path: Path,
 ) -> None:
@@ -89,6 +90,11 @@ def write_page(
         "<h2>Result</h2>",
         table(*table_of(summary), "words"),
         f'<p class="note">{html.escape(note)}</p>',
+        *(
+            f"<h2>{html.escape(s.heading)}</h2>{table(s.header, s.cells, 'words')}"
+            f'<p class="note">{html.escape(s.note)}</p>'
+            for s in more
+        ),
         "<h2>Sink rate while training</h2>",
         _plot(_curves(results, "sink/rate/0.3/{}", "sink rate, % (eps 0.3)")),
         "<figcaption>Solid: input with BOS. Dashed: text only. Press a legend entry to hide an arm, press it twice to "

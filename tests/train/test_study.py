@@ -12,8 +12,9 @@ from html.parser import HTMLParser
 import pytest
 
 from train import rundir
+from train.arms import plan
 from train.cli import main
-from train.study import load_study, plan
+from train.study_file import load_study
 
 from .conftest import write_run_config
 
@@ -88,6 +89,7 @@ def test_a_study_runs_its_arms_and_reports_them(finished, _run_once):
     assert "fixed at position 0" in printed and "90.84 / 2.69" in printed
     markdown = (out / "report" / "table.md").read_text()
     assert "90.84 / 2.69" in markdown and "one seed (0)" in markdown
+    assert re.search(r"\d\.\d{3} \(1 run\)", markdown)
 
 
 class Links(HTMLParser):
@@ -108,7 +110,7 @@ def test_the_page_needs_no_network_and_escapes_what_users_wrote(finished):
     assert links.found == []
     assert "A study &lt;of&gt; two arms" in page and "<of>" not in page
     assert page.count("plotly-graph-div") == 4
-    assert len(re.findall(r"<tr><td>", page)) == 6 + 6
+    assert len(re.findall(r"<tr><td>", page)) == 6 + 2 + 6, "the result, the arms, every measurement"
 
 
 def test_a_finished_arm_is_not_run_again_and_an_interrupted_one_resumes(finished):
@@ -172,7 +174,15 @@ def test_a_number_is_never_minus_zero():
     from train.report import fixed, spread
 
     assert [fixed(x, 3) for x in (-0.0004, 0.0004, -0.0006, 2.0)] == ["0.000", "0.000", "−0.001", "2.000"]
-    assert spread([-0.0001, 0.5], 2) == "0.25 (0.00–0.50)"
+    assert spread([-0.0001, 0.0002], 2) == "0.00 ± 0.00"
+
+
+def test_a_mean_of_one_run_says_so():
+    from train.report import spread
+
+    assert spread([0.5], 2) == "0.50 (1 run)"
+    assert spread([1.0, 2.0, 3.0], 2) == "2.00 ± 2.48", "t at 2 degrees of freedom is 4.303"
+    assert spread([], 2) == ""
 
 
 def test_runs_and_folders_of_runs_can_be_reported(finished, fit, capsys, tmp_path):
@@ -203,11 +213,12 @@ def test_an_arm_made_under_another_configuration_is_refused_unless_forced(finish
     assert "first_token: random" in config
 
 
-def test_seeds_give_a_range_in_the_table(finished):
+def test_seeds_give_an_interval_in_the_table(finished):
     main(["study", str(finished), "--quiet", "--seeds", "0", "1"])
     assert {r["seed"] for r in table(finished)} == {"0", "1"}
     markdown = (finished.parent / "out" / "report" / "table.md").read_text()
-    assert re.search(r"\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)", markdown)
+    assert re.search(r"\d\.\d{3} ± \d\.\d{3}", markdown)
+    assert "(1 run)" not in markdown and "Differences of arms" in markdown
 
 
 def test_the_report_can_be_made_again_from_what_is_finished(finished):
