@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from train.statistics import Interval, area, curve, paired, verdict
 
 if TYPE_CHECKING:
     from train.report import Result
-    from train.study_file import Effect
+    from train.study_file import Effect, Published
 
 LABELS = {
     "sink_rate_0.2": "sink rate % (eps 0.2)",
@@ -33,7 +33,7 @@ DIGITS = {"sink_mass": 3, "loss": 3, "bits_per_byte": 3, "loss_gap": 3, "onset_t
 def figure(result: Result, metric: str, mode: str) -> float | None:
     """A figure of a run; None where it was not measured, or an onset was not reached.
 
-    `loss_gap`: loss of the mode − loss with BOS, nats. `sink_rate_area`: mean of the live sink rate (eps 0.3) over
+    `loss_gap`: loss of the mode − loss with BOS (as trained, where BOS was not measured), nats. `sink_rate_area`: mean of the live sink rate (eps 0.3) over
     the logarithm of tokens, in %. `onset_tokens`: the first live measurement at `measure.onset_rate`, in the first
     live mode whatever the mode here. `sink_rate_placed`: at the last position where the strategy places a token.
     """
@@ -46,11 +46,20 @@ def figure(result: Result, metric: str, mode: str) -> float | None:
     if mode not in modes:
         return None
     if metric == "loss_gap":
-        return modes[mode]["loss"] - modes["bos"]["loss"] if "bos" in modes else None
+        reference = reference_mode(modes)
+        return None if reference is None else modes[mode]["loss"] - modes[reference]["loss"]
     if metric == "sink_rate_placed":
         placed = (modes[mode].get("rate_placed") or {}).get("0.3")
-        return None if not placed else sum(map(sum, placed)) / sum(map(len, placed))
+        if placed:
+            return sum(map(sum, placed)) / sum(map(len, placed))
+        # One that is placed at position 0 is the first key.
+        return result.value(mode, "0.3") if result.strategy["first_token"] not in ("none", None) else None
     return result.value(mode, {"sink_mass": "mass"}.get(metric, metric.removeprefix("sink_rate_")))
+
+
+def reference_mode(modes: Iterable[str]) -> str | None:
+    """The mode whose loss the others are compared with: with BOS, else as trained; None where neither was measured."""
+    return next((m for m in ("bos", "as_trained") if m in modes), None)
 
 
 def figures(results: Sequence[Result], arm: str, metric: str, mode: str) -> dict[int, float]:
@@ -133,7 +142,7 @@ def signed(value: float, digits: int) -> str:
 
 
 def check(
-    results: Sequence[Result], effects: Sequence[Effect], published: dict[str, dict[str, list[float]]]
+    results: Sequence[Result], effects: Sequence[Effect], published: Published
 ) -> list[Found]:
     """Every expected effect against what the runs gave, by differences of the same seeds."""
     found = []
@@ -162,8 +171,11 @@ def same_documents(results: Sequence[Result], *arms: str) -> bool:
     return len({r.documents for r in results if r.arm in arms}) <= 1
 
 
-def _published(published: dict[str, dict[str, list[float]]], effect: Effect) -> tuple[float, float] | None:
+def _published(published: Published, effect: Effect) -> tuple[float, float] | None:
     index = 1 if effect.metric == "loss" else 0 if effect.metric.startswith("sink_rate_0") else None
     arm, mode = effect.other
     ours, theirs = published.get(effect.arm, {}).get(effect.mode), published.get(arm, {}).get(mode)
-    return (ours[index], theirs[index]) if index is not None and ours and theirs else None
+    if index is None or not ours or not theirs:
+        return None
+    a, b = ours[index], theirs[index]
+    return None if a is None or b is None else (a, b)

@@ -20,7 +20,7 @@ from train.statistics import Interval
 
 if TYPE_CHECKING:
     from train.arms import ArmRun
-    from train.study_file import StudyConfig
+    from train.study_file import Published, StudyConfig
 
 MODE_LABELS = {
     "bos": "BOS + text",
@@ -208,7 +208,7 @@ class SummaryRow:
             "sink rate %": self.rate,
             "sink mass": self.mass,
             "loss": self.loss,
-            "loss − loss(BOS + text)": self.gap,
+            "loss gap": self.gap,
             "published: sink % / loss": self.published,
         }
 
@@ -238,15 +238,18 @@ def spread(found: Interval | Sequence[float] | None, digits: int, *, sign: bool 
     return f"{mean} (1 run)" if interval.count == 1 else f"{mean} ± {fixed(interval.half, digits)}"
 
 
-def summarise(results: Sequence[Result], published: dict[str, dict[str, list[float]]]) -> list[SummaryRow]:
+def summarise(results: Sequence[Result], published: Published) -> list[SummaryRow]:
     """The study's table, arms in their order."""
+    from train.effects import figures, reference_mode
+
     rows = []
     for arm in dict.fromkeys(r.arm for r in results):
         of_arm = [r for r in results if r.arm == arm]
         mask, bos = describe(of_arm[0].strategy)
         for mode in of_arm[0].final["modes"]:
             theirs = published.get(arm, {}).get(mode)
-            gap = [r.value(mode, "loss") - r.value("bos", "loss") for r in of_arm if "bos" in r.final["modes"]]
+            reference = reference_mode(of_arm[0].final["modes"])
+            gap = list(figures(results, arm, "loss_gap", mode).values()) if mode != reference else []
             rows.append(
                 SummaryRow(
                     arm=arm,
@@ -256,8 +259,8 @@ def summarise(results: Sequence[Result], published: dict[str, dict[str, list[flo
                     rate=spread([r.value(mode, "0.3") for r in of_arm], 1),
                     mass=spread([r.value(mode, "mass") for r in of_arm], 3),
                     loss=spread([r.value(mode, "loss") for r in of_arm], 3),
-                    gap=spread(gap, 3) if gap and mode != "bos" else "",
-                    published=f"{theirs[0]:.2f} / {theirs[1]:.2f}" if theirs else "",
+                    gap=spread(gap, 3),
+                    published=" / ".join("–" if x is None else f"{x:.2f}" for x in theirs) if theirs else "",
                 )
             )
     return rows
@@ -285,7 +288,8 @@ def caption(results: Sequence[Result], published: str = "") -> str:
     return (
         f"Sink rate: eps 0.3, T = {first.final['sink_tokens']}, {mode['documents']} held-out documents, all layers and "
         f"heads (arXiv 2410.10781). Sink mass: mean attention on key 0 of the other queries. Loss: nats per token of "
-        f"the same {mode['tokens']:,} targets in every mode. {_span([r.final['parameters'] for r in results])} "
+        f"the same {mode['tokens']:,} targets in every mode. Loss gap: loss − loss(BOS + text), or − loss(as trained) "
+        f"where BOS + text was not measured. {_span([r.final['parameters'] for r in results])} "
         f"parameters, {_span([r.final['tokens'] for r in results])} training tokens, context "
         f"{_span([r.context_length for r in results])}; {several}.{shared}"
         + (f" Published: {published}" if published else "")

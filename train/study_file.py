@@ -18,6 +18,8 @@ import yaml
 Overlay = Path | dict[str, Any]
 """Keys of a run config: in a file, or as they are."""
 Expected = Literal["up", "down", "none"]
+Published = dict[str, dict[str, list[float | None]]]
+"""Arm -> inference mode -> [sink metric in %, loss]; null where a paper gives one of them only."""
 METRICS = (
     *("sink_rate_0.2", "sink_rate_0.3", "sink_rate_0.5", "sink_rate_0.8", "sink_rate_placed", "sink_mass"),
     *("loss", "bits_per_byte", "loss_gap", "sink_rate_area", "onset_tokens"),
@@ -89,8 +91,8 @@ class StudyConfig:
     """Cores that an arm is for."""
     gpus: float = 0
     """GPUs that an arm is for: 0, a share such as 0.5 (two arms on a GPU), or a whole number."""
-    published: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    """Arm -> inference mode -> [sink metric in %, loss] of the literature, printed beside ours."""
+    published: Published = field(default_factory=dict)
+    """Figures of the literature, printed beside ours."""
     published_source: str = ""
     """Where `published` is from, and what it was measured with."""
     effects: list[Effect] = field(default_factory=list)
@@ -244,10 +246,14 @@ def _grid(path: Path, found: Any) -> dict[str, list[Overlay]]:
 def _check_published(path: Path, found: Any, arms: dict[str, Any]) -> None:
     for arm, modes in _mapping(path, "published", found, None).items():
         pairs = modes.values() if isinstance(modes, dict) else [modes]
-        if arm not in arms or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
+        if arm not in arms or not all(isinstance(p, list) and len(p) == 2 and all(_numeric(x) for x in p) for p in pairs):
             raise ValueError(
                 f"{path}: published.{arm}: expected an arm, and [sink metric, loss] for each mode; found {modes!r}"
             )
+
+
+def _numeric(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _effect(path: Path, found: Any) -> Effect:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train.effects import DIGITS, LABELS, Found, figure, figures, same_documents
+from train.effects import DIGITS, LABELS, Found, figure, figures, reference_mode, same_documents
 from train.report import MODE_LABELS, Result, Section, spread, to_csv
 from train.rundir import write_atomic
 from train.statistics import Interval, paired
@@ -41,9 +41,9 @@ def _effects(found: Sequence[Found]) -> Section:
 
 
 def _modes(results: Sequence[Result]) -> list[str]:
-    """Inference modes of all runs, BOS + text and text first."""
+    """Inference modes of all runs, the one with the first token first, then text."""
     modes = [m for m in results[0].final["modes"] if all(m in r.final["modes"] for r in results)]
-    return sorted(modes, key=lambda m: {"bos": 0, "text": 1}.get(m, 2)) or list(results[0].final["modes"])[:1]
+    return sorted(modes, key=lambda m: {"bos": 0, "as_trained": 0, "text": 1}.get(m, 2)) or list(results[0].final["modes"])[:1]
 
 
 def _arms(results: Sequence[Result]) -> Section:
@@ -70,7 +70,7 @@ def _pairs(results: Sequence[Result]) -> Section | None:
     arms = list(dict.fromkeys(r.arm for r in results))
     modes = _modes(results)
     columns = [("sink_rate_0.3", modes[0]), ("sink_mass", modes[0]), ("loss", modes[0])]
-    if {"bos", "text"} <= set(modes):
+    if "text" in modes and reference_mode(modes) is not None:
         columns.append(("loss_gap", "text"))
     if len(arms) < 2 or len({r.seed for r in results}) < 2:
         return None
