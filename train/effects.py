@@ -33,9 +33,10 @@ DIGITS = {"sink_mass": 3, "loss": 3, "bits_per_byte": 3, "loss_gap": 3, "onset_t
 def figure(result: Result, metric: str, mode: str) -> float | None:
     """A figure of a run; None where it was not measured, or an onset was not reached.
 
-    `loss_gap`: loss of the mode − loss with BOS (as trained, where BOS was not measured), nats. `sink_rate_area`: mean of the live sink rate (eps 0.3) over
-    the logarithm of tokens, in %. `onset_tokens`: the first live measurement at `measure.onset_rate`, in the first
-    live mode whatever the mode here. `sink_rate_placed`: at the last position where the strategy places a token.
+    `loss_gap`: loss of the mode − loss with BOS (as trained, where BOS was not measured), nats. `sink_rate_area`: mean
+    of the live sink rate (eps 0.3) over the logarithm of tokens, in %. `onset_tokens`: the first live measurement at
+    `measure.onset_rate`, in the first live mode whatever the mode here. `sink_rate_placed`: at the last position where
+    the strategy places a token.
     """
     if metric == "onset_tokens":
         onset = result.final["onset_tokens"]
@@ -141,9 +142,7 @@ def signed(value: float, digits: int) -> str:
     return text if text.startswith("−") or float(text) == 0 else f"+{text}"
 
 
-def check(
-    results: Sequence[Result], effects: Sequence[Effect], published: Published
-) -> list[Found]:
+def check(results: Sequence[Result], effects: Sequence[Effect], published: Published) -> list[Found]:
     """Every expected effect against what the runs gave, by differences of the same seeds."""
     found = []
     for effect in effects:

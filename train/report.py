@@ -52,12 +52,6 @@ class Result:
         value = found[key]
         return float(value) if isinstance(value, int | float) else _mean(value)
 
-    @property
-    def gap(self) -> float | None:
-        """loss(text) − loss(bos) in nats; None where a mode was not measured."""
-        modes = self.final["modes"]
-        return modes["text"]["loss"] - modes["bos"]["loss"] if {"text", "bos"} <= set(modes) else None
-
 
 def _mean(rows: list[list[float]]) -> float:
     return fmean(x for row in rows for x in row)

@@ -246,7 +246,9 @@ def _grid(path: Path, found: Any) -> dict[str, list[Overlay]]:
 def _check_published(path: Path, found: Any, arms: dict[str, Any]) -> None:
     for arm, modes in _mapping(path, "published", found, None).items():
         pairs = modes.values() if isinstance(modes, dict) else [modes]
-        if arm not in arms or not all(isinstance(p, list) and len(p) == 2 and all(_numeric(x) for x in p) for p in pairs):
+        if arm not in arms or not all(
+            isinstance(p, list) and len(p) == 2 and all(_numeric(x) for x in p) for p in pairs
+        ):
             raise ValueError(
                 f"{path}: published.{arm}: expected an arm, and [sink metric, loss] for each mode; found {modes!r}"
             )

@@ -43,7 +43,10 @@ def _effects(found: Sequence[Found]) -> Section:
 def _modes(results: Sequence[Result]) -> list[str]:
     """Inference modes of all runs, the one with the first token first, then text."""
     modes = [m for m in results[0].final["modes"] if all(m in r.final["modes"] for r in results)]
-    return sorted(modes, key=lambda m: {"bos": 0, "as_trained": 0, "text": 1}.get(m, 2)) or list(results[0].final["modes"])[:1]
+    return (
+        sorted(modes, key=lambda m: {"bos": 0, "as_trained": 0, "text": 1}.get(m, 2))
+        or list(results[0].final["modes"])[:1]
+    )
 
 
 def _arms(results: Sequence[Result]) -> Section:

@@ -1,5 +1,6 @@
 """Intervals, paired differences, verdicts and areas, against figures known otherwise."""
 
+import itertools
 import math
 
 import numpy as np
@@ -9,7 +10,8 @@ from train.statistics import Interval, area, paired, t_quantile, verdict
 
 
 @pytest.mark.parametrize(
-    ("freedom", "expected"), [(1, 12.706205), (2, 4.302653), (9, 2.262157), (30, 2.042272), (31, 2.039513), (100, 1.983972)]
+    ("freedom", "expected"),
+    [(1, 12.706205), (2, 4.302653), (9, 2.262157), (30, 2.042272), (31, 2.039513), (100, 1.983972)],
 )
 def test_quantiles_are_those_of_students_t(freedom, expected):
     assert t_quantile(freedom) == pytest.approx(expected, abs=1e-4)
@@ -17,7 +19,7 @@ def test_quantiles_are_those_of_students_t(freedom, expected):
 
 def test_quantiles_fall_towards_the_normals():
     values = [t_quantile(n) for n in range(1, 200)]
-    assert all(a > b for a, b in zip(values, values[1:], strict=False)) and 1.959964 < values[-1] < 1.973
+    assert all(a > b for a, b in itertools.pairwise(values)) and 1.959964 < values[-1] < 1.973
     with pytest.raises(ValueError, match="at least 1 degree"):
         t_quantile(0)
 
