@@ -83,7 +83,7 @@ def run(command: str, argv: Sequence[str]) -> int:
 
         runner = Runner(study, runs)
     # As under a scheduler: a terminated study stops its arms, which resume next time.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, _stop)
     began = time.perf_counter()
     runner.run(progress=not arguments.quiet)
     print(f"arms took {time.perf_counter() - began:.0f} s")
@@ -97,6 +97,11 @@ def run(command: str, argv: Sequence[str]) -> int:
     for name, why in runner.failed.items():
         print(f"arm {name} failed: {why}", file=sys.stderr)
     return 1 if runner.failed else 0
+
+
+def _stop(*_: Any) -> None:
+    """Not by raising SIGINT, which a shell has a job in the background ignore."""
+    raise KeyboardInterrupt
 
 
 def chosen(arguments: argparse.Namespace) -> StudyConfig:

@@ -3,16 +3,19 @@
 import contextlib
 import csv
 import io
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 
 import pytest
 
-from train import rundir
-from train.arms import plan
+from train import rundir, runner
+from train.arms import LOG, environment, plan
 from train.cli import main
 from train.study_file import load_study
 
@@ -298,3 +301,58 @@ def test_the_shipped_studies_name_files_that_exist():
     assert shipped
     for path in shipped:
         assert plan(load_study(path))
+
+
+def test_a_terminated_study_has_its_arms_save_and_goes_on_later(study):
+    """Also in the background of a shell script, where SIGINT is ignored."""
+    config = study.parent / "run.yaml"
+    config.write_text(config.read_text().replace("max_steps: 10", "max_steps: 2000"))
+    runs = plan(load_study(study))
+    command = [sys.executable, "-m", "train", "study", str(study), "--quiet"]
+
+    def ignore_interrupts():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    with subprocess.Popen(
+        command, preexec_fn=ignore_interrupts, env={**os.environ, **environment()}, stderr=subprocess.PIPE
+    ) as process:
+        end = time.monotonic() + 120
+        while not all(r.resumable() for r in runs) and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(60) == 130
+    assert [r.status() for r in runs] == ["interrupted", "interrupted"], "neither failed nor finished"
+    for run in runs:
+        rundir.lock(run.folder).close()  # raises where a process is left that writes
+        saved = int(rundir.newest_checkpoint(run.folder).stem.removeprefix("step-"))
+        assert f"stopped at step {saved}" in (run.folder / LOG).read_text()
+
+
+def test_an_arm_whose_process_is_killed_fails_alone(study, monkeypatch, capsys):
+    class Killed(runner.FitProcess):
+        def __init__(self, arguments, log, variables, *, fork):
+            super().__init__(arguments, log, variables, fork=fork)
+            if "absent" in str(log):
+                os.kill(self._forked.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(runner, "FitProcess", Killed)
+    assert main(["study", str(study), "--quiet"]) == 1
+    assert "arm absent-seed0 failed: exit status -9" in capsys.readouterr().err
+    assert [r.status() for r in plan(load_study(study))] == ["finished", "failed"]
+
+
+def test_an_arm_of_several_devices_is_a_command_of_its_own(study, monkeypatch):
+    """Lightning's launcher repeats the command line, which a forked process does not have."""
+    (study.parent / "none.yaml").write_text(
+        "data: {strategy: {first_token: none}}\ntrainer: {devices: 2, strategy: ddp}\n"
+    )
+    forked = {}
+
+    class Noted(runner.FitProcess):
+        def __init__(self, arguments, log, variables, *, fork):
+            forked[log.parent.name] = fork
+            super().__init__(arguments, log, variables, fork=fork)
+
+    monkeypatch.setattr(runner, "FitProcess", Noted)
+    assert main(["study", str(study), "--quiet"]) == 0
+    assert forked == {"fixed-seed0": True, "absent-seed0": False}
