@@ -76,10 +76,11 @@ class ArmRun:
         return default if found is None else found
 
     @property
-    def devices(self) -> int:
-        """Processes that one run of the arm is made of."""
-        devices = self.setting("trainer.devices", 1)
-        return (devices if isinstance(devices, int) else 1) * int(self.setting("trainer.num_nodes", 1))
+    def can_be_forked(self) -> bool:
+        """Whether it is one process on CPUs. Lightning's launcher of several repeats the command line, and CUDA does not
+        survive a fork; next to what such arms take, the seconds of a start are few."""
+        alone = self.setting("trainer.devices", 1) == 1 and self.setting("trainer.num_nodes", 1) == 1
+        return alone and self.setting("trainer.accelerator") == "cpu"
 
 
 def plan(study: StudyConfig) -> list[ArmRun]:

@@ -1,7 +1,7 @@
 """Processes for arms: forked from one that has imported everything, so that an arm starts in a moment.
 
 Importing torch, Lightning and W&B takes longer than the first hundred steps of a small arm, and is done once. An arm
-of several devices is started by a command of its own instead, as Lightning's launcher repeats the command line.
+on a GPU or of several devices is started by a command of its own instead.
 """
 
 from __future__ import annotations

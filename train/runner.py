@@ -73,7 +73,7 @@ class Runner:
             return
         name, place = run.folder.name, self.places.get()
         try:
-            process = FitProcess(begin(run, self.study.name), run.folder / LOG, place, fork=run.devices == 1)
+            process = FitProcess(begin(run, self.study.name), run.folder / LOG, place, fork=run.can_be_forked)
             self.processes[name] = process
             if self.stopping:  # told to stop between the check above and here
                 process.terminate()

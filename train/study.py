@@ -62,7 +62,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     if not arguments.plan:
         _prepare(study, arguments)
     runs = plan(study)
-    if complaint := call(check_configs, [r for r in runs if r.status() != "finished"]):
+    todo = [r for r in runs if r.status() != "finished"]
+    if todo and (complaint := call(check_configs, todo)):
         raise ValueError(complaint)
     from train.planning import check_fits, print_plan
 
