@@ -30,6 +30,8 @@ _SECONDS_FOR_THE_DEAD = 120
 def run_arm(run: ArmRun, group: str, folder: str) -> str:
     """On a worker: start or resume an arm and wait for it; why it failed, or nothing."""
     os.chdir(folder)
+    # Ray cancels by an interrupt, which goes unseen where a shell in the background has it ignored, or in a long wait.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     _wait_for_folder(run.folder)
     arguments = begin(run, group)
     with (run.folder / LOG).open("ab") as log:
@@ -41,7 +43,8 @@ def run_arm(run: ArmRun, group: str, folder: str) -> str:
             preexec_fn=_end_with_parent,
         )
         try:
-            status = process.wait()
+            while (status := process.poll()) is None:
+                time.sleep(0.2)
         except BaseException:  # cancelled: the arm saves and stops, and is no failure
             process.terminate()
             process.wait()
