@@ -77,8 +77,10 @@ class ArmRun:
 
     @property
     def can_be_forked(self) -> bool:
-        """Whether it is one process on CPUs. Lightning's launcher of several repeats the command line, and CUDA does not
-        survive a fork; next to what such arms take, the seconds of a start are few."""
+        """Whether it is one process on CPUs.
+
+        Lightning's launcher of several repeats the command line, and CUDA does not survive a fork.
+        """
         alone = self.setting("trainer.devices", 1) == 1 and self.setting("trainer.num_nodes", 1) == 1
         return alone and self.setting("trainer.accelerator") == "cpu"
 

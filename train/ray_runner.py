@@ -108,6 +108,9 @@ class RayRunner:
                 + ("; ".join(f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes) or "no node")
             )
 
+    def overhead(self) -> None:
+        """Not known: it is the cluster's scheduling too."""
+
     def run(self, progress: bool) -> None:
         """Run what is not finished. Interrupting stops the arms; they resume next time."""
         todo = [r for r in self.runs if r.status() != "finished"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import queue
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from train import rundir
@@ -65,13 +67,16 @@ class Runner:
             self.workers += 1
         self.processes: dict[str, FitProcess] = {}
         self.failed: dict[str, str] = {}
+        self.seconds: dict[Path, float] = {}
+        """How long each arm took that was started anew, from its turn to its end."""
         self.stopping = False
 
     def run_arm(self, run: ArmRun) -> None:
         """Start or resume one arm and wait for it."""
         if self.stopping:
             return
-        name, place = run.folder.name, self.places.get()
+        name, place, began = run.folder.name, self.places.get(), time.perf_counter()
+        anew = not run.resumable()
         try:
             process = FitProcess(begin(run, self.study.name), run.folder / LOG, place, fork=run.can_be_forked)
             self.processes[name] = process
@@ -79,10 +84,18 @@ class Runner:
                 process.terminate()
             status = process.wait()
             del self.processes[name]
+            if anew:
+                self.seconds[run.folder] = time.perf_counter() - began
         finally:
             self.places.put(place)
         if not self.stopping and (failed := conclude(run, status)):
             self.failed[name] = failed
+
+    def overhead(self) -> float | None:
+        """Seconds an arm, the median, that were neither training nor measuring: its start, its files, its end."""
+        files = {folder / rundir.MEASUREMENT: seconds for folder, seconds in self.seconds.items()}
+        spent = [s - sum(rundir.read_json(f)["seconds"].values()) for f, s in files.items() if f.exists()]
+        return median(spent) if spent else None
 
     def run(self, progress: bool) -> None:
         """Run what is not finished. Interrupting stops the arms; they resume next time."""

@@ -87,7 +87,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, _stop)
     began = time.perf_counter()
     runner.run(progress=not arguments.quiet)
-    print(f"arms took {time.perf_counter() - began:.0f} s")
+    overhead = runner.overhead()
+    beside = "" if overhead is None else f"; an arm {overhead:.1f} s beside training and measuring (median)"
+    print(f"arms took {time.perf_counter() - began:.0f} s{beside}")
     lock.close()
 
     from train.report import write_report

@@ -90,6 +90,7 @@ def test_a_study_runs_its_arms_and_reports_them(finished, _run_once):
         assert (out / "report" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     printed = _run_once[1]
     assert "fixed at position 0" in printed and "90.84 / 2.69" in printed
+    assert re.search(r"an arm \d+\.\d s beside training and measuring", printed)
     markdown = (out / "report" / "table.md").read_text()
     assert "90.84 / 2.69" in markdown and "one seed (0)" in markdown
     assert re.search(r"\d\.\d{3} \(1 run\)", markdown)
