@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint types bench clean
 
 demo: $(VENV)/.demo ## train and measure the demo study, print its table, write runs/demo/report
-	$(BIN)/sinkbed study configs/study/demo.yaml
+	$(BIN)/sinkbed study configs/study/packing.yaml --seeds 0 --out runs/demo
 
 test: $(VENV)/.dev ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile

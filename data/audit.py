@@ -53,9 +53,9 @@ def audit(rows: Rows) -> dict[str, Any]:
     the same order; `store_digest`, which also tells the tokens apart.
     """
     layout, store = rows.layout, rows.store
-    length, count = layout.context_length, layout.rows
+    length, count = layout.context_length, len(rows)
     c, placed = _Counts(), 0
-    for index in _chunks(layout):
+    for index in _chunks(rows):
         _count_structure(c, layout, index)
         led = rows.led(index, np.zeros_like(index))
         placed += int(led.sum()) * len(rows.strategy.placed)
@@ -89,10 +89,10 @@ def audit(rows: Rows) -> dict[str, Any]:
     }
 
 
-def _chunks(layout: Layout) -> Iterator[NDArray[np.int64]]:
-    step = max(1, _CHUNK_TOKENS // layout.context_length)
-    for begin in range(0, layout.rows, step):
-        yield np.arange(begin, min(begin + step, layout.rows))
+def _chunks(rows: Rows) -> Iterator[NDArray[np.int64]]:
+    step = max(1, _CHUNK_TOKENS // rows.context_length)
+    for begin in range(0, len(rows), step):
+        yield np.arange(begin, min(begin + step, len(rows)))
 
 
 def _count_structure(c: _Counts, layout: Layout, index: NDArray[np.int64]) -> None:

@@ -60,13 +60,21 @@ class Rows(Dataset[Batch]):
 
     Args:
         seed: decides the order of rows and the random first tokens; 0 or more.
+        unique_rows: an epoch has only so many of the split's rows, those of the first documents. None: all.
 
     `len` is R, the rows of one epoch; numbers beyond it belong to later epochs. Picklable.
     Raises ValueError for a context longer than the split, and a strategy that does not fit the
     context or the vocabulary.
     """
 
-    def __init__(self, store: TokenStore, strategy: Strategy, context_length: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        store: TokenStore,
+        strategy: Strategy,
+        context_length: int,
+        seed: int = 0,
+        unique_rows: int | None = None,
+    ) -> None:
         strategy.check_context(context_length)
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"seed: found {seed!r}, expected an integer from 0 to 2**63 - 1")
@@ -84,9 +92,15 @@ class Rows(Dataset[Batch]):
                 f"in {store.documents:,} documents, not one complete row; shorten the context or prepare a larger "
                 "token store"
             )
+        if unique_rows is not None and not 1 <= unique_rows <= self.layout.rows:
+            raise ValueError(
+                f"unique_rows: found {unique_rows}, expected 1 to {self.layout.rows:,}, the rows of the split "
+                f"{store.split!r}; null for all of them"
+            )
+        self.unique_rows = unique_rows
 
     def __len__(self) -> int:
-        return self.layout.rows
+        return self.unique_rows or self.layout.rows
 
     def __getitem__(self, number: int) -> Batch:
         """Row of a global number, as a batch of one."""
@@ -119,7 +133,7 @@ class Rows(Dataset[Batch]):
         return batch
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.store, self.strategy, self.context_length, self.seed)
+        return type(self), (self.store, self.strategy, self.context_length, self.seed, self.unique_rows)
 
     def _slots(self, number: np.ndarray) -> np.ndarray:
         """[N] the row in its epoch of each global number.

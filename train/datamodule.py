@@ -37,6 +37,7 @@ class TokenData(L.LightningDataModule):
         micro_batch: int | None = None,
         seed: int = 0,
         workers: int = 0,
+        unique_rows: int | None = None,
     ) -> None:
         """Configure the data.
 
@@ -48,6 +49,7 @@ class TokenData(L.LightningDataModule):
             micro_batch: rows a forward pass in one process; null takes the global batch over the processes.
             seed: seed of the row order and of random first tokens; not of the model.
             workers: processes that build batches; 0 builds them in the training process.
+            unique_rows: train on only so many rows, those of the first documents, again and again; null on all.
         """
         super().__init__()
         for name, value in (("context_length", context_length), ("global_batch", global_batch)):
@@ -64,7 +66,8 @@ class TokenData(L.LightningDataModule):
         self.tokens_at_start = 0
         self.steps_at_start = 0
         self.store = TokenStore.open(store, "train")
-        self.rows = Rows(self.store, strategy, context_length, seed)
+        self.unique_rows = unique_rows
+        self.rows = Rows(self.store, strategy, context_length, seed, unique_rows)
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches an optimizer step. Raises ValueError where the batch sizes do not divide."""
@@ -89,12 +92,14 @@ class TokenData(L.LightningDataModule):
 
     def layout(self) -> dict[str, Any]:
         """What decides the tokens of row number r."""
-        return {
+        found = {
             "documents": self.store.info.digest,
             "strategy": dataclasses.asdict(self.strategy),
             "context_length": self.context_length,
             "seed": self.seed,
         }
+        # A key of its own only where it is set: checkpoints made before there was one stay as they are.
+        return found if self.unique_rows is None else found | {"unique_rows": self.unique_rows}
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from train.report import MODE_LABELS, Result
 from train.rundir import write_atomic
+from train.statistics import Interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,11 +39,24 @@ def common_modes(results: Sequence[Result]) -> list[str]:
     return [m for m in results[0].final["modes"] if all(m in r.final["modes"] for r in results)]
 
 
-def curve(results: Sequence[Result], arm: str, key: str) -> tuple[list[int], list[float]]:
-    """Tokens and the mean over seeds of a metric of an arm, at the steps every seed has."""
+def curve(results: Sequence[Result], arm: str, key: str) -> tuple[list[int], list[Interval]]:
+    """Tokens, and the mean over seeds of a metric of an arm with its interval, at the steps every seed has."""
     series = [{p["train/tokens"]: p[key] for p in r.points if p.get(key) is not None} for r in results if r.arm == arm]
     tokens = sorted(set.intersection(*(set(s) for s in series))) if series else []
-    return tokens, [fmean(s[t] for s in series) for t in tokens]
+    return tokens, [Interval.of([s[t] for s in series]) for t in tokens]
+
+
+def live_modes(results: Sequence[Result]) -> list[str]:
+    """The two inference modes that the curves show: with the first token, and text; those that were measured live."""
+    measured = {key.rpartition("/")[2] for r in results for p in r.points for key in p if key.startswith("sink/mass/")}
+    first = [mode for mode in ("bos", "as_trained") if mode in measured][:1]
+    return first + [mode for mode in ("text",) if mode in measured]
+
+
+def number_of_runs(results: Sequence[Result]) -> str:
+    """What a figure must say of arms that ran once; nothing where all ran more often."""
+    counts = [sum(r.arm == arm for r in results) for arm in arms_of(results)]
+    return {True: "one run an arm", False: "some arms ran once"}[max(counts) == 1] if min(counts) == 1 else ""
 
 
 def write_figures(results: Sequence[Result], folder: Path) -> None:
@@ -65,29 +79,34 @@ def _result(results: Sequence[Result]) -> Figure:
     """Sink rate with and without BOS, and what removing BOS costs, an arm a line."""
     import matplotlib.pyplot as plt
 
+    from train.effects import figures
+
     arms = arms_of(results)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 0.42 * len(arms) + 1.5), sharey=True)
+    modes = {m for r in results for m in r.final["modes"]}
+    shown = [*(m for m in ("bos", "as_trained") if m in modes)][:1] + [m for m in ("text",) if m in modes]
+    runs = f" ({found})" if (found := number_of_runs(results)) else ""
     for row, arm in enumerate(arms):
         of_arm = [r for r in results if r.arm == arm]
-        for offset, mode in ((-0.18, "bos"), (0.18, "text")):
+        for offset, mode in zip((-0.18, 0.18), shown, strict=False):
             values = [r.value(mode, "0.3") for r in of_arm if mode in r.final["modes"]]
             if values:
                 label = MODE_LABELS[mode] if row == 0 else None
-                left.barh(row + offset, fmean(values), 0.34, color=MODE_COLOURS[mode], label=label)
+                left.barh(row + offset, fmean(values), 0.34, color=MODE_COLOURS.get(mode, "#0072B2"), label=label)
                 if len(values) > 1:
                     left.plot(values, [row + offset] * len(values), "|", color="black", markersize=6)
-        gaps = [r.gap for r in of_arm if r.gap is not None]
+        gaps = list(figures(results, arm, "loss_gap", "text").values())
         if gaps:
             right.barh(row, fmean(gaps), 0.5, color="#444444")
             if len(gaps) > 1:
                 right.plot(gaps, [row] * len(gaps), "|", color="#D55E00", markersize=8)
     left.set_yticks(range(len(arms)), arms)
     left.invert_yaxis()
-    left.set_xlabel("sink rate on the first token, % (eps 0.3, T 64)")
+    left.set_xlabel(f"sink rate on the first token, % (eps 0.3, T {results[0].final['sink_tokens']})")
     figure.legend(loc="outside upper left", ncols=2)
-    left.set_title("Where the sink is")
+    left.set_title(f"Where the sink is{runs}")
     right.set_xlabel("loss(text) − loss(BOS + text), nats per token")
-    right.set_title("What removing BOS costs")
+    right.set_title(f"What removing BOS costs{runs}")
     return figure
 
 
@@ -99,15 +118,14 @@ def _curves(results: Sequence[Result]) -> Figure:
     titles = ("sink rate, % (eps 0.3)", "sink mass", "validation loss, nats per token")
     for axis, key, title in zip(axes, keys, titles, strict=True):
         for index, arm in enumerate(arms_of(results)):
-            for mode, style in (("bos", "-"), ("text", "--")):
+            for mode, style in zip(live_modes(results), ("-", "--"), strict=False):
                 tokens, values = curve(results, arm, key.format(mode))
-                axis.plot(
-                    tokens, values, style, color=COLOURS[index % len(COLOURS)], label=arm if style == "-" else None
-                )
-        axis.set_xlabel("tokens seen")
+                means, colour = [v.mean for v in values], COLOURS[index % len(COLOURS)]
+                axis.plot(tokens, means, style, color=colour, label=arm if style == "-" else None)
+        axis.set_xlabel("tokens seen" + (f" ({runs})" if (runs := number_of_runs(results)) else ""))
         axis.set_title(title)
-    axes[0].plot([], [], "k-", label="input: BOS + text")
-    axes[0].plot([], [], "k--", label="input: text")
+    for mode, style in zip(live_modes(results), ("k-", "k--"), strict=False):
+        axes[0].plot([], [], style, label=f"input: {MODE_LABELS[mode]}")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure
@@ -169,6 +187,7 @@ def _losses(results: Sequence[Result]) -> Figure:
     axis.set_xlim(left=0.9 * lowest)
     axis.set_yticks(range(len(arms)), arms)
     axis.invert_yaxis()
-    axis.set_xlabel("validation loss, nats per token (axis does not start at 0)")
+    runs = f"; {found}" if (found := number_of_runs(results)) else ""
+    axis.set_xlabel(f"validation loss, nats per token (axis does not start at 0{runs})")
     figure.legend(loc="outside upper right", ncols=3)
     return figure

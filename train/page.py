@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.figures import COLOURS, arms_of, common_modes, curve, mass_scale
-from train.report import MODE_LABELS, Result, SummaryRow, rows_of, table_of
+from train.figures import COLOURS, arms_of, common_modes, curve, live_modes, mass_scale, number_of_runs
+from train.report import MODE_LABELS, Result, Section, SummaryRow, rows_of, table_of
 from train.rundir import write_atomic
+from train.statistics import Interval
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from train.study import StudyConfig
+    from train.study_file import StudyConfig
 
 _CSS = """
 :root { color-scheme: light; --ink: #1b1f24; --soft: #5b6570; --line: #d9dee4; --accent: #0072B2; }
@@ -75,6 +76,7 @@ def write_page(
     results: Sequence[Result],
     summary: Sequence[SummaryRow],
     note: str,
+    more: Sequence[Section],
     failed: dict[str, str],
     path: Path,
 ) -> None:
@@ -89,9 +91,14 @@ def write_page(
         "<h2>Result</h2>",
         table(*table_of(summary), "words"),
         f'<p class="note">{html.escape(note)}</p>',
+        *(
+            f"<h2>{html.escape(s.heading)}</h2>{table(s.header, s.cells, 'words')}"
+            f'<p class="note">{html.escape(s.note)}</p>'
+            for s in more
+        ),
         "<h2>Sink rate while training</h2>",
         _plot(_curves(results, "sink/rate/0.3/{}", "sink rate, % (eps 0.3)")),
-        "<figcaption>Solid: input with BOS. Dashed: text only. Press a legend entry to hide an arm, press it twice to "
+        f"<figcaption>{_inputs(results)} Press a legend entry to hide an arm, press it twice to "
         "see it alone. Measured on fewer documents than the table.</figcaption>",
         "<h2>Sink mass while training</h2>",
         _plot(_curves(results, "sink/mass/{}", "mean attention on key 0")),
@@ -99,8 +106,9 @@ def write_page(
         _plot(_losses(results)),
         "<h2>Where the sink sits</h2>",
         _plot(_heatmaps(results)),
-        "<figcaption>Mean attention on key 0, layers down, heads across, first seed; left: BOS + text, right: text. "
-        "The slider moves through the measurements of training.</figcaption>",
+        "<figcaption>Mean attention on key 0, layers down, heads across, first seed; from left to right: "
+        f"{', '.join(MODE_LABELS[m] for m in live_modes(results))}. The slider moves through the measurements of "
+        "training.</figcaption>",
         "<h2>Every measurement</h2>",
         table(tuple(rows_of(results)[0]), [tuple(map(_text, row.values())) for row in rows_of(results)]),
     ]
@@ -140,13 +148,16 @@ def _plot(figure: go.Figure) -> str:
 def _curves(results: Sequence[Result], key: str, title: str) -> go.Figure:
     import plotly.graph_objects as go
 
-    figure = go.Figure()
+    figure, largest = go.Figure(), 0.0
     for index, arm in enumerate(arms_of(results)):
-        for mode, dash in (("bos", "solid"), ("text", "dash")):
+        for mode, dash in zip(live_modes(results), ("solid", "dash"), strict=False):
             tokens, values = curve(results, arm, key.format(mode))
+            if dash == "solid" and values and values[0].count > 1:
+                figure.add_scatter(**_band(tokens, values, arm, COLOURS[index % len(COLOURS)]))
+            largest = max([largest, *(v.mean for v in values)])
             figure.add_scatter(
                 x=tokens,
-                y=values,
+                y=[v.mean for v in values],
                 name=arm,
                 legendgroup=arm,
                 showlegend=dash == "solid",
@@ -155,8 +166,36 @@ def _curves(results: Sequence[Result], key: str, title: str) -> go.Figure:
                 marker={"size": 5},
                 hovertemplate=f"{arm}, {MODE_LABELS[mode]}<br>%{{x:,}} tokens: %{{y:.3g}}<extra></extra>",
             )
+    # Of few seeds the intervals are wide: the axis is for the means.
+    figure.update_yaxes(range=[-0.03 * largest, 1.25 * largest] if largest else None)
     figure.update_layout(**_LAYOUT, height=440, xaxis_title="tokens seen", yaxis_title=title)
     return figure
+
+
+def _band(tokens: Sequence[int], values: Sequence[Interval], arm: str, colour: str) -> dict[str, Any]:
+    """The interval around a curve as one filled outline, hidden and shown with its arm."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return {
+        "x": [*tokens, *reversed(tokens)],
+        "y": [*(v.high for v in values), *(max(0.0, v.low) for v in reversed(values))],
+        "fill": "toself",
+        "fillcolor": f"rgba({red},{green},{blue},0.10)",
+        "line": {"width": 0},
+        "mode": "lines",
+        "name": arm,
+        "legendgroup": arm,
+        "showlegend": False,
+        "hoverinfo": "skip",
+    }
+
+
+def _inputs(results: Sequence[Result]) -> str:
+    """What the lines and shades of the curves are."""
+    lines = zip(("Solid", "Dashed"), live_modes(results), strict=False)
+    told = " ".join(f"{line}: {MODE_LABELS[mode]}." for line, mode in lines)
+    runs = number_of_runs(results)
+    shade = "Shaded: 95 % interval of the mean of the solid line." if runs != "one run an arm" else ""
+    return f"{told} {shade} {runs.capitalize() + ': no interval.' if runs else ''}"
 
 
 def _losses(results: Sequence[Result]) -> go.Figure:
@@ -166,25 +205,28 @@ def _losses(results: Sequence[Result]) -> go.Figure:
     colours = {"bos": "#0072B2", "text": "#D55E00", "first_key_masked": "#7A7A7A"}
     figure = go.Figure()
     for mode in common_modes(results):
-        values = [[r.value(mode, "loss") for r in results if r.arm == arm] for arm in arms]
-        middle = [sum(v) / len(v) for v in values]
+        found = [Interval.of([r.value(mode, "loss") for r in results if r.arm == arm]) for arm in arms]
         figure.add_bar(
-            x=middle,
+            x=[v.mean for v in found],
             y=arms,
             orientation="h",
             name=MODE_LABELS[mode],
             marker_color=colours.get(mode),
             error_x={
-                "array": [max(v) - m for v, m in zip(values, middle, strict=True)],
-                "arrayminus": [m - min(v) for v, m in zip(values, middle, strict=True)],
-                "visible": len(values[0]) > 1,
+                "array": [0 if v.count == 1 else v.half for v in found],
+                "visible": any(v.count > 1 for v in found),
             },
             hovertemplate="%{y}<br>%{x:.3f} nats<extra>" + MODE_LABELS[mode] + "</extra>",
         )
     lowest = min(r.value(m, "loss") for r in results for m in common_modes(results))
     highest = max(r.value(m, "loss") for r in results for m in common_modes(results))
-    layout = {**_LAYOUT, "legend": {"orientation": "h", "y": 1.12, "x": 0}}
-    figure.update_layout(**layout, height=80 * len(arms) + 140, xaxis_title="nats per token (does not start at 0)")
+    # Above the plot, where a narrow screen may break it into lines.
+    legend = {"orientation": "h", "yref": "container", "yanchor": "top", "y": 1, "x": 0}
+    layout = {**_LAYOUT, "legend": legend, "margin": {**_LAYOUT["margin"], "t": 90}}
+    runs = f"; {told}" if (told := number_of_runs(results)) else ""
+    figure.update_layout(
+        **layout, height=80 * len(arms) + 190, xaxis_title=f"nats per token (does not start at 0{runs})"
+    )
     figure.update_xaxes(range=[0.9 * lowest, highest + 0.05 * lowest])
     figure.update_yaxes(autorange="reversed", automargin=True)
     return figure
@@ -200,7 +242,7 @@ def _heatmaps(results: Sequence[Result]) -> go.Figure:
     from plotly.subplots import make_subplots
 
     first = [next(r for r in results if r.arm == arm) for arm in arms_of(results)]
-    modes = [m for m in MODE_LABELS if m in ("bos", "text") and all(_has_map(r, m) for r in first)]
+    modes = [m for m in live_modes(results) if all(_has_map(r, m) for r in first)]
     if not modes:
         return go.Figure(layout={**_LAYOUT, "title": "no inference mode was measured live in every arm"})
     series = [

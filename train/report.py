@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from train import rundir
+from train.statistics import Interval
 
 if TYPE_CHECKING:
-    from train.study import ArmRun, StudyConfig
+    from train.arms import ArmRun
+    from train.study_file import Published, StudyConfig
 
 MODE_LABELS = {
     "bos": "BOS + text",
@@ -39,6 +41,8 @@ class Result:
     context_length: int
     points: list[dict[str, Any]]
     final: dict[str, Any]
+    documents: str = ""
+    """Digest of the documents and their order; equal where differences of two runs are paired."""
 
     def value(self, mode: str, key: str) -> float:
         """A figure of the final measurement: `loss`, `bits_per_byte`, `mass`, or an eps for a sink rate."""
@@ -47,12 +51,6 @@ class Result:
             return _mean(found["rate"][key])
         value = found[key]
         return float(value) if isinstance(value, int | float) else _mean(value)
-
-    @property
-    def gap(self) -> float | None:
-        """loss(text) − loss(bos) in nats; None where a mode was not measured."""
-        modes = self.final["modes"]
-        return modes["text"]["loss"] - modes["bos"]["loss"] if {"text", "bos"} <= set(modes) else None
 
 
 def _mean(rows: list[list[float]]) -> float:
@@ -65,6 +63,7 @@ def load_result(folder: Path, arm: str, seed: int) -> Result:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name}: expected a finished run, found no such file")
     config = yaml.safe_load((folder / rundir.CONFIG).read_text())
+    audit = rundir.read_json(folder / rundir.AUDIT) if (folder / rundir.AUDIT).is_file() else {}
     return Result(
         arm=arm,
         seed=seed,
@@ -72,6 +71,7 @@ def load_result(folder: Path, arm: str, seed: int) -> Result:
         context_length=config["data"]["context_length"],
         points=list(rundir.read_metrics(folder / rundir.METRICS)),
         final=rundir.read_json(folder / rundir.MEASUREMENT),
+        documents=f"{audit.get('store_digest', '')} {audit.get('document_order', '')}",
     )
 
 
@@ -122,13 +122,20 @@ COLUMNS = (
     "sink_alpha",
     "loss",
     "bits_per_byte",
+    "loss_gap",
+    "sink_rate_placed",
+    "sink_rate_area",
     "onset_tokens",
     "tokens",
+    "parameters",
+    "context_length",
 )
 
 
 def rows_of(results: Sequence[Result]) -> list[dict[str, Any]]:
     """One row per arm, seed and mode, with the columns of table.csv."""
+    from train.effects import figure
+
     rows = []
     for r in results:
         for mode, found in r.final["modes"].items():
@@ -143,20 +150,32 @@ def rows_of(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "sink_alpha": round(r.value(mode, "alpha"), 6),
                 "loss": round(found["loss"], 6),
                 "bits_per_byte": round(found["bits_per_byte"], 6),
+                "loss_gap": _rounded(figure(r, "loss_gap", mode)),
+                "sink_rate_placed": _rounded(figure(r, "sink_rate_placed", mode)),
+                "sink_rate_area": _rounded(figure(r, "sink_rate_area", mode)),
                 "onset_tokens": r.final["onset_tokens"],
                 "tokens": r.final["tokens"],
+                "parameters": r.final["parameters"],
+                "context_length": r.context_length,
             }
             rows.append({name: row[name] for name in COLUMNS})
     return rows
 
 
-def to_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """table.csv."""
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def to_csv(rows: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
+    """table.csv, or another table of its kind."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()
+
+
+_STRATEGY = ("mask in training", "BOS in training")
 
 
 @dataclass(frozen=True)
@@ -176,21 +195,23 @@ class SummaryRow:
     def columns(self) -> dict[str, str]:
         """Header -> cell."""
         return {
+            "arm": self.arm,
             "mask in training": self.mask,
             "BOS in training": self.bos,
             "input": MODE_LABELS[self.mode],
             "sink rate %": self.rate,
             "sink mass": self.mass,
             "loss": self.loss,
-            "loss − loss(BOS + text)": self.gap,
+            "loss gap": self.gap,
             "published: sink % / loss": self.published,
         }
 
 
 def table_of(summary: Sequence[SummaryRow]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and cells, without the columns that no line has anything for."""
+    """Header and cells, without the columns that no line has anything for, and the strategy's where all share it."""
     lines = [row.columns() for row in summary]
-    header = tuple(name for name in lines[0] if any(line[name] for line in lines))
+    shared = _STRATEGY if len({r.arm for r in summary}) > 1 and len({(r.mask, r.bos) for r in summary}) == 1 else ()
+    header = tuple(name for name in lines[0] if any(line[name] for line in lines) and name not in shared)
     return header, [tuple(line[name] for name in header) for line in lines]
 
 
@@ -200,22 +221,29 @@ def fixed(value: float, digits: int) -> str:
     return (text.lstrip("-") if float(text) == 0 else text).replace("-", "−")
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean, and the range over seeds where there are several."""
-    if len(values) == 1:
-        return fixed(values[0], digits)
-    return f"{fixed(fmean(values), digits)} ({fixed(min(values), digits)}–{fixed(max(values), digits)})"
+def spread(found: Interval | Sequence[float] | None, digits: int, *, sign: bool = False) -> str:
+    """Mean and the half-width of its 95 % interval; of one run, that it is one."""
+    if found is None or (not isinstance(found, Interval) and not found):
+        return ""
+    interval = found if isinstance(found, Interval) else Interval.of(found)
+    mean = fixed(interval.mean, digits)
+    if sign and not mean.startswith("−") and float(mean) != 0:
+        mean = f"+{mean}"
+    return f"{mean} (1 run)" if interval.count == 1 else f"{mean} ± {fixed(interval.half, digits)}"
 
 
-def summarise(results: Sequence[Result], published: dict[str, dict[str, list[float]]]) -> list[SummaryRow]:
+def summarise(results: Sequence[Result], published: Published) -> list[SummaryRow]:
     """The study's table, arms in their order."""
+    from train.effects import figures, reference_mode
+
     rows = []
     for arm in dict.fromkeys(r.arm for r in results):
         of_arm = [r for r in results if r.arm == arm]
         mask, bos = describe(of_arm[0].strategy)
         for mode in of_arm[0].final["modes"]:
             theirs = published.get(arm, {}).get(mode)
-            gap = [r.value(mode, "loss") - r.value("bos", "loss") for r in of_arm if "bos" in r.final["modes"]]
+            reference = reference_mode(of_arm[0].final["modes"])
+            gap = list(figures(results, arm, "loss_gap", mode).values()) if mode != reference else []
             rows.append(
                 SummaryRow(
                     arm=arm,
@@ -225,84 +253,133 @@ def summarise(results: Sequence[Result], published: dict[str, dict[str, list[flo
                     rate=spread([r.value(mode, "0.3") for r in of_arm], 1),
                     mass=spread([r.value(mode, "mass") for r in of_arm], 3),
                     loss=spread([r.value(mode, "loss") for r in of_arm], 3),
-                    gap=spread(gap, 3) if gap and mode != "bos" else "",
-                    published=f"{theirs[0]:.2f} / {theirs[1]:.2f}" if theirs else "",
+                    gap=spread(gap, 3),
+                    published=" / ".join("–" if x is None else f"{x:.2f}" for x in theirs) if theirs else "",
                 )
             )
     return rows
 
 
-def caption(results: Sequence[Result], published: bool) -> str:
-    """What the numbers of the table are, with everything they depend on."""
-    theirs = (
-        " Published: arXiv 2504.02732, Table 2 (120M parameters, 30B tokens; its eps is not known), for the direction "
-        "of effects, not their size."
-    )
+def _span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def caption(results: Sequence[Result], published: str = "") -> str:
+    """What the numbers of the table are, with everything they depend on; `published`: what is beside them."""
     first = results[0]
     seeds = sorted({r.seed for r in results})
     mode = next(iter(first.final["modes"].values()))
-    several = f"mean (range) over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"one seed ({seeds[0]})"
+    over = "mean ± half-width of the 95 % interval (Student's t)"
+    several = f"{over} over seeds {', '.join(map(str, seeds))}"
+    if len(seeds) == 1:
+        several = f"one seed ({seeds[0]}), one run an arm: no interval, and no telling a difference from noise"
+    strategies = {describe(r.strategy) for r in results}
+    shared = ""
+    if len(strategies) == 1 and len({r.arm for r in results}) > 1:
+        mask, bos = next(iter(strategies))
+        shared = f" All arms: mask {mask}; BOS {bos}."
     return (
         f"Sink rate: eps 0.3, T = {first.final['sink_tokens']}, {mode['documents']} held-out documents, all layers and "
         f"heads (arXiv 2410.10781). Sink mass: mean attention on key 0 of the other queries. Loss: nats per token of "
-        f"the same {mode['tokens']:,} targets in every mode. {first.final['parameters']:,} parameters, "
-        f"{first.final['tokens']:,} training tokens, context {first.context_length}; {several}."
-        + (theirs if published else "")
+        f"the same {mode['tokens']:,} targets in every mode. Loss gap: loss − loss(BOS + text), or − loss(as trained) "
+        f"where BOS + text was not measured. {_span([r.final['parameters'] for r in results])} "
+        f"parameters, {_span([r.final['tokens'] for r in results])} training tokens, context "
+        f"{_span([r.context_length for r in results])}; {several}.{shared}"
+        + (f" Published: {published}" if published else "")
     )
 
 
-def to_markdown(title: str, summary: Sequence[SummaryRow], note: str) -> str:
-    """table.md."""
-    header, cells = table_of(summary)
-    lines = [f"# {title}", "", "| " + " | ".join(header) + " |"]
-    lines.append("|" + " --- |" * len(header))
-    lines += ["| " + " | ".join(line) + " |" for line in cells]
-    return "\n".join([*lines, "", note, ""])
+def to_markdown(title: str, summary: Sequence[SummaryRow], note: str, more: Sequence[Section] = ()) -> str:
+    """table.md: the result, its note, then the other tables under headings, as a paper's appendix takes them."""
+    lines = [f"# {title}", "", *markdown_table(*table_of(summary)), "", note, ""]
+    for section in more:
+        lines += [f"## {section.heading}", "", *markdown_table(section.header, section.cells), "", section.note, ""]
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table under a heading, with a note below it."""
+
+    heading: str
+    header: tuple[str, ...]
+    cells: list[tuple[str, ...]]
+    note: str
+
+
+def markdown_table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (header, *cells)]
+    return [rows[0], "|" + " --- |" * len(header), *rows[1:]]
 
 
 def print_table(title: str, summary: Sequence[SummaryRow], note: str) -> None:
-    """The table in the terminal; an arm's mask and BOS stand once, on its first line."""
+    """The table in the terminal; an arm's name, mask and BOS stand once, on its first line."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, caption=note, caption_justify="left", title_justify="left")
     header, lines = table_of(summary)
+    if len({(r.mask, r.bos) for r in summary}) == len({r.arm for r in summary}) > 1:  # told apart without the name
+        header, lines = header[1:], [line[1:] for line in lines]
+    words = sum(name in ("arm", "input", *_STRATEGY) for name in header)
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index < 3 else "right")
+        table.add_column(name, justify="left" if index < words else "right")
     before = None
     for row, line in zip(summary, lines, strict=True):
         cells = list(line)
         if row.arm == before:
-            cells[:2] = ["", ""]
+            cells[: words - 1] = [""] * (words - 1)
         elif before is not None:
             table.add_section()
         before = row.arm
         table.add_row(*cells)
     console = Console()
     # A pipe or a log has no width of its own; 80 columns would fold every cell.
-    console = console if console.is_terminal else Console(width=150)
+    console = console if console.is_terminal else Console(width=170)
     console.print(table)
 
 
-def write_report(study: StudyConfig, runs: Sequence[ArmRun], failed: dict[str, str]) -> Path:
-    """Write the report of the finished runs to the study's report/ and print its table."""
+def write_report(study: StudyConfig, runs: Sequence[ArmRun], failed: dict[str, str], *, track: bool = False) -> Path:
+    """Write the report of the finished runs to the study's report/ and print its table.
+
+    `track`: send the tables to W&B too, as a run of the study's group.
+    """
+    from train.effects import check
     from train.figures import write_figures
     from train.page import write_page
+    from train.tables import effects_csv, sections, verdicts, write_parquet
 
     results = [load_result(run.folder, run.arm, run.seed) for run in runs]
     folder = study.out / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    summary, note = summarise(results, study.published), caption(results, bool(study.published))
-    rundir.write_atomic(folder / "table.csv", to_csv(rows_of(results)))
-    rundir.write_atomic(folder / "table.md", to_markdown(study.title, summary, note))
+    note = caption(results, study.published_source if study.published else "")
+    summary, rows, found = (
+        summarise(results, study.published),
+        rows_of(results),
+        check(results, study.effects, study.published),
+    )
+    more = sections(results, found)
+    rundir.write_atomic(folder / "table.csv", to_csv(rows))
+    rundir.write_atomic(folder / "table.md", to_markdown(study.title, summary, note, more))
+    if found:
+        rundir.write_atomic(folder / "effects.csv", effects_csv(found))
+    write_parquet(results, rows, folder)
     write_figures(results, folder)
-    write_page(study, results, summary, note, failed, folder / "index.html")
+    write_page(study, results, summary, note, more, failed, folder / "index.html")
     print_table(study.title, summary, note)
+    if found:
+        print("\n".join(verdicts(found)))
     seconds = [r.final["seconds"] for r in results]
     training = sum(s["training"] for s in seconds)
     measuring = sum(s["measuring_live"] + s["measuring_final"] for s in seconds)
     print(f"training {training:.0f} s, measuring {measuring:.1f} s ({100 * measuring / training:.1f} %), over all arms")
-    print(f"report: {folder / 'index.html'} (also table.csv, table.md, *.png beside it)")
+    if track:
+        from train.sweep import log_summary
+
+        log_summary(study, runs, rows, [item.record() for item in found])
+    print(f"report: {folder / 'index.html'} (also table.csv, table.md, *.parquet, *.png beside it)")
     return folder
 
 
@@ -321,20 +398,21 @@ def load_folder(folder: Path) -> list[tuple[Path, str, int]]:
 def run(command: str, argv: Sequence[str]) -> int:
     """Make the report of a study anew from what is finished, or one of any runs."""
     import argparse
-    import dataclasses
 
-    from train.study import ArmRun, StudyConfig, load_study, plan
+    from train.arms import ArmRun, plan
+    from train.study import chosen
+    from train.study_file import StudyConfig
 
     parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("what", type=Path, nargs="+", help="a study file, or folders of runs or studies")
+    parser.add_argument("--size", help="of a study file: one of its sizes (default: demo)")
     parser.add_argument("--seeds", type=int, nargs="+", help="of a study file: seeds (default: the file's)")
     parser.add_argument("--out", type=Path, help="where report/ is written (default: the study's, or the folder)")
     arguments = parser.parse_args(list(argv))
     folders = [path for path in arguments.what if path.is_dir()]
     if not folders and len(arguments.what) == 1:
-        study = load_study(arguments.what[0])
-        changes = {k: getattr(arguments, k) for k in ("seeds", "out") if getattr(arguments, k) is not None}
-        study = dataclasses.replace(study, **changes)
+        arguments.study = arguments.what[0]
+        study = chosen(arguments)
         runs = plan(study)
     else:
         missing = [path for path in arguments.what if path not in folders]
@@ -343,7 +421,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         if arguments.out is None and len(folders) > 1:
             raise ValueError("report: expected --out, the folder for the report of several folders; found none")
         runs = [
-            ArmRun(arm=arm, seed=seed, folder=path, configs=(), settings={})
+            ArmRun(arm=arm, seed=seed, folder=path, names=(), config={}, settings={})
             for folder in folders
             for path, arm, seed in load_folder(folder)
         ]

@@ -57,6 +57,23 @@ def test_row_numbers_beyond_an_epoch_belong_to_the_next_in_another_order(store: 
     assert not torch.equal(Rows(store, Strategy(), 16, seed=5).__getitems__(list(range(count))).tokens, epochs[0])
 
 
+def test_few_unique_rows_are_those_of_the_first_documents_in_an_order_of_each_epoch(store: TokenStore) -> None:
+    every, few = Rows(store, Strategy(), 16, seed=4), Rows(store, Strategy(), 16, seed=4, unique_rows=7)
+    assert len(every) > 7 == len(few)
+    text = store.gather(np.array([0]), np.array([16 * 7])).tolist()
+    epochs = [few.__getitems__(list(range(e * 7, (e + 1) * 7))).tokens.tolist() for e in range(3)]
+    assert len({tuple(map(tuple, epoch)) for epoch in epochs}) == 3, "each epoch in its own order"
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+    found = {token for row in epochs[0] for token in row} - {store.manifest.eos_id}
+    assert found <= set(text), "of the first documents"
+    again = pickle.loads(pickle.dumps(few))
+    assert len(again) == 7 and equal(again[9], few[9])
+    with pytest.raises(ValueError, match=r"unique_rows: found 0, expected 1 to"):
+        Rows(store, Strategy(), 16, unique_rows=0)
+    with pytest.raises(ValueError, match="the rows of the split"):
+        Rows(store, Strategy(), 16, unique_rows=len(every) + 1)
+
+
 def test_workers_started_afresh_read_the_same_rows(store: TokenStore) -> None:
     rows = Rows(store, Strategy(first_token="random"), 16)
     sampler = RowSampler(micro_batch=3, total_rows=2 * len(rows))

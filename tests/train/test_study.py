@@ -3,17 +3,21 @@
 import contextlib
 import csv
 import io
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 
 import pytest
 
-from train import rundir
+from train import rundir, runner
+from train.arms import LOG, environment, plan
 from train.cli import main
-from train.study import load_study, plan
+from train.study_file import load_study
 
 from .conftest import write_run_config
 
@@ -86,8 +90,10 @@ def test_a_study_runs_its_arms_and_reports_them(finished, _run_once):
         assert (out / "report" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     printed = _run_once[1]
     assert "fixed at position 0" in printed and "90.84 / 2.69" in printed
+    assert re.search(r"an arm \d+\.\d s beside training and measuring", printed)
     markdown = (out / "report" / "table.md").read_text()
     assert "90.84 / 2.69" in markdown and "one seed (0)" in markdown
+    assert re.search(r"\d\.\d{3} \(1 run\)", markdown)
 
 
 class Links(HTMLParser):
@@ -108,7 +114,7 @@ def test_the_page_needs_no_network_and_escapes_what_users_wrote(finished):
     assert links.found == []
     assert "A study &lt;of&gt; two arms" in page and "<of>" not in page
     assert page.count("plotly-graph-div") == 4
-    assert len(re.findall(r"<tr><td>", page)) == 6 + 6
+    assert len(re.findall(r"<tr><td>", page)) == 6 + 2 + 6, "the result, the arms, every measurement"
 
 
 def test_a_finished_arm_is_not_run_again_and_an_interrupted_one_resumes(finished):
@@ -172,7 +178,15 @@ def test_a_number_is_never_minus_zero():
     from train.report import fixed, spread
 
     assert [fixed(x, 3) for x in (-0.0004, 0.0004, -0.0006, 2.0)] == ["0.000", "0.000", "−0.001", "2.000"]
-    assert spread([-0.0001, 0.5], 2) == "0.25 (0.00–0.50)"
+    assert spread([-0.0001, 0.0002], 2) == "0.00 ± 0.00"
+
+
+def test_a_mean_of_one_run_says_so():
+    from train.report import spread
+
+    assert spread([0.5], 2) == "0.50 (1 run)"
+    assert spread([1.0, 2.0, 3.0], 2) == "2.00 ± 2.48", "t at 2 degrees of freedom is 4.303"
+    assert spread([], 2) == ""
 
 
 def test_runs_and_folders_of_runs_can_be_reported(finished, fit, capsys, tmp_path):
@@ -203,11 +217,12 @@ def test_an_arm_made_under_another_configuration_is_refused_unless_forced(finish
     assert "first_token: random" in config
 
 
-def test_seeds_give_a_range_in_the_table(finished):
+def test_seeds_give_an_interval_in_the_table(finished):
     main(["study", str(finished), "--quiet", "--seeds", "0", "1"])
     assert {r["seed"] for r in table(finished)} == {"0", "1"}
     markdown = (finished.parent / "out" / "report" / "table.md").read_text()
-    assert re.search(r"\d\.\d{3} \(\d\.\d{3}–\d\.\d{3}\)", markdown)
+    assert re.search(r"\d\.\d{3} ± \d\.\d{3}", markdown)
+    assert "(1 run)" not in markdown and "Differences of arms" in markdown
 
 
 def test_the_report_can_be_made_again_from_what_is_finished(finished):
@@ -287,3 +302,58 @@ def test_the_shipped_studies_name_files_that_exist():
     assert shipped
     for path in shipped:
         assert plan(load_study(path))
+
+
+def test_a_terminated_study_has_its_arms_save_and_goes_on_later(study):
+    """Also in the background of a shell script, where SIGINT is ignored."""
+    config = study.parent / "run.yaml"
+    config.write_text(config.read_text().replace("max_steps: 10", "max_steps: 2000"))
+    runs = plan(load_study(study))
+    command = [sys.executable, "-m", "train", "study", str(study), "--quiet"]
+
+    def ignore_interrupts():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    with subprocess.Popen(
+        command, preexec_fn=ignore_interrupts, env={**os.environ, **environment()}, stderr=subprocess.PIPE
+    ) as process:
+        end = time.monotonic() + 120
+        while not all(r.resumable() for r in runs) and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(60) == 130
+    assert [r.status() for r in runs] == ["interrupted", "interrupted"], "neither failed nor finished"
+    for run in runs:
+        rundir.lock(run.folder).close()  # raises where a process is left that writes
+        saved = int(rundir.newest_checkpoint(run.folder).stem.removeprefix("step-"))
+        assert f"stopped at step {saved}" in (run.folder / LOG).read_text()
+
+
+def test_an_arm_whose_process_is_killed_fails_alone(study, monkeypatch, capsys):
+    class Killed(runner.FitProcess):
+        def __init__(self, arguments, log, variables, *, fork):
+            super().__init__(arguments, log, variables, fork=fork)
+            if "absent" in str(log):
+                os.kill(self._forked.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(runner, "FitProcess", Killed)
+    assert main(["study", str(study), "--quiet"]) == 1
+    assert "arm absent-seed0 failed: exit status -9" in capsys.readouterr().err
+    assert [r.status() for r in plan(load_study(study))] == ["finished", "failed"]
+
+
+def test_an_arm_of_several_devices_is_a_command_of_its_own(study, monkeypatch):
+    """Lightning's launcher repeats the command line, which a forked process does not have."""
+    (study.parent / "none.yaml").write_text(
+        "data: {strategy: {first_token: none}}\ntrainer: {devices: 2, strategy: ddp}\n"
+    )
+    forked = {}
+
+    class Noted(runner.FitProcess):
+        def __init__(self, arguments, log, variables, *, fork):
+            forked[log.parent.name] = fork
+            super().__init__(arguments, log, variables, fork=fork)
+
+    monkeypatch.setattr(runner, "FitProcess", Noted)
+    assert main(["study", str(study), "--quiet"]) == 0
+    assert forked == {"fixed-seed0": True, "absent-seed0": False}

@@ -1,0 +1,144 @@
+"""Expected effects against results made up for the purpose, and the tables that say what became of them."""
+
+import csv
+import io
+
+import pyarrow.parquet as pq
+import pytest
+
+from data.strategy import Strategy
+from train.effects import check, figure
+from train.report import Result, caption, rows_of, summarise, table_of
+from train.study_file import Effect
+from train.tables import effects_csv, sections, write_parquet
+
+
+def result(arm, seed, rate, loss, *, gap=1.0, onset=None, first_token="bos", documents="same", placed=None):
+    """A run with one layer of one head."""
+
+    def mode(rate, loss):
+        maps = {eps: [[rate]] for eps in ("0.2", "0.3", "0.5", "0.8")}
+        return {
+            "rate": maps, "rate_row": maps, "mass": [[rate / 100]], "alpha": [[rate / 100]], "loss": loss,
+            "bits_per_byte": loss, "documents": 10, "tokens": 500,
+            "rate_placed": None if placed is None else {"0.3": [[placed]]},
+        }  # fmt: skip
+
+    points = [{"step": s, "train/tokens": 10**s, "sink/rate/0.3/bos": rate * s / 3} for s in range(4)]
+    final = {
+        "modes": {"bos": mode(rate, loss), "text": mode(rate / 10, loss + gap)},
+        "onset_tokens": onset, "tokens": 1000, "parameters": 7, "sink_tokens": 64,
+    }  # fmt: skip
+    strategy = Strategy.completed({"first_token": first_token})
+    return Result(arm, seed, strategy, 128, points, final, documents)
+
+
+def study(seeds=(0, 1, 2), documents="same"):
+    """`fixed` has 20 points more than `none` under every seed, which shift both by tens."""
+    fixed = [result("fixed", s, 30 + 15 * s + 0.1 * s, 3.0 + s, gap=1.5, onset=200 + s) for s in seeds]
+    none = [result("none", s, 10 + 15 * s, 3.0 + s, gap=0.01, first_token="none", documents=documents) for s in seeds]
+    return fixed + none
+
+
+def effect(**keys):
+    return Effect(
+        **{"name": "E", "metric": "sink_rate_0.3", "arm": "fixed", "against": "none", "expected": "up"} | keys
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "verdict"),
+    [
+        ({}, "reproduced"),
+        ({"expected": "down"}, "not reproduced"),
+        ({"metric": "loss", "expected": "none", "tolerance": 0.01}, "reproduced"),
+        ({"metric": "loss_gap", "mode": "text"}, "reproduced"),
+        ({"against": None, "against_mode": "text", "metric": "loss", "expected": "down"}, "reproduced"),
+        ({"metric": "onset_tokens", "expected": "down"}, "not measured"),
+        ({"mode": "as_trained"}, "not measured"),
+        ({"metric": "sink_rate_area"}, "reproduced"),
+    ],
+)
+def test_effects_are_judged_by_differences_of_the_same_seeds(keys, verdict):
+    [found] = check(study(), [effect(**keys)], {})
+    assert found.verdict == verdict
+
+
+def test_arms_by_themselves_would_not_have_shown_it():
+    [found] = check(study(), [effect()], {})
+    assert found.ours.low < found.theirs.mean < found.ours.high, "the arms' own intervals overlap"
+    assert found.difference.mean == pytest.approx(20.1) and found.difference.exceeds_noise()
+
+
+def test_other_documents_are_no_pairs():
+    [found] = check(study(documents="others"), [effect()], {})
+    assert found.difference is None and found.verdict == "not measured"
+    assert "Differences of arms" in [s.heading for s in sections(study(), [])]
+    assert all(not s.cells for s in sections(study(documents="others"), []) if s.heading == "Differences of arms")
+
+
+def test_the_published_figures_stand_beside_ours_with_their_difference():
+    published = {"fixed": {"bos": [90.84, 2.69]}, "none": {"bos": [65.1, None]}}
+    rate, loss = check(study(), [effect(), effect(metric="loss", expected="none", tolerance=1)], published)
+    assert rate.columns()["published"] == "90.84 against 65.10 (+25.74)"
+    assert loss.published is None, "a paper may give one of the two figures only"
+    assert rate.columns()["difference"] == "+20.1 ± 0.2"
+    rows = table_of(summarise(study(), published))[1]
+    assert [row[-1] for row in rows if row[-1]] == ["90.84 / 2.69", "65.10 / –"]
+
+
+def test_one_run_is_never_a_mean():
+    once = study(seeds=(4,))
+    [found] = check(once, [effect()], {})
+    assert found.verdict == "one run: as expected"
+    assert found.columns()["difference"] == "+20.4 (1 run)"
+    header, cells = table_of(summarise(once, {}))
+    numbers = [
+        cell for row in cells for name, cell in zip(header, row, strict=True) if name in ("loss", "loss gap") and cell
+    ]
+    assert numbers and all(cell.endswith("(1 run)") for cell in numbers)
+    assert "no interval" in caption(once)
+    assert [s.heading for s in sections(once, [found])] == ["Expected effects", "When the sink forms"]
+
+
+def test_onsets_are_of_the_runs_that_reached_one():
+    late = [result("late", s, 1.0, 3.0, onset=None if s else 5000) for s in range(3)]
+    [arms] = [s for s in sections([*study(), *late], []) if s.heading == "When the sink forms"]
+    by_arm = {row[0]: row for row in arms.cells}
+    assert by_arm["late"][-2:] == ("5 (1 run)", "1 of 3")
+    assert by_arm["none"][-2:] == ("never", "0 of 3")
+    assert by_arm["fixed"][-1] == "3 of 3"
+
+
+def test_a_token_placed_at_position_0_is_measured_at_key_0():
+    assert figure(result("a", 0, 30, 3, placed=70), "sink_rate_placed", "bos") == 70
+    assert figure(result("a", 0, 30, 3), "sink_rate_placed", "bos") == 30
+    assert figure(result("a", 0, 30, 3, first_token="none"), "sink_rate_placed", "bos") is None
+
+
+def test_differences_beyond_the_noise_are_marked():
+    [pairs] = [s for s in sections(study(), []) if s.heading == "Differences of arms"]
+    [row] = pairs.cells
+    by_column = dict(zip(pairs.header, row, strict=True))
+    assert by_column["sink rate %, BOS + text"] == "+20.1 ± 0.2 *"
+    assert by_column["loss, BOS + text"] == "0.000 ± 0.000"
+
+
+def test_a_table_that_all_arms_share_a_strategy_in_leaves_it_out():
+    header, _ = table_of(summarise([result("a", 0, 1, 1), result("b", 0, 2, 2)], {}))
+    assert header[:2] == ("arm", "input")
+    assert "All arms: mask causal; BOS fixed at position 0." in caption([result("a", 0, 1, 1), result("b", 0, 2, 2)])
+    header, _ = table_of(summarise(study(), {}))
+    assert header[:3] == ("arm", "mask in training", "BOS in training")
+
+
+def test_all_numbers_are_in_files(tmp_path):
+    results = study()
+    found = check(results, [effect()], {})
+    [row] = csv.DictReader(io.StringIO(effects_csv(found)))
+    assert (row["verdict"], row["seeds"], float(row["difference_mean"])) == ("reproduced", "3", pytest.approx(20.1))
+    rows = rows_of(results)
+    write_parquet(results, rows, tmp_path)
+    assert pq.read_table(tmp_path / "table.parquet").to_pylist() == rows
+    curves = pq.read_table(tmp_path / "curves.parquet").to_pydict()
+    assert len(curves["arm"]) == 6 * 4 and curves["sink/rate/0.3/bos"][3] == pytest.approx(30)

@@ -1,0 +1,130 @@
+"""What a study takes: counted as the model counts, printed before anything starts, refused where it does not fit."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from model import Decoder, DecoderConfig
+from train import planning, rundir, runner
+from train.arms import plan
+from train.cli import main
+from train.study_file import load_study
+
+from .conftest import write_run_config
+
+
+@pytest.fixture
+def study(tiny_store, tmp_path):
+    """Two arms, one with a window."""
+    write_run_config(tmp_path / "run.yaml", tiny_store)
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        f"title: A study\nout: {tmp_path / 'deep' / 'out'}\nbase: [run.yaml]\nseeds: [0, 1]\n"
+        "arms: {all: [], window: [{data: {strategy: {window: 8}}}]}\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"heads": 4, "d_ff": 20},
+        {"heads": 4, "kv_heads": 1, "head_dim": 6, "d_ff": 20, "tied": True},
+        {"heads": 2, "d_ff": 24, "sink": "learned"},
+        {"heads": 2, "d_ff": 24, "sink": "off_by_one"},
+    ],
+)
+def test_parameters_are_those_of_the_decoder(shape):
+    config = DecoderConfig(layers=3, d_model=16, **shape)
+    assert planning.parameters(config, 50) == Decoder(config, 50).parameter_count()
+
+
+def test_flops_are_those_of_the_matrix_products():
+    """Counted by torch in the forward pass of a model whose attention is dense: T keys a query instead of T / 2."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config, length = DecoderConfig(layers=2, d_model=32, heads=4, kv_heads=2, d_ff=48), 64
+    decoder = Decoder(config, 100)
+    decoder.implementation = "reference"
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        decoder(torch.zeros(1, length, dtype=torch.int64))
+    half = planning.training_flops(config, 100, length, window=None)
+    dense = half + 12 * config.layers * config.heads * config.dim * length / 2
+    assert 3 * counter.get_total_flops() / length == pytest.approx(dense, rel=0.02)
+    assert planning.training_flops(config, 100, length, window=8) < half
+    assert planning.training_flops(config, 100, length, None, checkpointing=True) == pytest.approx(half * 4 / 3)
+
+
+def test_a_plan_says_what_it_takes_and_runs_nothing(study, capsys):
+    assert main(["study", str(study), "--plan"]) == 0
+    out = capsys.readouterr().out
+    assert "A study: 4 runs" in out and "2 new" in out
+    assert "3,840" in out and "7,680" in out, "tokens: 10 steps × 4 rows × 48, under two seeds; and all"
+    assert "A100, h" in out and "assumed" in out and "GB" in out
+    assert not (study.parent / "deep").exists()
+
+
+def test_the_rate_of_a_core_is_measured_once_there_are_arms(study, capsys):
+    assert main(["study", str(study), "--quiet", "--seeds", "0"]) == 0
+    capsys.readouterr()
+    assert main(["study", str(study), "--plan"]) == 0
+    out = capsys.readouterr().out
+    assert "measured in the arms that are finished" in out and "1 finished, 1 new" in out and "not finished" in out
+    loaded = load_study(study)
+    runs = plan(loaded)
+    rate, _ = planning.core_rate(loaded, runs)
+    seconds = [sum(rundir.read_json(r.folder / rundir.MEASUREMENT)["seconds"].values()) for r in runs[:2]]
+    assert rate == pytest.approx(sum(planning.cost(loaded, r).flops for r in runs[:2]) / sum(seconds))
+    checkpoints = sum(f.stat().st_size for f in (runs[0].folder / "checkpoints").glob("step-*.ckpt"))
+    assert checkpoints < 2 * planning.cost(loaded, runs[0]).disk + 1e6, "and the disk is what checkpoints take"
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_starts(study, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    for option in ("--plan", "--quiet"):
+        assert main(["study", str(study), option]) == 1
+        said = capsys.readouterr()
+        assert "GB free for the checkpoints of 4 runs, found 1e-06 GB" in said.err
+        assert ("A study: 4 runs" in said.out) == (option == "--plan"), "the plan is printed all the same"
+    assert not (study.parent / "deep" / "out" / "runs").exists()
+
+
+def test_gpus_that_are_not_there_are_refused(study, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "visible_gpus", lambda: [])
+    text = study.read_text()
+    study.write_text(text + "gpus: 1\n")
+    assert main(["study", str(study), "--quiet"]) == 1
+    assert "study.gpus: expected 1 for each arm, found 0 on this machine; use --ray" in capsys.readouterr().err
+    study.write_text(text.replace("[run.yaml]", "[run.yaml, {trainer: {accelerator: gpu}}]"))
+    assert main(["study", str(study), "--quiet"]) == 1
+    assert "asks for a GPU (trainer.accelerator), and the study gives its arms none" in capsys.readouterr().err
+
+
+def test_memory_that_is_too_small_is_refused(study, capsys, monkeypatch):
+    monkeypatch.setattr(planning, "_memory", lambda: 1_000_000_000)
+    assert main(["study", str(study), "--quiet", "--workers", "4"]) == 1
+    assert "4 arms at a time: expected" in capsys.readouterr().err
+    assert main(["study", str(study), "--plan", "--workers", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "places"),
+    [
+        (1, None, ["4", "5", "7"]),
+        (0.5, None, ["4", "5", "7", "4", "5", "7"]),
+        (2, None, ["4,5"]),
+        (1, 2, ["4", "5"]),
+    ],
+)
+def test_arms_side_by_side_have_gpus_of_their_own(study, monkeypatch, gpus, workers, places):
+    monkeypatch.setattr(runner, "visible_gpus", lambda: ["4", "5", "7"])
+    study.write_text(study.read_text() + f"gpus: {gpus}\n" + (f"workers: {workers}\n" if workers else ""))
+    assert [p["CUDA_VISIBLE_DEVICES"] for p in runner.slots(load_study(study))] == places
+
+
+def test_without_a_number_of_workers_there_is_one_for_the_cores_of_each(study, monkeypatch):
+    monkeypatch.setattr(runner, "cores", lambda: 8)
+    study.write_text(study.read_text() + "cpus: 3\n")
+    assert len(runner.slots(load_study(study))) == 2

@@ -1,0 +1,219 @@
+"""Arms: one arm of a study under one seed, what its folder says of it, and how it is started, resumed and judged.
+
+An arm is `sinkbed fit` on one config file, `arm.yaml` in its run directory; whoever runs it (this machine's
+processes, a Ray cluster, a W&B agent) calls `begin`, runs the arguments it gives, and calls `conclude`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.manifest import differences
+from train import rundir
+from train.study_file import Overlay, StudyConfig
+
+RECORD, SETTINGS, LOG = "arm.json", "arm.yaml", "fit.log"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmRun:
+    """One arm under one seed."""
+
+    arm: str
+    seed: int
+    folder: Path
+    names: tuple[str, ...]
+    """What its settings are from, for messages."""
+    config: dict[str, Any]
+    """The settings one over the other: a run config."""
+    settings: dict[str, Any]
+    """Everything that decides the result: the config, the seed, the token store's hash."""
+
+    def record(self) -> dict[str, Any]:
+        """What the folder says of itself; empty before the arm is started."""
+        path = self.folder / RECORD
+        return rundir.read_json(path) if path.exists() else {}
+
+    def status(self) -> str:
+        """`finished`, `failed`, `interrupted` (has a checkpoint), `new`, or `other` (of another configuration)."""
+        record = self.record()
+        if record and record["settings"] != self.settings:
+            return "other"
+        if record and rundir.is_finished(self.folder):
+            return "finished"
+        if "failed" in record:
+            return "failed"
+        return "interrupted" if record and self.resumable() else "new"
+
+    def resumable(self) -> bool:
+        """Whether a checkpoint is there to go on from."""
+        return rundir.newest_checkpoint(self.folder) is not None
+
+    def reason(self) -> str:
+        """Why the arm failed, or what makes its folder one of another configuration."""
+        record = self.record()
+        if self.status() != "other":
+            return str(record.get("failed", ""))
+        changed = list(differences(record["settings"], self.settings))
+        shown = "; ".join(f"{key} was {was!r}, is {now!r}" for key, was, now in changed[:3])
+        return shown + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
+
+    def setting(self, key: str, default: Any = None) -> Any:
+        """A setting by its dotted key; `default` where the arm leaves it to the run's own default."""
+        found: Any = self.config
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        return default if found is None else found
+
+    @property
+    def can_be_forked(self) -> bool:
+        """Whether it is one process on CPUs.
+
+        Lightning's launcher of several repeats the command line, and CUDA does not survive a fork.
+        """
+        alone = self.setting("trainer.devices", 1) == 1 and self.setting("trainer.num_nodes", 1) == 1
+        return alone and self.setting("trainer.accelerator") == "cpu"
+
+
+def plan(study: StudyConfig) -> list[ArmRun]:
+    """Every arm under every seed, seeds outermost so that the first table is there early."""
+    read: dict[Path, dict[str, Any]] = {}
+    runs = []
+    for seed in study.seeds:
+        for arm, overlays in study.arms.items():
+            config: dict[str, Any] = {}
+            for overlay in (*study.base, *overlays):
+                if isinstance(overlay, Path) and overlay not in read:
+                    read[overlay] = read_overlay(overlay)
+                config = over(config, overlay if isinstance(overlay, dict) else read[overlay])
+            if not isinstance(config.get("data", {}), dict):
+                raise ValueError(f"arm {arm}: data: expected keys, found {config['data']!r}")
+            store = _store_hash((config.get("data") or {}).get("store"))
+            settings = json.loads(json.dumps({**config, "seed": seed, "sha256 of the token store": store}, default=str))
+            runs.append(
+                ArmRun(
+                    arm=arm,
+                    seed=seed,
+                    folder=study.out / "runs" / f"{arm}-seed{seed}",
+                    names=tuple(_named(study, overlay) for overlay in (*study.base, *overlays)),
+                    config=config,
+                    settings=settings,
+                )
+            )
+    return runs
+
+
+def _named(study: StudyConfig, overlay: Overlay) -> str:
+    return str(overlay) if isinstance(overlay, Path) else str(study.source)
+
+
+def over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """A config with an overlay on it."""
+    merged = dict(below)
+    for key, value in above.items():
+        known = merged.get(key)
+        merged[key] = over(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def read_overlay(path: Path) -> dict[str, Any]:
+    """A run config or overlay. Raises ValueError that names a file that is no mapping of keys."""
+    try:
+        found = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: expected YAML, found {error}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("data", {}), dict):
+        raise ValueError(f"{path}: expected keys such as model, data, trainer; found {str(found)[:60]!r}")
+    return found
+
+
+def _store_hash(store: str | None) -> str:
+    """sha256 of a token store's manifest; empty where there is none yet."""
+    manifest = Path(store or "") / rundir.MANIFEST
+    return hashlib.sha256(manifest.read_bytes()).hexdigest() if store and manifest.is_file() else ""
+
+
+def check_configs(runs: Sequence[ArmRun]) -> str:
+    """Have `sinkbed fit` read the config of every arm; what is wrong with the first wrong one, else nothing."""
+    import contextlib
+    import io
+    import tempfile
+
+    from train.fit import run as fit
+
+    with tempfile.TemporaryDirectory() as folder:
+        for run in {r.arm: r for r in runs}.values():
+            config = Path(folder) / SETTINGS
+            config.write_text(yaml.safe_dump(run.config))
+            complaint = io.StringIO()
+            try:
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(complaint):
+                    fit("fit", ["--config", str(config), "--run_dir", "unused", "--print_config"])
+            except SystemExit as stop:
+                if stop.code:
+                    why = re.sub(r"^sinkbed[ \w]*: ", "", complaint.getvalue().splitlines()[0])
+                    return f"arm {run.arm}: {why} (in {', '.join(dict.fromkeys(run.names))})"
+            except ValueError as error:
+                return f"arm {run.arm}: {error} (in {', '.join(dict.fromkeys(run.names))})"
+    return ""
+
+
+def begin(run: ArmRun, group: str) -> list[str]:
+    """Make the folder ready and give the arguments of `sinkbed fit` that start the arm, or resume it."""
+    resume = run.status() in ("interrupted", "failed") and run.resumable()
+    if not resume:
+        clear(run.folder)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    _write_record(run, {})
+    rundir.write_atomic(run.folder / SETTINGS, yaml.safe_dump(run.config, sort_keys=False))
+    if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ and not resume:
+        # An agent has made the W&B run; a run of another id would not be the sweep's.
+        rundir.write_json(run.folder / rundir.RUN, {"wandb_id": os.environ["WANDB_RUN_ID"]})
+    arguments = ["fit", "--config", str(run.folder / SETTINGS)]
+    arguments += ["--run_dir", str(run.folder), "--seed_everything", str(run.seed)]
+    arguments += ["--data.seed", str(run.seed), "--wandb.group", group]
+    arguments += ["--wandb.name", run.folder.name, "--wandb.tags", f"[{run.arm}]"]
+    arguments += ["--trainer.enable_progress_bar", "false"]
+    return arguments + (["--ckpt_path", "last"] if resume else [])
+
+
+def conclude(run: ArmRun, status: int) -> str:
+    """Record how the arm's process ended; why it failed, or nothing where it finished."""
+    if status == 0:
+        return ""
+    failed = _last_words(run.folder / LOG, status)
+    _write_record(run, {"failed": failed})
+    return failed
+
+
+def _write_record(run: ArmRun, more: dict[str, Any]) -> None:
+    rundir.write_json(run.folder / RECORD, {"arm": run.arm, "seed": run.seed, "settings": run.settings, **more})
+
+
+def clear(folder: Path) -> None:
+    """Remove a run directory."""
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _last_words(log: Path, status: int) -> str:
+    text = log.read_text(errors="replace") if log.exists() else ""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return f"exit status {status}: {lines[-1] if lines else 'no output'} (all of it in {log})"
+
+
+def environment() -> dict[str, str]:
+    """What an arm's process needs of its environment: this checkout importable, tokenizers without threads."""
+    root = str(Path(__file__).resolve().parent.parent)
+    path = [root, *(p for p in (os.environ.get("PYTHONPATH") or "").split(os.pathsep) if p and p != root)]
+    return {"PYTHONPATH": os.pathsep.join(path), "TOKENIZERS_PARALLELISM": "false"}

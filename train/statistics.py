@@ -1,0 +1,115 @@
+"""Statistics of a study: what several seeds say about a figure, and about the difference of two arms.
+
+Intervals are Student's t intervals at 95 %: for the mean of an arm over its seeds, and for the mean of the
+differences of two arms under the same seed, which share the document order. They hold for one comparison at a time;
+of twenty true nulls one exceeds its interval by chance.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+# Student's t at 97.5 %, for 1 to 30 degrees of freedom.
+_T = (
+    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
+    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
+    *(2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423),
+)
+_Z = 1.959964
+
+
+def t_quantile(freedom: int) -> float:
+    """Student's t at 97.5 % with so many degrees of freedom, to 4 decimals; raises ValueError below 1."""
+    if freedom < 1:
+        raise ValueError(f"t quantile: expected at least 1 degree of freedom, found {freedom}")
+    if freedom <= len(_T):
+        return _T[freedom - 1]
+    # Cornish and Fisher's expansion around the normal's.
+    z, n = _Z, freedom
+    return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over runs and the half-width of its 95 % interval; NaN where one run gives none."""
+
+    mean: float
+    half: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval:
+        """From the values of the runs. Raises ValueError where there is none."""
+        if not values:
+            raise ValueError("interval: expected at least one value, found none")
+        if len(values) == 1:
+            return cls(float(values[0]), math.nan, 1)
+        half = t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+        return cls(fmean(values), half, len(values))
+
+    @property
+    def low(self) -> float:
+        """Lower end; NaN for one run."""
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        """Upper end; NaN for one run."""
+        return self.mean + self.half
+
+    def exceeds_noise(self) -> bool:
+        """Whether the interval leaves 0 out; never for one run."""
+        return self.low > 0 or self.high < 0
+
+
+def paired(ours: dict[int, float], theirs: dict[int, float]) -> Interval | None:
+    """The difference of two arms over the seeds that both have, `ours` minus `theirs`; None without a common seed."""
+    both = sorted(set(ours) & set(theirs))
+    return Interval.of([ours[seed] - theirs[seed] for seed in both]) if both else None
+
+
+def verdict(difference: Interval | None, expected: str, tolerance: float = 0.0) -> str:
+    """How a difference stands to what was expected (`up`, `down`, `none` within `tolerance`).
+
+    `reproduced`, `not reproduced` (the interval lies on another side), `within noise` (it reaches both), `one run`
+    with the direction, or `not measured`.
+    """
+    if difference is None or math.isnan(difference.mean):
+        return "not measured"
+    if difference.count == 1:
+        size = abs(difference.mean)
+        as_expected = size <= tolerance if expected == "none" else (difference.mean > 0) == (expected == "up")
+        if expected != "none" and size == 0:
+            as_expected = False
+        return "one run: as expected" if as_expected else "one run: not as expected"
+    if expected == "none":
+        if -tolerance <= difference.low and difference.high <= tolerance:
+            return "reproduced"
+        return "not reproduced" if difference.low > tolerance or difference.high < -tolerance else "within noise"
+    low, high = (difference.low, difference.high) if expected == "up" else (-difference.high, -difference.low)
+    return "reproduced" if low > 0 else "not reproduced" if high < 0 else "within noise"
+
+
+def area(points: Sequence[tuple[float, float]]) -> float | None:
+    """Mean of a curve over the logarithm of its abscissa, by the trapezoidal rule.
+
+    Args:
+        points: (tokens, value) in order; those at 0 tokens, which have no logarithm, are left out.
+
+    Dense early, as sinks form: a rate that is reached a hundredfold sooner counts for longer. None below two points.
+    """
+    kept = [(math.log(x), y) for x, y in points if x > 0]
+    if len(kept) < 2 or kept[-1][0] <= kept[0][0]:
+        return None
+    total = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(kept))
+    return total / (kept[-1][0] - kept[0][0])
+
+
+def curve(points: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(tokens, value) of a metric in the points of a run, gaps left out."""
+    return [(p["train/tokens"], p[key]) for p in points if p.get(key) is not None]
