@@ -32,7 +32,9 @@ class Perturbation:
     relative: list[list[float]]
     """[L+1][n] the same over the layer's mean norm of hidden states."""
     spread: list[float]
-    """[L+1] mean of `relative` over the tokens after the replaced one."""
+    """[L+1] mean of `relative` over the tokens after the (last) replaced one."""
+    across: list[float]
+    """[L+1] standard error of `spread` over documents; 0 with one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,7 @@ def measure_perturbation(
         changed = text.clone()
         changed[:, position] = _other_tokens(excerpts, text[:, position])
     differing = (changed != text).any(0).nonzero().flatten()
-    position = int(differing[0]) if len(differing) else 0
+    position, end = (int(differing[0]), int(differing[-1]) + 1) if len(differing) else (0, 1)
     totals, device, done = Totals(), input_device(model), 0
     size = max(1, batch_tokens // (text.shape[1] + 1) // 2)
     with evaluating(model):
@@ -102,18 +104,24 @@ def measure_perturbation(
                 before, after = h[:, slots.to(h.device)].float().chunk(2)
                 change = (after - before).norm(dim=-1)
                 totals.add("change", layer, change)
-                totals.add("relative", layer, change / before.norm(dim=-1).mean(-1, keepdim=True))
+                relative = change / before.norm(dim=-1).mean(-1, keepdim=True)
+                totals.add("relative", layer, relative)
+                after = relative[:, end:]
+                spread = after.mean(-1) if after.shape[1] else torch.zeros(len(after), device=after.device)
+                totals.add("spread", layer, spread)
+                totals.add("spread²", layer, spread.double().square())
 
             with observing(model, hidden=hidden):
                 model(row.tokens, mask=row.mask)
             done += len(rows)
-    relative = totals.means("relative", done)
-    after = slice(position + 1, None)
+    spread, squares = totals.means("spread", done), totals.means("spread²", done)
+    variance = (max(0.0, s - m * m) / max(1, done - 1) for m, s in zip(spread, squares, strict=True))
     return Perturbation(
         position=position,
         change=totals.means("change", done),
-        relative=relative,
-        spread=[sum(layer[after]) / max(1, len(layer[after])) for layer in relative],
+        relative=totals.means("relative", done),
+        spread=spread,
+        across=[math.sqrt(v) for v in variance],
     )
 
 

@@ -6,7 +6,9 @@ What is measured is chosen by --measure; `sinks` alone is the default, as the ot
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -42,12 +44,12 @@ def run(command: str, argv: Sequence[str]) -> int:
     what.add_argument("--lengths", type=int, nargs="+", default=[], help="mixing at these numbers of tokens too")
     what.add_argument("--change", nargs=2, metavar=("OLD", "NEW"), help="perturbation: this word in the first prompt")
     what.add_argument("--directions", default="16", help="jacobian: random directions, or exact")
-    what.add_argument("--jacobian_documents", type=int, default=4, help="documents of the jacobian")
+    what.add_argument("--jacobian_documents", type=int, default=8, help="documents of the jacobian")
     what.add_argument("--cache", type=int, help="streaming: keys (default: a quarter of the longest document)")
     what.add_argument("--kept", type=int, nargs="+", default=[0, 1, 2, 4], help="streaming: first keys kept")
     what.add_argument("--checkpoints", action="store_true", help="also along all checkpoints of a run")
     hub = parser.add_argument_group("Hugging Face models")
-    hub.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ...")
+    hub.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     hub.add_argument("--device_map", help="such as auto: layers over several devices, or partly on disk")
     hub.add_argument("--revision", help="commit, tag or branch")
     hub.add_argument("--gguf", help="weights in this GGUF file of the folder or repository")
@@ -55,6 +57,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument("--batch_tokens", type=int, default=2_048, help="tokens of a forward pass, padding included")
     parser.add_argument("--json", type=Path, help="write every figure, per layer and head, to this file")
     parser.add_argument("--out", type=Path, help="write a report to this folder: HTML page, figures, CSV, JSON")
+    parser.add_argument("--force", action="store_true", help="replace the report of an earlier probe in --out")
     parser.add_argument("--wandb", action="store_true", help="log figures and numbers to the run's W&B page")
     arguments = parser.parse_args(list(argv))
 
@@ -64,6 +67,14 @@ def run(command: str, argv: Sequence[str]) -> int:
     from train.measure import MeasureConfig, check_modes
     from train.subject import load, probe_of, texts
 
+    if arguments.threads is not None and arguments.threads < 1:
+        raise ValueError(f"--threads: found {arguments.threads}, expected at least 1")
+    if arguments.out is not None:
+        probe_report.check_out(arguments.out, arguments.force)
+    if arguments.json is not None:
+        if arguments.json.is_dir():
+            raise ValueError(f"--json {arguments.json}: expected a file, found a folder")
+        probe_report.check_writable("--json", arguments.json)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     modes = check_modes(arguments.modes)
@@ -81,11 +92,16 @@ def run(command: str, argv: Sequence[str]) -> int:
     natural = probe_of(subject, texts(arguments, subject), limit, config)
     _check_bos(subject, modes)
     _check_lengths(natural, limit, measures, arguments)
-    print(f"{subject.name}: {len(natural.documents)} documents, T = {config.sink_tokens}, eps 0.3")
+    count = len(natural.documents)
+    print(f"{subject.name}: {count} document{'s' * (count != 1)}, T = {config.sink_tokens}, eps 0.3")
+    longest = max([limit, *(n + 1 for n in arguments.lengths)])
+    if subject.context_length is not None and longest > subject.context_length:
+        print(f"tokens past the context of {subject.context_length} that it was trained with are read, too")
     found: dict[str, Any] = {
         "model": subject.name,
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
         "documents": len(natural.documents),
+        "versions": {name: metadata.version(name) for name in ("sinkbed", "torch")},
     }
     if "sinks" in measures:
         found["sinks"] = _sinks(subject, natural, modes, arguments, config)
@@ -147,6 +163,7 @@ def _states_and_mixing(
                 ("jacobian", lambda e=few, d=directions: jacobian.measure_jacobian(model, e, size, directions=d)),
             ):
                 if name in measures:
+                    _say(f"{name}, mode {mode}, {tokens} tokens")
                     value: Any = call()
                     whole = isinstance(value, dict)
                     out.setdefault(name, {})[mode] = (
@@ -154,13 +171,17 @@ def _states_and_mixing(
                     )
         return out
 
+    head = None
     for mode in modes:
         excerpts = states.Excerpts.of(probe, mode, subject.strategy, arguments.sink_tokens, arguments.mixing_documents)
         if "states" in measures:
+            _say(f"states, mode {mode}")
             measured = dataclasses.asdict(states.measure_states(model, excerpts, size))
             found.setdefault("states", {})[mode] = measured
-            found.setdefault("map", {})[mode] = states.strongest_head(model, excerpts)
+            shown = found.setdefault("map", {})[mode] = states.strongest_head(model, excerpts, head=head)
+            head = (shown["layer"], shown["head"])  # of the first mode, in the others as well
         if "gradients" in measures:
+            _say(f"gradients, mode {mode}")
             gradients = states.measure_gradients(model, excerpts, size)
             found.setdefault("gradients", {})[mode] = dataclasses.asdict(gradients)
     found |= mixed(arguments.sink_tokens)
@@ -261,8 +282,21 @@ def _along(subject: Subject, probe: Probe, modes: Sequence[InferenceMode], confi
             point["modes"][mode] = values
         points.append(point)
         print(f"checkpoint of step {step}: {_rate(point, modes[0]):.2f} % in mode {modes[0]}", flush=True)
-    onset = next((p["tokens"] for p in points if p["step"] and _rate(p, modes[0]) >= config.onset_rate), None)
-    return {"points": points, "onset_tokens": onset, "onset_rate": config.onset_rate, "onset_mode": modes[0]}
+    reached = [i for i, p in enumerate(points) if p["step"] and _rate(p, modes[0]) >= config.onset_rate]
+    onset = points[reached[0]]["tokens"] if reached else None
+    before = points[reached[0] - 1]["tokens"] if reached and reached[0] else 0
+    return {
+        "points": points,
+        "onset_tokens": onset,
+        "onset_after": before,
+        "onset_rate": config.onset_rate,
+        "onset_mode": modes[0],
+    }
+
+
+def _say(what: str) -> None:
+    """What is being measured, to those who watch."""
+    print(f"measuring {what}", file=sys.stderr, flush=True)
 
 
 def _rate(point: dict[str, Any], mode: str) -> float:
@@ -304,6 +338,8 @@ def _check_arguments(arguments: Any, measures: set[str]) -> None:
     for length in arguments.lengths:
         if length < 8:
             raise ValueError(f"--lengths: found {length}, expected at least 8 tokens")
+    if arguments.cache is not None and arguments.cache < 1:
+        raise ValueError(f"--cache: found {arguments.cache}, expected at least 1 key")
     if arguments.lengths and not measures & {"perturbation", "rank", "paths", "jacobian"}:
         raise ValueError(
             "--lengths: expected a --measure that it applies to (perturbation, rank, paths, jacobian), found none"
@@ -333,7 +369,7 @@ def _check_subject(subject: Subject, arguments: Any) -> None:
 
 
 def _cache(arguments: Any, probe: Probe) -> int:
-    return arguments.cache or max(map(len, probe.documents)) // 4
+    return int(max(map(len, probe.documents)) // 4 if arguments.cache is None else arguments.cache)
 
 
 def _check_lengths(probe: Probe, limit: int, measures: set[str], arguments: Any) -> None:

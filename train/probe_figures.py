@@ -27,8 +27,8 @@ def figures(found: Found) -> Iterator[tuple[str, str, str, Figure]]:
         yield (
             "attention",
             "The strongest sink head",
-            "Attention of the head with most mass on the first key; first document, queries down, keys across. Colours "
-            "go by the square root.",
+            "Attention of the head with most mass on the first key in the first mode, and of the same head in the "
+            "others; first document, queries down, keys across. Colours go by the square root.",
             _map_figure(found["map"]),
         )
     if "states" in found:
@@ -192,8 +192,9 @@ def _panels(found: Found, columns: Sequence[Column]) -> Figure:
             values = [float(read(measured, x) or 0) for x in layers]
             at = [x - 1 for x in layers]
             axis.plot(at, values, _style(mode), markersize=3, color=_colour(mode), linewidth=1.2)
-            if name == "jacobian":
-                errors = [measured["across"][measured["layers"].index(x)] for x in layers]
+            if name == "jacobian" or (name == "perturbation" and "across" in measured):
+                where = measured["layers"].index if name == "jacobian" else int
+                errors = [measured["across"][where(x)] for x in layers]
                 axis.errorbar(at, values, yerr=errors, fmt="none", ecolor=_colour(mode), capsize=2, linewidth=0.8)
             highest, lowest = max(highest, *values), min(lowest, *values)
         axis.set_title(title)

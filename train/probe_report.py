@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import io
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,22 +17,26 @@ from train.page import document, table
 from train.probe_figures import figures
 from train.probe_tables import Found, scalars, tables
 
+RECORD = "probe.json"
+
 
 def write(found: Found, folder: Path) -> Path:
-    """Write probe.json, a CSV a table, the figures as PNG and SVG, and index.html; returns the page."""
+    """Write probe.json, a CSV a table, the figures as PNG and SVG, and index.html; returns the page.
+
+    What an earlier report there has and this one lacks is removed, so that no figure is of another measurement.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    folder.mkdir(parents=True, exist_ok=True)
-    rundir.write_json(folder / "probe.json", found)
+    files: dict[str, str | bytes] = {}
     for t in tables(found):
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(t.header)
+        writer.writerow(t.keys or t.header)
         writer.writerows(["" if value is None else value for value in row] for row in t.rows)
-        rundir.write_atomic(folder / f"{t.name}.csv", buffer.getvalue())
+        files[f"{t.name}.csv"] = buffer.getvalue()
     parts = []
     with plt.rc_context({**STYLE, "svg.fonttype": "path", "svg.hashsalt": "sinkbed"}):
         for name, title, words, figure in figures(found):
@@ -40,11 +45,45 @@ def write(found: Found, folder: Path) -> Path:
             raster = io.BytesIO()
             figure.savefig(raster, format="png", dpi=140)
             plt.close(figure)
-            rundir.write_atomic(folder / f"{name}.svg", vector.getvalue())
-            rundir.write_atomic(folder / f"{name}.png", raster.getvalue())
+            files |= {f"{name}.svg": vector.getvalue(), f"{name}.png": raster.getvalue()}
             parts.append(_section(title, words, vector.getvalue().decode()))
-    rundir.write_atomic(folder / "index.html", _page(found, parts))
+    files["index.html"] = _page(found, parts)
+    for name in _earlier_files(folder) - files.keys():
+        (folder / name).unlink(missing_ok=True)
+    for name, content in files.items():
+        rundir.write_atomic(folder / name, content)
+    rundir.write_json(folder / RECORD, {**found, "files": sorted(files)})
     return folder / "index.html"
+
+
+def _earlier_files(folder: Path) -> set[str]:
+    """Names of the files of a report that is there."""
+    known = rundir.read_json(folder / RECORD).get("files", []) if (folder / RECORD).is_file() else []
+    return {name for name in known if Path(name).name == name}
+
+
+def check_out(folder: Path, force: bool) -> None:
+    """Raise FileExistsError or ValueError, before anything is measured, for a folder that no report can go to."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"--out {folder}: expected a folder, found a file")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / RECORD).is_file():
+            raise FileExistsError(
+                f"--out {folder}: expected a new folder, or the report of an earlier probe, found other files; choose "
+                "another folder"
+            )
+        if not force:
+            raise FileExistsError(
+                f"--out {folder}: found the report of an earlier probe; choose another folder, or --force to replace it"
+            )
+    check_writable("--out", folder)
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Raise ValueError where `path` cannot be written."""
+    above = next(folder for folder in (path if path.is_dir() else path.parent, *path.parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{option} {path}: expected a place to write to, found {above}, which cannot be written to")
 
 
 def _section(title: str, words: str, svg: str) -> str:
@@ -59,16 +98,23 @@ def _section(title: str, words: str, svg: str) -> str:
 
 def _page(found: Found, figures: Sequence[str]) -> str:
     settings = found["settings"]
+    origin = f"prompts of {settings['prompts']}" if settings["prompts"] else "held-out documents"
+    T, few = settings["sink_tokens"], min(found["documents"], settings["mixing_documents"])
     intro = (
-        f"{found['documents']} held-out documents; T = {settings['sink_tokens']}; states and mixing on the first "
-        f"{settings['mixing_documents']} documents. One measurement of one model: no interval over seeds."
+        f"{found['documents']} {origin}. Sink rates: T = {T}. States and mixing: the first {T} tokens of "
+        f"the first {few} of them (Jacobian: {min(few, settings['jacobian_documents'])}, directions: {settings['directions']}). One "
+        "measurement of one model: no interval over seeds."
     )
     body = [f'<p class="note">{html.escape(intro)}</p>', *figures]
+    notes = set()
     for t in tables(found):
         body.append(f"<h2>{html.escape(t.title)}</h2>")
         body.append(table(t.header, t.cells()))
-        if t.note:
+        if t.note and t.note not in notes:
             body.append(f'<p class="note">{html.escape(t.note)}</p>')
+            notes.add(t.note)
+    given = [(name, str(value)) for name, value in settings.items() if value not in (None, [], False)]
+    body += ["<h2>Settings</h2>", table(("option", "value"), [*given, *found["versions"].items()])]
     return document(f"Probe of {found['model']}", body)
 
 

@@ -22,6 +22,8 @@ class Table:
     header: tuple[str, ...]
     rows: list[Row]
     note: str = ""
+    keys: tuple[str, ...] = ()
+    """Names of the columns in the CSV file, where the titles are formulas."""
 
     def cells(self) -> list[tuple[str, ...]]:
         """Rows as text: four significant digits."""
@@ -86,6 +88,7 @@ STATES: tuple[Column, ...] = (
 )
 MIXING: tuple[Column, ...] = (
     _hidden("perturbation", "spread", "perturbation spread"),
+    _hidden("perturbation", "across", "± documents"),
     _hidden("rank", "relative_distance", "rank distance", "rest"),
     _hidden("rank", "effective_rank", "effective rank", "rest"),
     _hidden("rank", "matrix_entropy", "matrix entropy", "rest"),
@@ -97,15 +100,20 @@ MIXING: tuple[Column, ...] = (
     _jacobian("across", "± documents"),
 )
 STATES_NOTE = (
-    "A layer's line has the hidden states that it writes and the attention inside it; input: what the first layer "
-    "reads. Layers and heads count from 0. Subscript 0: the first token of the row; t: mean over the others. Entropy "
-    "in nats. ∂: gradient of the loss."
+    "A layer's line has the hidden states h that it writes and the attention inside it; input: what the first layer "
+    "reads. Layers and heads count from 0. Subscript 0: the first token of the row; t: mean over the others; s: mean "
+    "over the tokens 1 to t. max, median: of |h| over all tokens, the first included, and channels. |cos(hₜ, h₀)| > "
+    "0.9: share of secondary sinks. Kurtosis: of a token's channels, 3 for a normal distribution. Entropy: of a "
+    "query's attention, nats. ‖∂h₀‖/‖∂hₜ‖: gradient of the loss; 0 where no counted target depends on the first "
+    "token's state, as after the last attention."
 )
 MIXING_NOTE = (
-    "Perturbation spread: one token replaced, mean change of the hidden states after it over their norm. Rank distance "
-    "‖V − mean‖/‖V‖, last distance: ‖vₙ − vₙ₋₁‖ over their norm, both without the first token; 0 is collapse. Paths: "
-    "share of Theorem 3.2's bound (arXiv 2504.02732) into the last token that starts at key 0, and effective number "
-    "of sources. ‖∂v_last/∂vᵢ‖: Frobenius norm, mean over the text tokens i before the last; ± standard errors."
+    "Perturbation spread: one token of the text (position n/4) replaced, mean change of the hidden states after it "
+    "over their norm. Rank distance: ‖V − mean‖/‖V‖; effective rank: exp of the entropy of the singular values; matrix "
+    "entropy: of their squares, nats; last distance: ‖vₙ − vₙ₋₁‖ over their norm; all without the first token, 0 is "
+    "collapse. Paths: share of Theorem 3.2's bound (arXiv 2504.02732) into the last token that starts at key 0, and "
+    "effective number of sources. ‖∂v_last/∂vᵢ‖: Frobenius norm, mean over the text tokens i before the last. ±: "
+    "standard errors, over documents and of the directions drawn."
 )
 
 
@@ -118,10 +126,11 @@ def tables(found: Found) -> list[Table]:
         for name, columns, note in (("states", STATES, STATES_NOTE), ("mixing", MIXING, MIXING_NOTE)):
             layers = _layer_table(found, mode, columns)
             if layers is not None:
-                header, rows = layers
+                header, keys, rows = layers
                 title = f"{name.capitalize()} by layer: {MODE_LABELS[mode]}"
-                out.append(Table(f"{name}-{mode}", title, header, rows, note))
+                out.append(Table(f"{name}-{mode}", title, header, rows, note, keys))
     for mode, measured in found.get("states", {}).items():
+        out.append(_massive_table(mode, measured))
         out.append(_received_table(mode, measured))
     if "by_length" in found:
         out.append(_length_table(found))
@@ -155,7 +164,9 @@ def mean_of(rows: Sequence[Sequence[float]]) -> float:
     return fmean(x for row in rows for x in row)
 
 
-def _layer_table(found: Found, mode: str, columns: Sequence[Column]) -> tuple[tuple[str, ...], list[Row]] | None:
+def _layer_table(
+    found: Found, mode: str, columns: Sequence[Column]
+) -> tuple[tuple[str, ...], tuple[str, ...], list[Row]] | None:
     present = [c for c in columns if mode in found.get(c.measure, {})]
     if not present:
         return None
@@ -164,7 +175,8 @@ def _layer_table(found: Found, mode: str, columns: Sequence[Column]) -> tuple[tu
         (layer - 1 if layer else "input", *(c.read(found[c.measure][mode], layer) for c in present))
         for layer in range(depth + 1)
     ]
-    return ("layer", *(c.title for c in present)), rows
+    keys = (f"{c.measure}/{c.key}" for c in present)
+    return ("layer", *(c.title for c in present)), ("layer", *keys), rows
 
 
 def depth_of(found: Found, mode: str) -> int:
@@ -177,6 +189,17 @@ def depth_of(found: Found, mode: str) -> int:
     if mode in found.get("paths", {}):
         return len(found["paths"][mode]["first"])
     return int(found["jacobian"][mode]["layers"][-1])
+
+
+def _massive_table(mode: str, measured: Found) -> Table:
+    rows: list[Row] = [
+        (layer - 1 if layer else "input", at["value"], at["channel"], at["position"], repr(at.get("text", at["token"])),
+         at["document"])
+        for layer, at in enumerate(measured["massive"])
+    ]  # fmt: skip
+    header = ("layer", "largest |h|", "channel", "position", "token", "document")
+    note = "Where the largest activation of all documents is (arXiv 2402.17762), BOS included."
+    return Table(f"massive-{mode}", f"Massive activations: {MODE_LABELS[mode]}", header, rows, note)
 
 
 def _received_table(mode: str, measured: Found) -> Table:
@@ -192,9 +215,9 @@ def _received_table(mode: str, measured: Found) -> Table:
     return Table(
         f"received-{mode}",
         f"Where most attention goes: {MODE_LABELS[mode]}",
-        ("position", "% of heads", "token", "% of heads"),
+        ("position", "% of cases", "token", "% of cases"),
         rows,
-        "The key that receives most in a (document, layer, head), by its position and by its token.",
+        "A case is a (document, layer, head): by position and by token, the key that receives most in it.",
     )
 
 
@@ -213,10 +236,14 @@ def _length_table(found: Found) -> Table:
     return Table("by_length", "Mixing in the last layer by context length", tuple(header[i] for i in keep), rows)
 
 
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first} to {last}"
+
+
 def _position_table(positions: Found) -> Table:
     modes = list(positions)
     rows: list[Row] = [
-        (f"{span['start']} to {span['end'] - 1}", span["tokens"], *(positions[m][i]["perplexity"] for m in modes))
+        (_span(span["start"], span["end"] - 1), span["tokens"], *(positions[m][i]["perplexity"] for m in modes))
         for i, span in enumerate(positions[modes[0]])
     ]
     header = ("position in the document", "targets", *(MODE_LABELS[mode] for mode in modes))
@@ -250,8 +277,10 @@ def _checkpoint_table(checkpoints: Found) -> Table:
             ))  # fmt: skip
     header = ("step", "tokens", "mode", "sink rate %", "sink mass", "loss", "largest ‖h₀‖/‖hₜ‖", "smallest ‖v₀‖/‖vₜ‖")
     rate, mode = checkpoints["onset_rate"], MODE_LABELS[checkpoints["onset_mode"]]
-    onset = checkpoints["onset_tokens"]
-    reached = f"first reached at {onset:,} tokens" if onset is not None else "not reached"
+    onset, before = checkpoints["onset_tokens"], checkpoints["onset_after"]
+    reached = "not reached at any checkpoint"
+    if onset is not None:
+        reached = f"first seen at the checkpoint of {onset:,} tokens, not at the one before, of {before:,}"
     return Table(
         "checkpoints",
         "Along the run's checkpoints",

@@ -226,16 +226,24 @@ def measure_states(model: Any, excerpts: Excerpts, batch_tokens: int) -> States:
 
 
 @torch.no_grad()
-def strongest_head(model: Any, excerpts: Excerpts, tokens: int = 32) -> dict[str, Any]:
-    """The attention [T][T] of the head that attends most to the first key, in the first document's first tokens."""
+def strongest_head(
+    model: Any, excerpts: Excerpts, tokens: int = 32, head: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """The attention [T][T] of one head in the first document's first tokens.
+
+    Args:
+        head: its layer and number; None: the one that attends most to the first key.
+    """
     best: dict[str, Any] = {"mass": -1.0}
 
     def attention(seen: LayerAttention) -> None:
         p = torch.cat([block[:1, :, :, :tokens] for _, block in seen.blocks()], 2)[0, :, :tokens]  # [H, T, T]
         mass = p[:, 1:, 0].mean(-1)
-        head = int(mass.argmax())
-        if float(mass[head]) > best["mass"]:
-            best.update(layer=seen.layer, head=head, mass=float(mass[head]), attention=p[head].tolist())
+        if head is not None and seen.layer != head[0]:
+            return
+        at = int(mass.argmax()) if head is None else head[1]
+        if float(mass[at]) > best["mass"]:
+            best.update(layer=seen.layer, head=at, mass=float(mass[at]), attention=p[at].tolist())
 
     with evaluating(model):
         _, row = excerpts.batch(slice(0, 1), input_device(model))

@@ -7,6 +7,7 @@ through our operator (`model.hf`). The text is a token store's validation split 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -55,9 +56,10 @@ def load(arguments: Any) -> Subject:
             "folder (with config.json), found none of these"
         )
     if not path.exists() and path.parent != Path() and path.parent.is_dir():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
+        meant = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise FileNotFoundError(
-            f"{path}: expected a run directory, a checkpoint or a Hugging Face folder, found nothing there, but "
-            f"a folder {path.parent}; a model of the hub has to be asked for where no folder of its first name is"
+            f"{path}: expected a run directory, a checkpoint or a Hugging Face folder, found nothing there{meant}"
         )
     return _hugging_face(arguments)
 
@@ -157,6 +159,8 @@ def _prompts(path: Path) -> Iterator[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompts {path}: expected UTF-8, found {error}") from None
+    if not any(line.strip() for line in lines):
+        raise ValueError(f"--prompts {path}: expected a document a line, found an empty file")
     yield from (line for line in lines if line.strip())
 
 
@@ -180,6 +184,8 @@ def probe_of(subject: Subject, documents: Iterator[str], limit: int, config: Mea
             chosen.append(torch.tensor(ids))
         if len(chosen) == config.documents:
             break
+    if not longest:
+        raise ValueError("the text: expected documents, found none that holds a token; give others with --prompts")
     if not chosen:
         raise ValueError(
             f"--sink_tokens {config.sink_tokens}: expected documents of at least as many tokens, found {longest} in "

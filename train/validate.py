@@ -47,11 +47,10 @@ def open_run(path: Path) -> tuple[dict[str, Any], Path]:
         raise FileNotFoundError(
             f"{path}: expected a run directory or a checkpoint inside one, found no {folder / rundir.CONFIG}"
         )
-    checkpoint = load_checkpoint(
-        path if chosen else rundir.newest_checkpoint(folder) or folder / rundir.CHECKPOINTS / rundir.LAST,
-        option="the path",
-    )
-    return checkpoint, folder
+    newest = path if chosen else rundir.newest_checkpoint(folder)
+    if newest is None:
+        raise FileNotFoundError(f"{path}: expected a run with a checkpoint, found one that has none yet")
+    return load_checkpoint(newest, option="the path"), folder
 
 
 def run_tokenizer(identity: dict[str, Any], store: Path | None) -> Tokenizer:

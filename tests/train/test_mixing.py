@@ -78,6 +78,8 @@ def test_a_perturbation_is_the_difference_of_two_passes(decoder, probe, position
     assert found.position == at
     close(found.change, change.mean(1), atol=1e-5)
     close(found.relative, relative.mean(1), atol=1e-5)
+    each = relative[:, :, at + 1 :].mean(2) if at + 1 < N else torch.zeros(L + 1, 4)
+    close(found.across, each.std(1) / 2, atol=1e-5)
     close(found.spread, relative[:, :, at + 1 :].mean((1, 2)) if at + 1 < N else torch.zeros(L + 1), atol=1e-5)
     if at:
         assert max(map(max, (layer[:at] for layer in found.change))) < 1e-4, "what comes before does not change"

@@ -156,9 +156,51 @@ def test_every_measure_of_a_run_is_that_of_its_hugging_face_folder(run_dir, expo
         assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG" and (out / f"{name}.svg").is_file()
     assert page.count("<svg") >= 9 and "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
     header, *rows = (out / "mixing-bos.csv").read_text().splitlines()
-    assert header.startswith("layer,perturbation spread") and [r.split(",")[0] for r in rows] == ["input", "0", "1"]
+    assert header.startswith("layer,perturbation/spread") and [r.split(",")[0] for r in rows] == ["input", "0", "1"]
+    assert set(ours["files"]) | {"probe.json"} == {path.name for path in out.iterdir()}
     printed = capsys.readouterr().out
     assert "States by layer: BOS + text" in printed and "With a cache of keys" in printed
+
+
+def test_an_earlier_report_is_replaced_whole_or_not_at_all(run_dir, tmp_path, capsys):
+    out = tmp_path / "report"
+    probing = ["probe", str(run_dir), "--sink_tokens", "16", "--documents", "3", "--modes", "bos", "--out", str(out)]
+    assert main([*probing, "--measure", "sinks", "positions"]) == 0
+    (out / "mine.txt").write_text("kept")
+    assert (out / "positions.csv").is_file()
+    before = (out / "probe.json").read_bytes()
+    capsys.readouterr()
+    assert main(probing) == 1
+    captured = capsys.readouterr()
+    assert "found the report of an earlier probe; choose another folder, or --force" in captured.err
+    assert not captured.out and (out / "probe.json").read_bytes() == before
+    assert main([*probing, "--force"]) == 0
+    left = {path.name for path in out.iterdir()}
+    assert left == {"probe.json", "index.html", "sinks.csv", "sink_heads.png", "sink_heads.svg", "mine.txt"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "FILE"], "expected a folder, found a file"),
+        (["--out", "OTHER"], "found other files; choose another folder"),
+        (["--json", "OTHER"], "expected a file, found a folder"),
+        (["--out", "FILE/x"], "which cannot be written to"),
+        (["--threads", "0"], "--threads: found 0, expected at least 1"),
+        (["--cache", "0"], "--cache: found 0, expected at least 1"),
+        (["--prompts", "EMPTY"], "expected a document a line, found an empty file"),
+    ],
+)
+def test_what_cannot_be_written_or_read_is_refused_before_measuring(options, message, run_dir, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine").write_text("x")
+    paths = {"FILE": tmp_path / "file", "OTHER": tmp_path / "other", "EMPTY": tmp_path / "empty"}
+    given = [str(paths.get(o, o)) if o != "FILE/x" else str(tmp_path / "file" / "x") for o in options]
+    assert main(["probe", str(run_dir), "--sink_tokens", "16", *given]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err and "sink rate" not in captured.out
 
 
 def test_a_word_is_changed_in_a_prompt(exported, tmp_path, capsys):
@@ -263,8 +305,11 @@ def test_a_folder_that_is_no_model_is_named(tmp_path, capsys):
 
 
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, capsys):
+    (tmp_path / "nine").mkdir()
     assert main(["probe", str(tmp_path / "none")]) == 1
-    assert f"{tmp_path / 'none'}: expected a run directory, a checkpoint or a" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'none'}: expected a run directory, a checkpoint or a" in said
+    assert f"did you mean {tmp_path / 'nine'}?" in said
 
 
 def test_the_run_under_test_is_loaded_from_its_newest_checkpoint(run_dir):
