@@ -102,8 +102,8 @@ def _page(found: Found, figures: Sequence[str]) -> str:
     T, few = settings["sink_tokens"], min(found["documents"], settings["mixing_documents"])
     intro = (
         f"{found['documents']} {origin}. Sink rates: T = {T}. States and mixing: the first {T} tokens of "
-        f"the first {few} of them (Jacobian: {min(few, settings['jacobian_documents'])}, directions: {settings['directions']}). One "
-        "measurement of one model: no interval over seeds."
+        f"the first {few} of them (Jacobian: of {min(few, settings['jacobian_documents'])}, directions: "
+        f"{settings['directions']}). One measurement of one model: no interval over seeds."
     )
     body = [f'<p class="note">{html.escape(intro)}</p>', *figures]
     notes = set()
