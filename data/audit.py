@@ -35,6 +35,8 @@ class _Counts:
     """Documents in the row that holds most."""
     opened: int = 0
     """Rows that begin with the first token of a document, but for their own first token."""
+    begun: int = 0
+    """Documents whose beginning a row holds."""
     not_whole: int = 0
     """Documents of which a row holds the beginning and not the end."""
     inputs: int = 0
@@ -63,25 +65,29 @@ def audit(rows: Rows) -> dict[str, Any]:
             if (some := index[led == kind]).size:
                 _count_contents(c, rows, some, kind)
     read = c.inputs - c.repeated
+    # Of a part of the rows, what the others hold is not cropped but left for another run.
+    whole = rows.unique_rows is None
+    documents = store.documents if whole else c.begun
     return {
         "strategy": dataclasses.asdict(rows.strategy),
         "context_length": length,
         "split": store.split,
         "seed": rows.seed,
         "rows_per_epoch": count,
+        "unique_rows": rows.unique_rows,
         "tokens_per_epoch": count * length,
         "stream_tokens_per_epoch": read,
         "targets_per_epoch": c.targets,
-        "documents": store.documents,
+        "documents": documents,
         "documents_per_row_mean": c.documents / count,
         "documents_per_row_max": c.most,
         "share_of_rows_that_begin_with_bos": c.bos / count,
         "share_of_rows_that_begin_a_document": c.opened / count,
         "share_of_tokens_padding": 1 - (c.inputs + placed) / (count * length),
         "documents_cut": c.not_whole,
-        "share_of_documents_cut": c.not_whole / store.documents,
-        "tokens_cropped": layout.stream_length - read,
-        "share_of_tokens_cropped": 1 - read / layout.stream_length,
+        "share_of_documents_cut": c.not_whole / max(1, documents),
+        "tokens_cropped": layout.stream_length - read if whole else None,
+        "share_of_tokens_cropped": 1 - read / layout.stream_length if whole else None,
         "share_of_tokens_repeated": c.repeated / c.inputs,
         "share_of_targets_not_counted": 1 - c.targets / (count * length),
         "document_order": _digest(store.offsets),
@@ -105,6 +111,7 @@ def _count_structure(c: _Counts, layout: Layout, index: NDArray[np.int64]) -> No
     c.most = max(c.most, int(held.max()))
     begins = pieces.begin == 0
     c.opened += int((begins & (at == 0)).sum())
+    c.begun += int((seen & begins & ~pieces.repeated).sum())
     end = np.minimum(pieces.end, pieces.begin + pieces.inputs[pieces.row] - at)
     c.not_whole += int((seen & begins & ~pieces.repeated & (end < pieces.length)).sum())
 

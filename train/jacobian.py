@@ -23,8 +23,12 @@ from train.states import Excerpts, hidden_states
 
 _LAYERS = 8
 """Layers at most whose Jacobian is taken."""
-_STEP = 1e-3
-"""Size of the noise of the Jacobian-vector products, relative to the sources: they only have to find a subspace."""
+
+
+def _step(dtype: torch.dtype) -> float:
+    """Size of the noise of the Jacobian-vector products, relative to the sources: above what the dtype rounds away, and
+    small enough to find a subspace."""
+    return max(1e-3, 8 * torch.finfo(dtype).eps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +149,7 @@ def _document(
 ) -> _Document:
     size = max(1, batch_tokens // row.tokens.shape[1])
     with torch.no_grad():
-        source = hidden_states(model, row)[0][0]
+        source = hidden_states(model, row)[0][0].detach()
     width = source.shape[-1]
     if directions is None or directions >= width:
         every = torch.eye(width).expand(len(layers), -1, -1)
@@ -177,7 +181,7 @@ def _span(
     moves: list[list[Tensor]] = [[] for _ in layers]
     noise = torch.randn(count, *source.shape[1:], generator=generator).to(source)
     noise[:, -1] = 0  # its own way through the residual stream would hide the others'
-    noise *= _STEP * source.norm(dim=-1, keepdim=True) / math.sqrt(source.shape[-1])
+    noise *= _step(source.dtype) * source.norm(dim=-1, keepdim=True) / math.sqrt(source.shape[-1])
     for part in noise.split(size):
         ends = []
         for sign in (1, -1):

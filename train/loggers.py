@@ -54,16 +54,18 @@ class Tracker(WandbLogger):
     written offline continue one count.
     """
 
-    def __init__(self, run: Any, run_dir: Path, *, sent: int, steps: Sequence[int]) -> None:
+    def __init__(self, run: Any, run_dir: Path, *, sent: int, steps: Sequence[int], number: int) -> None:
         """Configure what is left out.
 
         Args:
-            sent: points that W&B had when this process began.
+            sent: points of metrics.jsonl that W&B had when this process began.
             steps: the training step of each; fewer than `sent` where they are not known.
+            number: W&B's step of the next point: `sent`, and what was logged beside the points.
         """
         super().__init__(experiment=run, save_dir=str(run_dir))
+        self.run_dir = run_dir
         self.sent = sent
-        self.number = sent
+        self.number = number
         """W&B's step of the next point."""
         self.reached = (steps[-1], steps.count(steps[-1])) if steps and len(steps) == sent else None
         """Training step of W&B's last point, and how many of its points are of that step."""
@@ -76,6 +78,14 @@ class Tracker(WandbLogger):
         self.at = (step, self.at[1] + 1 if step == self.at[0] else 1)
         self.seen += 1
         return self.seen <= self.sent if self.reached is None else self.at <= self.reached
+
+    def log_beside(self, row: dict[str, Any]) -> None:
+        """Send what is no point of metrics.jsonl, and remember its number: a resumed run counts the points alone."""
+        self.experiment.log(row, step=self.number, commit=True)
+        path = self.run_dir / rundir.RUN
+        known = rundir.read_json(path)
+        rundir.write_json(path, {**known, "beside": [*known.get("beside", ()), self.number]})
+        self.number += 1
 
     def log_point(self, point: dict[str, Any]) -> None:
         """Send one line of metrics.jsonl; a map becomes an image, a gap is left out."""
@@ -284,9 +294,11 @@ def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) ->
     earlier = [f for f in run_dir.glob(f"wandb/*run-*/run-{arguments['id']}.wandb") if f.parent != own]
     for file in earlier:
         mend_wandb_file(file)
-    steps = _earlier_steps(f for f in earlier if f.exists())
-    sent = run.starting_step if mode == "online" else len(steps)
-    tracker = Tracker(run, run_dir, sent=sent, steps=steps[:sent])
+    rows = _earlier_steps(f for f in earlier if f.exists())
+    number = run.starting_step if mode == "online" else len(rows)
+    sent = number - sum(beside < number for beside in known.get("beside", ()))
+    steps = [step for step in rows if step is not None]
+    tracker = Tracker(run, run_dir, sent=sent, steps=steps[:sent], number=number)
     for point in rundir.read_metrics(run_dir / rundir.METRICS):
         tracker.log_point(point)
     return tracker
@@ -296,10 +308,11 @@ def _sync(run_dir: Path) -> str:
     return f"wandb sync --no-skip-online {run_dir}/wandb/*run-*"
 
 
-def _earlier_steps(files: Iterable[Path]) -> list[int]:
-    """Training step of each point in the W&B files that earlier processes wrote for a run, by W&B's count."""
+def _earlier_steps(files: Iterable[Path]) -> list[int | None]:
+    """Training step of each row in the W&B files that earlier processes wrote for a run, by W&B's count; None for one
+    that is no point of metrics.jsonl."""
     in_time = sorted(files, key=lambda file: file.parent.name.partition("run-")[2])
-    steps = {row["_step"]: row["trainer/global_step"] for file in in_time for row in read_wandb_file(file)}
+    steps = {row["_step"]: row.get("trainer/global_step") for file in in_time for row in read_wandb_file(file)}
     return [steps[number] for number in sorted(steps)]
 
 

@@ -293,8 +293,7 @@ def measure(
                     above_placed[e] += (placed.mean(-1) > eps).sum(0)
                 after = placed[..., 1:].mean(-1)
                 totals += torch.stack([alpha.sum(0), mass.sum(0), mass_row.sum(0), after.sum(0)])
-                index = torch.arange(1, text.shape[1])[None, :]
-                counted = (index < lengths[:, None]) & (index >= strategy.prefix_lm)
+                counted = counted_targets(text, lengths, strategy)
                 loss_sum += float(nll[counted].sum(dtype=torch.float64))
                 byte_sum += int(probe.token_bytes[text[:, 1:][counted]].sum())
                 token_sum += int(counted.sum())
@@ -385,6 +384,15 @@ def arrange(
             hide_first_key=hide,
         )
     return Arranged(tokens.to(device), mask, slots.to(device))
+
+
+def counted_targets(text: torch.Tensor, lengths: torch.Tensor, strategy: Strategy) -> torch.Tensor:
+    """[B, n−1] bool: which of the text's second and later tokens are targets: no padding, and none that a prefix LM
+    shows to its own query."""
+    import torch
+
+    index = torch.arange(1, text.shape[1])[None, :]
+    return (index < lengths[:, None]) & (index >= strategy.prefix_lm)
 
 
 def target_nll(logits: torch.Tensor, slots: torch.Tensor, text: torch.Tensor) -> torch.Tensor:

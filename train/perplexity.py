@@ -14,7 +14,7 @@ import torch
 
 from data.strategy import Strategy
 from model.observe import evaluating, input_device
-from train.measure import InferenceMode, Probe, arrange, target_nll
+from train.measure import InferenceMode, Probe, arrange, counted_targets, target_nll
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,12 @@ class Span:
 class Streaming:
     """Loss with the keys that a cache of constant size would hold (arXiv 2309.17453)."""
 
+    cached: bool
+    """Whether the keys are those of a cache; else those that the strategy shows."""
     kept: int
     """First keys of the row that every query sees."""
-    window: int
-    """Last keys that a query sees besides, itself included."""
+    window: int | None
+    """Last keys that a query sees besides, itself included; None: all."""
     tokens: int
     """Targets: those whose query has more keys before it than the cache holds."""
     loss: float
@@ -43,16 +45,22 @@ class Streaming:
 
 
 def _losses(
-    model: Any, probe: Probe, mode: InferenceMode, strategy: Strategy, batch_tokens: int
+    model: Any,
+    probe: Probe,
+    mode: InferenceMode,
+    strategy: Strategy,
+    batch_tokens: int,
+    targets: Strategy | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums [P] and counts [P] of the losses of the targets at text positions 1 to P, over documents."""
+    """Sums [P] and counts [P] of the losses of the targets at text positions 1 to P, over documents; the targets are
+    those that count under another strategy, where one is given."""
     longest = max(map(len, probe.documents)) - 1
     sums, counts = torch.zeros(longest, dtype=torch.float64), torch.zeros(longest, dtype=torch.int64)
     with evaluating(model), torch.no_grad():
         for rows, text, lengths in probe.batches(batch_tokens):
             row = arrange(probe, mode, strategy, rows, text, lengths, device=input_device(model))
             nll = target_nll(model(row.tokens, mask=row.mask).logits, row.slots, text).cpu().double()
-            counted = torch.arange(1, text.shape[1])[None, :] < lengths[:, None]
+            counted = counted_targets(text, lengths, strategy if targets is None else targets)
             sums[: nll.shape[1]] += (nll * counted).sum(0)
             counts[: nll.shape[1]] += counted.sum(0)
     return sums, counts
@@ -65,15 +73,21 @@ def by_position(model: Any, probe: Probe, mode: InferenceMode, strategy: Strateg
     while start <= len(sums):
         part = slice(start - 1, 2 * start - 1)
         tokens = int(counts[part].sum())
-        loss = float(sums[part].sum()) / tokens
+        loss = float(sums[part].sum()) / tokens if tokens else math.nan
         end = min(2 * start, len(sums) + 1)
         spans.append(Span(start=start, end=end, tokens=tokens, loss=loss, perplexity=math.exp(loss)))
         start *= 2
     return spans
 
 
-def check_cache(longest: int, cache: int, kept: Sequence[int]) -> None:
-    """Raise ValueError for a cache that a document of `longest` tokens does not overflow, or that k first keys fill."""
+def check_cache(longest: int, cache: int, kept: Sequence[int], strategy: Strategy) -> None:
+    """Raise ValueError for a cache that a document of `longest` tokens does not overflow, that k first keys fill, or
+    that holds more than the strategy's own window."""
+    if strategy.window is not None and cache > strategy.window:
+        raise ValueError(
+            f"cache: found {cache} keys for a model trained with a window of {strategy.window}, expected at most as "
+            "many: a larger one would show it keys that it never saw"
+        )
     if longest <= cache + 1:
         raise ValueError(
             f"cache: found {cache} keys, expected fewer than the longest document has tokens ({longest}), less one; "
@@ -94,26 +108,31 @@ def streaming(
     cache: int,
     kept: Sequence[int],
 ) -> list[Streaming]:
-    """Loss with a cache of `cache` keys: the first k kept, and the last cache − k; first of all with all keys.
+    """Loss with a cache of `cache` keys: the first k kept, and the last cache − k; first of all with the keys that the
+    strategy shows.
 
     Positions are those of the text, where StreamingLLM counts them within its cache.
 
     Raises ValueError: see `check_cache`.
     """
     longest = max(map(len, probe.documents))
-    check_cache(longest, cache, kept)
+    check_cache(longest, cache, kept, strategy)
+    # A prefix LM's prefix would show keys that a cache has lost.
+    caches = [replace(strategy, window=cache - k, shared_prefix=k, prefix_lm=0) for k in kept]
     lines = []
-    for k, window in ((longest + 1, 0), *((k, cache - k) for k in kept)):
-        # A prefix LM's prefix would show keys that a cache has lost.
-        cached = replace(strategy, window=window, shared_prefix=k, prefix_lm=0) if window else strategy
-        sums, counts = _losses(model, probe, mode, cached, batch_tokens)
+    for shown in (strategy, *caches):
+        sums, counts = _losses(model, probe, mode, shown, batch_tokens, targets=strategy)
         # The query of the target at text position p has at least p keys, its own included.
-        loss, tokens = float(sums[cache:].sum()), int(counts[cache:].sum())
-        loss /= tokens
-        full = k if window else 0
+        tokens = int(counts[cache:].sum())
+        loss = float(sums[cache:].sum()) / tokens if tokens else math.nan
         lines.append(
             Streaming(
-                kept=full, window=window or longest, tokens=tokens, loss=loss, perplexity=math.exp(min(loss, 700))
+                cached=shown is not strategy,
+                kept=shown.shared_prefix,
+                window=shown.window,
+                tokens=tokens,
+                loss=loss,
+                perplexity=math.exp(min(loss, 700)),
             )
         )
     return lines

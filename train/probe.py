@@ -91,7 +91,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     limit = arguments.length or min(512, subject.context_length or 512)
     natural = probe_of(subject, texts(arguments, subject), limit, config)
     _check_bos(subject, modes)
-    _check_lengths(natural, limit, measures, arguments)
+    _check_lengths(subject, natural, limit, modes, measures, arguments)
     count = len(natural.documents)
     print(f"{subject.name}: {count} document{'s' * (count != 1)}, T = {config.sink_tokens}, eps 0.3")
     longest = max([limit, *(n + 1 for n in arguments.lengths)])
@@ -193,14 +193,32 @@ def _states_and_mixing(
 
 
 def _changed_word(subject: Subject, modes: Sequence[InferenceMode], arguments: Any) -> dict[str, Any]:
-    """The perturbation of the paper's Figure 2: one word of the first prompt in place of another.
-
-    Raises ValueError where the word is not there, or the texts differ in their number of tokens.
-    """
+    """The perturbation of the paper's Figure 2: one word of the first prompt in place of another."""
     import torch
 
     from train import mixing, states
     from train.measure import Probe
+
+    before, after = _changed_prompt(subject, arguments)
+    old, new = arguments.change
+    eos, bytes_ = subject.eos_id, torch.as_tensor(subject.token_bytes, dtype=torch.int64)
+    bos = eos if subject.bos_id is None else subject.bos_id
+    probe = Probe((torch.tensor(before),), bytes_, bos, eos, subject.special_ids)
+    found: dict[str, Any] = {"old": old, "new": new, "tokens": before}
+    for mode in modes:
+        excerpts = states.Excerpts.of(probe, mode, subject.strategy, len(before), 1)
+        changed = mixing.measure_perturbation(
+            subject.model, excerpts, arguments.batch_tokens, changed=torch.tensor([after])
+        )
+        found.setdefault("modes", {})[mode] = dataclasses.asdict(changed)
+    return found
+
+
+def _changed_prompt(subject: Subject, arguments: Any) -> tuple[list[int], list[int]]:
+    """Token ids of the first prompt before and after, as many.
+
+    Raises ValueError where the word is not there, or the texts differ in their number of tokens.
+    """
     from train.subject import texts
 
     old, new = arguments.change
@@ -219,17 +237,7 @@ def _changed_word(subject: Subject, modes: Sequence[InferenceMode], arguments: A
             f"--change: found {old!r} past the first {arguments.sink_tokens} tokens of the prompt, expected it among "
             "them; raise --sink_tokens"
         )
-    eos, bytes_ = subject.eos_id, torch.as_tensor(subject.token_bytes, dtype=torch.int64)
-    bos = eos if subject.bos_id is None else subject.bos_id
-    probe = Probe((torch.tensor(before),), bytes_, bos, eos, subject.special_ids)
-    found: dict[str, Any] = {"old": old, "new": new, "tokens": before}
-    for mode in modes:
-        excerpts = states.Excerpts.of(probe, mode, subject.strategy, len(before), 1)
-        changed = mixing.measure_perturbation(
-            subject.model, excerpts, arguments.batch_tokens, changed=torch.tensor([after])
-        )
-        found.setdefault("modes", {})[mode] = dataclasses.asdict(changed)
-    return found
+    return before, after
 
 
 def _perplexities(
@@ -245,7 +253,7 @@ def _perplexities(
             for mode in modes
         }
     if "streaming" in measures:
-        cache = _cache(arguments, probe)
+        cache = _cache(arguments, subject, probe)
         found["streaming"] = {
             mode: [
                 dataclasses.asdict(line)
@@ -344,6 +352,8 @@ def _check_arguments(arguments: Any, measures: set[str]) -> None:
         raise ValueError(
             "--lengths: expected a --measure that it applies to (perturbation, rank, paths, jacobian), found none"
         )
+    if measures - {"sinks", "positions", "streaming"} and arguments.sink_tokens < 8:
+        raise ValueError(f"--sink_tokens: found {arguments.sink_tokens}, expected at least 8 for states and mixing")
     if arguments.change is not None and arguments.prompts is None:
         raise ValueError("--change: expected --prompts, whose first text holds the word, found none")
 
@@ -368,11 +378,15 @@ def _check_subject(subject: Subject, arguments: Any) -> None:
             raise ValueError(f"--{name}: expected a run of ours, found {subject.name}, a Hugging Face model")
 
 
-def _cache(arguments: Any, probe: Probe) -> int:
-    return int(max(map(len, probe.documents)) // 4 if arguments.cache is None else arguments.cache)
+def _cache(arguments: Any, subject: Subject, probe: Probe) -> int:
+    if arguments.cache is not None:
+        return int(arguments.cache)
+    return min(max(map(len, probe.documents)) // 4, subject.strategy.window or 10**9)
 
 
-def _check_lengths(probe: Probe, limit: int, measures: set[str], arguments: Any) -> None:
+def _check_lengths(
+    subject: Subject, probe: Probe, limit: int, modes: Sequence[str], measures: set[str], arguments: Any
+) -> None:
     """Refuse, before anything is measured, what the documents are too short for."""
     from train.perplexity import check_cache
 
@@ -383,7 +397,11 @@ def _check_lengths(probe: Probe, limit: int, measures: set[str], arguments: Any)
             f"document (cropped to --length {limit} with room for BOS); give longer ones, or lower it"
         )
     if "streaming" in measures:
-        check_cache(longest, _cache(arguments, probe), arguments.kept)
+        if not any(mode != "first_key_masked" for mode in modes):
+            raise ValueError("--measure streaming: expected a mode besides first_key_masked, which hides what is kept")
+        check_cache(longest, _cache(arguments, subject, probe), arguments.kept, subject.strategy)
+    if arguments.change is not None:
+        _changed_prompt(subject, arguments)
 
 
 def _check_bos(subject: Subject, modes: Sequence[InferenceMode]) -> None:

@@ -71,7 +71,8 @@ def figures(found: Found) -> Iterator[tuple[str, str, str, Figure]]:
         yield (
             "streaming",
             "With a cache of keys",
-            "Loss when a query sees the first k keys and the last ones of a cache of constant size; lines: all keys.",
+            "Loss when a query sees the first k keys and the last ones of a cache of constant size; dashed: the keys "
+            "seen in training.",
             _streaming_figure(found["streaming"]),
         )
     if "checkpoints" in found:
@@ -291,7 +292,7 @@ def _streaming_figure(streaming: Found) -> Figure:
     figure, axis = plt.subplots(figsize=(6.5, 3.4))
     modes = list(streaming)
     for index, (mode, lines) in enumerate(streaming.items()):
-        cached = lines[1:]
+        cached = [line for line in lines if line["cached"]]
         at = [i + (index - (len(modes) - 1) / 2) * 0.8 / len(modes) for i in range(len(cached))]
         axis.bar(at, [s["loss"] for s in cached], 0.76 / len(modes), color=_colour(mode), label=MODE_LABELS[mode])
         axis.axhline(lines[0]["loss"], color=_colour(mode), linestyle="--", linewidth=1)

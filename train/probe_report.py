@@ -141,7 +141,7 @@ def log_to_wandb(found: Found, run_dir: Path, step: int) -> str:
             raise ValueError(
                 f"--wandb: expected a run with W&B, found wandb.mode: disabled in {run_dir / rundir.CONFIG}"
             )
-        row: dict[str, Any] = {"trainer/global_step": step, "train/tokens": _tokens_of(run_dir, step), **scalars(found)}
+        row: dict[str, Any] = {"probe/step": step, "train/tokens": _tokens_of(run_dir, step), **scalars(found)}
         with plt.rc_context(dict(STYLE)):
             for name, _, words, figure in figures(found):
                 raster = io.BytesIO()
@@ -150,7 +150,7 @@ def log_to_wandb(found: Found, run_dir: Path, step: int) -> str:
                 row[f"probe/figure/{name}"] = wandb.Image(Image.open(raster), caption=words)
         for t in tables(found):
             row[f"probe/table/{t.name}"] = wandb.Table(columns=list(t.header), data=t.cells())
-        tracker.experiment.log(row, step=tracker.number, commit=True)
+        tracker.log_beside(row)
         where = (
             tracker.experiment.url
             or f"the offline run in {run_dir}/wandb; upload it with: wandb sync {run_dir}/wandb/*run-*"

@@ -254,8 +254,7 @@ def _streaming_table(streaming: Found) -> Table:
     rows: list[Row] = []
     for mode, lines in streaming.items():
         for line in lines:
-            full = line is lines[0]
-            keys = "all" if full else f"{line['kept']} + {line['window']}"
+            keys = f"{line['kept']} + {line['window']}" if line["cached"] else "as trained"
             rows.append((MODE_LABELS[mode], keys, line["tokens"], line["loss"], line["perplexity"]))
     note = (
         "The keys that a query sees: first ones kept + last ones, its own among them (arXiv 2309.17453). The targets "

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels import mean_received, top_sinks
 from model.observe import LayerAttention, evaluating, input_device, observing
-from train.measure import Arranged, InferenceMode, Probe, arrange, target_nll
+from train.measure import Arranged, InferenceMode, Probe, arrange, counted_targets, target_nll
 
 if TYPE_CHECKING:
     from data.strategy import Strategy
@@ -258,7 +258,8 @@ def measure_gradients(model: Any, excerpts: Excerpts, batch_tokens: int) -> Grad
     with evaluating(model):
         for text, row in excerpts.batches(input_device(model), batch_tokens):
             states, logits = hidden_states(model, row)
-            loss = target_nll(logits, row.slots, text).sum()
+            counted = counted_targets(text, torch.full((len(text),), text.shape[1]), excerpts.strategy)
+            loss = target_nll(logits, row.slots, text)[counted.to(logits.device)].sum()
             for layer, gradient in enumerate(torch.autograd.grad(loss, states)):
                 norms = gradient.float().norm(dim=-1)
                 totals.add("norm", layer, norms)

@@ -1,13 +1,15 @@
 """Encoding gives the same tokens, in order, by any number of processes, which end with whoever started them."""
 
-from __future__ import annotations
+from __future__ import threading
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,6 +48,22 @@ def test_the_process_that_reads_encodes_too_while_the_others_start(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here: list[str] = []
+
+    class Late(ProcessPoolExecutor):
+        """Processes that take half a second to start, however idle the machine is."""
+
+        def submit(self, work: Any, *arguments: Any) -> Any:  # type: ignore[override]
+            promised: Future[Any] = Future()
+
+            def later() -> None:
+                time.sleep(0.5)
+                if promised.set_running_or_notify_cancel():
+                    promised.set_result(ProcessPoolExecutor.submit(self, work, *arguments).result())
+
+            threading.Thread(target=later).start()
+            return promised
+
+    monkeypatch.setattr(encoding, "ProcessPoolExecutor", Late)
 
     def spy(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
         here.append(texts[0])

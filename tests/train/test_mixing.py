@@ -237,7 +237,7 @@ def test_perplexity_by_position_adds_up_to_the_loss(decoder, probe):
 
 def test_a_cache_is_a_window_beside_the_first_keys(decoder, probe):
     lines = perplexity.streaming(decoder, probe, "bos", FIXED, 50, cache=6, kept=[0, 2])
-    assert [(s.kept, s.window) for s in lines] == [(0, 30), (0, 6), (2, 4)]
+    assert [(s.cached, s.kept, s.window) for s in lines] == [(False, 0, None), (True, 0, 6), (True, 2, 4)]
     for line in lines[1:]:
         losses = []
         for text in probe.documents:
@@ -256,7 +256,32 @@ def test_a_cache_is_a_window_beside_the_first_keys(decoder, probe):
     assert lines[0].tokens == lines[1].tokens and lines[0].loss != lines[1].loss
 
 
-@pytest.mark.parametrize("cache, kept, message", [(29, [0], "fewer than the longest"), (6, [6], "expected 0 to 5")])
-def test_a_cache_that_is_none_is_refused(decoder, probe, cache, kept, message):
+@pytest.mark.parametrize(
+    ("cache", "kept", "window", "message"),
+    [
+        (29, [0], None, "fewer than the longest"),
+        (6, [6], None, "expected 0 to 5"),
+        (6, [0], 4, "trained with a window of 4, expected at most"),
+    ],
+)
+def test_a_cache_that_is_none_is_refused(decoder, probe, cache, kept, window, message):
     with pytest.raises(ValueError, match=message):
-        perplexity.streaming(decoder, probe, "bos", FIXED, 50, cache=cache, kept=kept)
+        strategy = Strategy(first_token="bos", window=window)
+        perplexity.streaming(decoder, probe, "bos", strategy, 50, cache=cache, kept=kept)
+
+
+def test_the_targets_of_a_prefix_lm_are_those_that_its_prefix_does_not_show(decoder, probe):
+    strategy = Strategy(first_token="bos", prefix_lm=8)
+    config = MeasureConfig(documents=5, live_documents=1, sink_tokens=4)
+    whole = measure(decoder, probe, "bos", strategy, config)
+    spans = perplexity.by_position(decoder, probe, "bos", strategy, 50)
+    assert sum(s.tokens for s in spans) == whole.tokens < 5 * 4 + 4 * 4 + 30 + 21
+    assert spans[0].tokens == 0 and math.isnan(spans[0].loss)
+    lines = perplexity.streaming(decoder, probe, "bos", strategy, 50, cache=4, kept=[1])
+    assert lines[0].tokens == lines[1].tokens == sum(s.tokens for s in spans if s.start >= 8)
+
+
+def test_a_windowed_model_is_compared_with_its_own_window(decoder, probe):
+    strategy = Strategy(first_token="bos", window=5)
+    lines = perplexity.streaming(decoder, probe, "bos", strategy, 50, cache=5, kept=[0, 1])
+    assert (lines[0].window, lines[1].window) == (5, 5) and lines[0].loss == lines[1].loss != lines[2].loss

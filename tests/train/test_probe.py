@@ -1,6 +1,7 @@
 """`sinkbed probe`: the figures of `validate` for our runs, and the same through Hugging Face."""
 
 import json
+import time
 
 import pytest
 
@@ -186,6 +187,8 @@ def test_an_earlier_report_is_replaced_whole_or_not_at_all(run_dir, tmp_path, ca
         (["--out", "OTHER"], "found other files; choose another folder"),
         (["--json", "OTHER"], "expected a file, found a folder"),
         (["--out", "FILE/x"], "which cannot be written to"),
+        (["--measure", "streaming", "--modes", "first_key_masked"], "expected a mode besides first_key_masked"),
+        (["--measure", "rank", "--sink_tokens", "7"], "--sink_tokens: found 7, expected at least 8"),
         (["--threads", "0"], "--threads: found 0, expected at least 1"),
         (["--cache", "0"], "--cache: found 0, expected at least 1"),
         (["--prompts", "EMPTY"], "expected a document a line, found an empty file"),
@@ -244,9 +247,20 @@ def test_all_checkpoints_of_a_run_are_measured(run_dir, tmp_path):
     assert found["checkpoints"]["onset_tokens"] == (reached[0] if reached else None)
 
 
+def rows_of(segments, count):
+    """History rows of W&B's files, once its own process has written as many as are expected, or half a minute late."""
+    from train.loggers import read_wandb_file
+
+    deadline = time.monotonic() + 30
+    while True:
+        rows = [row for segment in segments for row in read_wandb_file(segment)]
+        if len(rows) >= count or time.monotonic() > deadline:
+            return rows
+        time.sleep(0.1)
+
+
 def test_a_probe_is_one_more_point_of_the_runs_wandb_history(tiny_store, tmp_path, monkeypatch):
     from tests.train.conftest import write_run_config
-    from train.loggers import read_wandb_file
 
     config = write_run_config(tmp_path / "run.yaml", tiny_store)
     options = ["--wandb.mode", "offline"]
@@ -257,10 +271,35 @@ def test_a_probe_is_one_more_point_of_the_runs_wandb_history(tiny_store, tmp_pat
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics, "the record of training is left alone"
     segments = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(segments) == 2
-    (row,) = read_wandb_file(segments[1])
+    (row,) = rows_of(segments[1:], 1)
+    assert row["probe/step"] == 6 and "trainer/global_step" not in row
     assert row["_step"] == len(metrics.splitlines()) and row["train/tokens"] == 6 * 4 * 48
     assert row["probe/natural/bos/loss"] > 0 and row["probe/bos/jacobian/others"] > 0
     assert row["probe/figure/mixing/_type"] == "image-file" and row["probe/table/sinks/_type"] == "table-file"
+
+
+def test_probes_of_any_checkpoint_leave_the_count_of_a_resumed_run_alone(tiny_store, tmp_path):
+    """Two probes, one of an old checkpoint, then a resume from before the end: every point is sent once."""
+    from tests.train.conftest import write_run_config
+
+    config = write_run_config(tmp_path / "run.yaml", tiny_store)
+    folder = tmp_path / "run"
+    assert main(["fit", "--config", str(config), "--wandb.mode", "offline"]) == 0
+    points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    few = ["--sink_tokens", "16", "--documents", "3", "--modes", "bos", "--wandb"]
+    for checkpoint in ("step-0000003.ckpt", "last.ckpt"):
+        assert main(["probe", str(folder / "checkpoints" / checkpoint), *few]) == 0
+    finished = (folder / "run.json").read_text()
+    (folder / "run.json").write_text(finished.replace('"finished": true', '"finished": false'))
+    again = ["--ckpt_path", str(folder / "checkpoints" / "step-0000003.ckpt")]
+    assert main(["fit", "--config", str(folder / "config.yaml"), *again]) == 0
+    segments = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(segments) == 4
+    rows = rows_of(segments, len(points) + 2)
+    assert [row["_step"] for row in rows] == list(range(len(points) + 2))
+    training = [row["trainer/global_step"] for row in rows if "trainer/global_step" in row]
+    assert training == [point["step"] for point in points], "no point is sent twice, none left out"
+    assert json.loads((folder / "run.json").read_text())["beside"] == [len(points), len(points) + 1]
 
 
 def test_a_report_is_whole_in_a_browser_without_a_network(run_dir, tmp_path):
