@@ -1,11 +1,12 @@
 """Encoding gives the same tokens, in order, by any number of processes, which end with whoever started them."""
 
-from __future__ import threading
+from __future__ import annotations
 
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
