@@ -204,6 +204,9 @@ def test_runs_and_folders_of_runs_can_be_reported(finished, fit, capsys, tmp_pat
         assert {row["arm"] for row in csv.DictReader(file)} == {"fixed", "absent", "alone"}
     assert main(["report", str(out), str(folder)]) == 1
     assert "expected --out" in capsys.readouterr().err
+    copy = shutil.copytree(out, tmp_path / "copy")
+    assert main(["report", str(out), str(copy), "--out", str(tmp_path / "twice")]) == 1
+    assert "found arm absent, seed 0 in both" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert main(["report", str(tmp_path / "empty")]) == 1
     assert "expected at least one finished run, found none" in capsys.readouterr().err
