@@ -280,9 +280,11 @@ def caption(results: Sequence[Result], published: str = "") -> str:
         shared = f" All arms: mask {mask}; BOS {bos}."
     return (
         f"Sink rate: eps 0.3, T = {_span([r.final['sink_tokens'] for r in results])}, "
-        f"{_span([m['documents'] for m in modes])} held-out documents, all layers and heads (arXiv 2410.10781). Sink mass: mean attention on key 0 of the other queries. Loss: nats per token of "
+        f"{_span([m['documents'] for m in modes])} held-out documents, all layers and heads (arXiv "
+        f"2410.10781). Sink mass: mean attention on key 0 of the other queries. Loss: nats per token of "
         f"the same {_span([m['tokens'] for m in modes])} targets in every mode. "
-        f"Loss gap: loss − loss(BOS + text), or − loss(as trained) where BOS + text was not measured. {_span([r.final['parameters'] for r in results])} "
+        f"Loss gap: loss − loss(BOS + text), or − loss(as trained) where BOS + text was not measured. "
+        f"{_span([r.final['parameters'] for r in results])} "
         f"parameters, {_span([r.final['tokens'] for r in results])} training tokens, context "
         f"{_span([r.context_length for r in results])}; {several}.{shared}"
         + (f" Published: {published}" if published else "")
