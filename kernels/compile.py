@@ -27,7 +27,6 @@ from kernels import triton_gpu, triton_kernels
 from kernels.tiles import Tiles, override
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-HEAD_DIMS = (16, 32, 64, 96, 128)
 MASKS = ("document", "causal", "prefix_lm", "one_document")
 """`document` and `causal`; `prefix_lm`: a prefix LM within documents, a learned sink, a gradient of lse and a T that
 is no multiple of 16; `one_document`: causal, with such a T and statistics of rows without documents."""

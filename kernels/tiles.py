@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+HEAD_DIMS = (16, 32, 64, 96, 128)
+"""D that the Triton kernels take. Here for readers without triton."""
+
 
 class Tiles(NamedTuple):
     """Configuration of one kernel."""

@@ -17,9 +17,8 @@ from torch import Tensor
 from kernels import triton_kernels
 from kernels.mask import Mask
 from kernels.statistics import Statistics, Wanted
-from kernels.tiles import tiles
+from kernels.tiles import HEAD_DIMS, tiles
 
-HEAD_DIMS = (16, 32, 64, 96, 128)
 _LONGEST = 65_535 * 16
 """T at most: the second axis of a grid holds 65,535 blocks, the smallest of which are 16 positions."""
 _WIDEST = 2**31 // 128

@@ -11,10 +11,11 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -23,6 +24,8 @@ from train import rundir
 from train.study_file import Overlay, StudyConfig
 
 RECORD, SETTINGS, LOG = "arm.json", "arm.yaml", "fit.log"
+SECONDS_FOR_THE_DEAD = 15.0
+"""Longest wait for a process of a study that was killed to be gone from the run directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +171,33 @@ def check_configs(runs: Sequence[ArmRun]) -> str:
     return ""
 
 
-def begin(run: ArmRun, group: str) -> list[str]:
-    """Make the folder ready and give the arguments of `sinkbed fit` that start the arm, or resume it."""
+def hold(folder: Path, seconds: float) -> IO[str]:
+    """Lock a run directory; a process that still writes to it has so many seconds to end, then ValueError is raised."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return rundir.lock(folder)
+        except ValueError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(min(1.0, seconds / 10))
+
+
+def begin(run: ArmRun, group: str, seconds: float = SECONDS_FOR_THE_DEAD) -> list[str] | None:
+    """Make the folder ready, none writing to it, and give the arguments of `sinkbed fit` that start or resume the arm.
+
+    None where the process that was waited for has finished it. Raises ValueError, the folder as it was, where another
+    process still writes to it after so many seconds.
+    """
+    held = hold(run.folder, seconds)
+    try:
+        return None if run.status() == "finished" else make_ready(run, group)
+    finally:
+        held.close()
+
+
+def make_ready(run: ArmRun, group: str) -> list[str]:
+    """`begin` for who holds the folder: closing another handle of its lock would give it back."""
     resume = run.status() in ("interrupted", "failed") and run.resumable()
     if not resume:
         clear(run.folder)
@@ -201,9 +229,12 @@ def _write_record(run: ArmRun, more: dict[str, Any]) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove a run directory."""
-    if folder.exists():
-        shutil.rmtree(folder)
+    """Empty a run directory, of all but its lock: who holds that would go on holding a file that is gone."""
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != rundir.LOCK:
+            path.unlink()
 
 
 def _last_words(log: Path, status: int) -> str:

@@ -166,7 +166,11 @@ def check(results: Sequence[Result], effects: Sequence[Effect], published: Publi
 
 
 def same_documents(results: Sequence[Result], *arms: str) -> bool:
-    """Whether arms read the same documents in the same order: what makes their differences paired."""
+    """Whether arms read the same documents, those of one token store: only then are they paired by seed.
+
+    Their rows, and so the permutation of rows, may differ: by the strategy, the context length, the number of unique
+    rows. Some studies ask just that.
+    """
     return len({r.documents for r in results if r.arm in arms}) <= 1
 
 

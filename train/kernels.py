@@ -169,7 +169,8 @@ def run(command: str, argv: Sequence[str]) -> int:
 
     if importlib.util.find_spec("triton") is None:
         raise ValueError("kernels: expected the package triton, found none; pip install triton")
-    from kernels.compile import CHIPS, DTYPES, HEAD_DIMS, KERNELS, MASKS, is_stored
+    from kernels.compile import CHIPS, DTYPES, KERNELS, MASKS, is_stored
+    from kernels.tiles import HEAD_DIMS
 
     archs = tuple(CHIPS)
     parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").replace("\n", " "))

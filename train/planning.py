@@ -199,6 +199,7 @@ def check_fits(study: StudyConfig, runs: Sequence[ArmRun], *, cluster: bool = Fa
             f"{study.out}: expected {gigabytes(needed)} free for the checkpoints of {len(left)} runs, found "
             f"{gigabytes(free)}; keep fewer of them (checkpoint_points), or choose --out on another disk"
         )
+    _check_head_dims(study, left)
     if cluster:
         return
     wants_gpu = [r for r in left if r.setting("trainer.accelerator") in ("gpu", "cuda")]
@@ -218,6 +219,20 @@ def check_fits(study: StudyConfig, runs: Sequence[ArmRun], *, cluster: bool = Fa
             raise ValueError(
                 f"{workers} arms at a time: expected {gigabytes(workers * (largest + PROCESS_BYTES))} of memory, found "
                 f"{gigabytes(memory)}; use fewer --workers"
+            )
+
+
+def _check_head_dims(study: StudyConfig, runs: Sequence[ArmRun]) -> None:
+    """Raise ValueError for an arm for a GPU whose head dim the kernels there do not take."""
+    from kernels.tiles import HEAD_DIMS
+
+    for run in runs:
+        accelerator = run.setting("trainer.accelerator", "auto")
+        dim = DecoderConfig(**run.setting("model.decoder", {})).dim
+        if (study.gpus or accelerator in ("gpu", "cuda")) and accelerator != "cpu" and dim not in HEAD_DIMS:
+            raise ValueError(
+                f"arm {run.arm}: head dim (model.decoder.head_dim, or d_model / heads): expected one that the Triton "
+                f"kernels take, {', '.join(map(str, HEAD_DIMS))}; found {dim}"
             )
 
 

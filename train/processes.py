@@ -1,11 +1,13 @@
 """Processes for arms: forked from one that has imported everything, so that an arm starts in a moment.
 
 Importing torch, Lightning and W&B takes longer than the first hundred steps of a small arm, and is done once. An arm
-on a GPU or of several devices is started by a command of its own instead.
+on a GPU or of several devices is started by a command of its own instead. None outlives the process that started it.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -25,6 +27,8 @@ _context = multiprocessing.get_context("forkserver")
 # Starting a process and asking after one both collect any that have ended; of two threads that read the same
 # status, one would get none.
 _lock = threading.Lock()
+# Found here: between fork and exec there may be a loader's lock that nobody gives back.
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def warm_up() -> None:
@@ -40,6 +44,18 @@ def warm_up() -> None:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def end_with_parent(parent: int) -> None:
+    """Before an exec: have Linux kill this process when the thread that started it ends, as no one else would.
+
+    Args:
+        parent: its process id; one that is gone already ends this process at once.
+    """
+    if _prctl is not None:
+        _prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 class FitProcess:
@@ -66,6 +82,7 @@ class FitProcess:
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     env={**os.environ, **variables},
+                    preexec_fn=functools.partial(end_with_parent, os.getpid()),
                 )
 
     def wait(self) -> int:
@@ -89,7 +106,19 @@ class FitProcess:
                 os.kill(self._forked.pid, signal.SIGTERM)
 
 
+def _end_with_study() -> None:
+    """Wait for the end of the process that asked for this one.
+
+    Not by a signal of the parent's death: that is the process forked from, which lives while one of its children does.
+    """
+    study = multiprocessing.parent_process()
+    if study is not None:
+        study.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _fit(arguments: list[str], log: str, variables: dict[str, str]) -> None:
+    threading.Thread(target=_end_with_study, daemon=True).start()
     os.environ.clear()
     os.environ.update(variables)
     os.environ.pop("WANDB_SERVICE", None)  # of the process that runs the study

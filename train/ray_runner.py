@@ -7,7 +7,7 @@ wrong fails once, and Ray repeats only what died with its worker or node. The re
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import logging
 import os
 import signal
@@ -15,16 +15,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from train import rundir
 from train.arms import LOG, ArmRun, begin, conclude, environment
+from train.processes import end_with_parent
 from train.runner import watch
 from train.study_file import StudyConfig
 
-_SECONDS_FOR_THE_DEAD = 120
-"""Longest wait for a process of a lost node to be gone from the run directory."""
+_SECONDS_FOR_THE_DEAD = 120.0
+"""Longest wait for a process of a node that Ray gave up: it may live a little longer."""
 
 
 def run_arm(run: ArmRun, group: str, folder: str) -> str:
@@ -32,15 +31,16 @@ def run_arm(run: ArmRun, group: str, folder: str) -> str:
     os.chdir(folder)
     # Ray cancels by an interrupt, which goes unseen where a shell in the background has it ignored, or in a long wait.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    _wait_for_folder(run.folder)
-    arguments = begin(run, group)
+    arguments = begin(run, group, _SECONDS_FOR_THE_DEAD)
+    if arguments is None:
+        return ""
     with (run.folder / LOG).open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "train", *arguments],
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, **environment()},
-            preexec_fn=_end_with_parent,
+            preexec_fn=functools.partial(end_with_parent, os.getpid()),  # Ray kills workers
         )
         try:
             while (status := process.poll()) is None:
@@ -50,25 +50,6 @@ def run_arm(run: ArmRun, group: str, folder: str) -> str:
             process.wait()
             raise
     return conclude(run, status)
-
-
-def _end_with_parent() -> None:
-    """Have Linux end this process when the worker that started it dies, as no one else would (Ray kills workers)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def _wait_for_folder(folder: Path) -> None:
-    """Until no process writes to the run directory: that of a node which Ray gave up may live a little longer."""
-    end = time.monotonic() + _SECONDS_FOR_THE_DEAD
-    while True:
-        try:
-            rundir.lock(folder).close()
-            return
-        except ValueError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(1)
 
 
 class RayRunner:

@@ -42,7 +42,7 @@ class Result:
     points: list[dict[str, Any]]
     final: dict[str, Any]
     documents: str = ""
-    """Digest of the documents and their order; equal where differences of two runs are paired."""
+    """Digests of the token store and its documents; equal where two runs read the same ones."""
 
     def value(self, mode: str, key: str) -> float:
         """A figure of the final measurement: `loss`, `bits_per_byte`, `mass`, or an eps for a sink rate."""
@@ -267,9 +267,8 @@ def _span(values: Sequence[int]) -> str:
 
 def caption(results: Sequence[Result], published: str = "") -> str:
     """What the numbers of the table are, with everything they depend on; `published`: what is beside them."""
-    first = results[0]
     seeds = sorted({r.seed for r in results})
-    mode = next(iter(first.final["modes"].values()))
+    modes = [next(iter(r.final["modes"].values())) for r in results]
     over = "mean ± half-width of the 95 % interval (Student's t)"
     several = f"{over} over seeds {', '.join(map(str, seeds))}"
     if len(seeds) == 1:
@@ -280,10 +279,12 @@ def caption(results: Sequence[Result], published: str = "") -> str:
         mask, bos = next(iter(strategies))
         shared = f" All arms: mask {mask}; BOS {bos}."
     return (
-        f"Sink rate: eps 0.3, T = {first.final['sink_tokens']}, {mode['documents']} held-out documents, all layers and "
-        f"heads (arXiv 2410.10781). Sink mass: mean attention on key 0 of the other queries. Loss: nats per token of "
-        f"the same {mode['tokens']:,} targets in every mode. Loss gap: loss − loss(BOS + text), or − loss(as trained) "
-        f"where BOS + text was not measured. {_span([r.final['parameters'] for r in results])} "
+        f"Sink rate: eps 0.3, T = {_span([r.final['sink_tokens'] for r in results])}, "
+        f"{_span([m['documents'] for m in modes])} held-out documents, all layers and heads (arXiv "
+        f"2410.10781). Sink mass: mean attention on key 0 of the other queries. Loss: nats per token of "
+        f"the same {_span([m['tokens'] for m in modes])} targets in every mode. "
+        f"Loss gap: loss − loss(BOS + text), or − loss(as trained) where BOS + text was not measured. "
+        f"{_span([r.final['parameters'] for r in results])} "
         f"parameters, {_span([r.final['tokens'] for r in results])} training tokens, context "
         f"{_span([r.context_length for r in results])}; {several}.{shared}"
         + (f" Published: {published}" if published else "")
@@ -427,6 +428,14 @@ def run(command: str, argv: Sequence[str]) -> int:
         ]
         out = arguments.out or folders[0]
         study = StudyConfig(title=f"Runs of {', '.join(map(str, folders))}", out=out, base=[out], arms={"any": [out]})
+    seen: dict[tuple[str, int], Path] = {}
+    for each in runs:
+        if (each.arm, each.seed) in seen:
+            raise ValueError(
+                f"report: expected one run of each arm and seed, found arm {each.arm}, seed {each.seed} in both "
+                f"{seen[each.arm, each.seed]} and {each.folder}; report the studies one by one"
+            )
+        seen[each.arm, each.seed] = each.folder
     finished = [r for r in runs if not r.settings or r.status() == "finished"]
     left = [r for r in runs if r not in finished]
     for arm in left:

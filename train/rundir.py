@@ -21,7 +21,7 @@ CONFIG, MANIFEST, AUDIT = "config.yaml", "manifest.json", "audit.json"
 METRICS, MEASUREMENT, RUN, CHECKPOINTS = "metrics.jsonl", "measurement.json", "run.json", "checkpoints"
 
 
-LAST = "last.ckpt"
+LAST, LOCK = "last.ckpt", ".lock"
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -47,7 +47,7 @@ def lock(folder: Path) -> IO[str]:
     training run forks do not inherit.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("w")
+    file = (folder / LOCK).open("w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

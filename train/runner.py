@@ -72,22 +72,31 @@ class Runner:
         self.stopping = False
 
     def run_arm(self, run: ArmRun) -> None:
-        """Start or resume one arm and wait for it."""
+        """Start or resume one arm and wait for it; what hinders that is the arm's failure, not the study's."""
         if self.stopping:
             return
-        name, place, began = run.folder.name, self.places.get(), time.perf_counter()
-        anew = not run.resumable()
+        place = self.places.get()
         try:
-            process = FitProcess(begin(run, self.study.name), run.folder / LOG, place, fork=run.can_be_forked)
-            self.processes[name] = process
-            if self.stopping:  # told to stop between the check above and here
-                process.terminate()
-            status = process.wait()
-            del self.processes[name]
-            if anew:
-                self.seconds[run.folder] = time.perf_counter() - began
+            self._run_arm(run, place)
+        except (OSError, ValueError) as error:  # the folder is in use, the disk is full, no process can be made
+            self.failed[run.folder.name] = str(error)
         finally:
+            self.processes.pop(run.folder.name, None)
             self.places.put(place)
+
+    def _run_arm(self, run: ArmRun, place: dict[str, str]) -> None:
+        name, began = run.folder.name, time.perf_counter()
+        arguments = begin(run, self.study.name)
+        if arguments is None:
+            return
+        process = FitProcess(arguments, run.folder / LOG, place, fork=run.can_be_forked)
+        self.processes[name] = process
+        if self.stopping:  # told to stop between the check above and here
+            process.terminate()
+        status = process.wait()
+        del self.processes[name]
+        if "--ckpt_path" not in arguments:
+            self.seconds[run.folder] = time.perf_counter() - began
         if not self.stopping and (failed := conclude(run, status)):
             self.failed[name] = failed
 

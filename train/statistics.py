@@ -1,8 +1,9 @@
 """Statistics of a study: what several seeds say about a figure, and about the difference of two arms.
 
 Intervals are Student's t intervals at 95 %: for the mean of an arm over its seeds, and for the mean of the
-differences of two arms under the same seed, which share the document order. They hold for one comparison at a time;
-of twenty true nulls one exceeds its interval by chance.
+differences of two arms under the same seed, which share the documents (one token store) and, at the same number of
+rows, their permutation. They hold for one comparison at a time; of twenty true nulls one exceeds its interval by
+chance.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ def t_quantile(freedom: int) -> float:
         raise ValueError(f"t quantile: expected at least 1 degree of freedom, found {freedom}")
     if freedom <= len(_T):
         return _T[freedom - 1]
-    # Cornish and Fisher's expansion around the normal's.
+    # Cornish and Fisher's expansion around the normal's (Abramowitz and Stegun, 26.7.5).
     z, n = _Z, freedom
-    return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / n + second / n**2 + third / n**3
 
 
 @dataclass(frozen=True)

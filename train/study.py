@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from train import rundir
-from train.arms import LOG, ArmRun, begin, check_configs, clear, conclude, plan
+from train.arms import LOG, SECONDS_FOR_THE_DEAD, ArmRun, check_configs, conclude, hold, make_ready, plan
 from train.study_file import StudyConfig, load_study
 
 
@@ -71,18 +71,22 @@ def run(command: str, argv: Sequence[str]) -> int:
         print_plan(study, runs)
         check_fits(study, runs, cluster=arguments.ray is not None)
         return 0
-    _refuse_others(runs, arguments.force)
-    check_fits(study, runs, cluster=arguments.ray is not None)
     lock = rundir.lock(study.out)
     runner: Any
-    if arguments.ray is not None:
-        from train.ray_runner import RayRunner
+    try:
+        _refuse_others(runs, arguments.force)
+        check_fits(study, runs, cluster=arguments.ray is not None)
+        if arguments.ray is not None:
+            from train.ray_runner import RayRunner
 
-        runner = RayRunner(study, runs, arguments.ray, arguments.retries)
-    else:
-        from train.runner import Runner
+            runner = RayRunner(study, runs, arguments.ray, arguments.retries)
+        else:
+            from train.runner import Runner
 
-        runner = Runner(study, runs)
+            runner = Runner(study, runs)
+    except BaseException:
+        rundir.release(lock)
+        raise
     # As under a scheduler: a terminated study stops its arms, which resume next time.
     signal.signal(signal.SIGTERM, _stop)
     began = time.perf_counter()
@@ -124,15 +128,13 @@ def _prepare(study: StudyConfig, arguments: argparse.Namespace) -> None:
 
 
 def _refuse_others(runs: Sequence[ArmRun], force: bool) -> None:
-    """Raise ValueError for folders of another configuration; with `force`, clear them."""
-    other = [r for r in runs if r.status() == "other"]
-    if other and not force:
+    """Raise ValueError for folders of another configuration; with `force`, they are cleared as their arms start."""
+    other = [] if force else [r for r in runs if r.status() == "other"]
+    if other:
         raise ValueError(
             f"{other[0].folder}: expected a run of this configuration, found one of another "
             f"({other[0].reason()}). Use --force to run such arms anew, or another --out to keep them"
         )
-    for arm in other:
-        clear(arm.folder)
 
 
 def _run_one(study: StudyConfig, arguments: argparse.Namespace) -> int:
@@ -142,17 +144,18 @@ def _run_one(study: StudyConfig, arguments: argparse.Namespace) -> int:
         raise ValueError(f"--arm: expected one of {', '.join(study.arms)}; found {arguments.arm}")
     _prepare(study, arguments)
     [run] = [r for r in plan(dataclasses.replace(study, seeds=[seed])) if r.arm == arguments.arm]
-    _refuse_others([run], arguments.force)
-    if run.status() == "finished":
-        print(f"{run.folder}: finished already; nothing was changed")
-        return 0
+    with hold(run.folder, SECONDS_FOR_THE_DEAD):  # also while it is judged and cleared
+        _refuse_others([run], arguments.force)
+        if run.status() == "finished":
+            print(f"{run.folder}: finished already; nothing was changed")
+            return 0
 
-    from train.fit import run as fit
+        from train.fit import run as fit
 
-    try:
-        status = fit("fit", begin(run, study.name)[1:])
-    except Exception as error:
-        (run.folder / LOG).write_text(f"{error}\n")
-        conclude(run, 1)
-        raise
+        try:
+            status = fit("fit", make_ready(run, study.name)[1:])
+        except Exception as error:
+            (run.folder / LOG).write_text(f"{error}\n")
+            conclude(run, 1)
+            raise
     return status

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from train import rundir
-from train.arms import ArmRun
+from train.arms import ArmRun, plan
 from train.study_file import StudyConfig
 
 SUMMARY = "summary.json"
@@ -26,6 +26,7 @@ SUMMARY = "summary.json"
 
 def sweep_of(study: StudyConfig) -> dict[str, Any]:
     """A W&B sweep over the study's arms and seeds, every pair once."""
+    modes = plan(study)[0].setting("measure.modes", ["bos"])
     command = ["${env}", "sinkbed", "study", str(study.source)]
     command += ["--size", study.size] if study.size else []
     return {
@@ -33,7 +34,7 @@ def sweep_of(study: StudyConfig) -> dict[str, Any]:
         "description": study.title,
         "project": "sinkbed",
         "method": "grid",
-        "metric": {"name": "final/val/loss/bos", "goal": "minimize"},
+        "metric": {"name": f"final/val/loss/{modes[0]}", "goal": "minimize"},
         "parameters": {"arm": {"values": list(study.arms)}, "seed": {"values": list(study.seeds)}},
         "command": [*command, "--out", str(study.out), "${args}"],
     }

@@ -34,7 +34,7 @@ def _effects(found: Sequence[Found]) -> Section:
         header,
         [tuple(line[name] for name in header) for line in lines],
         f"{'; '.join(f'{count} {verdict}' for verdict, count in counts.items())}. A verdict is on the mean difference "
-        "of the same seeds, which share the order of documents. Reproduced: its 95 % interval lies on the expected "
+        "of arms on the same documents (one store), paired by seed. Reproduced: its 95 % interval lies on the expected "
         "side of 0 (for the same: inside the tolerance). Not reproduced: it lies on another side. Within noise: it "
         "reaches both. One comparison in twenty leaves 0 out by chance.",
     )
@@ -95,8 +95,8 @@ def _pairs(results: Sequence[Result]) -> Section | None:
         "Differences of arms",
         header,
         shown,
-        "Mean difference of the same seeds ± half-width of its 95 % interval. *: the interval leaves 0 out; of twenty "
-        f"differences that are none, one does so by chance.{left_out}",
+        "Mean difference of arms on the same documents (one store), paired by seed, ± half-width of its 95 % interval. "
+        f"*: the interval leaves 0 out; of twenty differences that are none, one does so by chance.{left_out}",
     )
 
 

@@ -101,6 +101,12 @@ def test_one_run_is_never_a_mean():
     assert [s.heading for s in sections(once, [found])] == ["Expected effects", "When the sink forms"]
 
 
+def test_the_caption_spans_the_runs():
+    long = result("long", 0, 1.0, 3.0)
+    long.final["modes"]["bos"]["tokens"] = 700
+    assert "the same 500 to 700 targets" in caption([*study(), long])
+
+
 def test_onsets_are_of_the_runs_that_reached_one():
     late = [result("late", s, 1.0, 3.0, onset=None if s else 5000) for s in range(3)]
     [arms] = [s for s in sections([*study(), *late], []) if s.heading == "When the sink forms"]

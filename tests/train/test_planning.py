@@ -102,6 +102,16 @@ def test_gpus_that_are_not_there_are_refused(study, capsys, monkeypatch):
     assert "asks for a GPU (trainer.accelerator), and the study gives its arms none" in capsys.readouterr().err
 
 
+def test_a_head_dim_that_the_gpu_kernels_do_not_take_is_refused(study, capsys):
+    """By what is asked for, so that a machine without a GPU says it too, and one with CPU arms never."""
+    text = study.read_text().replace("[run.yaml]", "[run.yaml, {model: {decoder: {head_dim: 8}}}]")
+    study.write_text(text)
+    assert main(["study", str(study), "--plan"]) == 0
+    study.write_text(text.replace("head_dim: 8}}", "head_dim: 8}}, trainer: {accelerator: auto}") + "gpus: 1\n")
+    assert main(["study", str(study), "--plan"]) == 1
+    assert "arm all: head dim" in (error := capsys.readouterr().err) and "16, 32, 64, 96, 128; found 8" in error
+
+
 def test_memory_that_is_too_small_is_refused(study, capsys, monkeypatch):
     monkeypatch.setattr(planning, "_memory", lambda: 1_000_000_000)
     assert main(["study", str(study), "--quiet", "--workers", "4"]) == 1

@@ -15,7 +15,8 @@ from html.parser import HTMLParser
 import pytest
 
 from train import rundir, runner
-from train.arms import LOG, environment, plan
+from train import study as study_command
+from train.arms import LOG, RECORD, begin, environment, hold, plan
 from train.cli import main
 from train.study_file import load_study
 
@@ -203,6 +204,9 @@ def test_runs_and_folders_of_runs_can_be_reported(finished, fit, capsys, tmp_pat
         assert {row["arm"] for row in csv.DictReader(file)} == {"fixed", "absent", "alone"}
     assert main(["report", str(out), str(folder)]) == 1
     assert "expected --out" in capsys.readouterr().err
+    copy = shutil.copytree(out, tmp_path / "copy")
+    assert main(["report", str(out), str(copy), "--out", str(tmp_path / "twice")]) == 1
+    assert "found arm absent, seed 0 in both" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert main(["report", str(tmp_path / "empty")]) == 1
     assert "expected at least one finished run, found none" in capsys.readouterr().err
@@ -271,15 +275,79 @@ def test_a_comment_in_an_overlay_makes_no_other_arm(finished):
 
 
 def test_a_study_that_runs_is_not_run_a_second_time(study, capsys):
-    # A lock of this process would let this process in: take it in another.
-    code = (
-        f"from train import rundir; from pathlib import Path; held = rundir.lock(Path({str(study.parent / 'out')!r})); "
-    )
+    with locked(study.parent / "out"):
+        assert main(["study", str(study), "--quiet"]) == 1
+        assert "found a process that still does" in capsys.readouterr().err
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Another process that holds a folder: a lock of this process would let this process in."""
+    code = f"from train import rundir; from pathlib import Path; held = rundir.lock(Path({str(folder)!r})); "
     code += "print('locked', flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"locked\n"
-        assert main(["study", str(study), "--quiet"]) == 1
-        assert "found a process that still does" in capsys.readouterr().err
+        yield
+
+
+def test_forcing_a_study_that_runs_clears_nothing(finished, capsys):
+    (finished.parent / "none.yaml").write_text("data: {strategy: {first_token: random}}\n")
+    out = finished.parent / "out"
+    with locked(out):
+        assert main(["study", str(finished), "--quiet", "--force"]) == 1
+    assert "found a process that still does" in capsys.readouterr().err
+    assert (out / "runs" / "absent-seed0" / rundir.MEASUREMENT).exists()
+
+
+def test_an_arm_whose_folder_is_in_use_fails_alone_and_is_left_as_it_is(finished, monkeypatch, capsys):
+    (finished.parent / "none.yaml").write_text("data: {strategy: {first_token: random}}\n")
+    monkeypatch.setattr(runner, "begin", lambda run, group: begin(run, group, 0.1))
+    monkeypatch.setattr(study_command, "SECONDS_FOR_THE_DEAD", 0.1)
+    folder = finished.parent / "out" / "runs" / "absent-seed0"
+    before = (folder / RECORD).read_text()
+    with locked(folder):
+        assert main(["study", str(finished), "--quiet", "--force"]) == 1
+        assert "arm absent-seed0 failed" in (error := capsys.readouterr().err) and "process that still does" in error
+        assert main(["study", str(finished), "--arm", "absent", "--force"]) == 1
+        assert "process that still does" in capsys.readouterr().err
+        assert (folder / RECORD).read_text() == before and (folder / rundir.MEASUREMENT).exists()
+    assert {r["arm"] for r in table(finished)} == {"fixed"}, "the report is there all the same"
+
+
+def test_an_arm_that_was_finished_while_its_folder_was_waited_for_is_kept(finished):
+    run = plan(load_study(finished))[0]
+    assert begin(run, "group") is None and run.status() == "finished"
+
+
+@pytest.mark.parametrize("forked", [True, False])
+def test_a_killed_study_takes_its_arms_along(study, forked):
+    config = study.parent / "run.yaml"
+    config.write_text(config.read_text().replace("max_steps: 10", "max_steps: 200000"))
+    runs = plan(load_study(study))
+    code = "import sys; from train.arms import ArmRun; from train.cli import main; "
+    code += "" if forked else "ArmRun.can_be_forked = False; "
+    code += f"sys.exit(main(['study', {str(study)!r}, '--quiet']))"
+    with subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **environment()}) as process:
+        end = time.monotonic() + 120
+        while not all(r.resumable() for r in runs) and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.05)
+        process.kill()
+    for run in runs:
+        hold(run.folder, 10).close()  # raises where a process is left that writes
+    assert [r.status() for r in runs] == ["interrupted", "interrupted"]
+
+
+def test_what_hinders_an_arm_outside_its_process_is_that_arms_failure(study, monkeypatch, capsys):
+    class Refused(runner.FitProcess):
+        def __init__(self, arguments, log, variables, *, fork):
+            if "absent" in str(log):
+                raise OSError(11, "no process can be made")
+            super().__init__(arguments, log, variables, fork=fork)
+
+    monkeypatch.setattr(runner, "FitProcess", Refused)
+    assert main(["study", str(study), "--quiet"]) == 1
+    assert "arm absent-seed0 failed: [Errno 11] no process can be made" in capsys.readouterr().err
+    assert {r["arm"] for r in table(study)} == {"fixed"}
 
 
 def test_arms_measured_in_different_modes_make_a_report(study):

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from data.strategy import Strategy
+from kernels.tiles import HEAD_DIMS
 from model import DecoderConfig
 from train.arms import check_configs, plan
 from train.optim import OptimizerConfig
@@ -105,7 +106,8 @@ def test_a_shipped_study_has_arms_that_can_be_built(path, size):
     study = load_study(path, size)
     assert len(study.arms) >= 3 and study.effects and study.question and len(study.seeds) >= 3
     for run in plan(study)[: len(study.arms)]:
-        DecoderConfig(**run.setting("model.decoder"))
+        decoder = DecoderConfig(**run.setting("model.decoder"))
+        assert size == "demo" or decoder.dim in HEAD_DIMS, run.arm
         OptimizerConfig(**run.setting("model.optimizer"))
         context = run.setting("data.context_length")
         Strategy(**run.setting("data.strategy")).check_context(context)
@@ -138,6 +140,18 @@ def test_the_context_study_holds_the_tokens_of_a_step_constant():
         runs = plan(load_study(path, size))
         assert len({r.setting("data.context_length") * r.setting("data.global_batch") for r in runs}) == 1
         assert len({r.setting("data.context_length") for r in runs}) >= 4
+
+
+def test_the_arms_of_one_width_in_the_heads_study_have_as_many_parameters():
+    path = next(p for p in SHIPPED if p.stem == "heads")
+    for size in SIZES:
+        study = load_study(path, size)
+        at_width: dict[int, set[int]] = {}
+        for run in plan(study):
+            shape = run.setting("model.decoder")
+            if shape["heads"] * shape["head_dim"] == shape["d_model"]:
+                at_width.setdefault(shape["head_dim"], set()).add(cost(study, run).parameters)
+        assert len(at_width) >= 3 and len(set.union(*at_width.values())) == 1
 
 
 def test_every_metric_of_an_effect_has_a_label():

@@ -14,6 +14,7 @@ from train import rundir
 from train.arms import environment, plan
 from train.cli import main
 from train.study_file import load_study
+from train.sweep import sweep_of
 
 from .conftest import write_run_config
 
@@ -80,6 +81,13 @@ def summary_of_the_study(out):
     table = json.loads(file.read_text())
     assert {row[table["columns"].index("arm")] for row in table["data"]} == {"lr-1e-2", "lr-5e-3"}
     assert len(table["data"]) == 4 * 3, "an arm, seed and mode a row"
+
+
+def test_the_metric_of_a_sweep_is_one_that_its_runs_measure(tiny_store, tmp_path):
+    study = write_study(tmp_path, tiny_store)
+    assert sweep_of(load_study(study))["metric"]["name"] == "final/val/loss/bos"
+    study.write_text(study.read_text().replace("[run.yaml]", "[run.yaml, {measure: {modes: [as_trained, text]}}]"))
+    assert sweep_of(load_study(study))["metric"]["name"] == "final/val/loss/as_trained"
 
 
 def test_an_arm_that_the_study_does_not_have_is_named(tiny_store, tmp_path, capsys):
