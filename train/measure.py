@@ -262,44 +262,40 @@ def measure(
     """
     import torch
 
-    from model.observe import input_device
+    from model.observe import evaluating, input_device
 
     shape = (model.config.layers, model.config.heads)
     above = torch.zeros(len(EPSILONS), *shape, dtype=torch.float64)
     above_row, above_placed = torch.zeros_like(above), torch.zeros_like(above)
     totals, second = torch.zeros(4, *shape, dtype=torch.float64), 0
     loss_sum, byte_sum, token_sum, documents = 0.0, 0, 0, 0
-    was_training, device = model.training, input_device(model)
-    model.eval()
-    try:
-        with torch.no_grad():
-            for rows, text, lengths in probe.batches(config.batch_tokens):
-                _, positions = first_tokens(mode, strategy, probe, rows)
-                if positions and positions[-1] >= config.sink_tokens:
-                    raise ValueError(
-                        f"strategy.first_token: found a token placed at position {positions[-1]}, expected one before "
-                        f"measure.sink_tokens={config.sink_tokens}, so that every document of the probe reaches it"
-                    )
-                second = (positions or (0,))[-1] if key is None else key
-                if strategy.prefix_lm or second >= config.sink_tokens - 1:
-                    second = 0  # no query is left to look at it
-                row = arrange(probe, mode, strategy, rows, text, lengths, device=device, key=second)
-                alpha, alpha_row, mass, mass_row, placed, nll = _observe(
-                    model, row, text, lengths, config.sink_tokens, second
+    device = input_device(model)
+    with evaluating(model), torch.no_grad():
+        for rows, text, lengths in probe.batches(config.batch_tokens):
+            _, positions = first_tokens(mode, strategy, probe, rows)
+            if positions and positions[-1] >= config.sink_tokens:
+                raise ValueError(
+                    f"strategy.first_token: found a token placed at position {positions[-1]}, expected one before "
+                    f"measure.sink_tokens={config.sink_tokens}, so that every document of the probe reaches it"
                 )
-                for e, eps in enumerate(EPSILONS):
-                    above[e] += (alpha > eps).sum(0)
-                    above_row[e] += (alpha_row > eps).sum(0)
-                    above_placed[e] += (placed.mean(-1) > eps).sum(0)
-                after = placed[..., 1:].mean(-1)
-                totals += torch.stack([alpha.sum(0), mass.sum(0), mass_row.sum(0), after.sum(0)])
-                counted = counted_targets(text, lengths, strategy)
-                loss_sum += float(nll[counted].sum(dtype=torch.float64))
-                byte_sum += int(probe.token_bytes[text[:, 1:][counted]].sum())
-                token_sum += int(counted.sum())
-                documents += len(lengths)
-    finally:
-        model.train(was_training)
+            second = (positions or (0,))[-1] if key is None else key
+            if strategy.prefix_lm or second >= config.sink_tokens - 1:
+                second = 0  # no query is left to look at it
+            row = arrange(probe, mode, strategy, rows, text, lengths, device=device, key=second)
+            alpha, alpha_row, mass, mass_row, placed, nll = _observe(
+                model, row, text, lengths, config.sink_tokens, second
+            )
+            for e, eps in enumerate(EPSILONS):
+                above[e] += (alpha > eps).sum(0)
+                above_row[e] += (alpha_row > eps).sum(0)
+                above_placed[e] += (placed.mean(-1) > eps).sum(0)
+            after = placed[..., 1:].mean(-1)
+            totals += torch.stack([alpha.sum(0), mass.sum(0), mass_row.sum(0), after.sum(0)])
+            counted = counted_targets(text, lengths, strategy)
+            loss_sum += float(nll[counted].sum(dtype=torch.float64))
+            byte_sum += int(probe.token_bytes[text[:, 1:][counted]].sum())
+            token_sum += int(counted.sum())
+            documents += len(lengths)
     if not token_sum:
         raise ValueError(
             f"measuring: expected documents longer than strategy.prefix_lm={strategy.prefix_lm}, found none"

@@ -14,6 +14,7 @@ import torch
 from data.batches import Rows
 from data.store import TokenStore
 from model import Decoder
+from model.observe import evaluating
 from train import rundir
 from train.loggers import Tracker, record
 from train.measure import InferenceMode, MeasureConfig, ModeResult, Probe, measure
@@ -143,12 +144,9 @@ class SinkMonitor(L.Callback):
             return {}
         batch = self.packed.__getitems__(list(range(min(_PACKED_ROWS, len(self.packed)))))
         batch = batch.to(module.device)
-        training = decoder.training
-        decoder.eval()
-        with torch.no_grad():
+        with evaluating(decoder), torch.no_grad():
             positions = batch.positions if module.data.strategy.positions == "document" else None
             output = decoder(batch.tokens, positions, batch_mask(batch, module.data), statistics=True)
-        decoder.train(training)
         assert output.statistics is not None
         index = torch.arange(batch.tokens.shape[1], device=module.device)
         real = torch.ones_like(batch.loss_mask)

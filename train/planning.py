@@ -15,10 +15,11 @@ from typing import Any
 
 import yaml
 
+from data.prepare import available_cores
 from model.config import DecoderConfig
 from train import rundir
 from train.arms import ArmRun
-from train.runner import cores, slots
+from train.runner import slots
 from train.study_file import StudyConfig
 
 MFU = 0.35
@@ -105,7 +106,7 @@ def core_rate(study: StudyConfig, runs: Sequence[ArmRun]) -> tuple[float, str]:
     for run in runs:
         path = run.folder / rundir.MEASUREMENT
         if run.setting("trainer.accelerator") == "cpu" and run.status() == "finished" and path.exists():
-            seconds += sum(rundir.read_json(path)["seconds"].values()) * int(run.setting("threads", cores()))
+            seconds += sum(rundir.read_json(path)["seconds"].values()) * int(run.setting("threads", available_cores()))
             flops += cost(study, run).flops
     return (flops / seconds, "measured in the arms that are finished") if seconds else (CORE, "assumed")
 

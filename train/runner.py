@@ -12,15 +12,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from data.prepare import available_cores
 from train import rundir
 from train.arms import LOG, ArmRun, begin, conclude
 from train.processes import FitProcess
 from train.study_file import StudyConfig
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def visible_gpus() -> list[str]:
@@ -38,7 +34,7 @@ def slots(study: StudyConfig) -> list[dict[str, str]]:
     Raises ValueError where the study asks for GPUs that are not there.
     """
     if not study.gpus:
-        return [{}] * (study.workers or max(1, cores() // study.cpus))
+        return [{}] * (study.workers or max(1, available_cores() // study.cpus))
     gpus = visible_gpus()
     if study.gpus < 1:
         places = [{"CUDA_VISIBLE_DEVICES": gpu} for _ in range(int(1 / study.gpus)) for gpu in gpus]

@@ -24,8 +24,8 @@ class StateMonitor(L.Callback):
     """Logs `state/…` and `mixing/…` at `measure.state_points` and `measure.mixing_points` steps.
 
     What it costs is bounded by the documents it looks at (`measure.state_documents`, the first `measure.sink_tokens`
-    tokens of each, in every live mode), whatever the model and the corpus: in tokens read, at most 3 forward passes of
-    them for states (one with gradients), 4 for mixing, and 8 directions through the first two for the Jacobian. The
+    tokens of each, in every live mode), whatever the model and the corpus: 2 forward passes over them for states (one
+    with gradients) and 4 for mixing, and for the Jacobian 17 forward and 8 backward passes over the first two. The
     time is counted as measuring, not as training. Gradients are left out under FSDP2.
     """
 

@@ -125,9 +125,9 @@ class Excerpts:
         for at in range(0, len(self.rows), size):
             yield self.batch(slice(at, at + size), device)
 
-    def batch(self, chosen: slice, device: torch.device, text: Tensor | None = None) -> tuple[Tensor, Arranged]:
-        """Some of the documents, or another `text` [B, n] in their place."""
-        text = self.text[chosen] if text is None else text
+    def batch(self, chosen: slice, device: torch.device) -> tuple[Tensor, Arranged]:
+        """Text [B, n] of some of the documents, and the rows it is in."""
+        text = self.text[chosen]
         lengths = torch.full((len(text),), text.shape[1])
         return text, arrange(self.probe, self.mode, self.strategy, self.rows[chosen], text, lengths, device=device)
 
@@ -237,10 +237,11 @@ def strongest_head(
     best: dict[str, Any] = {"mass": -1.0}
 
     def attention(seen: LayerAttention) -> None:
-        p = torch.cat([block[:1, :, :, :tokens] for _, block in seen.blocks()], 2)[0, :, :tokens]  # [H, T, T]
-        mass = p[:, 1:, 0].mean(-1)
         if head is not None and seen.layer != head[0]:
             return
+        _, block = next(seen.blocks(tokens))  # the first queries are enough
+        p = block[0, :, :, :tokens]  # [H, T, T]
+        mass = p[:, 1:, 0].mean(-1)
         at = int(mass.argmax()) if head is None else head[1]
         if float(mass[at]) > best["mass"]:
             best.update(layer=seen.layer, head=at, mass=float(mass[at]), attention=p[at].tolist())

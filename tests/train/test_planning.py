@@ -135,6 +135,6 @@ def test_arms_side_by_side_have_gpus_of_their_own(study, monkeypatch, gpus, work
 
 
 def test_without_a_number_of_workers_there_is_one_for_the_cores_of_each(study, monkeypatch):
-    monkeypatch.setattr(runner, "cores", lambda: 8)
+    monkeypatch.setattr(runner, "available_cores", lambda: 8)
     study.write_text(study.read_text() + "cpus: 3\n")
     assert len(runner.slots(load_study(study))) == 2
