@@ -195,13 +195,14 @@ def test_the_exact_jacobian_is_torchs(decoder, probe):
     assert all(e > 0 for e in found.across)
 
 
-def test_random_directions_estimate_the_exact_norm_within_their_error(probe):
+@pytest.mark.parametrize("directions", [8, 28])
+def test_random_directions_estimate_the_exact_norm_within_their_error(probe, directions):
     """Over many seeds the squared estimates average to the squared norm, and err by what they say."""
     torch.manual_seed(0)
     decoder = Decoder(DecoderConfig(layers=2, d_model=32, heads=2, d_ff=48, init_std=0.4), 60)
     excerpts = excerpts_of(probe, count=1)
     exact = torch.tensor(measure_jacobian(decoder, excerpts, 2000, directions=None).norm)
-    drawn = [measure_jacobian(decoder, excerpts, 2000, directions=8, seed=seed) for seed in range(40)]
+    drawn = [measure_jacobian(decoder, excerpts, 2000, directions=directions, seed=seed) for seed in range(40)]
     norms = torch.tensor([d.norm for d in drawn])
     kept = exact > 1e-3
     mean = exact[:, 1:N].mean(1)
@@ -215,8 +216,10 @@ def test_random_directions_estimate_the_exact_norm_within_their_error(probe):
     said = torch.tensor([d.error for d in drawn]).mean(0)[kept]
     real = norms.std(0)[kept]
     assert 0.7 < float((said / real).median()) < 1.3
-    assert all(d.directions == 8 and d.spectral is None for d in drawn)
-    assert torch.equal(norms[0], torch.tensor(measure_jacobian(decoder, excerpts, 2000, directions=8, seed=0).norm))
+    assert all(d.directions == directions and d.spectral is None for d in drawn)
+    assert torch.equal(
+        norms[0], torch.tensor(measure_jacobian(decoder, excerpts, 2000, directions=directions, seed=0).norm)
+    )
 
 
 def test_a_hidden_first_key_has_no_influence(decoder, probe):

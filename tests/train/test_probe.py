@@ -278,28 +278,37 @@ def test_a_probe_is_one_more_point_of_the_runs_wandb_history(tiny_store, tmp_pat
     assert row["probe/figure/mixing/_type"] == "image-file" and row["probe/table/sinks/_type"] == "table-file"
 
 
-def test_probes_of_any_checkpoint_leave_the_count_of_a_resumed_run_alone(tiny_store, tmp_path):
-    """Two probes, one of an old checkpoint, then a resume from before the end: every point is sent once."""
+@pytest.mark.parametrize("killed", [False, True])
+def test_probes_of_any_checkpoint_leave_the_count_of_a_resumed_run_alone(killed, tiny_store, tmp_path, monkeypatch):
+    """Two probes, one of an old checkpoint, of a run that is finished or was killed; then every point is sent once."""
     from tests.train.conftest import write_run_config
+    from tests.train.test_fit import Killed, kill_at
 
     config = write_run_config(tmp_path / "run.yaml", tiny_store)
     folder = tmp_path / "run"
-    assert main(["fit", "--config", str(config), "--wandb.mode", "offline"]) == 0
-    points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if killed:
+        revive = kill_at(monkeypatch, 7)
+        with pytest.raises(Killed):
+            main(["fit", "--config", str(config), "--wandb.mode", "offline"])
+        revive()
+    else:
+        assert main(["fit", "--config", str(config), "--wandb.mode", "offline"]) == 0
     few = ["--sink_tokens", "16", "--documents", "3", "--modes", "bos", "--wandb"]
-    for checkpoint in ("step-0000003.ckpt", "last.ckpt"):
+    for checkpoint in ("step-0000001.ckpt", "last.ckpt"):
         assert main(["probe", str(folder / "checkpoints" / checkpoint), *few]) == 0
-    finished = (folder / "run.json").read_text()
-    (folder / "run.json").write_text(finished.replace('"finished": true', '"finished": false'))
+    known = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**known, "finished": False}))
     again = ["--ckpt_path", str(folder / "checkpoints" / "step-0000003.ckpt")]
     assert main(["fit", "--config", str(folder / "config.yaml"), *again]) == 0
+    points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     segments = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(segments) == 4
     rows = rows_of(segments, len(points) + 2)
     assert [row["_step"] for row in rows] == list(range(len(points) + 2))
     training = [row["trainer/global_step"] for row in rows if "trainer/global_step" in row]
     assert training == [point["step"] for point in points], "no point is sent twice, none left out"
-    assert json.loads((folder / "run.json").read_text())["beside"] == [len(points), len(points) + 1]
+    beside = [row["_step"] for row in rows if "probe/step" in row]
+    assert json.loads((folder / "run.json").read_text())["beside"] == beside and len(beside) == 2
 
 
 def test_a_report_is_whole_in_a_browser_without_a_network(run_dir, tmp_path):
