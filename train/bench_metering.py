@@ -76,12 +76,12 @@ class Turn(NamedTuple):
 
 @torch.no_grad()
 def _turn(way: str, shape: Llama, length: int, threads: int, logits: bool) -> Turn:
-    from model import hf
+    from model import hf, hf_attention
 
     torch.set_num_threads(threads)
-    hf.register()
+    hf_attention.register()
     tokens = torch.randint(shape.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
-    model = shape.build(hf.ATTENTION if way == WAYS[0] else "eager")
+    model = shape.build(hf_attention.ATTENTION if way == WAYS[0] else "eager")
     ours = hf.HFModel(model)
     if not logits:
         model.lm_head = torch.nn.Identity()
@@ -157,11 +157,11 @@ def random_probe(vocab_size: int, documents: int, tokens: int) -> Probe:
 
 def modes(shape: Llama, arguments: Any) -> None:
     """Seconds to measure the probe set in each inference mode and in all."""
-    from model import hf
+    from model import hf, hf_attention
 
-    hf.register()
+    hf_attention.register()
     decoder = Decoder(decoder_config(read_config(arguments.config)), arguments.decoder_vocab_size).eval()
-    models = {"Llama": (hf.HFModel(shape.build(hf.ATTENTION)), shape.vocab_size),
+    models = {"Llama": (hf.HFModel(shape.build(hf_attention.ATTENTION)), shape.vocab_size),
               str(arguments.config): (decoder, arguments.decoder_vocab_size)}  # fmt: skip
     config = MeasureConfig(documents=arguments.documents, live_documents=1, sink_tokens=arguments.tokens)
     print(f"\nmeasuring {arguments.documents} documents of {arguments.tokens} tokens, seconds")
