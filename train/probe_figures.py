@@ -175,17 +175,24 @@ def _norm_figure(modes: Found) -> Figure:
     return figure
 
 
+def _grid(count: int) -> tuple[Figure, Any]:
+    """A figure of so many small plots, four a row, and its axes [rows, 4 or fewer]; those left over are hidden."""
+    import matplotlib.pyplot as plt
+
+    across = min(4, count)
+    down = -(-count // across)
+    figure, axes = plt.subplots(down, across, figsize=(3 * across, 2.3 * down + 0.5), squeeze=False)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, axes
+
+
 def _panels(found: Found, columns: Sequence[Column]) -> Figure:
     """A small plot against depth for each column, a line a mode."""
-    import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
     shown = [c for c in columns if c.measure in found and not c.title.startswith("±")]
-    across = min(4, len(shown))
-    down = -(-len(shown) // across)
-    figure, axes = plt.subplots(down, across, figsize=(3 * across, 2.3 * down + 0.5), squeeze=False)
-    for axis in axes.flat[len(shown) :]:
-        axis.set_visible(False)
+    figure, axes = _grid(len(shown))
     for axis, (name, _, title, read) in zip(axes.flat, shown, strict=False):
         highest, lowest = 0.0, float("inf")
         for mode, measured in found[name].items():
@@ -246,15 +253,10 @@ def _change_figure(modes: Found, labels: Sequence[str] | None, key: str = "chang
 
 
 def _length_figure(found: Found) -> Figure:
-    import matplotlib.pyplot as plt
 
     measures = next(iter(found["by_length"].values()))
     shown = [c for c in MIXING if c.measure in measures and not c.title.startswith("±")]
-    across = min(4, len(shown))
-    down = -(-len(shown) // across)
-    figure, axes = plt.subplots(down, across, figsize=(3 * across, 2.3 * down + 0.5), squeeze=False)
-    for axis in axes.flat[len(shown) :]:
-        axis.set_visible(False)
+    figure, axes = _grid(len(shown))
     modes = list(dict.fromkeys(mode for of in measures.values() for mode in of))
     lengths = [int(length) for length in found["by_length"]]
     for axis, (name, _, title, read) in zip(axes.flat, shown, strict=False):
