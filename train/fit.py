@@ -32,6 +32,7 @@ from train.loggers import MetricsFile, WandbConfig, finish_wandb, process_rank, 
 from train.measure import MeasureConfig
 from train.module import SinkbedModule, check_identity
 from train.monitor import SinkMonitor
+from train.provenance import provenance
 from train.state_monitor import StateMonitor
 from train.validate import measurement_table
 
@@ -96,7 +97,8 @@ class RunFiles(SaveConfigCallback):
         if told is not None:
             rank_zero_warn(told)
         settings = json.loads(self.parser.dump(config, format="json"))
-        checkpoints.run, told = rundir.identify(run_dir, checkpoints.run, pl_module.parent, anew=other)
+        made = provenance(trainer.strategy.root_device)
+        checkpoints.run, told = rundir.identify(run_dir, checkpoints.run, pl_module.parent, made, anew=other)
         if told is not None:
             rank_zero_warn(told)
         tracker = start_wandb(WandbConfig(**config["wandb"].as_dict()), run_dir, settings)

@@ -43,6 +43,8 @@ class Result:
     final: dict[str, Any]
     documents: str = ""
     """Digests of the token store and its documents; equal where two runs read the same ones."""
+    made_by: tuple[dict[str, Any], ...] = ()
+    """Provenance of each process that the run was made by."""
 
     def value(self, mode: str, key: str) -> float:
         """A figure of the final measurement: `loss`, `bits_per_byte`, `mass`, or an eps for a sink rate."""
@@ -63,7 +65,9 @@ def load_result(folder: Path, arm: str, seed: int) -> Result:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name}: expected a finished run, found no such file")
     config = yaml.safe_load((folder / rundir.CONFIG).read_text())
-    audit = rundir.read_json(folder / rundir.AUDIT) if (folder / rundir.AUDIT).is_file() else {}
+    audit, run = (
+        {} if not path.is_file() else rundir.read_json(path) for path in (folder / rundir.AUDIT, folder / rundir.RUN)
+    )
     return Result(
         arm=arm,
         seed=seed,
@@ -72,6 +76,7 @@ def load_result(folder: Path, arm: str, seed: int) -> Result:
         points=list(rundir.read_metrics(folder / rundir.METRICS)),
         final=rundir.read_json(folder / rundir.MEASUREMENT),
         documents=f"{audit.get('store_digest', '')} {audit.get('document_order', '')}",
+        made_by=tuple(run.get("made_by", ())),
     )
 
 
@@ -267,6 +272,8 @@ def _span(values: Sequence[int]) -> str:
 
 def caption(results: Sequence[Result], published: str = "") -> str:
     """What the numbers of the table are, with everything they depend on; `published`: what is beside them."""
+    from train.provenance import describe as describe_provenance
+
     seeds = sorted({r.seed for r in results})
     modes = [next(iter(r.final["modes"].values())) for r in results]
     over = "mean ± half-width of the 95 % interval (Student's t)"
@@ -288,6 +295,7 @@ def caption(results: Sequence[Result], published: str = "") -> str:
         f"parameters, {_span([r.final['tokens'] for r in results])} training tokens, context "
         f"{_span([r.context_length for r in results])}; {several}.{shared}"
         + (f" Published: {published}" if published else "")
+        + f" {describe_provenance([made for r in results for made in r.made_by])}".rstrip()
     )
 
 

@@ -2,7 +2,7 @@
 
 config.yaml      the whole configuration          manifest.json  the token store's manifest
 audit.json       what packing did                 metrics.jsonl  every point, in order
-measurement.json the final measurement            checkpoints/   wandb/   run.json (W&B id, parent, whether finished)
+measurement.json the final measurement            checkpoints/   wandb/   run.json (W&B id, parent, what made it)
 .lock            held by the process that writes here
 """
 
@@ -117,13 +117,14 @@ def read_json(path: Path) -> Any:
 
 
 def identify(
-    folder: Path, saved: dict[str, Any], parent: dict[str, Any] | None, anew: bool
+    folder: Path, saved: dict[str, Any], parent: dict[str, Any] | None, made: dict[str, Any], anew: bool
 ) -> tuple[dict[str, Any], str | None]:
-    """Write run.json: the W&B id, made once, and the run and step that this run is a fork of.
+    """Write run.json: the W&B id, made once, the run and step that this run is a fork of, and what made it.
 
     Args:
         saved: run.json as the checkpoint saved it that the run resumes from; taken where the file is damaged.
         parent: of a fork.
+        made: provenance of this process; kept beside those of earlier ones that differ.
         anew: whether the run starts with other settings than before, and so with another id.
 
     Returns its content, and what there is to tell the user.
@@ -139,6 +140,8 @@ def identify(
     if anew or "wandb_id" not in known:
         known = {"wandb_id": secrets.token_hex(4)}
     known = {k: v for k, v in known.items() if k != "finished"} | ({} if parent is None else {"parent": parent})
+    earlier = known.get("made_by", [])
+    known["made_by"] = earlier if made in earlier else [*earlier, made]
     write_json(path, known)
     return known, told
 
