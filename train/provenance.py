@@ -43,15 +43,16 @@ def provenance(device: torch.device) -> dict[str, Any]:
     }
 
 
-def describe(found: Sequence[dict[str, Any]]) -> str:
-    """One sentence on what made runs; empty where none of them says."""
+def describe(found: Sequence[dict[str, Any]], silent: int = 0) -> str:
+    """One sentence on what made runs; empty where none of them says. `silent`: how many do not."""
     if not found:
         return ""
     code = _list(_code(made) for made in found)
     torches, devices = (_list(made[key] for made in found) for key in ("torch", "device"))
     threads = _list(str(made["threads"]) for made in found)
     plural = "" if threads == "1" else "s"
-    return f"Made by sinkbed {code}, torch {torches}, on {devices}, {threads} thread{plural} a run."
+    rest = f" ({silent} runs of an earlier version do not say)" if silent else ""
+    return f"Made by sinkbed {code}, torch {torches}, on {devices}, {threads} thread{plural} a run{rest}."
 
 
 def _code(made: dict[str, Any]) -> str:

@@ -280,6 +280,7 @@ def caption(results: Sequence[Result], published: str = "") -> str:
     several = f"{over} over seeds {', '.join(map(str, seeds))}"
     if len(seeds) == 1:
         several = f"one seed ({seeds[0]}), one run an arm: no interval, and no telling a difference from noise"
+    made = describe_provenance([made for r in results for made in r.made_by], sum(not r.made_by for r in results))
     strategies = {describe(r.strategy) for r in results}
     shared = ""
     if len(strategies) == 1 and len({r.arm for r in results}) > 1:
@@ -295,7 +296,7 @@ def caption(results: Sequence[Result], published: str = "") -> str:
         f"parameters, {_span([r.final['tokens'] for r in results])} training tokens, context "
         f"{_span([r.context_length for r in results])}; {several}.{shared}"
         + (f" Published: {published}" if published else "")
-        + f" {describe_provenance([made for r in results for made in r.made_by])}".rstrip()
+        + (f" {made}" if made else "")
     )
 
 

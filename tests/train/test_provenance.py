@@ -31,6 +31,7 @@ def test_the_sentence_names_what_differs_once():
     assert provenance.describe([MADE, MADE]) == (
         "Made by sinkbed 1.2 at commit abc, torch 2.13.0, on CPU, 1 thread a run."
     )
+    assert provenance.describe([MADE], silent=3).endswith("1 thread a run (3 runs of an earlier version do not say).")
     assert provenance.describe([MADE, {**other, "changed": True}]) == (
         "Made by sinkbed 1.2 at commit abc and 1.2 (changed), torch 2.13.0, on CPU and GPU, 1 and 2 threads a run."
     )
