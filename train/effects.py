@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from train.results import MODE_LABELS, Result, fixed, spread
 from train.statistics import Interval, area, curve, paired, verdict
 
 if TYPE_CHECKING:
-    from train.report import Result
     from train.study_file import Effect, Published
 
 LABELS = {
@@ -83,8 +83,6 @@ class Found:
 
     def columns(self) -> dict[str, str]:
         """Header -> cell."""
-        from train.report import MODE_LABELS, fixed, spread
-
         effect, digits = self.effect, DIGITS.get(self.effect.metric, 1)
         other_arm, other_mode = effect.other
         theirs = ""
@@ -136,8 +134,6 @@ def _plain(value: float | None) -> float | None:
 
 def signed(value: float, digits: int) -> str:
     """A number with its sign."""
-    from train.report import fixed
-
     text = fixed(value, digits)
     return text if text.startswith("−") or float(text) == 0 else f"+{text}"
 

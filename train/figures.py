@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from train.report import MODE_LABELS, Result
+from train.results import MODE_LABELS, Result
 from train.rundir import write_atomic
 from train.statistics import Interval
 
@@ -61,25 +61,35 @@ def number_of_runs(results: Sequence[Result]) -> str:
 
 def write_figures(results: Sequence[Result], folder: Path) -> None:
     """Write result.png, curves.png, heatmaps.png and loss.png."""
+    write_result(results, folder / "result.png")
+    for name, draw in (("curves", _curves), ("heatmaps", _heatmaps), ("loss", _losses)):
+        _write(draw, results, folder / f"{name}.png")
+
+
+def write_result(results: Sequence[Result], path: Path) -> None:
+    """Write the picture of the result: sink rate in both modes, and what removing the first token costs."""
+    _write(_result, results, path)
+
+
+def _write(draw: Callable[[Sequence[Result]], Figure], results: Sequence[Result], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     with plt.rc_context(dict(STYLE)):
-        for name, draw in (("result", _result), ("curves", _curves), ("heatmaps", _heatmaps), ("loss", _losses)):
-            figure = draw(results)
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=140)
-            plt.close(figure)
-            write_atomic(folder / f"{name}.png", buffer.getvalue())
+        figure = draw(results)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=140)
+        plt.close(figure)
+    write_atomic(path, buffer.getvalue())
 
 
 def _result(results: Sequence[Result]) -> Figure:
     """Sink rate with and without BOS, and what removing BOS costs, an arm a line."""
     import matplotlib.pyplot as plt
 
-    from train.effects import figures
+    from train.effects import figures, reference_mode
 
     arms = arms_of(results)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 0.42 * len(arms) + 1.5), sharey=True)
@@ -105,8 +115,10 @@ def _result(results: Sequence[Result]) -> Figure:
     left.set_xlabel(f"sink rate on the first token, % (eps 0.3, T {results[0].final['sink_tokens']})")
     figure.legend(loc="outside upper left", ncols=2)
     left.set_title(f"Where the sink is{runs}")
-    right.set_xlabel("loss(text) − loss(BOS + text), nats per token")
-    right.set_title(f"What removing BOS costs{runs}")
+    reference = reference_mode(modes)
+    right.set_xlabel(f"loss(text) − loss({MODE_LABELS.get(reference or '', 'text')}), nats per token")
+    what = "BOS" if reference == "bos" else "the first token"
+    right.set_title(f"What removing {what} costs{runs}")
     return figure
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.figures import COLOURS, arms_of, common_modes, curve, live_modes, mass_scale, number_of_runs
-from train.report import MODE_LABELS, Result, Section, SummaryRow, rows_of, table_of
+from train.results import MODE_LABELS, Result
 from train.rundir import write_atomic
 from train.statistics import Interval
+from train.tables import Section, SummaryRow, rows_of, table_of
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

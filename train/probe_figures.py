@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from train.figures import COLOURS, mass_scale
 from train.probe_tables import MIXING, MIXING_NOTE, STATES, STATES_NOTE, Column, Found, depth_of, modes_of
-from train.report import MODE_LABELS
+from train.results import MODE_LABELS
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from train.report import MODE_LABELS, fixed
+from train.results import MODE_LABELS, fixed
 
 Found = dict[str, Any]
 Row = tuple[str | float | int | None, ...]

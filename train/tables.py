@@ -1,18 +1,152 @@
-"""The tables of a report beside its first one: effects, arms, differences of arms; and all numbers as files."""
+"""The tables of a report: the result, effects, arms, differences of arms; and all numbers as files."""
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train.effects import DIGITS, LABELS, Found, figure, figures, reference_mode, same_documents
-from train.report import MODE_LABELS, Result, Section, spread, to_csv
+from train.results import MODE_LABELS, Result, describe, mean, spread
 from train.rundir import write_atomic
 from train.statistics import Interval, paired
 
+if TYPE_CHECKING:
+    from train.study_file import Published
+
 _MOST_PAIRS = 60
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table under a heading, with a note below it."""
+
+    heading: str
+    header: tuple[str, ...]
+    cells: list[tuple[str, ...]]
+    note: str
+
+
+STRATEGY = ("mask in training", "BOS in training")
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One line of the study's table: an arm in a mode, over its seeds."""
+
+    arm: str
+    mask: str
+    bos: str
+    mode: str
+    rate: str
+    mass: str
+    loss: str
+    gap: str
+    published: str
+
+    def columns(self) -> dict[str, str]:
+        """Header -> cell."""
+        return {
+            "arm": self.arm,
+            "mask in training": self.mask,
+            "BOS in training": self.bos,
+            "input": MODE_LABELS[self.mode],
+            "sink rate %": self.rate,
+            "sink mass": self.mass,
+            "loss": self.loss,
+            "loss gap": self.gap,
+            "published: sink % / loss": self.published,
+        }
+
+
+def table_of(summary: Sequence[SummaryRow]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and cells, without the columns that no line has anything for, and the strategy's where all share it."""
+    lines = [row.columns() for row in summary]
+    shared = STRATEGY if len({r.arm for r in summary}) > 1 and len({(r.mask, r.bos) for r in summary}) == 1 else ()
+    header = tuple(name for name in lines[0] if any(line[name] for line in lines) and name not in shared)
+    return header, [tuple(line[name] for name in header) for line in lines]
+
+
+def summarise(results: Sequence[Result], published: Published) -> list[SummaryRow]:
+    """The study's table, arms in their order."""
+    rows = []
+    for arm in dict.fromkeys(r.arm for r in results):
+        of_arm = [r for r in results if r.arm == arm]
+        mask, bos = describe(of_arm[0].strategy)
+        for mode in of_arm[0].final["modes"]:
+            theirs = published.get(arm, {}).get(mode)
+            reference = reference_mode(of_arm[0].final["modes"])
+            gap = list(figures(results, arm, "loss_gap", mode).values()) if mode != reference else []
+            rows.append(
+                SummaryRow(
+                    arm=arm,
+                    mask=mask,
+                    bos=bos,
+                    mode=mode,
+                    rate=spread([r.value(mode, "0.3") for r in of_arm], 1),
+                    mass=spread([r.value(mode, "mass") for r in of_arm], 3),
+                    loss=spread([r.value(mode, "loss") for r in of_arm], 3),
+                    gap=spread(gap, 3),
+                    published=" / ".join("–" if x is None else f"{x:.2f}" for x in theirs) if theirs else "",
+                )
+            )
+    return rows
+
+
+def _span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def caption(results: Sequence[Result], published: str = "") -> str:
+    """What the numbers of the table are, with everything they depend on; `published`: what is beside them."""
+    return (
+        f"{definitions(results)} {circumstances(results)}"
+        + (f" Published: {published}" if published else "")
+        + (f" {made}" if (made := made_by(results)) else "")
+    )
+
+
+def definitions(results: Sequence[Result]) -> str:
+    """What the figures of these runs are."""
+    modes = [next(iter(r.final["modes"].values())) for r in results]
+    return (
+        f"Sink rate: eps 0.3, T = {_span([r.final['sink_tokens'] for r in results])}, "
+        f"{_span([m['documents'] for m in modes])} held-out documents, all layers and heads (arXiv "
+        f"2410.10781). Sink mass: mean attention on key 0 of the other queries. Loss: nats per token of "
+        f"the same {_span([m['tokens'] for m in modes])} targets in every mode. "
+        f"Loss gap: loss − loss(BOS + text), or − loss(as trained) where BOS + text was not measured."
+    )
+
+
+def circumstances(results: Sequence[Result]) -> str:
+    """Size, tokens, lengths and seeds of these runs, and the strategy where they share it."""
+    seeds = sorted({r.seed for r in results})
+    over = "mean ± half-width of the 95 % interval (Student's t)"
+    several = f"{over} over seeds {', '.join(map(str, seeds))}"
+    if len(seeds) == 1:
+        several = f"one seed ({seeds[0]}), one run an arm: no interval, and no telling a difference from noise"
+    strategies = {describe(r.strategy) for r in results}
+    shared = ""
+    if len(strategies) == 1 and len({r.arm for r in results}) > 1:
+        mask, bos = next(iter(strategies))
+        shared = f" All arms: mask {mask}; BOS {bos}."
+    return (
+        f"{_span([r.final['parameters'] for r in results])} "
+        f"parameters, {_span([r.final['tokens'] for r in results])} training tokens, context "
+        f"{_span([r.context_length for r in results])}; {several}.{shared}"
+    )
+
+
+def made_by(results: Sequence[Result]) -> str:
+    """Commit, torch and machine of these runs; empty where none of them says."""
+    from train.provenance import describe as describe_provenance
+
+    return describe_provenance([made for r in results for made in r.made_by], sum(not r.made_by for r in results))
 
 
 def sections(results: Sequence[Result], found: Sequence[Found]) -> list[Section]:
@@ -113,6 +247,70 @@ def verdicts(found: Sequence[Found]) -> list[str]:
         unit = "" if not cells["difference"] else f": {cells['figure']} {cells['difference']}"
         lines.append(f"{item.verdict:{width}}  {item.effect.name}{unit} (expected {cells['expected']})")
     return lines
+
+
+COLUMNS = (
+    "arm",
+    "seed",
+    "mode",
+    "sink_rate_0.2",
+    "sink_rate_0.3",
+    "sink_rate_0.5",
+    "sink_rate_0.8",
+    "sink_rate_row_0.3",
+    "sink_mass",
+    "sink_alpha",
+    "loss",
+    "bits_per_byte",
+    "loss_gap",
+    "sink_rate_placed",
+    "sink_rate_area",
+    "onset_tokens",
+    "tokens",
+    "parameters",
+    "context_length",
+)
+
+
+def rows_of(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """One row per arm, seed and mode, with the columns of table.csv."""
+    rows = []
+    for r in results:
+        for mode, found in r.final["modes"].items():
+            rates = {f"sink_rate_{eps}": round(mean(map_), 4) for eps, map_ in found["rate"].items()}
+            row = {
+                "arm": r.arm,
+                "seed": r.seed,
+                "mode": mode,
+                **rates,
+                "sink_rate_row_0.3": round(mean(found["rate_row"]["0.3"]), 4),
+                "sink_mass": round(r.value(mode, "mass"), 6),
+                "sink_alpha": round(r.value(mode, "alpha"), 6),
+                "loss": round(found["loss"], 6),
+                "bits_per_byte": round(found["bits_per_byte"], 6),
+                "loss_gap": _rounded(figure(r, "loss_gap", mode)),
+                "sink_rate_placed": _rounded(figure(r, "sink_rate_placed", mode)),
+                "sink_rate_area": _rounded(figure(r, "sink_rate_area", mode)),
+                "onset_tokens": r.final["onset_tokens"],
+                "tokens": r.final["tokens"],
+                "parameters": r.final["parameters"],
+                "context_length": r.context_length,
+            }
+            rows.append({name: row[name] for name in COLUMNS})
+    return rows
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def to_csv(rows: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
+    """table.csv, or another table of its kind."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
 
 
 def effects_csv(found: Sequence[Found]) -> str:

@@ -71,7 +71,7 @@ def run_tokenizer(identity: dict[str, Any], store: Path | None) -> Tokenizer:
 
 def measurement_table(step: int, results: dict[InferenceMode, ModeResult], sink_tokens: int) -> str:
     """The figures of one measurement, a line for each inference mode."""
-    from train.report import MODE_LABELS
+    from train.results import MODE_LABELS
 
     documents = next(iter(results.values())).documents
     lines = [

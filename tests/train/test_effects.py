@@ -8,9 +8,9 @@ import pytest
 
 from data.strategy import Strategy
 from train.effects import check, figure
-from train.report import Result, caption, rows_of, summarise, table_of
+from train.results import Result
 from train.study_file import Effect
-from train.tables import effects_csv, sections, write_parquet
+from train.tables import caption, effects_csv, rows_of, sections, summarise, table_of, write_parquet
 
 
 def result(arm, seed, rate, loss, *, gap=1.0, onset=None, first_token="bos", documents="same", placed=None):

@@ -176,14 +176,14 @@ def test_the_table_has_no_column_for_what_nobody_published(finished):
 
 
 def test_a_number_is_never_minus_zero():
-    from train.report import fixed, spread
+    from train.results import fixed, spread
 
     assert [fixed(x, 3) for x in (-0.0004, 0.0004, -0.0006, 2.0)] == ["0.000", "0.000", "−0.001", "2.000"]
     assert spread([-0.0001, 0.0002], 2) == "0.00 ± 0.00"
 
 
 def test_a_mean_of_one_run_says_so():
-    from train.report import spread
+    from train.results import spread
 
     assert spread([0.5], 2) == "0.50 (1 run)"
     assert spread([1.0, 2.0, 3.0], 2) == "2.00 ± 2.48", "t at 2 degrees of freedom is 4.303"
@@ -210,6 +210,38 @@ def test_runs_and_folders_of_runs_can_be_reported(finished, fit, capsys, tmp_pat
     (tmp_path / "empty").mkdir()
     assert main(["report", str(tmp_path / "empty")]) == 1
     assert "expected at least one finished run, found none" in capsys.readouterr().err
+
+
+def test_several_studies_make_one_page_of_the_seeds_that_are_finished(finished, capsys, tmp_path):
+    effect = "{name: BOS helps, metric: loss, arm: fixed, against: absent, expected: none, tolerance: 9}"
+    other, empty = finished.with_name("other.yaml"), finished.with_name("empty.yaml")
+    other.write_text(finished.read_text() + f"effects: [{effect}]\n")
+    empty.write_text(finished.read_text().replace(str(finished.parent / "out"), str(tmp_path / "none")))
+    assert main(["study", str(finished), "--quiet", "--seeds", "1"]) == 0
+    files, page = [str(finished), str(other), str(empty)], tmp_path / "page"
+    capsys.readouterr()
+    assert main(["report", *files, "--out", str(page)]) == 0
+    assert f"{empty}: 2 of its runs are not finished; not on the page" in capsys.readouterr().out
+    text = (page / "README.md").read_text()
+    assert re.findall("^## (.*)", text, re.M) == ["study", "other"]
+    assert "| [other](#other) | A study <of> two arms | 1 reproduced |" in text
+    assert re.search(r"\| BOS helps \| loss: [+−]?\d\.\d{3} ± \d\.\d{3} \| same within 9 \| reproduced \|", text)
+    assert f"`sinkbed study {other} --seeds 0 1`: 4 runs" in text and "Made by sinkbed" in text
+    assert all((page / f"{name}.png").is_file() for name in ("study", "other"))
+    # A line of the page is what the report of the study has.
+    assert main(["report", str(other), "--seeds", "0", "1"]) == 0
+    report = (finished.parent / "out" / "report" / "table.md").read_text().split("## ")[0]
+    [line] = re.findall(r"^\| fixed \| (.*) \|$", text.split("## other")[1], re.M)
+    rate, _, mass, loss, gap = line.split(" | ")
+    assert f"| BOS + text | {rate} | {mass} | {loss} |" in report and f"| {gap} |" in report
+    # One seed of a study that has more.
+    assert main(["report", *files, "--out", str(page), "--seeds", "1"]) == 0
+    text = (page / "README.md").read_text().split("## study")[1]
+    assert "(1 run)" in text and "±" not in text
+    assert main(["report", *files]) == 1
+    assert "expected --out" in capsys.readouterr().err
+    assert main(["report", str(empty), str(empty), "--out", str(page)]) == 1
+    assert "expected a study with a finished run, found none" in capsys.readouterr().err
 
 
 def test_an_arm_made_under_another_configuration_is_refused_unless_forced(finished, capsys):
