@@ -17,22 +17,33 @@ if TYPE_CHECKING:
     from train.study_file import StudyConfig
 
 NAME = "README.md"
+TITLE = "# What the studies found"
 
 
 def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[ArmRun]]], folder: Path) -> Path:
-    """Write README.md and NAME.png of each study from its finished runs."""
+    """Write README.md and NAME.png of each study from its finished runs.
+
+    Raises ValueError where two studies have one name, and FileExistsError where the folder has a README.md that is no
+    such page.
+    """
     from train.figures import write_result
 
+    path = folder / NAME
+    if path.exists() and not path.read_text(errors="replace").startswith(TITLE):
+        raise FileExistsError(f"{path}: expected none, or an earlier page of studies; found another file; choose --out")
+    names = [study.source.stem if study.source else study.name for study, _ in studies]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"report: expected study files of different names, found two that are called {twice}")
     parts, index = [], []
-    for study, runs in studies:
-        name = study.source.stem if study.source else study.name
+    for name, (study, runs) in zip(names, studies, strict=True):
         results = [load_result(run.folder, run.arm, run.seed) for run in runs]
         found = check(results, study.effects, study.published)
         write_result(results, folder / f"{name}.png")
         parts += _section(study, name, results, found)
         index.append((f"[{name}](#{name})", study.title, counts(found)))
     lines = [
-        "# What the studies found",
+        TITLE,
         "",
         "Written by `sinkbed report`, which has more of each study: curves, heat maps, differences of all arms.",
         "",
@@ -45,7 +56,6 @@ def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[ArmRun]]], folder
         "",
         *parts,
     ]
-    path = folder / NAME
     rundir.write_atomic(path, "\n".join(lines).rstrip() + "\n")
     return path
 

@@ -18,7 +18,7 @@ def _checkout() -> tuple[str | None, bool]:
     """Commit of the git checkout that this code is run from, and whether its files differ from it."""
     if not (ROOT / ".git").exists():  # installed; a repository further up is not ours
         return None, False
-    git = ["git", "-C", str(ROOT)]
+    git = ["git", "--no-optional-locks", "-C", str(ROOT)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], check=True, capture_output=True, text=True)
         status = [*git, "status", "--porcelain", "--untracked-files=no"]

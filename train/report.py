@@ -155,7 +155,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     else:
         missing = [path for path in arguments.what if path not in folders]
         if missing:
-            raise FileNotFoundError(f"{missing[0]}: expected one study file, or folders only; found no folder")
+            raise FileNotFoundError(f"{missing[0]}: expected study files only, or folders only; found no folder")
         if arguments.out is None and len(folders) > 1:
             raise ValueError("report: expected --out, the folder for the report of several folders; found none")
         runs = [

@@ -240,6 +240,13 @@ def test_several_studies_make_one_page_of_the_seeds_that_are_finished(finished, 
     assert "(1 run)" in text and "±" not in text
     assert main(["report", *files]) == 1
     assert "expected --out" in capsys.readouterr().err
+    # Nothing that somebody else wrote is replaced.
+    (tmp_path / "README.md").write_text("# Mine\n")
+    assert main(["report", *files, "--out", str(tmp_path)]) == 1
+    assert "found another file" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "# Mine\n" and not list(tmp_path.glob("*.png"))
+    assert main(["report", str(other), str(other), "--out", str(page)]) == 1
+    assert "found two that are called other" in capsys.readouterr().err
     assert main(["report", str(empty), str(empty), "--out", str(page)]) == 1
     assert "expected a study with a finished run, found none" in capsys.readouterr().err
 
