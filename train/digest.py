@@ -74,7 +74,8 @@ def _section(study: StudyConfig, name: str, results: Sequence[Result], found: Se
         lines += [*markdown_table(*_effects(found)), ""]
     lines += [*markdown_table(*_arms(results)), ""]
     lines += [
-        f"`{_command(study, results)}`: {len(results)} runs, {seconds / 60:.0f} minutes of training and measuring. "
+        f"`{_command(study, results)}`: {len(results)} runs, "
+        f"{seconds / 60:.0f} minutes of training and measuring, summed over runs. "
         + " ".join(part for part in (definitions(results), circumstances(results), made_by(results)) if part),
         "",
     ]
