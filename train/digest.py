@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from train import rundir
 from train.effects import DIGITS, LABELS, Found, check, figures, reference_mode
@@ -21,43 +22,76 @@ TITLE = "# What the studies found"
 
 
 def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[ArmRun]]], folder: Path) -> Path:
-    """Write README.md and NAME.png of each study from its finished runs.
+    """Write README.md and NAME.png of each study from its finished runs; other studies of an earlier page stay on it.
 
-    Raises ValueError where two studies have one name, and FileExistsError where the folder has a README.md that is no
-    such page.
+    Raises ValueError where two studies have one name, and FileExistsError where the folder has files of these names
+    that are not of such a page. Nothing is written before all is read.
     """
     from train.figures import write_result
 
     path = folder / NAME
-    if path.exists() and not path.read_text(errors="replace").startswith(TITLE):
-        raise FileExistsError(f"{path}: expected none, or an earlier page of studies; found another file; choose --out")
     names = [study.source.stem if study.source else study.name for study, _ in studies]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"report: expected study files of different names, found two that are called {twice}")
-    parts, index = [], []
+    parts = _earlier(path)
+    for name in names:
+        if name not in parts and (folder / f"{name}.png").exists():
+            raise FileExistsError(
+                f"{folder / f'{name}.png'}: expected none, or one of an earlier page of studies; found another file; "
+                "choose another --out"
+            )
+    read = {}
     for name, (study, runs) in zip(names, studies, strict=True):
-        results = [load_result(run.folder, run.arm, run.seed) for run in runs]
+        results = read[name] = [load_result(run.folder, run.arm, run.seed) for run in runs]
         found = check(results, study.effects, study.published)
+        parts[name] = (_index(name, study.title, counts(found)), _section(study, name, results, found))
+    for name, results in read.items():
         write_result(results, folder / f"{name}.png")
-        parts += _section(study, name, results, found)
-        index.append((f"[{name}](#{name})", study.title, counts(found)))
     lines = [
         TITLE,
         "",
         "Written by `sinkbed report`, which has more of each study: curves, heat maps, differences of all arms.",
         "",
-        *markdown_table(("study", "question", "expected effects"), index),
+        *markdown_table(("study", "question", "expected effects"), []),
+        *(parts[name][0] for name in sorted(parts)),
         "",
         "Cells are mean ± half-width of the 95 % t interval over seeds. A verdict is on the mean difference of arms on "
         "the same documents, paired by seed. Reproduced: its interval lies on the expected side of 0 (for the same: "
         "inside the tolerance). Not reproduced: it lies on another side. Within noise: it reaches both. One comparison "
         "in twenty leaves 0 out by chance.",
         "",
-        *parts,
+        *(line for name in sorted(parts) for line in parts[name][1]),
     ]
     rundir.write_atomic(path, "\n".join(lines).rstrip() + "\n")
     return path
+
+
+def _index(name: str, title: str, verdicts: str) -> str:
+    """A study's line in the list at the top, with a link to its heading as GitHub names it."""
+    anchor = name.lower().replace(" ", "-")
+    return markdown_table((f"[{name}](#{anchor})", title, verdicts), [])[0]
+
+
+def _earlier(path: Path) -> dict[str, tuple[str, list[str]]]:
+    """Study -> its line of the list and its section, of a page written before.
+
+    Raises FileExistsError where the file is no such page.
+    """
+    if not path.exists():
+        return {}
+    text = path.read_text(errors="replace")
+    if not text.startswith(TITLE):
+        raise FileExistsError(
+            f"{path}: expected none, or an earlier page of studies; found another file; choose another --out"
+        )
+    head, *sections = text.split("\n## ")
+    found = {}
+    for section in sections:
+        name = section.splitlines()[0]
+        [index] = [line for line in head.splitlines() if line.startswith(f"| [{name}](")]
+        found[name] = (index, [*f"## {section}".rstrip().splitlines(), ""])
+    return found
 
 
 def counts(found: Sequence[Found]) -> str:
@@ -69,14 +103,16 @@ def counts(found: Sequence[Found]) -> str:
 def _section(study: StudyConfig, name: str, results: Sequence[Result], found: Sequence[Found]) -> list[str]:
     seconds = sum(sum(r.final["seconds"].values()) for r in results)
     lines = [f"## {name}", "", f"**{study.title}** {study.question}".rstrip(), ""]
-    lines += [f"![{study.title}]({name}.png)", ""]
+    lines += [f"![{study.title}]({quote(name)}.png)", ""]
     if found:
         lines += [*markdown_table(*_effects(found)), ""]
     lines += [*markdown_table(*_arms(results)), ""]
+    published = f"Published: {study.published_source}" if study.published else ""
+    notes = (definitions(results), circumstances(results), published, made_by(results))
     lines += [
         f"`{_command(study, results)}`: {len(results)} runs, "
         f"{seconds / 60:.0f} minutes of training and measuring, summed over runs. "
-        + " ".join(part for part in (definitions(results), circumstances(results), made_by(results)) if part),
+        + " ".join(note for note in notes if note),
         "",
     ]
     return lines
@@ -117,6 +153,13 @@ def _arms(results: Sequence[Result]) -> tuple[tuple[str, ...], list[tuple[str, .
     columns.append(("loss_gap", "text"))
     columns = [column for column in dict.fromkeys(columns) if column[1] in modes]
     header = ("arm", *(f"{LABELS[metric]}, {MODE_LABELS[mode]}" for metric, mode in columns))
-    return header, [
-        (arm, *(spread(list(figures(results, arm, *c).values()), DIGITS.get(c[0], 1)) for c in columns)) for arm in arms
-    ]
+    cells: list[tuple[str, ...]] = []
+    for arm in arms:
+        values = [(mode, metric, list(figures(results, arm, metric, mode).values())) for metric, mode in columns]
+        # An arm that is trained on the text alone has been measured on it once.
+        gaps = [figure for mode, metric, found in values if metric == "loss_gap" for figure in found]
+        same = first != "bos" and bool(gaps) and not any(gaps)
+        cells.append(
+            (arm, *("" if same and mode == "text" else spread(v, DIGITS.get(metric, 1)) for mode, metric, v in values))
+        )
+    return header, cells

@@ -117,8 +117,8 @@ def _result(results: Sequence[Result]) -> Figure:
     left.set_title(f"Where the sink is{runs}")
     reference = reference_mode(modes)
     right.set_xlabel(f"loss(text) − loss({MODE_LABELS.get(reference or '', 'text')}), nats per token")
-    what = "BOS" if reference == "bos" else "the first token"
-    right.set_title(f"What removing {what} costs{runs}")
+    what = "removing BOS" if reference == "bos" else "leaving out the placed token"
+    right.set_title(f"What {what} costs{runs}")
     return figure
 
 

@@ -97,7 +97,7 @@ class RunFiles(SaveConfigCallback):
         if told is not None:
             rank_zero_warn(told)
         settings = json.loads(self.parser.dump(config, format="json"))
-        made = provenance(trainer.strategy.root_device)
+        made = provenance(trainer.strategy.root_device, trainer.world_size)
         checkpoints.run, told = rundir.identify(run_dir, checkpoints.run, pl_module.parent, made, anew=other)
         if told is not None:
             rank_zero_warn(told)
@@ -289,7 +289,7 @@ class SinkbedCLI(LightningCLI):
             saved = (loaded.get("callbacks") or {}).get("Checkpoints", {})
             self.checkpoint = {k: loaded.get(k) for k in ("sinkbed", "global_step")} | {"saved": saved}
             if forking:
-                run = saved.get("run", {})
+                run = {k: v for k, v in saved.get("run", {}).items() if k != "made_by"}
                 self.parent = {"checkpoint": config.ckpt_path, "step": loaded.get("global_step"), **run}
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

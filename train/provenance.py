@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,55 +12,62 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+_CODE = ("configs", "data", "kernels", "model", "train", "pyproject.toml")
+"""What of the checkout decides a result."""
 
 
 def _checkout() -> tuple[str | None, bool]:
-    """Commit of the git checkout that this code is run from, and whether its files differ from it."""
+    """Commit of the git checkout that this code is run from, and whether the code differs, new files included."""
     if not (ROOT / ".git").exists():  # installed; a repository further up is not ours
         return None, False
-    git = ["git", "--no-optional-locks", "-C", str(ROOT)]
     try:
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], check=True, capture_output=True, text=True)
-        status = [*git, "status", "--porcelain", "--untracked-files=no"]
-        changes = subprocess.run(status, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):  # no git here, or a folder it does not trust
+        commit = _git("rev-parse", "--short=12", "HEAD")
+        return commit, bool(_git("status", "--porcelain", "--", *_CODE))
+    except (OSError, subprocess.SubprocessError):  # no git here, a folder it does not trust, or a disk that hangs
         return None, False
-    return commit.stdout.strip(), bool(changes.stdout.strip())
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "--no-optional-locks", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
 
 
 _COMMIT, _CHANGED = _checkout()  # of the code as it was imported: a study's arms are forked hours later
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Version, commit of the checkout (None where it is none), whether files were changed, torch, hardware, threads."""
+def provenance(device: torch.device, processes: int = 1) -> dict[str, Any]:
+    """Version, commit of the checkout (None where it is none), whether it was changed, torch, hardware of the first
+    process, CPU threads of each, processes."""
+    try:
+        version = metadata.version("sinkbed")
+    except metadata.PackageNotFoundError:  # a checkout that is run without being installed
+        version = "of no version"
     return {
-        "sinkbed": metadata.version("sinkbed"),
+        "sinkbed": version,
         "commit": _COMMIT,
         "changed": _CHANGED,
         "torch": str(torch.__version__),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
         "threads": torch.get_num_threads(),
+        "processes": processes,
     }
 
 
-def describe(found: Sequence[dict[str, Any]], silent: int = 0) -> str:
+def describe(found: Iterable[dict[str, Any]], silent: int = 0) -> str:
     """One sentence on what made runs; empty where none of them says. `silent`: how many do not."""
-    if not found:
+    makers = "; and by ".join(dict.fromkeys(map(_maker, found)))
+    if not makers:
         return ""
-    code = _list(_code(made) for made in found)
-    torches, devices = (_list(made[key] for made in found) for key in ("torch", "device"))
-    threads = _list(str(made["threads"]) for made in found)
-    plural = "" if threads == "1" else "s"
-    rest = f" ({silent} runs of an earlier version do not say)" if silent else ""
-    return f"Made by sinkbed {code}, torch {torches}, on {devices}, {threads} thread{plural} a run{rest}."
+    rest = f" ({silent} run{'s say' if silent > 1 else ' says'} nothing of it, being of an earlier version)"
+    return f"Made by {makers}{rest if silent else ''}."
 
 
-def _code(made: dict[str, Any]) -> str:
-    return made["sinkbed"] + (f" at commit {made['commit']}" if made["commit"] else "") + " (changed)" * made["changed"]
-
-
-def _list(values: Iterable[str]) -> str:
-    return " and ".join(dict.fromkeys(values))
+def _maker(made: dict[str, Any]) -> str:
+    code = f" at commit {made['commit']}" if made["commit"] else ""
+    changed = " (changed)" if made["changed"] else ""
+    threads = f"{made['threads']} thread{'' if made['threads'] == 1 else 's'}"
+    several = f"{made['processes']} processes of " if made.get("processes", 1) > 1 else ""
+    return f"sinkbed {made['sinkbed']}{code}{changed}, torch {made['torch']}, on {made['device']}, {several}{threads}"
 
 
 def _cpu() -> str:

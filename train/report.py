@@ -173,41 +173,44 @@ def run(command: str, argv: Sequence[str]) -> int:
                 f"{seen[each.arm, each.seed]} and {each.folder}; report the studies one by one"
             )
         seen[each.arm, each.seed] = each.folder
-    finished = [r for r in runs if not r.settings or r.status() == "finished"]
-    left = [r for r in runs if r not in finished]
-    for arm in left:
-        print(f"not in the report: {arm.folder.name} ({arm.status()}{': ' * bool(arm.reason())}{arm.reason()})")
+    finished = _finished(runs)
     if not finished:
         raise ValueError(
             f"{', '.join(map(str, arguments.what))}: expected at least one finished run, found none; finish one with "
             "`sinkbed study` or `sinkbed fit`"
         )
-    write_report(study, finished, {r.folder.name: r.reason() for r in left if r.status() == "failed"})
+    write_report(study, finished, {r.folder.name: r.reason() for r in runs if r.settings and r.status() == "failed"})
     return 0
+
+
+def _finished(runs: Sequence[ArmRun]) -> list[ArmRun]:
+    """The runs that a report can be made of; says of the others why not."""
+    finished = [r for r in runs if not r.settings or r.status() == "finished"]
+    for run in runs:
+        if run not in finished:
+            why = run.reason()
+            print(f"not in the report: {run.folder.name} ({run.status()}{f': {why}' if why else ''})")
+    return finished
 
 
 def _digest(arguments: argparse.Namespace) -> int:
     """One page of several studies, of the seeds that are finished where none are named."""
     from train.arms import plan
     from train.digest import write_digest
-    from train.study import chosen
+    from train.study_file import load_study
 
     if arguments.out is None:
         raise ValueError("report: expected --out, the folder for the page of several studies; found none")
-    folder, arguments.out = arguments.out, None
     studies = []
     for path in arguments.what:
-        arguments.study = path
-        study = chosen(arguments)
-        seeds = dict.fromkeys([*study.seeds, *(seed for _, _, seed in load_folder(study.out))])
-        more = study if arguments.seeds else dataclasses.replace(study, seeds=list(seeds))
-        finished = [r for r in plan(more) if r.status() == "finished"]
-        if finished:
+        study = load_study(path, arguments.size)
+        seeds = arguments.seeds or [*study.seeds, *(seed for _, _, seed in load_folder(study.out))]
+        runs = plan(dataclasses.replace(study, seeds=list(dict.fromkeys(seeds))))
+        if all(run.status() == "new" for run in runs):
+            print(f"not on the page: {path} (not run)")
+        elif finished := _finished(runs):
             studies.append((study, finished))
-        left = len(study.seeds) * len(study.arms) - sum(r.seed in study.seeds for r in finished)
-        if left:
-            print(f"{path}: {left} of its runs are not finished{'' if finished else '; not on the page'}")
     if not studies:
         raise ValueError("report: expected a study with a finished run, found none; start one with `sinkbed study`")
-    print(f"page: {write_digest(studies, folder)}")
+    print(f"page: {write_digest(studies, arguments.out)}")
     return 0

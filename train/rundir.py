@@ -124,7 +124,7 @@ def identify(
     Args:
         saved: run.json as the checkpoint saved it that the run resumes from; taken where the file is damaged.
         parent: of a fork.
-        made: provenance of this process; kept beside those of earlier ones that differ.
+        made: provenance of this process; put beside those that the checkpoint names, where it differs.
         anew: whether the run starts with other settings than before, and so with another id.
 
     Returns its content, and what there is to tell the user.
@@ -140,7 +140,7 @@ def identify(
     if anew or "wandb_id" not in known:
         known = {"wandb_id": secrets.token_hex(4)}
     known = {k: v for k, v in known.items() if k != "finished"} | ({} if parent is None else {"parent": parent})
-    earlier = known.get("made_by", [])
+    earlier = saved.get("made_by", [])  # whose steps are kept; not those that a restart makes again
     known["made_by"] = earlier if made in earlier else [*earlier, made]
     write_json(path, known)
     return known, told

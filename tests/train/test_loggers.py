@@ -169,5 +169,5 @@ def test_a_fork_is_another_run_that_names_its_parent(start, fit, server):
     [run] = server.runs.values()
     known = rundir.read_json(parent / rundir.RUN)
     assert run.name != known["wandb_id"]
-    expected = {"checkpoint": str(checkpoint), "step": 60, "wandb_id": known["wandb_id"], "made_by": known["made_by"]}
+    expected = {"checkpoint": str(checkpoint), "step": 60, "wandb_id": known["wandb_id"]}
     assert json.loads(run.config)["parent"]["value"] == expected

@@ -17,24 +17,38 @@ def test_a_run_records_it_and_a_resumed_one_each_machine_once(fit, monkeypatch):
     assert rundir.read_json(folder / rundir.RUN)["made_by"] == [here]
     assert here["torch"] == torch.__version__ and here["threads"] == torch.get_num_threads()
     assert torch.backends.cpu.get_cpu_capability() in here["device"]
-    (folder / rundir.MEASUREMENT).unlink()  # killed before its end
-    for name in ("another", "another"):
-        monkeypatch.setattr(provenance, "_cpu", lambda name=name: name)
+    assert here["processes"] == 1
+    monkeypatch.setattr(provenance, "_cpu", lambda: "another")
+    there = {**here, "device": "another"}
+    for _ in range(2):
+        (folder / rundir.MEASUREMENT).unlink()  # killed before its end
         assert fit("--ckpt_path", "last", run_dir="run")[0] == 0
-        (folder / rundir.MEASUREMENT).unlink()
-    assert rundir.read_json(folder / rundir.RUN)["made_by"] == [here, {**here, "device": "another"}]
+        assert rundir.read_json(folder / rundir.RUN)["made_by"] == [here, there]
+    monkeypatch.setattr(provenance, "_cpu", lambda: "a third")
+    # Back before the other machine's part, which is made again: it made nothing that is left.
+    early = min((folder / rundir.CHECKPOINTS).glob("step-*.ckpt"))
+    assert fit("--ckpt_path", str(early), run_dir="run")[0] == 0
+    assert rundir.read_json(folder / rundir.RUN)["made_by"] == [here, {**here, "device": "a third"}]
 
 
-def test_the_sentence_names_what_differs_once():
-    other = {**MADE, "commit": None, "device": "GPU", "threads": 2}
+def test_a_run_that_starts_again_before_its_first_checkpoint_is_made_by_the_second_start(fit, monkeypatch):
+    _, folder = fit("--trainer.max_steps", "10", run_dir="run")
+    shutil.rmtree(folder / rundir.CHECKPOINTS)
+    (folder / rundir.MEASUREMENT).unlink()
+    monkeypatch.setattr(provenance, "_cpu", lambda: "another")
+    assert fit("--trainer.max_steps", "10", run_dir="run")[0] == 0
+    assert [made["device"] for made in rundir.read_json(folder / rundir.RUN)["made_by"]] == ["another"]
+
+
+def test_the_sentence_names_each_maker_once():
+    other = {**MADE, "commit": None, "changed": True, "device": "GPU", "threads": 2, "processes": 8}
     assert provenance.describe([]) == ""
-    assert provenance.describe([MADE, MADE]) == (
-        "Made by sinkbed 1.2 at commit abc, torch 2.13.0, on CPU, 1 thread a run."
-    )
-    assert provenance.describe([MADE], silent=3).endswith("1 thread a run (3 runs of an earlier version do not say).")
-    assert provenance.describe([MADE, {**other, "changed": True}]) == (
-        "Made by sinkbed 1.2 at commit abc and 1.2 (changed), torch 2.13.0, on CPU and GPU, 1 and 2 threads a run."
-    )
+    first = "Made by sinkbed 1.2 at commit abc, torch 2.13.0, on CPU, 1 thread"
+    assert provenance.describe([MADE, MADE]) == f"{first}."
+    assert provenance.describe([MADE], silent=1).startswith(f"{first} (1 run says nothing of it")
+    assert provenance.describe([MADE], silent=3).startswith(f"{first} (3 runs say nothing of it")
+    second = "sinkbed 1.2 (changed), torch 2.13.0, on GPU, 8 processes of 2 threads"
+    assert provenance.describe([MADE, other, MADE]) == f"{first}; and by {second}."
 
 
 def test_commit_and_changes_are_those_of_the_checkout_the_code_is_in(tmp_path):
@@ -59,5 +73,7 @@ def test_commit_and_changes_are_those_of_the_checkout_the_code_is_in(tmp_path):
     git("add", ".")
     git("commit", "--quiet", "--message", "first")
     assert commit_of(root) == [git("rev-parse", "--short=12", "HEAD"), "False"]
-    (root / "train" / "__init__.py").write_text("# changed\n")
+    (root / "README.md").write_text("decides nothing\n")
+    assert commit_of(root)[1] == "False"
+    (root / "train" / "new.py").write_text("")
     assert commit_of(root)[1] == "True"

@@ -221,9 +221,9 @@ def test_several_studies_make_one_page_of_the_seeds_that_are_finished(finished, 
     files, page = [str(finished), str(other), str(empty)], tmp_path / "page"
     capsys.readouterr()
     assert main(["report", *files, "--out", str(page)]) == 0
-    assert f"{empty}: 2 of its runs are not finished; not on the page" in capsys.readouterr().out
+    assert f"not on the page: {empty} (not run)" in capsys.readouterr().out
     text = (page / "README.md").read_text()
-    assert re.findall("^## (.*)", text, re.M) == ["study", "other"]
+    assert re.findall("^## (.*)", text, re.M) == ["other", "study"]
     assert "| [other](#other) | A study <of> two arms | 1 reproduced |" in text
     assert re.search(r"\| BOS helps \| loss: [+−]?\d\.\d{3} ± \d\.\d{3} \| same within 9 \| reproduced \|", text)
     assert f"`sinkbed study {other} --seeds 0 1`: 4 runs" in text and "Made by sinkbed" in text
@@ -231,20 +231,31 @@ def test_several_studies_make_one_page_of_the_seeds_that_are_finished(finished, 
     # A line of the page is what the report of the study has.
     assert main(["report", str(other), "--seeds", "0", "1"]) == 0
     report = (finished.parent / "out" / "report" / "table.md").read_text().split("## ")[0]
-    [line] = re.findall(r"^\| fixed \| (.*) \|$", text.split("## other")[1], re.M)
+    [line] = re.findall(r"^\| fixed \| (.*) \|$", text.split("## other")[1].split("## study")[0], re.M)
     rate, _, mass, loss, gap = line.split(" | ")
     assert f"| BOS + text | {rate} | {mass} | {loss} |" in report and f"| {gap} |" in report
     # One seed of a study that has more.
     assert main(["report", *files, "--out", str(page), "--seeds", "1"]) == 0
-    text = (page / "README.md").read_text().split("## study")[1]
-    assert "(1 run)" in text and "±" not in text
+    one = (page / "README.md").read_text().split("## study")[1]
+    assert "(1 run)" in one and "±" not in one and f"`sinkbed study {finished} --seeds 1`" in one
+    # A study that is not named stays on the page as it was; of one whose settings changed, it is said.
+    (finished.parent / "none.yaml").write_text("data: {strategy: {first_token: random}}\n")
+    capsys.readouterr()
+    assert main(["report", str(finished), str(empty), "--out", str(page), "--seeds", "0"]) == 0
+    assert "not in the report: absent-seed0 (other: data.strategy.first_token was" in capsys.readouterr().out
+    again = (page / "README.md").read_text()
+    assert re.findall("^## (.*)", again, re.M) == ["other", "study"] and "| absent |" not in again.split("## study")[1]
+    assert "| absent |" in again.split("## study")[0] and again.count("| [other](#other) |") == 1
     assert main(["report", *files]) == 1
     assert "expected --out" in capsys.readouterr().err
     # Nothing that somebody else wrote is replaced.
-    (tmp_path / "README.md").write_text("# Mine\n")
-    assert main(["report", *files, "--out", str(tmp_path)]) == 1
-    assert "found another file" in capsys.readouterr().err
-    assert (tmp_path / "README.md").read_text() == "# Mine\n" and not list(tmp_path.glob("*.png"))
+    for name in ("README.md", "other.png"):
+        mine = tmp_path / name / name
+        mine.parent.mkdir()
+        mine.write_text("mine\n")
+        assert main(["report", *files, "--out", str(mine.parent)]) == 1
+        assert "found another file" in capsys.readouterr().err
+        assert mine.read_text() == "mine\n" and list(mine.parent.iterdir()) == [mine]
     assert main(["report", str(other), str(other), "--out", str(page)]) == 1
     assert "found two that are called other" in capsys.readouterr().err
     assert main(["report", str(empty), str(empty), "--out", str(page)]) == 1
