@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-_CODE = ("configs", "data", "kernels", "model", "train", "pyproject.toml")
-"""What of the checkout decides a result."""
+_CODE = ("data", "kernels", "model", "train", "pyproject.toml")
+"""What of the checkout decides a result, beside the config, of which a run has its own."""
 
 
 def _checkout() -> tuple[str | None, bool]:
