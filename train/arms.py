@@ -40,7 +40,7 @@ class ArmRun:
     config: dict[str, Any]
     """The settings one over the other: a run config."""
     settings: dict[str, Any]
-    """Everything that decides the result: the config, the seed, the token store's hash."""
+    """The config, the seed, the token store's hash: with `deciding`, all that the result depends on."""
 
     def record(self) -> dict[str, Any]:
         """What the folder says of itself; empty before the arm is started."""
@@ -50,7 +50,7 @@ class ArmRun:
     def status(self) -> str:
         """`finished`, `failed`, `interrupted` (has a checkpoint), `new`, or `other` (of another configuration)."""
         record = self.record()
-        if record and record["settings"] != self.settings:
+        if record and deciding(record["settings"]) != deciding(self.settings):
             return "other"
         if record and rundir.is_finished(self.folder):
             return "finished"
@@ -67,7 +67,7 @@ class ArmRun:
         record = self.record()
         if self.status() != "other":
             return str(record.get("failed", ""))
-        changed = list(differences(record["settings"], self.settings))
+        changed = list(differences(deciding(record["settings"]), deciding(self.settings)))
         shown = "; ".join(f"{key} was {was!r}, is {now!r}" for key, was, now in changed[:3])
         return shown + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
 
@@ -88,6 +88,14 @@ class ArmRun:
         return alone and self.setting("trainer.accelerator") == "cpu"
 
 
+def deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those that a run may change when it is resumed: where it logs, what it keeps, its workers."""
+    kept = {k: v for k, v in settings.items() if k not in ("wandb", "checkpoint_every", "checkpoint_points")}
+    if isinstance(kept.get("data"), dict):
+        kept["data"] = {k: v for k, v in kept["data"].items() if k not in ("workers", "micro_batch")}
+    return kept
+
+
 def plan(study: StudyConfig) -> list[ArmRun]:
     """Every arm under every seed, seeds outermost so that the first table is there early."""
     read: dict[Path, dict[str, Any]] = {}
@@ -99,6 +107,8 @@ def plan(study: StudyConfig) -> list[ArmRun]:
                 if isinstance(overlay, Path) and overlay not in read:
                     read[overlay] = read_overlay(overlay)
                 config = over(config, overlay if isinstance(overlay, dict) else read[overlay])
+            if not study.gpus:  # not by the machine's cores: the threads decide the bits of a result
+                config.setdefault("threads", study.cpus)
             if not isinstance(config.get("data", {}), dict):
                 raise ValueError(f"arm {arm}: data: expected keys, found {config['data']!r}")
             store = _store_hash((config.get("data") or {}).get("store"))
@@ -161,7 +171,7 @@ def check_configs(runs: Sequence[ArmRun]) -> str:
             complaint = io.StringIO()
             try:
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(complaint):
-                    fit("fit", ["--config", str(config), "--run_dir", "unused", "--print_config"])
+                    fit("fit", ["--config", str(config), *_options(run, "unused"), "--print_config"])
             except SystemExit as stop:
                 if stop.code:
                     why = re.sub(r"^sinkbed[ \w]*: ", "", complaint.getvalue().splitlines()[0])
@@ -207,12 +217,18 @@ def make_ready(run: ArmRun, group: str) -> list[str]:
     if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ and not resume:
         # An agent has made the W&B run; a run of another id would not be the sweep's.
         rundir.write_json(run.folder / rundir.RUN, {"wandb_id": os.environ["WANDB_RUN_ID"]})
-    arguments = ["fit", "--config", str(run.folder / SETTINGS)]
-    arguments += ["--run_dir", str(run.folder), "--seed_everything", str(run.seed)]
-    arguments += ["--data.seed", str(run.seed), "--wandb.group", group]
-    arguments += ["--wandb.name", run.folder.name, "--wandb.tags", f"[{run.arm}]"]
-    arguments += ["--trainer.enable_progress_bar", "false"]
+    arguments = ["fit", "--config", str(run.folder / SETTINGS), *_options(run, group)]
     return arguments + (["--ckpt_path", "last"] if resume else [])
+
+
+def _options(run: ArmRun, group: str) -> list[str]:
+    """What an arm's run is told beside its config."""
+    return [
+        *("--run_dir", str(run.folder), "--seed_everything", str(run.seed), "--data.seed", str(run.seed)),
+        # As JSON: a name such as `on` is no truth value, nor `1e-2` a number.
+        *("--wandb.group", group, "--wandb.name", run.folder.name, "--wandb.tags", json.dumps([run.arm])),
+        *("--trainer.enable_progress_bar", "false"),
+    ]
 
 
 def conclude(run: ArmRun, status: int) -> str:

@@ -21,11 +21,6 @@ from train import rundir
 from train.fsdp import load_sharded, read_meta
 
 
-def kept_steps(points: int, max_steps: int) -> set[int]:
-    """Steps whose checkpoints stay: `points` of them from 1 to `max_steps`, each the same factor after the last."""
-    return {round(max_steps ** (i / max(1, points - 1))) for i in range(points)}
-
-
 class Checkpoints(Checkpoint):
     """Saves step-N.ckpt; last.ckpt is a link to the newest.
 
@@ -125,7 +120,7 @@ class Checkpoints(Checkpoint):
         best = loss is not None and (self.best is None or loss < self.best[1])
         if best:
             self.best = (step, loss)  # type: ignore[assignment]
-        kept = kept_steps(self.points, trainer.max_steps)
+        kept = rundir.kept_steps(self.points, trainer.max_steps)
         if stop or best or step in kept or step % self.every == 0 or step == trainer.max_steps:
             self._save(trainer, pl_module, step)
             if trainer.is_global_zero:

@@ -59,7 +59,8 @@ def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[ArmRun]]], folder
         "Cells are mean ± half-width of the 95 % t interval over seeds. A verdict is on the mean difference of arms on "
         "the same documents, paired by seed. Reproduced: its interval lies on the expected side of 0 (for the same: "
         "inside the tolerance). Not reproduced: it lies on another side. Within noise: it reaches both. One comparison "
-        "in twenty leaves 0 out by chance.",
+        "in twenty leaves 0 out by chance. As expected: reproduced, of what has no source. Effects that share an arm, "
+        "also those of several studies, are not independent of each other.",
         "",
         *(line for name in sorted(parts) for line in parts[name][1]),
     ]

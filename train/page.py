@@ -78,7 +78,7 @@ def write_page(
     summary: Sequence[SummaryRow],
     note: str,
     more: Sequence[Section],
-    failed: dict[str, str],
+    missing: Sequence[str],
     path: Path,
 ) -> None:
     """Write the page. The only script besides plotly's is the table's sorting."""
@@ -86,9 +86,7 @@ def write_page(
 
     parts = [
         f"<p>{html.escape(study.question)}</p>" if study.question else "",
-        "".join(
-            f'<p class="failed">Arm {html.escape(name)} failed: {html.escape(why)}</p>' for name, why in failed.items()
-        ),
+        "".join(f'<p class="failed">{html.escape(what)}</p>' for what in missing),
         "<h2>Result</h2>",
         table(*table_of(summary), "words"),
         f'<p class="note">{html.escape(note)}</p>',
@@ -109,7 +107,7 @@ def write_page(
         _plot(_heatmaps(results)),
         "<figcaption>Mean attention on key 0, layers down, heads across, first seed; from left to right: "
         f"{', '.join(MODE_LABELS[m] for m in live_modes(results))}. The slider moves through the measurements of "
-        "training.</figcaption>",
+        "training; of an arm that was measured at other tokens, the last one before.</figcaption>",
         "<h2>Every measurement</h2>",
         table(tuple(rows_of(results)[0]), [tuple(map(_text, row.values())) for row in rows_of(results)]),
     ]
@@ -252,7 +250,8 @@ def _heatmaps(results: Sequence[Result]) -> go.Figure:
         for m in modes
     ]
     scale = mass_scale([m for s in series for m in s.values()])
-    times = sorted(set.intersection(*(set(s) for s in series)))
+    # Runs of another batch are measured at other tokens: the frames are those of the fewest, and the ends of all.
+    times = sorted({*min(series, key=len), *(max(s) for s in series)})
     # One title a row: two would run into each other on a narrow screen.
     titles = [r.arm if column == 0 else "" for r in first for column in range(len(modes))]
     figure = make_subplots(
@@ -261,7 +260,11 @@ def _heatmaps(results: Sequence[Result]) -> go.Figure:
 
     def traces(time: int) -> list[go.Heatmap]:
         return [
-            go.Heatmap(z=s[time], coloraxis="coloraxis", hovertemplate="layer %{y}, head %{x}: %{z:.3f}")
+            go.Heatmap(
+                z=s[max((t for t in s if t <= time), default=min(s))],
+                coloraxis="coloraxis",
+                hovertemplate="layer %{y}, head %{x}: %{z:.3f}",
+            )
             for s in series
         ]
 

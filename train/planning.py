@@ -26,7 +26,7 @@ MFU = 0.35
 """Assumed share of a GPU's peak that training reaches."""
 PEAKS = {"A100": 312e12, "H100": 989e12}
 """Dense bf16 FLOP/s of the SXM cards, from their data sheets."""
-CORE = 3e10
+CORE = 2.6e10
 """Assumed FLOP/s of one CPU core where no finished arm says better: small models on an AMD EPYC."""
 CHECKPOINT_BYTES = 12
 """A parameter's weight and two moments, float32."""
@@ -95,8 +95,8 @@ def cost(study: StudyConfig, run: ArmRun) -> Cost:
         bool(run.setting("model.activation_checkpointing", False)),
     )
     size = parameters(decoder, vocab_size)
-    saves = -(-steps // int(run.setting("checkpoint_every", 100)))
-    kept = min(int(run.setting("checkpoint_points", 12)), saves) + 3
+    # The newest, the best, and the one that is being written.
+    kept = len(rundir.kept_steps(int(run.setting("checkpoint_points", 12)), steps)) + 3
     return Cost(size, tokens, each * tokens, CHECKPOINT_BYTES * size * kept)
 
 
@@ -194,12 +194,8 @@ def check_fits(study: StudyConfig, runs: Sequence[ArmRun], *, cluster: bool = Fa
     costs = [cost(study, r) for r in left]
     there = sum(_size(r.folder / rundir.CHECKPOINTS) for r in left)
     needed = max(0, sum(c.disk for c in costs) - there)
-    free = shutil.disk_usage(_existing(study.out)).free
-    if needed > free:
-        raise ValueError(
-            f"{study.out}: expected {gigabytes(needed)} free for the checkpoints of {len(left)} runs, found "
-            f"{gigabytes(free)}; keep fewer of them (checkpoint_points), or choose --out on another disk"
-        )
+    stores = [(Path(store), size, f"token store {store}") for store, size in _new_stores(study, left).items()]
+    _check_disks([(study.out, needed, f"the checkpoints of {len(left)} runs"), *stores])
     _check_head_dims(study, left)
     if cluster:
         return
@@ -220,6 +216,20 @@ def check_fits(study: StudyConfig, runs: Sequence[ArmRun], *, cluster: bool = Fa
             raise ValueError(
                 f"{workers} arms at a time: expected {gigabytes(workers * (largest + PROCESS_BYTES))} of memory, found "
                 f"{gigabytes(memory)}; use fewer --workers"
+            )
+
+
+def _check_disks(needs: Sequence[tuple[Path, int, str]]) -> None:
+    """Raise ValueError where a disk is too small for all that goes on it: (path, bytes, what it is)."""
+    disks: dict[int, list[tuple[Path, int, str]]] = {}
+    for need in needs:
+        disks.setdefault(_existing(need[0]).stat().st_dev, []).append(need)
+    for on_disk in disks.values():
+        needed, free = sum(size for _, size, _ in on_disk), shutil.disk_usage(_existing(on_disk[0][0])).free
+        if needed > free:
+            raise ValueError(
+                f"{on_disk[0][0]}: expected {gigabytes(needed)} free for {' and '.join(what for *_, what in on_disk)}, "
+                f"found {gigabytes(free)}; keep fewer checkpoints (checkpoint_points), or choose --out on another disk"
             )
 
 

@@ -76,10 +76,12 @@ def print_table(title: str, summary: Sequence[SummaryRow], note: str) -> None:
     console.print(table)
 
 
-def write_report(study: StudyConfig, runs: Sequence[ArmRun], failed: dict[str, str], *, track: bool = False) -> Path:
+def write_report(study: StudyConfig, runs: Sequence[ArmRun], missing: dict[str, str], *, track: bool = False) -> Path:
     """Write the report of the finished runs to the study's report/ and print its table.
 
-    `track`: send the tables to W&B too, as a run of the study's group.
+    Args:
+        missing: runs that were asked for and are not among them, with why, where that is known.
+        track: send the tables to W&B too, as a run of the study's group.
     """
     from train.effects import check
     from train.figures import write_figures
@@ -89,6 +91,9 @@ def write_report(study: StudyConfig, runs: Sequence[ArmRun], failed: dict[str, s
     folder = study.out / "report"
     folder.mkdir(parents=True, exist_ok=True)
     note = caption(results, study.published_source if study.published else "")
+    absent = [
+        f"Not in it: {name}" + (f" (failed: {why})" if why else " (not finished)") for name, why in missing.items()
+    ]
     summary, rows, found = (
         summarise(results, study.published),
         rows_of(results),
@@ -96,12 +101,14 @@ def write_report(study: StudyConfig, runs: Sequence[ArmRun], failed: dict[str, s
     )
     more = sections(results, found)
     rundir.write_atomic(folder / "table.csv", to_csv(rows))
-    rundir.write_atomic(folder / "table.md", to_markdown(study.title, summary, note, more))
+    rundir.write_atomic(folder / "table.md", to_markdown(study.title, summary, "\n\n".join([note, *absent]), more))
     if found:
         rundir.write_atomic(folder / "effects.csv", effects_csv(found))
+    else:
+        (folder / "effects.csv").unlink(missing_ok=True)
     write_parquet(results, rows, folder)
     write_figures(results, folder)
-    write_page(study, results, summary, note, more, failed, folder / "index.html")
+    write_page(study, results, summary, note, more, absent, folder / "index.html")
     print_table(study.title, summary, note)
     if found:
         print("\n".join(verdicts(found)))
@@ -112,9 +119,17 @@ def write_report(study: StudyConfig, runs: Sequence[ArmRun], failed: dict[str, s
     if track:
         from train.sweep import log_summary
 
-        log_summary(study, runs, rows, [item.record() for item in found])
+        header, cells = table_of(summary)
+        shown = [dict(zip(header, line, strict=True)) for line in cells]
+        log_summary(study, runs, {"table": shown, "effects": [item.record() for item in found], "runs": rows})
     print(f"report: {folder / 'index.html'} (also table.csv, table.md, *.parquet, *.png beside it)")
     return folder
+
+
+def finished_seeds(study: StudyConfig) -> StudyConfig:
+    """The study under its own seeds and those of the finished runs in its folder."""
+    seeds = dict.fromkeys([*study.seeds, *(seed for _, _, seed in load_folder(study.out))])
+    return dataclasses.replace(study, seeds=list(seeds))
 
 
 def load_folder(folder: Path) -> list[tuple[Path, str, int]]:
@@ -151,7 +166,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     if not folders:
         arguments.study = arguments.what[0]
         study = chosen(arguments)
-        runs = plan(study)
+        runs = plan(study if arguments.seeds else finished_seeds(study))
     else:
         missing = [path for path in arguments.what if path not in folders]
         if missing:
@@ -179,7 +194,7 @@ def run(command: str, argv: Sequence[str]) -> int:
             f"{', '.join(map(str, arguments.what))}: expected at least one finished run, found none; finish one with "
             "`sinkbed study` or `sinkbed fit`"
         )
-    write_report(study, finished, {r.folder.name: r.reason() for r in runs if r.settings and r.status() == "failed"})
+    write_report(study, finished, {r.folder.name: _why_not(r) for r in runs if r not in finished})
     return 0
 
 
@@ -193,6 +208,10 @@ def _finished(runs: Sequence[ArmRun]) -> list[ArmRun]:
     return finished
 
 
+def _why_not(run: ArmRun) -> str:
+    return run.reason() if run.status() == "failed" else ""
+
+
 def _digest(arguments: argparse.Namespace) -> int:
     """One page of several studies, of the seeds that are finished where none are named."""
     from train.arms import plan
@@ -204,8 +223,7 @@ def _digest(arguments: argparse.Namespace) -> int:
     studies = []
     for path in arguments.what:
         study = load_study(path, arguments.size)
-        seeds = arguments.seeds or [*study.seeds, *(seed for _, _, seed in load_folder(study.out))]
-        runs = plan(dataclasses.replace(study, seeds=list(dict.fromkeys(seeds))))
+        runs = plan(dataclasses.replace(study, seeds=arguments.seeds) if arguments.seeds else finished_seeds(study))
         if all(run.status() == "new" for run in runs):
             print(f"not on the page: {path} (not run)")
         elif finished := _finished(runs):

@@ -40,6 +40,11 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return found
 
 
+def kept_steps(points: int, max_steps: int) -> set[int]:
+    """Steps whose checkpoints stay: `points` of them from 1 to `max_steps`, each the same factor after the last."""
+    return {round(max_steps ** (i / max(1, points - 1))) for i in range(points)}
+
+
 def lock(folder: Path) -> IO[str]:
     """Make `folder` this process's own until the file is closed or the process ends, however it ends.
 

@@ -74,8 +74,8 @@ class Runner:
         place = self.places.get()
         try:
             self._run_arm(run, place)
-        except (OSError, ValueError) as error:  # the folder is in use, the disk is full, no process can be made
-            self.failed[run.folder.name] = str(error)
+        except Exception as error:  # the folder is in use, the disk is full, no process can be made or asked after
+            self.failed[run.folder.name] = str(error) or type(error).__name__
         finally:
             self.processes.pop(run.folder.name, None)
             self.places.put(place)

@@ -99,16 +99,27 @@ def verdict(difference: Interval | None, expected: str, tolerance: float = 0.0) 
 
 
 def area(points: Sequence[tuple[float, float]]) -> float | None:
-    """Mean of a curve over the logarithm of its abscissa, by the trapezoidal rule.
+    """Mean of a curve over the logarithm of its abscissa, by the trapezoidal rule, over the last hundredfold of it.
 
     Args:
-        points: (tokens, value) in order; those at 0 tokens, which have no logarithm, are left out.
+        points: (tokens, value) in order, from 0 tokens on, which have no logarithm: their value is that of where the
+            hundredfold begins, if nothing was measured between. So runs are compared over the same stretch however
+            many tokens their first step took.
 
-    Dense early, as sinks form: a rate that is reached a hundredfold sooner counts for longer. None below two points.
+    Dense early, as sinks form: a rate that is reached tenfold sooner counts for longer. None where nothing was
+    measured before the stretch or at its beginning, and below two points.
     """
-    kept = [(math.log(x), y) for x, y in points if x > 0]
-    if len(kept) < 2 or kept[-1][0] <= kept[0][0]:
+    if not points or points[-1][0] <= 0:
         return None
+    start = points[-1][0] / 100
+    before = [(x, y) for x, y in points if x <= start]
+    kept = [(math.log(x), y) for x, y in points if x > start]
+    if not before or (before[-1][0] <= 0 and len(kept) < 2):
+        return None
+    x, y = before[-1]
+    if x > 0:
+        y += (kept[0][1] - y) * (math.log(start) - math.log(x)) / (kept[0][0] - math.log(x))
+    kept.insert(0, (math.log(start), y))
     total = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(kept))
     return total / (kept[-1][0] - kept[0][0])
 

@@ -20,6 +20,9 @@ from train import rundir
 from train.arms import LOG, SECONDS_FOR_THE_DEAD, ArmRun, check_configs, conclude, hold, make_ready, plan
 from train.study_file import StudyConfig, load_study
 
+SECONDS_BETWEEN_LOOKS = 2.0
+"""While another process makes the token store."""
+
 
 def build_parser(command: str) -> argparse.ArgumentParser:
     """Options of `sinkbed study`."""
@@ -59,8 +62,6 @@ def run(command: str, argv: Sequence[str]) -> int:
     from train.processes import call, warm_up
 
     warm_up()
-    if not arguments.plan:
-        _prepare(study, arguments)
     runs = plan(study)
     todo = [r for r in runs if r.status() != "finished"]
     if todo and (complaint := call(check_configs, todo)):
@@ -69,8 +70,11 @@ def run(command: str, argv: Sequence[str]) -> int:
 
     if arguments.plan:
         print_plan(study, runs)
-        check_fits(study, runs, cluster=arguments.ray is not None)
+    check_fits(study, runs, cluster=arguments.ray is not None)  # before hours of preparing, too
+    if arguments.plan:
         return 0
+    _prepare(study, arguments.quiet)
+    runs = plan(study)  # of the token store that is there now
     lock = rundir.lock(study.out)
     runner: Any
     try:
@@ -96,11 +100,12 @@ def run(command: str, argv: Sequence[str]) -> int:
     print(f"arms took {time.perf_counter() - began:.0f} s{beside}")
     lock.close()
 
-    from train.report import write_report
+    from train.report import finished_seeds, write_report
 
-    finished = [r for r in runs if r.status() == "finished"]
+    missing = {r.folder.name: runner.failed.get(r.folder.name, "") for r in runs if r.status() != "finished"}
+    finished = [r for r in plan(finished_seeds(study)) if r.status() == "finished"]
     if finished:
-        write_report(study, finished, runner.failed, track=True)
+        write_report(study, finished, missing, track=True)
     for name, why in runner.failed.items():
         print(f"arm {name} failed: {why}", file=sys.stderr)
     return 1 if runner.failed else 0
@@ -119,12 +124,22 @@ def chosen(arguments: argparse.Namespace) -> StudyConfig:
     return dataclasses.replace(study, **changes)
 
 
-def _prepare(study: StudyConfig, arguments: argparse.Namespace) -> None:
-    if study.prepare is not None:
-        from train.prepare import run as prepare
+def _prepare(study: StudyConfig, quiet: bool) -> None:
+    """Have the study's token store made, unless it is there; of several processes one makes it, the others wait."""
+    if study.prepare is None:
+        return
+    from train.prepare import run as prepare
 
-        options = [f"--{name}" for name in ("quiet", "force") if getattr(arguments, name)]
-        prepare("prepare", ["--config", str(study.prepare), *options])
+    waiting = False
+    while True:
+        try:
+            prepare("prepare", ["--config", str(study.prepare), *(["--quiet"] if quiet else [])])
+            return
+        except BlockingIOError as error:
+            if not waiting:
+                print(f"waiting: {error.strerror}", flush=True)
+            waiting = True
+            time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def _refuse_others(runs: Sequence[ArmRun], force: bool) -> None:
@@ -142,7 +157,7 @@ def _run_one(study: StudyConfig, arguments: argparse.Namespace) -> int:
     seed = study.seeds[0] if arguments.seed is None else arguments.seed
     if arguments.arm not in study.arms:
         raise ValueError(f"--arm: expected one of {', '.join(study.arms)}; found {arguments.arm}")
-    _prepare(study, arguments)
+    _prepare(study, arguments.quiet)
     [run] = [r for r in plan(dataclasses.replace(study, seeds=[seed])) if r.arm == arguments.arm]
     with hold(run.folder, SECONDS_FOR_THE_DEAD):  # also while it is judged and cleared
         _refuse_others([run], arguments.force)
@@ -154,8 +169,9 @@ def _run_one(study: StudyConfig, arguments: argparse.Namespace) -> int:
 
         try:
             status = fit("fit", make_ready(run, study.name)[1:])
-        except Exception as error:
-            (run.folder / LOG).write_text(f"{error}\n")
+        except (Exception, SystemExit) as error:
+            told = "its settings were refused" if isinstance(error, SystemExit) else str(error)
+            (run.folder / LOG).write_text(f"{told}\n")
             conclude(run, 1)
             raise
     return status

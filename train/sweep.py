@@ -49,10 +49,11 @@ def write_sweep(study: StudyConfig, path: Path) -> int:
     return 0
 
 
-def log_summary(
-    study: StudyConfig, runs: Sequence[ArmRun], rows: Sequence[dict[str, Any]], effects: Sequence[dict[str, Any]]
-) -> None:
-    """Send the tables to a W&B run of the study's group, the same run each time; a server that is gone costs a word."""
+def log_summary(study: StudyConfig, runs: Sequence[ArmRun], tables: dict[str, Sequence[dict[str, Any]]]) -> None:
+    """Send tables, by name, to a W&B run of the study's group, the same run each time.
+
+    A server that is gone costs a word.
+    """
     settings = runs[0].setting("wandb", {})
     mode = settings.get("mode", "auto")
     if mode == "disabled":
@@ -80,7 +81,7 @@ def log_summary(
             settings=wandb.Settings(console="off", silent=mode == "offline", quiet=True, init_timeout=30),
             **more,
         ) as tracker:
-            for name, content in (("table", rows), ("effects", effects)):
+            for name, content in tables.items():
                 if content:
                     columns: list[Any] = list(content[0])
                     tracker.log({name: wandb.Table(columns=columns, data=[[r[c] for c in columns] for r in content])})

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.effects import DIGITS, LABELS, Found, figure, figures, reference_mode, same_documents
+from train.effects import DIGITS, LABELS, Found, figure, figures, reference_mode, same_documents, same_targets
 from train.results import MODE_LABELS, Result, describe, mean, spread
 from train.rundir import write_atomic
 from train.statistics import Interval, paired
@@ -127,7 +127,9 @@ def circumstances(results: Sequence[Result]) -> str:
     """Size, tokens, lengths and seeds of these runs, and the strategy where they share it."""
     seeds = sorted({r.seed for r in results})
     over = "mean ± half-width of the 95 % interval (Student's t)"
-    several = f"{over} over seeds {', '.join(map(str, seeds))}"
+    of_arms = {arm: sorted(r.seed for r in results if r.arm == arm) for arm in dict.fromkeys(r.arm for r in results)}
+    fewer = "; ".join(f"{arm} {', '.join(map(str, own))}" for arm, own in of_arms.items() if own != seeds)
+    several = f"{over} over seeds {', '.join(map(str, seeds))}" + (f" (of fewer: {fewer})" if fewer else "")
     if len(seeds) == 1:
         several = f"one seed ({seeds[0]}), one run an arm: no interval, and no telling a difference from noise"
     strategies = {describe(r.strategy) for r in results}
@@ -170,7 +172,8 @@ def _effects(found: Sequence[Found]) -> Section:
         f"{'; '.join(f'{count} {verdict}' for verdict, count in counts.items())}. A verdict is on the mean difference "
         "of arms on the same documents (one store), paired by seed. Reproduced: its 95 % interval lies on the expected "
         "side of 0 (for the same: inside the tolerance). Not reproduced: it lies on another side. Within noise: it "
-        "reaches both. One comparison in twenty leaves 0 out by chance.",
+        "reaches both. One comparison in twenty leaves 0 out by chance. As expected: reproduced, of what has no "
+        "source. Effects that share an arm are not independent of each other.",
     )
 
 
@@ -197,8 +200,8 @@ def _arms(results: Sequence[Result]) -> Section:
         "When the sink forms",
         header,
         cells,
-        "Area: mean of the sink rate during training over the logarithm of tokens. Onset: the first measurement of "
-        "training at measure.onset_rate (default 10 %), over the runs that reached it.",
+        "Area: mean of the sink rate over the logarithm of tokens, in training's last hundredfold of them. Onset: the "
+        "first measurement of training at measure.onset_rate (default 10 %), over the runs that reached it.",
     )
 
 
@@ -216,7 +219,10 @@ def _pairs(results: Sequence[Result]) -> Section | None:
     for a, b in itertools.combinations(arms, 2):
         if not same_documents(results, a, b):
             continue
-        found = [paired(values[a, c], values[b, c]) for c in columns]
+        found = [
+            paired(values[a, c], values[b, c]) if same_targets(results, c[0], (a, c[1]), (b, c[1])) else None
+            for c in columns
+        ]
         marked = [_marked(item, DIGITS.get(metric, 1)) for item, (metric, _) in zip(found, columns, strict=True)]
         lines.append((any(item.exceeds_noise() for item in found if item), (a, b, *marked)))
     shown = [line for _, line in lines]
@@ -230,7 +236,8 @@ def _pairs(results: Sequence[Result]) -> Section | None:
         header,
         shown,
         "Mean difference of arms on the same documents (one store), paired by seed, ± half-width of its 95 % interval. "
-        f"*: the interval leaves 0 out; of twenty differences that are none, one does so by chance.{left_out}",
+        "*: the interval leaves 0 out; of twenty differences that are none, one does so by chance. Losses over "
+        f"other targets (a prefix LM's, another context's) are not compared.{left_out}",
     )
 
 

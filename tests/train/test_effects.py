@@ -42,7 +42,8 @@ def study(seeds=(0, 1, 2), documents="same"):
 
 def effect(**keys):
     return Effect(
-        **{"name": "E", "metric": "sink_rate_0.3", "arm": "fixed", "against": "none", "expected": "up"} | keys
+        **{"name": "E", "metric": "sink_rate_0.3", "arm": "fixed", "against": "none", "expected": "up", "source": "S"}
+        | keys
     )
 
 
@@ -119,7 +120,50 @@ def test_onsets_are_of_the_runs_that_reached_one():
 def test_a_token_placed_at_position_0_is_measured_at_key_0():
     assert figure(result("a", 0, 30, 3, placed=70), "sink_rate_placed", "bos") == 70
     assert figure(result("a", 0, 30, 3), "sink_rate_placed", "bos") == 30
-    assert figure(result("a", 0, 30, 3, first_token="none"), "sink_rate_placed", "bos") is None
+    assert figure(result("a", 0, 30, 3, first_token=["bos", "none"]), "sink_rate_placed", "bos") == 30
+    for other in ("none", "random", ["none", "bos"], ["bos", "bos"]):
+        assert figure(result("a", 0, 30, 3, first_token=other), "sink_rate_placed", "bos") is None
+    assert figure(result("a", 0, 30, 3), "sink_rate_placed", "text") is None, "the text places none"
+
+
+def test_losses_over_other_targets_are_not_compared():
+    results = study()
+    for r in results:
+        r.final["modes"]["bos"]["tokens"] += r.arm == "none"
+    metrics = ("loss", "bits_per_byte", "sink_rate_0.3")
+    found = check(results, [effect(metric=metric) for metric in metrics], {})
+    assert [item.verdict for item in found] == ["not measured", "not measured", "reproduced"]
+    [pairs] = [s for s in sections(results, []) if s.heading == "Differences of arms"]
+    [cells] = pairs.cells
+    assert dict(zip(pairs.header, cells, strict=True))["loss, BOS + text"] == "" and "other targets" in pairs.note
+    assert "*" in cells[2]
+
+
+def test_heat_maps_of_arms_measured_at_other_tokens_share_a_slider():
+    from train.page import _heatmaps
+
+    def arm(name, times):
+        points = [
+            {"step": t, "train/tokens": t, "sink/mass/bos": t / 1000, "sink/heatmap/bos": [[t / 1000]]} for t in times
+        ]
+        return Result(name, 0, Strategy.completed({"first_token": "bos"}), 128, points, result(name, 0, 30, 3.0).final)
+
+    figure = _heatmaps([arm("few", (0, 100, 200)), arm("many", (0, 10, 90, 110, 190, 250))])
+    assert [frame.name for frame in figure.frames] == ["0", "100", "200", "250"]
+    assert [[trace.z[0][0] for trace in frame.data] for frame in figure.frames] == [
+        [0, 0], [0.1, 0.09], [0.2, 0.19], [0.2, 0.25],
+    ]  # fmt: skip
+    assert [trace.z[0][0] for trace in figure.data] == [0.2, 0.25], "what is drawn first is the end"
+
+
+def test_what_has_no_source_is_not_called_reproduced():
+    found = check(study(), [effect(source=""), effect(source="", expected="down")], {})
+    assert [item.verdict for item in found] == ["as expected", "not as expected"]
+
+
+def test_the_caption_says_which_arms_have_fewer_seeds():
+    assert "over seeds 0, 1, 2." in caption(study())
+    assert "over seeds 0, 1, 2 (of fewer: none 0, 1)." in caption(study()[:-1])
 
 
 def test_differences_beyond_the_noise_are_marked():

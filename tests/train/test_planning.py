@@ -77,8 +77,32 @@ def test_the_rate_of_a_core_is_measured_once_there_are_arms(study, capsys):
     rate, _ = planning.core_rate(loaded, runs)
     seconds = [sum(rundir.read_json(r.folder / rundir.MEASUREMENT)["seconds"].values()) for r in runs[:2]]
     assert rate == pytest.approx(sum(planning.cost(loaded, r).flops for r in runs[:2]) / sum(seconds))
-    checkpoints = sum(f.stat().st_size for f in (runs[0].folder / "checkpoints").glob("step-*.ckpt"))
-    assert checkpoints < 2 * planning.cost(loaded, runs[0]).disk + 1e6, "and the disk is what checkpoints take"
+    # Log-spaced ones stay however seldom others are saved; what is no weight or moment is large in so small a model.
+    sizes = [f.stat().st_size for f in (runs[0].folder / "checkpoints").glob("step-*.ckpt")]
+    cost = planning.cost(loaded, runs[0])
+    planned = cost.disk // (planning.CHECKPOINT_BYTES * cost.parameters)
+    assert len(sizes) <= planned <= len(sizes) + 3, "and the checkpoints are as many as there are"
+    assert all(planning.CHECKPOINT_BYTES * cost.parameters <= size for size in sizes)
+
+
+def test_what_cannot_fit_or_is_no_config_is_refused_before_preparing(study, tiny_store, capsys, monkeypatch):
+    prepared = []
+    monkeypatch.setattr("train.prepare.run", lambda command, argv: prepared.append(argv) or 0)
+    text = study.read_text()
+    store = study.parent / "not_yet"
+    (study.parent / "data.yaml").write_text(f"out: {store}\ntokenizer: {{vocab_size: 300}}\n")
+    study.write_text(text.replace("[run.yaml]", f"[run.yaml, {{data: {{store: {store}}}}}]") + "prepare: data.yaml\n")
+    sizes = planning._new_stores(loaded := load_study(study), plan(loaded))
+    assert sizes == {str(store): 2 * 10 * 4 * 48}, "two bytes a token that an arm reads"
+    checkpoints = sum(planning.cost(loaded, r).disk for r in plan(loaded))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=checkpoints + 1))
+    assert main(["study", str(study), "--quiet"]) == 1
+    assert f"and token store {store}, found" in capsys.readouterr().err and not prepared
+    monkeypatch.undo()
+    monkeypatch.setattr("train.prepare.run", lambda command, argv: prepared.append(argv) or 0)
+    study.write_text(study.read_text().replace("window: 8", "windw: 8"))
+    assert main(["study", str(study), "--quiet"]) == 1
+    assert "windw" in capsys.readouterr().err and not prepared
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_starts(study, capsys, monkeypatch):

@@ -6,9 +6,10 @@ import torch
 from data.store import TokenStore
 from tests.train.test_fit import Killed, kill_at, points, refused, weights
 from train import rundir
-from train.checkpoint import kept_steps, load_checkpoint
+from train.checkpoint import load_checkpoint
 from train.loggers import read_wandb_file
 from train.monitor import SinkMonitor
+from train.rundir import kept_steps
 
 
 def equal(a, b):

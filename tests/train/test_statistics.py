@@ -78,4 +78,13 @@ def test_the_area_is_a_mean_over_log_tokens():
     assert area([(0, 99.0), (1, 0.0), (10, 10.0), (100, 10.0)]) == pytest.approx(7.5), "0 tokens have no logarithm"
     early, late = area([(1, 0), (10, 10), (1000, 10)]), area([(1, 0), (100, 0), (1000, 10)])
     assert early > late
-    assert area([(0, 1.0), (5, 1.0)]) is None
+    assert area([(0, 1.0), (5, 1.0)]) is None and area([]) is None
+    assert area([(20, 1.0), (1000, 1.0)]) is None, "nothing is known of the first half of the stretch"
+
+
+def test_the_area_does_not_depend_on_where_the_first_measurements_were():
+    """Of the last hundredfold of tokens, whatever was measured before it."""
+    line = [(10.0**k, 10.0 * k) for k in range(-3, 4)]
+    assert area(line) == area([(0, 0.0), *line]) == area(line[3:]) == pytest.approx(20.0)
+    assert area([(10**0.5, 5.0), *line[4:]]) == pytest.approx(20.0), "where the stretch begins is between two points"
+    assert area([(0, 7.0), (100, 7.0), (1000, 7.0)]) == pytest.approx(7.0), "before the first step there is step 0"

@@ -387,16 +387,20 @@ def test_a_killed_study_takes_its_arms_along(study, forked):
     assert [r.status() for r in runs] == ["interrupted", "interrupted"]
 
 
-def test_what_hinders_an_arm_outside_its_process_is_that_arms_failure(study, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(OSError(11, "no process can be made"), "[Errno 11] no process can be made"), (EOFError(), "EOFError")],
+)
+def test_what_hinders_an_arm_outside_its_process_is_that_arms_failure(study, monkeypatch, capsys, error, told):
     class Refused(runner.FitProcess):
         def __init__(self, arguments, log, variables, *, fork):
             if "absent" in str(log):
-                raise OSError(11, "no process can be made")
+                raise error
             super().__init__(arguments, log, variables, fork=fork)
 
     monkeypatch.setattr(runner, "FitProcess", Refused)
     assert main(["study", str(study), "--quiet"]) == 1
-    assert "arm absent-seed0 failed: [Errno 11] no process can be made" in capsys.readouterr().err
+    assert f"arm absent-seed0 failed: {told}" in capsys.readouterr().err
     assert {r["arm"] for r in table(study)} == {"fixed"}
 
 
@@ -475,3 +479,65 @@ def test_an_arm_of_several_devices_is_a_command_of_its_own(study, monkeypatch):
     monkeypatch.setattr(runner, "FitProcess", Noted)
     assert main(["study", str(study), "--quiet"]) == 0
     assert forked == {"fixed-seed0": True, "absent-seed0": False}
+
+
+def test_settings_that_decide_nothing_make_no_other_arm(finished):
+    config = finished.parent / "run.yaml"
+    text = config.read_text().replace("checkpoint_every: 4", "checkpoint_every: 7\nwandb: {project: mine}")
+    config.write_text(text.replace("  global_batch: 4", "  global_batch: 4\n  micro_batch: 2"))
+    runs = plan(load_study(finished))
+    assert runs[0].config["data"]["micro_batch"] == 2 and runs[0].config["checkpoint_every"] == 7
+    assert [r.status() for r in runs] == ["finished", "finished"]
+
+
+@pytest.mark.parametrize("name", ["on", "0.5", "1e-2"])
+def test_a_name_that_yaml_reads_as_something_else_is_a_name(study, name):
+    study.write_text(study.read_text().replace("  absent: [none.yaml]", f'  "{name}": [none.yaml]'))
+    assert main(["study", str(study), "--quiet"]) == 0
+    assert {r["arm"] for r in table(study)} == {"fixed", name}
+
+
+def test_an_arm_has_as_many_threads_as_it_is_for_cores(study):
+    config = study.parent / "run.yaml"
+    config.write_text(re.sub("^threads:.*\n", "", config.read_text(), flags=re.M))
+    assert {r.config["threads"] for r in plan(load_study(study))} == {1}
+    study.write_text(study.read_text() + "cpus: 3\n")
+    assert {r.config["threads"] for r in plan(load_study(study))} == {3}
+    config.write_text(config.read_text() + "threads: 2\n")
+    assert {r.config["threads"] for r in plan(load_study(study))} == {2}
+
+
+def test_a_report_keeps_seeds_that_the_file_does_not_name_and_says_what_is_missing(finished, capsys):
+    assert main(["study", str(finished), "--quiet", "--seeds", "1"]) == 0
+    assert {r["seed"] for r in table(finished)} == {"0", "1"}
+    assert main(["report", str(finished)]) == 0
+    assert {r["seed"] for r in table(finished)} == {"0", "1"}
+    report = finished.parent / "out" / "report"
+    assert "Not in it" not in (report / "table.md").read_text() and not (report / "effects.csv").exists()
+    (report / "effects.csv").write_text("of effects that the file has no more\n")
+    (finished.parent / "out" / "runs" / "absent-seed1" / rundir.MEASUREMENT).unlink()
+    assert main(["report", str(finished)]) == 0
+    for name in ("table.md", "index.html"):
+        text = (report / name).read_text()
+        assert "Not in it: absent-seed1 (not finished)" in text and "(of fewer: absent 0)" in text
+    assert not (report / "effects.csv").exists()
+    assert main(["report", str(finished), "--seeds", "1"]) == 0
+    assert {r["seed"] for r in table(finished)} == {"1"}
+
+
+def test_preparing_is_waited_for_and_never_forced(study, monkeypatch, capsys):
+    asked = []
+
+    def prepare(command, argv):
+        asked.append(argv)
+        if len(asked) < 3:
+            raise BlockingIOError(11, "another process is preparing it")
+        return 0
+
+    monkeypatch.setattr("train.prepare.run", prepare)
+    monkeypatch.setattr(study_command, "SECONDS_BETWEEN_LOOKS", 0.01)
+    (study.parent / "data.yaml").write_text("out: unused\n")
+    study.write_text(study.read_text() + "prepare: data.yaml\n")
+    assert main(["study", str(study), "--quiet", "--force"]) == 0
+    assert asked == [["--config", str(study.parent / "data.yaml"), "--quiet"]] * 3
+    assert capsys.readouterr().out.count("waiting: another process is preparing it") == 1

@@ -74,13 +74,16 @@ def test_the_agents_of_a_sweep_run_the_arms_of_the_study(tiny_store, tmp_path, c
 
 
 def summary_of_the_study(out):
-    """Its W&B run has the table, under an id that stays."""
+    """Its W&B run has the report's table and the runs, under an id that stays."""
     wandb_id = rundir.read_json(out / "summary.json")["wandb_id"]
     [folder] = out.glob(f"wandb/offline-run-*-{wandb_id}")
-    [file] = folder.rglob("*.table.json")
-    table = json.loads(file.read_text())
-    assert {row[table["columns"].index("arm")] for row in table["data"]} == {"lr-1e-2", "lr-5e-3"}
-    assert len(table["data"]) == 4 * 3, "an arm, seed and mode a row"
+    found = {file.name.split("_")[0]: json.loads(file.read_text()) for file in folder.rglob("*.table.json")}
+    assert set(found) == {"table", "runs"}
+    for name, rows in (("table", 2 * 3), ("runs", 4 * 3)):
+        table = found[name]
+        assert {row[table["columns"].index("arm")] for row in table["data"]} == {"lr-1e-2", "lr-5e-3"}
+        assert len(table["data"]) == rows, "an arm and mode a row; of the runs, a seed too"
+    assert any("±" in str(cell) for row in found["table"]["data"] for cell in row)
 
 
 def test_the_metric_of_a_sweep_is_one_that_its_runs_measure(tiny_store, tmp_path):
@@ -98,8 +101,10 @@ def test_an_arm_that_the_study_does_not_have_is_named(tiny_store, tmp_path, caps
 
 def test_an_arm_that_fails_under_an_agent_is_recorded(tiny_store, tmp_path, capsys):
     study = write_study(tmp_path, tiny_store)
-    study.write_text(study.read_text().replace("{model: {optimizer: {lr: 5.0e-3}}}", "{data: {strategy: {window: 0}}}"))
-    with contextlib.suppress(SystemExit):
-        assert main(["study", str(study), "--arm", "lr-5e-3"]) == 1
-    [run] = [r for r in plan(load_study(study)) if r.arm == "lr-5e-3" and r.seed == 3]
-    assert run.status() == "failed" and "window" in run.reason()
+    text = study.read_text()
+    for wrong, told in (("window: 0", "window"), ("windw: 8", "refused")):
+        study.write_text(text.replace("{model: {optimizer: {lr: 5.0e-3}}}", f"{{data: {{strategy: {{{wrong}}}}}}}"))
+        with contextlib.suppress(SystemExit):
+            assert main(["study", str(study), "--arm", "lr-5e-3", "--force"]) == 1
+        [run] = [r for r in plan(load_study(study)) if r.arm == "lr-5e-3" and r.seed == 3]
+        assert run.status() == "failed" and told in run.reason()
