@@ -224,8 +224,8 @@ def test_several_studies_make_one_page_of_the_seeds_that_are_finished(finished, 
     assert f"not on the page: {empty} (not run)" in capsys.readouterr().out
     text = (page / "README.md").read_text()
     assert re.findall("^## (.*)", text, re.M) == ["other", "study"]
-    assert "| [other](#other) | A study <of> two arms | 1 reproduced |" in text
-    assert re.search(r"\| BOS helps \| loss: [+−]?\d\.\d{3} ± \d\.\d{3} \| same within 9 \| reproduced \|", text)
+    assert "| [other](#other) | A study <of> two arms | 1 as expected |" in text
+    assert re.search(r"\| BOS helps \| loss: [+−]?\d\.\d{3} ± \d\.\d{3} \| same within 9 \| as expected \|", text)
     assert f"`sinkbed study {other} --seeds 0 1`: 4 runs" in text and "Made by sinkbed" in text
     assert all((page / f"{name}.png").is_file() for name in ("study", "other"))
     # A line of the page is what the report of the study has.

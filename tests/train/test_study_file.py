@@ -33,8 +33,9 @@ def test_settings_in_the_file_lie_over_the_base_and_files_beside_them(write, tmp
     (tmp_path / "wide.yaml").write_text("model: {decoder: {d_model: 64, heads: 4}}\n")
     arms = {"a": ["wide.yaml", {"model": {"decoder": {"heads": 2}}}], "b": {"trainer": {"max_steps": 5}}}
     a, b = plan(load_study(write(arms=arms)))
-    assert a.config == {"trainer": {"max_steps": 3}, "model": {"decoder": {"d_model": 64, "heads": 2}}}
-    assert b.config == {"trainer": {"max_steps": 5}}
+    ours = {"trainer": {"max_steps": 3}, "model": {"decoder": {"d_model": 64, "heads": 2}}}
+    assert a.config == {**ours, "threads": 1}, "as many as an arm has cores"
+    assert b.config == {"trainer": {"max_steps": 5}, "threads": 1}
 
 
 def test_a_grid_is_the_product_of_its_axes_after_the_arms(write):
@@ -42,7 +43,7 @@ def test_a_grid_is_the_product_of_its_axes_after_the_arms(write):
     runs = plan(load_study(write(arms={"plain": []}, grid=grid)))
     names = ["plain", "lr-1e-3-causal", "lr-1e-3-document", "lr-2e-3-causal", "lr-2e-3-document"]
     assert [r.arm for r in runs] == names
-    assert {k: v for k, v in runs[4].config.items() if k != "trainer"} == {"x": 2, "y": 2, "z": 3}
+    assert {k: v for k, v in runs[4].config.items() if k in "xyz"} == {"x": 2, "y": 2, "z": 3}
     with pytest.raises(ValueError, match="a name of its own for each arm, found 'axis-1' twice"):
         load_study(write(grid={"axis": {1: {}, "axis-1": {}}}))
 
