@@ -227,7 +227,9 @@ def _refuse_taken(out: Path, replace: bool) -> None:
             f"{out}: found something that is no token store, expected nothing or a token store; choose another --out"
         )
     if not replace:
-        raise FileExistsError(f"{out}: found a token store; choose another --out, or --force to replace it")
+        raise FileExistsError(
+            f"{out}: found a token store; choose another --out, or replace it with `sinkbed prepare --force`"
+        )
 
 
 def _previous(out: Path) -> Path:

@@ -143,7 +143,7 @@ def _up_to_date(out: Path, recipe: dict[str, Any]) -> Manifest:
     if manifest.fingerprint != sha256_json(recipe):
         raise ValueError(
             f"{out} holds a token store made from another config ({differing(manifest.recipe, recipe)}); choose "
-            "another --out, or --force to replace it"
+            "another --out, or replace it with `sinkbed prepare --force`"
         )
     for split in manifest.splits:
         TokenStore.open(out, split)

@@ -59,7 +59,7 @@ class Units:
         if found is not None and found != recipe:
             raise ValueError(
                 f"{partial.folder} holds an unfinished token store of another config ({differing(found, recipe)}); "
-                "go back to that config to finish it, --force to start over, or choose another --out"
+                "finish it with that config, start over with `sinkbed prepare --force`, or choose another --out"
             )
         with partial.full_disk_named():
             if found is None:

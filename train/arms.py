@@ -89,10 +89,10 @@ class ArmRun:
 
 
 def deciding(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings without those that a run may change when it is resumed: where it logs, what it keeps, its workers."""
+    """Settings without those that no bit of a result depends on: where it logs, what it keeps, its workers."""
     kept = {k: v for k, v in settings.items() if k not in ("wandb", "checkpoint_every", "checkpoint_points")}
     if isinstance(kept.get("data"), dict):
-        kept["data"] = {k: v for k, v in kept["data"].items() if k not in ("workers", "micro_batch")}
+        kept["data"] = {k: v for k, v in kept["data"].items() if k != "workers"}
     return kept
 
 

@@ -175,7 +175,7 @@ def same_targets(results: Sequence[Result], metric: str, *cells: tuple[str, str]
 
     The probe set is one for a study; a prefix LM counts fewer of its tokens, a shorter context shorter documents.
     """
-    if metric not in ("loss", "bits_per_byte"):
+    if metric not in ("loss", "bits_per_byte", "loss_gap"):
         return True
     found = {
         r.final["modes"][mode]["tokens"]

@@ -81,6 +81,8 @@ def cost(study: StudyConfig, run: ArmRun) -> Cost:
         decoder = DecoderConfig(**run.setting("model.decoder", {}))
         steps, context = int(run.setting("trainer.max_steps")), int(run.setting("data.context_length"))
         tokens = steps * int(run.setting("data.global_batch")) * context
+        if steps < 1:
+            raise ValueError(f"trainer.max_steps {steps}: a study plans runs of a known length, at least 1")
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"arm {run.arm}: expected model.decoder, trainer.max_steps, data.context_length and data.global_batch; "
@@ -194,8 +196,12 @@ def check_fits(study: StudyConfig, runs: Sequence[ArmRun], *, cluster: bool = Fa
     costs = [cost(study, r) for r in left]
     there = sum(_size(r.folder / rundir.CHECKPOINTS) for r in left)
     needed = max(0, sum(c.disk for c in costs) - there)
-    stores = [(Path(store), size, f"token store {store}") for store, size in _new_stores(study, left).items()]
-    _check_disks([(study.out, needed, f"the checkpoints of {len(left)} runs"), *stores])
+    free = shutil.disk_usage(_existing(study.out)).free
+    if needed > free:
+        raise ValueError(
+            f"{study.out}: expected {gigabytes(needed)} free for the checkpoints of {len(left)} runs, found "
+            f"{gigabytes(free)}; keep fewer of them (checkpoint_points), or choose --out on another disk"
+        )
     _check_head_dims(study, left)
     if cluster:
         return
@@ -216,20 +222,6 @@ def check_fits(study: StudyConfig, runs: Sequence[ArmRun], *, cluster: bool = Fa
             raise ValueError(
                 f"{workers} arms at a time: expected {gigabytes(workers * (largest + PROCESS_BYTES))} of memory, found "
                 f"{gigabytes(memory)}; use fewer --workers"
-            )
-
-
-def _check_disks(needs: Sequence[tuple[Path, int, str]]) -> None:
-    """Raise ValueError where a disk is too small for all that goes on it: (path, bytes, what it is)."""
-    disks: dict[int, list[tuple[Path, int, str]]] = {}
-    for need in needs:
-        disks.setdefault(_existing(need[0]).stat().st_dev, []).append(need)
-    for on_disk in disks.values():
-        needed, free = sum(size for _, size, _ in on_disk), shutil.disk_usage(_existing(on_disk[0][0])).free
-        if needed > free:
-            raise ValueError(
-                f"{on_disk[0][0]}: expected {gigabytes(needed)} free for {' and '.join(what for *_, what in on_disk)}, "
-                f"found {gigabytes(free)}; keep fewer checkpoints (checkpoint_points), or choose --out on another disk"
             )
 
 

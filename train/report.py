@@ -76,24 +76,23 @@ def print_table(title: str, summary: Sequence[SummaryRow], note: str) -> None:
     console.print(table)
 
 
-def write_report(study: StudyConfig, runs: Sequence[ArmRun], missing: dict[str, str], *, track: bool = False) -> Path:
-    """Write the report of the finished runs to the study's report/ and print its table.
+def write_report(study: StudyConfig, runs: Sequence[ArmRun], *, track: bool = False) -> Path:
+    """Write the report of the finished ones of some runs to the study's report/ and print its table.
 
-    Args:
-        missing: runs that were asked for and are not among them, with why, where that is known.
-        track: send the tables to W&B too, as a run of the study's group.
+    `track`: send the tables to W&B too, as a run of the study's group. Raises ValueError where none is finished.
     """
     from train.effects import check
     from train.figures import write_figures
     from train.page import write_page
 
-    results = [load_result(run.folder, run.arm, run.seed) for run in runs]
+    finished, missing = _finished(runs)
+    if not finished:
+        raise ValueError("report: expected at least one finished run, found none")
+    results = [load_result(run.folder, run.arm, run.seed) for run in finished]
     folder = study.out / "report"
     folder.mkdir(parents=True, exist_ok=True)
     note = caption(results, study.published_source if study.published else "")
-    absent = [
-        f"Not in it: {name}" + (f" (failed: {why})" if why else " (not finished)") for name, why in missing.items()
-    ]
+    absent = [f"Not in it: {what}." for what in missing]
     summary, rows, found = (
         summarise(results, study.published),
         rows_of(results),
@@ -121,15 +120,19 @@ def write_report(study: StudyConfig, runs: Sequence[ArmRun], missing: dict[str, 
 
         header, cells = table_of(summary)
         shown = [dict(zip(header, line, strict=True)) for line in cells]
-        log_summary(study, runs, {"table": shown, "effects": [item.record() for item in found], "runs": rows})
+        log_summary(study, finished, {"table": shown, "effects": [item.record() for item in found], "runs": rows})
     print(f"report: {folder / 'index.html'} (also table.csv, table.md, *.parquet, *.png beside it)")
     return folder
 
 
-def finished_seeds(study: StudyConfig) -> StudyConfig:
-    """The study under its own seeds and those of the finished runs in its folder."""
-    seeds = dict.fromkeys([*study.seeds, *(seed for _, _, seed in load_folder(study.out))])
-    return dataclasses.replace(study, seeds=list(seeds))
+def of_all_seeds(study: StudyConfig) -> list[ArmRun]:
+    """Every arm under the study's seeds and under those that have a finished run of it in the study's folder."""
+    from train.arms import plan
+
+    more = {seed for _, _, seed in load_folder(study.out)} - set(study.seeds)
+    found = plan(dataclasses.replace(study, seeds=[*study.seeds, *sorted(more)]))
+    done = {r.seed for r in found if r.status() == "finished"}
+    return [r for r in found if r.seed in done or r.seed in study.seeds]
 
 
 def load_folder(folder: Path) -> list[tuple[Path, str, int]]:
@@ -166,7 +169,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     if not folders:
         arguments.study = arguments.what[0]
         study = chosen(arguments)
-        runs = plan(study if arguments.seeds else finished_seeds(study))
+        runs = plan(study) if arguments.seeds else of_all_seeds(study)
     else:
         missing = [path for path in arguments.what if path not in folders]
         if missing:
@@ -188,28 +191,34 @@ def run(command: str, argv: Sequence[str]) -> int:
                 f"{seen[each.arm, each.seed]} and {each.folder}; report the studies one by one"
             )
         seen[each.arm, each.seed] = each.folder
-    finished = _finished(runs)
+    finished, missing = _finished(runs)
     if not finished:
         raise ValueError(
             f"{', '.join(map(str, arguments.what))}: expected at least one finished run, found none; finish one with "
             "`sinkbed study` or `sinkbed fit`"
         )
-    write_report(study, finished, {r.folder.name: _why_not(r) for r in runs if r not in finished})
+    _tell(missing)
+    write_report(study, runs)
     return 0
 
 
-def _finished(runs: Sequence[ArmRun]) -> list[ArmRun]:
-    """The runs that a report can be made of; says of the others why not."""
+def _finished(runs: Sequence[ArmRun]) -> tuple[list[ArmRun], list[str]]:
+    """The runs that a report can be made of; the others by name with why they are not."""
     finished = [r for r in runs if not r.settings or r.status() == "finished"]
+    missing = []
     for run in runs:
         if run not in finished:
-            why = run.reason()
-            print(f"not in the report: {run.folder.name} ({run.status()}{f': {why}' if why else ''})")
-    return finished
+            status, why = run.status(), run.reason()
+            missing.append(f"{run.folder.name} ({_STATUS.get(status, status)}{f': {why}' if why else ''})")
+    return finished, missing
 
 
-def _why_not(run: ArmRun) -> str:
-    return run.reason() if run.status() == "failed" else ""
+_STATUS = {"other": "of other settings", "new": "not run"}
+
+
+def _tell(missing: Sequence[str]) -> None:
+    for what in missing:
+        print(f"not in the report: {what}")
 
 
 def _digest(arguments: argparse.Namespace) -> int:
@@ -223,10 +232,13 @@ def _digest(arguments: argparse.Namespace) -> int:
     studies = []
     for path in arguments.what:
         study = load_study(path, arguments.size)
-        runs = plan(dataclasses.replace(study, seeds=arguments.seeds) if arguments.seeds else finished_seeds(study))
+        runs = plan(dataclasses.replace(study, seeds=arguments.seeds)) if arguments.seeds else of_all_seeds(study)
         if all(run.status() == "new" for run in runs):
             print(f"not on the page: {path} (not run)")
-        elif finished := _finished(runs):
+            continue
+        finished, missing = _finished(runs)
+        _tell(missing)
+        if finished:
             studies.append((study, finished))
     if not studies:
         raise ValueError("report: expected a study with a finished run, found none; start one with `sinkbed study`")

@@ -100,12 +100,11 @@ def run(command: str, argv: Sequence[str]) -> int:
     print(f"arms took {time.perf_counter() - began:.0f} s{beside}")
     lock.close()
 
-    from train.report import finished_seeds, write_report
+    from train.report import of_all_seeds, write_report
 
-    missing = {r.folder.name: runner.failed.get(r.folder.name, "") for r in runs if r.status() != "finished"}
-    finished = [r for r in plan(finished_seeds(study)) if r.status() == "finished"]
-    if finished:
-        write_report(study, finished, missing, track=True)
+    runs = of_all_seeds(study)
+    if any(r.status() == "finished" for r in runs):
+        write_report(study, runs, track=True)
     for name, why in runner.failed.items():
         print(f"arm {name} failed: {why}", file=sys.stderr)
     return 1 if runner.failed else 0
@@ -157,8 +156,15 @@ def _run_one(study: StudyConfig, arguments: argparse.Namespace) -> int:
     seed = study.seeds[0] if arguments.seed is None else arguments.seed
     if arguments.arm not in study.arms:
         raise ValueError(f"--arm: expected one of {', '.join(study.arms)}; found {arguments.arm}")
-    _prepare(study, arguments.quiet)
-    [run] = [r for r in plan(dataclasses.replace(study, seeds=[seed])) if r.arm == arguments.arm]
+    from train.planning import check_fits
+
+    study = dataclasses.replace(study, seeds=[seed], arms={arguments.arm: study.arms[arguments.arm]}, effects=[])
+    [run] = plan(study)
+    complaint = check_configs([run])
+    if not complaint:
+        check_fits(study, [run])
+        _prepare(study, arguments.quiet)
+        [run] = plan(study)  # of the token store that is there now
     with hold(run.folder, SECONDS_FOR_THE_DEAD):  # also while it is judged and cleared
         _refuse_others([run], arguments.force)
         if run.status() == "finished":
@@ -168,10 +174,12 @@ def _run_one(study: StudyConfig, arguments: argparse.Namespace) -> int:
         from train.fit import run as fit
 
         try:
-            status = fit("fit", make_ready(run, study.name)[1:])
-        except (Exception, SystemExit) as error:
-            told = "its settings were refused" if isinstance(error, SystemExit) else str(error)
-            (run.folder / LOG).write_text(f"{told}\n")
+            options = make_ready(run, study.name)[1:]
+            if complaint:
+                raise ValueError(complaint)
+            status = fit("fit", options)
+        except Exception as error:
+            (run.folder / LOG).write_text(f"{error}\n")
             conclude(run, 1)
             raise
     return status

@@ -236,8 +236,8 @@ def _pairs(results: Sequence[Result]) -> Section | None:
         header,
         shown,
         "Mean difference of arms on the same documents (one store), paired by seed, ± half-width of its 95 % interval. "
-        "*: the interval leaves 0 out; of twenty differences that are none, one does so by chance. Losses over "
-        f"other targets (a prefix LM's, another context's) are not compared.{left_out}",
+        "*: the interval leaves 0 out; of twenty differences that are none, one does so by chance. Losses and gaps "
+        f"over other targets (a prefix LM's, another context's) are not compared.{left_out}",
     )
 
 

@@ -89,20 +89,16 @@ def test_what_cannot_fit_or_is_no_config_is_refused_before_preparing(study, tiny
     prepared = []
     monkeypatch.setattr("train.prepare.run", lambda command, argv: prepared.append(argv) or 0)
     text = study.read_text()
-    store = study.parent / "not_yet"
-    (study.parent / "data.yaml").write_text(f"out: {store}\ntokenizer: {{vocab_size: 300}}\n")
-    study.write_text(text.replace("[run.yaml]", f"[run.yaml, {{data: {{store: {store}}}}}]") + "prepare: data.yaml\n")
-    sizes = planning._new_stores(loaded := load_study(study), plan(loaded))
-    assert sizes == {str(store): 2 * 10 * 4 * 48}, "two bytes a token that an arm reads"
-    checkpoints = sum(planning.cost(loaded, r).disk for r in plan(loaded))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=checkpoints + 1))
-    assert main(["study", str(study), "--quiet"]) == 1
-    assert f"and token store {store}, found" in capsys.readouterr().err and not prepared
-    monkeypatch.undo()
-    monkeypatch.setattr("train.prepare.run", lambda command, argv: prepared.append(argv) or 0)
-    study.write_text(study.read_text().replace("window: 8", "windw: 8"))
-    assert main(["study", str(study), "--quiet"]) == 1
-    assert "windw" in capsys.readouterr().err and not prepared
+    (study.parent / "data.yaml").write_text("out: not_yet\n")
+    base = "[run.yaml, {trainer: {max_steps: -1}}]"
+    wrong = {("window: 8", "windw: 8"): "windw", ("[run.yaml]", base): "max_steps -1", ("", ""): "GB free for the"}
+    for change, told in wrong.items():
+        study.write_text(text.replace(*change) + "prepare: data.yaml\n")
+        if change == ("", ""):
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        for agent in ([], ["--arm", "window"]):
+            assert main(["study", str(study), "--quiet", *agent]) == 1
+            assert told in capsys.readouterr().err and not prepared
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_starts(study, capsys, monkeypatch):

@@ -242,7 +242,9 @@ def test_several_studies_make_one_page_of_the_seeds_that_are_finished(finished, 
     (finished.parent / "none.yaml").write_text("data: {strategy: {first_token: random}}\n")
     capsys.readouterr()
     assert main(["report", str(finished), str(empty), "--out", str(page), "--seeds", "0"]) == 0
-    assert "not in the report: absent-seed0 (other: data.strategy.first_token was" in capsys.readouterr().out
+    assert (
+        "not in the report: absent-seed0 (of other settings: data.strategy.first_token was" in capsys.readouterr().out
+    )
     again = (page / "README.md").read_text()
     assert re.findall("^## (.*)", again, re.M) == ["other", "study"] and "| absent |" not in again.split("## study")[1]
     assert "| absent |" in again.split("## study")[0] and again.count("| [other](#other) |") == 1
@@ -484,10 +486,12 @@ def test_an_arm_of_several_devices_is_a_command_of_its_own(study, monkeypatch):
 def test_settings_that_decide_nothing_make_no_other_arm(finished):
     config = finished.parent / "run.yaml"
     text = config.read_text().replace("checkpoint_every: 4", "checkpoint_every: 7\nwandb: {project: mine}")
-    config.write_text(text.replace("  global_batch: 4", "  global_batch: 4\n  micro_batch: 2"))
+    config.write_text(text.replace("  global_batch: 4", "  global_batch: 4\n  workers: 1"))
     runs = plan(load_study(finished))
-    assert runs[0].config["data"]["micro_batch"] == 2 and runs[0].config["checkpoint_every"] == 7
+    assert runs[0].config["data"]["workers"] == 1 and runs[0].config["checkpoint_every"] == 7
     assert [r.status() for r in runs] == ["finished", "finished"]
+    config.write_text(text.replace("  global_batch: 4", "  global_batch: 4\n  micro_batch: 2"))
+    assert [r.status() for r in plan(load_study(finished))] == ["other", "other"], "it rounds otherwise"
 
 
 def test_a_name_that_yaml_reads_as_something_else_is_a_name(study):
@@ -520,7 +524,7 @@ def test_a_report_keeps_seeds_that_the_file_does_not_name_and_says_what_is_missi
     assert main(["report", str(finished)]) == 0
     for name in ("table.md", "index.html"):
         text = (report / name).read_text()
-        assert "Not in it: absent-seed1 (not finished)" in text and "(of fewer: absent 0)" in text
+        assert "Not in it: absent-seed1 (interrupted)." in text and "(of fewer: absent 0)" in text
     assert not (report / "effects.csv").exists()
     assert main(["report", str(finished), "--seeds", "1"]) == 0
     assert {r["seed"] for r in table(finished)} == {"1"}
