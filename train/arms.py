@@ -21,7 +21,7 @@ import yaml
 
 from data.manifest import differences
 from train import rundir
-from train.study_file import Overlay, StudyConfig
+from train.study_file import Overlay, StudyConfig, read_yaml
 
 RECORD, SETTINGS, LOG = "arm.json", "arm.yaml", "fit.log"
 SECONDS_FOR_THE_DEAD = 15.0
@@ -141,10 +141,7 @@ def over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def read_overlay(path: Path) -> dict[str, Any]:
     """A run config or overlay. Raises ValueError that names a file that is no mapping of keys."""
-    try:
-        found = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML, found {error}") from None
+    found = read_yaml(path)
     if not isinstance(found, dict) or not isinstance(found.get("data", {}), dict):
         raise ValueError(f"{path}: expected keys such as model, data, trainer; found {str(found)[:60]!r}")
     return found

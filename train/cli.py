@@ -57,10 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments[0].command
     module, _ = COMMANDS[command]
     try:
-        return int(importlib.import_module(module).run(command, rest) or 0)
+        status = int(importlib.import_module(module).run(command, rest) or 0)
+        sys.stdout.flush()  # here, where a reader that is gone is no traceback
+        return status
     except KeyboardInterrupt:
         print(f"sinkbed {command}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who reads what is printed has seen enough: `sinkbed study FILE --plan | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         if os.environ.get("SINKBED_DEBUG") or not explained(error):
             raise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -56,6 +58,8 @@ def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[ArmRun]]], folder
         *markdown_table(("study", "question", "expected effects"), []),
         *(parts[name][0] for name in sorted(parts)),
         "",
+        f"In all: {_total(index for index, _ in parts.values())}.",
+        "",
         "Cells are mean ± half-width of the 95 % t interval over seeds. A verdict is on the mean difference of arms on "
         "the same documents, paired by seed. Reproduced: its interval lies on the expected side of 0 (for the same: "
         "inside the tolerance). Not reproduced: it lies on another side. Within noise: it reaches both. One comparison "
@@ -72,6 +76,15 @@ def _index(name: str, title: str, verdicts: str) -> str:
     """A study's line in the list at the top, with a link to its heading as GitHub names it."""
     anchor = name.lower().replace(" ", "-")
     return markdown_table((f"[{name}](#{anchor})", title, verdicts), [])[0]
+
+
+def _total(lines: Iterable[str]) -> str:
+    """The counts of verdicts of all lines of the list together."""
+    found: Counter[str] = Counter()
+    for line in lines:
+        for count, verdict in re.findall(r"(\d+) ([a-z: ]+)", line.split("|")[-2]):
+            found[verdict.strip()] += int(count)
+    return ", ".join(f"{count} {verdict}" for verdict, count in found.most_common()) or "no effects"
 
 
 def _earlier(path: Path) -> dict[str, tuple[str, list[str]]]:
@@ -134,6 +147,7 @@ def _effects(found: Sequence[Found]) -> tuple[tuple[str, ...], list[tuple[str, .
         lines.append(
             {
                 "expected effect": cells["effect"],
+                "of": item.subtraction,
                 "difference": f"{cells['figure']}: {cells['difference']}" if cells["difference"] else "",
                 "expected": cells["expected"],
                 "published": cells["published"],
@@ -152,6 +166,8 @@ def _arms(results: Sequence[Result]) -> tuple[tuple[str, ...], list[tuple[str, .
     first = reference_mode(modes) or next(iter(results[0].final["modes"]))
     columns = [("sink_rate_0.3", first), ("sink_rate_0.3", "text"), ("sink_mass", first), ("loss", first)]
     columns.append(("loss_gap", "text"))
+    if any(r.final["modes"].get(first, {}).get("rate_placed") for r in results):
+        columns.insert(1, ("sink_rate_placed", first))
     columns = [column for column in dict.fromkeys(columns) if column[1] in modes]
     header = ("arm", *(f"{LABELS[metric]}, {MODE_LABELS[mode]}" for metric, mode in columns))
     cells: list[tuple[str, ...]] = []

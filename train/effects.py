@@ -7,11 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from train.measure import MeasureConfig
 from train.results import MODE_LABELS, Result, fixed, spread
 from train.statistics import Interval, area, curve, paired, verdict
 
 if TYPE_CHECKING:
-    from train.study_file import Effect, Published
+    from train.arms import ArmRun
+    from train.study_file import Effect, Published, StudyConfig
 
 LABELS = {
     "sink_rate_0.2": "sink rate % (eps 0.2)",
@@ -73,6 +75,20 @@ def figures(results: Sequence[Result], arm: str, metric: str, mode: str) -> dict
     return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
 
 
+def check_measured(study: StudyConfig, runs: Sequence[ArmRun]) -> None:
+    """Raise ValueError for an effect whose arms will not be measured in the mode that it is about."""
+    of_arm = {run.arm: run for run in runs}
+    for effect in study.effects:
+        key = "live_modes" if effect.metric == "sink_rate_area" else "modes"
+        for arm, mode in ((effect.arm, effect.mode), effect.other):
+            modes = of_arm[arm].setting(f"measure.{key}", getattr(MeasureConfig, key))
+            if mode not in modes and effect.metric != "onset_tokens":
+                raise ValueError(
+                    f"effect {effect.name!r}: expected a mode that arm {arm} is measured in (measure.{key}: "
+                    f"{', '.join(modes)}); found {mode}"
+                )
+
+
 @dataclass(frozen=True)
 class Found:
     """What became of an expected effect."""
@@ -85,6 +101,21 @@ class Found:
     """The published figures of `arm` and of what it is compared with, where both are known."""
     verdict: str
 
+    @property
+    def name(self) -> str:
+        """The effect's name, with its note."""
+        return self.effect.name + (f" ({self.effect.note})" if self.effect.note else "")
+
+    @property
+    def subtraction(self) -> str:
+        """Which arms, or modes of one, the difference is of."""
+        effect, (arm, mode) = self.effect, self.effect.other
+        if arm == effect.arm:
+            return f"{arm}: {_label(effect.mode)} − {_label(mode)}"
+        if mode == effect.mode:
+            return f"{effect.arm} − {arm}"
+        return f"{effect.arm}, {_label(effect.mode)} − {arm}, {_label(mode)}"
+
     def columns(self) -> dict[str, str]:
         """Header -> cell."""
         effect, digits = self.effect, DIGITS.get(self.effect.metric, 1)
@@ -95,10 +126,10 @@ class Found:
             theirs = f"{a} against {b} ({signed(self.published[0] - self.published[1], 2)})"
         expected = {"up": "larger", "down": "smaller", "none": f"same within {effect.tolerance:g}"}[effect.expected]
         return {
-            "effect": effect.name,
+            "effect": self.name,
             "figure": LABELS[effect.metric],
-            "arm": f"{effect.arm}, {MODE_LABELS.get(effect.mode, effect.mode)}",
-            "against": f"{other_arm}, {MODE_LABELS.get(other_mode, other_mode)}",
+            "arm": f"{effect.arm}, {_label(effect.mode)}",
+            "against": f"{other_arm}, {_label(other_mode)}",
             "ours": spread(self.ours, digits),
             "theirs": spread(self.theirs, digits),
             "difference": spread(self.difference, digits, sign=True),
@@ -130,6 +161,10 @@ class Found:
             "verdict": self.verdict,
             "source": effect.source,
         }
+
+
+def _label(mode: str) -> str:
+    return MODE_LABELS.get(mode, mode)
 
 
 def _plain(value: float | None) -> float | None:

@@ -8,7 +8,7 @@ look-up), and 12·L·H·D for each key that a query sees on average, T/2 of them
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,7 +186,7 @@ def _stores(study: StudyConfig, runs: Sequence[ArmRun]) -> list[str]:
 
 
 def check_fits(study: StudyConfig, runs: Sequence[ArmRun], *, cluster: bool = False) -> None:
-    """Raise ValueError where the disk, the memory or the GPUs are too few for what is not finished.
+    """Raise ValueError where the disk, the memory or the GPUs are too few for what is not finished, with all of it.
 
     `cluster`: the arms run on other machines, so that of this one only the disk is asked.
     """
@@ -194,18 +194,34 @@ def check_fits(study: StudyConfig, runs: Sequence[ArmRun], *, cluster: bool = Fa
     if not left:
         return
     costs = [cost(study, r) for r in left]
-    there = sum(_size(r.folder / rundir.CHECKPOINTS) for r in left)
+    checks: list[Callable[[], None]] = [lambda: _check_head_dims(study, left)]
+    if not cluster:
+        checks.append(lambda: _check_devices(study, left, costs))
+    checks.append(lambda: _check_disk(study, left, costs))
+    complaints = []
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            complaints.append(str(error))
+    if complaints:
+        raise ValueError("\n  and ".join(complaints))
+
+
+def _check_disk(study: StudyConfig, runs: Sequence[ArmRun], costs: Sequence[Cost]) -> None:
+    there = sum(_size(r.folder / rundir.CHECKPOINTS) for r in runs)
     needed = max(0, sum(c.disk for c in costs) - there)
     free = shutil.disk_usage(_existing(study.out)).free
     if needed > free:
         raise ValueError(
-            f"{study.out}: expected {gigabytes(needed)} free for the checkpoints of {len(left)} runs, found "
-            f"{gigabytes(free)}; keep fewer of them (checkpoint_points), or choose --out on another disk"
+            f"{study.out}: expected {gigabytes(needed)} free for the checkpoints of {len(runs)} runs, found "
+            f"{gigabytes(free)}; keep fewer of them (checkpoint_points in the base), or choose --out on another disk"
         )
-    _check_head_dims(study, left)
-    if cluster:
-        return
-    wants_gpu = [r for r in left if r.setting("trainer.accelerator") in ("gpu", "cuda")]
+
+
+def _check_devices(study: StudyConfig, runs: Sequence[ArmRun], costs: Sequence[Cost]) -> None:
+    """Raise ValueError where this machine's GPUs, or its memory, are too few."""
+    wants_gpu = [r for r in runs if r.setting("trainer.accelerator") in ("gpu", "cuda")]
     if wants_gpu and not study.gpus:
         raise ValueError(
             f"arm {wants_gpu[0].arm}: asks for a GPU (trainer.accelerator), and the study gives its arms none; "
@@ -215,14 +231,14 @@ def check_fits(study: StudyConfig, runs: Sequence[ArmRun], *, cluster: bool = Fa
     largest = TRAINING_BYTES * max(c.parameters for c in costs)
     if study.gpus:
         _check_gpu_memory(study, largest)
-    else:
-        workers = min(len(places), len(left))
-        memory = _memory()
-        if memory is not None and workers * (largest + PROCESS_BYTES) > memory:
-            raise ValueError(
-                f"{workers} arms at a time: expected {gigabytes(workers * (largest + PROCESS_BYTES))} of memory, found "
-                f"{gigabytes(memory)}; use fewer --workers"
-            )
+        return
+    workers = min(len(places), len(runs))
+    memory = _memory()
+    if memory is not None and workers * (largest + PROCESS_BYTES) > memory:
+        raise ValueError(
+            f"{workers} arms at a time: expected {gigabytes(workers * (largest + PROCESS_BYTES))} of memory, found "
+            f"{gigabytes(memory)}; use fewer --workers"
+        )
 
 
 def _check_head_dims(study: StudyConfig, runs: Sequence[ArmRun]) -> None:

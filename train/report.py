@@ -156,11 +156,14 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("what", type=Path, nargs="+", help="study files, or folders of runs or studies")
     parser.add_argument("--size", help="of study files: one of their sizes (default: demo)")
-    parser.add_argument("--seeds", type=int, nargs="+", help="of study files: seeds (default: the file's)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="of study files: seeds (default: the file's, and others that are finished)"
+    )
     parser.add_argument(
         "--out",
         type=Path,
-        help="where report/ is written (default: the study's, or the folder); of several studies, their page",
+        help="of one study file: the study's folder, with its runs (default: the file's); of folders: where report/ is "
+        "written (default: the one folder); of several study files: where their page is written",
     )
     arguments = parser.parse_args(list(argv))
     folders = [path for path in arguments.what if path.is_dir()]
@@ -174,6 +177,12 @@ def run(command: str, argv: Sequence[str]) -> int:
         missing = [path for path in arguments.what if path not in folders]
         if missing:
             raise FileNotFoundError(f"{missing[0]}: expected study files only, or folders only; found no folder")
+        only = folders[0] if len(folders) == 1 else None
+        if arguments.out is None and only and (only / "report").exists() and (only / "runs").exists():
+            raise ValueError(
+                f"{only}: expected a study file, which makes a study's own report (sinkbed report FILE --out "
+                f"{only}), or another --out for one without effects; found the folder alone"
+            )
         if arguments.out is None and len(folders) > 1:
             raise ValueError("report: expected --out, the folder for the report of several folders; found none")
         runs = [
@@ -194,8 +203,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     finished, missing = _finished(runs)
     if not finished:
         raise ValueError(
-            f"{', '.join(map(str, arguments.what))}: expected at least one finished run, found none; finish one with "
-            "`sinkbed study` or `sinkbed fit`"
+            f"{', '.join(map(str, arguments.what))}: expected at least one finished run, found none in {study.out}; "
+            "name another folder with --out, or finish one with `sinkbed study` or `sinkbed fit`"
         )
     _tell(missing)
     write_report(study, runs)
@@ -234,7 +243,7 @@ def _digest(arguments: argparse.Namespace) -> int:
         study = load_study(path, arguments.size)
         runs = plan(dataclasses.replace(study, seeds=arguments.seeds)) if arguments.seeds else of_all_seeds(study)
         if all(run.status() == "new" for run in runs):
-            print(f"not on the page: {path} (not run)")
+            print(f"not on the page: {path} (no run in {study.out})")
             continue
         finished, missing = _finished(runs)
         _tell(missing)

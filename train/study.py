@@ -66,7 +66,10 @@ def run(command: str, argv: Sequence[str]) -> int:
     todo = [r for r in runs if r.status() != "finished"]
     if todo and (complaint := call(check_configs, todo)):
         raise ValueError(complaint)
+    from train.effects import check_measured
     from train.planning import check_fits, print_plan
+
+    check_measured(study, runs)
 
     if arguments.plan:
         print_plan(study, runs)

@@ -15,6 +15,8 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from train.measure import check_modes
+
 Overlay = Path | dict[str, Any]
 """Keys of a run config: in a file, or as they are."""
 Expected = Literal["up", "down", "none"]
@@ -27,6 +29,30 @@ METRICS = (
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error: of two arms of a name, one would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        seen: set[str] = set()
+        for key in keys:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"expected each key once, found {key.value!r} twice", key.start_mark
+                )
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises ValueError where it is none, or has a key twice."""
+    try:
+        return yaml.load(path.read_text(), _UniqueKeys)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: expected YAML, found {error}") from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Effect:
     """One expected difference between two arms, or two inference modes of an arm. Raises ValueError."""
@@ -34,7 +60,7 @@ class Effect:
     name: str
     """What is claimed, in a few words."""
     metric: str
-    """One of METRICS (see `train.statistics.METRICS`)."""
+    """One of METRICS; `train.effects.figure` says what they are."""
     arm: str
     """The arm whose figure is expected to differ."""
     against: str | None = None
@@ -49,10 +75,16 @@ class Effect:
     """`none`: differences up to this, in the metric's unit, count as the same."""
     source: str = ""
     """Where the effect is published."""
+    note: str = ""
+    """What a reader has to know of it, such as that it was expected only after the runs; stands behind the name."""
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise ValueError(f"effect {self.name!r}: metric: expected one of {', '.join(METRICS)}; found {self.metric}")
+        try:
+            check_modes([mode for mode in (self.mode, self.against_mode) if mode is not None])
+        except ValueError as error:
+            raise ValueError(f"effect {self.name!r}: {error}") from None
         if self.expected not in get_args(Expected):
             raise ValueError(f"effect {self.name!r}: expected: one of up, down, none; found {self.expected!r}")
         if (self.expected == "none") != (self.tolerance > 0):
@@ -137,11 +169,7 @@ def load_study(path: Path, size: str | None = None) -> StudyConfig:
     """
     if not path.is_file():
         raise FileNotFoundError(f"study: no file at {path}")
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML, found {error}") from None
-    raw = _mapping(path, "the file", raw, (*_FILE_KEYS, "grid", "sizes"))
+    raw = _mapping(path, "the file", read_yaml(path), (*_FILE_KEYS, "grid", "sizes"))
     sizes = _mapping(path, "sizes", raw.pop("sizes", None) or {}, None)
     if size is None and sizes:
         size = "demo" if "demo" in sizes else next(iter(sizes))

@@ -114,11 +114,14 @@ def caption(results: Sequence[Result], published: str = "") -> str:
 def definitions(results: Sequence[Result]) -> str:
     """What the figures of these runs are."""
     modes = [next(iter(r.final["modes"].values())) for r in results]
+    tokens = [m["tokens"] for m in modes]
+    targets = f"the same {tokens[0]:,} targets in every mode" if len(set(tokens)) == 1 else ""
+    targets = targets or f"the same targets in every mode, {_span(tokens)} of them depending on the arm"
     return (
         f"Sink rate: eps 0.3, T = {_span([r.final['sink_tokens'] for r in results])}, "
         f"{_span([m['documents'] for m in modes])} held-out documents, all layers and heads (arXiv "
         f"2410.10781). Sink mass: mean attention on key 0 of the other queries. Loss: nats per token of "
-        f"the same {_span([m['tokens'] for m in modes])} targets in every mode. "
+        f"{targets}. "
         f"Loss gap: loss − loss(BOS + text), or − loss(as trained) where BOS + text was not measured."
     )
 
@@ -161,8 +164,9 @@ def sections(results: Sequence[Result], found: Sequence[Found]) -> list[Section]
 
 def _effects(found: Sequence[Found]) -> Section:
     lines = [item.columns() for item in found]
-    # The verdict is what is read first.
-    order = ("effect", "verdict", *(name for name in lines[0] if name not in ("effect", "verdict")))
+    # What is read first, on a narrow screen too.
+    first = ("effect", "verdict", "figure", "difference", "expected")
+    order = (*first, *(name for name in lines[0] if name not in first))
     header = tuple(name for name in order if any(line[name] for line in lines))
     counts = {v: sum(item.verdict == v for item in found) for v in dict.fromkeys(item.verdict for item in found)}
     return Section(

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -175,3 +176,21 @@ def test_a_glob_that_the_shell_has_expanded_is_told_so(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["prepare", "--config", str(ROOT / "configs/data/local_jsonl.yaml"), "--source.files", *files])
     assert "quote a glob, so that the shell leaves it whole" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    """As in `sinkbed study FILE --plan | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [
+        sys.executable,
+        "-m",
+        "train",
+        "study",
+        "configs/study/packing.yaml",
+        "--sweep",
+        str(tmp_path / "s.yaml"),
+    ]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "") and (tmp_path / "s.yaml").exists()

@@ -105,7 +105,7 @@ def test_one_run_is_never_a_mean():
 def test_the_caption_spans_the_runs():
     long = result("long", 0, 1.0, 3.0)
     long.final["modes"]["bos"]["tokens"] = 700
-    assert "the same 500 to 700 targets" in caption([*study(), long])
+    assert "the same targets in every mode, 500 to 700 of them depending on the arm" in caption([*study(), long])
 
 
 def test_onsets_are_of_the_runs_that_reached_one():

@@ -192,6 +192,10 @@ def test_a_mean_of_one_run_says_so():
 
 def test_runs_and_folders_of_runs_can_be_reported(finished, fit, capsys, tmp_path):
     out = finished.parent / "out"
+    before = (out / "report" / "table.md").read_text()
+    assert main(["report", str(out)]) == 1
+    assert "expected a study file, which makes a study's own report" in capsys.readouterr().err
+    assert (out / "report" / "table.md").read_text() == before
     assert main(["report", str(out), "--out", str(tmp_path / "again")]) == 0
     ours, theirs = ((f / "report" / "table.csv").read_text() for f in (tmp_path / "again", out))
     assert sorted(ours.splitlines()) == sorted(theirs.splitlines())
@@ -213,20 +217,22 @@ def test_runs_and_folders_of_runs_can_be_reported(finished, fit, capsys, tmp_pat
 
 
 def test_several_studies_make_one_page_of_the_seeds_that_are_finished(finished, capsys, tmp_path):
-    effect = "{name: BOS helps, metric: loss, arm: fixed, against: absent, expected: none, tolerance: 9}"
+    effect = "name: BOS helps, note: a word, metric: loss, arm: fixed, against: absent, expected: none, tolerance: 9"
     other, empty = finished.with_name("other.yaml"), finished.with_name("empty.yaml")
-    other.write_text(finished.read_text() + f"effects: [{effect}]\n")
+    other.write_text(finished.read_text() + f"effects: [{{{effect}}}]\n")
     empty.write_text(finished.read_text().replace(str(finished.parent / "out"), str(tmp_path / "none")))
     assert main(["study", str(finished), "--quiet", "--seeds", "1"]) == 0
     files, page = [str(finished), str(other), str(empty)], tmp_path / "page"
     capsys.readouterr()
     assert main(["report", *files, "--out", str(page)]) == 0
-    assert f"not on the page: {empty} (not run)" in capsys.readouterr().out
+    assert f"not on the page: {empty} (no run in {tmp_path / 'none'})" in capsys.readouterr().out
     text = (page / "README.md").read_text()
     assert re.findall("^## (.*)", text, re.M) == ["other", "study"]
     assert "| [other](#other) | A study <of> two arms | 1 as expected |" in text
-    assert re.search(r"\| BOS helps \| loss: [+−]?\d\.\d{3} ± \d\.\d{3} \| same within 9 \| as expected \|", text)
+    line = r"\| BOS helps \(a word\) \| fixed − absent \| loss: [+−]?\d\.\d{3} ± \d\.\d{3}"
+    assert re.search(line + r" \| same within 9 \| as expected \|", text)
     assert f"`sinkbed study {other} --seeds 0 1`: 4 runs" in text and "Made by sinkbed" in text
+    assert "In all: 1 as expected." in text
     assert all((page / f"{name}.png").is_file() for name in ("study", "other"))
     # A line of the page is what the report of the study has.
     assert main(["report", str(other), "--seeds", "0", "1"]) == 0
@@ -305,6 +311,21 @@ def test_the_report_can_be_made_again_from_what_is_finished(finished):
         (("  fixed: {bos: [90.84, 2.69]}", "  fixd: {bos: [90.84, 2.69]}"), "published.fixd"),
         (("  fixed: {bos: [90.84, 2.69]}", "  fixed: {bos: [90.84]}"), "published.fixed"),
         (("base: [run.yaml]", "base: run.yaml"), "base: a list of configs"),
+        (("  absent: [none.yaml]", "  fixed: [none.yaml]"), "expected each key once, found 'fixed' twice"),
+        (
+            (
+                "workers: 2",
+                "effects: [{name: E, metric: loss, arm: fixed, expected: up, against: absent, mode: nobos}]",
+            ),
+            "nobos",
+        ),
+        (
+            (
+                "workers: 2",
+                "effects: [{name: E, metric: loss, arm: fixed, expected: up, against: absent, mode: as_trained}]",
+            ),
+            "mode that arm fixed is measured in (measure.modes: bos, text, first_key_masked); found as_trained",
+        ),
     ],
 )
 def test_a_wrong_study_file_is_one_message(study, capsys, change, message):
