@@ -9,7 +9,7 @@ demo: $(VENV)/.demo ## train and measure the demo study, print its table, write 
 	$(BIN)/sinkbed study configs/study/packing.yaml --seeds 0 --out runs/demo
 
 test: $(VENV)/.dev ## all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
