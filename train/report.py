@@ -76,18 +76,19 @@ def print_table(title: str, summary: Sequence[SummaryRow], note: str) -> None:
     console.print(table)
 
 
-def write_report(study: StudyConfig, runs: Sequence[ArmRun], *, track: bool = False) -> Path:
-    """Write the report of the finished ones of some runs to the study's report/ and print its table.
+def write_report(
+    study: StudyConfig, finished: Sequence[ArmRun], missing: Sequence[str], *, track: bool = False
+) -> Path:
+    """Write the report of finished runs, at least one, to the study's report/ and print its table.
 
-    `track`: send the tables to W&B too, as a run of the study's group. Raises ValueError where none is finished.
+    Args:
+        missing: what is not among them and why, as `split_finished` says it.
+        track: send the tables to W&B too, as a run of the study's group.
     """
     from train.effects import check
     from train.figures import write_figures
     from train.page import write_page
 
-    finished, missing = _finished(runs)
-    if not finished:
-        raise ValueError("report: expected at least one finished run, found none")
     results = [load_result(run.folder, run.arm, run.seed) for run in finished]
     folder = study.out / "report"
     folder.mkdir(parents=True, exist_ok=True)
@@ -200,18 +201,18 @@ def run(command: str, argv: Sequence[str]) -> int:
                 f"{seen[each.arm, each.seed]} and {each.folder}; report the studies one by one"
             )
         seen[each.arm, each.seed] = each.folder
-    finished, missing = _finished(runs)
+    finished, missing = split_finished(runs)
     if not finished:
         raise ValueError(
             f"{', '.join(map(str, arguments.what))}: expected at least one finished run, found none in {study.out}; "
             "name another folder with --out, or finish one with `sinkbed study` or `sinkbed fit`"
         )
     _tell(missing)
-    write_report(study, runs)
+    write_report(study, finished, missing)
     return 0
 
 
-def _finished(runs: Sequence[ArmRun]) -> tuple[list[ArmRun], list[str]]:
+def split_finished(runs: Sequence[ArmRun]) -> tuple[list[ArmRun], list[str]]:
     """The runs that a report can be made of; the others by name with why they are not."""
     finished = [r for r in runs if not r.settings or r.status() == "finished"]
     missing = []
@@ -245,7 +246,7 @@ def _digest(arguments: argparse.Namespace) -> int:
         if all(run.status() == "new" for run in runs):
             print(f"not on the page: {path} (no run in {study.out})")
             continue
-        finished, missing = _finished(runs)
+        finished, missing = split_finished(runs)
         _tell(missing)
         if finished:
             studies.append((study, finished))

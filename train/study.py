@@ -103,11 +103,11 @@ def run(command: str, argv: Sequence[str]) -> int:
     print(f"arms took {time.perf_counter() - began:.0f} s{beside}")
     lock.close()
 
-    from train.report import of_all_seeds, write_report
+    from train.report import of_all_seeds, split_finished, write_report
 
-    runs = of_all_seeds(study)
-    if any(r.status() == "finished" for r in runs):
-        write_report(study, runs, track=True)
+    finished, missing = split_finished(of_all_seeds(study))
+    if finished:
+        write_report(study, finished, missing, track=True)
     for name, why in runner.failed.items():
         print(f"arm {name} failed: {why}", file=sys.stderr)
     return 1 if runner.failed else 0
