@@ -1,6 +1,23 @@
-"""The network: one Llama-like decoder whose variants are small parts chosen by config."""
+"""The network: one Llama-like decoder whose variants are small parts chosen by config.
 
-from model.config import DecoderConfig
-from model.decoder import Decoder, DecoderOutput
+Importing it does not import torch: the command line reads `model.config`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from model.config import DecoderConfig
+    from model.decoder import Decoder, DecoderOutput
 
 __all__ = ["Decoder", "DecoderConfig", "DecoderOutput"]
+
+_HOME = {"Decoder": "model.decoder", "DecoderConfig": "model.config", "DecoderOutput": "model.decoder"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'model' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
-from lightning.pytorch.cli import LightningArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from train.yaml_files import key_lines, read_mapping
 
 _UNKNOWN = (
     r"does not accept option '([\w.]+)'",
@@ -26,21 +27,39 @@ _WRONG_TYPE = r'Parser key "([\w.]+)":\s+(?:Expected an? (.+?)\. Got value: (.*)
 _NEITHER = r"Union subtypes\n.*Errors:\n  - (.*?)\n  - Expected a <class 'NoneType'>"
 
 
-def check_yaml(argv: Sequence[str]) -> None:
-    """Refuse a --config that is no YAML of plain values; raises ValueError with file and line."""
-    import yaml
+def check_keys(program: str, argv: Sequence[str], keys: Sequence[str]) -> None:
+    """Refuse a --config that is no YAML of plain values, and a key that is not among `keys`, in it or as an option.
+
+    Before anything heavy is imported. An unknown key or a missing file ends the program with status 2; raises
+    ValueError for a file that cannot be read.
+    """
+    leaves = {*keys, "config", "print_config", "help"}
+    groups = {key[:at] for key in leaves for at in range(len(key)) if key[at] == "."}
+
+    def known(key: str) -> bool:
+        return key in leaves or key in groups or any(key.startswith(f"{leaf}.") for leaf in leaves)
 
     for index, argument in enumerate(argv):
-        value = argv[index + 1] if argument == "--config" and index + 1 < len(argv) else argument.partition("=")[2]
-        if argument.partition("=")[0] != "--config" or not Path(value).is_file():
+        option, _, value = argument.partition("=")
+        if not option.startswith("--"):
             continue
-        try:
-            yaml.safe_load(Path(value).read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f"{value}, line {mark.line + 1}" if mark else value
-            problem = getattr(error, "problem", None) or error
-            raise ValueError(f"{where}: expected YAML of plain values, found: {problem}") from None
+        if not known(option[2:].rstrip("+")):
+            refuse(program, _unknown(option, keys))
+        if option == "--config":
+            path = Path(value or " ".join(argv[index + 1 : index + 2]))
+            if not path.is_file():
+                refuse(program, f"--config {path}: expected a YAML file, found none there")
+            read_mapping(path)
+            for key, line in key_lines(path).items():
+                if not known(key):
+                    refuse(program, f"{path}, line {line}: {_unknown(key, keys)}")
+
+
+def refuse(program: str, message: str) -> NoReturn:
+    """Print what is wrong and how to learn more; exit with status 2."""
+    print(f"{program}: {message}", file=sys.stderr)
+    print(f"{program} --help lists every key, --print_config with the same arguments their values", file=sys.stderr)
+    sys.exit(2)
 
 
 class ShortErrors:
@@ -52,17 +71,16 @@ class ShortErrors:
         if not parser.exit_on_error:  # a group of keys is tried against one type of several
             raise ArgumentError(None, message) from ex
         program = parser.prog.replace(" [options]", "")
-        print(f"{program}: {rewritten(message, known_keys(parser))}", file=sys.stderr)
-        print(f"{program} --help lists every key, --print_config with the same arguments their values", file=sys.stderr)
-        sys.exit(2)
+        refuse(program, rewritten(message, known_keys(parser)))
 
 
 class ShortParser(ShortErrors, ArgumentParser):
     """For commands of ours."""
 
 
-class ShortLightningParser(ShortErrors, LightningArgumentParser):
-    """For Lightning's command line."""
+def describe_fields() -> None:
+    """Have the help show the docstrings of dataclass fields; only then, as reading them takes a moment."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def known_keys(parser: Any) -> list[str]:
@@ -74,19 +92,17 @@ def known_keys(parser: Any) -> list[str]:
     return keys
 
 
-def rewritten(message: str, keys: list[str]) -> str:
+def rewritten(message: str, keys: Sequence[str]) -> str:
     """jsonargparse's message in our words, with the nearest key where one is unknown."""
     for pattern in _UNKNOWN:
         if found := re.search(pattern, message):
-            option, key = found[1], found[1].lstrip("-").split("=")[0]
+            option = found[1]
             if Path(option).exists():
                 return (
                     f"{option}: found a file where an option was expected; quote a glob, so that the shell leaves it "
                     "whole, or give a list: '[a.jsonl, b.jsonl]'"
                 )
-            near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6) or _same_leaf(key, keys)
-            meant = f"; did you mean {near[0]}?" if near else ""
-            return f"{option}: expected a known key, found none of that name{meant}"
+            return _unknown(option, keys)
     if found := re.search(_NEITHER, message, re.DOTALL):
         return " ".join(found[1].split())
     if found := re.search(_NO_TYPE, message, re.DOTALL):
@@ -105,13 +121,25 @@ def rewritten(message: str, keys: list[str]) -> str:
     return " ".join(message.split())
 
 
+def _unknown(option: str, keys: Sequence[str]) -> str:
+    """That there is no such key, with the one that was probably meant."""
+    key = option.lstrip("-").split("=")[0]
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6) or _same_leaf(key, keys)
+    if not near:  # the group is misspelt
+        group, _, leaf = key.partition(".")
+        groups = difflib.get_close_matches(group, {k.partition(".")[0] for k in keys}, n=1)
+        near = [f"{name}.{leaf}" if leaf else name for name in groups]
+    meant = f"; did you mean {near[0]}?" if near else ""
+    return f"{option}: expected a known key, found none of that name{meant}"
+
+
 def _readable(kind: str) -> str:
     """The name of a type as a user would say it."""
     kind = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", kind).replace("NoneType", "null")
     return re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", kind)
 
 
-def _same_leaf(key: str, keys: list[str]) -> list[str]:
+def _same_leaf(key: str, keys: Sequence[str]) -> list[str]:
     """Keys that end in the same, or nearly the same, last part."""
     leaves = {k.rsplit(".", 1)[-1]: k for k in keys}
     return [leaves[near] for near in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.75)]

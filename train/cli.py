@@ -13,7 +13,7 @@ from collections.abc import Sequence
 # command -> (module with run(argv), one line of help)
 COMMANDS = {
     "prepare": ("train.prepare", "documents -> token store"),
-    "fit": ("train.fit", "train a run, or resume it with --ckpt_path last"),
+    "fit": ("train.fit_command", "train a run, or resume it with --ckpt_path last"),
     "validate": ("train.validate", "measure a checkpoint of a run on its probe set"),
     "study": ("train.study", "run the arms of a study, measure and compare them"),
     "report": ("train.report", "table, figures and one HTML page of a study"),

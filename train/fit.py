@@ -25,7 +25,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from train import rundir
-from train.arguments import ShortLightningParser, check_yaml
+from train.arguments import ShortErrors, describe_fields
 from train.checkpoint import Checkpoints, SyncedCheckpointIO, load_checkpoint, remove_partial
 from train.datamodule import StoreCheck, TokenData
 from train.loggers import MetricsFile, WandbConfig, finish_wandb, process_rank, start_wandb
@@ -161,6 +161,31 @@ _TRAINER_FIXED = {
     "plugins": (None, "nothing: checkpoints are written by this command"),
     "use_distributed_sampler": (False, "nothing: rows are dealt to the processes here"),
 }
+
+
+_TRAINER_SHOWN = ("max_steps", "accelerator", "devices", "num_nodes", "strategy", "precision", "log_every_n_steps")
+
+
+class ShortLightningParser(ShortErrors, LightningArgumentParser):
+    """Lightning's parser with short errors, and a help in which our keys come first."""
+
+    every_key = False
+    """Whether the help lists all of the trainer's keys too."""
+
+    def format_help(self, *arguments: Any) -> str:
+        """Groups of keys, the trainer's last and cut to what a run is likely to set."""
+        if not self.every_key:
+            self.usage = "%(prog)s --config FILE [--config OVERLAY ...] [--KEY VALUE ...]"
+            self.epilog = "--help=all lists the other keys of Lightning's trainer too."
+        groups: list[Any] = self._action_groups  # type: ignore[assignment]
+        for group in groups:
+            group._group_actions = [
+                action
+                for action in group._group_actions
+                if self.every_key or not action.dest.startswith("trainer") or action.dest[8:] in _TRAINER_SHOWN
+            ]
+        groups.sort(key=lambda group: any(action.dest.startswith("trainer.") for action in group._group_actions))
+        return super().format_help(*arguments)
 
 
 class SinkbedCLI(LightningCLI):
@@ -390,12 +415,16 @@ def requeue() -> None:
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Train."""
-    check_yaml(argv)
     ours = [sys.argv[0], command, *argv]
     theirs, sys.argv = sys.argv, ours  # LightningCLI reads the real command line
     # Lightning's advice on workers and its notices of devices say nothing that a user here can use.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    if any(argument in ("-h", "--help", "--help=all") for argument in argv):
+        describe_fields()
+    if "--help=all" in argv:
+        ShortLightningParser.every_key = True
+        sys.argv = ["--help" if argument == "--help=all" else argument for argument in ours]
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")

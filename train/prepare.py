@@ -19,11 +19,10 @@ if TYPE_CHECKING:
 def run(command: str, argv: Sequence[str]) -> int:
     """Parse and prepare, estimate or check."""
     from data.prepare import PrepareConfig, prepare
-    from train.arguments import ShortParser, check_yaml, rewritten
+    from train.arguments import ShortParser, check_keys, known_keys, rewritten
 
     if "--check" in argv:
         return _check(command, argv)
-    check_yaml(argv)
     parser = ShortParser(prog=f"sinkbed {command}", description="Documents to a token store.")
     parser.add_argument("--config", action="config", help="YAML file with the keys below")
     parser.add_class_arguments(PrepareConfig, None)
@@ -36,6 +35,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     parser.add_argument("--check", metavar="STORE", help="read a token store and compare every checksum; no config")
+    check_keys(parser.prog, argv, known_keys(parser))
     config = parser.parse_args(list(argv))
     try:
         built = parser.instantiate_classes(config).as_dict()

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
 from train.measure import check_modes
+from train.yaml_files import read_yaml
 
 Overlay = Path | dict[str, Any]
 """Keys of a run config: in a file, or as they are."""
@@ -27,30 +26,6 @@ METRICS = (
     *("loss", "bits_per_byte", "loss_gap", "sink_rate_area", "onset_tokens"),
 )
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error: of two arms of a name, one would be lost."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        seen: set[str] = set()
-        for key in keys:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"expected each key once, found {key.value!r} twice", key.start_mark
-                )
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> Any:
-    """What a YAML file holds. Raises ValueError where it is none, or has a key twice."""
-    try:
-        return yaml.load(path.read_text(), _UniqueKeys)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML, found {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)

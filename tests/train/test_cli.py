@@ -75,6 +75,64 @@ def test_a_wrong_argument_is_one_short_message(arguments, message, capsys, tmp_p
     assert [p.name for p in tmp_path.iterdir()] == ["clip_nrm.yaml"], "nothing was written"
 
 
+@pytest.mark.parametrize(
+    ("file", "options", "message"),
+    [
+        ("data:\n  strategy: {masq: document}\n", [], "run.yaml, line 2: data.strategy.masq: expected a known key, "
+         "found none of that name; did you mean data.strategy.mask?"),
+        ("threads: 1\nthreads: 2\n", [], "run.yaml, line 2: expected each key once, found 'threads'"),
+        ("threads: 1\n", ["--trainr.max_steps", "3"], "did you mean trainer.max_steps?"),
+    ],
+)  # fmt: skip
+def test_a_typo_is_answered_before_anything_heavy_is_imported(file, options, message, tmp_path):
+    (tmp_path / "run.yaml").write_text(file)
+    argv = ["fit", "--config", str(tmp_path / "run.yaml"), *options]
+    code = (
+        "import sys; from train.cli import main\n"
+        f"try: sys.exit(main({argv!r}))\n"
+        "finally: print(sorted({'torch', 'lightning', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert message in done.stderr and done.returncode != 0 and done.stdout == "[]\n"
+
+
+def test_the_keys_that_are_checked_are_those_of_the_parser(monkeypatch):
+    from train import fit
+    from train.arguments import known_keys
+    from train.keys import fit_keys
+
+    class Parsed(Exception):
+        pass
+
+    def keep(self):
+        raise Parsed(known_keys(self.parser))
+
+    monkeypatch.setattr(fit.SinkbedCLI, "before_instantiate_classes", keep)
+    with pytest.raises(Parsed) as caught:
+        main(["fit", "--config", str(ROOT / "configs/run/demo.yaml")])
+    [keys] = caught.value.args
+    groups = {key[:at] for key in fit_keys() for at in range(len(key)) if key[at] == "."}
+    others = {key for key in keys if not key.endswith(".help")} - groups - set(fit_keys())
+    assert others <= {"config", "print_config", "print_shtab", "subcommand"} and set(fit_keys()) <= set(keys)
+
+
+def test_help_begins_with_our_keys_and_describes_each(capsys):
+    from train.fit import ShortLightningParser
+
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = capsys.readouterr().out
+    assert text.index("--data.strategy.mask") < text.index("--trainer.max_steps")
+    assert "Which keys a query sees" in " ".join(text.split()), "a field's docstring"
+    assert "--trainer.benchmark" not in text and "--help=all" in text
+    try:
+        with pytest.raises(SystemExit):
+            main(["fit", "--help=all"])
+    finally:
+        ShortLightningParser.every_key = False
+    assert "--trainer.benchmark" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
