@@ -55,6 +55,10 @@ class Batch(NamedTuple):
         return Batch(*(tensor.pin_memory() for tensor in self))
 
 
+class SplitTooShort(ValueError):
+    """A split that does not fill one row."""
+
+
 class Rows(Dataset[Batch]):
     """All rows of a split under a strategy, endlessly: a map from global row numbers to batches.
 
@@ -87,7 +91,7 @@ class Rows(Dataset[Batch]):
         self._block: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
         self.layout = self._make_layout()
         if not self.layout.rows:
-            raise ValueError(
+            raise SplitTooShort(
                 f"context_length {context_length} but the split {store.split!r} has only {store.tokens:,} tokens "
                 f"in {store.documents:,} documents, not one complete row; shorten the context or prepare a larger "
                 "token store"

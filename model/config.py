@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from model.ranges import check_number
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
@@ -40,8 +42,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         for name in ("layers", "d_model", "heads", "d_ff"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+            check_number(name, getattr(self, name), least=1)
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             raise ValueError(f"kv_heads: expected a divisor of heads={self.heads}, found {self.kv_heads}")
         if self.head_dim is None and self.d_model % self.heads:
@@ -51,8 +52,7 @@ class DecoderConfig:
         if self.dim % 2 or self.dim < 2:
             raise ValueError(f"head_dim: expected an even number (RoPE rotates pairs), found {self.dim}")
         for name in ("rope_base", "norm_eps", "init_std"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: expected more than 0, found {getattr(self, name)}")
+            check_number(name, getattr(self, name), above=0)
 
     @property
     def groups(self) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels import Mask
 from model.observe import evaluating, input_device, observing
+from train.finite import finite
 from train.measure import Arranged
 from train.states import Excerpts, hidden_states
 
@@ -94,7 +95,7 @@ def measure_jacobian(
                 spectral.append(found.spectral)
     count = len(norms)
     across = torch.stack(others).std(0) / math.sqrt(count) if count > 1 else torch.zeros(len(layers))
-    return Jacobian(
+    jacobian = Jacobian(
         layers=list(layers),
         norm=torch.stack(norms).mean(0).tolist(),
         error=(torch.stack(errors).square().sum(0).sqrt() / count).tolist(),
@@ -104,6 +105,7 @@ def measure_jacobian(
         spectral=torch.stack(spectral).mean(0).tolist() if spectral else None,
         directions=width if directions is None else min(directions, width),
     )
+    return finite(jacobian, f"the Jacobian, mode {excerpts.mode}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
+from model.ranges import check_number
+from train.finite import finite
+
 if TYPE_CHECKING:
     import torch
 
@@ -61,11 +64,10 @@ class MeasureConfig:
 
     def __post_init__(self) -> None:
         for name in ("documents", "live_documents", "live_points", "first_step", "batch_tokens", "state_documents"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"measure.{name}: expected at least 1, found {getattr(self, name)}")
+            check_number(f"measure.{name}", getattr(self, name), least=1)
         for name in ("state_points", "mixing_points"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"measure.{name}: expected at least 0, found {getattr(self, name)}")
+            check_number(f"measure.{name}", getattr(self, name), least=0)
+        check_number("measure.onset_rate", self.onset_rate, above=0, most=100)
         if (self.state_points or self.mixing_points) and self.sink_tokens < 8:
             raise ValueError(
                 f"measure.sink_tokens: found {self.sink_tokens} with state_points or mixing_points, expected at least 8"
@@ -258,7 +260,7 @@ def measure(
     document each. The loss counts the same targets in every mode: the text's second and later tokens,
     without those that a prefix LM shows to their own queries.
 
-    Raises ValueError where no target is left to count.
+    Raises ValueError where no target is left to count, and where a quantity is not finite.
     """
     import torch
 
@@ -305,7 +307,7 @@ def measure(
     def rates(counts: torch.Tensor) -> dict[str, list[list[float]]]:
         return {str(e): (100 * counts[i] / documents).tolist() for i, e in enumerate(EPSILONS)}
 
-    return ModeResult(
+    result = ModeResult(
         rate=rates(above),
         rate_row=rates(above_row),
         mass=mass,
@@ -319,6 +321,7 @@ def measure(
         rate_placed=rates(above_placed) if second else None,
         mass_placed=mass_placed if second else None,
     )
+    return finite(result, f"sinks, mode {mode}")
 
 
 class Arranged(NamedTuple):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from model.observe import LayerAttention, evaluating, input_device, observing
+from train.finite import finite
 from train.states import Excerpts, Totals
 
 
@@ -116,13 +117,14 @@ def measure_perturbation(
             done += len(rows)
     spread, squares = totals.means("spread", done), totals.means("spread²", done)
     variance = (max(0.0, s - m * m) / max(1, done - 1) for m, s in zip(spread, squares, strict=True))
-    return Perturbation(
+    perturbation = Perturbation(
         position=position,
         change=totals.means("change", done),
         relative=totals.means("relative", done),
         spread=spread,
         across=[math.sqrt(v) for v in variance],
     )
+    return finite(perturbation, f"perturbation, mode {excerpts.mode}")
 
 
 def _other_tokens(excerpts: Excerpts, tokens: Tensor) -> Tensor:
@@ -162,16 +164,19 @@ def measure_rank(model: Any, excerpts: Excerpts, batch_tokens: int) -> dict[str,
             with observing(model, hidden=hidden):
                 model(row.tokens, mask=row.mask)
             done += len(text)
-    return {
+    ranks = {
         part: Rank(**{name: totals.means(f"{part}/{name}", done) for name in Rank.__dataclass_fields__})
         for part in ("row", "rest")
     }
+    return finite(ranks, f"rank, mode {excerpts.mode}")
 
 
 def _singular_values(v: Tensor) -> Tensor:
     """[B, min(T, C)] of v [B, T, C] in float64, by the smaller Gram matrix: a third of the time of an SVD. The relative
     error of 1e-8 that the squares leave to values far below the largest is nothing to an entropy."""
     gram = v @ v.transpose(1, 2) if v.shape[1] <= v.shape[2] else v.transpose(1, 2) @ v
+    if not bool(gram.isfinite().all()):  # the solver would not end; the result is refused by its name
+        return torch.full(gram.shape[:2], math.nan)
     return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
 
 
@@ -201,9 +206,10 @@ def measure_paths(model: Any, excerpts: Excerpts, batch_tokens: int) -> Paths:
             with observing(model, attention=attention):
                 model(row.tokens, mask=row.mask)
             done += len(text)
-    return Paths(
+    paths = Paths(
         share=totals.means("share", done),
         first=totals.means("first", done),
         sources=totals.means("sources", done),
         log10_factor=int(model.config.layers) * math.log10(heads + 1 / heads),
     )
+    return finite(paths, f"paths, mode {excerpts.mode}")

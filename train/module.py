@@ -18,6 +18,7 @@ from data.strategy import Strategy
 from kernels import Implementation, Mask, interval_mask
 from model import Decoder, DecoderConfig
 from model.loss import IGNORED
+from model.ranges import check_number
 from train.datamodule import TokenData
 from train.fsdp import FSDP2Strategy, shard
 from train.loggers import record
@@ -77,13 +78,15 @@ class SinkbedModule(L.LightningModule):
         Args:
             decoder: shape and parts of the decoder; the vocabulary comes from the token store.
             optimizer: AdamW and its schedule.
-            clip_norm: the gradient's global norm is scaled down to this; null never.
+            clip_norm: the gradient's global norm is scaled down to this, more than 0; null never.
             activation_checkpointing: compute each block again in the backward pass instead of keeping it; the same
                 bits in less memory.
             implementation: of the attention operator; null takes the device's own.
             compile: run the decoder through torch.compile (needs a C++ compiler on CPUs).
         """
         super().__init__()
+        if clip_norm is not None:
+            check_number("model.clip_norm", clip_norm, above=0)
         self.decoder_config = decoder
         self.optimizer_config = optimizer
         self.clip_norm = clip_norm

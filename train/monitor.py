@@ -11,11 +11,12 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 
-from data.batches import Rows
+from data.batches import Rows, SplitTooShort
 from data.store import TokenStore
 from model import Decoder
 from model.observe import evaluating
 from train import rundir
+from train.finite import finite
 from train.loggers import Tracker, record
 from train.measure import InferenceMode, MeasureConfig, ModeResult, Probe, measure
 from train.module import SinkbedModule, batch_mask
@@ -88,7 +89,7 @@ class SinkMonitor(L.Callback):
         try:
             self.packed = Rows(held_out, pl_module.data.strategy, pl_module.data.context_length, 0)
             self.packed.layout.verify()
-        except ValueError:  # a validation split shorter than a row has no packed rows to look at
+        except SplitTooShort:  # no packed rows to look at
             self.packed = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -155,9 +156,14 @@ class SinkMonitor(L.Callback):
             real = torch.zeros_like(start).scatter_add_(1, start, batch.loss_mask.long()).gather(1, start) > 0
         real = real[:, None, :].expand(-1, decoder.config.heads, -1)
         later = real & (batch.doc_start < index)[:, None, :]
-        document = torch.stack([s.document_mass[later].mean() for s in output.statistics]).mean()
-        row = torch.stack([s.row_mass[..., 1:][real[..., 1:]].mean() for s in output.statistics]).mean()
-        return {"sink/document_start_mass": float(document), "sink/row_start_mass": float(row)}
+        values = {}
+        if later.any():
+            document = torch.stack([s.document_mass[later].mean() for s in output.statistics]).mean()
+            values["sink/document_start_mass"] = float(document)
+        if real[..., 1:].any():
+            row = torch.stack([s.row_mass[..., 1:][real[..., 1:]].mean() for s in output.statistics]).mean()
+            values["sink/row_start_mass"] = float(row)
+        return finite(values, "packed rows")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The final measurement, unless training was stopped before its last step."""

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from model.ranges import check_number
+
 if TYPE_CHECKING:
     import torch
     from torch.optim.lr_scheduler import LambdaLR
@@ -38,19 +40,16 @@ class OptimizerConfig:
     """Learning rate at the end, as a share of the peak."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"optimizer.lr: expected more than 0, found {self.lr}")
-        if not all(0 <= b < 1 for b in self.betas):
-            raise ValueError(f"optimizer.betas: expected two numbers in [0, 1), found {self.betas}")
-        if self.weight_decay < 0:
-            raise ValueError(f"optimizer.weight_decay: expected 0 or more, found {self.weight_decay}")
+        for name in ("lr", "eps"):
+            check_number(f"optimizer.{name}", getattr(self, name), above=0)
+        for beta in self.betas:
+            check_number("optimizer.betas", beta, least=0, below=1)
+        check_number("optimizer.weight_decay", self.weight_decay, least=0)
+        check_number("optimizer.final_fraction", self.final_fraction, least=0, most=1)
         for name in ("warmup", "cooldown"):
             steps, fraction = getattr(self, f"{name}_steps"), getattr(self, f"{name}_fraction")
-            if steps < 0 or not 0 <= fraction <= 1:
-                raise ValueError(
-                    f"optimizer.{name}_steps and {name}_fraction: expected 0 or more and 0 to 1, found {steps} and "
-                    f"{fraction}"
-                )
+            check_number(f"optimizer.{name}_steps", steps, least=0)
+            check_number(f"optimizer.{name}_fraction", fraction, least=0, most=1)
             if steps and fraction:
                 raise ValueError(
                     f"optimizer.{name}_steps={steps} and {name}_fraction={fraction}: expected one of them; set the "
@@ -61,8 +60,6 @@ class OptimizerConfig:
                 "optimizer.cooldown_steps and cooldown_fraction: have an effect with schedule constant only, found "
                 f"{self.schedule}; set them to 0"
             )
-        if not 0 <= self.final_fraction <= 1:
-            raise ValueError(f"optimizer.final_fraction: expected 0 to 1, found {self.final_fraction}")
 
     def phases(self, total_steps: int) -> tuple[int, int]:
         """Steps of warm-up and of cooldown in a run of `total_steps`."""

@@ -14,6 +14,7 @@ import torch
 
 from data.strategy import Strategy
 from model.observe import evaluating, input_device
+from train.finite import finite
 from train.measure import InferenceMode, Probe, arrange, counted_targets, target_nll
 
 
@@ -73,11 +74,12 @@ def by_position(model: Any, probe: Probe, mode: InferenceMode, strategy: Strateg
     while start <= len(sums):
         part = slice(start - 1, 2 * start - 1)
         tokens = int(counts[part].sum())
-        loss = float(sums[part].sum()) / tokens if tokens else math.nan
         end = min(2 * start, len(sums) + 1)
-        spans.append(Span(start=start, end=end, tokens=tokens, loss=loss, perplexity=math.exp(loss)))
+        if tokens:  # a prefix LM counts none of the first
+            loss = float(sums[part].sum()) / tokens
+            spans.append(Span(start=start, end=end, tokens=tokens, loss=loss, perplexity=_exp(loss)))
         start *= 2
-    return spans
+    return finite(spans, f"loss by position, mode {mode}")
 
 
 def check_cache(longest: int, cache: int, kept: Sequence[int], strategy: Strategy) -> None:
@@ -124,7 +126,12 @@ def streaming(
         sums, counts = _losses(model, probe, mode, shown, batch_tokens, targets=strategy)
         # The query of the target at text position p has at least p keys, its own included.
         tokens = int(counts[cache:].sum())
-        loss = float(sums[cache:].sum()) / tokens if tokens else math.nan
+        if not tokens:
+            raise ValueError(
+                f"cache: expected documents with targets past {cache} keys, found none outside strategy.prefix_lm="
+                f"{strategy.prefix_lm}; give longer ones, or a smaller cache"
+            )
+        loss = float(sums[cache:].sum()) / tokens
         lines.append(
             Streaming(
                 cached=shown is not strategy,
@@ -132,7 +139,12 @@ def streaming(
                 window=shown.window,
                 tokens=tokens,
                 loss=loss,
-                perplexity=math.exp(min(loss, 700)),
+                perplexity=_exp(loss),
             )
         )
-    return lines
+    return finite(lines, f"streaming, mode {mode}")
+
+
+def _exp(loss: float) -> float:
+    """A perplexity, at most about 1e304: more is past what a number holds."""
+    return math.exp(min(loss, 700))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kernels import mean_received, top_sinks
 from model.observe import LayerAttention, evaluating, input_device, observing
+from train.finite import finite
 from train.measure import Arranged, InferenceMode, Probe, arrange, counted_targets, target_nll
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ def measure_states(model: Any, excerpts: Excerpts, batch_tokens: int) -> States:
             total = row.tokens.shape[1]
     heads = sum(positions.values())
     names = States.__dataclass_fields__.keys() & totals.sums.keys()
-    return States(
+    states = States(
         documents=done,
         tokens=total,
         massive=[massive[layer] for layer in sorted(massive)],
@@ -223,6 +224,7 @@ def measure_states(model: Any, excerpts: Excerpts, batch_tokens: int) -> States:
         ],
         **{name: totals.means(name, done) for name in names},
     )
+    return finite(states, f"states, mode {excerpts.mode}")
 
 
 @torch.no_grad()
@@ -250,7 +252,7 @@ def strongest_head(
         _, row = excerpts.batch(slice(0, 1), input_device(model))
         with observing(model, attention=attention):
             model(row.tokens, mask=row.mask)
-    return best | {"tokens": row.tokens[0, :tokens].tolist()}
+    return finite(best, f"the strongest head, mode {excerpts.mode}") | {"tokens": row.tokens[0, :tokens].tolist()}
 
 
 def measure_gradients(model: Any, excerpts: Excerpts, batch_tokens: int) -> Gradients:
@@ -266,7 +268,8 @@ def measure_gradients(model: Any, excerpts: Excerpts, batch_tokens: int) -> Grad
                 totals.add("norm", layer, norms)
                 totals.add("ratio", layer, norms[:, 0] / norms[:, 1:].mean(-1))
             done += len(text)
-    return Gradients(norm=totals.means("norm", done), ratio=totals.means("ratio", done))
+    gradients = Gradients(norm=totals.means("norm", done), ratio=totals.means("ratio", done))
+    return finite(gradients, f"gradients, mode {excerpts.mode}")
 
 
 def hidden_states(model: Any, row: Arranged) -> tuple[list[Tensor], Tensor]:

@@ -199,10 +199,10 @@ def test_a_secondary_sink_is_alike_or_opposite_to_the_first_token(probe):
     """Token 5 is BOS turned round, 6 BOS itself, 7 at a right angle."""
     decoder = Decoder(DecoderConfig(layers=1, d_model=8, heads=2, d_ff=8), 96)
     with torch.no_grad():
-        decoder.embedding.weight[0] = torch.tensor([1.0, 2, 0, 0, 0, 0, 0, 0])
+        decoder.embedding.weight[0] = torch.tensor([1.0, 2, 1, 1, 1, 1, 1, 1])
         decoder.embedding.weight[5] = -2 * decoder.embedding.weight[0]
         decoder.embedding.weight[6] = decoder.embedding.weight[0].clone()
-        decoder.embedding.weight[7] = torch.tensor([2.0, -1, 0, 0, 0, 0, 0, 0])
+        decoder.embedding.weight[7] = torch.tensor([2.0, -1, 1, -1, 1, -1, 1, -1])
     text = torch.tensor([5, 6, 7, 7] * 6)
     known = Probe((text,), probe.token_bytes, 0, 1, probe.special_ids)
     assert measure_states(decoder, excerpts_of(known), 100).secondary_share[0] == 0.5

@@ -1,0 +1,105 @@
+"""A number that is not finite is refused by name, wherever it is measured."""
+
+import math
+
+import pytest
+import torch
+
+from data.strategy import Strategy
+from model import Decoder, DecoderConfig
+from train import jacobian, mixing, perplexity, states
+from train.finite import finite
+from train.measure import MeasureConfig, Probe, measure
+from train.module import SinkbedModule
+from train.optim import OptimizerConfig
+
+
+@pytest.fixture
+def probe():
+    generator = torch.Generator().manual_seed(0)
+    documents = tuple(torch.randint(2, 40, (24,), generator=generator) for _ in range(10))
+    return Probe(documents, torch.ones(40, dtype=torch.int64), 0, 1, frozenset({0, 1}))
+
+
+@pytest.fixture
+def overflowing():
+    """A decoder whose first token id overflows; four of the ten documents hold it."""
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(layers=2, d_model=16, heads=2, d_ff=16), 40)
+    with torch.no_grad():
+        decoder.embedding.weight[39] = math.inf  # as float16 has it past 65,504
+    return decoder
+
+
+CONFIG = MeasureConfig(documents=10, live_documents=1, sink_tokens=16)
+STRATEGY = Strategy(first_token="bos")
+EXCERPT = {
+    "states": states.measure_states,
+    "gradients": states.measure_gradients,
+    "perturbation": mixing.measure_perturbation,
+    "rank": mixing.measure_rank,
+    "paths": mixing.measure_paths,
+    "the Jacobian": jacobian.measure_jacobian,
+}
+
+
+def with_token(probe: Probe, token: int) -> Probe:
+    documents = [document.clamp_max(38) for document in probe.documents]
+    for document in documents[:4]:
+        document[3] = token
+    return Probe(tuple(documents), probe.token_bytes, 0, 1, probe.special_ids)
+
+
+def test_four_documents_that_overflow_are_no_lower_sink_rate(overflowing, probe):
+    assert measure(overflowing, with_token(probe, 2), "bos", STRATEGY, CONFIG).loss > 0
+    with pytest.raises(ValueError, match="measuring sinks, mode bos: expected finite numbers, found nan in mass"):
+        measure(overflowing, with_token(probe, 39), "bos", STRATEGY, CONFIG)
+
+
+@pytest.mark.parametrize("what", EXCERPT)
+def test_no_measure_gives_a_number_that_is_not_finite(what, overflowing, probe):
+    def call(token: int) -> object:
+        excerpts = states.Excerpts.of(with_token(probe, token), "text", STRATEGY, 16, 10)
+        return EXCERPT[what](overflowing, excerpts, 64)
+
+    assert call(2) is not None
+    with pytest.raises(ValueError, match=f"measuring {what}, mode text: expected finite numbers, found (nan|inf) in"):
+        call(39)
+
+
+def test_no_loss_is_given_that_is_not_finite(overflowing, probe):
+    with pytest.raises(ValueError, match=r"loss by position, mode text: .* found nan in \[\d\]\.loss"):
+        perplexity.by_position(overflowing, with_token(probe, 39), "text", STRATEGY, 64)
+    with pytest.raises(ValueError, match=r"streaming, mode text: .* found nan in \[0\]\.loss"):
+        perplexity.streaming(overflowing, with_token(probe, 39), "text", STRATEGY, 64, cache=8, kept=[0, 1])
+
+
+def test_the_place_of_the_number_is_named():
+    assert finite({"a": [1.0, 2], "b": ("x", None)}, "it") == {"a": [1.0, 2], "b": ("x", None)}
+    with pytest.raises(ValueError, match=r"found inf in a\.b\[1\]"):
+        finite({"a": {"b": [0.0, math.inf]}}, "it")
+
+
+BAD = (math.nan, math.inf, -math.inf)
+
+
+@pytest.mark.parametrize(
+    ("config", "required", "names", "worse"),
+    [
+        (OptimizerConfig, {}, ("lr", "eps", "weight_decay", "warmup_fraction", "final_fraction"), -1.0),
+        (MeasureConfig, {}, ("onset_rate",), 0.0),
+        (DecoderConfig, {"layers": 1, "d_model": 8, "heads": 1, "d_ff": 8}, ("rope_base", "norm_eps", "init_std"), 0.0),
+        (SinkbedModule, {"decoder": DecoderConfig(layers=1, d_model=8, heads=1, d_ff=8)}, ("clip_norm",), 0.0),
+    ],
+)  # fmt: skip
+def test_a_setting_that_is_not_finite_is_refused(config, required, names, worse):
+    for name in names:
+        for value in (*BAD, worse):
+            with pytest.raises(ValueError, match=rf"{name}: expected .*, found {value}"):
+                config(**required, **{name: value})
+
+
+@pytest.mark.parametrize("beta", [*BAD, 1.0])
+def test_a_beta_that_is_not_finite_is_refused(beta):
+    with pytest.raises(ValueError, match=r"optimizer\.betas: expected at least 0 and less than 1"):
+        OptimizerConfig(betas=(0.9, beta))
