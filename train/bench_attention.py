@@ -8,7 +8,6 @@ a kernel that ignores document boundaries gains nothing by computing more.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 import importlib
@@ -27,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kernels import Mask, attention, interval_mask
 from kernels.reference import probabilities
 from train.bench import Timing, interleave, matmul_flops
+from train.plain_text import csv_of
 from train.rundir import write_atomic
 
 LAYOUTS = ("causal", "even", "mixed")
@@ -317,19 +317,11 @@ def run(arguments: Any) -> int:
                 print(f"  {name}: not timed: {why}")
             seen.add((name, why))
         if arguments.csv is not None:  # after every case: a later one that fails takes nothing with it
-            _write(rows, arguments.csv)
+            write_atomic(arguments.csv, csv_of(rows, list(rows[0])))
     print(f"peak: {ceiling / 1e12:.3g} TFLOP/s ({source}); medians of {arguments.repeats}; ratio: its time / ours")
     if arguments.plot is not None:
         _plot(rows, arguments.plot)
     return 0
-
-
-def _write(rows: list[dict[str, Any]], path: Path) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys())
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(path, text.getvalue())
 
 
 def _rows(case: Case, timings: dict[str, tuple[Timing, Timing]], ceiling: float) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from train import rundir
 from train.effects import DIGITS, LABELS, Found, check, figures, reference_mode
-from train.report import markdown_table
+from train.plain_text import markdown, markdown_table
 from train.results import MODE_LABELS, Result, load_result, spread
 from train.tables import circumstances, definitions, made_by
 
@@ -116,8 +116,9 @@ def counts(found: Sequence[Found]) -> str:
 
 def _section(study: StudyConfig, name: str, results: Sequence[Result], found: Sequence[Found]) -> list[str]:
     seconds = sum(sum(r.final["seconds"].values()) for r in results)
-    lines = [f"## {name}", "", f"**{study.title}** {study.question}".rstrip(), ""]
-    lines += [f"![{study.title}]({quote(name)}.png)", ""]
+    title = markdown(study.title)
+    lines = [f"## {name}", "", f"**{title}** {markdown(study.question)}".rstrip(), ""]
+    lines += [f"![{title}]({quote(name)}.png)", ""]
     if found:
         lines += [*markdown_table(*_effects(found)), ""]
     lines += [*markdown_table(*_arms(results)), ""]

@@ -4,7 +4,6 @@ instructions."""
 from __future__ import annotations
 
 import csv
-import io
 import itertools
 import json
 import os
@@ -13,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from train.plain_text import console, csv_of
 from train.rundir import write_atomic
 
 BASELINE = Path(__file__).resolve().parent.parent / "kernels" / "compiled.csv"
@@ -117,17 +117,12 @@ def violations(found: Sequence[dict[str, Any]], baseline: dict[tuple[str, ...], 
 
 def to_csv(lines: Sequence[dict[str, Any]]) -> str:
     """The stored table."""
-    buffer = io.StringIO()
     names = max(lines, key=len)  # a line of an error has no counts
-    writer = csv.DictWriter(buffer, [n for n in names if n != "error"], lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(lines)
-    return buffer.getvalue()
+    return csv_of(lines, [n for n in names if n != "error"])
 
 
 def print_table(lines: Sequence[dict[str, Any]]) -> None:
     """The lines for people."""
-    from rich.console import Console
     from rich.table import Table
 
     from kernels.compile import CHIPS, roofline
@@ -158,8 +153,7 @@ def print_table(lines: Sequence[dict[str, Any]]) -> None:
         share = roofline(CHIPS[line["arch"]], *sizes) if line["dtype"] != "fp32" else None
         peak = f"{100 * share[0]:.0f}–{100 * share[1]:.0f}" if share else ""
         table.add_row(*(str(line[k]) for k in names), f"{line['matrix']} {line['unit']}" if line["unit"] else "", peak)
-    console = Console()
-    (console if console.is_terminal else Console(width=150)).print(table)
+    console(150).print(table)
 
 
 def run(command: str, argv: Sequence[str]) -> int:

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data.prepare import available_cores
 from model.config import DecoderConfig
 from train import rundir
 from train.arms import ArmRun
+from train.plain_text import console
 from train.runner import slots
 from train.study_file import StudyConfig
+from train.yaml_files import read_mapping
 
 MFU = 0.35
 """Assumed share of a GPU's peak that training reaches."""
@@ -71,8 +71,8 @@ def vocabulary(study: StudyConfig, run: ArmRun) -> int:
     manifest = Path(run.setting("data.store", "")) / rundir.MANIFEST
     if manifest.is_file():
         return int(rundir.read_json(manifest)["vocab_size"])
-    found: dict[str, Any] = yaml.safe_load(study.prepare.read_text()) if study.prepare else {}
-    return int((found.get("tokenizer") or {}).get("vocab_size") or 32_768)
+    config: dict[str, Any] = read_mapping(study.prepare) if study.prepare else {}
+    return int((config.get("tokenizer") or {}).get("vocab_size") or 32_768)
 
 
 def cost(study: StudyConfig, run: ArmRun) -> Cost:
@@ -115,7 +115,6 @@ def core_rate(study: StudyConfig, runs: Sequence[ArmRun]) -> tuple[float, str]:
 
 def print_plan(study: StudyConfig, runs: Sequence[ArmRun]) -> None:
     """Print the arms, what they take and how long that is on one device of each kind."""
-    from rich.console import Console
     from rich.table import Table
 
     rate, how = core_rate(study, runs)
@@ -140,9 +139,7 @@ def print_plan(study: StudyConfig, runs: Sequence[ArmRun]) -> None:
     left = [cost(study, r) for r in runs if r.status() != "finished"]
     if len(left) < len(runs):
         table.add_row("not finished", "", "", "", *_sums(left, rates))
-    console = Console()
-    console = console if console.is_terminal else Console(width=170)
-    console.print(table)
+    console(170).print(table)
     print(
         f"Hours on one device: a CPU core at {rate / 1e9:.1f} GFLOP/s ({how}); an A100 or H100 at {MFU:.0%} of its "
         "bf16 peak (assumed; small models reach less)."

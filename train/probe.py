@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from train import rundir
+from train.plain_text import visible
 
 if TYPE_CHECKING:
     from train.measure import InferenceMode, MeasureConfig, ModeResult, Probe
@@ -110,11 +111,12 @@ def run(command: str, argv: Sequence[str]) -> int:
     if arguments.checkpoints:
         found["checkpoints"] = _along(subject, natural, modes, config)
     _name_tokens(found, subject)
-    probe_tables.print_tables(found)
     if arguments.json is not None:
         rundir.write_json(arguments.json, found)
     if arguments.out is not None:
         page = probe_report.write(found, arguments.out)
+    probe_tables.print_tables(found)
+    if arguments.out is not None:
         print(f"report: {page} (also probe.json, *.csv, *.png and *.svg beside it)")
     if arguments.wandb:
         assert subject.run_dir is not None
@@ -316,7 +318,7 @@ def _name_tokens(found: dict[str, Any], subject: Subject) -> None:
     special = {subject.bos_id: "⟨bos⟩", subject.eos_id: "⟨eos⟩"} if subject.bos_id != subject.eos_id else {}
 
     def text(index: int) -> str:
-        return special.get(index) or subject.decode([index])
+        return special.get(index) or visible(subject.decode([index]))
 
     for measured in found.get("states", {}).values():
         for line in measured["strongest_token"]:

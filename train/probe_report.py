@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import html
 import io
 import os
@@ -14,6 +13,7 @@ from typing import Any
 from train import rundir
 from train.figures import STYLE
 from train.page import document, table
+from train.plain_text import csv_text
 from train.probe_figures import figures
 from train.probe_tables import Found, scalars, tables
 
@@ -32,11 +32,7 @@ def write(found: Found, folder: Path) -> Path:
 
     files: dict[str, str | bytes] = {}
     for t in tables(found):
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(t.keys or t.header)
-        writer.writerows(["" if value is None else value for value in row] for row in t.rows)
-        files[f"{t.name}.csv"] = buffer.getvalue()
+        files[f"{t.name}.csv"] = csv_text(t.keys or t.header, t.rows)
     parts = []
     with plt.rc_context({**STYLE, "svg.fonttype": "path", "svg.hashsalt": "sinkbed"}):
         for name, title, words, figure in figures(found):

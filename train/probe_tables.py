@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from train.plain_text import console
 from train.results import MODE_LABELS, fixed
 
 Found = dict[str, Any]
@@ -312,11 +313,9 @@ def scalars(found: Found) -> dict[str, float]:
 def print_tables(found: Found) -> None:
     """The tables but that of the sinks, which was printed line by line."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table as Drawn
 
-    console = Console()
-    console = console if console.is_terminal else Console(width=180)
+    terminal = console(180)
     notes = set()
     for t in tables(found):
         if t.name == "sinks":
@@ -329,4 +328,4 @@ def print_tables(found: Found) -> None:
             drawn.add_column(name, justify="left" if name in ("mode", "token", "keys") else "right")
         for row in t.cells():
             drawn.add_row(*row)
-        console.print(drawn)
+        terminal.print(drawn)

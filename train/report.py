@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from train import rundir
+from train.plain_text import console, markdown, markdown_table, visible
 from train.results import load_result
 from train.tables import (
     STRATEGY,
@@ -37,24 +38,18 @@ if TYPE_CHECKING:
 
 def to_markdown(title: str, summary: Sequence[SummaryRow], note: str, more: Sequence[Section] = ()) -> str:
     """table.md: the result, its note, then the other tables under headings, as a paper's appendix takes them."""
-    lines = [f"# {title}", "", *markdown_table(*table_of(summary)), "", note, ""]
+    lines = [f"# {markdown(title)}", "", *markdown_table(*table_of(summary)), "", markdown(note), ""]
     for section in more:
-        lines += [f"## {section.heading}", "", *markdown_table(section.header, section.cells), "", section.note, ""]
+        cells = markdown_table(section.header, section.cells)
+        lines += [f"## {markdown(section.heading)}", "", *cells, "", markdown(section.note), ""]
     return "\n".join(lines)
-
-
-def markdown_table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table."""
-    rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (header, *cells)]
-    return [rows[0], "|" + " --- |" * len(header), *rows[1:]]
 
 
 def print_table(title: str, summary: Sequence[SummaryRow], note: str) -> None:
     """The table in the terminal; an arm's name, mask and BOS stand once, on its first line."""
-    from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, caption=note, caption_justify="left", title_justify="left")
+    table = Table(title=visible(title), caption=note, caption_justify="left", title_justify="left")
     header, lines = table_of(summary)
     if len({(r.mask, r.bos) for r in summary}) == len({r.arm for r in summary}) > 1:  # told apart without the name
         header, lines = header[1:], [line[1:] for line in lines]
@@ -70,10 +65,7 @@ def print_table(title: str, summary: Sequence[SummaryRow], note: str) -> None:
             table.add_section()
         before = row.arm
         table.add_row(*cells)
-    console = Console()
-    # A pipe or a log has no width of its own; 80 columns would fold every cell.
-    console = console if console.is_terminal else Console(width=170)
-    console.print(table)
+    console(170).print(table)
 
 
 def write_report(

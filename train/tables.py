@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.effects import DIGITS, LABELS, Found, figure, figures, reference_mode, same_documents, same_targets
+from train.plain_text import csv_of
 from train.results import MODE_LABELS, Result, describe, mean, spread
 from train.rundir import write_atomic
 from train.statistics import Interval, paired
@@ -317,11 +316,7 @@ def _rounded(value: float | None) -> float | None:
 
 def to_csv(rows: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
     """table.csv, or another table of its kind."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
+    return csv_of(rows, columns)
 
 
 def effects_csv(found: Sequence[Found]) -> str:
