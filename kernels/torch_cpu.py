@@ -54,6 +54,38 @@ def _documents(doc_start: Tensor) -> list[tuple[slice, slice, slice]]:
     return parts
 
 
+def _logits(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """[B, Hkv, H/Hkv, T, T]: the bias replaces a hidden logit instead of being added to it, as an infinite one would
+    become nan. PyTorch's kernel adds; a key of 1e38 in another document may not reach a query."""
+    logits = (_grouped(q, k) @ k[:, :, None].mT).to(_lse_dtype(q)) * scale
+    return logits.masked_fill(bias[:, :, None] == -torch.inf, -torch.inf)
+
+
+def _grouped(x: Tensor, k: Tensor) -> Tensor:
+    """[B, H, ...] as [B, Hkv, H/Hkv, ...]."""
+    return x.unflatten(1, (k.shape[1], -1))
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and lse where logits overflow."""
+    logits = _logits(q, k, bias, scale)
+    lse = logits.logsumexp(-1)
+    output = (logits - lse[..., None]).exp().to(v.dtype) @ v[:, :, None]
+    return output.flatten(1, 2), lse.flatten(1, 2)
+
+
+def _dense_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `_dense`, for an output and lse that may hold a sink."""
+    hidden = bias[:, :, None] == -torch.inf  # a query whose lse is no number has gradients for its own keys only
+    p = (_logits(q, k, bias, scale) - _grouped(lse, k)[..., None]).exp().masked_fill(hidden, 0)
+    grouped, delta = _grouped(grad, k), _grouped((grad * output).sum(-1, keepdim=True), k)
+    ds = (p * (grouped @ v[:, :, None].mT - delta) * scale).masked_fill(hidden, 0).to(q.dtype)
+    dq = (ds @ k[:, :, None]).flatten(1, 2)
+    return dq, (ds.mT @ _grouped(q, k)).sum(2), (p.to(v.dtype).mT @ grouped).sum(2)
+
+
 def _lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
@@ -70,6 +102,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     if doc_start is None:
         output, lse = _flash(q, k, v, 0.0, bias is None, attn_mask=bias, scale=scale)
+        if bias is not None and not bool(lse.isfinite().all()):
+            output, lse = _dense(q, k, v, bias, scale)
     else:
         output, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
         for part in _documents(doc_start):
@@ -109,6 +143,8 @@ def _backward_kernel(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if doc_start is None:
         dq, dk, dv = _flash_backward(grad, q, k, v, output, lse, 0.0, bias is None, attn_mask=bias, scale=scale)
+        if bias is not None and not bool((dq.sum() + dk.sum()).isfinite()):
+            dq, dk, dv = _dense_backward(grad, q, k, v, output, lse, bias, scale)
     else:
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for part in _documents(doc_start):

@@ -75,9 +75,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def explained(error: Exception) -> bool:
     """Whether the error's message is meant for the user, so that a traceback would only hide it."""
-    return isinstance(error, ValueError | FileNotFoundError | FileExistsError | BlockingIOError) or (
-        type(error).__name__ in ("TrainingDiverged", "ProcessLost", "WorkerDiedError", "MisconfigurationException")
-        or (isinstance(error, OSError) and error.errno in (*_NO_SPACE, errno.EACCES, errno.EROFS))
+    return (
+        isinstance(error, ValueError | OSError)
+        or type(error).__name__ in ("TrainingDiverged", "ProcessLost", "WorkerDiedError", "MisconfigurationException")
+        or _out_of_memory(error)
+    )
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python's own kind, torch's on GPUs, and what torch says on CPUs, which has no kind of its own."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "not enough memory", "can't allocate memory")
     )
 
 
@@ -90,5 +98,16 @@ def explain(error: Exception) -> str:
         return (
             f"the disk is full{where}; nothing half-written was kept. Free some space, then run the same "
             "command again (fit: with --ckpt_path last)"
+        )
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return (
+            f"{error.filename}: expected a file or folder that can be read and written, found: {error.strerror} "
+            f"(errno {error.errno}); see to that, then run the same command again (fit: with --ckpt_path auto)"
+        )
+    if _out_of_memory(error):
+        reason = str(error).splitlines()[0] if str(error) else "no more to be had"
+        return (
+            f"memory: expected more than there is ({reason}); what is saved is whole. Take a smaller model or batch: "
+            "data.micro_batch and measure.batch_tokens in a run, --batch_tokens in a probe"
         )
     return str(error)

@@ -140,6 +140,30 @@ def test_a_large_value_in_one_document_reaches_no_other():
     assert not torch.equal(clean[:, :, 7:16], poisoned[:, :, 7:16])
 
 
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("options", [{"document": True}, {"document": True, "window": 3}], ids=["document", "window"])
+def test_a_logit_that_overflows_reaches_no_other_document(options, sink):
+    """PyTorch's kernel adds a mask to the logits, and infinity minus infinity is nan; with the dense way that then
+    takes over, outputs, gradients and statistics of the other documents are those of ordinary numbers."""
+    start, end = boundaries([6, 5, 4], rows=2)
+    mask = interval_mask(2, 15, doc_start=start, doc_end=end, **options)
+    logit = torch.tensor([0.5, -1.0, 2.0, 0.0]) if sink else None
+
+    def run(size: float):
+        q, k, v = inputs(2, 4, 2, 15, 8, torch.float32)
+        with torch.no_grad():
+            k[:, :, 7] = size * k[:, :, 7].sign()
+        s = None if logit is None else logit.clone().requires_grad_()
+        out = attention(q, k, v, mask, sink_logit=s, statistics="full", implementation="torch")
+        others = torch.cat([torch.arange(6), torch.arange(11, 15)])
+        out.output[:, :, others].sum().backward()
+        tensors = [out.output, q.grad, k.grad, v.grad, out.lse, *(x for x in out.statistics if x is not None)]
+        return [x[:, :, others] for x in tensors]
+
+    for overflowing, ordinary in zip(run(3e38), run(1.0), strict=True):
+        torch.testing.assert_close(overflowing, ordinary, atol=5e-6, rtol=1e-5)
+
+
 def test_packed_documents_equal_separate_ones():
     lengths = [7, 1, 13]
     start, end = boundaries(lengths)

@@ -252,3 +252,38 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "") and (tmp_path / "s.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(5, "Input/output error", "runs/a/metrics.jsonl"), "runs/a/metrics.jsonl: expected a file or folder "
+         "that can be read and written, found: Input/output error (errno 5)"),
+        (PermissionError(13, "Permission denied", "x"), "x: expected a file or folder that can be"),
+        (MemoryError(), "memory: expected more than there is (no more to be had)"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to "
+                      "allocate 4000 bytes.\nC++ stack"), "tried to allocate 4000 bytes.); what is saved is whole"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory: expected more than there is"),
+    ],
+)  # fmt: skip
+def test_what_the_machine_refuses_is_one_message(error, message, monkeypatch, capsys):
+    from train import prepare
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(prepare, "run", fail)
+    assert main(["prepare"]) == 1
+    shown = capsys.readouterr().err
+    assert message in shown and shown.count("\n") == 1
+
+
+def test_a_fault_of_ours_has_its_traceback(monkeypatch):
+    from train import prepare
+
+    def fail(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(prepare, "run", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["prepare"])
