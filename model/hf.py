@@ -63,16 +63,12 @@ class HFModel(nn.Module):
         Raises ValueError for what is no causal language model, whose attention cannot be observed, or whose files
         are damaged or lack weights, and for a package that is missing.
         """
-        try:
-            import transformers
-        except ImportError:
-            raise ValueError(
-                "measuring a Hugging Face model needs the package transformers, found none; pip install -e .[hf]"
-            ) from None
         _check_packages(gguf, device_map)
+        cls.checked_config(name, revision=revision, gguf=gguf)
+        import transformers
+
         register()
         source = {key: value for key, value in (("revision", revision), ("gguf_file", gguf)) if value is not None}
-        _check_config(name, source)
         loader: Any = transformers.AutoModelForCausalLM
         try:
             model, loaded = loader.from_pretrained(
@@ -96,6 +92,19 @@ class HFModel(nn.Module):
                 f"another shape: {', '.join(lacking[:5])}{', ...' if len(lacking) > 5 else ''}"
             )
         return found
+
+    @staticmethod
+    def checked_config(name: str, *, revision: str | None = None, gguf: str | None = None) -> Any:
+        """The config of the model's text part, before weights are read. Raises ValueError as `load`."""
+        try:
+            import transformers  # noqa: F401
+        except ImportError:
+            raise ValueError(
+                "measuring a Hugging Face model needs the package transformers, found none; pip install -e .[hf]"
+            ) from None
+        _check_packages(gguf, None)
+        source = {key: value for key, value in (("revision", revision), ("gguf_file", gguf)) if value is not None}
+        return _check_config(name, source).get_text_config()
 
     @staticmethod
     def tokenizer(name: str, *, revision: str | None = None, gguf: str | None = None) -> Any:
@@ -203,7 +212,7 @@ def _check_packages(gguf: str | None, device_map: object) -> None:
             )
 
 
-def _check_config(name: str, source: dict[str, str]) -> None:
+def _check_config(name: str, source: dict[str, str]) -> Any:
     """Refuse, before weights are read, a model that its config says is not one of ours to measure."""
     import transformers
 
@@ -235,8 +244,16 @@ def _check_config(name: str, source: dict[str, str]) -> None:
             f"{name}: found a model of type {config.model_type}, which transformers does not have as a causal language "
             "model, expected one that it has"
         )
+    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if not kind._supports_attention_backend:
+        raise ValueError(
+            f"{name}: expected a model whose layers call transformers' attention interface, as those of llama, gpt2 "
+            f"and gemma do, found {kind.__name__}, whose layers do not (no attention, as Mamba and RWKV, biases on the "
+            "logits, as BLOOM and MPT, or attention of its own making); it cannot be measured"
+        )
     if "gguf_file" in source:
         _check_gguf(name, source)
+    return config
 
 
 def _check_gguf(name: str, source: dict[str, str]) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,13 +21,15 @@ if TYPE_CHECKING:
     from train.measure import MeasureConfig, Probe
 
 
+_SECONDS_TO_ANSWER = 5
+
+
 @dataclasses.dataclass(frozen=True)
 class Subject:
     """A model to measure, with what its text is made of."""
 
     name: str
-    model: Any
-    """Called as our decoder is."""
+    load_model: Callable[[], Any]
     strategy: Strategy
     bos_id: int | None
     eos_id: int
@@ -44,24 +48,55 @@ class Subject:
     step: int = 0
     """Of its checkpoint."""
 
+    @functools.cached_property
+    def model(self) -> Any:
+        """Called as our decoder is. Its weights are read here, after all else was found to fit."""
+        return self.load_model()
+
 
 def load(arguments: Any) -> Subject:
     """The model that `arguments.model` names. Raises FileNotFoundError or ValueError that says what is missing."""
     path = Path(arguments.model)
     if (path / rundir.CONFIG).is_file() or path.name.endswith(".ckpt"):
         return _ours(path, arguments)
+    if path.is_file() and path.suffix == ".gguf" and arguments.gguf is None:
+        arguments.model, arguments.gguf = str(path.parent), path.name
+        path = path.parent
     if path.exists() and not (path / "config.json").is_file() and arguments.gguf is None:
         raise ValueError(
             f"{path}: expected a run directory (with {rundir.CONFIG}), a checkpoint inside one, or a Hugging Face "
             "folder (with config.json), found none of these"
         )
-    if not path.exists() and path.parent != Path() and path.parent.is_dir():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
-        meant = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise FileNotFoundError(
-            f"{path}: expected a run directory, a checkpoint or a Hugging Face folder, found nothing there{meant}"
-        )
+    if not path.exists():
+        _check_hub_name(path, arguments.model)
     return _hugging_face(arguments)
+
+
+def _check_hub_name(path: Path, name: str) -> None:
+    """Refuse a name that is none of the hub's, or that only a hub that does not answer could know."""
+    there = next(folder for folder in path.parents if folder.is_dir())
+    part = path.relative_to(there).parts[0]
+    near = difflib.get_close_matches(part, [p.name for p in there.iterdir()], n=1)
+    meant = f"; did you mean {there / near[0]}?" if near else ""
+    missing = f"{path}: expected a run directory, a checkpoint or a Hugging Face folder, found nothing there{meant}"
+    if there != Path() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise FileNotFoundError(missing)
+    try:
+        import requests
+        from huggingface_hub import constants, try_to_load_from_cache
+    except ImportError:
+        return  # said by `HFModel`
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise requests.ConnectionError("HF_HUB_OFFLINE is set")
+        requests.head(constants.ENDPOINT, timeout=_SECONDS_TO_ANSWER)
+    except requests.RequestException as error:
+        raise FileNotFoundError(
+            f"{missing}. As a name of the hub: the hub does not answer ({type(error).__name__}), and no copy of it "
+            "is in the cache"
+        ) from None
 
 
 def _ours(path: Path, arguments: Any) -> Subject:
@@ -76,7 +111,7 @@ def _ours(path: Path, arguments: Any) -> Subject:
         bos = _token_id(tokenizer.backend.token_to_id(arguments.bos), arguments.bos, path)
     return Subject(
         name=f"{path}, step {checkpoint['global_step']}",
-        model=decoder,
+        load_model=lambda: decoder,
         strategy=strategy,
         bos_id=bos,
         eos_id=tokenizer.eos_id,
@@ -96,24 +131,17 @@ def _hugging_face(arguments: Any) -> Subject:
     from data.strategy import Strategy
     from model.hf import HFModel, special_ids, token_bytes
 
-    name = arguments.model
-    model = HFModel.load(
-        name,
-        revision=arguments.revision,
-        gguf=arguments.gguf,
-        dtype=arguments.dtype,
-        device_map=arguments.device_map,
-    )
-    tokenizer = HFModel.tokenizer(name, revision=arguments.revision, gguf=arguments.gguf)
+    name, where = arguments.model, {"revision": arguments.revision, "gguf": arguments.gguf}
+    config = HFModel.checked_config(name, **where)
+    tokenizer = HFModel.tokenizer(name, **where)
     bos = tokenizer.bos_token_id
     if arguments.bos is not None:
         found = tokenizer.convert_tokens_to_ids(arguments.bos)
         bos = _token_id(None if found == tokenizer.unk_token_id else found, arguments.bos, name)
-    size = model.model.get_input_embeddings().num_embeddings
-    context_length = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+    size, context_length = config.vocab_size, getattr(config, "max_position_embeddings", None)
     return Subject(
         name=name,
-        model=model,
+        load_model=lambda: HFModel.load(name, **where, dtype=arguments.dtype, device_map=arguments.device_map),
         strategy=Strategy() if bos is None else Strategy(first_token="bos"),
         bos_id=bos,
         eos_id=next(i for i in (tokenizer.eos_token_id, bos, 0) if i is not None),
@@ -156,7 +184,8 @@ def _prompts(path: Path) -> Iterator[str]:
         yield from Documents(Source(kind="jsonl", files=str(path), shuffle_seed=None, streaming=True))
         return
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # At line feeds alone: other separators, as U+2028, may be part of a text.
+        lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompts {path}: expected UTF-8, found {error}") from None
     if not any(line.strip() for line in lines):

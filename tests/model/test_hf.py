@@ -130,11 +130,20 @@ def test_a_window_narrows_any_mask(hide):
     assert isinstance(mask, Mask)
 
 
-def test_a_model_whose_layers_bypass_the_interface_is_refused(tmp_path):
-    config = transformers.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4)
+@pytest.mark.parametrize("kind", ["Bloom", "Mpt", "Falcon", "XGLM", "GPTNeo", "Mamba", "Mamba2", "Rwkv", "Jamba"])
+def test_a_model_whose_layers_bypass_the_interface_is_refused_before_its_weights_are_read(kind, tmp_path):
+    getattr(transformers, f"{kind}Config")().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"call transformers' attention interface, .* found {kind}.*ForCausalLM"):
+        HFModel.load(str(tmp_path))
+
+
+def test_a_model_some_of_whose_layers_are_no_attention_is_refused(tmp_path):
+    config = transformers.RecurrentGemmaConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, lru_width=32
+    )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model = HFModel.load(str(tmp_path))
-    with pytest.raises(ValueError, match="found 0 layers whose attention"):
+    with pytest.raises(ValueError, match="found 1 layers whose attention can be observed, expected 3"):
         model(torch.randint(96, (1, 8)))
 
 
@@ -165,6 +174,15 @@ def test_what_is_no_causal_language_model_is_refused_when_it_is_loaded(name, con
     getattr(transformers, name)(getattr(transformers, config)(**options)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         HFModel.load(str(tmp_path))
+
+
+def test_a_bias_beside_the_mask_is_refused():
+    q = torch.zeros(1, 2, 4, 8)
+    with (
+        asking(Pass(Mask(rows=1, length=4), statistics=True)),
+        pytest.raises(ValueError, match="Linear: found attention with position_bias, expected none but a scale"),
+    ):
+        attend(torch.nn.Linear(1, 1), q, q, q, None, position_bias=torch.zeros(1))
 
 
 def test_attention_in_both_directions_is_refused_in_the_pass_too():
@@ -203,13 +221,6 @@ OTHER_KEYS = "found a mask whose query 7 of .* sees other keys than expected"
 REFUSED = {
     "a bias in the mask": ("Doge", GQA, 12, "DogeAttention: found attention_mask of torch.float32 and shape"),
     "a bias in a mask that is sampled": ("Doge", GQA, 90, "DogeForCausalLM: expected a model that hands its mask on"),
-    "a bias beside the mask": (
-        "InklingText",
-        dict(**SMALL, swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8, sliding_window_size=6,
-             d_rel=4, rel_extent=8, moe_intermediate_size=16, n_routed_experts=2, num_experts_per_tok=1),
-        12,
-        "InklingAttention: found attention with position_bias",
-    ),
     "chunks": (
         "Llama4Text", dict(**SMALL, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=7), 12,
         f"Llama4TextAttention: {OTHER_KEYS}",

@@ -1,6 +1,7 @@
 """`sinkbed probe`: the figures of `validate` for our runs, and the same through Hugging Face."""
 
 import json
+import shutil
 import time
 
 import pytest
@@ -68,6 +69,14 @@ def test_prompts_come_from_a_file(name, exported, tmp_path):
     (tmp_path / name).write_text("\n".join([*lines, ""]))
     found = probe(tmp_path, exported, "--prompts", tmp_path / name, "--modes", "text")
     assert found["natural"]["text"]["0"]["documents"] == 4
+
+
+def test_prompts_are_parted_at_line_feeds_alone(tmp_path):
+    from train.subject import _prompts
+
+    texts = ["a\u2028b", "c\x85d\x0ce", "f\rg", "h"]
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(texts).encode() + b"\n\n")
+    assert list(_prompts(tmp_path / "prompts.txt")) == texts
 
 
 @pytest.mark.parametrize(
@@ -358,6 +367,33 @@ def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, capsys)
     said = capsys.readouterr().err
     assert f"{tmp_path / 'none'}: expected a run directory, a checkpoint or a" in said
     assert f"did you mean {tmp_path / 'nine'}?" in said
+
+
+def test_a_name_that_only_the_hub_could_know_waits_for_no_download(tmp_path, monkeypatch, capsys):
+    import requests
+
+    asked = []
+
+    def head(url, timeout):
+        asked.append(timeout)
+        raise requests.ConnectTimeout
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(requests, "head", head)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert main(["probe", "rums/mine"]) == 1
+    said = capsys.readouterr().err
+    assert "rums/mine: expected a run directory" in said and "did you mean runs?" in said
+    assert "the hub does not answer (ConnectTimeout)" in said and asked == [5]
+
+
+@pytest.mark.parametrize("options", [["--length", "4096"], ["--prompts", "nowhere.txt"], ["--bos", "<none>"]])
+def test_what_cannot_work_is_refused_before_weights_are_read(options, exported, tiny_store, tmp_path, capsys):
+    folder = tmp_path / "no_weights"
+    shutil.copytree(exported, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert main(["probe", str(folder), "--store", str(tiny_store), *options]) == 1
+    assert options[0] in capsys.readouterr().err
 
 
 def test_the_run_under_test_is_loaded_from_its_newest_checkpoint(run_dir):
