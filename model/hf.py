@@ -244,11 +244,11 @@ def _check_config(name: str, source: dict[str, str]) -> Any:
             f"{name}: found a model of type {config.model_type}, which transformers does not have as a causal language "
             "model, expected one that it has"
         )
-    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if not kind._supports_attention_backend:
+    model_class: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if not model_class._supports_attention_backend:
         raise ValueError(
             f"{name}: expected a model whose layers call transformers' attention interface, as those of llama, gpt2 "
-            f"and gemma do, found {kind.__name__}, whose layers do not (no attention, as Mamba and RWKV, biases on the "
+            f"and gemma do, found {model_class.__name__}, whose layers do not (no attention, as Mamba and RWKV, biases on the "
             "logits, as BLOOM and MPT, or attention of its own making); it cannot be measured"
         )
     if "gguf_file" in source:

@@ -10,7 +10,7 @@ from data.strategy import Strategy
 from kernels import interval_mask
 from kernels.mask import Mask
 from model.hf import HFModel, special_ids, token_bytes
-from model.hf_attention import ATTENTION, moved, narrowed, register, sampled_mask, sampled_queries
+from model.hf_attention import ATTENTION, Pass, asking, attend, moved, narrowed, register, sampled_mask, sampled_queries
 from train.measure import MeasureConfig, Probe, measure
 
 transformers = pytest.importorskip("transformers")
