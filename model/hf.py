@@ -248,8 +248,8 @@ def _check_config(name: str, source: dict[str, str]) -> Any:
     if not model_class._supports_attention_backend:
         raise ValueError(
             f"{name}: expected a model whose layers call transformers' attention interface, as those of llama, gpt2 "
-            f"and gemma do, found {model_class.__name__}, whose layers do not (no attention, as Mamba and RWKV, biases on the "
-            "logits, as BLOOM and MPT, or attention of its own making); it cannot be measured"
+            f"and gemma do, found {model_class.__name__}, whose layers do not (no attention, as Mamba and RWKV, "
+            "biases on the logits, as BLOOM and MPT, or attention of its own making); it cannot be measured"
         )
     if "gguf_file" in source:
         _check_gguf(name, source)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from model.ranges import check_number
 from train.finite import finite
+from train.progress import documents_read
 
 if TYPE_CHECKING:
     import torch
@@ -152,6 +153,7 @@ class Probe:
             rows = [self.documents[i] for i in chosen]
             padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.eos_id)
             yield chosen, padded, torch.tensor([len(row) for row in rows])
+            documents_read(len(chosen))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,6 @@ What is measured is chosen by --measure; `sinks` alone is the default, as the ot
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -13,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from train import rundir
-from train.plain_text import visible
 
 if TYPE_CHECKING:
-    from train.measure import InferenceMode, MeasureConfig, ModeResult, Probe
+    from train.measure import InferenceMode, Probe
     from train.subject import Subject
 
 Input = Literal["natural", "random", "repeated"]
@@ -64,8 +62,9 @@ def run(command: str, argv: Sequence[str]) -> int:
 
     import torch
 
-    from train import probe_report, probe_tables
+    from train import probe_report
     from train.measure import MeasureConfig, check_modes
+    from train.probe_steps import Measurement
     from train.subject import load, probe_of, texts
 
     if arguments.threads is not None and arguments.threads < 1:
@@ -98,237 +97,40 @@ def run(command: str, argv: Sequence[str]) -> int:
     longest = max([limit, *(n + 1 for n in arguments.lengths)])
     if subject.context_length is not None and longest > subject.context_length:
         print(f"tokens past the context of {subject.context_length} that it was trained with are read, too")
-    found: dict[str, Any] = {
+    about: dict[str, Any] = {
         "model": subject.name,
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
         "documents": len(natural.documents),
         "versions": {name: metadata.version(name) for name in ("sinkbed", "torch")},
     }
-    if "sinks" in measures:
-        found["sinks"] = _sinks(subject, natural, modes, arguments, config)
-    found |= _states_and_mixing(subject, natural, modes, measures, arguments)
-    found |= _perplexities(subject, natural, modes, measures, arguments)
-    if arguments.checkpoints:
-        found["checkpoints"] = _along(subject, natural, modes, config)
-    _name_tokens(found, subject)
-    if arguments.json is not None:
-        rundir.write_json(arguments.json, found)
-    if arguments.out is not None:
-        page = probe_report.write(found, arguments.out)
-    probe_tables.print_tables(found)
-    if arguments.out is not None:
-        print(f"report: {page} (also probe.json, *.csv, *.png and *.svg beside it)")
+    measurement = Measurement(subject, natural, modes, config, arguments)
+    measurement.plan(measures)
+    try:
+        measurement.steps.run()
+    except (Exception, KeyboardInterrupt) as error:
+        if measurement.result:
+            why = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+            print(f"what was measured before is kept ({why})", file=sys.stderr)
+            _write({**about, "incomplete": why, **measurement.result}, arguments)
+        raise
+    result = {**about, **measurement.result}
+    _write(result, arguments)
     if arguments.wandb:
         assert subject.run_dir is not None
-        print(probe_report.log_to_wandb(found, subject.run_dir, subject.step))
+        print(probe_report.log_to_wandb(result, subject.run_dir, subject.step))
     return 0
 
 
-def _sinks(
-    subject: Subject, natural: Probe, modes: Sequence[InferenceMode], arguments: Any, config: MeasureConfig
-) -> dict[str, Any]:
-    """input -> mode -> key -> `ModeResult`; a line is printed as soon as it is known."""
-    from train.measure import measure
-    from train.subject import artificial
+def _write(result: dict[str, Any], arguments: Any) -> None:
+    """Files before the terminal: what is on the disk is not lost."""
+    from train import probe_report, probe_tables
 
-    results: dict[str, dict[str, dict[str, Any]]] = {}
-    print(f"{'input':10}{'mode':20}{'key':>5}{'sink rate %':>13}{'sink mass':>11}{'loss':>9}{'bits/byte':>11}")
-    for kind in arguments.inputs:
-        probe = natural if kind == "natural" else artificial(natural, kind)
-        for mode in modes:
-            for key in arguments.keys:
-                result = measure(subject.model, probe, mode, subject.strategy, config, key=key)
-                results.setdefault(kind, {}).setdefault(mode, {})[str(key)] = dataclasses.asdict(result)
-                print(_line(kind, mode, key, result), flush=True)
-    return results
-
-
-def _states_and_mixing(
-    subject: Subject, probe: Probe, modes: Sequence[InferenceMode], measures: set[str], arguments: Any
-) -> dict[str, Any]:
-    """measure -> mode -> its figures; `by_length`: the mixing ones again at other numbers of tokens."""
-    from train import jacobian, mixing, states
-
-    model, size = subject.model, arguments.batch_tokens
-    found: dict[str, Any] = {}
-
-    def mixed(tokens: int) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for mode in modes:
-            excerpts = states.Excerpts.of(probe, mode, subject.strategy, tokens, arguments.mixing_documents)
-            few = states.Excerpts.of(probe, mode, subject.strategy, tokens, arguments.jacobian_documents)
-            directions = None if arguments.directions == "exact" else int(arguments.directions)
-            for name, call in (
-                ("perturbation", lambda e=excerpts: mixing.measure_perturbation(model, e, size)),
-                ("rank", lambda e=excerpts: mixing.measure_rank(model, e, size)),
-                ("paths", lambda e=excerpts: mixing.measure_paths(model, e, size)),
-                ("jacobian", lambda e=few, d=directions: jacobian.measure_jacobian(model, e, size, directions=d)),
-            ):
-                if name in measures:
-                    _say(f"{name}, mode {mode}, {tokens} tokens")
-                    value: Any = call()
-                    whole = isinstance(value, dict)
-                    out.setdefault(name, {})[mode] = (
-                        {k: dataclasses.asdict(v) for k, v in value.items()} if whole else dataclasses.asdict(value)
-                    )
-        return out
-
-    head = None
-    for mode in modes:
-        excerpts = states.Excerpts.of(probe, mode, subject.strategy, arguments.sink_tokens, arguments.mixing_documents)
-        if "states" in measures:
-            _say(f"states, mode {mode}")
-            measured = dataclasses.asdict(states.measure_states(model, excerpts, size))
-            found.setdefault("states", {})[mode] = measured
-            shown = found.setdefault("map", {})[mode] = states.strongest_head(model, excerpts, head=head)
-            head = (shown["layer"], shown["head"])  # of the first mode, in the others as well
-        if "gradients" in measures:
-            _say(f"gradients, mode {mode}")
-            gradients = states.measure_gradients(model, excerpts, size)
-            found.setdefault("gradients", {})[mode] = dataclasses.asdict(gradients)
-    found |= mixed(arguments.sink_tokens)
-    if arguments.lengths:
-        found["by_length"] = {str(length): mixed(length) for length in sorted(set(arguments.lengths))}
-    if arguments.change is not None:
-        found["change"] = _changed_word(subject, modes, arguments)
-    return found
-
-
-def _changed_word(subject: Subject, modes: Sequence[InferenceMode], arguments: Any) -> dict[str, Any]:
-    """The perturbation of the paper's Figure 2: one word of the first prompt in place of another."""
-    import torch
-
-    from train import mixing, states
-    from train.measure import Probe
-
-    before, after = _changed_prompt(subject, arguments)
-    old, new = arguments.change
-    eos, bytes_ = subject.eos_id, torch.as_tensor(subject.token_bytes, dtype=torch.int64)
-    bos = eos if subject.bos_id is None else subject.bos_id
-    probe = Probe((torch.tensor(before),), bytes_, bos, eos, subject.special_ids)
-    found: dict[str, Any] = {"old": old, "new": new, "tokens": before}
-    for mode in modes:
-        excerpts = states.Excerpts.of(probe, mode, subject.strategy, len(before), 1)
-        changed = mixing.measure_perturbation(
-            subject.model, excerpts, arguments.batch_tokens, changed=torch.tensor([after])
-        )
-        found.setdefault("modes", {})[mode] = dataclasses.asdict(changed)
-    return found
-
-
-def _changed_prompt(subject: Subject, arguments: Any) -> tuple[list[int], list[int]]:
-    """Token ids of the first prompt before and after, as many.
-
-    Raises ValueError where the word is not there, or the texts differ in their number of tokens.
-    """
-    from train.subject import texts
-
-    old, new = arguments.change
-    prompt = next(texts(arguments, subject))
-    if old not in prompt:
-        raise ValueError(f"--change: found no {old!r} in the first prompt, {prompt[:60]!r} …; expected a word of it")
-    before, after = subject.encode(prompt), subject.encode(prompt.replace(old, new, 1))
-    if len(before) != len(after):
-        raise ValueError(
-            f"--change: found {len(before)} tokens with {old!r} and {len(after)} with {new!r}, expected as many; "
-            "choose a word of as many tokens"
-        )
-    before, after = before[: arguments.sink_tokens], after[: arguments.sink_tokens]
-    if before == after:
-        raise ValueError(
-            f"--change: found {old!r} past the first {arguments.sink_tokens} tokens of the prompt, expected it among "
-            "them; raise --sink_tokens"
-        )
-    return before, after
-
-
-def _perplexities(
-    subject: Subject, probe: Probe, modes: Sequence[InferenceMode], measures: set[str], arguments: Any
-) -> dict[str, Any]:
-    from train import perplexity
-
-    model, size = subject.model, arguments.batch_tokens
-    found: dict[str, Any] = {}
-    if "positions" in measures:
-        found["positions"] = {
-            mode: [dataclasses.asdict(s) for s in perplexity.by_position(model, probe, mode, subject.strategy, size)]
-            for mode in modes
-        }
-    if "streaming" in measures:
-        cache = _cache(arguments, subject, probe)
-        found["streaming"] = {
-            mode: [
-                dataclasses.asdict(line)
-                for line in perplexity.streaming(
-                    model, probe, mode, subject.strategy, size, cache=cache, kept=arguments.kept
-                )
-            ]
-            for mode in modes
-            if mode != "first_key_masked"  # hides what is to be kept
-        }
-    return found
-
-
-def _along(subject: Subject, probe: Probe, modes: Sequence[InferenceMode], config: MeasureConfig) -> dict[str, Any]:
-    """Sinks and norms at every checkpoint of the run, oldest first, and the onset."""
-    from train.checkpoint import load_checkpoint
-    from train.measure import measure
-    from train.states import Excerpts, measure_states
-    from train.validate import load_decoder
-
-    assert subject.run_dir is not None
-    points: list[dict[str, Any]] = []
-    for path in rundir.checkpoints(subject.run_dir):
-        checkpoint = load_checkpoint(path, option="the path")
-        decoder, strategy = load_decoder(checkpoint)
-        identity = checkpoint["sinkbed"]
-        step = checkpoint["global_step"]
-        tokens = step * identity["global_batch"] * identity["context_length"]
-        point: dict[str, Any] = {"step": step, "tokens": tokens, "modes": {}}
-        for mode in modes:
-            excerpts = Excerpts.of(probe, mode, strategy, config.sink_tokens, config.documents)
-            states = measure_states(decoder, excerpts, config.batch_tokens)
-            values = measure(decoder, probe, mode, strategy, config).metrics(mode) | states.metrics(mode)
-            point["modes"][mode] = values
-        points.append(point)
-        print(f"checkpoint of step {step}: {_rate(point, modes[0]):.2f} % in mode {modes[0]}", flush=True)
-    reached = [i for i, p in enumerate(points) if p["step"] and _rate(p, modes[0]) >= config.onset_rate]
-    onset = points[reached[0]]["tokens"] if reached else None
-    before = points[reached[0] - 1]["tokens"] if reached and reached[0] else 0
-    return {
-        "points": points,
-        "onset_tokens": onset,
-        "onset_after": before,
-        "onset_rate": config.onset_rate,
-        "onset_mode": modes[0],
-    }
-
-
-def _say(what: str) -> None:
-    """What is being measured, to those who watch."""
-    print(f"measuring {what}", file=sys.stderr, flush=True)
-
-
-def _rate(point: dict[str, Any], mode: str) -> float:
-    return float(point["modes"][mode][f"sink/rate/0.3/{mode}"])
-
-
-def _name_tokens(found: dict[str, Any], subject: Subject) -> None:
-    """Put the text of token ids beside them."""
-    special = {subject.bos_id: "⟨bos⟩", subject.eos_id: "⟨eos⟩"} if subject.bos_id != subject.eos_id else {}
-
-    def text(index: int) -> str:
-        return special.get(index) or visible(subject.decode([index]))
-
-    for measured in found.get("states", {}).values():
-        for line in measured["strongest_token"]:
-            line["text"] = text(line["token"])
-        for line in measured["massive"]:
-            line["text"] = text(line["token"])
-    for shown in found.get("map", {}).values():
-        shown["text"] = [text(index) for index in shown["tokens"]]
-    if "change" in found:
-        found["change"]["text"] = [text(index) for index in found["change"]["tokens"]]
+    if arguments.json is not None:
+        rundir.write_json(arguments.json, result)
+    page = None if arguments.out is None else probe_report.write(result, arguments.out)
+    probe_tables.print_tables(result)
+    if page is not None:
+        print(f"report: {page} (also probe.json, *.csv, *.png and *.svg beside it)")
 
 
 def _check_arguments(arguments: Any, measures: set[str]) -> None:
@@ -380,17 +182,13 @@ def _check_subject(subject: Subject, arguments: Any) -> None:
             raise ValueError(f"--{name}: expected a run of ours, found {subject.name}, a Hugging Face model")
 
 
-def _cache(arguments: Any, subject: Subject, probe: Probe) -> int:
-    if arguments.cache is not None:
-        return int(arguments.cache)
-    return min(max(map(len, probe.documents)) // 4, subject.strategy.window or 10**9)
-
-
 def _check_lengths(
     subject: Subject, probe: Probe, limit: int, modes: Sequence[str], measures: set[str], arguments: Any
 ) -> None:
     """Refuse, before anything is measured, what the documents are too short for."""
     from train.perplexity import check_cache
+    from train.probe_steps import cache_size
+    from train.subject import changed_prompt
 
     longest = max(map(len, probe.documents))
     if arguments.lengths and max(arguments.lengths) > longest:
@@ -401,9 +199,9 @@ def _check_lengths(
     if "streaming" in measures:
         if not any(mode != "first_key_masked" for mode in modes):
             raise ValueError("--measure streaming: expected a mode besides first_key_masked, which hides what is kept")
-        check_cache(longest, _cache(arguments, subject, probe), arguments.kept, subject.strategy)
+        check_cache(longest, cache_size(arguments, subject, probe), arguments.kept, subject.strategy)
     if arguments.change is not None:
-        _changed_prompt(subject, arguments)
+        changed_prompt(subject, arguments)
 
 
 def _check_bos(subject: Subject, modes: Sequence[InferenceMode]) -> None:
@@ -412,14 +210,3 @@ def _check_bos(subject: Subject, modes: Sequence[InferenceMode]) -> None:
             f"{subject.name}: its tokenizer has no BOS, which the mode bos puts first; name a token with --bos, or "
             "leave the mode out (--modes text)"
         )
-
-
-def _line(kind: str, mode: str, key: int, result: ModeResult) -> str:
-    rate, mass = (result.rate, result.mass) if not key else (result.rate_placed, result.mass_placed)
-    assert rate is not None and mass is not None
-    heads = [value for row in rate["0.3"] for value in row]
-    masses = [value for row in mass for value in row]
-    return (
-        f"{kind:10}{mode:20}{key:5}{sum(heads) / len(heads):13.2f}{sum(masses) / len(masses):11.3f}"
-        f"{result.loss:9.3f}{result.bits_per_byte:11.3f}"
-    )

@@ -16,14 +16,17 @@ from train.page import document, table
 from train.plain_text import csv_text
 from train.probe_figures import figures
 from train.probe_tables import Found, scalars, tables
+from train.yaml_files import read_mapping
 
 RECORD = "probe.json"
+_UNFINISHED = "being_written"
 
 
 def write(found: Found, folder: Path) -> Path:
     """Write probe.json, a CSV a table, the figures as PNG and SVG, and index.html; returns the page.
 
-    What an earlier report there has and this one lacks is removed, so that no figure is of another measurement.
+    An earlier report is removed before the first file of this one is written, so that a folder never holds figures of
+    two measurements. probe.json comes first and last: it says what a writer that is killed left unfinished.
     """
     import matplotlib
 
@@ -44,31 +47,34 @@ def write(found: Found, folder: Path) -> Path:
             files |= {f"{name}.svg": vector.getvalue(), f"{name}.png": raster.getvalue()}
             parts.append(_section(title, words, vector.getvalue().decode()))
     files["index.html"] = _page(found, parts)
-    for name in _earlier_files(folder) - files.keys():
-        (folder / name).unlink(missing_ok=True)
+    earlier = _record(folder).get("files", [])
+    rundir.write_json(folder / RECORD, {_UNFINISHED: True, "files": sorted({*earlier, *files})})
+    for name in earlier:
+        if Path(name).name == name:
+            (folder / name).unlink(missing_ok=True)
+    rundir.remove_temporaries(folder, (RECORD, *earlier, *files))
     for name, content in files.items():
         rundir.write_atomic(folder / name, content)
     rundir.write_json(folder / RECORD, {**found, "files": sorted(files)})
     return folder / "index.html"
 
 
-def _earlier_files(folder: Path) -> set[str]:
-    """Names of the files of a report that is there."""
-    known = rundir.read_json(folder / RECORD).get("files", []) if (folder / RECORD).is_file() else []
-    return {name for name in known if Path(name).name == name}
+def _record(folder: Path) -> dict[str, Any]:
+    """probe.json of a report that is there, whole or not; empty where there is none."""
+    return dict(rundir.read_json(folder / RECORD)) if (folder / RECORD).is_file() else {}
 
 
 def check_out(folder: Path, force: bool) -> None:
     """Raise FileExistsError or ValueError, before anything is measured, for a folder that no report can go to."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"--out {folder}: expected a folder, found a file")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(path for path in folder.iterdir() if not path.name.startswith(f".{RECORD}.")):
         if not (folder / RECORD).is_file():
             raise FileExistsError(
                 f"--out {folder}: expected a new folder, or the report of an earlier probe, found other files; choose "
                 "another folder"
             )
-        if not force:
+        if not force and _UNFINISHED not in _record(folder):
             raise FileExistsError(
                 f"--out {folder}: found the report of an earlier probe; choose another folder, or --force to replace it"
             )
@@ -101,6 +107,8 @@ def _page(found: Found, figures: Sequence[str]) -> str:
         f"the first {few} of them (Jacobian: of {min(few, settings['jacobian_documents'])}, directions: "
         f"{settings['directions']}). One measurement of one model: no interval over seeds."
     )
+    if "incomplete" in found:
+        intro += f" Incomplete: {found['incomplete']}."
     body = [f'<p class="note">{html.escape(intro)}</p>', *figures]
     notes = set()
     for t in tables(found):
@@ -121,7 +129,6 @@ def log_to_wandb(found: Found, run_dir: Path, step: int) -> str:
     """
     import matplotlib
     import wandb
-    import yaml
     from PIL import Image
 
     from train.loggers import WandbConfig, finish_wandb, start_wandb
@@ -131,7 +138,7 @@ def log_to_wandb(found: Found, run_dir: Path, step: int) -> str:
 
     held = rundir.lock(run_dir)
     try:
-        config = yaml.safe_load((run_dir / rundir.CONFIG).read_text())
+        config = read_mapping(run_dir / rundir.CONFIG)
         tracker = start_wandb(WandbConfig(**(config.get("wandb") or {})), run_dir, {})
         if tracker is None:
             raise ValueError(

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from train import rundir
 from train.plain_text import console, markdown, markdown_table, visible
 from train.results import load_result
@@ -30,6 +28,7 @@ from train.tables import (
     verdicts,
     write_parquet,
 )
+from train.yaml_files import read_mapping
 
 if TYPE_CHECKING:
     from train.arms import ArmRun
@@ -135,7 +134,7 @@ def load_folder(folder: Path) -> list[tuple[Path, str, int]]:
     for path in below:
         if (path / rundir.MEASUREMENT).is_file() and (path / rundir.CONFIG).is_file():
             arm = rundir.read_json(path / "arm.json") if (path / "arm.json").is_file() else {}
-            seed = yaml.safe_load((path / rundir.CONFIG).read_text())["data"]["seed"]
+            seed = read_mapping(path / rundir.CONFIG)["data"]["seed"]
             found.append((path, arm.get("arm", path.name), arm.get("seed", seed)))
     return found
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
-
 from train import rundir
 from train.statistics import Interval
+from train.yaml_files import read_mapping
 
 MODE_LABELS = {
     "bos": "BOS + text",
@@ -55,7 +54,7 @@ def load_result(folder: Path, arm: str, seed: int) -> Result:
     for name in (rundir.CONFIG, rundir.MEASUREMENT):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name}: expected a finished run, found no such file")
-    config = yaml.safe_load((folder / rundir.CONFIG).read_text())
+    config = read_mapping(folder / rundir.CONFIG)
     audit, run = (
         {} if not path.is_file() else rundir.read_json(path) for path in (folder / rundir.AUDIT, folder / rundir.RUN)
     )

@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -101,9 +101,11 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove what a kill in the middle of `write_atomic` left."""
-    for name in (CONFIG, MANIFEST, AUDIT, METRICS, MEASUREMENT, RUN):
+def remove_temporaries(
+    folder: Path, names: Iterable[str] = (CONFIG, MANIFEST, AUDIT, METRICS, MEASUREMENT, RUN)
+) -> None:
+    """Remove what a kill in the middle of `write_atomic` of some files left."""
+    for name in names:
         for path in folder.glob(f".{name}.*"):
             path.unlink()
 

@@ -22,6 +22,7 @@ from kernels import mean_received, top_sinks
 from model.observe import LayerAttention, evaluating, input_device, observing
 from train.finite import finite
 from train.measure import Arranged, InferenceMode, Probe, arrange, counted_targets, target_nll
+from train.progress import documents_read
 
 if TYPE_CHECKING:
     from data.strategy import Strategy
@@ -125,6 +126,7 @@ class Excerpts:
         size = max(1, batch_tokens // (self.text.shape[1] + 1))
         for at in range(0, len(self.rows), size):
             yield self.batch(slice(at, at + size), device)
+            documents_read(len(self.rows[at : at + size]))
 
     def batch(self, chosen: slice, device: torch.device) -> tuple[Tensor, Arranged]:
         """Text [B, n] of some of the documents, and the rows it is in."""

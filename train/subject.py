@@ -229,6 +229,30 @@ def probe_of(subject: Subject, documents: Iterator[str], limit: int, config: Mea
     )
 
 
+def changed_prompt(subject: Subject, arguments: Any) -> tuple[list[int], list[int]]:
+    """Token ids of the first prompt before and after, as many.
+
+    Raises ValueError where the word is not there, or the texts differ in their number of tokens.
+    """
+    old, new = arguments.change
+    prompt = next(texts(arguments, subject))
+    if old not in prompt:
+        raise ValueError(f"--change: found no {old!r} in the first prompt, {prompt[:60]!r} …; expected a word of it")
+    before, after = subject.encode(prompt), subject.encode(prompt.replace(old, new, 1))
+    if len(before) != len(after):
+        raise ValueError(
+            f"--change: found {len(before)} tokens with {old!r} and {len(after)} with {new!r}, expected as many; "
+            "choose a word of as many tokens"
+        )
+    before, after = before[: arguments.sink_tokens], after[: arguments.sink_tokens]
+    if before == after:
+        raise ValueError(
+            f"--change: found {old!r} past the first {arguments.sink_tokens} tokens of the prompt, expected it among "
+            "them; raise --sink_tokens"
+        )
+    return before, after
+
+
 def artificial(probe: Probe, kind: Literal["random", "repeated"]) -> Probe:
     """Documents of the same lengths, of uniformly random tokens, or each of one random token over and over."""
     import numpy as np

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train import rundir
+from train.yaml_files import read_mapping
 
 if TYPE_CHECKING:
     from data.strategy import Strategy
@@ -101,13 +102,13 @@ def run(command: str, argv: Sequence[str]) -> int:
     arguments = parser.parse_args(list(argv))
 
     import torch
-    import yaml
 
     from data.store import TokenStore
     from train.measure import MeasureConfig, Probe, check_modes, measure
+    from train.progress import Steps
 
     checkpoint, folder = open_run(arguments.run)
-    config = yaml.safe_load((folder / rundir.CONFIG).read_text())
+    config = read_mapping(folder / rundir.CONFIG)
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["measure"].items()}
     if arguments.documents is not None:
         settings |= {"documents": arguments.documents, "live_documents": 1}
@@ -122,7 +123,15 @@ def run(command: str, argv: Sequence[str]) -> int:
     run_tokenizer(identity, arguments.store)
     store = TokenStore.open(arguments.store or Path(identity["store"]), "validation")
     probe = Probe.from_store(store, identity["context_length"], measuring)
-    results = {mode: measure(decoder, probe, mode, strategy, measuring) for mode in measuring.modes}
+    results: dict[InferenceMode, ModeResult] = {}
+    steps = Steps()
+    for mode in measuring.modes:
+
+        def step(mode: InferenceMode = mode) -> None:
+            results[mode] = measure(decoder, probe, mode, strategy, measuring)
+
+        steps.add(f"sinks, mode {mode}", len(probe.documents), step)
+    steps.run()
     print(measurement_table(checkpoint["global_step"], results, measuring.sink_tokens))
     if len(probe.documents) < measuring.documents:
         print(

@@ -522,3 +522,62 @@ def test_random_tokens_are_neither_control_tokens_nor_without_a_token(with_token
     assert len(drawn) > 20_000 and set(drawn.tolist()) == set(range(300)) - subject.special_ids
     first, _ = first_tokens("random_first", Strategy(), natural, range(40))
     assert not set(first.flatten().tolist()) & subject.special_ids
+
+
+SHORT = ("--measure", "sinks", "states", "rank", "--sink_tokens", "16", "--documents", "4", "--mixing_documents", "2")
+
+
+def test_a_probe_that_is_interrupted_keeps_what_it_measured(run_dir, tmp_path, monkeypatch, capsys):
+    from train import mixing
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mixing, "measure_rank", interrupt)
+    out = tmp_path / "report"
+    assert main(["probe", str(run_dir), *SHORT, "--out", str(out)]) == 130
+    kept = json.loads((out / "probe.json").read_text())
+    assert kept["incomplete"] == "interrupted" and set(kept["states"]) == {"bos", "text", "first_key_masked"}
+    assert "sinks" in kept and "rank" not in kept and "Incomplete: interrupted" in (out / "index.html").read_text()
+    said = capsys.readouterr().err
+    assert "what was measured before is kept" in said
+    assert "measuring states, mode bos (4 of 9, about " in said, "how far, and how long"
+
+
+def test_a_figure_that_is_not_finite_ends_a_probe_with_what_came_before(run_dir, tmp_path, monkeypatch, capsys):
+    from train import states
+    from train.finite import finite
+
+    monkeypatch.setattr(states, "measure_states", lambda *_: finite(float("nan"), "states"))
+    out = tmp_path / "found.json"
+    assert main(["probe", str(run_dir), *SHORT, "--json", str(out)]) == 1
+    assert "measuring states: expected finite numbers, found nan" in capsys.readouterr().err
+    assert "sinks" in json.loads(out.read_text())
+
+
+def test_a_report_whose_writer_was_killed_can_be_made_again_and_is_never_of_two_probes(run_dir, tmp_path, monkeypatch):
+    from train import probe_report
+
+    class Killed(BaseException):
+        pass
+
+    arguments = ["probe", str(run_dir), "--sink_tokens", "16", "--documents", "4", "--out", str(tmp_path / "report")]
+    assert main(arguments) == 0
+    whole = {path.name for path in (tmp_path / "report").iterdir()}
+    write, calls = probe_report.rundir.write_atomic, []
+
+    def killed(path, content):
+        calls.append(path)
+        if len(calls) == 3:
+            (path.parent / f".{path.name}.abcdefgh").write_text("half")
+            raise Killed
+        write(path, content)
+
+    monkeypatch.setattr(probe_report.rundir, "write_atomic", killed)
+    with pytest.raises(Killed):
+        main([*arguments, "--force", "--documents", "2"])
+    left = {path.name for path in (tmp_path / "report").iterdir()}
+    assert "index.html" not in left, "the page of the probe before is gone with its figures"
+    monkeypatch.undo()
+    assert main(arguments) == 0, "without --force: what is there is no report"
+    assert {path.name for path in (tmp_path / "report").iterdir()} == whole
