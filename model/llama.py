@@ -23,8 +23,11 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 _PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
 
-def llama_config(decoder: Decoder, *, bos_id: int, eos_id: int, context_length: int) -> dict[str, Any]:
-    """config.json of the decoder as a `LlamaForCausalLM`.
+def llama_config(
+    decoder: Decoder, *, bos_id: int, eos_id: int, context_length: int, window: int | None = None
+) -> dict[str, Any]:
+    """config.json of the decoder as a `LlamaForCausalLM`, or with a sliding window as a `MistralForCausalLM`, whose
+    weights have the same names. A query sees the last `window` keys, its own among them, in both.
 
     Raises ValueError for what Llama cannot express: a sink logit.
     """
@@ -33,9 +36,12 @@ def llama_config(decoder: Decoder, *, bos_id: int, eos_id: int, context_length: 
         raise ValueError(
             f"decoder.sink: found {c.sink!r}, which Hugging Face's Llama cannot express; only sink: none can be"
         )
+    kind: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **_PLAIN}
+    if window is not None:
+        kind = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu"}
+        kind["sliding_window"] = window
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        **kind,
         "vocab_size": decoder.vocab_size,
         "hidden_size": c.d_model,
         "intermediate_size": c.d_ff,
@@ -52,7 +58,6 @@ def llama_config(decoder: Decoder, *, bos_id: int, eos_id: int, context_length: 
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
         "dtype": "float32",
-        **_PLAIN,
     }
 
 

@@ -1,11 +1,11 @@
-"""`sinkbed export`: a checkpoint as a Hugging Face Llama folder, whose logits equal ours."""
+"""`sinkbed export`: a checkpoint as a Hugging Face folder (Llama; with a window Mistral), whose logits equal ours."""
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from data.strategy import Strategy
     from data.tokenizer import Tokenizer as OurTokenizer
-
-# What a Llama cannot be told, under `data.strategy`, and the value at which there is nothing to tell.
-_MASKS = {"window": None, "prefix_lm": 0}
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -46,13 +43,20 @@ def run(command: str, argv: Sequence[str]) -> int:
     tokenizer = run_tokenizer(identity, arguments.store)
     first = first_id(strategy, tokenizer, arguments.bos)
     config = llama_config(
-        decoder, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, context_length=identity["context_length"]
+        decoder,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        context_length=identity["context_length"],
+        window=strategy.window,
     )
     from safetensors.torch import save_file
 
     out = Path(os.path.abspath(arguments.out))
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):  # by an export that was killed
+        shutil.rmtree(left)
+    partial = out.parent / f".{out.name}.{os.getpid()}.partial"
+    partial.mkdir()
     try:
         save_file(to_llama(decoder), partial / WEIGHTS, metadata={"format": "pt"})
         write_tokenizer(partial, tokenizer, first, identity["context_length"])
@@ -60,10 +64,8 @@ def run(command: str, argv: Sequence[str]) -> int:
         generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         _write_json(partial / "generation_config.json", generation)
         for path in partial.iterdir():
-            path.chmod(0o644)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        partial.chmod(0o755)
         os.replace(partial, out)  # an empty folder of that name gives way
         sync_folder(out.parent)
     finally:
@@ -93,10 +95,12 @@ def first_id(strategy: Strategy, tokenizer: OurTokenizer, bos: str) -> int | Non
 
     Raises ValueError for a strategy under which the model is more than a Llama and its tokenizer can be told.
     """
-    for name, plain in _MASKS.items():
-        if getattr(strategy, name) != plain:
+    for name in ("prefix_lm", *(("shared_prefix",) if strategy.window is not None else ())):
+        if getattr(strategy, name):
+            beside = f" beside window {strategy.window}" if name == "shared_prefix" else ""
             raise ValueError(
-                f"data.strategy.{name}: found {getattr(strategy, name)}, which Hugging Face's Llama cannot express"
+                f"data.strategy.{name}: found {getattr(strategy, name)}{beside}, which neither Llama nor Mistral of "
+                "Hugging Face can express"
             )
     if any(what != "none" for what in strategy.leading[1:]):
         raise ValueError(
@@ -136,6 +140,7 @@ def write_tokenizer(folder: Path, tokenizer: OurTokenizer, first: int | None, co
         "add_bos_token": first == tokenizer.bos_id,
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # `<bos>` in a text is five characters, as in training
     }
     _write_json(folder / "tokenizer_config.json", settings)
 

@@ -1,12 +1,14 @@
 """`sinkbed export`: the folder gives our logits through `transformers`, from the text on."""
 
 import json
+import os
 
 import pytest
 import torch
 
 from data.store import TokenStore
 from data.strategy import Strategy
+from kernels import interval_mask
 from tests.train.conftest import write_run_config
 from train.cli import main
 from train.export import first_id, lm_eval_arguments, write_tokenizer
@@ -33,7 +35,7 @@ def test_text_to_logits_equal_ours(run_dir, tmp_path, capsys):
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
     decoder, _ = load_decoder(open_run(run_dir)[0])
-    text = "sink bos row: 12"
+    text = TEXT
     ids = tokenizer(text)["input_ids"]
     ours = TokenStore.open(open_run(run_dir)[0]["sinkbed"]["store"]).tokenizer()
     assert ids == [ours.bos_id, *ours.encode(text)]
@@ -43,6 +45,22 @@ def test_text_to_logits_equal_ours(run_dir, tmp_path, capsys):
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (ours.bos_id, ours.eos_id)
     assert theirs.config.max_position_embeddings == 48 and theirs.generation_config.eos_token_id == ours.eos_id
+
+
+def test_a_window_makes_it_a_mistral(tiny_store, tmp_path):
+    config = write_run_config(tmp_path / "run.yaml", tiny_store)
+    options = ["--wandb.mode", "disabled", "--trainer.max_steps", "2", "--data.strategy.window", "5"]
+    assert main(["fit", "--config", str(config), *options]) == 0
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "hf")]) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert type(theirs).__name__ == "MistralForCausalLM"
+    decoder, _ = load_decoder(open_run(tmp_path / "run")[0])
+    tokens = torch.randint(2, 300, (2, 20))
+    with torch.no_grad():
+        ours, found = decoder(tokens, mask=interval_mask(2, 20, window=5)).logits, theirs(tokens).logits
+        without = decoder(tokens).logits
+    torch.testing.assert_close(found, ours, atol=1e-5, rtol=1e-5)
+    assert (found - without).abs().max() > 1e-3, "the window is under test"
 
 
 @pytest.mark.parametrize(
@@ -75,7 +93,7 @@ def test_the_tokenizer_puts_what_the_strategy_put_before_a_text(axes, bos, expec
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"window": 8}, "data.strategy.window: found 8"),
+        ({"window": 8, "shared_prefix": 1}, "data.strategy.shared_prefix: found 1 beside window 8"),
         ({"prefix_lm": 4}, "data.strategy.prefix_lm: found 4"),
         ({"first_token": ["none", "bos"]}, "data.strategy.first_token: found .* past position 0"),
     ],
@@ -104,8 +122,16 @@ def test_a_folder_that_holds_something_is_left_alone_and_a_failure_leaves_nothin
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
 
 
-def test_the_exported_files_are_plain_data(run_dir, tmp_path):
-    assert main(["export", str(run_dir), "--out", str(tmp_path / "hf")]) == 0
+def test_the_exported_files_are_plain_data_with_the_permissions_of_the_user(run_dir, tmp_path):
+    (tmp_path / ".hf.12345.partial").mkdir()  # of an export that was killed
+    before = os.umask(0o027)
+    try:
+        assert main(["export", str(run_dir), "--out", str(tmp_path / "hf")]) == 0
+    finally:
+        os.umask(before)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert (tmp_path / "hf").stat().st_mode & 0o777 == 0o750
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "hf").iterdir()} == {0o640}
     names = {p.name for p in (tmp_path / "hf").iterdir()}
     assert names == {
         "config.json",
