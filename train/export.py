@@ -63,7 +63,9 @@ def run(command: str, argv: Sequence[str]) -> int:
         _write_json(partial / CONFIG, config)
         generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         _write_json(partial / "generation_config.json", generation)
+        mode = (partial / CONFIG).stat().st_mode  # by the user's umask; safetensors has one of its own
         for path in partial.iterdir():
+            path.chmod(mode)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         os.replace(partial, out)  # an empty folder of that name gives way
