@@ -1,4 +1,4 @@
-"""Ranges of settings: a number that is not finite lies in none."""
+"""Ranges of settings: what is no number, or not a finite one, lies in none."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def check_number(
     most: float = math.inf,
     below: float = math.inf,
 ) -> None:
-    """Raise ValueError for a setting that is not finite or outside its range; `above` and `below` exclude the bound."""
+    """Raise ValueError for a setting that is no finite number in a range; `above` and `below` exclude the bound."""
     low = -math.inf if least is None else least
-    inside = low <= value <= most and value < below and (above is None or value > above)
-    if not (math.isfinite(value) and inside):
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not (number and low <= value <= most and value < below and (above is None or value > above)):
         bounds = [f"at least {least:g}"] if least is not None else []
         bounds += [f"more than {above:g}"] if above is not None else []
         bounds += [f"at most {most:g}"] if most < math.inf else []
         bounds += [f"less than {below:g}"] if below < math.inf else []
-        raise ValueError(f"{name}: expected {' and '.join(bounds) or 'a finite number'}, found {value}")
+        raise ValueError(f"{name}: expected {' and '.join(bounds) or 'a finite number'}, found {value!r}")

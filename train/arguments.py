@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from argparse import ArgumentError
@@ -12,7 +11,8 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from train.yaml_files import key_lines, read_mapping
+from train.keys import is_known, unknown, unknown_keys
+from train.yaml_files import read_mapping
 
 _UNKNOWN = (
     r"does not accept option '([\w.]+)'",
@@ -33,26 +33,19 @@ def check_keys(program: str, argv: Sequence[str], keys: Sequence[str]) -> None:
     Before anything heavy is imported. An unknown key or a missing file ends the program with status 2; raises
     ValueError for a file that cannot be read.
     """
-    leaves = {*keys, "config", "print_config", "help"}
-    groups = {key[:at] for key in leaves for at in range(len(key)) if key[at] == "."}
-
-    def known(key: str) -> bool:
-        return key in leaves or key in groups or any(key.startswith(f"{leaf}.") for leaf in leaves)
-
     for index, argument in enumerate(argv):
         option, _, value = argument.partition("=")
         if not option.startswith("--"):
             continue
-        if not known(option[2:].rstrip("+")):
-            refuse(program, _unknown(option, keys))
+        if option not in ("--config", "--print_config", "--help") and not is_known(option[2:].rstrip("+"), keys):
+            refuse(program, unknown(option, keys))
         if option == "--config":
             path = Path(value or " ".join(argv[index + 1 : index + 2]))
             if not path.is_file():
                 refuse(program, f"--config {path}: expected a YAML file, found none there")
             read_mapping(path)
-            for key, line in key_lines(path).items():
-                if not known(key):
-                    refuse(program, f"{path}, line {line}: {_unknown(key, keys)}")
+            for complaint in unknown_keys(path, keys):
+                refuse(program, complaint)
 
 
 def refuse(program: str, message: str) -> NoReturn:
@@ -102,7 +95,7 @@ def rewritten(message: str, keys: Sequence[str]) -> str:
                     f"{option}: found a file where an option was expected; quote a glob, so that the shell leaves it "
                     "whole, or give a list: '[a.jsonl, b.jsonl]'"
                 )
-            return _unknown(option, keys)
+            return unknown(option, keys)
     if found := re.search(_NEITHER, message, re.DOTALL):
         return " ".join(found[1].split())
     if found := re.search(_NO_TYPE, message, re.DOTALL):
@@ -121,25 +114,7 @@ def rewritten(message: str, keys: Sequence[str]) -> str:
     return " ".join(message.split())
 
 
-def _unknown(option: str, keys: Sequence[str]) -> str:
-    """That there is no such key, with the one that was probably meant."""
-    key = option.lstrip("-").split("=")[0]
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6) or _same_leaf(key, keys)
-    if not near:  # the group is misspelt
-        group, _, leaf = key.partition(".")
-        groups = difflib.get_close_matches(group, {k.partition(".")[0] for k in keys}, n=1)
-        near = [f"{name}.{leaf}" if leaf else name for name in groups]
-    meant = f"; did you mean {near[0]}?" if near else ""
-    return f"{option}: expected a known key, found none of that name{meant}"
-
-
 def _readable(kind: str) -> str:
     """The name of a type as a user would say it."""
     kind = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", kind).replace("NoneType", "null")
     return re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", kind)
-
-
-def _same_leaf(key: str, keys: Sequence[str]) -> list[str]:
-    """Keys that end in the same, or nearly the same, last part."""
-    leaves = {k.rsplit(".", 1)[-1]: k for k in keys}
-    return [leaves[near] for near in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.75)]

@@ -21,7 +21,9 @@ import yaml
 
 from data.manifest import differences
 from train import rundir
-from train.study_file import Overlay, StudyConfig, read_yaml
+from train.keys import fit_keys, unknown_keys
+from train.study_file import Overlay, StudyConfig
+from train.yaml_files import read_mapping
 
 RECORD, SETTINGS, LOG = "arm.json", "arm.yaml", "fit.log"
 SECONDS_FOR_THE_DEAD = 15.0
@@ -141,10 +143,12 @@ def over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def read_overlay(path: Path) -> dict[str, Any]:
     """A run config or overlay. Raises ValueError that names a file that is no mapping of keys."""
-    found = read_yaml(path)
-    if not isinstance(found, dict) or not isinstance(found.get("data", {}), dict):
-        raise ValueError(f"{path}: expected keys such as model, data, trainer; found {str(found)[:60]!r}")
-    return found
+    content = read_mapping(path)
+    if not isinstance(content.get("data", {}), dict):
+        raise ValueError(f"{path}: data: expected keys, found {content['data']!r}")
+    for complaint in unknown_keys(path, fit_keys()):
+        raise ValueError(complaint)
+    return content
 
 
 def _store_hash(store: str | None) -> str:

@@ -1,15 +1,19 @@
-"""The keys of a run's config, read from the source of the classes that take them.
+"""The keys of a config: which there are, which one was meant.
 
-Importing Lightning and torch takes seconds; a key that is misspelt is answered before.
+Those of a run are read from the source of the classes that take them: importing Lightning and torch takes seconds, and
+a key that is misspelt is answered before.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+
+from train.yaml_files import key_lines
 
 _ROOT = Path(__file__).resolve().parent.parent
 _CLASSES = {
@@ -70,3 +74,33 @@ def _parameters(path: Path, cls: str) -> Iterator[tuple[str, str]]:
     for node in body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             yield node.target.id, ast.unparse(node.annotation)
+
+
+def is_known(key: str, keys: Sequence[str]) -> bool:
+    """Whether it is one of the keys, a group of them, or lies inside the value of one."""
+    return any(key == other or other.startswith(f"{key}.") or key.startswith(f"{other}.") for other in keys)
+
+
+def unknown_keys(path: Path, keys: Sequence[str]) -> Iterator[str]:
+    """What is wrong with each key of a YAML file that is not among `keys`, with its line."""
+    for key, line in key_lines(path).items():
+        if not is_known(key, keys):
+            yield f"{path}, line {line}: {unknown(key, keys)}"
+
+
+def unknown(option: str, keys: Sequence[str]) -> str:
+    """That there is no such key, with the one that was probably meant."""
+    key = option.lstrip("-").split("=")[0]
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6) or _same_leaf(key, keys)
+    if not near:  # the group is misspelt
+        group, _, leaf = key.partition(".")
+        groups = difflib.get_close_matches(group, {k.partition(".")[0] for k in keys}, n=1)
+        near = [f"{name}.{leaf}" if leaf else name for name in groups]
+    meant = f"; did you mean {near[0]}?" if near else ""
+    return f"{option}: expected a known key, found none of that name{meant}"
+
+
+def _same_leaf(key: str, keys: Sequence[str]) -> list[str]:
+    """Keys that end in the same, or nearly the same, last part."""
+    leaves = {k.rsplit(".", 1)[-1]: k for k in keys}
+    return [leaves[near] for near in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.75)]

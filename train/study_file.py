@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from model.ranges import check_number
 from train.measure import check_modes
 from train.yaml_files import read_yaml
 
@@ -25,6 +27,7 @@ METRICS = (
     *("sink_rate_0.2", "sink_rate_0.3", "sink_rate_0.5", "sink_rate_0.8", "sink_rate_placed", "sink_mass"),
     *("loss", "bits_per_byte", "loss_gap", "sink_rate_area", "onset_tokens"),
 )
+_MOST_ARMS = 1_000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -62,6 +65,7 @@ class Effect:
             raise ValueError(f"effect {self.name!r}: {error}") from None
         if self.expected not in get_args(Expected):
             raise ValueError(f"effect {self.name!r}: expected: one of up, down, none; found {self.expected!r}")
+        check_number(f"effect {self.name!r}: tolerance", self.tolerance, least=0)
         if (self.expected == "none") != (self.tolerance > 0):
             raise ValueError(
                 f"effect {self.name!r}: tolerance: expected more than 0 with expected: none, and 0 otherwise; found "
@@ -120,7 +124,8 @@ class StudyConfig:
         for name in ("workers", "cpus"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"study.{name}: expected at least 1, found {getattr(self, name)}")
-        if self.gpus < 0 or (self.gpus > 1 and self.gpus != int(self.gpus)):
+        check_number("study.gpus", self.gpus, least=0)
+        if self.gpus > 1 and self.gpus != int(self.gpus):
             raise ValueError(f"study.gpus: expected 0, a share below 1 or a whole number; found {self.gpus}")
         for effect in self.effects:
             missing = sorted({effect.arm, effect.other[0]} - set(self.arms))
@@ -160,6 +165,9 @@ def load_study(path: Path, size: str | None = None) -> StudyConfig:
     raw.setdefault("out", f"runs/{path.stem}" + (f"-{size}" if size else ""))
     if not isinstance(raw["out"], str):
         raise ValueError(f"{path}: out: expected a folder, found {raw['out']!r}")
+    for key in ("title", "question", "published_source"):
+        if not isinstance(raw.get(key, ""), str):
+            raise ValueError(f"{path}: {key}: expected text, found {raw[key]!r}; put it in quotes")
     for key, kind, words in (("seeds", list, "a list of integers"), ("workers", int, "an integer"), ("cpus", int, "")):
         value = raw.get(key)
         items = value if isinstance(value, list) else [value]
@@ -230,13 +238,15 @@ def _name(path: Path, name: Any) -> str:
 def _grid(path: Path, found: Any) -> dict[str, list[Overlay]]:
     """The product of the axes, the last one fastest: `lr: {1e-3: …}` gives the arm lr-1e-3, `mask: {causal: …}` the arm
     causal."""
-    axes = []
+    axes: list[list[tuple[str, list[Overlay]]]] = []
     for axis, values in _mapping(path, "grid", found, None).items():
         choices = []
         for value, overlays in _mapping(path, f"grid.{axis}", values, None).items():
             named = f"{axis}-{value}" if str(value)[:1].isdigit() else str(value)
             choices.append((named, _overlays(path, f"grid.{axis}.{value}", overlays)))
         axes.append(choices)
+    if (count := math.prod(map(len, axes))) > _MOST_ARMS:
+        raise ValueError(f"{path}: grid: expected at most {_MOST_ARMS:,} arms, found {count:,}; take fewer values")
     arms: dict[str, list[Overlay]] = {}
     for chosen in itertools.product(*axes) if axes else ():
         name = _name(path, "-".join(named for named, _ in chosen))
@@ -258,7 +268,7 @@ def _check_published(path: Path, found: Any, arms: dict[str, Any]) -> None:
 
 
 def _numeric(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))
 
 
 def _effect(path: Path, found: Any) -> Effect:
@@ -269,5 +279,5 @@ def _effect(path: Path, found: Any) -> Effect:
         raise ValueError(f"{path}: effect {raw.get('name', raw)!r}: expected the key {missing[0]!r}, found none")
     try:
         return Effect(**raw)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
