@@ -17,6 +17,8 @@ COMMANDS = {
     "validate": ("train.validate", "measure a checkpoint of a run on its probe set"),
     "study": ("train.study", "run the arms of a study, measure and compare them"),
     "report": ("train.report", "table, figures and one HTML page of a study"),
+    "runs": ("train.runs", "the runs below a folder: how far each is, its loss and its sink"),
+    "generate": ("train.generate", "a look at what a run writes"),
     "probe": ("train.probe", "sinks of any causal language model: a run, a checkpoint, a Hugging Face model"),
     "export": ("train.export", "a checkpoint as a Hugging Face Llama folder"),
     "kernels": ("train.kernels", "compile the Triton kernels ahead of time: registers, spills, instructions"),

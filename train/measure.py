@@ -364,7 +364,7 @@ def arrange(
     hide = mode == "first_key_masked"
     shift = len(positions)
     B, T = len(text), text.shape[1] + shift
-    slots = torch.tensor([i for i in range(T) if i not in positions])
+    slots = torch.tensor([i for i in range(T) if i not in positions], dtype=torch.int64)
     tokens = torch.empty(B, T, dtype=torch.int64)
     tokens[:, slots] = text
     tokens[:, list(positions)] = first
