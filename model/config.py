@@ -7,6 +7,9 @@ from typing import Literal
 
 from model.ranges import check_number
 
+_MOST_LAYERS = 10_000
+"""A module takes a millisecond to make; a slip of the hand should not take minutes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
@@ -41,7 +44,8 @@ class DecoderConfig:
     init_std / √(2L)."""
 
     def __post_init__(self) -> None:
-        for name in ("layers", "d_model", "heads", "d_ff"):
+        check_number("layers", self.layers, least=1, most=_MOST_LAYERS)
+        for name in ("d_model", "heads", "d_ff"):
             check_number(name, getattr(self, name), least=1)
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             raise ValueError(f"kv_heads: expected a divisor of heads={self.heads}, found {self.kv_heads}")
@@ -53,6 +57,13 @@ class DecoderConfig:
             raise ValueError(f"head_dim: expected an even number (RoPE rotates pairs), found {self.dim}")
         for name in ("rope_base", "norm_eps", "init_std"):
             check_number(name, getattr(self, name), above=0)
+
+    def parameters(self, vocab_size: int) -> int:
+        """Parameters of the decoder, without building it."""
+        width, key_width = self.heads * self.dim, self.key_heads * self.dim
+        block = self.d_model * (2 * width + 2 * key_width + 3 * self.d_ff + 2)
+        block += self.heads if self.sink == "learned" else 0
+        return self.layers * block + self.d_model * (1 + vocab_size * (1 if self.tied else 2))
 
     @property
     def groups(self) -> int:

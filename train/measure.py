@@ -83,6 +83,23 @@ class MeasureConfig:
             if len(set(getattr(self, name))) != len(getattr(self, name)) or not getattr(self, name):
                 raise ValueError(f"measure.{name}: expected distinct modes, at least one")
 
+    def check_context(self, context_length: int) -> None:
+        """Raise ValueError where a row has no room for BOS and the tokens that are measured."""
+        if context_length <= self.sink_tokens:
+            raise ValueError(
+                f"measure.sink_tokens={self.sink_tokens}: expected fewer than "
+                f"data.context_length={context_length}; lower it or lengthen the context"
+            )
+
+    def check_placed(self, mode: InferenceMode, strategy: Strategy) -> None:
+        """Raise ValueError where a mode places a token that no measured query can look at."""
+        last = max((i for i, what in enumerate(leading_tokens(mode, strategy)) if what != "none"), default=0)
+        if last >= self.sink_tokens:
+            raise ValueError(
+                f"strategy.first_token: found a token placed at position {last}, expected one before "
+                f"measure.sink_tokens={self.sink_tokens}, so that every document of the probe reaches it"
+            )
+
     def steps(self, max_steps: int, points: int | None = None) -> list[int]:
         """Steps after which to measure during training: 0, then `points` (None: `live_points`), geometric from
         first_step to max_steps."""
@@ -112,11 +129,7 @@ class Probe:
         """The first documents of `store` (the validation split) with at least `sink_tokens` tokens."""
         import torch
 
-        if context_length <= config.sink_tokens:
-            raise ValueError(
-                f"measure.sink_tokens={config.sink_tokens}: expected fewer than "
-                f"data.context_length={context_length}; lower it or lengthen the context"
-            )
+        config.check_context(context_length)
         documents = []
         for index in range(store.documents):
             tokens = store.slice(index, 0, context_length - 1)
@@ -218,6 +231,15 @@ def _mean(rows: list[list[float]]) -> float:
     return sum(map(sum, rows)) / sum(map(len, rows))
 
 
+def leading_tokens(mode: InferenceMode, strategy: Strategy) -> tuple[str | int, ...]:
+    """What a mode puts at row positions 0, 1, ...: `none` where the text goes on, empty where it has them all."""
+    by_mode: dict[str, tuple[str | int, ...]] = {"bos": ("bos",), "text": (), "random_first": ("random",)}
+    leading = by_mode.get(mode, strategy.leading)
+    if mode in ("as_trained", "first_key_masked") and not leading and strategy.document_start != "none":
+        return (strategy.document_start,)
+    return leading
+
+
 def first_tokens(
     mode: InferenceMode, strategy: Strategy, probe: Probe, rows: Sequence[int]
 ) -> tuple[torch.Tensor, tuple[int, ...]]:
@@ -228,10 +250,7 @@ def first_tokens(
     """
     import torch
 
-    by_mode: dict[str, tuple[str | int, ...]] = {"bos": ("bos",), "text": (), "random_first": ("random",)}
-    leading = by_mode.get(mode, strategy.leading)
-    if mode in ("as_trained", "first_key_masked") and not leading and strategy.document_start != "none":
-        leading = (strategy.document_start,)
+    leading = leading_tokens(mode, strategy)
     usable = [t for t in range(len(probe.token_bytes)) if t not in probe.special_ids]
 
     def token(what: str | int, position: int, row: int) -> int:
@@ -274,14 +293,10 @@ def measure(
     totals, second = torch.zeros(4, *shape, dtype=torch.float64), 0
     loss_sum, byte_sum, token_sum, documents = 0.0, 0, 0, 0
     device = input_device(model)
+    config.check_placed(mode, strategy)
     with evaluating(model), torch.no_grad():
         for rows, text, lengths in probe.batches(config.batch_tokens):
             _, positions = first_tokens(mode, strategy, probe, rows)
-            if positions and positions[-1] >= config.sink_tokens:
-                raise ValueError(
-                    f"strategy.first_token: found a token placed at position {positions[-1]}, expected one before "
-                    f"measure.sink_tokens={config.sink_tokens}, so that every document of the probe reaches it"
-                )
             second = (positions or (0,))[-1] if key is None else key
             if strategy.prefix_lm or second >= config.sink_tokens - 1:
                 second = 0  # no query is left to look at it

@@ -61,6 +61,15 @@ class OptimizerConfig:
                 f"{self.schedule}; set them to 0"
             )
 
+    def check_steps(self, total_steps: int) -> None:
+        """Raise ValueError when warm-up and cooldown do not fit into a run of `total_steps`."""
+        warmup, cooldown = self.phases(total_steps)
+        if warmup + cooldown > total_steps:
+            raise ValueError(
+                f"optimizer: warm-up of {warmup} and cooldown of {cooldown} steps "
+                f"do not fit into trainer.max_steps={total_steps}; shorten them or train longer"
+            )
+
     def phases(self, total_steps: int) -> tuple[int, int]:
         """Steps of warm-up and of cooldown in a run of `total_steps`."""
         return (
@@ -91,16 +100,11 @@ def build_optimizer(
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """AdamW over two groups (matrices with decay, the rest without) and its schedule, stepped each step.
 
-    Raises ValueError when warm-up and cooldown do not fit into `total_steps`.
+    Raises ValueError: see `OptimizerConfig.check_steps`.
     """
     import torch
 
-    warmup, cooldown = config.phases(total_steps)
-    if warmup + cooldown > total_steps:
-        raise ValueError(
-            f"optimizer: warm-up of {warmup} and cooldown of {cooldown} steps "
-            f"do not fit into trainer.max_steps={total_steps}; shorten them or train longer"
-        )
+    config.check_steps(total_steps)
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},

@@ -19,6 +19,7 @@ from train import rundir
 from train.arms import ArmRun
 from train.plain_text import console
 from train.runner import slots
+from train.settings import TRAINING_BYTES
 from train.study_file import StudyConfig
 from train.yaml_files import read_mapping
 
@@ -30,8 +31,6 @@ CORE = 2.6e10
 """Assumed FLOP/s of one CPU core where no finished arm says better: small models on an AMD EPYC."""
 CHECKPOINT_BYTES = 12
 """A parameter's weight and two moments, float32."""
-TRAINING_BYTES = 16
-"""The same and its gradient."""
 PROCESS_BYTES = 700_000_000
 """A training process beside its model (peak of a demo arm)."""
 
@@ -47,21 +46,13 @@ class Cost:
     """Bytes of its checkpoints, one that is being written included."""
 
 
-def parameters(decoder: DecoderConfig, vocab_size: int) -> int:
-    """Parameters of a decoder, without building it."""
-    c, width, key_width = decoder.d_model, decoder.heads * decoder.dim, decoder.key_heads * decoder.dim
-    block = 2 * c * width + 2 * c * key_width + 3 * c * decoder.d_ff + 2 * c
-    block += decoder.heads if decoder.sink == "learned" else 0
-    return decoder.layers * block + c + vocab_size * c * (1 if decoder.tied else 2)
-
-
 def training_flops(
     decoder: DecoderConfig, vocab_size: int, context_length: int, window: int | None, checkpointing: bool = False
 ) -> float:
     """FLOPs of one training token."""
     looked_up = 0 if decoder.tied else vocab_size * decoder.d_model
     keys = min(context_length / 2, window or context_length)
-    products = 6 * (parameters(decoder, vocab_size) - looked_up)
+    products = 6 * (decoder.parameters(vocab_size) - looked_up)
     attention = 12 * decoder.layers * decoder.heads * decoder.dim * keys
     return (products + attention) * (4 / 3 if checkpointing else 1)
 
@@ -96,7 +87,7 @@ def cost(study: StudyConfig, run: ArmRun) -> Cost:
         run.setting("data.strategy.window"),
         bool(run.setting("model.activation_checkpointing", False)),
     )
-    size = parameters(decoder, vocab_size)
+    size = decoder.parameters(vocab_size)
     # The newest, the best, and the one that is being written.
     kept = len(rundir.kept_steps(int(run.setting("checkpoint_points", 12)), steps)) + 3
     return Cost(size, tokens, each * tokens, CHECKPOINT_BYTES * size * kept)
