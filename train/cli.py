@@ -6,6 +6,7 @@ import argparse
 import difflib
 import errno
 import importlib
+import locale
 import os
 import sys
 from collections.abc import Sequence
@@ -44,6 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failure that was explained, 2 for bad usage."""
+    if argv is None:
+        _use_utf8()
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["--version"]:
         from importlib import metadata
@@ -73,6 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"sinkbed {command}: {explain(error)}", file=sys.stderr)
         return 1
+
+
+def _use_utf8() -> None:
+    """Start this program anew in Python's UTF-8 mode where the locale has another encoding: texts, configs and tables
+    are UTF-8, and processes that are started from here inherit the mode."""
+    if not sys.flags.utf8_mode and locale.getencoding().lower().replace("-", "") != "utf8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def explained(error: Exception) -> bool:

@@ -287,3 +287,12 @@ def test_a_fault_of_ours_has_its_traceback(monkeypatch):
     monkeypatch.setattr(prepare, "run", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["prepare"])
+
+
+def test_an_ascii_locale_changes_nothing(tmp_path):
+    """Neither what is read nor what is printed: the program switches to UTF-8."""
+    (tmp_path / "läufe ⟨bos⟩").mkdir()
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "train", "runs", str(tmp_path / "läufe ⟨bos⟩")]
+    done = subprocess.run(command, capture_output=True, env=environment, cwd=tmp_path)
+    assert "läufe ⟨bos⟩: expected runs, found none" in done.stderr.decode(), done.stderr
