@@ -69,6 +69,9 @@ class Manifest:
     eos_id: int
     special_ids: tuple[int, ...]
     """Every control token of the tokenizer, in ascending order; none of them stands in a stored document."""
+    control_tokens: tuple[dict[str, Any], ...] = ()
+    """What tokenizer.json leaves out, so that nobody who loads it makes control tokens from text: its list of them.
+    Empty in stores made before, whose tokenizer.json holds them."""
     dtype: str
     """`uint16` or `uint32`."""
     left_out: dict[str, int]
@@ -129,6 +132,7 @@ class Manifest:
         if checksum not in (None, actual := sha256_json(fields)):
             raise ValueError(f"one of sha256 {actual} whose {_CHECKSUM} says {checksum}")
         fields["special_ids"] = tuple(fields["special_ids"])
+        fields["control_tokens"] = tuple(fields.get("control_tokens", ()))
         fields["splits"] = {name: _read_split(split) for name, split in fields["splits"].items()}
         manifest = cls(**fields)
         manifest._check_sums()

@@ -158,7 +158,7 @@ def _kept_tokenizer(config: PrepareConfig, documents: Documents, units: Units, p
     chosen = config.tokenizer
     if units.has_tokenizer() and not chosen.path:
         try:
-            return Tokenizer.load(units.partial.folder / TOKENIZER_NAME)
+            return Tokenizer.load_trained(units.partial.folder / TOKENIZER_NAME)
         except ValueError as error:
             raise ValueError(
                 f"{units.partial.folder}: the tokenizer of this unfinished token store is damaged ({error}); remove "

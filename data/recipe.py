@@ -97,14 +97,14 @@ class PrepareConfig:
 
 def selection(config: PrepareConfig, documents: Documents, tokenizer: Tokenizer | None = None) -> Selection:
     """The documents of a source that go into the store; without a tokenizer, as one without a normaliser has them."""
-    normalizes = tokenizer is not None and tokenizer.backend.normalizer is not None
     return Selection(
         documents,
         validation_share=config.validation_share,
         min_bytes=config.min_bytes,
         max_bytes=config.max_bytes,
         deduplicate=config.deduplicate,
-        normalize=tokenizer.normalize if tokenizer is not None and normalizes else None,
+        normalize=tokenizer.normalize if tokenizer is not None and tokenizer.may_change_text else None,
+        skip_changed=config.on_error == "skip",
     )
 
 

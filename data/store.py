@@ -17,6 +17,7 @@ Traded away: a store is never changed in place; another tokenizer or split means
 
 from __future__ import annotations
 
+import json
 import os
 from collections import OrderedDict
 from pathlib import Path
@@ -78,7 +79,7 @@ class TokenStore:
         tokenizer = path / TOKENIZER_NAME
         if not tokenizer.is_file():
             raise FileNotFoundError(f"{tokenizer} is missing; prepare the token store again with --force")
-        definition = read_definition(tokenizer)
+        definition = read_definition(tokenizer, manifest.control_tokens)
         found = sha256_json(definition)
         if found != manifest.tokenizer_sha256:
             raise ValueError(
@@ -114,9 +115,8 @@ class TokenStore:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the documents were encoded with."""
-        return Tokenizer.load_by_ids(
-            self.path / TOKENIZER_NAME, bos_id=self.manifest.bos_id, eos_id=self.manifest.eos_id
-        )
+        definition = read_definition(self.path / TOKENIZER_NAME, self.manifest.control_tokens)
+        return Tokenizer.from_str(json.dumps(definition), bos_id=self.manifest.bos_id, eos_id=self.manifest.eos_id)
 
     def slice(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[np.unsignedinteger]:
         """Tokens `start` to `stop` of a document, clipped to its end: a read-only view of the mapped file.
