@@ -150,7 +150,7 @@ class _Sample:
         read = 0
         ahead = _READ_AHEAD if file.endswith(COMPRESSED) else 0
         with open(file, "rb") as raw:
-            for record in read_records(file, file, source.kind, source.column or "text", raw):
+            for record in read_records(file, file, source.kind, source.column or "text", raw=raw):
                 if record.problem and self._config.on_error == "refuse":
                     raise ValueError(f"{record.at}; or leave such records out with --on_error skip")
                 if record.problem or not record.text or record.text.isspace():
