@@ -12,6 +12,7 @@ a full shuffle; with it, nothing is copied and the shuffle is that of a buffer.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
@@ -39,6 +40,7 @@ def load(source: Source) -> Any:
     Raises FileNotFoundError for missing files, ValueError for a missing column, a data set that brings its
     own code, or a source without a single record.
     """
+    datasets.disable_progress_bars()  # ours says how far it is
     if source.kind != "mixture":
         return _load_single(source)
     streams = [_stream(_load_single(part)) for part in source.sources]
@@ -212,6 +214,12 @@ def _columnar(source: SingleSource, builder: Any, split: str) -> Any:
 def _opened(builder: Any, source: SingleSource, split: str) -> Any:
     if source.streaming:
         return builder.as_streaming_dataset(split=split)
+    if not os.path.exists(builder.cache_dir):
+        print(
+            f"copying {describe(source)} to {builder.cache_dir}, where `datasets` keeps it; HF_DATASETS_CACHE puts it "
+            "elsewhere, source.streaming: true makes no copy",
+            file=sys.stderr,
+        )
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
 

@@ -108,6 +108,7 @@ class Manifest:
         Raises FileNotFoundError where there is no token store, ValueError for a manifest that is damaged,
         contradicts itself, or is of another format version.
         """
+        folder = folder.expanduser()
         path = folder / MANIFEST_NAME
         if not path.is_file():
             raise FileNotFoundError(

@@ -20,8 +20,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, differing, sha256_json
-from data.recipe import SHARD_BYTES, TRAIN_BYTES, VOCAB_SIZE, PrepareConfig, TokenizerConfig, recipe_of, selection
+from data.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, differing
+from data.recipe import (
+    SHARD_BYTES,
+    TRAIN_BYTES,
+    VOCAB_SIZE,
+    PrepareConfig,
+    TokenizerConfig,
+    condensed,
+    recipe_of,
+    selection,
+)
 from data.selection import Batch, batches, split_of
 from data.sources import Documents
 
@@ -140,9 +149,9 @@ def _up_to_date(out: Path, recipe: dict[str, Any]) -> Manifest:
     from data.store import TokenStore
 
     manifest = Manifest.read(out)
-    if manifest.fingerprint != sha256_json(recipe):
+    if (made_from := condensed(manifest.recipe)) != recipe:
         raise ValueError(
-            f"{out} holds a token store made from another config ({differing(manifest.recipe, recipe)}); choose "
+            f"{out} holds a token store made from another config ({differing(made_from, recipe)}); choose "
             "another --out, or replace it with `sinkbed prepare --force`"
         )
     for split in manifest.splits:

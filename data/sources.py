@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from data.demo import demo_versions
-from data.manifest import sha256_file
+from data.manifest import sha256_file, sha256_json
 from data.synthetic import GENERATOR_VERSION, Synthetic
 
 Kind = Literal["demo", "jsonl", "parquet", "text", "hub", "synthetic", "mixture"]
@@ -113,6 +113,8 @@ class SingleSource:
             )
         if self.kind == "hub" and isinstance(self.split, Separator):
             raise ValueError("source.split: expected the name of a split with kind 'hub', found a separator")
+        if self.name:  # it may be a local folder
+            object.__setattr__(self, "name", os.path.expanduser(self.name))
         if self.kind == "hub" and not self.name:
             raise ValueError("source.name: found none with kind 'hub'; expected owner/name")
         if self.kind == "synthetic" and self.synthetic is None:
@@ -225,7 +227,7 @@ class Documents:
 
 
 def identity(source: SingleSource) -> dict[str, Any]:
-    """What tells one state of a source from another: file names, sizes and sha256, or package versions.
+    """What tells one state of a source from another: a digest of its files, or package versions.
 
     A hub data set is identified by what the config says of it; only a pinned revision makes that exact. A
     synthetic task is what its parameters say under one version of the generator.
@@ -240,7 +242,15 @@ def identity(source: SingleSource) -> dict[str, Any]:
     if source.kind == "synthetic":
         return {"generator": GENERATOR_VERSION}
     paths = [Path(path) for path in matching(source.patterns)]
-    return {"files": [{"name": path.name, "size": path.stat().st_size, "sha256": sha256_file(path)} for path in paths]}
+    files = [{"name": path.name, "size": path.stat().st_size, "sha256": sha256_file(path)} for path in paths]
+    return {"files": digest_of(files)}
+
+
+def digest_of(files: list[dict[str, Any]]) -> dict[str, Any]:
+    """Files in short, however many: count, bytes, and one sha256 over the names, sizes and sha256 of all."""
+    size = sum(file["size"] for file in files)
+    names = [{**file, "name": os.fsencode(file["name"]).decode("latin-1")} for file in files]  # names need be no UTF-8
+    return {"count": len(files), "size": size, "sha256": sha256_json(names)}
 
 
 def matching(patterns: tuple[str, ...]) -> list[str]:

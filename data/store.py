@@ -54,7 +54,7 @@ class TokenStore:
         self.info: SplitInfo = manifest.splits[split]
         shards = self.info.shards
         self._first_token = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)
-        self._mapped: OrderedDict[int, tuple[NDArray[np.int64], NDArray[Any]]] = OrderedDict()
+        self._mapped: OrderedDict[int, tuple[NDArray[np.int64], NDArray[Any], int]] = OrderedDict()
         self.offsets = Offsets(
             [shard.documents for shard in shards],
             [shard.tokens for shard in shards],
@@ -69,7 +69,7 @@ class TokenStore:
         Raises FileNotFoundError where there is no token store or a shard is missing, and ValueError for a
         split it does not have, a damaged shard or a tokenizer that is not the one it was made with.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         manifest = Manifest.read(path)
         if split not in manifest.splits:
             raise ValueError(
@@ -170,29 +170,46 @@ class TokenStore:
 
     def _shard(self, number: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
         """A shard's own offsets and all its tokens: views of the mapped file. The least recently used one is let go."""
+        shard = self.info.shards[number]
+        path = self.path / shard.file
         if number in self._mapped:
+            offsets, values, inode = self._mapped[number]
+            self._check_length(path, shard, inode)
             if len(self._mapped) == _MAPPED_SHARDS:
                 self._mapped.move_to_end(number)
-            return self._mapped[number]
-        shard = self.info.shards[number]
+            return offsets, values
         column = self._column(shard, "tokens")
         offsets, values = column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=True)
-        if len(offsets) != shard.documents + 1 or int(offsets[-1]) != shard.tokens:
+        if len(offsets) != shard.documents + 1 or int(offsets[-1]) != shard.tokens or offsets[0] != 0:
             raise self._damaged(
                 shard,
                 f"found {len(offsets) - 1:,} documents and {int(offsets[-1]):,} tokens, "
                 f"expected {shard.documents:,} and {shard.tokens:,}",
             )
+        if values.dtype != self.manifest.dtype:
+            raise self._damaged(shard, f"found tokens of type {values.dtype}, expected {self.manifest.dtype}")
         if len(self._mapped) >= _MAPPED_SHARDS:
             self._mapped.popitem(last=False)
-        self._mapped[number] = offsets, values
+        self._mapped[number] = offsets, values, os.stat(path).st_ino
         return offsets, values
+
+    def _check_length(self, path: Path, shard: ShardInfo, inode: int) -> None:
+        """Refuse a mapped file that was cut short: to read beyond its end would kill the process."""
+        try:
+            now = os.stat(path)
+        except FileNotFoundError:  # deleted or replaced: what is mapped stays
+            return
+        if now.st_ino == inode and now.st_size < shard.size:
+            raise self._damaged(shard, f"found {now.st_size:,} bytes on disk, expected {shard.size:,}")
 
     def _column(self, shard: ShardInfo, name: str) -> Any:
         try:
             with pa.memory_map(os.fspath(self.path / shard.file)) as source:
-                return pa.ipc.open_file(source).get_batch(0).column(name)
-        except (pa.ArrowInvalid, KeyError) as error:
+                column = pa.ipc.open_file(source).get_batch(0).column(name)
+            # Offsets that fall, or point beyond the values, would be read as other documents or beyond the file.
+            column.validate(full=True)
+            return column
+        except (pa.ArrowException, LookupError, OSError, ValueError) as error:
             raise self._damaged(shard, f"found no readable Arrow file ({error})") from error
 
     def _damaged(self, shard: ShardInfo, what: str) -> ValueError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -153,6 +154,54 @@ def test_a_flipped_bit_is_named_by_verify(make_store: MakeStore) -> None:
     shard.write_bytes(content)
     with pytest.raises(ValueError, match=r"00002\.arrow is damaged: found sha256 .*--force"):
         TokenStore.open(store.path).verify()
+
+
+def test_a_flipped_byte_in_a_shard_is_never_a_crash(make_store: MakeStore) -> None:
+    """Whatever opens gives as many tokens as it should; `verify` tells the tokens apart."""
+    store = make_store(DOCUMENTS)
+    path = store.path / store.info.shards[0].file
+    content = path.read_bytes()
+    refused = 0
+    for place in range(len(content)):
+        for mask in (1, 0x80):
+            path.write_bytes(content[:place] + bytes([content[place] ^ mask]) + content[place + 1 :])
+            try:
+                opened = TokenStore.open(store.path)
+                assert sum(len(opened.slice(i)) for i in range(7)) == 12 and len(opened.document_bytes()) == 7
+            except ValueError as error:
+                refused += 1
+                assert f"shard {path} is damaged: found" in str(error)
+    assert refused > 100
+
+
+def test_offsets_that_fall_are_named(make_store: MakeStore) -> None:
+    store = make_store(DOCUMENTS)
+    path = store.path / store.info.shards[0].file
+    content = path.read_bytes()
+    offsets = np.array([0, 3, 3, 4, 9, 9, 11, 12]).tobytes()
+    assert content.count(offsets) == 1
+    path.write_bytes(content.replace(offsets, np.array([0, 3, 3, 10, 9, 9, 11, 12]).tobytes()))
+    with pytest.raises(ValueError, match=r"00000\.arrow is damaged: found no readable Arrow file"):
+        TokenStore.open(store.path)
+
+
+def test_a_shard_cut_short_under_a_reader_is_named_and_one_replaced_is_read_on(make_store: MakeStore) -> None:
+    """Regression: reading beyond the end of a mapped file kills the process."""
+    store = make_store([[2 + i % 200 for i in range(50_000)]])
+    shard = store.path / "train" / "00000.arrow"
+    everything = np.array([0]), np.array([store.tokens])
+    expected = store.gather(*everything).tolist()
+    aside = shard.with_name("aside")
+    shutil.copy(shard, aside)
+    aside.replace(shard)
+    assert store.gather(*everything).tolist() == expected, "a mapped file that was replaced stays as it was"
+    shard.unlink()
+    assert store.slice(0).tolist() == expected
+    store = make_store([[2 + i % 200 for i in range(50_000)]])
+    os.truncate(store.path / "train" / "00000.arrow", 4096)
+    for read in (lambda: store.gather(*everything), lambda: store.slice(0), lambda: store.offsets[:]):
+        with pytest.raises(ValueError, match=r"00000\.arrow is damaged: found 4,096 bytes on disk, expected 10"):
+            read()
 
 
 def test_a_shard_that_is_no_arrow_file_is_named(make_store: MakeStore) -> None:
