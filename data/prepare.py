@@ -31,7 +31,7 @@ from data.recipe import (
     recipe_of,
     selection,
 )
-from data.selection import Batch, batches, split_of
+from data.selection import batches, split_of
 from data.sources import Documents
 
 if TYPE_CHECKING:
@@ -106,9 +106,9 @@ def _fill(config: PrepareConfig, recipe: dict[str, Any], units: Units, workers: 
     done = set(units.finished)
     cut = batches(selected, config.shard_bytes or SHARD_BYTES)
     with _Bar("encoding", progress, documents.count()) as bar, Encoder(tokenizer, workers) as encoder:
-        for batch, encoded in encoder.map(cut, done):
+        for batch, encoded in encoder.map(cut, done, bar.encoded):
             gathered.add(batch, encoded)
-            bar.advance(batch, encoded)
+            bar.advance(len(batch.documents))
             if not batch.last:
                 continue
             if batch.unit in done:
@@ -226,13 +226,18 @@ class _Bar:
         self._bar.update()
         return text
 
-    def advance(self, batch: Batch, encoded: Encoded | None) -> None:
-        """Count a batch."""
-        if encoded is not None:
-            self._bytes += int(encoded.sizes.sum())
-            self._tokens += len(encoded.tokens)
-            seconds = time.perf_counter() - self._began
-            self._bar.set_postfix_str(
-                f"{self._bytes / seconds / 1e6:.1f} MB/s, {self._tokens / seconds / 1e6:.2f}M tokens/s", refresh=False
-            )
-        self._bar.update(len(batch.documents))
+    def encoded(self, encoded: Encoded) -> None:
+        """Tell how fast, also inside a long document."""
+        self._bytes += int(encoded.sizes.sum())
+        self._tokens += len(encoded.tokens)
+        seconds = time.perf_counter() - self._began
+        self._bar.set_postfix_str(
+            f"{self._bytes / 1e6:,.0f} MB, {self._bytes / seconds / 1e6:.1f} MB/s, "
+            f"{self._tokens / seconds / 1e6:.2f}M tokens/s",
+            refresh=False,
+        )
+        self._bar.update(0)
+
+    def advance(self, documents: int) -> None:
+        """Count documents."""
+        self._bar.update(documents)

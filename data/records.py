@@ -96,7 +96,7 @@ class Records(datasets.ArrowBasedBuilder):
 def read_tables(path: str, name: str, format: str, column: str, split: str = "file") -> Iterator[pa.Table]:
     """The records of one file as tables of `FEATURES`, in order; arguments as of `read_records`."""
     if format != "parquet":
-        yield from map(_table, _gathered(read_records(path, name, format, column, split)))
+        yield from _gathered(read_records(path, name, format, column, split))
         return
     try:
         with _opened(path) as file:
@@ -121,10 +121,13 @@ def read_records(
     number = 0
     try:
         with raw or _opened(path) as file, decompressed(file, name) as stream:
+            if format == "text" and split == "file":
+                yield _decoded(stream.read(), name)
+                return
             if format == "text":
+                what = "line" if split == "line" else "document"
                 for number, content in enumerate(_documents(stream, split), 1):
-                    where = name if split == "file" else f"{name}, {'line' if split == 'line' else 'document'} {number}"
-                    yield _decoded(content.removeprefix(_MARK) if number == 1 else content, where)
+                    yield _decoded(content, f"{name}, {what} {number}", marked=number == 1)
                 return
             for number, line in enumerate(stream, 1):
                 if number == 1 and line.removeprefix(_MARK).lstrip().startswith(b"["):
@@ -156,9 +159,7 @@ def _raise_missing(error: BaseException) -> None:
 
 def _documents(stream: Any, split: str) -> Iterator[bytes]:
     """Documents of a text. Lines end with a line feed alone; other line ends of Unicode are text."""
-    if split == "file":
-        yield stream.read()
-    elif split == "line":
+    if split == "line":
         for line in stream:
             yield line.removesuffix(b"\n").removesuffix(b"\r")
     elif split == "blank_line":
@@ -202,10 +203,8 @@ def _parquet_tables(file: IO[bytes], name: str, column: str) -> Iterator[pa.Tabl
         try:
             texts.validate(full=True)
         except pa.ArrowInvalid:  # bytes that are no UTF-8 somewhere
-            raws = texts.cast(pa.large_binary()).to_pylist()
-            yield _table(
-                [_decoded(raw or b"", f"{name}, record {number + index}") for index, raw in enumerate(raws, 1)]
-            )
+            raws = enumerate(texts.cast(pa.large_binary()).to_pylist(), number + 1)
+            yield _table([_decoded(raw or b"", f"{name}, record {index}", marked=False) for index, raw in raws])
         else:
             nothing = pa.nulls(len(texts), pa.string())
             yield pa.table({"text": texts, "problem": nothing, "at": nothing}, schema=FEATURES.arrow_schema)
@@ -226,9 +225,9 @@ def decompressed(file: IO[bytes], name: str) -> Any:
     return file
 
 
-def _decoded(content: bytes, where: str) -> Record:
+def _decoded(content: bytes, where: str, marked: bool = True) -> Record:
     try:
-        return Record(content.decode())
+        return Record(content.decode("utf-8-sig" if marked else "utf-8"))
     except UnicodeDecodeError as error:
         return Record(None, "encoding", f"{where}: found bytes that are no UTF-8 ({error})")
 
@@ -305,15 +304,18 @@ def _table(records: list[Record]) -> pa.Table:
     return pa.table(dict(zip(FEATURES, zip(*records, strict=True), strict=True)), schema=FEATURES.arrow_schema)
 
 
-def _gathered(records: Iterator[Record]) -> Iterator[list[Record]]:
-    """Records by the megabyte."""
+def _gathered(records: Iterator[Record]) -> Iterator[pa.Table]:
+    """Records by the megabyte; of a long text one copy at a time."""
     gathered: list[Record] = []
     size = 0
-    for record in records:
+    while record := next(records, None):
         gathered.append(record)
         size += len(record.text or "") + 64
+        del record
         if size >= _TABLE_BYTES:
-            yield gathered
+            table = _table(gathered)
             gathered, size = [], 0
+            yield table
+            del table
     if gathered:
-        yield gathered
+        yield _table(gathered)

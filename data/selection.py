@@ -98,6 +98,7 @@ class Selection:
                 self.left_out["too_long"] += 1
                 continue
             digest = text_hash(content)
+            del content  # not beside a long text for as long as that is encoded
             if self._seen is not None and not self._seen.add(digest):
                 self.left_out["duplicate"] += 1
                 continue

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -206,6 +207,23 @@ class Tokenizer:
             table[index] = len(added.content.encode())
         table[list(self.special_ids)] = 0
         return table
+
+    def word_starts(self, text: str) -> set[int]:
+        """Where in a text, normalised before, the words of the pre-tokenizer begin; empty where there is none."""
+        pre_tokenizer, normalizer = self.backend.pre_tokenizer, self.backend.normalizer
+        with _panic_named():
+            seen = text if normalizer is None else normalizer.normalize_str(text)
+            if pre_tokenizer is None or len(seen) != len(text):
+                return set()
+            return {begin for _, (begin, _) in pre_tokenizer.pre_tokenize_str(seen)}
+
+    @cached_property
+    def pairs(self) -> frozenset[tuple[str, str]] | None:
+        """Characters of a text that stand side by side in a token; None for a byte-level vocabulary."""
+        if self._is_byte_level:
+            return None
+        tokens = (token.replace(_SPACE, " ") for token in self.backend.get_vocab() if not _BYTE.fullmatch(token))
+        return frozenset(pair for token in tokens for pair in pairwise(token))
 
     def _require(self, role: str, token: str) -> int:
         index = self.backend.token_to_id(token)
