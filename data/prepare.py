@@ -191,13 +191,17 @@ def make_tokenizer(config: PrepareConfig, documents: Documents, progress: bool) 
 
 
 def _training_texts(config: PrepareConfig, documents: Documents) -> Iterator[str]:
-    """The first selected documents of the training split, up to the limits of the tokenizer's config."""
-    budget = config.tokenizer.train_bytes or TRAIN_BYTES
+    """The first selected documents of the training split, up to the limits of the tokenizer's config.
+
+    The last one is given whole, but of no document more than `train_bytes`.
+    """
+    budget = limit = config.tokenizer.train_bytes or TRAIN_BYTES
     count = 0
     for document in selection(config, documents):
         if document.split != "train":
             continue
-        yield document.text
+        whole = document.size <= limit
+        yield document.text if whole else document.text[:limit].encode()[:limit].decode(errors="ignore")
         budget -= document.size
         count += 1
         if budget <= 0 or count == config.tokenizer.train_documents:

@@ -29,7 +29,8 @@ class TokenizerConfig:
     vocab_size: int | None = None
     """Training: tokens in the vocabulary at most, with 256 bytes, `<bos>` and `<eos>`. None: 32,768."""
     train_bytes: int | None = None
-    """Training: stop reading documents after this many UTF-8 bytes. None: 4,000,000."""
+    """Training: stop reading documents after this many UTF-8 bytes; of one document no more are read. None:
+    4,000,000."""
     train_documents: int | None = None
     """Training: stop reading after this many documents. None: no limit."""
     bos: str | None = None

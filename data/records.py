@@ -221,7 +221,7 @@ def decompressed(file: IO[bytes], name: str) -> Any:
     if end == ".xz":
         return lzma.open(file)
     if end == ".zst":  # pyarrow's reads several frames and notices a truncated one
-        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd"), 1 << 20)
+        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd"), 1 << 14)
     return file
 
 

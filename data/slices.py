@@ -15,7 +15,7 @@ from data.tokenizer import Tokenizer
 
 SLICE = 2**18  # characters, about as many as a batch of documents has
 LONGEST = 2**22  # characters without a place to cut, at most
-_CONTEXT = 2**12  # characters on each side of a cut that are compared
+_CONTEXT = 2**10  # characters on each side of a cut that are compared
 
 
 def slices(tokenizer: Tokenizer, text: str) -> Iterator[str]:

@@ -28,7 +28,7 @@ from tokenizers import normalizers
 from data import selection
 from data.batches import Rows
 from data.manifest import Manifest, sha256_file, sha256_json
-from data.prepare import PrepareConfig, TokenizerConfig, prepare, split_of
+from data.prepare import PrepareConfig, TokenizerConfig, make_tokenizer, prepare, split_of
 from data.sources import SingleSource, Source
 from data.store import TokenStore
 from data.strategy import Strategy
@@ -151,6 +151,21 @@ def test_the_store_is_the_same_to_the_byte_for_any_number_of_workers(
         assert sum(len(split.shards) for split in manifest.splits.values()) > 6
         found.append({str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()})
     assert found[0] == found[1] == found[2]
+
+
+def test_a_tokenizer_reads_no_more_than_its_limit_of_one_document(
+    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(Tokenizer, "train", lambda texts, vocab_size: seen.extend(texts))
+    long = "\u20ac" * 1000
+    for limit, expected in ((100, "\u20ac" * 33), (3000, long), (2999, "\u20ac" * 999)):
+        seen.clear()
+        chosen = dataclasses.replace(
+            config, tokenizer=TokenizerConfig(vocab_size=300, train_bytes=limit), validation_share=0.0
+        )
+        make_tokenizer(chosen, [long, "next"], progress=False)  # type: ignore[arg-type]
+        assert seen == [expected]
 
 
 @settings(max_examples=15, deadline=None)
