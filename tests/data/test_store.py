@@ -163,15 +163,14 @@ def test_a_flipped_byte_in_a_shard_is_never_a_crash(make_store: MakeStore) -> No
     content = path.read_bytes()
     refused = 0
     for place in range(len(content)):
-        for mask in (1, 0x80):
-            path.write_bytes(content[:place] + bytes([content[place] ^ mask]) + content[place + 1 :])
-            try:
-                opened = TokenStore.open(store.path)
-                assert sum(len(opened.slice(i)) for i in range(7)) == 12 and len(opened.document_bytes()) == 7
-            except ValueError as error:
-                refused += 1
-                assert f"shard {path} is damaged: found" in str(error)
-    assert refused > 100
+        path.write_bytes(content[:place] + bytes([content[place] ^ (0x80 if place % 2 else 1)]) + content[place + 1 :])
+        try:
+            opened = TokenStore.open(store.path)
+            assert sum(len(opened.slice(i)) for i in range(7)) == 12 and len(opened.document_bytes()) == 7
+        except ValueError as error:
+            refused += 1
+            assert f"shard {path} is damaged: found" in str(error)
+    assert refused > 50
 
 
 def test_offsets_that_fall_are_named(make_store: MakeStore) -> None:
