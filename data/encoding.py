@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.selection import Batch
-from data.tokenizer import Tokenizer, token_dtype
+from data.slices import slices
+from data.tokenizer import Tokenizer, equivalent, token_dtype
 
 _PARALLEL = "TOKENIZERS_PARALLELISM"
 
@@ -72,34 +73,69 @@ class Encoder:
             os.environ[_PARALLEL] = self._before
 
     def map(
-        self, batches: Iterable[Batch], done: Sequence[int] | set[int] = ()
+        self,
+        batches: Iterable[Batch],
+        done: Sequence[int] | set[int] = (),
+        seen: Callable[[Encoded], None] = lambda _: None,
     ) -> Iterator[tuple[Batch, Encoded | None]]:
-        """Each batch with its tokens, in order; None for the batches of units that are `done`."""
+        """Each batch with its tokens, in order; None for the batches of units that are `done`.
+
+        Args:
+            seen: is told of the tokens as they come, in smaller parts where documents are long.
+        """
         pending: deque[_Pending] = deque()
+        parts: list[_Pending] = []
+
+        def taken() -> Iterator[tuple[Batch, Encoded | None]]:
+            part = pending.popleft()
+            parts.append(part)
+            part.taken = True
+            part.encoded = self._result(part)
+            if part.encoded is not None:
+                seen(part.encoded)
+            if part.last:
+                joined = _joined(parts)
+                parts.clear()
+                yield part.batch, joined
+
         try:
             for batch in batches:
-                pending.append(self._submit(batch, encode=batch.unit not in done))
-                # One at work in each process, and enough waiting to last while a shard is written.
-                while len(pending) > 4 * self._workers:
-                    self._help(pending)
-                    yield self._result(pending.popleft())
+                for part in self._parts(batch, encode=batch.unit not in done):
+                    pending.append(self._submit(part))
+                    # One at work in each process, and enough waiting to last while a shard is written.
+                    while len(pending) > 4 * self._workers:
+                        self._help(pending)
+                        yield from taken()
             while pending:
-                yield self._result(pending.popleft())
+                yield from taken()
         except BrokenProcessPool:
             raise WorkerDiedError(
                 "a process that encodes died (killed, perhaps because memory ran out, or it could not start); "
                 f"finished shards are kept: run the same command again, with fewer than --workers {self._workers}"
             ) from None
 
-    def _submit(self, batch: Batch, encode: bool) -> _Pending:
-        pending = _Pending(batch, encode)
-        if not encode or self._workers == 1:
+    def _parts(self, batch: Batch, encode: bool) -> Iterator[_Pending]:
+        """What is encoded at a time: a batch, or, of one with a long document, slices of it."""
+        if not encode:
+            yield _Pending(batch, None, last=True)
+            return
+        texts: list[str] = []
+        for document in batch.documents:
+            for number, text in enumerate(slices(self._tokenizer, document.text)):
+                if number:
+                    yield _Pending(batch, texts, last=False)
+                    texts = []
+                texts.append(text)
+        yield _Pending(batch, texts, last=True)
+
+    def _submit(self, pending: _Pending) -> _Pending:
+        if pending.texts is None or self._workers == 1:
             return pending
         if self._pool is None and self._first is None:
             self._first = pending
             return pending
         if self._pool is None:
-            assert self._first is not None
+            assert self._first is not None and self._first.texts is not None
             self._pool = ProcessPoolExecutor(
                 self._workers,
                 get_context("forkserver"),
@@ -107,8 +143,8 @@ class Encoder:
                 (self._tokenizer.backend.to_str(), self._tokenizer.bos_id, self._tokenizer.eos_id),
             )
             if not self._first.taken:
-                self._first.future = self._pool.submit(_work, _texts(self._first.batch))
-        pending.future = self._pool.submit(_work, _texts(batch))
+                self._first.future = self._pool.submit(_work, self._first.texts)
+        pending.future = self._pool.submit(_work, pending.texts)
         return pending
 
     def _help(self, pending: deque[_Pending]) -> None:
@@ -120,27 +156,41 @@ class Encoder:
             if first.done():
                 break
             if other.future is not None and other.future.cancel():
-                other.future, other.encoded = None, encode_texts(self._tokenizer, _texts(other.batch))
+                assert other.texts is not None
+                other.future, other.encoded = None, encode_texts(self._tokenizer, other.texts)
         self._started = True
 
-    def _result(self, pending: _Pending) -> tuple[Batch, Encoded | None]:
-        pending.taken = True
-        if not pending.encode:
-            return pending.batch, None
-        if pending.encoded is not None:
-            return pending.batch, pending.encoded
-        if pending.future is None:
-            return pending.batch, encode_texts(self._tokenizer, _texts(pending.batch))
-        return pending.batch, pending.future.result()
+    def _result(self, pending: _Pending) -> Encoded | None:
+        if pending.texts is None or pending.encoded is not None:
+            return pending.encoded
+        return encode_texts(self._tokenizer, pending.texts) if pending.future is None else pending.future.result()
 
 
 class _Pending:
-    def __init__(self, batch: Batch, encode: bool) -> None:
+    """Texts that are encoded at a time."""
+
+    def __init__(self, batch: Batch, texts: list[str] | None, last: bool) -> None:
         self.batch = batch
-        self.encode = encode
+        self.texts = texts
+        """None where no tokens are wanted."""
+        self.last = last
+        """Whether they end the batch."""
         self.future: Future[Encoded] | None = None
         self.encoded: Encoded | None = None
         self.taken = False
+
+
+def _joined(parts: list[_Pending]) -> Encoded | None:
+    """The tokens of a batch."""
+    encoded = [part.encoded for part in parts if part.encoded is not None]
+    if len(encoded) <= 1:
+        return encoded[0] if encoded else None
+    ends = np.cumsum([len(e.counts) for e in encoded])[:-1]
+    begins = np.delete(np.arange(sum(len(e.counts) for e in encoded)), ends)  # of documents: each part goes on
+    counts, sizes = (np.concatenate(columns) for columns in list(zip(*encoded, strict=True))[1:])
+    return Encoded(
+        np.concatenate([e.tokens for e in encoded]), np.add.reduceat(counts, begins), np.add.reduceat(sizes, begins)
+    )
 
 
 def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
@@ -158,19 +208,13 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
     expected = np.fromiter((len(text.encode()) for text in texts), dtype=np.int64, count=len(texts))
     for index in np.flatnonzero(sizes != expected):
         text = texts[index]
-        # Around added tokens a normaliser sees pieces; the whole is compared after it in both.
-        if tokenizer.backend.normalizer is None or (
-            tokenizer.normalize(tokenizer.decode(ids[index])) != tokenizer.normalize(text)
-        ):
+        # Around added tokens a normaliser sees pieces, which it may compose in another way.
+        if tokenizer.backend.normalizer is None or not equivalent(tokenizer.decode(ids[index]), text):
             raise ValueError(
                 f"tokenizer: found a document of {expected[index]:,} bytes whose tokens stand for {sizes[index]:,} "
-                f"({text[:60]!r} …), expected a lossless byte-level BPE; use another tokenizer"
+                f"({text[:60]!r} …), expected one that loses nothing; use another tokenizer"
             )
     return Encoded(tokens, counts, sizes)
-
-
-def _texts(batch: Batch) -> list[str]:
-    return [document.text for document in batch.documents]
 
 
 _tokenizer: Tokenizer | None = None

@@ -1,34 +1,30 @@
-"""What preparing a config would give and take, from a bounded sample; nothing is written.
+"""What preparing a config would give and take, from a bounded sample (`data.sampling`); nothing is written.
 
-Local JSONL and text are sampled at the beginning of several files spread over the corpus, and the rest is
-inferred from how far into the files the sample went (of compressed ones, in compressed bytes). Of Parquet
-and the demo corpus the number of records is known, of a hub data set where its card tells. A mixture, and a
-hub data set that tells nothing, can be sampled but not added up.
+Local files are sampled all over, and what is inferred from the sample comes with a range. Of Parquet and the demo
+corpus the number of records is known, of a hub data set where its card tells. A mixture that ends with the
+source that runs out first, and a hub data set that tells nothing, can be sampled but not added up.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
+import math
+import random
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+
+import numpy as np
 
 from data.prepare import available_cores, make_tokenizer
-from data.recipe import PrepareConfig, recipe_of, selection
+from data.recipe import TRAIN_BYTES, PrepareConfig, recipe_of, selection
+from data.sampling import Sample, Stretch, streamed
 from data.selection import batches
-from data.sources import Documents, SingleSource, Source, matching
-
-S = TypeVar("S", bound=SingleSource)
+from data.sources import Documents, Source
 
 SAMPLE_BYTES = 8_000_000
-_SAMPLE_FILES = 8
-_SAMPLE_TEXT_FILES = 256
-_READ_AHEAD = 2**19  # a decompressor reads up to 128 KiB more than it gives: too much of a small file to infer from
 _DOCUMENT_BYTES = 16  # an offset and a length in the token store
 
 
@@ -43,6 +39,8 @@ class Estimate:
     """UTF-8 bytes of the documents' text."""
     bytes_per_token: float
     tokens: int | None
+    spread: float | None
+    """Half the width of the range in which `tokens` lies with 95 % probability, as a share of it. None: unknown."""
     disk: int | None
     """Bytes of the token store."""
     seconds: float | None
@@ -64,124 +62,94 @@ def estimate(config: PrepareConfig, *, workers: int | None = None, sample_bytes:
     from data.encoding import Encoder, token_dtype
 
     began = time.perf_counter()
-    sample = _Sample(config, sample_bytes)
-    sample.seconds = time.perf_counter() - began
-    with_texts = _Fixed(config.source, sample.texts)
-    chosen = selection(config, with_texts)
-    documents = list(chosen)
+    sample = Sample(config, sample_bytes)
+    read_seconds = time.perf_counter() - began
+    reading = _Stretches(config.source, sample.stretches)
+    chosen = selection(config, reading)
+    # A selection takes one text after the other: the stretch that is read is that of the document it gives.
+    documents, owners = [], []
+    for document in chosen:
+        documents.append(document)
+        owners.append(reading.at)
+    left_out = sample.left_out + chosen.left_out
     if not documents:
-        raise ValueError(f"the sample holds no document (left out: {dict(sample.left_out + chosen.left_out)})")
-    size = sum(document.size for document in documents)
-    tokenizer = make_tokenizer(config, with_texts, progress=False)
+        raise ValueError(f"the sample holds no document (left out: {dict(left_out)})")
+    tokenizer = make_tokenizer(*_training(config, sample, sample_bytes), progress=False)
     # One process is timed, as many as there are cores for are assumed to do as much each, and none can be faster than
     # the one that reads: timing all of them on a sample would time how they start and stop.
-    tokens, start = 0, time.perf_counter()
+    start = time.perf_counter()
     with Encoder(tokenizer, 1) as encoder:
-        for _, encoded in encoder.map(batches(documents, 2**62)):
-            assert encoded is not None
-            tokens += len(encoded.tokens)
+        counts = np.concatenate([e.counts for _, e in encoder.map(batches(documents, 2**62)) if e is not None])
+    sizes = np.array([document.size for document in documents])
+    size, tokens = int(sizes.sum()), int(counts.sum())
     rate = size / (time.perf_counter() - start) * min(workers or available_cores(), available_cores())
-    if sample.seconds:
-        rate = min(rate, size / sample.seconds)
+    if read_seconds:
+        rate = min(rate, size / read_seconds)
     finished = _finished_bytes(config)
-    total = documents_total = None
-    if sample.share is not None:
-        total = max(size, round(size / sample.share))
-        documents_total = max(len(documents), round(len(documents) / sample.share))
+    documents_total, _ = _total(sample, np.ones(len(owners)), owners)
+    if documents_total is not None and all(part.whole or part.records for part in sample.parts) and not left_out:
+        documents_total = sum(part.records or sum(len(s.texts) for s in part.stretches) for part in sample.parts)
+    bytes_total, _ = _total(sample, sizes, owners)
+    tokens_total, spread = _total(sample, counts, owners)
     return Estimate(
-        documents=documents_total,
-        known=sample.share == 1 or (sample.exact and not sample.left_out and not chosen.left_out),
-        bytes=total,
+        documents=None if documents_total is None else round(documents_total),
+        known=sample.whole or (not left_out and all(part.whole or bool(part.records) for part in sample.parts)),
+        bytes=None if bytes_total is None else round(bytes_total),
         bytes_per_token=size / max(1, tokens),
-        tokens=None if total is None else round(total * tokens / size),
+        tokens=None if tokens_total is None else round(tokens_total),
+        spread=spread,
         disk=None
-        if total is None or documents_total is None
-        else round(total * tokens / size * token_dtype(tokenizer).itemsize + documents_total * _DOCUMENT_BYTES),
-        seconds=None if total is None else max(0, total - finished) / rate,
+        if tokens_total is None or documents_total is None
+        else round(tokens_total * token_dtype(tokenizer).itemsize + documents_total * _DOCUMENT_BYTES),
+        seconds=None if bytes_total is None else max(0, round(bytes_total) - finished) / rate,
         rate=rate,
         finished_bytes=finished,
         sample_documents=len(documents),
         sample_bytes=size,
-        trained_on_sample=config.tokenizer.path is None and sample.share != 1,
-        left_out=dict(sorted((sample.left_out + chosen.left_out).items())),
+        trained_on_sample=config.tokenizer.path is None and not sample.whole,
+        left_out=dict(sorted(left_out.items())),
     )
 
 
-class _Sample:
-    """Texts, what was left out while reading them, and which share of the corpus they are."""
+def _total(sample: Sample, amounts: np.ndarray, owners: list[int]) -> tuple[float | None, float | None]:
+    """What all parts hold together of what each document has so much of, and the half width of its range as a share."""
+    per_stretch = np.bincount(owners, amounts, minlength=len(sample.stretches))
+    total = variance = 0.0
+    for part in sample.parts:
+        if part.size is None:
+            return None, None
+        here, per_stretch = per_stretch[: len(part.stretches)], per_stretch[len(part.stretches) :]
+        added, its_variance = part.total(here)
+        total += added
+        variance += its_variance
+    spread = 2 * math.sqrt(variance) / max(total, 1.0) if variance == variance else None
+    return total, spread
 
-    def __init__(self, config: PrepareConfig, budget: int) -> None:
-        self.texts: list[str] = []
-        self.left_out: Counter[str] = Counter()
-        self.share: float | None = None
-        self.seconds = 0.0
-        """What reading it took."""
-        self.exact = False
-        """Whether the number of records is known."""
-        self._config = config
-        if config.source.kind in ("jsonl", "text"):
-            self._read_files(config.source, budget)
-        else:
-            self._read_head(config.source, budget)
 
-    def _read_files(self, source: Source, budget: int) -> None:
-        files = matching(source.patterns)
-        limit = min(len(files), _SAMPLE_TEXT_FILES if source.kind == "text" else _SAMPLE_FILES)
-        spread = [files[len(files) * i // limit] for i in range(limit)]
-        sizes = {file: Path(file).stat().st_size for file in files}
-        consumed = opened = read = 0
-        for file in dict.fromkeys((*spread, *files)):
-            if read >= budget:
-                break
-            opened += 1
-            consumed_here, read_here = self._read_file(source, file, min(budget / limit, budget - read))
-            consumed += consumed_here
-            read += read_here
-        self.exact = source.kind == "text"
-        if self.exact:
-            self.share = opened / len(files)
-        elif consumed:
-            self.share = min(1.0, consumed / sum(sizes.values()))
+def _training(config: PrepareConfig, sample: Sample, budget: int) -> tuple[PrepareConfig, Documents]:
+    """What to train the tokenizer on: the sample, in no order, or the documents that come first if order is kept."""
+    texts = [text for stretch in sample.stretches for text in stretch.texts]
+    if sample.whole or config.tokenizer.path or config.source.shuffle_seed is not None:
+        if not sample.whole:
+            random.Random(0).shuffle(texts)
+        return config, _Fixed(config.source, texts)
+    limit = min(budget, config.tokenizer.train_bytes or TRAIN_BYTES)
+    short = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, train_bytes=limit))
+    return short, Documents(streamed(config.source), on_error=config.on_error)
 
-    def _read_file(self, source: Source, file: str, budget: float) -> tuple[int, int]:
-        """Read records until `budget` characters; returns how far into the file, and how many."""
-        from data.records import COMPRESSED, read_records
 
-        read = 0
-        ahead = _READ_AHEAD if file.endswith(COMPRESSED) else 0
-        with open(file, "rb") as raw:
-            for record in read_records(file, file, source.kind, source.column or "text", raw):
-                if record.problem and self._config.on_error == "refuse":
-                    raise ValueError(f"{record.at}; or leave such records out with --on_error skip")
-                if record.problem or not record.text or record.text.isspace():
-                    self.left_out[record.problem or "empty"] += 1
-                    continue
-                self.texts.append(record.text)
-                read += len(record.text)
-                if read >= budget and source.kind != "text" and raw.tell() >= ahead:
-                    return raw.tell(), read
-        return Path(file).stat().st_size, read
+class _Stretches(Documents):
+    """The texts of stretches, and at which of them the reading is."""
 
-    def _read_head(self, source: Source, budget: int) -> None:
-        from data.loading import known_records
+    def __init__(self, source: Source, stretches: list[Stretch]) -> None:
+        super().__init__(source)
+        self._stretches = stretches
+        self.at = 0
 
-        documents = Documents(_streamed(source), on_error=self._config.on_error)
-        read = 0
-        ended = True
-        for text in documents:
-            self.texts.append(text)
-            read += len(text)
-            if read >= budget:
-                ended = False
-                break
-        self.left_out = documents.left_out
-        records = known_records(source)
-        seen = len(self.texts) + self.left_out.total()
-        if ended:
-            self.share = 1.0
-        elif records:
-            self.share = min(1.0, seen / records)
-            self.exact = True
+    def __iter__(self) -> Iterator[str]:
+        for number, stretch in enumerate(self._stretches):
+            self.at = number
+            yield from stretch.texts
 
 
 class _Fixed(Documents):
@@ -192,20 +160,7 @@ class _Fixed(Documents):
         self._texts = texts
 
     def __iter__(self) -> Iterator[str]:
-        return itertools.chain(self._texts)
-
-
-def _streamed(source: Source) -> Source:
-    """The same source in its own order, read without a copy."""
-    if source.kind == "mixture":
-        return dataclasses.replace(source, sources=tuple(_single(part) for part in source.sources))
-    return _single(source)
-
-
-def _single(source: S) -> S:
-    if source.kind == "demo":  # in memory anyway, and its long documents stand at its end
-        return source
-    return dataclasses.replace(source, streaming=True, shuffle_seed=None, shuffle_buffer=None)
+        return iter(self._texts)
 
 
 def _finished_bytes(config: PrepareConfig) -> int:

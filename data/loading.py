@@ -11,6 +11,8 @@ a full shuffle; with it, nothing is copied and the shuffle is that of a buffer.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
@@ -24,12 +26,11 @@ from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.parquet.parquet import Parquet
-from datasets.utils.file_utils import xopen
 
 from data.demo import demo_texts
-from data.manifest import sha256_file, sha256_json
-from data.records import FEATURES, Records, decompressed
-from data.sources import SingleSource, Source, demo_parts, describe, matching, no_document
+from data.manifest import sha256_file
+from data.records import FEATURES, Records
+from data.sources import Separator, SingleSource, Source, demo_parts, describe, matching, no_document
 from data.synthetic import synthetic_documents
 
 
@@ -39,6 +40,7 @@ def load(source: Source) -> Any:
     Raises FileNotFoundError for missing files, ValueError for a missing column, a data set that brings its
     own code, or a source without a single record.
     """
+    datasets.disable_progress_bars()  # ours says how far it is
     if source.kind != "mixture":
         return _load_single(source)
     streams = [_stream(_load_single(part)) for part in source.sources]
@@ -72,7 +74,7 @@ def known_records(source: SingleSource) -> int | None:
         return sum(map(_parquet_rows, matching(source.patterns)))
     if source.kind == "hub" and source.name is not None:
         builder = datasets.load_dataset_builder(source.name, source.config, revision=source.revision)
-        split = (builder.info.splits or {}).get(source.split or "train")
+        split = (builder.info.splits or {}).get(str(source.split or "train"))
         return (split.num_examples or None) if split is not None else None
     return None
 
@@ -82,7 +84,7 @@ def unreadable_named(source: SingleSource) -> Iterator[None]:
     """Name the source when a reader of `datasets` gives up on one of its files."""
     try:
         yield
-    except (pa.ArrowInvalid, JSONDecodeError, UnicodeDecodeError, DatasetGenerationError) as error:
+    except (pa.ArrowException, JSONDecodeError, UnicodeDecodeError, DatasetGenerationError) as error:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
             raise error.__cause__ from None  # the cache's disk is full, say: no fault of the source
         raise ValueError(
@@ -122,21 +124,25 @@ def _synthetic(source: SingleSource) -> Any:
     )
 
 
-def _lines_or_texts(source: SingleSource) -> Any:
+def _local(source: SingleSource) -> Any:
     files = matching(source.patterns)
     for file in files:
         with open(file, "rb") as opened:
-            if opened.read(4) == b"PAR1":
+            if source.kind != "parquet" and opened.read(4) == b"PAR1":
                 raise ValueError(f"{file}: found Parquet, expected {source.kind}; set source.kind: parquet")
     # What the cache's name is made of: contents, as in the recipe; a size and a time may be those of another text.
-    states = [(sha256_file(Path(file)),) for file in files]
-    chosen = DataFilesDict({"train": DataFilesList([str(Path(file).absolute()) for file in files], states)})
-    return _records(source, chosen, "train")
+    paths = [os.path.abspath(file) for file in files]
+    states = [(sha256_file(Path(path)), path) for path in paths]
+    return _records(source, DataFilesDict({"train": DataFilesList(paths, states)}), "train", source.kind)
 
 
-def _records(source: SingleSource, files: DataFilesDict, split: str) -> Any:
+def _records(source: SingleSource, files: DataFilesDict, split: str, format: str) -> Any:
+    text = source.split if format == "text" else None
     builder = Records(
-        data_files=files, format="text" if source.kind == "text" else "jsonl", column=source.column or "text"
+        data_files=files,
+        format=format,
+        column=source.column or "text",
+        split=text.separator if isinstance(text, Separator) else text or "file",
     )
     try:
         return _opened(builder, source, split)
@@ -146,28 +152,19 @@ def _records(source: SingleSource, files: DataFilesDict, split: str) -> Any:
         raise
 
 
-def _parquet(source: SingleSource) -> Any:
-    files = [file for file in matching(source.patterns) if _parquet_rows(file)]  # the reader trips over empty ones
-    if not files:
-        raise no_document(source)
-    # The library tells files apart by size and time; the name of the configuration is part of its cache's name.
-    contents = sha256_json([sha256_file(Path(file)) for file in files])[:32]
-    arguments: dict[str, Any] = {"path": "parquet", "name": contents, "data_files": files}
-    return _columnar(source, datasets.load_dataset_builder(**arguments), arguments, "train")
-
-
 def _parquet_rows(file: str) -> int:
     """Records of a Parquet file. Raises ValueError that names one that cannot be read."""
     try:
-        return pq.read_metadata(file).num_rows
-    except (pa.ArrowInvalid, OSError) as error:
+        with open(file, "rb") as opened:
+            return pq.read_metadata(opened).num_rows
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(
             f"{file}: could not be read as parquet ({error}); check source.kind, or copy the file again"
         ) from error
 
 
 def _hub(source: SingleSource) -> Any:
-    assert source.name is not None
+    assert source.name is not None and not isinstance(source.split, Separator)
     split = source.split or "train"
     arguments: dict[str, Any] = {"path": source.name, "name": source.config, "revision": source.revision}
     try:
@@ -184,26 +181,27 @@ def _hub(source: SingleSource) -> Any:
         raise ValueError(
             f"{describe(source)}: found splits {', '.join(map(str, files))}, expected {split!r}; set source.split"
         )
-    if isinstance(builder, Json) and not _is_array(files[split][0]):
-        return _records(source, DataFilesDict({split: files[split]}), split)
-    return _columnar(source, builder, arguments, split)
+    format = "parquet" if isinstance(builder, Parquet) else "jsonl"
+    if isinstance(builder, Parquet) or (isinstance(builder, Json) and builder.config.field is None):
+        return _records(source, DataFilesDict({split: files[split]}), split, format)
+    return _columnar(source, builder, split)
 
 
-def _columnar(source: SingleSource, builder: Any, arguments: dict[str, Any], split: str) -> Any:
-    """A data set of the library's own readers, reduced to the column of the text, which becomes `text`."""
+def _columnar(source: SingleSource, builder: Any, split: str) -> Any:
+    """A data set of one of the library's other readers, reduced to the column of the text, which becomes `text`."""
     column = source.column or "text"
-    if isinstance(builder, Parquet):
-        with xopen(builder.config.data_files[split][0], "rb") as file:
-            _require_column(source, pq.read_schema(file).names)
-        builder = datasets.load_dataset_builder(**arguments, columns=[column])
-        dataset = _opened(builder, source, split)
-    else:
-        dataset = _opened(builder, source, split)
-        found = dataset.column_names
-        if found is None:  # a stream without declared features: its first record tells
-            found = list(next(iter(dataset), {}))
-        _require_column(source, found)
-        dataset = dataset.select_columns([column])
+    dataset = _opened(builder, source, split)
+    columns = dataset.column_names
+    if columns is None:  # a stream without declared features: its first record tells
+        columns = list(next(iter(dataset), {}))
+    if not columns:
+        raise no_document(source)
+    if column not in columns:
+        raise ValueError(
+            f"{describe(source)}: found columns {', '.join(map(repr, columns))}, expected {column!r}; "
+            "name the one that holds the text with source.column"
+        )
+    dataset = dataset.select_columns([column])
     kind = (dataset.features or {}).get(column)
     if kind is not None and getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
         raise ValueError(
@@ -216,32 +214,21 @@ def _columnar(source: SingleSource, builder: Any, arguments: dict[str, Any], spl
 def _opened(builder: Any, source: SingleSource, split: str) -> Any:
     if source.streaming:
         return builder.as_streaming_dataset(split=split)
+    if not os.path.exists(builder.cache_dir):
+        print(
+            f"copying {describe(source)} to {builder.cache_dir}, where `datasets` keeps it; HF_DATASETS_CACHE puts it "
+            "elsewhere, source.streaming: true makes no copy",
+            file=sys.stderr,
+        )
     builder.download_and_prepare()
     return builder.as_dataset(split=split)
-
-
-def _require_column(source: SingleSource, found: list[str]) -> None:
-    column = source.column or "text"
-    if not found:
-        raise no_document(source)
-    if column not in found:
-        raise ValueError(
-            f"{describe(source)}: found columns {', '.join(map(repr, found))}, expected {column!r}; "
-            "name the one that holds the text with source.column"
-        )
-
-
-def _is_array(file: str) -> bool:
-    """Whether a JSON file is one array of records, which is for the reader of `datasets`, rather than lines."""
-    with xopen(file, "rb") as raw, decompressed(raw, file) as stream:
-        return stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
 _OPEN: dict[str, Callable[[SingleSource], Any]] = {
     "demo": _demo,
     "synthetic": _synthetic,
-    "jsonl": _lines_or_texts,
-    "text": _lines_or_texts,
-    "parquet": _parquet,
+    "jsonl": _local,
+    "text": _local,
+    "parquet": _local,
     "hub": _hub,
 }

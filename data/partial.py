@@ -112,11 +112,11 @@ class PartialStore:
         )
 
     def write_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Write `tokenizer.json`, durably."""
+        """Write `tokenizer.json`, durably; its control tokens go into the manifest."""
         path = self.folder / TOKENIZER_NAME
         aside = path.with_name(path.name + ".part")
         with self.full_disk_named():
-            tokenizer.save(aside)
+            tokenizer.save(aside, list_control=False)
             flush(aside)
             os.replace(aside, path)
 

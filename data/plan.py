@@ -25,8 +25,8 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -106,8 +106,10 @@ class Plan:
                     _write(path, recipe, offsets)
                 try:
                     return cls(recipe, offsets, pa.memory_map(os.fspath(path)), path)
-                except (pa.ArrowException, KeyError):  # damaged: what it held can be made again
-                    continue
+                except (pa.ArrowException, LookupError, OSError, ValueError) as error:
+                    if isinstance(error, OSError) and error.errno is not None:
+                        raise
+                    continue  # damaged: what it held can be made again
         except OSError as error:  # a read-only or a full disk
             warnings.warn(
                 f"{path}: the layout of rows could not be kept ({error}); every process lays it out anew, in its own "
@@ -124,10 +126,11 @@ class Plan:
             items = items_of(self._offsets, start, stop, self._recipe)
             expected = _columns(items, lay_out(items, self._recipe))
             if not all(np.array_equal(a, b) for a, b in zip(self._window(number), expected, strict=True)):
-                raise ValueError(
-                    f"{self._path or 'the layout of rows'} is damaged: found other documents in its rows than the "
-                    "token store gives; delete it, and it is made again"
-                )
+                raise self._damaged("other documents in its rows than the token store gives")
+
+    def _damaged(self, what: object) -> ValueError:
+        name = self._path or "the layout of rows"
+        return ValueError(f"{name} is damaged: found {what}; delete it, and it is made again")
 
     @property
     def rows(self) -> int:
@@ -161,8 +164,15 @@ class Plan:
         if window in self._windows:
             self._windows.move_to_end(window)
             return self._windows[window]
-        document, begin = (self._reader.get_batch(window).column(name) for name in ("documents", "begins"))
+        try:
+            batch = self._reader.get_batch(window)
+            batch.validate(full=True)
+        except pa.ArrowException as error:
+            raise self._damaged(error) from None
+        document, begin = (batch.column(name) for name in ("documents", "begins"))
         found = tuple(array.to_numpy() for array in (document.offsets, document.values, begin.values))
+        if len(found[1]) != len(found[2]) or not (found[1] < self._offsets.documents).all():
+            raise self._damaged("documents that the token store does not have")
         self._windows[window] = found  # type: ignore[assignment]
         if len(self._windows) > _MAPPED_WINDOWS:
             self._windows.popitem(last=False)
@@ -172,16 +182,16 @@ class Plan:
 def _write(path: Path, recipe: Recipe, offsets: Offsets) -> None:
     """Make the plan under a name of this process's own, then give it its name: others do the same and agree."""
     path.parent.mkdir(exist_ok=True, parents=True)
-    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}.", delete=False) as file:
-        try:
+    aside = path.with_name(f".{path.stem}.{uuid4().hex}")
+    try:
+        with open(aside, "xb") as file:
             _make(file, recipe, offsets)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)  # others may train from the same store
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _make(sink: Any, recipe: Recipe, offsets: Offsets) -> None:

@@ -20,9 +20,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, differing, sha256_json
-from data.recipe import SHARD_BYTES, TRAIN_BYTES, VOCAB_SIZE, PrepareConfig, TokenizerConfig, recipe_of, selection
-from data.selection import Batch, batches, split_of
+from data.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, differing
+from data.recipe import (
+    SHARD_BYTES,
+    TRAIN_BYTES,
+    VOCAB_SIZE,
+    PrepareConfig,
+    TokenizerConfig,
+    condensed,
+    recipe_of,
+    selection,
+)
+from data.selection import batches, split_of
 from data.sources import Documents
 
 if TYPE_CHECKING:
@@ -97,9 +106,9 @@ def _fill(config: PrepareConfig, recipe: dict[str, Any], units: Units, workers: 
     done = set(units.finished)
     cut = batches(selected, config.shard_bytes or SHARD_BYTES)
     with _Bar("encoding", progress, documents.count()) as bar, Encoder(tokenizer, workers) as encoder:
-        for batch, encoded in encoder.map(cut, done):
+        for batch, encoded in encoder.map(cut, done, bar.encoded):
             gathered.add(batch, encoded)
-            bar.advance(batch, encoded)
+            bar.advance(len(batch.documents))
             if not batch.last:
                 continue
             if batch.unit in done:
@@ -140,9 +149,9 @@ def _up_to_date(out: Path, recipe: dict[str, Any]) -> Manifest:
     from data.store import TokenStore
 
     manifest = Manifest.read(out)
-    if manifest.fingerprint != sha256_json(recipe):
+    if (made_from := condensed(manifest.recipe)) != recipe:
         raise ValueError(
-            f"{out} holds a token store made from another config ({differing(manifest.recipe, recipe)}); choose "
+            f"{out} holds a token store made from another config ({differing(made_from, recipe)}); choose "
             "another --out, or replace it with `sinkbed prepare --force`"
         )
     for split in manifest.splits:
@@ -158,7 +167,7 @@ def _kept_tokenizer(config: PrepareConfig, documents: Documents, units: Units, p
     chosen = config.tokenizer
     if units.has_tokenizer() and not chosen.path:
         try:
-            return Tokenizer.load(units.partial.folder / TOKENIZER_NAME)
+            return Tokenizer.load_trained(units.partial.folder / TOKENIZER_NAME)
         except ValueError as error:
             raise ValueError(
                 f"{units.partial.folder}: the tokenizer of this unfinished token store is damaged ({error}); remove "
@@ -182,13 +191,17 @@ def make_tokenizer(config: PrepareConfig, documents: Documents, progress: bool) 
 
 
 def _training_texts(config: PrepareConfig, documents: Documents) -> Iterator[str]:
-    """The first selected documents of the training split, up to the limits of the tokenizer's config."""
-    budget = config.tokenizer.train_bytes or TRAIN_BYTES
+    """The first selected documents of the training split, up to the limits of the tokenizer's config.
+
+    The last one is given whole, but of no document more than `train_bytes`.
+    """
+    budget = limit = config.tokenizer.train_bytes or TRAIN_BYTES
     count = 0
     for document in selection(config, documents):
         if document.split != "train":
             continue
-        yield document.text
+        whole = document.size <= limit
+        yield document.text if whole else document.text[:limit].encode()[:limit].decode(errors="ignore")
         budget -= document.size
         count += 1
         if budget <= 0 or count == config.tokenizer.train_documents:
@@ -217,13 +230,18 @@ class _Bar:
         self._bar.update()
         return text
 
-    def advance(self, batch: Batch, encoded: Encoded | None) -> None:
-        """Count a batch."""
-        if encoded is not None:
-            self._bytes += int(encoded.sizes.sum())
-            self._tokens += len(encoded.tokens)
-            seconds = time.perf_counter() - self._began
-            self._bar.set_postfix_str(
-                f"{self._bytes / seconds / 1e6:.1f} MB/s, {self._tokens / seconds / 1e6:.2f}M tokens/s", refresh=False
-            )
-        self._bar.update(len(batch.documents))
+    def encoded(self, encoded: Encoded) -> None:
+        """Tell how fast, also inside a long document."""
+        self._bytes += int(encoded.sizes.sum())
+        self._tokens += len(encoded.tokens)
+        seconds = time.perf_counter() - self._began
+        self._bar.set_postfix_str(
+            f"{self._bytes / 1e6:,.0f} MB, {self._bytes / seconds / 1e6:.1f} MB/s, "
+            f"{self._tokens / seconds / 1e6:.2f}M tokens/s",
+            refresh=False,
+        )
+        self._bar.update(0)
+
+    def advance(self, documents: int) -> None:
+        """Count documents."""
+        self._bar.update(documents)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
 from data.manifest import FORMAT, sha256_file
 from data.selection import Selection
-from data.sources import Documents, OnError, Source, identity
+from data.sources import Documents, OnError, Source, digest_of, identity
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
@@ -28,7 +29,8 @@ class TokenizerConfig:
     vocab_size: int | None = None
     """Training: tokens in the vocabulary at most, with 256 bytes, `<bos>` and `<eos>`. None: 32,768."""
     train_bytes: int | None = None
-    """Training: stop reading documents after this many UTF-8 bytes. None: 4,000,000."""
+    """Training: stop reading documents after this many UTF-8 bytes; of one document no more are read. None:
+    4,000,000."""
     train_documents: int | None = None
     """Training: stop reading after this many documents. None: no limit."""
     bos: str | None = None
@@ -37,6 +39,8 @@ class TokenizerConfig:
     """Loading: the token that serves as EOS. None: what the folder's configuration names, else `<eos>`."""
 
     def __post_init__(self) -> None:
+        if self.path is not None:
+            object.__setattr__(self, "path", os.path.expanduser(self.path))
         unused = ("vocab_size", "train_bytes", "train_documents") if self.path else ("bos", "eos")
         for name in unused:
             if getattr(self, name) is not None:
@@ -78,6 +82,7 @@ class PrepareConfig:
     """Folder of the token store."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "out", os.path.expanduser(self.out))
         if not 0 <= self.validation_share < 1:
             raise ValueError(f"validation_share: found {self.validation_share}, expected 0 or more and less than 1")
         if self.shard_bytes is not None and self.shard_bytes < 1:
@@ -97,14 +102,14 @@ class PrepareConfig:
 
 def selection(config: PrepareConfig, documents: Documents, tokenizer: Tokenizer | None = None) -> Selection:
     """The documents of a source that go into the store; without a tokenizer, as one without a normaliser has them."""
-    normalizes = tokenizer is not None and tokenizer.backend.normalizer is not None
     return Selection(
         documents,
         validation_share=config.validation_share,
         min_bytes=config.min_bytes,
         max_bytes=config.max_bytes,
         deduplicate=config.deduplicate,
-        normalize=tokenizer.normalize if tokenizer is not None and normalizes else None,
+        normalize=tokenizer.normalize if tokenizer is not None and tokenizer.may_change_text else None,
+        skip_changed=config.on_error == "skip",
     )
 
 
@@ -146,3 +151,13 @@ def recipe_of(config: PrepareConfig) -> dict[str, Any]:
         "deduplicate": config.deduplicate,
         "shard_bytes": config.shard_bytes or SHARD_BYTES,
     }
+
+
+def condensed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that lists the files of its source, as they did, in the form of one that digests them."""
+    identity = recipe.get("identity", {})
+    digested = [
+        {**part, "files": digest_of(part["files"])} if isinstance(part.get("files"), list) else part
+        for part in identity.get("sources", [identity])
+    ]
+    return {**recipe, "identity": {"sources": digested} if "sources" in identity else digested[0]}

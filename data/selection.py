@@ -48,7 +48,9 @@ class Selection:
 
     Args:
         validation_share: see `split_of`.
-        normalize: the tokenizer's normaliser; what it makes of a text is stored, and decides all else.
+        normalize: what the tokenizer makes of a text, which is stored, and decides all else; raises ValueError for a
+            text that it would lose some of.
+        skip_changed: leave such a text out, and count it.
         min_bytes, max_bytes: bounds of a document's UTF-8 bytes, both inclusive.
         deduplicate: keep only the first of equal texts.
     """
@@ -62,19 +64,28 @@ class Selection:
         max_bytes: int | None = None,
         deduplicate: bool = False,
         normalize: Callable[[str], str] | None = None,
+        skip_changed: bool = False,
     ) -> None:
         self._texts = texts
         self._normalize = normalize
+        self._skip_changed = skip_changed
         self._bound = validation_share * 2**64
         self._min_bytes = min_bytes or 0
         self._max_bytes = max_bytes or 2**63
         self._seen = Seen() if deduplicate else None
         self.left_out: Counter[str] = Counter()
-        """Documents left out so far: `empty` after normalising, `too_short`, `too_long`, `duplicate`."""
+        """Documents left out so far: `changed_by_tokenizer`, `empty` after normalising, `too_short`, `too_long`,
+        `duplicate`."""
 
     def __iter__(self) -> Iterator[Document]:
         for original in self._texts:
-            text = original if self._normalize is None else self._normalize(original)
+            try:
+                text = original if self._normalize is None else self._normalize(original)
+            except ValueError as error:
+                if not self._skip_changed:
+                    raise ValueError(f"{error}, or leave such documents out with --on_error skip") from None
+                self.left_out["changed_by_tokenizer"] += 1
+                continue
             if text is not original and (not text or text.isspace()):
                 self.left_out["empty"] += 1
                 continue
@@ -87,6 +98,7 @@ class Selection:
                 self.left_out["too_long"] += 1
                 continue
             digest = text_hash(content)
+            del content  # not beside a long text for as long as that is encoded
             if self._seen is not None and not self._seen.add(digest):
                 self.left_out["duplicate"] += 1
                 continue

@@ -7,14 +7,16 @@ record by record (`data.records`), so that a malformed line is named, or left ou
 from __future__ import annotations
 
 import glob
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from data.demo import demo_versions
-from data.manifest import sha256_file
+from data.manifest import sha256_file, sha256_json
 from data.synthetic import GENERATOR_VERSION, Synthetic
 
 Kind = Literal["demo", "jsonl", "parquet", "text", "hub", "synthetic", "mixture"]
@@ -23,7 +25,22 @@ OnError = Literal["refuse", "skip"]
 Stopping = Literal["first_exhausted", "all_exhausted", "all_exhausted_without_replacement"]
 
 _LOCAL = ("jsonl", "parquet", "text")
-_READ_BATCH = 256
+_CUTS = ("file", "line", "blank_line")
+_READ_BATCH = 32  # documents in memory at a time; larger ones are not read faster
+
+
+@dataclass(frozen=True, kw_only=True)
+class Separator:
+    """A text that stands between documents. Raises ValueError where it is empty."""
+
+    separator: str
+    """Such as `<|endoftext|>`; in YAML a line end is written `"\\n"`. It is part of no document."""
+
+    def __post_init__(self) -> None:
+        if not self.separator or self.separator in _CUTS:
+            raise ValueError(
+                f"source.split.separator: expected a text that stands between documents, found {self.separator!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +52,9 @@ class SingleSource:
 
     kind: Kind
     """`demo`: the packaged corpus. `jsonl`, `parquet`: local files, one document a record. `text`: local
-    files, one document a file. `hub`: a data set of the Hugging Face hub, or a local folder laid out like
-    one. `synthetic`: a task of `data.synthetic`. `mixture`: documents drawn from several sources. JSONL and text
-    may be compressed (.gz .bz2 .xz .zst)."""
+    files, cut into documents as `split` says. `hub`: a data set of the Hugging Face hub, or a local folder laid
+    out like one. `synthetic`: a task of `data.synthetic`. `mixture`: documents drawn from several sources. JSONL
+    and text may be compressed (.gz .bz2 .xz .zst)."""
     parts: tuple[Part, ...] | None = None
     """demo: `leads` (10,033 encyclopedia leads), `speeches` (249 addresses). None: both."""
     files: tuple[str, ...] | str = ()
@@ -46,8 +63,9 @@ class SingleSource:
     """hub: `owner/name`."""
     config: str | None = None
     """hub: configuration (subset) of the data set, such as `sample-10BT`."""
-    split: str | None = None
-    """hub: split to read. None: `train`."""
+    split: Separator | str | None = None
+    """text: what is a document: a whole `file` (None), each `line`, what stands between blank lines (`blank_line`), or
+    between occurrences of a text, `{separator: …}`. hub: split to read. None: `train`."""
     revision: str | None = None
     """hub: commit, tag or branch. Pin a commit to make the token store reproducible."""
     synthetic: Synthetic | None = None
@@ -74,7 +92,8 @@ class SingleSource:
         meant_for: dict[str, tuple[str, ...]] = {
             "parts": ("demo",),
             "files": _LOCAL,
-            **dict.fromkeys(("name", "config", "split", "revision"), ("hub",)),
+            **dict.fromkeys(("name", "config", "revision"), ("hub",)),
+            "split": ("text", "hub"),
             "synthetic": ("synthetic",),
             "column": ("jsonl", "parquet", "hub"),
             "streaming": (*_LOCAL, "hub", "synthetic"),
@@ -88,6 +107,14 @@ class SingleSource:
                 )
         if self.kind in _LOCAL and not self.files:
             raise ValueError(f"source.files: found none with kind {self.kind!r}; expected paths or globs")
+        if self.kind == "text" and not isinstance(self.split, Separator) and self.split not in (None, *_CUTS):
+            raise ValueError(
+                f"source.split: expected {', '.join(_CUTS)} or {{separator: …}} with kind 'text', found {self.split!r}"
+            )
+        if self.kind == "hub" and isinstance(self.split, Separator):
+            raise ValueError("source.split: expected the name of a split with kind 'hub', found a separator")
+        if self.name:  # it may be a local folder
+            object.__setattr__(self, "name", os.path.expanduser(self.name))
         if self.kind == "hub" and not self.name:
             raise ValueError("source.name: found none with kind 'hub'; expected owner/name")
         if self.kind == "synthetic" and self.synthetic is None:
@@ -192,14 +219,15 @@ class Documents:
     def _record_batches(self) -> Iterator[dict[str, list[Any]]]:
         from data.loading import unreadable_named
 
-        batches = self._open().iter(batch_size=_READ_BATCH)
+        files = self.source.kind == "text" and self.source.split in (None, "file")
+        batches = self._open().iter(batch_size=1 if files else _READ_BATCH)
         # A stream meets a broken file only when it gets there.
         with unreadable_named(self.source):
             yield from batches
 
 
 def identity(source: SingleSource) -> dict[str, Any]:
-    """What tells one state of a source from another: file names, sizes and sha256, or package versions.
+    """What tells one state of a source from another: a digest of its files, or package versions.
 
     A hub data set is identified by what the config says of it; only a pinned revision makes that exact. A
     synthetic task is what its parameters say under one version of the generator.
@@ -214,20 +242,44 @@ def identity(source: SingleSource) -> dict[str, Any]:
     if source.kind == "synthetic":
         return {"generator": GENERATOR_VERSION}
     paths = [Path(path) for path in matching(source.patterns)]
-    return {"files": [{"name": path.name, "size": path.stat().st_size, "sha256": sha256_file(path)} for path in paths]}
+    files = [{"name": path.name, "size": path.stat().st_size, "sha256": sha256_file(path)} for path in paths]
+    return {"files": digest_of(files)}
+
+
+def digest_of(files: list[dict[str, Any]]) -> dict[str, Any]:
+    """Files in short, however many: count, bytes, and one sha256 over the names, sizes and sha256 of all."""
+    size = sum(file["size"] for file in files)
+    names = [{**file, "name": os.fsencode(file["name"]).decode("latin-1")} for file in files]  # names need be no UTF-8
+    return {"count": len(files), "size": size, "sha256": sha256_json(names)}
 
 
 def matching(patterns: tuple[str, ...]) -> list[str]:
-    """Files that the globs match, sorted, each once. Raises FileNotFoundError for a glob without a file."""
+    """Files that the globs match, sorted, each once; `~` is the home folder.
+
+    Raises FileNotFoundError for a glob without a file.
+    """
     known: dict[Path, str] = {}
-    for pattern in patterns:
-        matches = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
-        if not matches:
+    for pattern in map(os.path.expanduser, patterns):
+        # A file whose name looks like a glob is itself.
+        matches = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
+        files = [path for path in matches if Path(path).is_file()]
+        if not files and Path(pattern).is_dir():
+            raise FileNotFoundError(
+                f"source.files: expected files, found the folder {pattern}; give a glob such as "
+                f"{str(Path(glob.escape(pattern)) / '**' / _most_common(Path(pattern)))!r}"
+            )
+        if not files:
             raise FileNotFoundError(f"source.files: no file matches {pattern!r} (from {Path.cwd()})")
         # One file under two spellings is one file.
-        for path in matches:
+        for path in files:
             known.setdefault(Path(path).resolve(), path)
     return sorted(known.values())
+
+
+def _most_common(folder: Path) -> str:
+    """A glob for the kind of file that a folder holds most of."""
+    ends = Counter("".join(path.suffixes[-2:]) for path in islice(folder.rglob("*"), 10_000) if path.is_file())
+    return f"*{ends.most_common(1)[0][0]}" if ends else "*"
 
 
 def demo_parts(source: SingleSource) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ Traded away: a store is never changed in place; another tokenizer or split means
 
 from __future__ import annotations
 
+import json
 import os
 from collections import OrderedDict
 from pathlib import Path
@@ -26,9 +27,18 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data.manifest import TOKENIZER_NAME, Manifest, ShardInfo, SplitInfo, sha256_file
+from data.manifest import (
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    Manifest,
+    ShardInfo,
+    SplitInfo,
+    differing,
+    sha256_file,
+    sha256_json,
+)
 from data.offsets import Offsets
-from data.tokenizer import Tokenizer, tokenizer_file_sha256
+from data.tokenizer import BOS, EOS, Tokenizer, ids_of, read_definition
 
 _MAPPED_SHARDS = 4096  # a process may have some 65,000 mappings; they hold no file descriptors
 _CHECKED_SHARDS = 256  # counted when opening; others when they are first read, so that opening stays quick
@@ -44,7 +54,7 @@ class TokenStore:
         self.info: SplitInfo = manifest.splits[split]
         shards = self.info.shards
         self._first_token = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)
-        self._mapped: OrderedDict[int, tuple[NDArray[np.int64], NDArray[Any]]] = OrderedDict()
+        self._mapped: OrderedDict[int, tuple[NDArray[np.int64], NDArray[Any], int]] = OrderedDict()
         self.offsets = Offsets(
             [shard.documents for shard in shards],
             [shard.tokens for shard in shards],
@@ -59,7 +69,7 @@ class TokenStore:
         Raises FileNotFoundError where there is no token store or a shard is missing, and ValueError for a
         split it does not have, a damaged shard or a tokenizer that is not the one it was made with.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         manifest = Manifest.read(path)
         if split not in manifest.splits:
             raise ValueError(
@@ -69,12 +79,14 @@ class TokenStore:
         tokenizer = path / TOKENIZER_NAME
         if not tokenizer.is_file():
             raise FileNotFoundError(f"{tokenizer} is missing; prepare the token store again with --force")
-        found = tokenizer_file_sha256(tokenizer)
+        definition = read_definition(tokenizer, manifest.control_tokens)
+        found = sha256_json(definition)
         if found != manifest.tokenizer_sha256:
             raise ValueError(
                 f"{tokenizer}: found sha256 {found[:12]}…, expected {manifest.tokenizer_sha256[:12]}… (the tokenizer "
                 "the documents were encoded with); put that file back or prepare the token store again with --force"
             )
+        _check_vocabulary(path, manifest, definition)
         for shard in manifest.splits[split].shards:
             if not (path / shard.file).is_file():
                 raise FileNotFoundError(f"{path / shard.file} is missing; prepare the token store again with --force")
@@ -103,9 +115,8 @@ class TokenStore:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the documents were encoded with."""
-        return Tokenizer.load_by_ids(
-            self.path / TOKENIZER_NAME, bos_id=self.manifest.bos_id, eos_id=self.manifest.eos_id
-        )
+        definition = read_definition(self.path / TOKENIZER_NAME, self.manifest.control_tokens)
+        return Tokenizer.from_str(json.dumps(definition), bos_id=self.manifest.bos_id, eos_id=self.manifest.eos_id)
 
     def slice(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[np.unsignedinteger]:
         """Tokens `start` to `stop` of a document, clipped to its end: a read-only view of the mapped file.
@@ -159,29 +170,46 @@ class TokenStore:
 
     def _shard(self, number: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
         """A shard's own offsets and all its tokens: views of the mapped file. The least recently used one is let go."""
+        shard = self.info.shards[number]
+        path = self.path / shard.file
         if number in self._mapped:
+            offsets, values, inode = self._mapped[number]
+            self._check_length(path, shard, inode)
             if len(self._mapped) == _MAPPED_SHARDS:
                 self._mapped.move_to_end(number)
-            return self._mapped[number]
-        shard = self.info.shards[number]
+            return offsets, values
         column = self._column(shard, "tokens")
         offsets, values = column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=True)
-        if len(offsets) != shard.documents + 1 or int(offsets[-1]) != shard.tokens:
+        if len(offsets) != shard.documents + 1 or int(offsets[-1]) != shard.tokens or offsets[0] != 0:
             raise self._damaged(
                 shard,
                 f"found {len(offsets) - 1:,} documents and {int(offsets[-1]):,} tokens, "
                 f"expected {shard.documents:,} and {shard.tokens:,}",
             )
+        if values.dtype != self.manifest.dtype:
+            raise self._damaged(shard, f"found tokens of type {values.dtype}, expected {self.manifest.dtype}")
         if len(self._mapped) >= _MAPPED_SHARDS:
             self._mapped.popitem(last=False)
-        self._mapped[number] = offsets, values
+        self._mapped[number] = offsets, values, os.stat(path).st_ino
         return offsets, values
+
+    def _check_length(self, path: Path, shard: ShardInfo, inode: int) -> None:
+        """Refuse a mapped file that was cut short: to read beyond its end would kill the process."""
+        try:
+            now = os.stat(path)
+        except FileNotFoundError:  # deleted or replaced: what is mapped stays
+            return
+        if now.st_ino == inode and now.st_size < shard.size:
+            raise self._damaged(shard, f"found {now.st_size:,} bytes on disk, expected {shard.size:,}")
 
     def _column(self, shard: ShardInfo, name: str) -> Any:
         try:
             with pa.memory_map(os.fspath(self.path / shard.file)) as source:
-                return pa.ipc.open_file(source).get_batch(0).column(name)
-        except (pa.ArrowInvalid, KeyError) as error:
+                column = pa.ipc.open_file(source).get_batch(0).column(name)
+            # Offsets that fall, or point beyond the values, would be read as other documents or beyond the file.
+            column.validate(full=True)
+            return column
+        except (pa.ArrowException, LookupError, OSError, ValueError) as error:
             raise self._damaged(shard, f"found no readable Arrow file ({error})") from error
 
     def _damaged(self, shard: ShardInfo, what: str) -> ValueError:
@@ -191,6 +219,25 @@ class TokenStore:
     def _damaged_at(path: Path, shard: ShardInfo, what: str) -> ValueError:
         return ValueError(
             f"shard {path / shard.file} is damaged: {what}; copy it again or prepare the token store with --force"
+        )
+
+
+def _check_vocabulary(path: Path, manifest: Manifest, definition: dict[str, Any]) -> None:
+    """Compare what the manifest says of the vocabulary with the tokenizer."""
+    ids = ids_of(definition)
+    chosen = manifest.recipe.get("tokenizer", {})
+    named = {role: ids.get(chosen.get(role, default)) for role, default in (("bos", BOS), ("eos", EOS))}
+    special = {token["id"] for token in definition["added_tokens"] if token["special"]}
+    expected = {
+        "vocab_size": max(ids.values()) + 1,
+        # Who writes a store by hand names them in its recipe, or has none to compare.
+        **{f"{role}_id": index for role, index in named.items() if index is not None},
+        "special_ids": tuple(sorted({manifest.bos_id, manifest.eos_id} | special)),
+    }
+    if differing_ids := differing({name: getattr(manifest, name) for name in expected}, expected):
+        raise ValueError(
+            f"{path / MANIFEST_NAME}: {differing_ids} (by {TOKENIZER_NAME}); copy both again or prepare the token "
+            "store again with --force"
         )
 
 

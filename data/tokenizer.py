@@ -1,41 +1,53 @@
-"""Tokenizer: byte-level BPE through `tokenizers`, trained here or loaded from its JSON file or folder.
+"""Tokenizer: lossless BPE through `tokenizers`, trained here or loaded from its JSON file or folder.
 
-Only byte-level tokenizers are accepted: every document decodes to itself, or to what the tokenizer's
-normaliser (Unicode NFC, say) makes of it, and each id stands for a known number of UTF-8 bytes, so losses
-can be given in bits per byte and compared across vocabularies. With a normaliser the normalised text is
-the document: its bytes are those that count.
-Traded away: tokenizers that mark words with a space of their own (SentencePiece).
-Control tokens are never made from text: `<bos>` written in a document is encoded as five characters.
+Only tokenizers that lose nothing are accepted: every document decodes to itself, or to a canonical equivalent
+of it (Unicode NFC, say), and each id stands for a known number of UTF-8 bytes, so losses can be given in
+bits per byte and compared across vocabularies. What the normaliser makes of a text is the document: its bytes
+are those that count. Two kinds do: byte-level ones (GPT-2, Llama 3), and those that write a space as `▁` and
+fall back on bytes (Gemma).
+Traded away: tokenizers that add a space of their own (Llama 2).
+Control tokens are never made from text: `<bos>` written in a document is encoded as five characters, by us and
+by whoever loads the tokenizer.json of a token store.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from data.manifest import sha256_json
+from data.manifest import sha256_json, token_type
 
 BOS = "<bos>"
 EOS = "<eos>"
 
-# Text that a tokenizer which is not lossless changes: a leading space, runs of white space, a decomposed
-# accent, scripts without spaces, a character of four bytes, a control character, a trailing space.
-_PROBE = " a  b\r\n\te\u0301 \u00e9 \u6f22\u5b57 \U0001f600 \x00 12345 it's "
+# Texts that a tokenizer which is not lossless changes: a leading space, runs of white space, a decomposed
+# accent, scripts without spaces, a character of four bytes, a control character, a trailing space; no space.
+_PROBES = (f" a  b\r\n\te\u0301 \u00e9 \u6f22\u5b57 \U0001f600 \x00 12345 it's {BOS} ", "A")
+
+_SPACE = "\u2581"
+"""What stands for a space in a vocabulary that is not byte-level."""
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_CANONICAL = normalizers.NFC()
+
+_LONGEST_WORD = 2**13  # training takes a time quadratic in it
+_RUN = re.compile(r"[^\W\d_]+|\d+|\s+|(?:[^\w\s]|_)+")  # about what the pre-tokenizer makes a word of
 
 
 class Tokenizer:
-    """A byte-level BPE with a BOS and an EOS token, which may be the same.
+    """A lossless BPE with a BOS and an EOS token, which may be the same.
 
-    Raises ValueError where `bos` or `eos` is no token of the vocabulary, or the tokenizer changes text in
-    another way than by a normaliser.
+    Raises ValueError where `bos` or `eos` is no token of the vocabulary, or the tokenizer loses text.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, *, bos: str = BOS, eos: str = EOS) -> None:
@@ -57,6 +69,9 @@ class Tokenizer:
                 f"tokenizer: found BPE dropout ({backend.model.dropout}), which encodes a text in another way each "
                 "time, expected none; remove it from the tokenizer.json"
             )
+        self._is_byte_level = '"type":"ByteLevel"' in json.dumps(
+            json.loads(backend.to_str())["decoder"], separators=(",", ":")
+        )
         self._check_lossless()
 
     @classmethod
@@ -79,7 +94,7 @@ class Tokenizer:
             initial_alphabet=sorted(alphabet),
             show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer)
+        backend.train_from_iterator((part for text in texts for part in _short_words(text)), trainer)
         return cls(backend)
 
     @classmethod
@@ -95,41 +110,78 @@ class Tokenizer:
         return cls(_read(file), bos=bos or named_bos or BOS, eos=eos or named_eos or EOS)
 
     @classmethod
-    def load_by_ids(cls, path: Path | str, *, bos_id: int, eos_id: int) -> Self:
-        """Load a `tokenizer.json` whose BOS and EOS are known by id, as in a manifest. Raises as `load`."""
-        return cls._by_ids(_read(Path(path)), str(path), bos_id, eos_id)
+    def load_trained(cls, path: Path | str) -> Self:
+        """Load what `train` gave and `save` wrote, listed or not. Raises as `load`."""
+        backend = _read(Path(path))
+        backend.add_special_tokens([BOS, EOS])
+        return cls(backend)
 
     @classmethod
     def from_str(cls, definition: str, *, bos_id: int, eos_id: int) -> Self:
-        """The tokenizer of a JSON text, as `backend.to_str()` gives it."""
-        return cls._by_ids(tokenizers.Tokenizer.from_str(definition), "it", bos_id, eos_id)
-
-    @classmethod
-    def _by_ids(cls, backend: tokenizers.Tokenizer, shown: str, bos_id: int, eos_id: int) -> Self:
+        """The tokenizer of a JSON text, as `backend.to_str()` gives it, with BOS and EOS by id."""
+        backend = tokenizers.Tokenizer.from_str(definition)
         bos, eos = (backend.id_to_token(index) for index in (bos_id, eos_id))
         if bos is None or eos is None:
-            raise ValueError(
-                f"tokenizer: {shown} lacks id {bos_id} (bos) or {eos_id} (eos); it is of another vocabulary"
-            )
+            raise ValueError(f"tokenizer: it lacks id {bos_id} (bos) or {eos_id} (eos); it is of another vocabulary")
         return cls(backend, bos=bos, eos=eos)
 
-    def save(self, path: Path | str) -> None:
-        """Write the tokenizer as JSON, readable by `tokenizers` and `transformers`."""
-        Path(path).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+    def save(self, path: Path | str, *, list_control: bool = True) -> None:
+        """Write the tokenizer as JSON, readable by `tokenizers` and `transformers`.
+
+        Args:
+            list_control: False: control tokens stand in the vocabulary alone, so that nobody who loads the file
+                makes one of them from text. `read_definition` puts `control_tokens` back.
+        """
+        definition = json.loads(self.backend.to_str())
+        if not list_control:
+            definition["model"]["vocab"] |= {token["content"]: token["id"] for token in self.control_tokens}
+            definition["added_tokens"] = [t for t in definition["added_tokens"] if t["id"] not in self.special_ids]
+        Path(path).write_text(json.dumps(definition, ensure_ascii=False, indent=2), encoding="utf-8")
+
+    @cached_property
+    def control_tokens(self) -> tuple[dict[str, Any], ...]:
+        """Control tokens as the JSON lists them; with `in_vocab`, whether the model's own vocabulary has them too."""
+        definition = json.loads(self.backend.to_str())
+        return tuple(
+            {**token, "in_vocab": token["content"] in definition["model"]["vocab"]}
+            for token in definition["added_tokens"]
+            if token["id"] in self.special_ids
+        )
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; no control token is added or recognised."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        with _panic_named():
+            return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, on all cores (`RAYON_NUM_THREADS` limits them)."""
         # The fast variant leaves out the offsets, which nothing here reads; older releases lack it.
         encode = getattr(self.backend, "encode_batch_fast", self.backend.encode_batch)
-        return [encoding.ids for encoding in encode(list(texts), add_special_tokens=False)]
+        with _panic_named():
+            return [encoding.ids for encoding in encode(list(texts), add_special_tokens=False)]
+
+    @property
+    def may_change_text(self) -> bool:
+        """Whether `normalize` may return another text, or raise."""
+        return self.backend.normalizer is not None or not self._is_byte_level
 
     def normalize(self, text: str) -> str:
-        """What the tokenizer's normaliser makes of a text; the text itself where it has none."""
-        return text if self.backend.normalizer is None else self.backend.normalizer.normalize_str(text)
+        """The document that a text becomes: what its tokens decode to.
+
+        Raises ValueError where that is not canonically equivalent to the text.
+        """
+        with _panic_named():
+            kept = text if self.backend.normalizer is None else self.backend.normalizer.normalize_str(text)
+        if not self._is_byte_level:
+            kept = kept.replace(_SPACE, " ")
+        if kept != text and not equivalent(kept, text):
+            a, b = (_CANONICAL.normalize_str(t) for t in (text, kept))
+            place = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+            raise ValueError(
+                f"tokenizer: expected one that keeps the text, found {a[place : place + 20]!r} turned into "
+                f"{b[place : place + 20]!r}; use another tokenizer"
+            )
+        return kept
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
         """Text of some ids; control tokens are written out. Inverse of `encode`, up to the normaliser."""
@@ -150,11 +202,28 @@ class Tokenizer:
         table = np.zeros(self.vocab_size, dtype=np.int32)
         # In a byte-level vocabulary each character stands for one byte; added tokens are plain text.
         for token, index in self.backend.get_vocab(with_added_tokens=False).items():
-            table[index] = len(token)
+            table[index] = len(token) if self._is_byte_level else _marked_bytes(token)
         for index, added in self.backend.get_added_tokens_decoder().items():
             table[index] = len(added.content.encode())
         table[list(self.special_ids)] = 0
         return table
+
+    def word_starts(self, text: str) -> set[int]:
+        """Where in a text, normalised before, the words of the pre-tokenizer begin; empty where there is none."""
+        pre_tokenizer, normalizer = self.backend.pre_tokenizer, self.backend.normalizer
+        with _panic_named():
+            seen = text if normalizer is None else normalizer.normalize_str(text)
+            if pre_tokenizer is None or len(seen) != len(text):
+                return set()
+            return {begin for _, (begin, _) in pre_tokenizer.pre_tokenize_str(seen)}
+
+    @cached_property
+    def pairs(self) -> frozenset[tuple[str, str]] | None:
+        """Characters of a text that stand side by side in a token; None for a byte-level vocabulary."""
+        if self._is_byte_level:
+            return None
+        tokens = (token.replace(_SPACE, " ") for token in self.backend.get_vocab() if not _BYTE.fullmatch(token))
+        return frozenset(pair for token in tokens for pair in pairwise(token))
 
     def _require(self, role: str, token: str) -> int:
         index = self.backend.token_to_id(token)
@@ -166,25 +235,59 @@ class Tokenizer:
         return index
 
     def _check_lossless(self) -> None:
-        probe = f"{_PROBE}{BOS}"
-        ids = self.encode(probe)
-        kept = self.normalize(probe)
-        # A normaliser that adds a space adds another when it is applied to its own result.
-        if (
-            self.decode(ids) != kept
-            or self.normalize(kept) != kept
-            or int(self.token_bytes[ids].sum()) != len(kept.encode())
-        ):
-            raise ValueError(
-                "tokenizer: found one that changes text (an added space, or no byte-level alphabet, as those of "
-                "SentencePiece); expected a lossless byte-level BPE, such as those of GPT-2, GPT-NeoX or Llama 3, or "
-                "one trained here"
-            )
+        for probe in _PROBES:
+            ids = self.encode(probe)
+            try:
+                kept = self.normalize(probe)
+                # A normaliser that adds a space adds another when it is applied to its own result.
+                lossless = self.decode(ids) == kept == self.normalize(kept)
+            except ValueError:
+                lossless = False
+            if not lossless or int(self.token_bytes[ids].sum()) != len(kept.encode()):
+                raise ValueError(
+                    f"tokenizer: expected one that keeps every text, found {probe!r} turned into {self.decode(ids)!r}; "
+                    "use a lossless one, such as those of GPT-2, GPT-NeoX, Llama 3 or Gemma, or one trained here"
+                )
+
+
+@contextmanager
+def _panic_named() -> Iterator[None]:
+    """Turn a panic of the library into one message."""
+    try:
+        yield
+    except BaseException as error:  # pyo3's PanicException, which is no Exception and has no name to import
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(
+            f"tokenizer: expected one that gets through every text, found that it gave up ({error}); a pattern in its "
+            "tokenizer.json takes too long: use another tokenizer"
+        ) from None
+
+
+def equivalent(text: str, other: str) -> bool:
+    """Whether two texts are the same but for how Unicode composes their characters."""
+    return _CANONICAL.normalize_str(text) == _CANONICAL.normalize_str(other)
+
+
+def _marked_bytes(token: str) -> int:
+    """UTF-8 bytes of text that a token stands for where a space is marked and bytes have tokens of their own."""
+    return 1 if _BYTE.fullmatch(token) else len(token.replace(_SPACE, " ").encode())
+
+
+def _short_words(text: str) -> Iterator[str]:
+    """A text in parts without a longer word than training can bear."""
+    begin = 0
+    if len(text) > _LONGEST_WORD:
+        for run in _RUN.finditer(text):
+            for end in range(run.start() + _LONGEST_WORD, run.end(), _LONGEST_WORD):
+                yield text[begin:end]
+                begin = end
+    yield text[begin:]
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
     """Type of a token in the store: 16 bits as long as the vocabulary fits."""
-    return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    return np.dtype(token_type(tokenizer.vocab_size))
 
 
 def tokenizer_file(path: Path | str) -> tuple[Path, str | None, str | None]:
@@ -224,11 +327,28 @@ def _read(path: Path) -> tokenizers.Tokenizer:
         ) from error
 
 
-def tokenizer_file_sha256(path: Path) -> str:
-    """The hash that `Tokenizer.sha256` gives for a saved tokenizer, without building it."""
+def read_definition(path: Path, control_tokens: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """The JSON of a tokenizer file, without building it; its `sha256_json` is `Tokenizer.sha256`.
+
+    Args:
+        control_tokens: those of a tokenizer that was saved without listing them.
+    """
     try:
-        return sha256_json(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+        definition = json.loads(path.read_text(encoding="utf-8"))
+        for token in control_tokens:
+            listed = {name: value for name, value in token.items() if name != "in_vocab"}
+            definition["added_tokens"].append(listed)
+            if not token["in_vocab"]:
+                del definition["model"]["vocab"][token["content"]]
+        definition["added_tokens"].sort(key=lambda token: token["id"])
+        ids_of(definition)
+        return definition
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"tokenizer: {path} is damaged ({error}); prepare the token store again with --force"
         ) from error
+
+
+def ids_of(definition: dict[str, Any]) -> dict[str, int]:
+    """Token -> id, control tokens included, as the JSON of a tokenizer has them."""
+    return {**definition["model"]["vocab"], **{token["content"]: token["id"] for token in definition["added_tokens"]}}

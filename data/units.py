@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from data.encoding import Encoded
 from data.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, ShardInfo, differing, sha256_file, write_json
 from data.partial import PartialStore, flush
+from data.recipe import condensed
 from data.selection import Batch
 from data.writer import shard_name
 
@@ -158,8 +159,8 @@ def begun_recipe(folder: Path) -> dict[str, Any] | None:
         if (folder / name).is_file():
             try:
                 fields = json.loads((folder / name).read_text(encoding="utf-8"))
-                return fields if name == RECIPE_NAME else fields["recipe"]
-            except (ValueError, KeyError, TypeError) as error:
+                return condensed(fields if name == RECIPE_NAME else fields["recipe"])
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(
                     f"{folder / name}: expected what this unfinished token store is made from, found a damaged file "
                     f"({error}); remove {folder} to start over"

@@ -135,6 +135,7 @@ def manifest_of(
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
         special_ids=tokenizer.special_ids,
+        control_tokens=tokenizer.control_tokens,
         dtype=token_dtype(tokenizer).name,
         left_out=dict(sorted(left_out.items())),
         splits={split: _sum(infos) for split, infos in shards.items()},

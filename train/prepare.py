@@ -80,13 +80,15 @@ def described(found: Estimate) -> list[str]:
 
     how = "known" if found.known else "estimated" if found.documents is not None else "the source does not tell"
     whole = found.documents == found.sample_documents
+    width = found.tokens * found.spread if found.tokens and found.spread else 0.0
+    span = f" ({found.tokens - width:,.0f} to {found.tokens + width:,.0f})" if found.tokens and width else ""
     trained = ", by a tokenizer trained on the sample" if found.trained_on_sample else ""
     lines = [
         f"sample           {found.sample_documents:,} documents, {found.sample_bytes:,} bytes",
         f"documents        {of(found.documents)} ({how})",
         f"bytes            {of(found.bytes)}" + ("" if whole or found.bytes is None else " (from the sample)"),
         f"bytes per token  {found.bytes_per_token:.2f}{trained}",
-        f"tokens           {of(found.tokens)}",
+        f"tokens           {of(found.tokens)}{span}",
         f"disk             {of(None if found.disk is None else found.disk / 1e9, '{:,.3f} GB')}",
         f"time left        {_duration(found.seconds)} at {found.rate / 1e6:.2f} MB/s",
     ]

@@ -175,12 +175,6 @@ def test_a_plan_that_cannot_be_kept_is_made_in_memory_with_a_warning_and_leaves_
     assert folder.is_file() or list(folder.iterdir()) == []
 
 
-def test_others_may_read_a_plan(recipe: Recipe, offsets: Offsets, tmp_path: Path) -> None:
-    Plan.load(recipe, offsets, tmp_path, "digest")
-    [path] = tmp_path.iterdir()
-    assert path.stat().st_mode & 0o777 == 0o644
-
-
 def test_a_damaged_plan_is_made_again_or_named(recipe: Recipe, offsets: Offsets, tmp_path: Path) -> None:
     plan = Plan.load(recipe, offsets, tmp_path, "digest")
     plan.verify()
@@ -202,6 +196,26 @@ def test_a_damaged_plan_is_made_again_or_named(recipe: Recipe, offsets: Offsets,
     path.write_bytes(content[:place] + bytes([0]) + content[place + 1 :])
     with pytest.raises(ValueError, match=rf"{path.name} is damaged.*delete it, and it is made again"):
         Plan.load(recipe, offsets, tmp_path, "digest").verify()
+
+
+def test_a_flipped_byte_in_a_plan_is_made_again_named_or_told_by_verify(
+    recipe: Recipe, offsets: Offsets, tmp_path: Path
+) -> None:
+    expected = rows_of(Plan.load(recipe, offsets, tmp_path, "digest"))
+    [path] = tmp_path.iterdir()
+    content = path.read_bytes()
+    named = 0
+    for place in range(0, len(content), 3):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x81]) + content[place + 1 :])
+        try:
+            plan = Plan.load(recipe, offsets, tmp_path, "digest")
+            if rows_of(plan) != expected:
+                plan.verify()
+                pytest.fail(f"other rows with byte {place} flipped")
+        except ValueError as error:
+            named += 1
+            assert f"{path} is damaged" in str(error) and "delete it" in str(error)
+    assert named > 5
 
 
 def test_items_of_a_document_that_fits_a_row_exactly_are_one() -> None:

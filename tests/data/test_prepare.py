@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import unicodedata
@@ -25,9 +26,12 @@ from jsonargparse import ArgumentParser
 from tokenizers import normalizers
 
 from data import selection
-from data.prepare import PrepareConfig, TokenizerConfig, prepare, split_of
+from data.batches import Rows
+from data.manifest import Manifest, sha256_file, sha256_json
+from data.prepare import PrepareConfig, TokenizerConfig, make_tokenizer, prepare, split_of
 from data.sources import SingleSource, Source
 from data.store import TokenStore
+from data.strategy import Strategy
 from data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -147,6 +151,21 @@ def test_the_store_is_the_same_to_the_byte_for_any_number_of_workers(
         assert sum(len(split.shards) for split in manifest.splits.values()) > 6
         found.append({str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()})
     assert found[0] == found[1] == found[2]
+
+
+def test_a_tokenizer_reads_no_more_than_its_limit_of_one_document(
+    config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(Tokenizer, "train", lambda texts, vocab_size: seen.extend(texts))
+    long = "\u20ac" * 1000
+    for limit, expected in ((100, "\u20ac" * 33), (3000, long), (2999, "\u20ac" * 999)):
+        seen.clear()
+        chosen = dataclasses.replace(
+            config, tokenizer=TokenizerConfig(vocab_size=300, train_bytes=limit), validation_share=0.0
+        )
+        make_tokenizer(chosen, [long, "next"], progress=False)  # type: ignore[arg-type]
+        assert seen == [expected]
 
 
 @settings(max_examples=15, deadline=None)
@@ -281,8 +300,101 @@ def test_a_changed_source_file_or_tokenizer_file_is_noticed(config: PrepareConfi
     Tokenizer.train(TEXTS, vocab_size=270).save(tmp_path / "t.json")
     prepare(config, progress=False)
     write_corpus(tmp_path, TEXTS[:-1])
-    with pytest.raises(ValueError, match=r"identity\.files: found"):
+    with pytest.raises(ValueError, match=r"identity\.files\.size: found"):
         prepare(config, progress=False)
+
+
+def test_the_manifest_does_not_grow_with_the_files_and_one_that_lists_them_is_the_same(
+    config: PrepareConfig, tmp_path: Path
+) -> None:
+    sizes = []
+    for count in (2, 40):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for part in range(count):
+            write_corpus(folder, TEXTS[part::count], f"{part:02d}.jsonl")
+        chosen = dataclasses.replace(
+            config, source=Source(kind="jsonl", files=f"{folder}/*"), out=str(folder / "s"), shard_bytes=None
+        )
+        prepare(chosen, progress=False, workers=1)
+        sizes.append((folder / "s" / "manifest.json").stat().st_size)
+    assert abs(sizes[0] - sizes[1]) < 20
+    manifest = TokenStore.open(chosen.out).manifest
+    files = sorted(folder.glob("*.jsonl"))
+    listed = [{"name": f.name, "size": f.stat().st_size, "sha256": sha256_file(f)} for f in files]
+    recipe = {**manifest.recipe, "identity": {"files": listed}}
+    older = dataclasses.replace(manifest, recipe=recipe, fingerprint=sha256_json(recipe))
+    older.write(Path(chosen.out))
+    assert prepare(chosen, progress=False) == older, "the store of an earlier version stands"
+    recipe["identity"] = {"files": listed[1:]}
+    dataclasses.replace(older, fingerprint=sha256_json(recipe)).write(Path(chosen.out))
+    with pytest.raises(ValueError, match=r"identity\.files\.count: found 39, expected 40"):
+        prepare(chosen, progress=False)
+
+
+def test_a_home_folder_is_meant_by_a_tilde_in_every_path(
+    config: PrepareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    loaded(config)
+    chosen = dataclasses.replace(
+        config,
+        source=Source(kind="jsonl", files="~/corpus.jsonl"),
+        tokenizer=TokenizerConfig(path="~/t.json"),
+        out="~/made/store",
+    )
+    manifest = prepare(chosen, progress=False, workers=1)
+    assert TokenStore.open("~/made/store").manifest == Manifest.read(Path("~/made/store")) == manifest
+    assert (tmp_path / "made" / "store").is_dir() and not Path("~").exists()
+    assert Source(kind="hub", name="~/folder").name == str(tmp_path / "folder")
+
+
+def test_files_are_for_whom_the_umask_says(config: PrepareConfig) -> None:
+    before = os.umask(0o027)
+    try:
+        prepare(config, progress=False, workers=1)
+        Rows(TokenStore.open(config.out), Strategy(packing="best_fit"), context_length=16)
+    finally:
+        os.umask(before)
+    paths = [path for path in Path(config.out).rglob("*")]
+    assert len({path.suffix for path in paths}) == 3 and any(path.parent.parent.name == "packing" for path in paths)
+    assert {path.stat().st_mode & 0o777 for path in paths if path.is_file()} == {0o640}
+    assert {path.stat().st_mode & 0o777 for path in paths if path.is_dir()} == {0o750}
+
+
+def test_a_copy_in_a_cache_is_told_of_once_and_foreign_bars_are_off(
+    config: PrepareConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(config, progress=False, workers=1)
+    told = capsys.readouterr().err
+    [line] = told.splitlines()
+    [folder] = re.findall(r"copying .*corpus\.jsonl to (\S+), where `datasets` keeps it", line)
+    assert list(Path(folder).glob("*.arrow"))
+    prepare(dataclasses.replace(config, out=str(tmp_path / "again")), progress=False, workers=1)
+    source = dataclasses.replace(config.source, streaming=True)
+    prepare(dataclasses.replace(config, source=source, out=str(tmp_path / "streamed")), progress=False, workers=1)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_ascii_locale_gives_the_same_store(config: PrepareConfig, tmp_path: Path) -> None:
+    (tmp_path / "été").mkdir()
+    source = Source(kind="jsonl", files=str(write_corpus(tmp_path / "été", TEXTS, "ü.jsonl")), streaming=True)
+    here = prepare(dataclasses.replace(config, source=source, out=str(tmp_path / "ö")), progress=False, workers=1)
+    script = """
+import sys
+from data.prepare import PrepareConfig, TokenizerConfig, prepare
+from data.sources import Source
+assert sys.getfilesystemencoding() == "ascii"
+source = Source(kind="jsonl", files=sys.argv[1], streaming=True)
+prepare(PrepareConfig(source=source, tokenizer=TokenizerConfig(vocab_size=300), validation_share=0.2,
+                      shard_bytes=2000, out=sys.argv[2]), workers=1)
+"""
+    there = str(tmp_path / "ü")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", script, str(source.files), there]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr.decode()
+    assert Manifest.read(Path(there)) == here
 
 
 def test_a_damaged_store_is_not_up_to_date(config: PrepareConfig) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import bz2
+import dataclasses
+import datetime
 import gzip
 import json
 import lzma
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import config as datasets_config
 
+from data import records
 from data.records import Record, read_records
-from data.sources import Documents, Source
+from data.sources import Documents, Separator, Source
 
 TEXTS = [f"document {i}: été\u2028 \x85 \U0001f600" for i in range(50)]  # with line ends that are none in JSONL
 
@@ -164,3 +168,164 @@ def test_long_files_are_handed_over_in_pieces(tmp_path: Path) -> None:
     records = read_records(str(tmp_path / "a.jsonl"), "a.jsonl", "jsonl", "text")
     assert next(records) == Record(texts[0])
     assert list(Documents(Source(kind="jsonl", files=str(tmp_path / "a.jsonl"), shuffle_seed=None))) == texts
+
+
+def both(source: Source, message: str) -> Documents:
+    """Documents that leave out what is refused, after the refusal was seen in both ways of reading."""
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=message):
+            list(Documents(dataclasses.replace(source, streaming=streaming)))
+    return Documents(source, on_error="skip")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[1, 2], [True], [0.5, None], [datetime.datetime(1970, 1, 1)], [["a"]], [b"bytes"]],
+    ids=["int", "bool", "float", "time", "list", "bytes"],
+)
+@pytest.mark.parametrize("kind", ["parquet", "hub"])
+def test_a_later_parquet_file_is_held_to_text_and_named(values: list[Any], kind: Any, tmp_path: Path) -> None:
+    """Regression: the first file decided, and numbers of later ones became documents."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": ["one", None]}), folder / "train-0.parquet")
+    pq.write_table(pa.table({"text": values}), folder / "train-1.parquet")
+    pq.write_table(pa.table({"body": ["other"]}), folder / "train-2.parquet")
+    where = {"files": f"{folder}/*"} if kind == "parquet" else {"name": str(folder)}
+    documents = both(
+        Source(kind=kind, shuffle_seed=None, **where),
+        rf"{folder}/train-1\.parquet: column 'text': found values of type .*, expected text.*--on_error skip",
+    )
+    assert list(documents) == ["one"]
+    assert documents.left_out == {"empty": 1, "not_text": 1, "missing_column": 1}
+
+
+def test_a_json_array_of_the_hub_is_held_to_text_record_by_record(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "one"}, {"text": "two", "n": 1}], indent=2))
+    (tmp_path / "b.json").write_text(json.dumps([{"text": 7}, {"text": "three"}]))
+    source = Source(kind="hub", name=str(tmp_path), shuffle_seed=None)
+    documents = both(source, rf"{tmp_path}/b\.json, record 1: column 'text': found a value of type int")
+    assert list(documents) == ["one", "two", "three"] and documents.left_out == {"not_text": 1}
+
+
+def write_groups(path: Path, *groups: pa.Array) -> None:
+    with pq.ParquetWriter(path, pa.schema([("text", groups[0].type)]), store_schema=True) as writer:
+        for group in groups:
+            writer.write_table(pa.table({"text": group}))
+
+
+PARQUET: dict[str, list[pa.Array]] = {
+    "an empty first row group": [pa.array([], pa.string()), pa.array(["a", "b"])],
+    "row groups of different sizes": [pa.array(["a"]), pa.array(["b"])],
+    "nothing but null": [pa.nulls(3)],
+    "string view": [pa.array(["a", "b"], pa.string_view())],
+    "large strings": [pa.array(["a", "b"], pa.large_string())],
+    "a dictionary": [pa.array(["a", "b"]).dictionary_encode()],
+}
+
+
+@pytest.mark.parametrize("groups", PARQUET.values(), ids=PARQUET.keys())
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_parquet_column_of_text_is_read_beside_a_file_of_strings(
+    groups: list[pa.Array], streaming: bool, tmp_path: Path
+) -> None:
+    write_groups(tmp_path / "a.parquet", *groups)
+    write_groups(tmp_path / "b.parquet", pa.array(["c"]))
+    documents = Documents(Source(kind="parquet", files=str(tmp_path / "*"), shuffle_seed=None, streaming=streaming))
+    assert list(documents) == ([] if groups[0].type == pa.null() else ["a", "b"]) + ["c"]
+
+
+def test_bytes_in_parquet_that_are_no_utf8_are_named_by_record(tmp_path: Path) -> None:
+    raw = pa.array(["é", "good", "more"]).cast(pa.binary()).to_pylist()
+    buffers = pa.array([b"\xff", *raw[1:]], pa.binary()).buffers()
+    table = pa.table({"text": pa.Array.from_buffers(pa.string(), 3, buffers)})
+    pq.write_table(table, tmp_path / "a.parquet")
+    documents = both(
+        Source(kind="parquet", files=str(tmp_path / "a.parquet"), shuffle_seed=None),
+        rf"{tmp_path}/a\.parquet, record 1: found bytes that are no UTF-8",
+    )
+    assert list(documents) == ["good", "more"] and documents.left_out == {"encoding": 1}
+
+
+@pytest.mark.parametrize("folder", ["a[1]", "zip::b", "~c", "sp ace%20"])
+@pytest.mark.parametrize("kind", ["jsonl", "text", "parquet"])
+def test_a_path_is_taken_as_it_is(kind: Any, folder: str, tmp_path: Path) -> None:
+    path = tmp_path / folder / "x[2]::y.data"
+    path.parent.mkdir()
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": ["a"]}), path)
+    else:
+        path.write_text('{"text": "a"}' if kind == "jsonl" else "a")
+    for streaming in (False, True):
+        assert list(Documents(Source(kind=kind, files=str(path), streaming=streaming))) == ["a"]
+
+
+def test_a_damaged_parquet_file_is_named_or_left_out(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        pq.write_table(pa.table({"text": [f"{name} {i} text" for i in range(500)]}), tmp_path / f"{name}.parquet")
+    damaged = tmp_path / "b.parquet"
+    content = bytearray(damaged.read_bytes())
+    content[4:400] = bytes(396)
+    damaged.write_bytes(content)
+    source = Source(kind="parquet", files=str(tmp_path / "*"), shuffle_seed=None)
+    documents = both(source, rf"{damaged}: could not be read as parquet")
+    assert len(list(documents)) == 1000 and documents.left_out == {"unreadable_file": 1}
+
+
+def test_a_long_number_beside_the_text_is_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "n": N}\n{"text": N}\n'.replace("N", "7" * 5000))
+    source = Source(kind="jsonl", files=str(tmp_path / "a.jsonl"), shuffle_seed=None)
+    documents = both(source, rf"{tmp_path}/a\.jsonl, line 2: column 'text': found a value of type int")
+    assert list(documents) == ["one"]
+
+
+def test_a_zstd_window_too_long_to_read_is_named_with_the_remedy(tmp_path: Path) -> None:
+    # One frame of one raw block, whose header asks for a window of 2 GiB.
+    content = b'{"text": "one"}\n'
+    frame = b"\x28\xb5\x2f\xfd\x00\xa8" + (len(content) << 3 | 1).to_bytes(3, "little") + content
+    (tmp_path / "a.jsonl.zst").write_bytes(frame)
+    source = Source(kind="jsonl", files=str(tmp_path / "a.jsonl.zst"))
+    with pytest.raises(ValueError, match=rf"{tmp_path}/a\.jsonl\.zst.*window is too long.*zstd -d --long=31"):
+        list(Documents(source))
+
+
+LINES = "one\u2028 \x85 \x0c \x1d\r two\r\n\r\n \t\nthree\nfour\n\n\nfive"
+CUTS: dict[str, tuple[Any, list[str]]] = {
+    "file": ("file", [LINES]),
+    "line": ("line", ["one\u2028 \x85 \x0c \x1d\r two", "three", "four", "five"]),
+    "blank_line": ("blank_line", ["one\u2028 \x85 \x0c \x1d\r two\r\n", "three\nfour\n", "five"]),
+    "separator": (Separator(separator="r\n\n"), [LINES.split("r\n\n")[0], "\nfive"]),
+}
+
+
+@pytest.mark.parametrize(("split", "expected"), CUTS.values(), ids=CUTS.keys())
+@pytest.mark.parametrize("block", [1, 3, 2**20])
+def test_a_text_is_cut_into_documents_as_the_source_says(
+    split: Any, expected: list[str], block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "_TABLE_BYTES", block)
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + LINES.encode())
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(LINES.encode()))
+    source = Source(kind="text", files=str(tmp_path / "*"), split=split, shuffle_seed=None, streaming=True)
+    assert list(Documents(source)) == expected * 2
+
+
+def test_a_bad_document_of_a_text_is_named_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"good\n\xff\ngood\n")
+    source = Source(kind="text", files=str(tmp_path / "a.txt"), split="line", shuffle_seed=None)
+    documents = both(source, rf"{tmp_path}/a\.txt, line 2: found bytes that are no UTF-8")
+    assert list(documents) == ["good", "good"]
+
+
+def test_a_folder_is_answered_with_the_glob_to_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "books" / "deep").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"found the folder .*/books; give a glob such as '.*/books/\*\*/\*'"):
+        Documents(Source(kind="text", files="~/books")).count()
+    for name in ("a.txt.gz", "deep/b.txt.gz", "readme.md"):
+        (tmp_path / "books" / name).write_bytes(gzip.compress(b"text"))
+    with pytest.raises(FileNotFoundError, match=r"give a glob such as '.*/books/\*\*/\*\.txt\.gz'") as refused:
+        Documents(Source(kind="text", files="~/books")).count()
+    [glob] = re.findall("such as '(.*)'", str(refused.value))
+    assert Documents(Source(kind="text", files=glob)).count() == 2
+    assert Documents(Source(kind="text", files="~/books/**/*.txt.gz")).count() == 2, "`~` is the home folder"

@@ -17,7 +17,7 @@ import pytest
 from datasets import config as datasets_config
 
 from data import demo
-from data.sources import Documents, SingleSource, Source, identity
+from data.sources import Documents, Separator, SingleSource, Source, identity
 
 TEXTS = [f"document {i}: été" for i in range(40)]
 
@@ -170,7 +170,15 @@ def test_a_data_set_that_brings_its_own_code_is_not_run(tmp_path: Path) -> None:
         ({"kind": "csv"}, "source.kind: found 'csv'"),
         ({"kind": "demo", "files": ("a",)}, "source.files: .* kind 'demo', which ignores it"),
         ({"kind": "demo", "streaming": True}, "source.streaming"),
-        ({"kind": "jsonl", "files": ("a",), "split": "train"}, "source.split: .* belongs to kind hub"),
+        ({"kind": "jsonl", "files": ("a",), "split": "train"}, "source.split: .* belongs to kind text or hub"),
+        (
+            {"kind": "text", "files": ("a",), "split": "lines"},
+            "source.split: expected file, line, blank_line or .*'lines'",
+        ),
+        (
+            {"kind": "hub", "name": "a/b", "split": Separator(separator="x")},
+            "source.split: expected the name of a split",
+        ),
         ({"kind": "text", "files": ("a",), "column": "x"}, "source.column"),
         ({"kind": "jsonl"}, "source.files: found none"),
         ({"kind": "hub"}, "source.name: found none"),

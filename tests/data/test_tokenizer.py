@@ -17,7 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
-from data.tokenizer import Tokenizer, tokenizer_file_sha256
+from data import tokenizer as tokenizer_module
+from data.manifest import sha256_json
+from data.selection import Selection
+from data.store import TokenStore
+from data.tokenizer import Tokenizer, read_definition
+from data.writer import StoreWriter
 
 TEXTS = ["the cat sat on the mat", "le chat, l'été", "ein Bär \u6f22\u5b57 \U0001f600"] * 3
 # Any text that UTF-8 can hold: every code point but lone surrogates.
@@ -45,6 +50,29 @@ def test_special_tokens_written_in_a_document_stay_text(trained: Tokenizer, tmp_
         for ids in (tokenizer.encode(text), tokenizer.encode_batch([text])[0]):
             assert not set(ids) & set(tokenizer.special_ids)
             assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("in_vocab", [True, False], ids=["in the vocabulary", "added beside it"])
+def test_the_tokenizer_of_a_store_makes_no_control_token_of_text_whoever_loads_it(
+    trained: Tokenizer, tmp_path: Path, in_vocab: bool
+) -> None:
+    names = {"bos": "<bos>", "eos": "<eos>"}
+    if not in_vocab:  # as in Llama 3; one of the two has settings of its own
+        backend = tokenizers.Tokenizer.from_str(trained.backend.to_str())
+        backend.add_special_tokens(["<|begin|>", tokenizers.AddedToken("<|end|>", rstrip=True)])
+        backend.add_tokens(["mündung"])
+        trained = Tokenizer(backend, bos="<|begin|>", eos="<|end|>")
+        names = {"bos": "<|begin|>", "eos": "<|end|>"}
+    with StoreWriter(tmp_path / "store", trained) as writer:
+        writer.add("train", trained.encode("a"), 1)
+        writer.finish(recipe={"tokenizer": names})
+    text = "<bos> a<|end|> <eos> Donaumündung <|begin|>"
+    loaded = tokenizers.Tokenizer.from_file(str(tmp_path / "store" / "tokenizer.json"))
+    assert loaded.encode(text, add_special_tokens=False).ids == trained.encode(text)
+    assert [loaded.token_to_id(names[role]) for role in names] == [trained.bos_id, trained.eos_id]
+    ours = TokenStore.open(tmp_path / "store").tokenizer()
+    assert ours.sha256 == trained.sha256 and ours.special_ids == trained.special_ids
+    assert ours.backend.to_str() == trained.backend.to_str()
 
 
 def test_special_tokens_in_the_training_text_are_text_too() -> None:
@@ -81,7 +109,7 @@ def test_the_hash_of_a_file_is_that_of_the_tokenizer_and_tells_others_apart(
     trained: Tokenizer, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     trained.save(tmp_path / "tokenizer.json")
-    assert tokenizer_file_sha256(tmp_path / "tokenizer.json") == trained.sha256
+    assert sha256_json(read_definition(tmp_path / "tokenizer.json")) == trained.sha256
     assert Tokenizer.load(tmp_path / "tokenizer.json").sha256 == trained.sha256
     assert tokenizer.sha256 != trained.sha256
 
@@ -167,19 +195,43 @@ def test_with_a_normaliser_the_normalised_text_comes_back_and_its_bytes_add_up(t
     assert tokenizer.token_bytes[ids].sum() == len(tokenizer.normalize(text).encode())
 
 
-def _metaspace() -> tokenizers.Tokenizer:
-    """As Llama 2's: a space is a letter of its own, with bytes to fall back on."""
-    letters = ["<bos>", "<eos>", "\u2581", *"abc", *(f"<0x{byte:02X}>" for byte in range(256))]
-    backend = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(letters)}, [], byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+def marked(normalizer: normalizers.Normalizer) -> tokenizers.Tokenizer:
+    """A space is a letter of its own, with bytes to fall back on; words join, and runs of spaces."""
+    letters = ["<bos>", "<eos>", "\u2581", *"abc", "\u2581\u2581", "ab", "\u2581ab"]
+    letters += [f"<0x{byte:02X}>" for byte in range(256)]
+    merges = [("\u2581", "\u2581"), ("a", "b"), ("\u2581", "ab")]
+    model = models.BPE({token: i for i, token in enumerate(letters)}, merges, byte_fallback=True, fuse_unk=True)
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizer
     backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens(["<bos>", "<eos>"])
     return backend
 
 
-def _spacing() -> tokenizers.Tokenizer:
-    backend = Tokenizer.train(TEXTS, vocab_size=270).backend
-    backend.normalizer = normalizers.Prepend("x")
-    return backend
+def _gemma() -> tokenizers.Tokenizer:
+    return marked(normalizers.Replace(" ", "\u2581"))
+
+
+def _llama2() -> tokenizers.Tokenizer:
+    return marked(normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]))
+
+
+def _normalized(*normalizer: normalizers.Normalizer) -> Callable[[], tokenizers.Tokenizer]:
+    def make() -> tokenizers.Tokenizer:
+        backend = Tokenizer.train(TEXTS, vocab_size=270).backend
+        backend.normalizer = normalizers.Sequence(list(normalizer))
+        return backend
+
+    return make
+
+
+def _split(pre_tokenizer: pre_tokenizers.PreTokenizer, **settings: Any) -> Callable[[], tokenizers.Tokenizer]:
+    def make() -> tokenizers.Tokenizer:
+        backend = Tokenizer.train(TEXTS, vocab_size=270).backend
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizer, pre_tokenizers.ByteLevel(**settings)])
+        return backend
+
+    return make
 
 
 def _word_level() -> tokenizers.Tokenizer:
@@ -189,10 +241,68 @@ def _word_level() -> tokenizers.Tokenizer:
     return backend
 
 
-@pytest.mark.parametrize("make", [_spacing, _metaspace, _word_level])
+LOSING = {
+    "adds a letter": _normalized(normalizers.Prepend("x")),
+    "adds a space to the text": _llama2,
+    "adds a space to a text without one": _split(pre_tokenizers.Digits(), add_prefix_space=True),
+    "collapses spaces": _normalized(normalizers.Replace(Regex(" +"), " ")),
+    "strips spaces": _normalized(normalizers.Strip()),
+    "strips accents": _normalized(normalizers.NFD(), normalizers.StripAccents()),
+    "lowers letters": _normalized(normalizers.Lowercase()),
+    "drops spaces": _split(pre_tokenizers.WhitespaceSplit(), add_prefix_space=False),
+    "knows no word": _word_level,
+}
+
+
+@pytest.mark.parametrize("make", LOSING.values(), ids=LOSING.keys())
 def test_a_tokenizer_that_loses_text_is_refused(make: Callable[[], tokenizers.Tokenizer]) -> None:
-    with pytest.raises(ValueError, match="expected a lossless byte-level BPE"):
+    with pytest.raises(ValueError, match=r"expected one that keeps every text, found .* turned into"):
         Tokenizer(make())
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.one_of(ANY_TEXT, st.text("ab c", max_size=30)).filter(lambda text: "\u2581" not in text))
+def test_a_tokenizer_that_marks_spaces_and_falls_back_on_bytes_loses_nothing(text: str) -> None:
+    tokenizer = Tokenizer(_gemma())
+    ids = tokenizer.encode(text)
+    assert tokenizer.normalize(text) == tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+
+
+def test_a_document_that_the_tokenizer_would_change_is_refused_or_left_out() -> None:
+    gemma, quoted = Tokenizer(_gemma()), Tokenizer(_normalized(normalizers.Replace("``", '"'))())
+    for tokenizer, text, message in (
+        (gemma, "a \u2581", "'\u2581' turned into ' '"),
+        (quoted, "a ``b", "'``b' turned into"),
+    ):
+        with pytest.raises(ValueError, match=f"expected one that keeps the text, found {message}"):
+            tokenizer.normalize(text)
+        with pytest.raises(ValueError, match="leave such documents out with --on_error skip"):
+            list(Selection([text], validation_share=0.0, normalize=tokenizer.normalize))
+        chosen = Selection(["b", text], validation_share=0.0, normalize=tokenizer.normalize, skip_changed=True)
+        assert [document.text for document in chosen] == ["b"] and chosen.left_out == {"changed_by_tokenizer": 1}
+
+
+def test_a_pattern_that_takes_for_ever_is_one_message(tmp_path: Path) -> None:
+    bomb = pre_tokenizers.Split(Regex(r"(b+)+$"), "isolated")
+    tokenizer = Tokenizer(_split(bomb, add_prefix_space=False)())
+    with pytest.raises(ValueError, match="expected one that gets through every text, found that it gave up"):
+        tokenizer.encode_batch(["b" * 40 + "?"])
+    definition = tokenizer.backend.to_str().replace('"normalizer":null', '"normalizer":' + "[" * 10**5)
+    (tmp_path / "deep.json").write_text(definition)
+    with pytest.raises(ValueError, match=r"deep\.json is no tokenizer"):
+        Tokenizer.load(tmp_path / "deep.json")
+
+
+def test_training_cuts_words_that_would_take_it_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_module, "_LONGEST_WORD", 5)
+    for text, parts in (
+        ("a word", ["a word"]),
+        ("some abcdefghijkl 1234567 ok", ["some abcde", "fghij", "kl 12345", "67 ok"]),
+        ("x       y!!!!!!", ["x     ", "  y!!!!!", "!"]),
+        ("\u6f22" * 11, ["\u6f22" * 5, "\u6f22" * 5, "\u6f22"]),
+    ):
+        assert list(tokenizer_module._short_words(text)) == parts and "".join(parts) == text
 
 
 def test_a_tokenizer_that_encodes_at_random_is_refused(tmp_path: Path) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from data.manifest import Manifest
 from data.partial import DiskFullError
 from train.cli import main
 
@@ -50,12 +53,54 @@ def test_a_store_is_checked_by_its_path_alone(
     check = ["prepare", "--check", str(tmp_path / "store")]
     assert main(check) == 0
     assert "2 shards, every checksum as written" in capsys.readouterr().out
+    manifest = tmp_path / "store" / "manifest.json"
+    content = manifest.read_text()
+    manifest.write_text(content.replace('"bos_id": 0', '"bos_id": 1'))
+    assert main(check) == 1
+    assert "manifest.json: expected an intact manifest" in capsys.readouterr().err
+    manifest.write_text(content)
     shard = tmp_path / "store" / "validation" / "00000.arrow"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     assert main(check) == 1
     assert "validation/00000.arrow is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("split", "documents"),
+    [(["--source.split", "line"], 6), (["--source.split", "blank_line"], 3), ([], 3), (["--source.split", "file"], 1)],
+)
+def test_a_text_file_of_many_documents_is_three_lines(
+    split: list[str], documents: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.txt").write_text("one one\nmore\n\ntwo two\nmore\n\nthree\nmore\n")
+    (tmp_path / "config.yaml").write_text(
+        'source: {kind: text, files: ~/mine.txt, streaming: true, split: {separator: "\\n\\n"}}\n'
+        "tokenizer: {vocab_size: 260}\nvalidation_share: 0\nout: ~/store\n"
+    )
+    arguments = ["prepare", "--config", str(tmp_path / "config.yaml"), "--workers", "1", "--quiet", *split]
+    assert main(arguments) == 0
+    assert main(["prepare", "--check", "~/store"]) == 0
+    assert Manifest.read(tmp_path / "store").splits["train"].documents == documents
+
+
+def test_a_wrong_key_is_answered_before_anything_heavy_is_imported() -> None:
+    heavy = ("torch", "lightning", "datasets", "pyarrow")
+    script = f"""
+import sys
+from train.cli import main
+try:
+    main(["prepare", "--config", "configs/data/demo.yaml", "--tokenizer.vocab_sise", "3"])
+except SystemExit as ended:
+    print(ended.code, [name for name in {heavy} if name in sys.modules])
+"""
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    assert "did you mean tokenizer.vocab_size?" in result.stderr
+    assert result.stdout.strip() == "2 []"
 
 
 def test_a_full_disk_is_told_in_the_words_of_preparing(
