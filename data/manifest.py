@@ -12,12 +12,14 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 FORMAT = 2
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
+_CHECKSUM = "checksum"
+"""Key of the manifest that holds the sha256 of all its other keys."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,9 +79,20 @@ class Manifest:
         """The id that a strategy means by `bos`, `eos`, `none` (None) or an id."""
         return {"bos": self.bos_id, "eos": self.eos_id, "none": None}[what] if isinstance(what, str) else what
 
+    @property
+    def digest(self) -> str:
+        """sha256 of all that decides training: vocabulary, control tokens, tokenizer and the shards of every split.
+
+        Equal for two stores exactly when a run sees the same in both, whatever they were made from.
+        """
+        fields = self.to_dict()
+        names = ("tokenizer_sha256", "vocab_size", "bos_id", "eos_id", "special_ids", "dtype", "splits")
+        return sha256_json({name: fields[name] for name in names})
+
     def write(self, folder: Path) -> None:
-        """Write `manifest.json` into `folder`, whole or not at all."""
-        write_json(folder / MANIFEST_NAME, self.to_dict())
+        """Write `manifest.json` into `folder`, whole or not at all, with a checksum of itself."""
+        fields = self.to_dict()
+        write_json(folder / MANIFEST_NAME, {**fields, _CHECKSUM: sha256_json(fields)})
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -89,8 +102,8 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """Read the manifest of the token store at `folder`.
 
-        Raises FileNotFoundError where there is no token store, ValueError for a damaged manifest or one
-        of another format version.
+        Raises FileNotFoundError where there is no token store, ValueError for a manifest that is damaged,
+        contradicts itself, or is of another format version.
         """
         path = folder / MANIFEST_NAME
         if not path.is_file():
@@ -98,19 +111,55 @@ class Manifest:
                 f"no token store at {folder}: {MANIFEST_NAME} is missing; make one with `sinkbed prepare`"
             )
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            found = fields["format"]
-            if found != FORMAT:
-                raise ValueError(
-                    f"{path}: found format {found}, expected {FORMAT}; prepare the token store again with --force"
-                )
-            fields["special_ids"] = tuple(fields["special_ids"])
-            fields["splits"] = {name: _read_split(split) for name, split in fields["splits"].items()}
-            return cls(**fields)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            return cls._checked(json.loads(path.read_text(encoding="utf-8")))
+        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            fault = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
             raise ValueError(
-                f"{path}: damaged ({type(error).__name__}: {error}); prepare the token store again with --force"
+                f"{path}: expected an intact manifest of format {FORMAT}, found {fault}; copy it again or prepare the "
+                "token store again with --force"
             ) from error
+
+    @classmethod
+    def _checked(cls, fields: dict[str, Any]) -> Manifest:
+        """The manifest of these fields. Raises ValueError, or what their types lead to, for one that is damaged."""
+        if fields["format"] != FORMAT:
+            raise ValueError(f"format {fields['format']}")
+        # Stores made before manifests had a checksum have none.
+        checksum = fields.pop(_CHECKSUM, None)
+        if checksum not in (None, actual := sha256_json(fields)):
+            raise ValueError(f"one of sha256 {actual} whose {_CHECKSUM} says {checksum}")
+        fields["special_ids"] = tuple(fields["special_ids"])
+        fields["splits"] = {name: _read_split(split) for name, split in fields["splits"].items()}
+        manifest = cls(**fields)
+        manifest._check_sums()
+        ids = (manifest.bos_id, manifest.eos_id, *manifest.special_ids)
+        if not all(type(index) is int and 0 <= index < manifest.vocab_size for index in ids):
+            raise ValueError(f"bos_id, eos_id, special_ids {ids} outside a vocabulary of {manifest.vocab_size}")
+        if not {manifest.bos_id, manifest.eos_id} <= set(manifest.special_ids):
+            raise ValueError(f"bos_id and eos_id {ids[:2]} outside special_ids {manifest.special_ids}")
+        if manifest.dtype != token_type(manifest.vocab_size):
+            raise ValueError(f"dtype {manifest.dtype} for a vocabulary of {manifest.vocab_size}")
+        if manifest.fingerprint != sha256_json(manifest.recipe):
+            raise ValueError("a fingerprint that is not that of the recipe")
+        return manifest
+
+    def _check_sums(self) -> None:
+        for name, split in self.splits.items():
+            for count in ("documents", "tokens", "bytes"):
+                counts = [getattr(shard, count) for shard in split.shards]
+                if getattr(split, count) != sum(counts) or min(counts, default=0) < 0:
+                    raise ValueError(
+                        f"{getattr(split, count)} {count} in split {name}, whose shards hold {sum(counts)}"
+                    )
+            for shard in split.shards:
+                inside = PurePosixPath(shard.file)
+                if inside.is_absolute() or ".." in inside.parts:
+                    raise ValueError(f"a shard outside the token store, {shard.file!r}")
+
+
+def token_type(vocab_size: int) -> str:
+    """Name of the type of a token: 16 bits as long as the vocabulary fits."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 def _read_split(fields: dict[str, Any]) -> SplitInfo:

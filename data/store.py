@@ -26,9 +26,18 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data.manifest import TOKENIZER_NAME, Manifest, ShardInfo, SplitInfo, sha256_file
+from data.manifest import (
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    Manifest,
+    ShardInfo,
+    SplitInfo,
+    differing,
+    sha256_file,
+    sha256_json,
+)
 from data.offsets import Offsets
-from data.tokenizer import Tokenizer, tokenizer_file_sha256
+from data.tokenizer import BOS, EOS, Tokenizer, ids_of, read_definition
 
 _MAPPED_SHARDS = 4096  # a process may have some 65,000 mappings; they hold no file descriptors
 _CHECKED_SHARDS = 256  # counted when opening; others when they are first read, so that opening stays quick
@@ -69,12 +78,14 @@ class TokenStore:
         tokenizer = path / TOKENIZER_NAME
         if not tokenizer.is_file():
             raise FileNotFoundError(f"{tokenizer} is missing; prepare the token store again with --force")
-        found = tokenizer_file_sha256(tokenizer)
+        definition = read_definition(tokenizer)
+        found = sha256_json(definition)
         if found != manifest.tokenizer_sha256:
             raise ValueError(
                 f"{tokenizer}: found sha256 {found[:12]}…, expected {manifest.tokenizer_sha256[:12]}… (the tokenizer "
                 "the documents were encoded with); put that file back or prepare the token store again with --force"
             )
+        _check_vocabulary(path, manifest, definition)
         for shard in manifest.splits[split].shards:
             if not (path / shard.file).is_file():
                 raise FileNotFoundError(f"{path / shard.file} is missing; prepare the token store again with --force")
@@ -191,6 +202,25 @@ class TokenStore:
     def _damaged_at(path: Path, shard: ShardInfo, what: str) -> ValueError:
         return ValueError(
             f"shard {path / shard.file} is damaged: {what}; copy it again or prepare the token store with --force"
+        )
+
+
+def _check_vocabulary(path: Path, manifest: Manifest, definition: dict[str, Any]) -> None:
+    """Compare what the manifest says of the vocabulary with the tokenizer."""
+    ids = ids_of(definition)
+    chosen = manifest.recipe.get("tokenizer", {})
+    named = {role: ids.get(chosen.get(role, default)) for role, default in (("bos", BOS), ("eos", EOS))}
+    special = {token["id"] for token in definition["added_tokens"] if token["special"]}
+    expected = {
+        "vocab_size": max(ids.values()) + 1,
+        # Who writes a store by hand names them in its recipe, or has none to compare.
+        **{f"{role}_id": index for role, index in named.items() if index is not None},
+        "special_ids": tuple(sorted({manifest.bos_id, manifest.eos_id} | special)),
+    }
+    if differing_ids := differing({name: getattr(manifest, name) for name in expected}, expected):
+        raise ValueError(
+            f"{path / MANIFEST_NAME}: {differing_ids} (by {TOKENIZER_NAME}); copy both again or prepare the token "
+            "store again with --force"
         )
 
 

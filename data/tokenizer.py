@@ -21,7 +21,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from data.manifest import sha256_json
+from data.manifest import sha256_json, token_type
 
 BOS = "<bos>"
 EOS = "<eos>"
@@ -184,7 +184,7 @@ class Tokenizer:
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
     """Type of a token in the store: 16 bits as long as the vocabulary fits."""
-    return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    return np.dtype(token_type(tokenizer.vocab_size))
 
 
 def tokenizer_file(path: Path | str) -> tuple[Path, str | None, str | None]:
@@ -224,11 +224,18 @@ def _read(path: Path) -> tokenizers.Tokenizer:
         ) from error
 
 
-def tokenizer_file_sha256(path: Path) -> str:
-    """The hash that `Tokenizer.sha256` gives for a saved tokenizer, without building it."""
+def read_definition(path: Path) -> dict[str, Any]:
+    """The JSON of a tokenizer file, without building it; its `sha256_json` is `Tokenizer.sha256`."""
     try:
-        return sha256_json(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+        definition = json.loads(path.read_text(encoding="utf-8"))
+        ids_of(definition)
+        return definition
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"tokenizer: {path} is damaged ({error}); prepare the token store again with --force"
         ) from error
+
+
+def ids_of(definition: dict[str, Any]) -> dict[str, int]:
+    """Token -> id, control tokens included, as the JSON of a tokenizer has them."""
+    return {**definition["model"]["vocab"], **{token["content"]: token["id"] for token in definition["added_tokens"]}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -105,8 +106,9 @@ def test_shards_are_read_by_polars_as_they_are(make_store: MakeStore) -> None:
 
 
 def test_a_vocabulary_beyond_sixteen_bits_is_stored_in_thirty_two(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.train([], vocab_size=258)
-    tokenizer.vocab_size = 2**16 + 1
+    definition = json.loads(Tokenizer.train([], vocab_size=258).backend.to_str())
+    definition["model"]["vocab"] |= {f"never made {i}": i for i in range(258, 2**16 + 1)}
+    tokenizer = Tokenizer.from_str(json.dumps(definition), bos_id=0, eos_id=1)
     with StoreWriter(tmp_path / "wide", tokenizer) as writer:
         writer.add("train", [2, 2**16], 2)
         assert writer.finish(recipe={}).dtype == "uint32"
@@ -161,13 +163,81 @@ def test_a_shard_that_is_no_arrow_file_is_named(make_store: MakeStore) -> None:
         TokenStore.open(path)
 
 
+def shard(manifest: dict[str, Any]) -> dict[str, Any]:
+    return manifest["splits"]["train"]["shards"][0]
+
+
+def edited(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    """Edit the manifest of the store at `path`."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    edit(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
 def test_a_shard_with_other_counts_is_named(make_store: MakeStore) -> None:
     path = make_store(DOCUMENTS).path
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["splits"]["train"]["shards"][0]["tokens"] += 1
-    (path / "manifest.json").write_text(json.dumps(manifest))
+
+    def edit(manifest: dict[str, Any]) -> None:
+        split = manifest["splits"]["train"]
+        split["tokens"] += 1
+        shard(manifest)["tokens"] += 1
+        del manifest["checksum"]
+
+    edited(path, edit)
     with pytest.raises(ValueError, match="found 7 documents and 12 tokens, expected 7 and 13"):
         TokenStore.open(path)
+
+
+CONTRADICTIONS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (lambda m: shard(m).update(tokens=13), "found 12 tokens in split train, whose shards hold 13"),
+    (lambda m: m["splits"]["train"].update(documents=6), "found 6 documents in split train, whose shards hold 7"),
+    (lambda m: shard(m).update(file="/etc/passwd"), "found a shard outside the token store, '/etc/passwd'"),
+    (lambda m: shard(m).update(file="train/../../a"), "found a shard outside the token store"),
+    (lambda m: m.update(bos_id=258), r"found bos_id, eos_id, special_ids \(258, 1, 0, 1\) outside a vocabulary of 258"),
+    (lambda m: m.update(bos_id=True), "outside a vocabulary"),
+    (lambda m: m.update(bos_id=2), r"found bos_id and eos_id \(2, 1\) outside special_ids \(0, 1\)"),
+    (lambda m: m.update(bos_id=1, eos_id=0), "bos_id: found 1, expected 0; eos_id: found 0, expected 1"),
+    (lambda m: m.update(vocab_size=259), r"vocab_size: found 259, expected 258 \(by tokenizer\.json\)"),
+    (lambda m: m.update(special_ids=[0, 1, 7]), r"special_ids: found \(0, 1, 7\), expected \(0, 1\)"),
+    (lambda m: m.update(dtype="uint32"), "found dtype uint32 for a vocabulary of 258"),
+    (lambda m: m["recipe"].update(documents=8), "found a fingerprint that is not that of the recipe"),
+]
+
+
+@pytest.mark.parametrize(("edit", "message"), CONTRADICTIONS)
+def test_a_manifest_that_contradicts_itself_or_the_tokenizer_is_refused_also_without_a_checksum(
+    make_store: MakeStore, edit: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    path = make_store(DOCUMENTS).path
+    edited(path, lambda manifest: manifest.pop("checksum"))
+    assert TokenStore.open(path).documents == 7, "a store made before manifests had a checksum is read"
+    edited(path, edit)
+    with pytest.raises(ValueError, match=f"manifest\\.json: .*{message}.*--force"):
+        TokenStore.open(path)
+
+
+def test_one_flipped_bit_anywhere_in_the_manifest_is_noticed(make_store: MakeStore) -> None:
+    store = make_store(DOCUMENTS)
+    path = store.path / "manifest.json"
+    content = path.read_bytes()
+    for place in range(len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match=r"manifest\.json: expected an intact manifest of format 2, found"):
+            Manifest.read(store.path)
+    edited_numbers = content.replace(b'"bos_id": 0', b'"bos_id": 1').replace(b'"eos_id": 1', b'"eos_id": 0')
+    path.write_bytes(edited_numbers)
+    with pytest.raises(ValueError, match="whose checksum says"):
+        TokenStore.open(store.path)
+
+
+def test_the_digest_tells_apart_what_a_run_would_see_and_nothing_else(make_store: MakeStore) -> None:
+    manifest = make_store(DOCUMENTS).manifest
+    assert dataclasses.replace(manifest, recipe={}, fingerprint="", left_out={"empty": 3}).digest == manifest.digest
+    swapped = dataclasses.replace(manifest, bos_id=manifest.eos_id, eos_id=manifest.bos_id)
+    others = [swapped, make_store([*DOCUMENTS, [3]]).manifest, dataclasses.replace(manifest, tokenizer_sha256="")]
+    assert len({other.digest for other in (manifest, *others)}) == 4
 
 
 def test_a_missing_shard_split_tokenizer_or_store_is_named(make_store: MakeStore, tmp_path: Path) -> None:
@@ -200,10 +270,11 @@ def test_another_tokenizer_in_the_store_is_refused_but_its_layout_is_free(make_s
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "damaged"),
-        ("{}", "damaged"),
-        ('{"format": 99}', "found format 99, expected 2"),
-        ('{"format": 2}', "damaged"),
+        ("{", "format 2, found JSONDecodeError"),
+        ("{}", "format 2, found KeyError: 'format'"),
+        ("[" * 10**5, "format 2, found RecursionError"),
+        ('{"format": 99}', "format 2, found format 99"),
+        ('{"format": 2}', "format 2, found KeyError: 'special_ids'"),
     ],
 )
 def test_a_manifest_that_is_damaged_or_of_another_format_is_refused(

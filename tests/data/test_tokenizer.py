@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
-from data.tokenizer import Tokenizer, tokenizer_file_sha256
+from data.manifest import sha256_json
+from data.tokenizer import Tokenizer, read_definition
 
 TEXTS = ["the cat sat on the mat", "le chat, l'été", "ein Bär \u6f22\u5b57 \U0001f600"] * 3
 # Any text that UTF-8 can hold: every code point but lone surrogates.
@@ -81,7 +82,7 @@ def test_the_hash_of_a_file_is_that_of_the_tokenizer_and_tells_others_apart(
     trained: Tokenizer, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     trained.save(tmp_path / "tokenizer.json")
-    assert tokenizer_file_sha256(tmp_path / "tokenizer.json") == trained.sha256
+    assert sha256_json(read_definition(tmp_path / "tokenizer.json")) == trained.sha256
     assert Tokenizer.load(tmp_path / "tokenizer.json").sha256 == trained.sha256
     assert tokenizer.sha256 != trained.sha256
 
