@@ -28,7 +28,7 @@ from train import rundir
 from train.arguments import describe_fields
 from train.checkpoint import Checkpoints, SyncedCheckpointIO, load_checkpoint, remove_partial
 from train.datamodule import StoreCheck, TokenData
-from train.identity import check_identity, check_manifest
+from train.identity import check_identity, check_manifest, other_sums
 from train.loggers import WandbConfig, finish_wandb
 from train.measure import MeasureConfig
 from train.metrics import MetricsFile
@@ -39,7 +39,7 @@ from train.run_files import ProgressBar, RunFiles, checkpoints_of, interrupted, 
 from train.settings import HARMLESS, ShortLightningParser, check_settings
 from train.state_monitor import StateMonitor
 from train.validate import measurement_table
-from train.world import devices_of, join, requeue
+from train.world import bus_error, devices_of, join, requeue
 
 
 class AlreadyFinished(Exception):
@@ -80,6 +80,7 @@ class SinkbedCLI(LightningCLI):
             reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
             who = "a data worker of this run ended" if lost else "another process of this job ended or does not answer"
             what = "memory may be short: lower data.workers" if lost else "see what it says itself"
+            what = "a file of the token store may be shorter than it was" if "Bus error" in reason else what
             raise ProcessLost(f"{who} ({reason}); {what}. {step} with --ckpt_path auto") from None
         except (ValueError, OSError) as error:
             # From a data worker: its traceback as text, at whose end the message is.
@@ -262,10 +263,8 @@ class SinkbedCLI(LightningCLI):
         saved = self.checkpoint["sinkbed"]
         if saved["max_steps"] != trainer.max_steps:
             say(f"it was to end at step {saved['max_steps']}, and is trained on as if it had been longer all along")
-        names = {"processes": "processes", "micro_batches": "micro-batches a step"}
-        split = [f"{name} {saved[k]} -> {ours[k]}" for k, name in names.items() if saved[k] != ours[k]]
-        if split:
-            say(f"{', '.join(split)}: the same rows in the same order, sums rounded in another one")
+        if changed := other_sums(saved, ours):
+            say(f"{changed}: the same rows in the same order, sums rounded in another one")
 
     def after_fit(self) -> None:
         """Say how it ended. A run killed after its last step, before W&B had everything, is measured again when it is
@@ -317,16 +316,17 @@ def run(command: str, argv: Sequence[str]) -> int:
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     exit_code = 1
     try:
-        cli = SinkbedCLI(
-            SinkbedModule,
-            TokenData,
-            parser_class=ShortLightningParser,
-            save_config_callback=RunFiles,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            parser_kwargs={"prog": "sinkbed", "fit": {"description": (__doc__ or "").split("\n")[0]}},
-        )
+        with bus_error():
+            cli = SinkbedCLI(
+                SinkbedModule,
+                TokenData,
+                parser_class=ShortLightningParser,
+                save_config_callback=RunFiles,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                parser_kwargs={"prog": "sinkbed", "fit": {"description": (__doc__ or "").split("\n")[0]}},
+            )
         stop = checkpoints_of(cli.trainer).stop
         stopped_early = stop is not None and cli.trainer.global_step < cli.trainer.max_steps
         exit_code = 128 + stop if stop is not None and stopped_early else 0

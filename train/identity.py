@@ -31,8 +31,8 @@ _CONFIG_KEYS = {
 }
 
 
-# The same documents may lie elsewhere; the same rows may be split in another way.
-_MAY_CHANGE = ("store", "micro_batches", "processes")
+# The same documents may lie elsewhere; the same rows may be split in another way, and summed in another order.
+_MAY_CHANGE = ("store", "micro_batches", "processes", "arithmetic")
 
 
 # What a fork may not change either: without it the weights have no meaning.
@@ -46,10 +46,20 @@ _LATER = ("bos_id", "eos_id", "manifest")
 def _may_be_longer(theirs: dict[str, Any], ours: dict[str, Any], step: int) -> bool:
     """Whether every step so far would have been the same had the run been as long from the start as it is to be now:
     so it is at a constant learning rate, before its cooldown."""
-    config, before, after = OptimizerConfig(**ours["optimizer"]), theirs.get("max_steps"), ours["max_steps"]
-    if config.schedule != "constant" or not isinstance(before, int) or not step <= before < after:
+    before, after = theirs.get("max_steps"), ours["max_steps"]
+    if theirs.get("optimizer") != ours["optimizer"] or ours["optimizer"]["schedule"] != "constant":
         return False
+    if not isinstance(before, int) or not step <= before < after:
+        return False
+    config = OptimizerConfig(**ours["optimizer"])
     return all(learning_rate_factor(config, s, before) == learning_rate_factor(config, s, after) for s in range(step))
+
+
+def other_sums(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """What a checkpoint's run and this one do not share that only the last bits depend on; empty where nothing."""
+    names = {"processes": "processes", "micro_batches": "micro-batches a step"}
+    before, after = ({names[k]: each[k] for k in names} | each.get("arithmetic", {}) for each in (theirs, ours))
+    return ", ".join(f"{key} {before[key]} -> {after[key]}" for key in before if before[key] != after.get(key))
 
 
 def check_manifest(run_dir: Path, manifest: Manifest) -> None:

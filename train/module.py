@@ -270,6 +270,12 @@ class SinkbedModule(L.LightningModule):
             "precision": str(trainer.precision),
             "micro_batches": trainer.accumulate_grad_batches,
             "processes": trainer.world_size,
+            "arithmetic": {
+                "model.compile": self.compile_decoder,
+                "model.implementation": self.implementation,
+                "trainer.deterministic": torch.are_deterministic_algorithms_enabled(),
+                "trainer.benchmark": torch.backends.cudnn.benchmark,
+            },
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

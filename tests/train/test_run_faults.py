@@ -1,5 +1,6 @@
 """What happens to a run when its settings, its files, its folder or its machine are not what they should be."""
 
+import copy
 import dataclasses
 import errno
 import json
@@ -24,7 +25,7 @@ from train import provenance, rundir
 from train.checkpoint import load_checkpoint
 from train.cli import main
 from train.fsdp import load_sharded
-from train.identity import check_identity, check_manifest
+from train.identity import _CONFIG_KEYS, _MAY_CHANGE, check_identity, check_manifest, other_sums
 from train.loggers import shortened
 from train.module import SinkbedModule
 from train.overrides import overridden
@@ -371,6 +372,23 @@ def test_an_error_in_a_data_worker_is_one_message(fit, monkeypatch, capsys):
     assert "Traceback" not in message and time.monotonic() - began < 30
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_shard_that_becomes_shorter_under_a_run_is_one_message(fit, tiny_store, tmp_path, workers):
+    store = tmp_path / "store"
+    shutil.copytree(tiny_store, store)
+    arguments = ["fit", "--config", str(fit.config), "--data.store", str(store), "--trainer.max_steps", "100000"]
+    job = Job([*arguments, "--data.workers", workers, "--wandb.mode", "disabled"], str(tmp_path / "log"))
+    deadline = time.monotonic() + 60
+    while not rundir.newest_checkpoint(tmp_path / "run"):
+        assert time.monotonic() < deadline and job.alive(), job.output()
+        time.sleep(0.01)
+    for shard in store.glob("train/*.arrow"):
+        os.truncate(shard, 0)
+    assert job.finish(timeout=20) == [1]
+    assert "became shorter" in job.output() or "may be shorter" in job.output()
+    assert "resume" in job.output() and "Traceback" not in job.output()
+
+
 def test_a_failing_disk_is_one_message(fit, monkeypatch, capsys):
     def fails(handle):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -477,6 +495,42 @@ def test_a_checkpoint_of_before_the_manifest_was_kept_is_still_taken(cut, fit):
     check_identity({**checkpoint, "sinkbed": old}, ours)
     with pytest.raises(ValueError, match="sha256 of what decides training"):
         check_identity({**checkpoint, "sinkbed": {**ours, "manifest": "0"}}, ours)
+
+
+NO_BIT = {"data.micro_batch", "data.workers", "data.store", "model.activation_checkpointing"}
+"""Settings of model and data that no bit of a run depends on, but the order in which sums are rounded."""
+
+
+def leaves(settings, prefix=()):
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, (*prefix, key))
+        else:
+            yield (*prefix, key)
+
+
+def test_a_change_of_any_setting_of_model_and_data_is_refused_or_said(cut):
+    folder = cut()
+    settings = yaml.safe_load((folder / rundir.CONFIG).read_text())
+    checkpoint = load_checkpoint(rundir.newest_checkpoint(folder))
+    saved = checkpoint["sinkbed"]
+    names = {key: _CONFIG_KEYS.get(key, key) for key in saved}
+    keys = {".".join(leaf) for name in ("model", "data") for leaf in leaves(settings[name], (name,))}
+    decides = {".".join((names[first], *rest)) for first, *rest in leaves(saved)}
+    said = {key.removeprefix("arithmetic.") for key in decides if key.startswith("arithmetic.")}
+    assert len(keys) > 40 and keys - decides - said == NO_BIT
+    for first, *rest in leaves(saved):
+        ours = copy.deepcopy(saved)
+        place = ours
+        for key in (first, *rest)[:-1]:
+            place = place[key]
+        place[[first, *rest][-1]] = "another"
+        if first in _MAY_CHANGE:
+            check_identity(checkpoint, ours)
+            assert first == "store" or other_sums(saved, ours).endswith("-> another")
+        else:
+            with pytest.raises(ValueError, match="'another'"):
+                check_identity(checkpoint, ours)
 
 
 # For who meets it first.
