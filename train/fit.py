@@ -36,7 +36,7 @@ from train.module import SinkbedModule
 from train.monitor import SinkMonitor
 from train.overrides import overridden
 from train.run_files import ProgressBar, RunFiles, checkpoints_of, interrupted, moved_to, say
-from train.settings import HARMLESS, ShortLightningParser, check_settings
+from train.settings import HARMLESS, ShortLightningParser, check_settings, expand_home
 from train.state_monitor import StateMonitor
 from train.validate import measurement_table
 from train.world import bus_error, devices_of, join, requeue
@@ -142,9 +142,8 @@ class SinkbedCLI(LightningCLI):
         check_settings(config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        for keys, key in ((config, "run_dir"), (config, "fork"), (config, "ckpt_path"), (config.data, "store")):
-            if keys[key]:
-                keys[key] = type(keys[key])(os.path.expanduser(keys[key]))
+        expand_home(config, "run_dir", "fork", "ckpt_path")
+        expand_home(config.data, "store")
         self.rank = join(devices_of(config.trainer), config.trainer.num_nodes)
         moved = moved_to(config)
         if moved is not None:

@@ -186,11 +186,11 @@ def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) ->
     """
     if config.mode == "disabled":
         return None
-    try:
-        Path.home()
-    except RuntimeError:  # no HOME, and a user without a name, as in a container: W&B's own folders go to the run
-        for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
-            os.environ.setdefault(name, str((run_dir / "wandb").absolute()))
+    if not os.environ.get("HOME"):  # which W&B's process needs
+        try:
+            os.environ["HOME"] = str(Path("~").expanduser())
+        except RuntimeError:  # a user without a name, as in a container: W&B's own folders go to the run
+            os.environ["HOME"] = str((run_dir / "wandb").absolute())
     try:
         return _start(config, run_dir, settings)
     except Exception as error:  # whatever W&B's client raises

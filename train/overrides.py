@@ -16,7 +16,7 @@ def overridden(argv: Sequence[str]) -> str:
     known: dict[str, tuple[Any, str]] = {}
     lines: dict[str, str] = {}
     for key, value, source in _settings(argv):
-        if key in known and known[key][0] != value:
+        if key in known and known[key][0] not in (value, None):
             before, earlier = known[key]
             lines[key] = f"{key} {_short(value)} ({source}) over {_short(before)} ({earlier})"
         known[key] = (value, source)

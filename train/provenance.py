@@ -68,7 +68,10 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> str:
     """
     names = ("commit", "changed", "torch", "device", "threads", "variables")
     differing = [name for name in names if before.get(name) != after.get(name)]
-    return ", ".join(f"{name} {before.get(name)} -> {after.get(name)}" for name in differing)
+    if not differing:
+        return ""
+    listed = ", ".join(f"{name} {before.get(name)} -> {after.get(name)}" for name in differing)
+    return f"{listed}; the bits {'may' if set(differing) <= {'commit', 'changed'} else 'will'} differ"
 
 
 def describe(found: Iterable[dict[str, Any]], silent: int = 0) -> str:

@@ -88,7 +88,7 @@ class RunFiles(SaveConfigCallback):
         made = provenance(trainer.strategy.root_device, trainer.world_size)
         earlier = checkpoints.run.get("made_by", [])
         if earlier and (changed := changes(earlier[-1], made)):
-            say(f"{changed} since the checkpoint: the bits will differ from those of a run that was not stopped")
+            say(f"since the checkpoint: {changed}, from those of a run that was not stopped")
         session = {"command": shlex.join(["sinkbed", *sys.argv[1:]]), "started": now()}
         checkpoints.run, more = rundir.identify(
             run_dir, checkpoints.run, pl_module.parent, made, anew=other, session=session

@@ -3,6 +3,7 @@ work here, or that run code."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
@@ -84,3 +85,15 @@ def check_settings(config: Any) -> None:
             raise ValueError(
                 f"trainer.{name}: has no effect here, found {config.trainer.get(name)}; set {instead} instead"
             )
+
+
+def expand_home(config: Any, *keys: str) -> None:
+    """Put the home folder in place of `~`. Raises ValueError for a user who has none."""
+    for key in keys:
+        try:
+            if config[key]:
+                config[key] = type(config[key])(Path(config[key]).expanduser())
+        except RuntimeError:
+            raise ValueError(
+                f"{key}: expected a path, found {config[key]}, of a user without a home folder; write it out"
+            ) from None
