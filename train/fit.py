@@ -142,6 +142,8 @@ class SinkbedCLI(LightningCLI):
         check_settings(config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        if line := overridden(sys.argv[2:]):
+            say(line, file=sys.stderr)
         expand_home(config, "run_dir", "fork", "ckpt_path")
         expand_home(config.data, "store")
         self.rank = join(devices_of(config.trainer), config.trainer.num_nodes)
@@ -298,8 +300,6 @@ def run(command: str, argv: Sequence[str]) -> int:
         argv = [argument for argument in argv if argument != "--trust_config"]
     else:
         set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=HARMLESS)
-    if line := overridden(argv):
-        print(line, file=sys.stderr)
     ours = [sys.argv[0], command, *argv]
     theirs, sys.argv = sys.argv, ours  # LightningCLI reads the real command line
     # Lightning's advice on workers and its notices of devices say nothing that a user here can use.

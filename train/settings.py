@@ -56,9 +56,9 @@ class ShortLightningParser(ShortErrors, LightningArgumentParser):
         return super().format_help(*arguments)
 
 
-# Lightning's callbacks that look, and write nothing of their own. Any other class that a config names runs code of a
-# stranger's choice, and only importing it may.
-HARMLESS = [
+# What a config may name: groups of settings of ours, and Lightning's callbacks that look and write nothing of their own.
+# Any other class runs code of a stranger's choice, and only importing it may.
+HARMLESS = ["data", "model"] + [
     f"{module}.{name}"
     for name in ("LearningRateMonitor", "DeviceStatsMonitor", "Timer", "ModelSummary", "RichModelSummary")
     for module in ("lightning.pytorch.callbacks", getattr(L.callbacks, name).__module__)
