@@ -27,6 +27,9 @@ _WRONG_TYPE = r'Parser key "([\w.]+)":\s+(?:Expected an? (.+?)\. Got value: (.*)
 _NEITHER = r"Union subtypes\n.*Errors:\n  - (.*?)\n  - Expected a <class 'NoneType'>"
 
 
+_NO_KEYS = ("--config", "--print_config", "--help", "--trust_config")
+
+
 def check_keys(program: str, argv: Sequence[str], keys: Sequence[str]) -> None:
     """Refuse a --config that is no YAML of plain values, and a key that is not among `keys`, in it or as an option.
 
@@ -37,7 +40,7 @@ def check_keys(program: str, argv: Sequence[str], keys: Sequence[str]) -> None:
         option, _, value = argument.partition("=")
         if not option.startswith("--"):
             continue
-        if option not in ("--config", "--print_config", "--help") and not is_known(option[2:].rstrip("+"), keys):
+        if option not in _NO_KEYS and not is_known(option[2:].rstrip("+"), keys):
             refuse(program, unknown(option, keys))
         if option == "--config":
             path = Path(value or " ".join(argv[index + 1 : index + 2]))
@@ -96,6 +99,11 @@ def rewritten(message: str, keys: Sequence[str]) -> str:
                     "whole, or give a list: '[a.jsonl, b.jsonl]'"
                 )
             return unknown(option, keys)
+    if found := re.search(r"Parser key \"([\w.]+)\":.*?Importing '([\w.]+)' is not allowed", message, re.DOTALL):
+        return (
+            f"{found[1]}: expected plain values, or a callback of Lightning's that only looks, found the class "
+            f"{found[2]}; a class runs code: add --trust_config where you trust the file"
+        )
     if found := re.search(_NEITHER, message, re.DOTALL):
         return " ".join(found[1].split())
     if found := re.search(_NO_TYPE, message, re.DOTALL):

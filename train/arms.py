@@ -15,14 +15,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
-
-import yaml
+from typing import Any
 
 from data.manifest import differences
 from train import rundir
 from train.keys import fit_keys, unknown_keys
 from train.study_file import Overlay, StudyConfig
+from train.world import leave
 from train.yaml_files import read_mapping
 
 RECORD, SETTINGS, LOG = "arm.json", "arm.yaml", "fit.log"
@@ -168,7 +167,7 @@ def check_configs(runs: Sequence[ArmRun]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         for run in {r.arm: r for r in runs}.values():
             config = Path(folder) / SETTINGS
-            config.write_text(yaml.safe_dump(run.config))
+            config.write_text(rundir.yaml_text(run.config))
             complaint = io.StringIO()
             try:
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(complaint):
@@ -182,7 +181,7 @@ def check_configs(runs: Sequence[ArmRun]) -> str:
     return ""
 
 
-def hold(folder: Path, seconds: float) -> IO[str]:
+def hold(folder: Path, seconds: float) -> rundir.Lock:
     """Lock a run directory; a process that still writes to it has so many seconds to end, then ValueError is raised."""
     end = time.monotonic() + seconds
     while True:
@@ -214,7 +213,7 @@ def make_ready(run: ArmRun, group: str) -> list[str]:
         clear(run.folder)
     run.folder.mkdir(parents=True, exist_ok=True)
     _write_record(run, {})
-    rundir.write_atomic(run.folder / SETTINGS, yaml.safe_dump(run.config, sort_keys=False))
+    rundir.write_atomic(run.folder / SETTINGS, rundir.yaml_text(run.config))
     if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ and not resume:
         # An agent has made the W&B run; a run of another id would not be the sweep's.
         rundir.write_json(run.folder / rundir.RUN, {"wandb_id": os.environ["WANDB_RUN_ID"]})
@@ -261,7 +260,11 @@ def _last_words(log: Path, status: int) -> str:
 
 
 def environment() -> dict[str, str]:
-    """What an arm's process needs of its environment: this checkout importable, tokenizers without threads."""
+    """The environment of an arm's process: this one's, with this checkout importable and the working directory not,
+    tokenizers without threads, and no place among the processes of a launcher that started the study."""
     root = str(Path(__file__).resolve().parent.parent)
     path = [root, *(p for p in (os.environ.get("PYTHONPATH") or "").split(os.pathsep) if p and p != root)]
-    return {"PYTHONPATH": os.pathsep.join(path), "TOKENIZERS_PARALLELISM": "false"}
+    more = {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
+    variables = {**os.environ, **more}
+    leave(variables)
+    return variables

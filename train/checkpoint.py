@@ -112,7 +112,7 @@ class Checkpoints(Checkpoint):
         if step == self.reached:  # a micro-batch
             return
         self.reached = step
-        stop = self._told_to_stop(trainer)
+        stop = self._told_to_stop(trainer) or trainer.should_stop  # a callback may have ended the run
         loss = self.loss(step)
         if loss is not None and trainer.world_size > 1:
             # Whether this step is saved is one process's decision: their losses may differ in the last bit.
@@ -149,6 +149,7 @@ class Checkpoints(Checkpoint):
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         pl_module.check_finite()  # type: ignore[operator]
+        pl_module.check_weights()  # type: ignore[operator]
         path = self.folder / f"step-{step:07d}.ckpt"
         save_atomic(trainer, path)
         self.saved = step
@@ -258,13 +259,13 @@ def load_checkpoint(
         raise FileNotFoundError(f"{path}: expected a checkpoint, found none of that name; there: {there}")
     try:
         if path.is_dir():
-            return load_sharded(path, verify) if tensors else read_meta(path, verify)
+            return _checked(load_sharded(path, verify) if tensors else read_meta(path, verify))
         if verify:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
                 raise ValueError(f"checksum of {damaged.partition('/')[2]}")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=not tensors)
+        return _checked(torch.load(path, map_location="cpu", weights_only=True, mmap=not tensors))
     except (PermissionError, MemoryError):
         raise
     except Exception as error:
@@ -277,3 +278,17 @@ def load_checkpoint(
             f"{path.resolve()}: expected a checkpoint of tensors and plain values, found a file that does not load "
             f"({reason}); {remedy}"
         ) from None
+
+
+_PARTS = {"global_step": int, "state_dict": dict, "optimizer_states": list, "lr_schedulers": list, "loops": dict,
+          "callbacks": dict}  # fmt: skip
+
+
+def _checked(loaded: Any) -> dict[str, Any]:
+    """What was loaded, if it has the parts of a checkpoint; raises ValueError where not."""
+    if not isinstance(loaded, dict):
+        raise ValueError(f"a {type(loaded).__name__} in place of its parts")
+    wrong = [name for name, kind in _PARTS.items() if not isinstance(loaded.get(name), kind)]
+    if wrong:
+        raise ValueError(f"no {' or '.join(wrong)} in it")
+    return loaded

@@ -11,6 +11,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from train.world import leave
+
 # command -> (module with run(argv), one line of help)
 COMMANDS = {
     "prepare": ("train.prepare", "documents -> token store"),
@@ -61,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = build_parser().parse_known_args(argv[:1]), argv[1:]
     command = arguments[0].command
     module, _ = COMMANDS[command]
+    if command != "fit":  # the one command that several processes belong to
+        leave(os.environ)
     try:
         status = int(importlib.import_module(module).run(command, rest) or 0)
         sys.stdout.flush()  # here, where a reader that is gone is no traceback
@@ -90,7 +94,8 @@ def explained(error: Exception) -> bool:
     """Whether the error's message is meant for the user, so that a traceback would only hide it."""
     return (
         isinstance(error, ValueError | OSError)
-        or type(error).__name__ in ("TrainingDiverged", "ProcessLost", "WorkerDiedError", "MisconfigurationException")
+        or type(error).__name__
+        in ("TrainingDiverged", "ProcessLost", "StoppedEarly", "WorkerDiedError", "MisconfigurationException")
         or _out_of_memory(error)
     )
 

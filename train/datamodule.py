@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
 import signal
 import threading
+from multiprocessing import context, popen_fork
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,32 @@ from data.audit import audit
 from data.batches import Batch, Rows, RowSampler
 from data.store import TokenStore
 from data.strategy import Strategy
+from train.world import end_with_parent
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """A scheduler signals every process; batches are wanted until the checkpoint is saved. Workers end with their
-    parent."""
+class _Popen(popen_fork.Popen):
+    terminate = popen_fork.Popen.kill  # what is ignored would be waited for without end
+
+
+class _Worker(context.ForkProcess):
+    """A data worker: forked by the training process, whose end is its own, and killed where it is to be terminated."""
+
+    @staticmethod
+    def _Popen(process: Any) -> _Popen:
+        return _Popen(process)
+
+
+class _Workers(context.ForkContext):
+    """In place of the default, which is another one in a process that is not the first: in an arm of a study."""
+
+    Process = _Worker  # type: ignore[assignment]
+
+
+def _begin_worker(worker: int) -> None:
+    """A scheduler signals every process; batches are wanted until the checkpoint is saved."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent(os.getppid())
 
 
 class TokenData(L.LightningDataModule):
@@ -131,9 +153,16 @@ class TokenData(L.LightningDataModule):
             batch_sampler=sampler,
             collate_fn=Rows.collate,
             num_workers=self.workers,
-            worker_init_fn=_leave_signals_to_the_trainer,
+            worker_init_fn=_begin_worker,
+            multiprocessing_context=_Workers() if self.workers else None,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the workers: one that died may have left a lock behind, at which the others wait for ever."""
+        for child in multiprocessing.active_children():
+            if isinstance(child, _Worker):
+                child.kill()
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move the batch's tensors."""

@@ -8,6 +8,7 @@ file. Each kind loads under every strategy and number of processes.
 from __future__ import annotations
 
 import hashlib
+import math
 import pickle
 import shutil
 import warnings
@@ -20,7 +21,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -169,11 +170,14 @@ def read_meta(path: Path, verify: bool = True) -> dict[str, Any]:
     sums = path / CHECKSUMS
     if not sums.is_file():
         raise ValueError(f"no {CHECKSUMS}")
-    for name, expected in rundir.read_json(sums).items():
+    known = rundir.read_json(sums)
+    for name in {META, ".metadata", *known}:
         file = path / name
-        if file.parent != path or not file.is_file() or (verify and _sha256(file) != expected):
+        if file.parent != path or not file.is_file() or name not in known or (verify and _sha256(file) != known[name]):
             raise ValueError(f"checksum of {name}")
-    _read_metadata(path)
+    for info in (_read_metadata(path).storage_data or {}).values():
+        if info.relative_path not in known:
+            raise ValueError(f"checksum of {info.relative_path}")
     meta: dict[str, Any] = torch.load(path / META, map_location="cpu", weights_only=True)
     return meta
 
@@ -218,13 +222,24 @@ def _read_metadata(path: Path) -> Metadata:
         metadata = _Unpickler(file).load()
     if not isinstance(metadata, Metadata):
         raise ValueError("a .metadata of another kind")
-    if not all(isinstance(entry, TensorStorageMetadata) for entry in metadata.state_dict_metadata.values()):
-        raise ValueError("something else than tensors")
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            raise ValueError("something else than tensors")
+        # Chunks never overlap, so that their sizes say whether they are all; memory of one that is not there would
+        # be taken as it is.
+        chunks = [chunk for chunk in {tuple(c.offsets): c for c in entry.chunks}.values() if _is_inside(chunk, entry)]
+        if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(entry.size):
+            raise ValueError(f"not all of {name}")
     inside = path.resolve()
     for info in (metadata.storage_data or {}).values():
         if (path / info.relative_path).resolve().parent != inside:
             raise ValueError(f"a path out of the folder, {info.relative_path}")
     return metadata
+
+
+def _is_inside(chunk: ChunkStorageMetadata, entry: TensorStorageMetadata) -> bool:
+    edges = zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
+    return all(offset >= 0 and offset + size <= whole for offset, size, whole in edges)
 
 
 def _flatten(checkpoint: dict[str, Any], keep: bool = False) -> dict[str, Any]:

@@ -1,29 +1,22 @@
-"""Where points go: metrics.jsonl, the durable record, and W&B, online or offline.
-
-Both are Lightning loggers, and `record` hands a point to each with the same x axis, tokens seen.
-"""
+"""W&B, online or offline, as one of the two loggers that `metrics.record` hands every point to."""
 
 from __future__ import annotations
 
-import errno
-import json
-import math
+import hashlib
 import os
-import shutil
 import sys
-from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning.pytorch as L
 import numpy as np
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from train import rundir
+from train.metrics import IN_A_POINT
+from train.wandb_files import earlier_steps, in_time, mend_wandb_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +37,27 @@ class WandbConfig:
     """Tags of the run."""
     finish_seconds: float = 300.0
     """Longest wait for the upload when the run ends; `wandb sync` uploads what was left."""
+
+    def __post_init__(self) -> None:
+        wrong = sorted({c for c in self.project if c in "/\\#?%:"})
+        if wrong or not 0 < len(self.project) <= _LONGEST_NAME:
+            raise ValueError(
+                f"wandb.project: expected a name of 1 to {_LONGEST_NAME} characters, none of them / \\ # ? % :, "
+                f"found {self.project!r}"
+            )
+        if not all(tag.strip() for tag in self.tags):
+            raise ValueError(f"wandb.tags: expected tags that are not empty, found {self.tags}")
+
+
+# What W&B takes; it refuses the run for more.
+_LONGEST_NAME, _LONGEST_TAG = 128, 64
+
+
+def shortened(name: str, longest: int) -> str:
+    """A name as it is, or cut to a length, with what tells it from others that begin alike."""
+    if len(name) <= longest:
+        return name
+    return f"{name[: longest - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 class Tracker(WandbLogger):
@@ -87,6 +101,12 @@ class Tracker(WandbLogger):
         rundir.write_json(path, {**known, "beside": [*known.get("beside", ()), self.number]})
         self.number += 1
 
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Send what has a form in W&B alone, such as an image; numbers come as a point, from `MetricsFile`."""
+        beside = {key: value for key, value in metrics.items() if not isinstance(value, IN_A_POINT)}
+        if beside and not self.lost:
+            self.log_beside(beside)
+
     def log_point(self, point: dict[str, Any]) -> None:
         """Send one line of metrics.jsonl; a map becomes an image, a gap is left out."""
         if self._has(point["step"]) or self.lost:
@@ -114,86 +134,17 @@ class Tracker(WandbLogger):
         self.number += 1
 
 
-class MetricsFile(Logger):
-    """One JSON object a point in metrics.jsonl, flushed line by line."""
-
-    def __init__(self, run_dir: Path) -> None:
-        super().__init__()
-        self.run_dir = run_dir
-
-    @property
-    def name(self) -> str:
-        """Name of the logger."""
-        return "metrics"
-
-    @property
-    def version(self) -> str:
-        """Unused."""
-        return ""
-
-    @property
-    def log_dir(self) -> str:
-        """The run directory, which Lightning takes as its own."""
-        return str(self.run_dir)
-
-    @property
-    def save_dir(self) -> str:
-        """The run directory."""
-        return str(self.run_dir)
-
-    @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the run directory holds config.yaml."""
-
-    @rank_zero_only
-    def log_point(self, point: dict[str, Any]) -> None:
-        """Append one point."""
-        path = self.run_dir / rundir.METRICS
-        with path.open("ab", buffering=0) as file:
-            size = file.tell()
-            line = (json.dumps(point) + "\n").encode()
-            try:
-                written = file.write(line)
-                if written != len(line):  # a disk that fills up takes a part
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError as error:
-                os.truncate(path, size)
-                raise OSError(error.errno, error.strerror, str(path)) from None
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Append values that Lightning itself logs."""
-        self.log_point({"step": step, **metrics})
-
-
 def heatmap_image(values: list[list[float]]) -> np.ndarray:
     """A [L][H] map of masses in [0, 1] as an RGB image, layers downwards from the first, heads across.
 
     Colours go by the square root, so that masses far below 1 differ, on a scale that is the same for every image.
     Drawn by hand because a matplotlib figure would cost more than the measurement itself.
     """
-    levels = np.sqrt(np.clip(np.asarray(values, dtype=np.float64), 0, 1))[..., None]
+    levels = np.sqrt(np.clip(np.nan_to_num(np.asarray(values, dtype=np.float64)), 0, 1))[..., None]
     low, middle, high = np.array([13, 8, 60]), np.array([187, 55, 84]), np.array([252, 255, 164])
     colour = np.where(levels < 0.5, low + (middle - low) * levels * 2, middle + (high - middle) * (levels * 2 - 1))
     cell = max(4, 256 // max(levels.shape[:2]))
     return np.kron(colour.astype(np.uint8), np.ones((cell, cell, 1), dtype=np.uint8))
-
-
-def record(
-    trainer: L.Trainer,
-    values: dict[str, float],
-    *,
-    step: int,
-    tokens: int,
-    heatmaps: dict[str, list[list[float]]] | None = None,
-) -> None:
-    """Hand one point to every logger: scalars, and maps as lists (metrics.jsonl) or images (W&B)."""
-    point: dict[str, Any] = {"step": step, "train/tokens": tokens, **values, **(heatmaps or {})}
-    # JSON has no NaN; a gap in a curve is written as null.
-    point = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in point.items()}
-    for logger in trainer.loggers:
-        assert isinstance(logger, Tracker | MetricsFile)
-        logger.log_point(point)
 
 
 def has_wandb_key() -> bool:
@@ -214,11 +165,6 @@ def has_wandb_key() -> bool:
     return settings.base_url.split("://")[-1].strip("/") in hosts
 
 
-def process_rank() -> int:
-    """Rank of this process, as Lightning knows it before a trainer exists."""
-    return int(getattr(rank_zero_only, "rank", 0))
-
-
 _SECONDS_TO_ANSWER = 10
 
 
@@ -236,10 +182,23 @@ def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) ->
     """Start or continue the run's W&B run, and send what metrics.jsonl holds and W&B lacks.
 
     Its id is the one in run.json, also offline. A server that does not answer, or refuses the run, costs a warning and
-    the run goes on offline.
+    the run goes on offline; where W&B does not start at all, without it.
     """
-    if config.mode == "disabled" or process_rank() != 0:
+    if config.mode == "disabled":
         return None
+    if not os.environ.get("HOME"):  # which W&B's process needs
+        try:
+            os.environ["HOME"] = str(Path("~").expanduser())
+        except RuntimeError:  # a user without a name, as in a container: W&B's own folders go to the run
+            os.environ["HOME"] = str((run_dir / "wandb").absolute())
+    try:
+        return _start(config, run_dir, settings)
+    except Exception as error:  # whatever W&B's client raises
+        rank_zero_warn(f"W&B does not start ({error}); training goes on without it, metrics.jsonl has every point")
+        return None
+
+
+def _start(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) -> Tracker:
     import wandb
 
     path = run_dir / rundir.RUN
@@ -252,9 +211,9 @@ def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) ->
     arguments: dict[str, Any] = dict(
         project=config.project,
         entity=config.entity,
-        group=config.group,
-        name=config.name or run_dir.name,
-        tags=config.tags or None,
+        group=shortened(config.group, _LONGEST_NAME) if config.group else None,
+        name=shortened(config.name or run_dir.name, _LONGEST_NAME),
+        tags=[shortened(tag, _LONGEST_TAG) for tag in config.tags] or None,
         id=known["wandb_id"],
         resume="allow",
         dir=str(run_dir),
@@ -283,18 +242,15 @@ def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) ->
         wandb.teardown()  # the failed attempt still holds the run's id
         arguments.pop("resume", None)
         mode = "offline"
-        try:
-            run = wandb.init(mode=mode, **arguments)
-        except Exception as again:
-            rank_zero_warn(f"W&B does not start ({again}); training goes on without it, metrics.jsonl has every point")
-            return None
+        run = wandb.init(mode=mode, **arguments)
     run.define_metric("train/tokens")
     run.define_metric("*", step_metric="train/tokens")
     own = Path(run.dir).parent
-    earlier = [f for f in run_dir.glob(f"wandb/*run-*/run-{arguments['id']}.wandb") if f.parent != own]
-    for file in earlier:
-        mend_wandb_file(file)
-    rows = _earlier_steps(f for f in earlier if f.exists())
+    earlier = in_time(f for f in run_dir.glob(f"wandb/*run-*/run-{arguments['id']}.wandb") if f.parent != own)
+    message = mend_wandb_files(earlier)
+    if message is not None:
+        rank_zero_warn(message)
+    rows = earlier_steps(f for f in earlier if f.exists())
     number = run.starting_step if mode == "online" else len(rows)
     sent = number - sum(beside < number for beside in known.get("beside", ()))
     steps = [step for step in rows if step is not None]
@@ -306,66 +262,6 @@ def start_wandb(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) ->
 
 def _sync(run_dir: Path) -> str:
     return f"wandb sync --no-skip-online {run_dir}/wandb/*run-*"
-
-
-def _earlier_steps(files: Iterable[Path]) -> list[int | None]:
-    """Training step of each row in the W&B files that earlier processes wrote for a run, by W&B's count; None for one
-    that is no point of metrics.jsonl."""
-    in_time = sorted(files, key=lambda file: file.parent.name.partition("run-")[2])
-    steps = {row["_step"]: row.get("trainer/global_step") for file in in_time for row in read_wandb_file(file)}
-    return [steps[number] for number in sorted(steps)]
-
-
-def _wandb_records(content: bytes) -> Iterator[tuple[bytes, int]]:
-    """Records of a W&B run file, each with the offset at which it ends, up to where the file breaks off.
-
-    The format is LevelDB's log: blocks of 32 KiB, in them pieces of records with checksum (4 bytes),
-    length (2) and kind (1: whole, 2: first, 3: middle, 4: last); a record is a protocol buffer.
-    """
-    at, record = 7, b""  # after the file's own header
-    while at + 7 <= len(content):
-        left = 32768 - at % 32768
-        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
-        if left < 7 or kind == 0:  # a header never crosses a block
-            at += left
-            continue
-        if at + 7 + length > len(content):
-            return
-        record += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            yield record, at
-            record = b""
-
-
-def mend_wandb_file(path: Path) -> None:
-    """Cut off the record that a kill left unfinished, and remove the folder of a file without any.
-
-    At either, `wandb sync` stops and leaves the later segments of the run out.
-    """
-    content = path.read_bytes()
-    end = max((end for _, end in _wandb_records(content)), default=0)
-    if end == 0:
-        shutil.rmtree(path.parent)
-    elif end < len(content):
-        os.truncate(path, end)
-
-
-def read_wandb_file(path: Path) -> Iterator[dict[str, Any]]:
-    """History rows of a W&B run file, `_step` among their keys, up to where it breaks off."""
-    from google.protobuf.message import DecodeError
-    from wandb.proto import wandb_internal_pb2
-
-    for content, _ in _wandb_records(path.read_bytes()):
-        record: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
-        try:
-            record.ParseFromString(content)
-        except DecodeError:
-            return
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            row = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
-            yield {**row, "_step": record.history.step.num}
 
 
 def finish_wandb(exit_code: int) -> None:

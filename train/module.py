@@ -13,20 +13,19 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from data.batches import Batch
-from data.manifest import differences
-from data.strategy import Strategy
 from kernels import Implementation, Mask, interval_mask
 from model import Decoder, DecoderConfig
 from model.loss import IGNORED
 from model.ranges import check_number
 from train.datamodule import TokenData
 from train.fsdp import FSDP2Strategy, shard
-from train.loggers import record
+from train.identity import check_identity
+from train.metrics import record
 from train.optim import OptimizerConfig, build_optimizer, learning_rate_factor
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or its gradient is no longer finite."""
+    """The loss, its gradient or the weights are no longer finite."""
 
 
 def batch_mask(batch: Batch, data: TokenData) -> Mask:
@@ -185,13 +184,41 @@ class SinkbedModule(L.LightningModule):
         if self._last is None:
             return
         step, loss, norm = self._last
-        if not torch.isfinite(norm):
-            raise TrainingDiverged(
-                f"step {step} ({self.tokens_at(step):,} tokens): expected a finite loss and gradient, found "
-                f"loss {float(loss):.4g} and gradient norm {float(norm):.4g}. Weights of this step are not saved and "
-                "the checkpoints before it are good; start a new run with a lower model.optimizer.lr or a longer "
-                "warm-up, from the beginning or with --fork from one of them (a resumed run keeps its settings)"
+        if not torch.isfinite(loss + norm):
+            raise self._diverged(
+                step, "loss and gradient", f"loss {float(loss):.4g} and gradient norm {float(norm):.4g}"
             )
+
+    def check_weights(self) -> None:
+        """Raise TrainingDiverged, in every process, where a weight or moment is not finite; call before saving."""
+        tensors: dict[str, Tensor] = dict(self.named_parameters())
+        for optimizer in self.trainer.optimizers:
+            for number, state in enumerate(optimizer.state.values()):
+                tensors |= {f"{key} of parameter {number}": value for key, value in state.items()}
+        parts = {name: local_part(tensor.detach()) for name, tensor in tensors.items()}
+        # The extremes of a tensor take no copy of it, and nan is among them where it is anywhere.
+        extremes = {name: torch.stack(torch.aminmax(part)).float() for name, part in parts.items() if part.numel()}
+        device = self.trainer.strategy.root_device
+        finite = torch.stack([each.to(device) for each in extremes.values()]).isfinite().all()
+        if self.trainer.strategy.reduce((~finite).float(), reduce_op="sum") > 0:
+            wrong = [name for name, each in extremes.items() if not each.isfinite().all()]
+            raise self._diverged(
+                self.trainer.global_step,
+                "weights and moments",
+                f"{wrong[0].removeprefix('decoder.')} {'with others ' if len(wrong) > 1 else ''}not finite"
+                if wrong
+                else "some in another process that are not",
+            )
+
+    def _diverged(self, step: int, expected: str, actual: str) -> TrainingDiverged:
+        saved = getattr(self.trainer.checkpoint_callback, "saved", None)
+        kept = "no step is saved" if saved is None else "the checkpoints before it are good"
+        fork = ", from the beginning or with --fork from one of them (a resumed run keeps its settings)"
+        return TrainingDiverged(
+            f"step {step} ({self.tokens_at(step):,} tokens): expected finite {expected}, found {actual}. Weights of "
+            f"this step are not saved and {kept}; start a new run with a lower model.optimizer.lr or a longer "
+            f"warm-up{'' if saved is None else fork}"
+        )
 
     def _log_training(self, step: int, loss: Tensor, norm: Tensor) -> None:
         now = time.perf_counter()
@@ -228,6 +255,9 @@ class SinkbedModule(L.LightningModule):
             "tokenizer": manifest.tokenizer_sha256,
             "store": str(data.store_path),
             "documents": {name: split.digest for name, split in manifest.splits.items()},
+            "bos_id": manifest.bos_id,
+            "eos_id": manifest.eos_id,
+            "manifest": manifest.digest,
             "strategy": dataclasses.asdict(data.strategy),
             "context_length": data.context_length,
             "global_batch": data.global_batch,
@@ -240,6 +270,12 @@ class SinkbedModule(L.LightningModule):
             "precision": str(trainer.precision),
             "micro_batches": trainer.accumulate_grad_batches,
             "processes": trainer.world_size,
+            "arithmetic": {
+                "model.compile": self.compile_decoder,
+                "model.implementation": self.implementation,
+                "trainer.deterministic": torch.are_deterministic_algorithms_enabled(),
+                "trainer.benchmark": torch.backends.cudnn.benchmark,
+            },
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -285,53 +321,3 @@ def rename_states(state: dict[str, Any], names: dict[Any, Any]) -> None:
     state["state"] = {names.get(key, key): value for key, value in state["state"].items()}
     for group in state["param_groups"]:
         group["params"] = [names.get(key, key) for key in group["params"]]
-
-
-# Parts of the identity by the names that a user gives them.
-_CONFIG_KEYS = {
-    "decoder": "model.decoder",
-    "optimizer": "model.optimizer",
-    "clip_norm": "model.clip_norm",
-    "strategy": "data.strategy",
-    "context_length": "data.context_length",
-    "global_batch": "data.global_batch",
-    "seed": "data.seed",
-    "unique_rows": "data.unique_rows",
-    "max_steps": "trainer.max_steps",
-    "precision": "trainer.precision",
-    "documents": "sha256 of the token store's documents",
-    "tokenizer": "sha256 of the token store's tokenizer",
-    "vocab_size": "tokens in the token store's vocabulary",
-}
-
-
-# The same documents may lie elsewhere; the same rows may be split in another way.
-_MAY_CHANGE = ("store", "micro_batches", "processes")
-
-
-# What a fork may not change either: without it the weights have no meaning.
-_FORK = ("format", "decoder", "vocab_size", "tokenizer")
-
-
-def check_identity(checkpoint: dict[str, Any], ours: dict[str, Any], fork: bool = False) -> None:
-    """Refuse a checkpoint of another shape, data or strategy; of another shape or vocabulary in a fork.
-
-    Raises ValueError with both values of each setting.
-    """
-    theirs = checkpoint.get("sinkbed")
-    if theirs is None:
-        raise ValueError("the checkpoint: expected one written by sinkbed fit, found no `sinkbed` entry")
-    theirs = {**theirs, "strategy": Strategy.completed(theirs.get("strategy") or {})}
-    pairs = [
-        f"{name}: the checkpoint has {found!r}, this configuration {expected!r}"
-        for key, value in ours.items()
-        if (key in _FORK if fork else key not in _MAY_CHANGE)
-        for name, found, expected in differences(theirs.get(key), value, _CONFIG_KEYS.get(key, key))
-    ]
-    if pairs and fork:
-        raise ValueError(f"--fork: expected the checkpoint's own model and vocabulary, found {'; '.join(pairs)}")
-    if pairs:
-        raise ValueError(
-            f"resuming: expected the run's own configuration, found {'; '.join(pairs)}. Start from the run's "
-            "config.yaml, or make a new run of it: another run_dir, and --fork CHECKPOINT instead of --ckpt_path"
-        )

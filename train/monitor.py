@@ -17,8 +17,9 @@ from model import Decoder
 from model.observe import evaluating
 from train import rundir
 from train.finite import finite
-from train.loggers import Tracker, record
+from train.loggers import Tracker
 from train.measure import InferenceMode, MeasureConfig, ModeResult, Probe, measure
+from train.metrics import record
 from train.module import SinkbedModule, batch_mask
 
 _PACKED_ROWS = 4

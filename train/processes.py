@@ -6,7 +6,6 @@ on a GPU or of several devices is started by a command of its own instead. None 
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import multiprocessing
 import multiprocessing.connection
@@ -22,40 +21,28 @@ from pathlib import Path
 from typing import Any
 
 from train.arms import environment
+from train.world import end_with_parent
 
 _context = multiprocessing.get_context("forkserver")
 # Starting a process and asking after one both collect any that have ended; of two threads that read the same
 # status, one would get none.
 _lock = threading.Lock()
-# Found here: between fork and exec there may be a loader's lock that nobody gives back.
-_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def warm_up() -> None:
     """Start the process that the others are forked from; it imports while the caller goes on."""
     _context.set_forkserver_preload(["train.fit", "wandb"])
-    before = {name: os.environ.get(name) for name in environment()}
-    os.environ.update(environment())
+    before = dict(os.environ)
+    _become(environment())
     try:
         multiprocessing.forkserver.ensure_running()
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        _become(before)
 
 
-def end_with_parent(parent: int) -> None:
-    """Before an exec: have Linux kill this process when the thread that started it ends, as no one else would.
-
-    Args:
-        parent: its process id; one that is gone already ends this process at once.
-    """
-    if _prctl is not None:
-        _prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(1)
+def _become(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 class FitProcess:
@@ -72,7 +59,7 @@ class FitProcess:
         self._started: subprocess.Popen[bytes] | None = None
         variables = {**environment(), **variables}
         if fork:
-            self._forked = _context.Process(target=_fit, args=(list(arguments), str(log), {**os.environ, **variables}))
+            self._forked = _context.Process(target=_fit, args=(list(arguments), str(log), variables))
             with _lock:
                 self._forked.start()
         else:
@@ -81,7 +68,7 @@ class FitProcess:
                     [sys.executable, "-m", "train", *arguments],
                     stdout=file,
                     stderr=subprocess.STDOUT,
-                    env={**os.environ, **variables},
+                    env=variables,
                     preexec_fn=functools.partial(end_with_parent, os.getpid()),
                 )
 
@@ -119,11 +106,10 @@ def _end_with_study() -> None:
 
 def _fit(arguments: list[str], log: str, variables: dict[str, str]) -> None:
     threading.Thread(target=_end_with_study, daemon=True).start()
-    os.environ.clear()
-    os.environ.update(variables)
+    _become(variables)
     os.environ.pop("WANDB_SERVICE", None)  # of the process that runs the study
     null = os.open(os.devnull, os.O_RDONLY)
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for target, source in ((0, null), (1, output), (2, output)):
         os.dup2(source, target)
     status = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -42,6 +43,7 @@ def provenance(device: torch.device, processes: int = 1) -> dict[str, Any]:
         version = metadata.version("sinkbed")
     except metadata.PackageNotFoundError:  # a checkout that is run without being installed
         version = "of no version"
+    variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     return {
         "sinkbed": version,
         "commit": _COMMIT,
@@ -50,7 +52,26 @@ def provenance(device: torch.device, processes: int = 1) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
         "threads": torch.get_num_threads(),
         "processes": processes,
+        **({"variables": variables} if variables else {}),
     }
+
+
+_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
+              "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE")  # fmt: skip
+"""By which a user chooses how sums are made."""
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """What differs between two records of `provenance` that bits may depend on, as a sentence's beginning; or nothing.
+
+    Processes are not among it: of those the resumed run says so itself.
+    """
+    names = ("commit", "changed", "torch", "device", "threads", "variables")
+    differing = [name for name in names if before.get(name) != after.get(name)]
+    if not differing:
+        return ""
+    listed = ", ".join(f"{name} {before.get(name)} -> {after.get(name)}" for name in differing)
+    return f"{listed}; the bits {'may' if set(differing) <= {'commit', 'changed'} else 'will'} differ"
 
 
 def describe(found: Iterable[dict[str, Any]], silent: int = 0) -> str:

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from train.arms import LOG, ArmRun, begin, conclude, environment
-from train.processes import end_with_parent
 from train.runner import watch
 from train.study_file import StudyConfig
+from train.world import end_with_parent
 
 _SECONDS_FOR_THE_DEAD = 120.0
 """Longest wait for a process of a node that Ray gave up: it may live a little longer."""
@@ -39,7 +39,7 @@ def run_arm(run: ArmRun, group: str, folder: str) -> str:
             [sys.executable, "-m", "train", *arguments],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **environment()},
+            env=environment(),
             preexec_fn=functools.partial(end_with_parent, os.getpid()),  # Ray kills workers
         )
         try:
@@ -71,7 +71,7 @@ class RayRunner:
         self.runs = runs
         self.retries = retries
         self.failed: dict[str, str] = {}
-        variables = environment()
+        variables = {name: value for name, value in environment().items() if os.environ.get(name) != value}
         if not ray.is_initialized():
             try:
                 ray.init(

@@ -2,7 +2,7 @@
 
 config.yaml      the whole configuration          manifest.json  the token store's manifest
 audit.json       what packing did                 metrics.jsonl  every point, in order
-measurement.json the final measurement            checkpoints/   wandb/   run.json (W&B id, parent, what made it)
+measurement.json the final measurement            checkpoints/   wandb/   run.json (W&B id, parent, what made it, when)
 .lock            held by the process that writes here
 """
 
@@ -11,11 +11,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import secrets
-import tempfile
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+import yaml
 
 CONFIG, MANIFEST, AUDIT = "config.yaml", "manifest.json", "audit.json"
 METRICS, MEASUREMENT, RUN, CHECKPOINTS = "metrics.jsonl", "measurement.json", "run.json", "checkpoints"
@@ -45,12 +48,34 @@ def kept_steps(points: int, max_steps: int) -> set[int]:
     return {round(max_steps ** (i / max(1, points - 1))) for i in range(points)}
 
 
-def lock(folder: Path) -> IO[str]:
+@dataclass
+class Lock:
+    """A folder that is this process's own."""
+
+    file: IO[str]
+    made: bool
+    """Whether the folder was made for it."""
+
+    def close(self) -> None:
+        """Give the folder back."""
+        self.file.close()
+
+    def __enter__(self) -> None:
+        """Hold it for a block."""
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def lock(folder: Path) -> Lock:
     """Make `folder` this process's own until the file is closed or the process ends, however it ends.
 
     Raises ValueError where another process holds it. A lock of the POSIX kind, which the workers that a
     training run forks do not inherit.
     """
+    if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
+        raise ValueError(f"{folder}: expected a folder, or none yet, found a file or a link to nothing; choose another")
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / LOCK).open("w")
     try:
@@ -63,32 +88,34 @@ def lock(folder: Path) -> IO[str]:
         ) from None
     except OSError:  # a file system without locks
         pass
-    return file
+    return Lock(file, made)
 
 
-def release(held: IO[str]) -> None:
-    """Give a locked folder back; one that nothing was written to goes away."""
-    path = Path(held.name)
+def release(held: Lock) -> None:
+    """Give a locked folder back; one that was made for the lock, and that nothing was written to, goes away."""
+    path = Path(held.file.name)
     held.close()
     if path.exists() and list(path.parent.iterdir()) == [path]:
         path.unlink()
-        path.parent.rmdir()
+        if held.made:
+            path.parent.rmdir()
 
 
 def write_atomic(path: Path, content: str | bytes | memoryview) -> None:
     """Replace `path` by `content` so that a reader, or a crash, sees the old or the new whole, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:  # readable to whom the user's umask says
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # one of writing names no file
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 
@@ -110,9 +137,25 @@ def remove_temporaries(
             path.unlink()
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that could be read as a number."""
+
+
+# jsonargparse reads more of them than PyYAML does: 1e-3, 4351e27.
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+.\d][-+.\d_:eE]*$"), list("-+.0123456789"))
+
+
+def yaml_text(value: Any) -> str:
+    """YAML that reads back as what it was made of, by PyYAML and by the command line."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, indented."""
-    write_atomic(path, json.dumps(value, indent=2) + "\n")
+    """Write JSON atomically, indented. Raises ValueError for nan and infinite numbers, which JSON does not have."""
+    try:
+        write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    except ValueError as error:
+        raise ValueError(f"{path}: not written, expected finite numbers, found one that is not ({error})") from None
 
 
 def read_json(path: Path) -> Any:
@@ -124,38 +167,71 @@ def read_json(path: Path) -> Any:
 
 
 def identify(
-    folder: Path, saved: dict[str, Any], parent: dict[str, Any] | None, made: dict[str, Any], anew: bool
-) -> tuple[dict[str, Any], str | None]:
+    folder: Path,
+    saved: dict[str, Any],
+    parent: dict[str, Any] | None,
+    made: dict[str, Any],
+    *,
+    anew: bool,
+    session: dict[str, Any],
+) -> tuple[dict[str, Any], list[str]]:
     """Write run.json: the W&B id, made once, the run and step that this run is a fork of, and what made it.
 
     Args:
-        saved: run.json as the checkpoint saved it that the run resumes from; taken where the file is damaged.
+        saved: run.json as the checkpoint saved it that the run resumes from, empty without one. What it says of the
+            id counts, as it is under a checksum.
         parent: of a fork.
         made: provenance of this process; put beside those that the checkpoint names, where it differs.
         anew: whether the run starts with other settings than before, and so with another id.
+        session: command and start of this process.
 
     Returns its content, and what there is to tell the user.
     """
-    path, told = folder / RUN, None
+    path, messages = folder / RUN, []
     known: dict[str, Any] = {}
     try:
         known = read_json(path) if path.exists() else saved
-        if path.exists() and not isinstance(known.get("wandb_id"), str):
+        if not isinstance(known, dict) or (path.exists() and not isinstance(known.get("wandb_id"), str)):
             raise ValueError(f"{path}: expected a wandb_id, found none")
     except ValueError as error:
-        known, told = saved, f"{error}; taken from the checkpoint, or made anew"
+        known = saved
+        messages.append(f"{error}; taken from the checkpoint, or made anew")
+    ours, original = known.get("wandb_id"), saved.get("wandb_id")
+    copied = known.get("copy_of") or {}  # which checkpoints that were copied too still name
+    if original is not None and ours != original and copied.get("wandb_id") != original:
+        messages.append(f"{path}: expected the W&B id {original}, found {ours}; taken from the checkpoint")
+        known = {**known, "wandb_id": original}
+    source = _original(folder, known)
+    if source is not None:
+        known = {"copy_of": {"folder": str(source), "wandb_id": known["wandb_id"]}, "wandb_id": secrets.token_hex(4)}
+        messages.append(
+            f"{folder} is a copy of the run {source}: it goes on from its own checkpoints, as the W&B run "
+            f"{known['wandb_id']}"
+        )
     if anew or "wandb_id" not in known:
         known = {"wandb_id": secrets.token_hex(4)}
     known = {k: v for k, v in known.items() if k != "finished"} | ({} if parent is None else {"parent": parent})
+    known["folder"] = str(folder.resolve())
     earlier = saved.get("made_by", [])  # whose steps are kept; not those that a restart makes again
+    known["sessions"] = [*known.get("sessions", ()), session]
     known["made_by"] = earlier if made in earlier else [*earlier, made]
     write_json(path, known)
-    return known, told
+    return known, messages
 
 
-def mark_finished(folder: Path) -> None:
-    """Note in run.json that nothing is left to do: measured, and W&B's files are whole."""
-    write_json(folder / RUN, read_json(folder / RUN) | {"finished": True})
+def _original(folder: Path, known: dict[str, Any]) -> Path | None:
+    """The run that a folder is a copy of: where run.json says it was written, there still is the run of its W&B id."""
+    written = Path(known.get("folder") or folder)
+    try:
+        is_other = (written / RUN).exists() and not written.samefile(folder)
+        return written if is_other and read_json(written / RUN)["wandb_id"] == known["wandb_id"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def note(folder: Path, **values: Any) -> None:
+    """Add to run.json."""
+    write_json(folder / RUN, read_json(folder / RUN) | values)
 
 
 def is_finished(folder: Path) -> bool:

@@ -9,8 +9,8 @@ import lightning.pytorch as L
 
 from train.fsdp import FSDP2Strategy
 from train.jacobian import measure_jacobian
-from train.loggers import record
 from train.measure import InferenceMode, MeasureConfig
+from train.metrics import record
 from train.mixing import measure_paths, measure_perturbation, measure_rank
 from train.module import SinkbedModule
 from train.monitor import SinkMonitor

@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 
 _forkserver = multiprocessing.get_context("forkserver")
 _forkserver.set_forkserver_preload(["train.fit", "wandb"])
@@ -15,6 +16,7 @@ def _run(arguments, log, environment, largest_file, group):
         os.setpgid(0, 0)
     os.environ.pop("WANDB_SERVICE", None)  # of the process that runs the tests
     os.environ.update(environment)
+    sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
     from lightning.pytorch.utilities import rank_zero_only
 
     from train.cli import main

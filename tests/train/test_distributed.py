@@ -14,7 +14,7 @@ from tests.train.test_fit import points
 from train import rundir
 from train.checkpoint import load_checkpoint
 from train.cli import main
-from train.loggers import read_wandb_file
+from train.wandb_files import read_wandb_file
 
 KINDS = ("one", "ddp", "fsdp2", "fsdp2_sharded")
 # Under the document mask micro-batches and processes differ in the targets that count.

@@ -16,7 +16,7 @@ from tests.train.test_fit import Killed, kill_at, points
 from tests.train.test_resume import equal, training_state
 from train import rundir
 from train.checkpoint import load_checkpoint
-from train.loggers import read_wandb_file
+from train.wandb_files import read_wandb_file
 
 LONG = (
     "--trainer.max_steps",

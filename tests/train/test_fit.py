@@ -12,7 +12,7 @@ import torch
 
 from train import rundir
 from train.cli import main
-from train.loggers import read_wandb_file
+from train.wandb_files import read_wandb_file
 
 
 def points(folder):

@@ -14,7 +14,7 @@ from tests.train.processes import Job
 from tests.train.test_fit import points
 from tests.train.wandb_server import serving
 from train import rundir
-from train.loggers import _wandb_records
+from train.wandb_files import wandb_records
 
 LONG = ("--trainer.max_steps", "60", "--checkpoint_every", "10", "--checkpoint_points", "2", "--wandb.group", "study")
 
@@ -92,7 +92,7 @@ def test_unfinished_segments_are_mended(start, fit, server):
     cut(start, folder, [OFFLINE] * 2)
     first, second = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
     content = first.read_bytes()
-    ends = [end for _, end in _wandb_records(content)]
+    ends = [end for _, end in wandb_records(content)]
     cut_short = content[: (ends[-3] + ends[-2]) // 2]
     assert ends[-3] < len(cut_short) < ends[-2]
     first.write_bytes(cut_short)

@@ -258,7 +258,7 @@ def test_all_checkpoints_of_a_run_are_measured(run_dir, tmp_path):
 
 def rows_of(segments, count):
     """History rows of W&B's files, once its own process has written as many as are expected, or half a minute late."""
-    from train.loggers import read_wandb_file
+    from train.wandb_files import read_wandb_file
 
     deadline = time.monotonic() + 30
     while True:

@@ -7,9 +7,9 @@ from data.store import TokenStore
 from tests.train.test_fit import Killed, kill_at, points, refused, weights
 from train import rundir
 from train.checkpoint import load_checkpoint
-from train.loggers import read_wandb_file
 from train.monitor import SinkMonitor
 from train.rundir import kept_steps
+from train.wandb_files import read_wandb_file
 
 
 def equal(a, b):
