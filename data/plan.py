@@ -26,7 +26,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -107,9 +106,8 @@ class Plan:
                 try:
                     return cls(recipe, offsets, pa.memory_map(os.fspath(path)), path)
                 except (pa.ArrowException, LookupError, OSError, ValueError) as error:
-                    if isinstance(error, OSError) and error.errno is not None:
-                        raise
-                    continue  # damaged: what it held can be made again
+                    if getattr(error, "errno", None):
+                        raise  # else damaged: what it held can be made again
         except OSError as error:  # a read-only or a full disk
             warnings.warn(
                 f"{path}: the layout of rows could not be kept ({error}); every process lays it out anew, in its own "
@@ -129,8 +127,7 @@ class Plan:
                 raise self._damaged("other documents in its rows than the token store gives")
 
     def _damaged(self, what: object) -> ValueError:
-        name = self._path or "the layout of rows"
-        return ValueError(f"{name} is damaged: found {what}; delete it, and it is made again")
+        return ValueError(f"{self._path or 'the layout of rows'} is damaged: found {what}; delete it, it is made again")
 
     @property
     def rows(self) -> int:
@@ -169,9 +166,8 @@ class Plan:
             batch.validate(full=True)
         except pa.ArrowException as error:
             raise self._damaged(error) from None
-        document, begin = (batch.column(name) for name in ("documents", "begins"))
-        found = tuple(array.to_numpy() for array in (document.offsets, document.values, begin.values))
-        if len(found[1]) != len(found[2]) or not (found[1] < self._offsets.documents).all():
+        found = tuple(array.to_numpy() for array in (batch[0].offsets, batch[0].values, batch[1].values))
+        if len(found[1]) != len(found[2]) or not ((found[1] >= 0) & (found[1] < self._offsets.documents)).all():
             raise self._damaged("documents that the token store does not have")
         self._windows[window] = found  # type: ignore[assignment]
         if len(self._windows) > _MAPPED_WINDOWS:
@@ -182,16 +178,15 @@ class Plan:
 def _write(path: Path, recipe: Recipe, offsets: Offsets) -> None:
     """Make the plan under a name of this process's own, then give it its name: others do the same and agree."""
     path.parent.mkdir(exist_ok=True, parents=True)
-    aside = path.with_name(f".{path.stem}.{uuid4().hex}")
+    aside = path.with_name(f".{path.stem}.{os.urandom(8).hex()}")
     try:
         with open(aside, "xb") as file:
             _make(file, recipe, offsets)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException:
+    finally:
         aside.unlink(missing_ok=True)
-        raise
 
 
 def _make(sink: Any, recipe: Recipe, offsets: Offsets) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,7 +39,7 @@ from data.manifest import (
     sha256_json,
 )
 from data.offsets import Offsets
-from data.tokenizer import BOS, EOS, Tokenizer, ids_of, read_definition
+from data.tokenizer import BOS, EOS, Tokenizer
 
 _MAPPED_SHARDS = 4096  # a process may have some 65,000 mappings; they hold no file descriptors
 _CHECKED_SHARDS = 256  # counted when opening; others when they are first read, so that opening stays quick
@@ -249,3 +250,30 @@ def _reopen(path: str, split: str, digest: str) -> TokenStore:
             f"expected {digest[:12]}…); start again with the present store"
         )
     return store
+
+
+def read_definition(path: Path, control_tokens: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """The JSON of a tokenizer file, without building it; its `sha256_json` is `Tokenizer.sha256`.
+
+    Args:
+        control_tokens: those of a tokenizer that was saved without listing them.
+    """
+    try:
+        definition = json.loads(path.read_text(encoding="utf-8"))
+        for token in control_tokens:
+            listed = {name: value for name, value in token.items() if name != "in_vocab"}
+            definition["added_tokens"].append(listed)
+            if not token["in_vocab"]:
+                del definition["model"]["vocab"][token["content"]]
+        definition["added_tokens"].sort(key=lambda token: token["id"])
+        ids_of(definition)
+        return definition
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"tokenizer: {path} is damaged ({error}); prepare the token store again with --force"
+        ) from error
+
+
+def ids_of(definition: dict[str, Any]) -> dict[str, int]:
+    """Token -> id, control tokens included, as the JSON of a tokenizer has them."""
+    return {**definition["model"]["vocab"], **{token["content"]: token["id"] for token in definition["added_tokens"]}}

@@ -130,7 +130,7 @@ class Tokenizer:
 
         Args:
             list_control: False: control tokens stand in the vocabulary alone, so that nobody who loads the file
-                makes one of them from text. `read_definition` puts `control_tokens` back.
+                makes one of them from text. `data.store.read_definition` puts `control_tokens` back.
         """
         definition = json.loads(self.backend.to_str())
         if not list_control:
@@ -325,30 +325,3 @@ def _read(path: Path) -> tokenizers.Tokenizer:
         raise ValueError(
             f"tokenizer: {path} is no tokenizer of the `tokenizers` library ({error}); give a tokenizer.json"
         ) from error
-
-
-def read_definition(path: Path, control_tokens: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """The JSON of a tokenizer file, without building it; its `sha256_json` is `Tokenizer.sha256`.
-
-    Args:
-        control_tokens: those of a tokenizer that was saved without listing them.
-    """
-    try:
-        definition = json.loads(path.read_text(encoding="utf-8"))
-        for token in control_tokens:
-            listed = {name: value for name, value in token.items() if name != "in_vocab"}
-            definition["added_tokens"].append(listed)
-            if not token["in_vocab"]:
-                del definition["model"]["vocab"][token["content"]]
-        definition["added_tokens"].sort(key=lambda token: token["id"])
-        ids_of(definition)
-        return definition
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"tokenizer: {path} is damaged ({error}); prepare the token store again with --force"
-        ) from error
-
-
-def ids_of(definition: dict[str, Any]) -> dict[str, int]:
-    """Token -> id, control tokens included, as the JSON of a tokenizer has them."""
-    return {**definition["model"]["vocab"], **{token["content"]: token["id"] for token in definition["added_tokens"]}}

@@ -194,7 +194,7 @@ def test_a_damaged_plan_is_made_again_or_named(recipe: Recipe, offsets: Offsets,
     # A flipped bit leaves a readable file: document 1 becomes document 0.
     place = content.index((1).to_bytes(8, "little") + (1).to_bytes(8, "little"))
     path.write_bytes(content[:place] + bytes([0]) + content[place + 1 :])
-    with pytest.raises(ValueError, match=rf"{path.name} is damaged.*delete it, and it is made again"):
+    with pytest.raises(ValueError, match=rf"{path.name} is damaged.*delete it, it is made again"):
         Plan.load(recipe, offsets, tmp_path, "digest").verify()
 
 

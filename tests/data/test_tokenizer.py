@@ -20,8 +20,8 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from data import tokenizer as tokenizer_module
 from data.manifest import sha256_json
 from data.selection import Selection
-from data.store import TokenStore
-from data.tokenizer import Tokenizer, read_definition
+from data.store import TokenStore, read_definition
+from data.tokenizer import Tokenizer
 from data.writer import StoreWriter
 
 TEXTS = ["the cat sat on the mat", "le chat, l'été", "ein Bär \u6f22\u5b57 \U0001f600"] * 3
