@@ -288,7 +288,7 @@ class SinkbedCLI(LightningCLI):
         if monitor.final is not None and self.trainer.is_global_zero:
             print(measurement_table(self.trainer.global_step, monitor.final, monitor.config.sink_tokens))
             finish_wandb(0)
-            rundir.note(monitor.run_dir, finished=True)  # measured, and W&B's files are whole
+            rundir.mark_finished(monitor.run_dir)
             curves = f"; curves: wandb leet {monitor.run_dir}/wandb" if (monitor.run_dir / "wandb").is_dir() else ""
             print(
                 f"in {monitor.run_dir}: metrics.jsonl, measurement.json, checkpoints/last.ckpt{curves}; more figures: "

@@ -52,7 +52,7 @@ def write(found: Found, folder: Path) -> Path:
     for name in earlier:
         if Path(name).name == name:
             (folder / name).unlink(missing_ok=True)
-    rundir.remove_temporaries(folder, (RECORD, *earlier, *files))
+    rundir.remove_temporaries(folder)
     for name, content in files.items():
         rundir.write_atomic(folder / name, content)
     rundir.write_json(folder / RECORD, {**found, "files": sorted(files)})
@@ -68,7 +68,7 @@ def check_out(folder: Path, force: bool) -> None:
     """Raise FileExistsError or ValueError, before anything is measured, for a folder that no report can go to."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"--out {folder}: expected a folder, found a file")
-    if folder.is_dir() and any(path for path in folder.iterdir() if not path.name.startswith(f".{RECORD}.")):
+    if folder.is_dir() and any(path for path in folder.iterdir() if not path.match(f".{RECORD}.*.partial")):
         if not (folder / RECORD).is_file():
             raise FileExistsError(
                 f"--out {folder}: expected a new folder, or the report of an earlier probe, found other files; choose "

@@ -83,6 +83,7 @@ def write_report(
     results = [load_result(run.folder, run.arm, run.seed) for run in finished]
     folder = study.out / "report"
     folder.mkdir(parents=True, exist_ok=True)
+    rundir.remove_temporaries(folder)
     note = caption(results, study.published_source if study.published else "")
     absent = [f"Not in it: {what}." for what in missing]
     summary, rows, found = (
@@ -133,6 +134,7 @@ def load_folder(folder: Path) -> list[tuple[Path, str, int]]:
     found = []
     for path in below:
         if (path / rundir.MEASUREMENT).is_file() and (path / rundir.CONFIG).is_file():
+            rundir.check_finished(path)
             arm = rundir.read_json(path / "arm.json") if (path / "arm.json").is_file() else {}
             seed = read_mapping(path / rundir.CONFIG)["data"]["seed"]
             found.append((path, arm.get("arm", path.name), arm.get("seed", seed)))

@@ -54,6 +54,7 @@ def load_result(folder: Path, arm: str, seed: int) -> Result:
     for name in (rundir.CONFIG, rundir.MEASUREMENT):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name}: expected a finished run, found no such file")
+    rundir.check_finished(folder)
     config = read_mapping(folder / rundir.CONFIG)
     audit, run = (
         {} if not path.is_file() else rundir.read_json(path) for path in (folder / rundir.AUDIT, folder / rundir.RUN)

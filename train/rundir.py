@@ -9,11 +9,12 @@ measurement.json the final measurement            checkpoints/   wandb/   run.js
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -104,7 +105,7 @@ def release(held: Lock) -> None:
 def write_atomic(path: Path, content: str | bytes | memoryview) -> None:
     """Replace `path` by `content` so that a reader, or a crash, sees the old or the new whole, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with temporary.open("xb") as file:  # readable to whom the user's umask says
             file.write(content.encode() if isinstance(content, str) else content)
@@ -128,13 +129,10 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def remove_temporaries(
-    folder: Path, names: Iterable[str] = (CONFIG, MANIFEST, AUDIT, METRICS, MEASUREMENT, RUN)
-) -> None:
-    """Remove what a kill in the middle of `write_atomic` of some files left."""
-    for name in names:
-        for path in folder.glob(f".{name}.*"):
-            path.unlink()
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a kill in the middle of `write_atomic` left in a folder that no other process writes to."""
+    for path in folder.glob(".*.partial"):
+        path.unlink()
 
 
 class _Dumper(yaml.SafeDumper):
@@ -232,6 +230,27 @@ def _original(folder: Path, known: dict[str, Any]) -> Path | None:
 def note(folder: Path, **values: Any) -> None:
     """Add to run.json."""
     write_json(folder / RUN, read_json(folder / RUN) | values)
+
+
+def mark_finished(folder: Path) -> None:
+    """Note in run.json that nothing is left to do, measured and sent to W&B, and what the run's files hold then."""
+    note(folder, finished={name: _sha256(folder / name) for name in (CONFIG, MANIFEST, AUDIT, METRICS, MEASUREMENT)})
+
+
+def check_finished(folder: Path) -> None:
+    """Raise ValueError that names a file of a finished run which is not as the run left it."""
+    finished = read_json(folder / RUN).get("finished") if (folder / RUN).is_file() else None
+    for name, digest in finished.items() if isinstance(finished, dict) else ():  # earlier versions kept none
+        if not (folder / name).is_file() or _sha256(folder / name) != digest:
+            raise ValueError(
+                f"{folder / name}: expected the file as the run left it at its end, found "
+                f"{'another content' if (folder / name).is_file() else 'none'} ({RUN} has its sha256); restore it from "
+                "a copy, or resume the run from a checkpoint before its last with --ckpt_path"
+            )
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def is_finished(folder: Path) -> bool:

@@ -48,6 +48,7 @@ def open_run(path: Path) -> tuple[dict[str, Any], Path]:
         raise FileNotFoundError(
             f"{path}: expected a run directory or a checkpoint inside one, found no {folder / rundir.CONFIG}"
         )
+    rundir.check_finished(folder)
     newest = path if chosen else rundir.newest_checkpoint(folder)
     if newest is None:
         raise FileNotFoundError(f"{path}: expected a run with a checkpoint, found one that has none yet")

@@ -569,7 +569,7 @@ def test_a_report_whose_writer_was_killed_can_be_made_again_and_is_never_of_two_
     def killed(path, content):
         calls.append(path)
         if len(calls) == 3:
-            (path.parent / f".{path.name}.abcdefgh").write_text("half")
+            (path.parent / f".{path.name}.abcdefgh.partial").write_text("half")
             raise Killed
         write(path, content)
 

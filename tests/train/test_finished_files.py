@@ -1,0 +1,39 @@
+"""The files of a finished run are believed only as the run left them."""
+
+import shutil
+
+import pytest
+
+from tests.train.conftest import write_run_config
+from train import rundir
+from train.cli import main
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_store):
+    folder = tmp_path_factory.mktemp("finished")
+    config = write_run_config(folder / "run.yaml", tiny_store)
+    assert main(["fit", "--config", str(config), "--wandb.mode", "disabled", "--trainer.max_steps", "4"]) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("name", [rundir.CONFIG, rundir.MANIFEST, rundir.AUDIT, rundir.METRICS, rundir.MEASUREMENT])
+@pytest.mark.parametrize("command", ["report", "validate", "probe", "export"])
+def test_a_flipped_bit_is_named_by_every_reader(run, command, name, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    out = ["--out", str(tmp_path / "out")] if command == "export" else []
+    assert main([command, str(copy), *out]) == 1
+    said = capsys.readouterr().err
+    assert f"{copy / name}: expected the file as the run left it" in said, said
+    assert not (tmp_path / "out").exists() and not (copy / "report").exists()
+
+
+def test_a_run_of_an_earlier_version_kept_no_digests_and_is_read(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    rundir.note(copy, finished=True)
+    assert main(["report", str(copy)]) == 0
