@@ -157,11 +157,12 @@ def _store_hash(store: str | None) -> str:
 
 
 def check_configs(runs: Sequence[ArmRun]) -> str:
-    """Have `sinkbed fit` read the config of every arm; what is wrong with the first wrong one, else nothing."""
+    """Have `sinkbed fit` check the settings of every arm; what is wrong with the first wrong one, else nothing."""
     import contextlib
     import io
     import tempfile
 
+    from train.fit import CheckingCLI, SettingsAreGood
     from train.fit import run as fit
 
     with tempfile.TemporaryDirectory() as folder:
@@ -171,7 +172,9 @@ def check_configs(runs: Sequence[ArmRun]) -> str:
             complaint = io.StringIO()
             try:
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(complaint):
-                    fit("fit", ["--config", str(config), *_options(run, "unused"), "--print_config"])
+                    fit("fit", ["--config", str(config), *_options(run, "unused")], CheckingCLI)
+            except SettingsAreGood:
+                continue
             except SystemExit as stop:
                 if stop.code:
                     why = re.sub(r"^sinkbed[ \w]*: ", "", complaint.getvalue().splitlines()[0])

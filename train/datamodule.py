@@ -19,6 +19,7 @@ from data.audit import audit
 from data.batches import Batch, Rows, RowSampler
 from data.store import TokenStore
 from data.strategy import Strategy
+from train.settings import micro_batches
 from train.world import end_with_parent
 
 
@@ -93,14 +94,7 @@ class TokenData(L.LightningDataModule):
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches an optimizer step. Raises ValueError where the batch sizes do not divide."""
-        per_process, rest = divmod(self.global_batch, world_size)
-        micro = per_process if self.micro_batch is None else self.micro_batch
-        if rest or micro < 1 or per_process % micro:
-            raise ValueError(
-                f"data.global_batch={self.global_batch}: expected a multiple of micro_batch={micro} times "
-                f"{world_size} processes; change one of them"
-            )
-        return per_process // micro
+        return micro_batches(self.global_batch, self.micro_batch, world_size)
 
     def rows_consumed(self) -> int:
         """Rows that optimizer steps have used so far: the state of the data."""

@@ -296,8 +296,22 @@ class SinkbedCLI(LightningCLI):
             )
 
 
-def run(command: str, argv: Sequence[str]) -> int:
-    """Train."""
+class SettingsAreGood(Exception):
+    """What `CheckingCLI` ends with."""
+
+
+class CheckingCLI(SinkbedCLI):
+    """Reads the settings of a run and refuses what `fit` would, as far as that needs no token store; builds nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        """Raises ValueError, or `SettingsAreGood`."""
+        check_settings(self.config.fit)
+        check_trainer(self.config.fit.trainer)
+        raise SettingsAreGood
+
+
+def run(command: str, argv: Sequence[str], cli_class: type[SinkbedCLI] = SinkbedCLI) -> int:
+    """Train, or with another class check."""
     if "--trust_config" in argv:
         argv = [argument for argument in argv if argument != "--trust_config"]
     else:
@@ -318,7 +332,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     exit_code = 1
     try:
         with bus_error():
-            cli = SinkbedCLI(
+            cli = cli_class(
                 SinkbedModule,
                 TokenData,
                 parser_class=ShortLightningParser,

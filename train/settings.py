@@ -34,6 +34,10 @@ def check_settings(config: Any) -> None:
     for name in ("global_batch", "micro_batch", "unique_rows"):
         if getattr(data, name) is not None:
             check_number(f"data.{name}", getattr(data, name), least=1)
+    if isinstance(trainer.devices, int) and trainer.devices > 0:
+        micro_batches(data.global_batch, data.micro_batch, trainer.devices * trainer.num_nodes)
+    if config.model.clip_norm is not None:
+        check_number("model.clip_norm", config.model.clip_norm, above=0)
     check_number("data.workers", data.workers, least=0)
     check_number("data.seed", data.seed, least=0, below=2**63)
     check_number("checkpoint_every", config.checkpoint_every, least=1)
@@ -50,3 +54,15 @@ def check_settings(config: Any) -> None:
     measure.check_context(data.context_length)
     for mode in {*measure.modes, *measure.live_modes}:
         measure.check_placed(mode, strategy)
+
+
+def micro_batches(global_batch: int, micro_batch: int | None, processes: int) -> int:
+    """Forward passes of a process in an optimizer step. Raises ValueError where the batch sizes do not divide."""
+    per_process, rest = divmod(global_batch, processes)
+    micro = per_process if micro_batch is None else micro_batch
+    if rest or micro < 1 or per_process % micro:
+        raise ValueError(
+            f"data.global_batch={global_batch}: expected a multiple of micro_batch={micro} times {processes} "
+            "processes; change one of them"
+        )
+    return per_process // micro

@@ -141,19 +141,19 @@ def test_a_finished_arm_is_not_run_again_and_an_interrupted_one_resumes(finished
 
 def test_an_arm_that_fails_is_reported_and_does_not_stop_the_rest(study, capsys):
     study.write_text(study.read_text().replace("absent: [none.yaml]", "absent: [broken.yaml]"))
-    (study.parent / "broken.yaml").write_text("data: {strategy: {window: 0}}\n")
+    (study.parent / "broken.yaml").write_text("data: {unique_rows: 1000000}\n")
     assert main(["study", str(study), "--quiet"]) == 1
     error = capsys.readouterr().err
-    assert "absent-seed0 failed" in error and "window" in error and "fit.log" in error
+    assert "absent-seed0 failed" in error and "unique_rows" in error and "fit.log" in error
     assert {r["arm"] for r in table(study)} == {"fixed"}
-    assert "window" in (study.parent / "out" / "report" / "index.html").read_text()
+    assert "unique_rows" in (study.parent / "out" / "report" / "index.html").read_text()
     assert main(["study", str(study), "--plan"]) == 0
-    assert re.search(r"failed +\S+absent-seed0  \(exit status 1: .*window", capsys.readouterr().out)
+    assert re.search(r"failed +\S+absent-seed0  \(exit status 1: .*unique_rows", capsys.readouterr().out)
     assert main(["report", str(study)]) == 0
     assert "not in the report: absent-seed0 (failed: exit status 1" in capsys.readouterr().out
-    (study.parent / "broken.yaml").write_text("data: {strategy: {window: 8}}\n")
+    (study.parent / "broken.yaml").write_text("data: {unique_rows: 8}\n")
     assert main(["study", str(study), "--quiet"]) == 1, "another configuration now"
-    assert "data.strategy.window was 0, is 8" in capsys.readouterr().err
+    assert "data.unique_rows was 1000000, is 8" in capsys.readouterr().err
 
 
 def test_a_misspelt_key_is_found_before_any_arm_is_started(study, capsys):
@@ -161,9 +161,27 @@ def test_a_misspelt_key_is_found_before_any_arm_is_started(study, capsys):
     for option in ("--plan", "--quiet"):
         assert main(["study", str(study), option]) == 1
         error = capsys.readouterr().err
-        assert "arm absent: strategy.first_tokn: expected a known key" in error
-        assert "first_token?" in error and "none.yaml" in error
+        assert "none.yaml, line 1: data.strategy.first_tokn: expected a known key" in error and "first_token?" in error
     assert not list((study.parent / "out").glob("runs/*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("data: {strategy: {window: 48}}", "window: found 48 with context_length 48, which limits nothing"),
+        ("model: {optimizer: {warmup_steps: 11}}", "warm-up of 11 and cooldown of 0 steps do not fit"),
+        ("model: {clip_norm: -1}", "model.clip_norm: expected more than 0, found -1"),
+        ("data: {micro_batch: 3}", "data.global_batch=4: expected a multiple of micro_batch=3"),
+        ("trainer: {fast_dev_run: true}", "trainer.fast_dev_run: has no effect here"),
+        ("model: {decoder: {layers: 1000000}}", "layers: expected at least 1 and at most 10000"),
+        ("model: {decoder: {d_model: 100000000}}", "GB of memory of this machine"),
+    ],
+)
+def test_what_fit_would_refuse_is_refused_before_any_arm_is_started(study, capsys, settings, message):
+    (study.parent / "none.yaml").write_text(f"{settings}\n")
+    assert main(["study", str(study), "--plan"]) == 1
+    error = capsys.readouterr().err
+    assert "arm absent: " in error and message in error and "none.yaml" in error
 
 
 def test_the_table_has_no_column_for_what_nobody_published(finished):

@@ -102,7 +102,10 @@ def test_an_arm_that_the_study_does_not_have_is_named(tiny_store, tmp_path, caps
 def test_an_arm_that_fails_under_an_agent_is_recorded(tiny_store, tmp_path, capsys):
     study = write_study(tmp_path, tiny_store)
     text = study.read_text()
-    for wrong, told in (("window: 0", "window"), ("windw: 8", "arm lr-5e-3: strategy.windw: expected a known key")):
+    for wrong, told in (
+        ("window: 0", "window"),
+        ("windw: 8", "arm lr-5e-3: data.strategy.windw: expected a known key"),
+    ):
         study.write_text(text.replace("{model: {optimizer: {lr: 5.0e-3}}}", f"{{data: {{strategy: {{{wrong}}}}}}}"))
         with contextlib.suppress(SystemExit):
             assert main(["study", str(study), "--arm", "lr-5e-3", "--force"]) == 1
