@@ -40,7 +40,7 @@ from train.settings import check_settings
 from train.state_monitor import StateMonitor
 from train.trainer_settings import HARMLESS, ShortLightningParser, check_trainer, expand_home
 from train.validate import measurement_table
-from train.world import bus_error, devices_of, join, requeue
+from train.world import devices_of, join, requeue
 
 
 class AlreadyFinished(Exception):
@@ -81,7 +81,6 @@ class SinkbedCLI(LightningCLI):
             reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
             who = "a data worker of this run ended" if lost else "another process of this job ended or does not answer"
             what = "memory may be short: lower data.workers" if lost else "see what it says itself"
-            what = "a file of the token store may be shorter than it was" if "Bus error" in reason else what
             raise ProcessLost(f"{who} ({reason}); {what}. {step} with --ckpt_path auto") from None
         except (ValueError, OSError) as error:
             # From a data worker: its traceback as text, at whose end the message is.
@@ -331,17 +330,16 @@ def run(command: str, argv: Sequence[str], cli_class: type[SinkbedCLI] = Sinkbed
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     exit_code = 1
     try:
-        with bus_error():
-            cli = cli_class(
-                SinkbedModule,
-                TokenData,
-                parser_class=ShortLightningParser,
-                save_config_callback=RunFiles,
-                seed_everything_default=0,
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,
-                parser_kwargs={"prog": "sinkbed", "fit": {"description": (__doc__ or "").split("\n")[0]}},
-            )
+        cli = cli_class(
+            SinkbedModule,
+            TokenData,
+            parser_class=ShortLightningParser,
+            save_config_callback=RunFiles,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={"prog": "sinkbed", "fit": {"description": (__doc__ or "").split("\n")[0]}},
+        )
         stop = checkpoints_of(cli.trainer).stop
         stopped_early = stop is not None and cli.trainer.global_step < cli.trainer.max_steps
         exit_code = 128 + stop if stop is not None and stopped_early else 0

@@ -7,13 +7,12 @@ processes is the one that the trainer asks for.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 _RANK_OF = {"WORLD_SIZE": "RANK", "SLURM_NTASKS": "SLURM_PROCID", "JSM_NAMESPACE_SIZE": "JSM_NAMESPACE_RANK",
@@ -127,30 +126,3 @@ def end_with_parent(parent: int) -> None:
         _prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os._exit(1)
-
-
-_SHORTER = (
-    "sinkbed fit: a mapped file, such as a shard of the token store, became shorter while it was read, or its disk "
-    "failed; `sinkbed prepare --check` names a shard that did. Put it back, then resume with --ckpt_path auto"
-)
-_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
-
-
-@contextlib.contextmanager
-def bus_error() -> Iterator[None]:
-    """End the process with a message where a mapped file becomes shorter under its reader: Linux answers that with a
-    signal that no handler of Python's own ever sees, as the reader never goes on."""
-
-    def end(number: int) -> None:
-        os.write(2, f"\n{_SHORTER}\n".encode())
-        os._exit(1)
-
-    handler = _HANDLER(end)
-    set_signal = ctypes.CDLL(None).signal
-    set_signal.restype = ctypes.c_void_p
-    set_signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-    before = set_signal(signal.SIGBUS, ctypes.cast(handler, ctypes.c_void_p))
-    try:
-        yield
-    finally:
-        set_signal(signal.SIGBUS, before)
