@@ -12,18 +12,17 @@ from urllib.parse import quote
 from train import rundir
 from train.effects import DIGITS, LABELS, Found, check, figures, reference_mode
 from train.plain_text import markdown, markdown_table
-from train.results import MODE_LABELS, Result, load_result, spread
+from train.results import MODE_LABELS, Result, spread
 from train.tables import circumstances, definitions, made_by
 
 if TYPE_CHECKING:
-    from train.arms import ArmRun
     from train.study_file import StudyConfig
 
 NAME = "README.md"
 TITLE = "# What the studies found"
 
 
-def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[ArmRun]]], folder: Path) -> Path:
+def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[Result]]], folder: Path) -> Path:
     """Write README.md and NAME.png of each study from its finished runs; other studies of an earlier page stay on it.
 
     Raises ValueError where two studies have one name, and FileExistsError where the folder has files of these names
@@ -44,8 +43,8 @@ def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[ArmRun]]], folder
                 "choose another --out"
             )
     read = {}
-    for name, (study, runs) in zip(names, studies, strict=True):
-        results = read[name] = [load_result(run.folder, run.arm, run.seed) for run in runs]
+    for name, (study, results) in zip(names, studies, strict=True):
+        read[name] = results
         found = check(results, study.effects, study.published)
         parts[name] = (_index(name, study.title, counts(found)), _section(study, name, results, found))
     for name, results in read.items():

@@ -6,6 +6,7 @@ Reads the run directories only, so it can be made again at any time, also of a s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from train import rundir
 from train.plain_text import console, markdown, markdown_table, visible
-from train.results import load_result
+from train.results import Result, load_result
 from train.tables import (
     STRATEGY,
     Section,
@@ -68,9 +69,14 @@ def print_table(title: str, summary: Sequence[SummaryRow], note: str) -> None:
 
 
 def write_report(
-    study: StudyConfig, finished: Sequence[ArmRun], missing: Sequence[str], *, track: bool = False
+    study: StudyConfig,
+    runs: Sequence[ArmRun],
+    results: Sequence[Result],
+    missing: Sequence[str],
+    *,
+    track: bool = False,
 ) -> Path:
-    """Write the report of finished runs, at least one, to the study's report/ and print its table.
+    """Write the report of finished runs, at least one, and their results to the study's report/ and print its table.
 
     Args:
         missing: what is not among them and why, as `split_finished` says it.
@@ -80,7 +86,6 @@ def write_report(
     from train.figures import write_figures
     from train.page import write_page
 
-    results = [load_result(run.folder, run.arm, run.seed) for run in finished]
     folder = study.out / "report"
     folder.mkdir(parents=True, exist_ok=True)
     rundir.remove_temporaries(folder)
@@ -113,7 +118,7 @@ def write_report(
 
         header, cells = table_of(summary)
         shown = [dict(zip(header, line, strict=True)) for line in cells]
-        log_summary(study, finished, {"table": shown, "effects": [item.record() for item in found], "runs": rows})
+        log_summary(study, runs, {"table": shown, "effects": [item.record() for item in found], "runs": rows})
     print(f"report: {folder / 'index.html'} (also table.csv, table.md, *.parquet, *.png beside it)")
     return folder
 
@@ -134,10 +139,12 @@ def load_folder(folder: Path) -> list[tuple[Path, str, int]]:
     found = []
     for path in below:
         if (path / rundir.MEASUREMENT).is_file() and (path / rundir.CONFIG).is_file():
-            rundir.check_finished(path)
-            arm = rundir.read_json(path / "arm.json") if (path / "arm.json").is_file() else {}
-            seed = read_mapping(path / rundir.CONFIG)["data"]["seed"]
-            found.append((path, arm.get("arm", path.name), arm.get("seed", seed)))
+            arm, seed = path.name, 0
+            with contextlib.suppress(ValueError, LookupError, TypeError):  # what is damaged is said when it is read
+                seed = read_mapping(path / rundir.CONFIG)["data"]["seed"]
+                record = rundir.read_json(path / "arm.json") if (path / "arm.json").is_file() else {}
+                arm, seed = record.get("arm", arm), record.get("seed", seed)
+            found.append((path, arm, seed))
     return found
 
 
@@ -194,26 +201,33 @@ def run(command: str, argv: Sequence[str]) -> int:
                 f"{seen[each.arm, each.seed]} and {each.folder}; report the studies one by one"
             )
         seen[each.arm, each.seed] = each.folder
-    finished, missing = split_finished(runs)
+    finished, results, missing = split_finished(runs)
     if not finished:
+        others = f" ({'; '.join(missing[:3])})" if missing else ""
         raise ValueError(
-            f"{', '.join(map(str, arguments.what))}: expected at least one finished run, found none in {study.out}; "
-            "name another folder with --out, or finish one with `sinkbed study` or `sinkbed fit`"
+            f"{', '.join(map(str, arguments.what))}: expected at least one finished run, found none in {study.out}"
+            f"{others}; name another folder with --out, or finish one with `sinkbed study` or `sinkbed fit`"
         )
     _tell(missing)
-    write_report(study, finished, missing)
+    write_report(study, finished, results, missing)
     return 0
 
 
-def split_finished(runs: Sequence[ArmRun]) -> tuple[list[ArmRun], list[str]]:
-    """The runs that a report can be made of; the others by name with why they are not."""
-    finished = [r for r in runs if not r.settings or r.status() == "finished"]
-    missing = []
+def split_finished(runs: Sequence[ArmRun]) -> tuple[list[ArmRun], list[Result], list[str]]:
+    """The runs that a report can be made of and their results; the others by name with why they are not."""
+    finished, results, missing = [], [], []
     for run in runs:
-        if run not in finished:
-            status, why = run.status(), run.reason()
-            missing.append(f"{run.folder.name} ({_STATUS.get(status, status)}{f': {why}' if why else ''})")
-    return finished, missing
+        try:
+            status = run.status() if run.settings else "finished"
+            why = "" if status == "finished" else run.reason()
+            if status == "finished":
+                results.append(load_result(run.folder, run.arm, run.seed))
+                finished.append(run)
+                continue
+        except (OSError, ValueError) as error:
+            status, why = "damaged", str(error)
+        missing.append(f"{run.folder.name} ({_STATUS.get(status, status)}{f': {why}' if why else ''})")
+    return finished, results, missing
 
 
 _STATUS = {"other": "of other settings", "new": "not run"}
@@ -239,10 +253,10 @@ def _digest(arguments: argparse.Namespace) -> int:
         if all(run.status() == "new" for run in runs):
             print(f"not on the page: {path} (no run in {study.out})")
             continue
-        finished, missing = split_finished(runs)
+        _, results, missing = split_finished(runs)
         _tell(missing)
-        if finished:
-            studies.append((study, finished))
+        if results:
+            studies.append((study, results))
     if not studies:
         raise ValueError("report: expected a study with a finished run, found none; start one with `sinkbed study`")
     print(f"page: {write_digest(studies, arguments.out)}")

@@ -159,9 +159,13 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read JSON; raises ValueError that names a damaged file."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{path}: expected JSON, found damage at {error}; restore or remove it") from None
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name}, which is no number that JSON has")
 
 
 def identify(
@@ -271,9 +275,12 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return
             try:
-                yield json.loads(line)
+                point = json.loads(line, parse_constant=_no_number)
             except ValueError:
-                raise ValueError(f"{path}, line {number}: expected one JSON object, found {line[:60]!r}") from None
+                point = None
+            if not isinstance(point, dict):
+                raise ValueError(f"{path}, line {number}: expected one JSON object, found {line[:60]!r}")
+            yield point
 
 
 def restore_metrics(path: Path, saved: str) -> str | None:

@@ -105,9 +105,9 @@ def run(command: str, argv: Sequence[str]) -> int:
 
     from train.report import of_all_seeds, split_finished, write_report
 
-    finished, missing = split_finished(of_all_seeds(study))
+    finished, results, missing = split_finished(of_all_seeds(study))
     if finished:
-        write_report(study, finished, missing, track=True)
+        write_report(study, finished, results, missing, track=True)
     for name, why in runner.failed.items():
         print(f"arm {name} failed: {why}", file=sys.stderr)
     return 1 if runner.failed else 0

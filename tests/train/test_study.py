@@ -184,6 +184,21 @@ def test_what_fit_would_refuse_is_refused_before_any_arm_is_started(study, capsy
     assert "arm absent: " in error and message in error and "none.yaml" in error
 
 
+@pytest.mark.parametrize("kept", ["digests", "none"])
+def test_an_arm_whose_files_are_damaged_does_not_hide_the_others(finished, capsys, kept):
+    """Also one of an earlier version, which kept no digests and may hold NaN."""
+    folder = finished.parent / "out" / "runs" / "absent-seed0"
+    path = folder / rundir.MEASUREMENT
+    path.write_text(re.sub(r'"loss": [\d.]+', '"loss": NaN', path.read_text()))
+    if kept == "none":
+        rundir.note(folder, finished=True)
+    assert main(["report", str(finished)]) == 0
+    said = capsys.readouterr().out
+    assert "not in the report: absent-seed0 (damaged: " in said and str(path) in said
+    assert {row["arm"] for row in table(finished)} == {"fixed"}
+    assert "Traceback" not in said and ("NaN, which is no number" in said) == (kept == "none")
+
+
 def test_the_table_has_no_column_for_what_nobody_published(finished):
     text = finished.read_text()
     finished.write_text(text[: text.index("published:")])
