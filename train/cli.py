@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failure that was explained, 2 for bad usage."""
     if argv is None:
         _use_utf8()
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [_at_home(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     if argv[:1] == ["--version"]:
         from importlib import metadata
 
@@ -80,6 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"sinkbed {command}: {explain(error)}", file=sys.stderr)
         return 1
+
+
+def _at_home(argument: str) -> str:
+    """An argument with the home folder in place of `~`, also where the shell leaves it: in quotes, after `=`."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{option}{equals}{os.path.expanduser(value)}"
 
 
 def _use_utf8() -> None:

@@ -33,11 +33,12 @@ def run(command: str, argv: Sequence[str]) -> int:
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
         raise FileExistsError(f"--out {arguments.out}: expected a folder that holds nothing; choose another name")
 
-    from model.llama import CONFIG, WEIGHTS, llama_config, to_llama
-    from train.rundir import sync_folder
     from train.validate import load_decoder, open_run, run_tokenizer
 
-    checkpoint, _ = open_run(arguments.run)
+    checkpoint, _ = open_run(arguments.run)  # first: a path that is none is answered before torch is imported
+    from model.llama import CONFIG, WEIGHTS, llama_config, to_llama
+    from train.rundir import sync_folder
+
     decoder, strategy = load_decoder(checkpoint)
     identity = checkpoint["sinkbed"]
     tokenizer = run_tokenizer(identity, arguments.store)

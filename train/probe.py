@@ -60,12 +60,14 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument("--wandb", action="store_true", help="log figures and numbers to the run's W&B page")
     arguments = parser.parse_args(list(argv))
 
+    from train.subject import check_model, load, probe_of, texts
+
+    check_model(arguments)  # first: a path that is none is answered before torch is imported
     import torch
 
     from train import probe_report
     from train.measure import MeasureConfig, check_modes
     from train.probe_steps import Measurement
-    from train.subject import load, probe_of, texts
 
     if arguments.threads is not None and arguments.threads < 1:
         raise ValueError(f"--threads: found {arguments.threads}, expected at least 1")

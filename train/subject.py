@@ -54,11 +54,17 @@ class Subject:
         return self.load_model()
 
 
-def load(arguments: Any) -> Subject:
-    """The model that `arguments.model` names. Raises FileNotFoundError or ValueError that says what is missing."""
+def check_model(arguments: Any) -> bool:
+    """Whether `arguments.model` names a run of ours; loads nothing, and takes a .gguf file apart.
+
+    Raises FileNotFoundError or ValueError for a name that can be no model.
+    """
+    from train.validate import find_run
+
     path = Path(arguments.model)
     if (path / rundir.CONFIG).is_file() or path.name.endswith(".ckpt"):
-        return _ours(path, arguments)
+        find_run(path)
+        return True
     if path.is_file() and path.suffix == ".gguf" and arguments.gguf is None:
         arguments.model, arguments.gguf = str(path.parent), path.name
         path = path.parent
@@ -69,7 +75,13 @@ def load(arguments: Any) -> Subject:
         )
     if not path.exists():
         _check_hub_name(path, arguments.model)
-    return _hugging_face(arguments)
+    return False
+
+
+def load(arguments: Any) -> Subject:
+    """The model that `arguments.model` names, its weights not yet read if it is one of Hugging Face. Raises as
+    `check_model`, and ValueError for files that are damaged or no causal language model."""
+    return _ours(Path(arguments.model), arguments) if check_model(arguments) else _hugging_face(arguments)
 
 
 def _check_hub_name(path: Path, name: str) -> None:

@@ -35,13 +35,11 @@ def load_decoder(checkpoint: dict[str, Any]) -> tuple[Decoder, Strategy]:
     return decoder, Strategy(**identity["strategy"])
 
 
-def open_run(path: Path) -> tuple[dict[str, Any], Path]:
-    """A checkpoint, or the newest of a run directory, and the run directory.
+def find_run(path: Path) -> tuple[Path, Path]:
+    """The checkpoint that a path names, or the newest of a run directory, and the run directory; loads nothing.
 
-    Raises FileNotFoundError for a path that is neither, ValueError for a checkpoint that does not load.
+    Raises FileNotFoundError for a path that is neither, ValueError for a finished run whose files are damaged.
     """
-    from train.checkpoint import load_checkpoint
-
     chosen = path.name.endswith(".ckpt")  # a sharded checkpoint is a folder too
     folder = path.parent.parent if chosen else path
     if not (folder / rundir.CONFIG).is_file():
@@ -52,7 +50,15 @@ def open_run(path: Path) -> tuple[dict[str, Any], Path]:
     newest = path if chosen else rundir.newest_checkpoint(folder)
     if newest is None:
         raise FileNotFoundError(f"{path}: expected a run with a checkpoint, found one that has none yet")
-    return load_checkpoint(newest, option="the path"), folder
+    return newest, folder
+
+
+def open_run(path: Path) -> tuple[dict[str, Any], Path]:
+    """What the checkpoint of `find_run` holds, and the run directory. Raises ValueError where it does not load."""
+    checkpoint, folder = find_run(path)
+    from train.checkpoint import load_checkpoint
+
+    return load_checkpoint(checkpoint, option="the path"), folder
 
 
 def run_tokenizer(identity: dict[str, Any], store: Path | None) -> Tokenizer:
@@ -102,13 +108,13 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, help="also write every figure, per layer and head, to this file")
     arguments = parser.parse_args(list(argv))
 
+    checkpoint, folder = open_run(arguments.run)  # first: a path that is none is answered before torch is imported
     import torch
 
     from data.store import TokenStore
     from train.measure import MeasureConfig, Probe, check_modes, measure
     from train.progress import Steps
 
-    checkpoint, folder = open_run(arguments.run)
     config = read_mapping(folder / rundir.CONFIG)
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["measure"].items()}
     if arguments.documents is not None:
