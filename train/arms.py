@@ -112,7 +112,10 @@ def plan(study: StudyConfig) -> list[ArmRun]:
                 config.setdefault("threads", study.cpus)
             if not isinstance(config.get("data", {}), dict):
                 raise ValueError(f"arm {arm}: data: expected keys, found {config['data']!r}")
-            store = _store_hash((config.get("data") or {}).get("store"))
+            data = config.get("data") or {}
+            if data.get("store"):
+                config["data"] = data = {**data, "store": os.path.expanduser(data["store"])}
+            store = _store_hash(data.get("store"))
             settings = json.loads(json.dumps({**config, "seed": seed, "sha256 of the token store": store}, default=str))
             runs.append(
                 ArmRun(

@@ -178,7 +178,7 @@ def load_study(path: Path, size: str | None = None) -> StudyConfig:
     arms = _arms(path, raw.get("arms") or {}) | _grid(path, raw.pop("grid", None) or {})
     _check_published(path, raw.get("published") or {}, arms)
     raw |= {
-        "out": Path(raw["out"]),
+        "out": Path(raw["out"]).expanduser(),
         "base": _overlays(path, "base", raw["base"]),
         "arms": arms,
         "prepare": _resolve(path, raw["prepare"]) if raw.get("prepare") else None,
@@ -206,10 +206,10 @@ def _mapping(path: Path, what: str, found: Any, known: tuple[str, ...] | None) -
 def _resolve(path: Path, value: Any) -> Path:
     if not isinstance(value, str):
         raise ValueError(f"{path}: expected a path, found {value!r}")
-    found = (path.parent / value).resolve()
-    if not found.is_file():
-        raise FileNotFoundError(f"{path}: names {value}, but there is no file {found}")
-    return found
+    config = (path.parent / Path(value).expanduser()).resolve()
+    if not config.is_file():
+        raise FileNotFoundError(f"{path}: names {value}, but there is no file {config}")
+    return config
 
 
 def _overlays(path: Path, what: str, found: Any) -> list[Overlay]:

@@ -64,6 +64,15 @@ def test_a_size_replaces_keys_of_the_file(write):
         load_study(write(arms={"a": []}), "demo")
 
 
+def test_a_tilde_is_the_home_folder(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "overlay.yaml").write_text("threads: 1\n")
+    study = load_study(write(out="~/study", arms={"a": ["~/overlay.yaml", {"data": {"store": "~/store"}}]}))
+    assert study.out == tmp_path / "study"
+    [run] = plan(study)
+    assert run.setting("threads") == 1 and run.setting("data.store") == str(tmp_path / "store")
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
