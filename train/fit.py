@@ -40,23 +40,15 @@ from train.settings import check_settings
 from train.state_monitor import StateMonitor
 from train.trainer_settings import HARMLESS, ShortLightningParser, check_trainer, expand_home
 from train.validate import measurement_table
-from train.world import devices_of, join, requeue
+from train.world import devices_of, join, lost_process, requeue
 
 
 class AlreadyFinished(Exception):
     """The run to resume has nothing left to do."""
 
 
-class ProcessLost(RuntimeError):
-    """Another process of the job is gone, so that this one cannot go on."""
-
-
 class StoppedEarly(RuntimeError):
     """A callback ended training before its last step."""
-
-
-# What gloo, NCCL and the rendezvous say then; they have no exception of its own for it.
-_LOST = ("gloo/transport", "ncclRemoteError", "remote process exited", "Connection closed by", "Connection reset by")
 
 
 class SinkbedCLI(LightningCLI):
@@ -72,20 +64,13 @@ class SinkbedCLI(LightningCLI):
         try:
             super().__init__(*args, **kwargs)
             status = 0
-        except RuntimeError as error:
-            lost = str(error).startswith("DataLoader worker (pid")
-            if not (lost or isinstance(error, torch.distributed.DistError) or any(w in str(error) for w in _LOST)):
-                raise
-            saved = rundir.newest_checkpoint(Path(self.config.fit.run_dir))
-            step = "No step is saved: start the run" if saved is None else f"{saved.name} is saved: resume the run"
-            reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
-            who = "a data worker of this run ended" if lost else "another process of this job ended or does not answer"
-            what = "memory may be short: lower data.workers" if lost else "see what it says itself"
-            raise ProcessLost(f"{who} ({reason}); {what}. {step} with --ckpt_path auto") from None
-        except (ValueError, OSError) as error:
+        except Exception as error:
             # From a data worker: its traceback as text, at whose end the message is.
-            if str(error).startswith("Caught ") and "DataLoader worker" in str(error):
+            if str(error).startswith("Caught ") and isinstance(error, ValueError | OSError):
                 raise ValueError(re.split(r"\n[\w.]*(?:Error|Exception): ", str(error))[-1].strip()) from None
+            lost = lost_process(error, lambda: rundir.newest_checkpoint(Path(self.config.fit.run_dir)))
+            if lost is not None:
+                raise lost from None
             raise
         finally:
             if self.held is not None:

@@ -12,7 +12,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
+from pathlib import Path
 from typing import Any
 
 _RANK_OF = {"WORLD_SIZE": "RANK", "SLURM_NTASKS": "SLURM_PROCID", "JSM_NAMESPACE_SIZE": "JSM_NAMESPACE_RANK",
@@ -126,3 +127,42 @@ def end_with_parent(parent: int) -> None:
         _prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os._exit(1)
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the job, or one that reads its data, is gone, so that this one cannot go on."""
+
+
+# What gloo, NCCL and the rendezvous say then; they have no exception of its own for it.
+_LOST = ("gloo/transport", "ncclRemoteError", "remote process exited", "Connection closed by", "Connection reset by")
+
+
+def lost_process(error: BaseException, newest: Callable[[], Path | None]) -> ProcessLost | None:
+    """What to say where an error is the end of another process; None where it is something else.
+
+    Args:
+        newest: the run's newest checkpoint.
+    """
+    from torch.distributed import DistError
+
+    behind: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None:
+        behind.append(link)
+        link = link.__cause__ or link.__context__
+    # torch tells of a dead data worker wherever this process is, where that may have become another error; or the
+    # worker's socket does, from which a batch was about to be taken.
+    worker = next((each for each in behind if _is_of_a_worker(each)), None)
+    other = isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST)
+    if not (worker or other or isinstance(error, DistError)):
+        return None
+    saved = newest()
+    step = "No step is saved: start the run" if saved is None else f"{saved.name} is saved: resume the run"
+    reason = (str(worker or error) or type(error).__name__).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
+    who = "a data worker of this run ended" if worker else "another process of this job ended or does not answer"
+    what = "memory may be short: lower data.workers" if worker else "see what it says itself"
+    return ProcessLost(f"{who} ({reason}); {what}. {step} with --ckpt_path auto")
+
+
+def _is_of_a_worker(error: BaseException) -> bool:
+    return str(error).startswith("DataLoader worker (pid") or isinstance(error, ConnectionError | EOFError)

@@ -225,12 +225,12 @@ def test_a_copied_run_is_another_to_wandb_and_goes_on_from_its_own_checkpoints(f
     original = cut()
     copy = original.with_name("copy")
     shutil.copytree(original, copy, symlinks=True)
-    before = {p: p.read_bytes() for p in original.rglob("*") if p.is_file() and "logs" not in p.parts}
+    before = {p: p.read_bytes() for p in original.rglob("*") if p.is_file() and "wandb" not in p.parts}
     capsys.readouterr()
     with pytest.warns(UserWarning, match=f"{copy} is a copy of the run {original}: it goes on from its own"):
         assert main(["fit", "--config", str(copy / rundir.CONFIG), "--ckpt_path", "last"]) == 0
     assert f"{copy} it is, not {original}" in capsys.readouterr().out
-    assert before == {p: p.read_bytes() for p in original.rglob("*") if p.is_file() and "logs" not in p.parts}
+    assert before == {p: p.read_bytes() for p in original.rglob("*") if p.is_file() and "wandb" not in p.parts}
     ours, theirs = (rundir.read_json(folder / rundir.RUN)["wandb_id"] for folder in (copy, original))
     assert ours != theirs
     [segment] = copy.glob(f"wandb/offline-run-*/run-{ours}.wandb")
@@ -372,6 +372,36 @@ def test_a_dead_data_worker_ends_the_run_with_one_message(fit, tmp_path):
     while (left := [pid for pid in workers if is_alive(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_data_worker_that_dies_while_its_batch_is_taken_is_told_of_as_such(fit, monkeypatch, capsys, error):
+    """Tensors come through a socket of the worker."""
+
+    def dead(self, *args):
+        raise error
+
+    monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "_next_data", dead)
+    assert "a data worker of this run ended" in refused(capsys, fit("--data.workers", "1")[0])
+
+
+def test_a_data_worker_that_dies_while_a_checkpoint_is_written_is_told_of_as_such(fit, monkeypatch, capsys):
+    """torch raises it in the midst of whatever goes on; its writer of archives makes an error of its own of it."""
+    original = torch.save
+
+    def interrupted(checkpoint, file):
+        if checkpoint["global_step"] < 4:
+            return original(checkpoint, file)
+        try:
+            raise RuntimeError("DataLoader worker (pid 77) is killed by signal: Killed. ")
+        except RuntimeError:
+            raise SystemError("unexpected position in the archive")  # noqa: B904
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    status, folder = fit()
+    message = refused(capsys, status)
+    assert "a data worker of this run ended (DataLoader worker (pid 77) is killed by signal: Killed)" in message
+    assert "step-0000003.ckpt is saved" in message and not list((folder / "checkpoints").glob(".step-*"))
 
 
 def test_an_error_in_a_data_worker_is_one_message(fit, monkeypatch, capsys):
