@@ -14,6 +14,7 @@ import numpy as np
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from model.ranges import check_number
 from train import rundir
 from train.metrics import IN_A_POINT
 from train.wandb_files import earlier_steps, in_time, mend_wandb_files
@@ -39,6 +40,7 @@ class WandbConfig:
     """Longest wait for the upload when the run ends; `wandb sync` uploads what was left."""
 
     def __post_init__(self) -> None:
+        check_number("wandb.finish_seconds", self.finish_seconds, least=0)
         wrong = sorted({c for c in self.project if c in "/\\#?%:"})
         if wrong or not 0 < len(self.project) <= _LONGEST_NAME:
             raise ValueError(
