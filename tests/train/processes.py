@@ -7,8 +7,8 @@ import signal
 import socket
 import sys
 
-_forkserver = multiprocessing.get_context("forkserver")
-_forkserver.set_forkserver_preload(["train.fit", "wandb"])
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["train.fit", "wandb"])
 
 
 def _run(arguments, log, environment, largest_file, group):
@@ -45,7 +45,7 @@ class Job:
         """`group`: each process leads a process group of its own; `largest_file`: bytes, as if the disk were full."""
         self.log = log
         self.processes = [
-            _forkserver.Process(target=_run, args=(arguments, log, environment, largest_file, group))
+            FORKSERVER.Process(target=_run, args=(arguments, log, environment, largest_file, group))
             for environment in environments
         ]
         for process in self.processes:

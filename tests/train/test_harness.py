@@ -5,7 +5,6 @@ The long form is `pytest tests/train/test_harness.py --kills 200`.
 
 import hashlib
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -15,25 +14,27 @@ import pytest
 import yaml
 
 from tests.train.conftest import write_run_config
+from tests.train.processes import FORKSERVER
 from tests.train.test_fit import points
 from tests.train.test_resume import equal, training_state
 from train import rundir
 from train.cli import main
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink", "os.chmod")
-_forkserver = multiprocessing.get_context("forkserver")
 
 
 def _run(arguments, log, folder, number, counted):
-    """Run a command in this process; before change `number` below a folder it is killed, else it counts them."""
+    """Run a command in this process; before change `number` to a folder, or to what has its name with more before or
+    after it, it is killed, else it counts them."""
     from train.cli import main
 
-    changes = 0
+    changes, (above, name) = 0, os.path.split(folder)
+    prefixes = (f"{above}/{name}", f"{above}/.{name}")
 
     def hook(event, details):
         nonlocal changes
         opened = event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if not (opened or event in CHANGES) or not str(details[0]).startswith(folder):
+        if not (opened or event in CHANGES) or not any(prefix in str(details[0]) for prefix in prefixes):
             return
         changes += 1
         if changes == number:
@@ -50,8 +51,8 @@ def _run(arguments, log, folder, number, counted):
 
 def run(arguments, log, folder, number=0):
     """Exit status of a command in a process of its own, and how many changes it made."""
-    receiver, sender = _forkserver.Pipe(duplex=False)
-    process = _forkserver.Process(target=_run, args=([*map(str, arguments)], str(log), str(folder), number, sender))
+    receiver, sender = FORKSERVER.Pipe(duplex=False)
+    process = FORKSERVER.Process(target=_run, args=([*map(str, arguments)], str(log), str(folder), number, sender))
     process.start()
     sender.close()
     process.join(timeout=120)
@@ -126,10 +127,10 @@ def test_killed_at_any_change_of_a_file_and_run_again_it_ends_the_same(command, 
     status, changes = run(arguments(tmp_path / "whole"), log, tmp_path / "whole")
     assert status == 0 and changes > 3, log.read_text()
     whole = (tmp_path / "whole").absolute()
-    kills = max(2, request.config.getoption("--kills") // 4)
+    kills = request.config.getoption("--kills") // (8 if command == "study" else 4)
     for kill in range(kills):
         out = tmp_path / f"cut{kill}"
-        number = 1 + (changes - 1) * kill // max(1, kills - 1)
+        number = 1 + (changes - 1) * (2 * kill + 1) // (2 * kills)
         status, _ = run(arguments(out), log, out, number)
         assert status in (-signal.SIGKILL, 0), log.read_text()
         status, _ = run(arguments(out), log, out)
