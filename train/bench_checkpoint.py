@@ -33,7 +33,8 @@ def saving(config: dict[str, Any], vocab_size: int, step_seconds: float, repeats
     for parameter in decoder.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    content = {"state_dict": decoder.state_dict(), "optimizer_states": [optimizer.state_dict()]}
+    content = {"state_dict": decoder.state_dict(), "optimizer_states": [optimizer.state_dict()], "global_step": 1}
+    content |= {"lr_schedulers": [], "loops": {}, "callbacks": {}}
     steps, every = config["trainer"]["max_steps"], config["checkpoint_every"]
     saves = steps // every + config.get("checkpoint_points", 12) + config["measure"]["live_points"]
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as folder:

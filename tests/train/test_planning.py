@@ -101,12 +101,16 @@ def test_what_cannot_fit_or_is_no_config_is_refused_before_preparing(study, tiny
     text = study.read_text()
     (study.parent / "data.yaml").write_text("out: not_yet\n")
     base = "[run.yaml, {trainer: {max_steps: -1}}]"
-    wrong = {("window: 8", "windw: 8"): "windw", ("[run.yaml]", base): "max_steps -1", ("", ""): "GB free for the"}
+    wrong = {
+        ("window: 8", "windw: 8"): "windw",
+        ("[run.yaml]", base): "trainer.max_steps: expected at least 1",
+        ("", ""): "GB free for the",
+    }
     for change, told in wrong.items():
         study.write_text(text.replace(*change) + "prepare: data.yaml\n")
         if change == ("", ""):
             monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-        for agent in ([], ["--arm", "window"]):
+        for agent in ([], ["--arm", "window", "--force"]):
             assert main(["study", str(study), "--quiet", *agent]) == 1
             assert told in capsys.readouterr().err and not prepared
 
