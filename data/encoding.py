@@ -91,6 +91,7 @@ class Encoder:
             parts.append(part)
             part.taken = True
             part.encoded = self._result(part)
+            part.texts = None  # of a long document its slices would stay beside it
             if part.encoded is not None:
                 seen(part.encoded)
             if part.last:

@@ -126,8 +126,11 @@ def read_records(
                 return
             if format == "text":
                 what = "line" if split == "line" else "document"
-                for number, content in enumerate(_documents(stream, split), 1):
-                    yield _decoded(content, f"{name}, {what} {number}", marked=number == 1)
+                for content in _documents(stream, split):  # not by `enumerate`, which would keep a long one
+                    number += 1
+                    record = _decoded(content, f"{name}, {what} {number}", marked=number == 1)
+                    del content
+                    yield record
                 return
             for number, line in enumerate(stream, 1):
                 if number == 1 and line.removeprefix(_MARK).lstrip().startswith(b"["):
@@ -160,8 +163,8 @@ def _raise_missing(error: BaseException) -> None:
 def _documents(stream: Any, split: str) -> Iterator[bytes]:
     """Documents of a text. Lines end with a line feed alone; other line ends of Unicode are text."""
     if split == "line":
-        for line in stream:
-            yield line.removesuffix(b"\n").removesuffix(b"\r")
+        # By `map`, which keeps no long line beside its text.
+        yield from map(lambda line: line.removesuffix(b"\n").removesuffix(b"\r"), stream)
     elif split == "blank_line":
         gathered: list[bytes] = []
         for line in stream:

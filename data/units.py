@@ -146,7 +146,8 @@ class Gathered:
             tokens.append(encoded.tokens if every else encoded.tokens[np.repeat(of_split, encoded.counts)])
             counts.append(encoded.counts[of_split])
             sizes.append(encoded.sizes[of_split])
-        return np.concatenate(tokens), np.concatenate(counts), np.concatenate(sizes)
+        # A long document is a unit of one batch, of whose tokens there need be no copy.
+        return tokens[0] if len(tokens) == 1 else np.concatenate(tokens), np.concatenate(counts), np.concatenate(sizes)
 
     def digest(self) -> str:
         """sha256 over the hashes of the documents, in order."""
