@@ -19,7 +19,7 @@ FORMAT = 2
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 _CHECKSUM = "checksum"
-"""Key of the manifest that holds the sha256 of all its other keys."""
+"""Key of a sealed JSON object that holds the sha256 of all its other keys."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +94,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`, whole or not at all, with a checksum of itself."""
-        fields = self.to_dict()
-        write_json(folder / MANIFEST_NAME, {**fields, _CHECKSUM: sha256_json(fields)})
+        write_json(folder / MANIFEST_NAME, sealed(self.to_dict()))
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
@@ -128,10 +127,7 @@ class Manifest:
         """The manifest of these fields. Raises ValueError, or what their types lead to, for one that is damaged."""
         if fields["format"] != FORMAT:
             raise ValueError(f"format {fields['format']}")
-        # Stores made before manifests had a checksum have none.
-        checksum = fields.pop(_CHECKSUM, None)
-        if checksum not in (None, actual := sha256_json(fields)):
-            raise ValueError(f"one of sha256 {actual} whose {_CHECKSUM} says {checksum}")
+        fields = unsealed(fields)
         fields["special_ids"] = tuple(fields["special_ids"])
         fields["control_tokens"] = tuple(fields.get("control_tokens", ()))
         fields["splits"] = {name: _read_split(split) for name, split in fields["splits"].items()}
@@ -185,6 +181,24 @@ def write_json(path: Path, value: Any) -> None:
 def canonical_json(value: Any) -> bytes:
     """One byte string per JSON value: sorted keys, no white space, UTF-8."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def sealed(fields: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object with the checksum of itself beside its keys."""
+    return {**fields, _CHECKSUM: sha256_json(json.loads(json.dumps(fields)))}
+
+
+def unsealed(value: Any) -> Any:
+    """A value that was read, its checksum compared and taken out; what was written before there were any has none.
+
+    Raises ValueError where it is not what the checksum says.
+    """
+    if not isinstance(value, dict) or _CHECKSUM not in value:
+        return value
+    fields = {name: each for name, each in value.items() if name != _CHECKSUM}
+    if (actual := sha256_json(fields)) != value[_CHECKSUM]:
+        raise ValueError(f"content of sha256 {actual} whose {_CHECKSUM} says {value[_CHECKSUM]}")
+    return fields
 
 
 def differences(found: Any, expected: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -7,7 +7,7 @@ often the work was stopped: called again, it goes on after the last unit that wa
 trained on documents of the training split only, once.
 
 A store records what it was made from, down to the sha256 of local files. Called again with the same
-config, `prepare` returns at once; with another, it refuses rather than mix two corpora.
+config, `prepare` compares every checksum and returns; with another, it refuses rather than mix two corpora.
 
 This module imports neither datasets nor tokenizers until `prepare` is called.
 """
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, differing
+from data.manifest import MANIFEST_NAME, Manifest, differing
 from data.recipe import (
     SHARD_BYTES,
     TRAIN_BYTES,
@@ -155,26 +155,18 @@ def _up_to_date(out: Path, recipe: dict[str, Any]) -> Manifest:
             "another --out, or replace it with `sinkbed prepare --force`"
         )
     for split in manifest.splits:
-        TokenStore.open(out, split)
+        TokenStore.open(out, split).verify()
     sweep(out)
     return manifest
 
 
 def _kept_tokenizer(config: PrepareConfig, documents: Documents, units: Units, progress: bool) -> Tokenizer:
     """The tokenizer that was written before, else a new one, written."""
-    from data.tokenizer import Tokenizer
-
     chosen = config.tokenizer
-    if units.has_tokenizer() and not chosen.path:
-        try:
-            return Tokenizer.load_trained(units.partial.folder / TOKENIZER_NAME)
-        except ValueError as error:
-            raise ValueError(
-                f"{units.partial.folder}: the tokenizer of this unfinished token store is damaged ({error}); remove "
-                "that folder to start over"
-            ) from None
+    if not chosen.path and (kept := units.kept_tokenizer()) is not None:
+        return kept
     tokenizer = make_tokenizer(config, documents, progress)
-    units.partial.write_tokenizer(tokenizer)
+    units.write_tokenizer(tokenizer)
     return tokenizer
 
 

@@ -5,7 +5,7 @@ split. Its record is written after its shards, so a record means that they are w
 
     .NAME.partial/
         recipe.json          what is being made; another recipe is refused
-        tokenizer.json       trained once
+        tokenizer.json       trained once; its checksum in units/tokenizer.sha256
         units/00000.json     shards of the unit (sizes, sha256, counts), and a digest of its documents
 
 Going on means reading the source again, which is cheap beside encoding it, and skipping the units that have
@@ -25,14 +25,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.encoding import Encoded
-from data.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, ShardInfo, differing, sha256_file, write_json
+from data.manifest import (
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    Manifest,
+    ShardInfo,
+    differing,
+    sealed,
+    sha256_file,
+    unsealed,
+    write_json,
+)
 from data.partial import PartialStore, flush
 from data.recipe import condensed
 from data.selection import Batch
+from data.tokenizer import Tokenizer
 from data.writer import shard_name
 
 RECIPE_NAME = "recipe.json"
 UNITS_NAME = "units"
+_TOKENIZER_SUM = "tokenizer.sha256"
 FORGOTTEN = (RECIPE_NAME, UNITS_NAME)
 """What is no part of a finished token store."""
 
@@ -65,7 +77,7 @@ class Units:
         with partial.full_disk_named():
             if found is None:
                 partial.clear()
-                write_json(partial.folder / RECIPE_NAME, recipe)
+                write_json(partial.folder / RECIPE_NAME, sealed(recipe))
             self.folder.mkdir(exist_ok=True)
         self.finished: dict[int, Unit] = {}
         for path in sorted(self.folder.glob("*.json")):
@@ -80,9 +92,26 @@ class Units:
             return None
         return self.partial.publish(Manifest.read(self.partial.folder), FORGOTTEN)
 
-    def has_tokenizer(self) -> bool:
-        """Whether the tokenizer was written."""
-        return (self.partial.folder / TOKENIZER_NAME).is_file()
+    def write_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Write the tokenizer, then its checksum."""
+        self.partial.write_tokenizer(tokenizer)
+        with self.partial.full_disk_named():
+            write_json(self.folder / _TOKENIZER_SUM, sha256_file(self.partial.folder / TOKENIZER_NAME))
+
+    def kept_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that was written, None before. Raises ValueError for one that is damaged."""
+        path, record = self.partial.folder / TOKENIZER_NAME, self.folder / _TOKENIZER_SUM
+        if not path.is_file():
+            return None
+        try:
+            if record.is_file() and sha256_file(path) not in record.read_text(errors="replace"):
+                raise ValueError(f"{path} is not what {record} has the sha256 of")
+            return Tokenizer.load_trained(path)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.partial.folder}: the tokenizer of this unfinished token store is damaged ({error}); remove "
+                "that folder to start over"
+            ) from None
 
     def finish(self, number: int, gathered: Gathered) -> None:
         """Write the shards of a unit, then its record."""
@@ -92,7 +121,7 @@ class Units:
         }
         unit = Unit(shards=shards, digest=gathered.digest())
         with self.partial.full_disk_named():
-            write_json(self.folder / f"{number:05d}.json", dataclasses.asdict(unit))
+            write_json(self.folder / f"{number:05d}.json", sealed(dataclasses.asdict(unit)))
             flush(self.folder)
         self.finished[number] = unit
 
@@ -159,7 +188,7 @@ def begun_recipe(folder: Path) -> dict[str, Any] | None:
     for name in (RECIPE_NAME, MANIFEST_NAME):
         if (folder / name).is_file():
             try:
-                fields = json.loads((folder / name).read_text(encoding="utf-8"))
+                fields = _read_json(folder / name)
                 return condensed(fields if name == RECIPE_NAME else fields["recipe"])
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(
@@ -169,10 +198,14 @@ def begun_recipe(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def _read_json(path: Path) -> Any:
+    return unsealed(json.loads(path.read_text(encoding="utf-8")))
+
+
 def _read(path: Path) -> Unit | None:
     """The record of a unit; None where it is damaged."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = _read_json(path)
         shards = {split: ShardInfo(**shard) for split, shard in fields["shards"].items()}
         return Unit(shards=shards, digest=fields["digest"])
     except (ValueError, KeyError, TypeError, AttributeError):

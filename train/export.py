@@ -36,8 +36,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     from train.validate import load_decoder, open_run, run_tokenizer
 
     checkpoint, _ = open_run(arguments.run)  # first: a path that is none is answered before torch is imported
+    from data.manifest import sha256_file
     from model.llama import CONFIG, WEIGHTS, llama_config, to_llama
-    from train.rundir import sync_folder
+    from train.rundir import CHECKSUMS, sync_folder, write_json
 
     decoder, strategy = load_decoder(checkpoint)
     identity = checkpoint["sinkbed"]
@@ -64,6 +65,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         _write_json(partial / CONFIG, config)
         generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         _write_json(partial / "generation_config.json", generation)
+        write_json(partial / CHECKSUMS, {path.name: sha256_file(path) for path in sorted(partial.iterdir())})
         mode = (partial / CONFIG).stat().st_mode  # by the user's umask; safetensors has one of its own
         for path in partial.iterdir():
             path.chmod(mode)

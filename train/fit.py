@@ -138,7 +138,7 @@ class SinkbedCLI(LightningCLI):
             say(f"{moved / rundir.CONFIG} is of a run that was moved or copied: {moved} it is, not {config.run_dir}")
             config.run_dir = moved
         run_dir = Path(config.run_dir)
-        last = rundir.newest_checkpoint(run_dir)
+        last = None if config.ckpt_path not in (None, "last", "auto") else rundir.newest_checkpoint(run_dir)
         folder = run_dir / rundir.CHECKPOINTS
         if last is not None and not config.ckpt_path:
             raise FileExistsError(
@@ -238,6 +238,7 @@ class SinkbedCLI(LightningCLI):
             say(f"forking {self.parent['checkpoint']} at step {step}, to step {trainer.max_steps} in {run_dir}")
             return
         if step >= trainer.max_steps and rundir.is_finished(run_dir):
+            rundir.check_finished(run_dir)
             raise AlreadyFinished(
                 f"{run_dir}: already finished, at step {step}; nothing was changed. `sinkbed validate {run_dir}` "
                 "measures it again; a larger --trainer.max_steps trains on where optimizer.schedule is constant, and "

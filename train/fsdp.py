@@ -34,7 +34,7 @@ from torch.distributed.fsdp import fully_shard
 from model import Decoder
 from train import rundir
 
-META, CHECKSUMS = "meta.ckpt", "checksums.json"
+META, CHECKSUMS = "meta.ckpt", rundir.CHECKSUMS
 _SEPARATOR = "|"  # never in a parameter's name
 
 

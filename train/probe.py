@@ -128,7 +128,7 @@ def _write(result: dict[str, Any], arguments: Any) -> None:
     from train import probe_report, probe_tables
 
     if arguments.json is not None:
-        rundir.write_json(arguments.json, result)
+        rundir.write_json(arguments.json, result, seal=False)
     page = None if arguments.out is None else probe_report.write(result, arguments.out)
     probe_tables.print_tables(result)
     if page is not None:

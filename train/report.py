@@ -86,6 +86,7 @@ def write_report(
     from train.figures import write_figures
     from train.page import write_page
 
+    _tell(missing)
     folder = study.out / "report"
     folder.mkdir(parents=True, exist_ok=True)
     rundir.remove_temporaries(folder)
@@ -208,7 +209,6 @@ def run(command: str, argv: Sequence[str]) -> int:
             f"{', '.join(map(str, arguments.what))}: expected at least one finished run, found none in {study.out}"
             f"{others}; name another folder with --out, or finish one with `sinkbed study` or `sinkbed fit`"
         )
-    _tell(missing)
     write_report(study, finished, results, missing)
     return 0
 

@@ -75,10 +75,9 @@ class RunFiles(SaveConfigCallback):
         config = self.config.clone()
         config["ckpt_path"] = None  # else a run started from this file would continue this one
         settings = json.loads(self.parser.dump(config, format="json", skip_unset=False, skip_validation=True))
-        text, path = rundir.yaml_text(settings), run_dir / rundir.CONFIG
         # A run that never came to a checkpoint may be started again with other settings: to W&B that is another run.
-        other = not checkpoints.resumed and path.exists() and path.read_text() != text
-        rundir.write_atomic(path, text)
+        is_other = rundir.write_config(run_dir / rundir.CONFIG, rundir.yaml_text(settings))
+        other = is_other and not checkpoints.resumed
         if not (checkpoints.resumed and (run_dir / rundir.MANIFEST).exists()):  # its own copy stays
             manifest = pl_module.data.store_path / rundir.MANIFEST
             rundir.write_atomic(run_dir / rundir.MANIFEST, manifest.read_bytes())

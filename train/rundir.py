@@ -21,19 +21,32 @@ from typing import IO, Any
 
 import yaml
 
+from data.manifest import sealed, sha256_file, unsealed
+
 CONFIG, MANIFEST, AUDIT = "config.yaml", "manifest.json", "audit.json"
 METRICS, MEASUREMENT, RUN, CHECKPOINTS = "metrics.jsonl", "measurement.json", "run.json", "checkpoints"
 
 
 LAST, LOCK = "last.ckpt", ".lock"
+CHECKSUMS = "checksums.json"
+"""In a folder of which every file counts: the sha256 of each."""
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """What last.ckpt names, or the highest step where a crash took the link; None before the first checkpoint."""
+    """What last.ckpt names, or the highest step where a crash took the link; None before the first checkpoint.
+
+    Raises FileNotFoundError where it names a checkpoint that is gone: no older one is taken in its place.
+    """
     folder = run_dir / CHECKPOINTS
-    if (folder / LAST).exists():
-        return (folder / LAST).resolve()
-    return max(folder.glob("step-*.ckpt"), default=None)
+    link, highest = folder / LAST, max(folder.glob("step-*.ckpt"), default=None)
+    if link.exists():
+        return link.resolve()
+    if link.is_symlink():
+        other = "start the run anew" if highest is None else f"or go on from {highest}"
+        raise FileNotFoundError(
+            f"{link}: expected the checkpoint that it names, {os.readlink(link)}, found none; put it back, {other}"
+        )
+    return highest
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -148,10 +161,37 @@ def yaml_text(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, indented. Raises ValueError for nan and infinite numbers, which JSON does not have."""
+_SEAL = "# Written by sinkbed fit; sha256 of the lines below: "
+
+
+def write_config(path: Path, text: str) -> bool:
+    """Write a run's config.yaml under a line with its sha256; whether it is another text than stood there."""
+    text = f"{_SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
+    before = path.read_bytes() if path.exists() else None
+    write_atomic(path, text)
+    return before not in (None, text.encode())
+
+
+def check_config(path: Path, content: bytes) -> None:
+    """Raise ValueError for a config.yaml inside a run that is not what its first line says; a copy may be edited."""
+    first, _, rest = content.partition(b"\n")
+    if path.name != CONFIG or not first.startswith(_SEAL.encode()) or not (path.parent / RUN).exists():
+        return
+    if first.removeprefix(_SEAL.encode()) != hashlib.sha256(rest).hexdigest().encode():
+        raise ValueError(
+            f"{path}: expected the settings as the run wrote them, found others (the first line has their sha256); "
+            "restore the file or start from a copy of it. Changes are given as options, or remove the first line where "
+            "they are meant"
+        )
+
+
+def write_json(path: Path, value: Any, *, seal: bool = True) -> None:
+    """Write JSON atomically, indented; a record of ours, an object, with a checksum that `read_json` compares (`seal`).
+
+    Raises ValueError for nan and infinite numbers, which JSON does not have.
+    """
     try:
-        write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+        write_atomic(path, json.dumps(sealed(value) if seal else value, indent=2, allow_nan=False) + "\n")
     except ValueError as error:
         raise ValueError(f"{path}: not written, expected finite numbers, found one that is not ({error})") from None
 
@@ -159,9 +199,9 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read JSON; raises ValueError that names a damaged file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
-    except ValueError as error:  # no JSON, or no text
-        raise ValueError(f"{path}: expected JSON, found damage at {error}; restore or remove it") from None
+        return unsealed(json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number))
+    except (ValueError, RecursionError) as error:  # no JSON, no text, or not as it was written
+        raise ValueError(f"{path}: expected JSON as it was written, found {error}; restore or remove it") from None
 
 
 def _no_number(name: str) -> None:
@@ -238,23 +278,24 @@ def note(folder: Path, **values: Any) -> None:
 
 def mark_finished(folder: Path) -> None:
     """Note in run.json that nothing is left to do, measured and sent to W&B, and what the run's files hold then."""
-    note(folder, finished={name: _sha256(folder / name) for name in (CONFIG, MANIFEST, AUDIT, METRICS, MEASUREMENT)})
+    note(folder, finished={n: sha256_file(folder / n) for n in (CONFIG, MANIFEST, AUDIT, METRICS, MEASUREMENT)})
 
 
 def check_finished(folder: Path) -> None:
     """Raise ValueError that names a file of a finished run which is not as the run left it."""
     finished = read_json(folder / RUN).get("finished") if (folder / RUN).is_file() else None
-    for name, digest in finished.items() if isinstance(finished, dict) else ():  # earlier versions kept none
-        if not (folder / name).is_file() or _sha256(folder / name) != digest:
-            raise ValueError(
-                f"{folder / name}: expected the file as the run left it at its end, found "
-                f"{'another content' if (folder / name).is_file() else 'none'} ({RUN} has its sha256); restore it from "
-                "a copy, or resume the run from a checkpoint before its last with --ckpt_path"
-            )
+    if isinstance(finished, dict):  # earlier versions kept none
+        remedy = "restore it from a copy, or resume the run from a checkpoint before its last with --ckpt_path"
+        check_files(folder, finished, f"the run left it at its end ({RUN} has its sha256)", remedy)
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def check_files(folder: Path, sums: dict[str, str], left: str, remedy: str) -> None:
+    """Raise ValueError that names a file of a folder whose sha256 is another one; `left`: how the files were left."""
+    for name, digest in sums.items():
+        path = folder / name
+        if not path.is_file() or sha256_file(path) != digest:
+            content = "another content" if path.is_file() else "none"
+            raise ValueError(f"{path}: expected the file as {left}, found {content}; {remedy}")
 
 
 def is_finished(folder: Path) -> bool:

@@ -49,7 +49,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
 
 
 def run(command: str, argv: Sequence[str]) -> int:
-    """Parse, run the arms, write the report. Exit status 1 when an arm failed."""
+    """Parse, run the arms, write the report. Exit status 1 when an arm has no result."""
     arguments = build_parser(command).parse_args(list(argv))
     study = chosen(arguments)
     if arguments.sweep is not None:
@@ -110,7 +110,8 @@ def run(command: str, argv: Sequence[str]) -> int:
         write_report(study, finished, results, missing, track=True)
     for name, why in runner.failed.items():
         print(f"arm {name} failed: {why}", file=sys.stderr)
-    return 1 if runner.failed else 0
+    lacking = {r.folder for r in runs} - {r.folder for r in finished}  # a damaged one did not fail
+    return 1 if runner.failed or lacking else 0
 
 
 def _stop(*_: Any) -> None:

@@ -75,6 +75,9 @@ def check_model(arguments: Any) -> bool:
         )
     if not path.exists():
         _check_hub_name(path, arguments.model)
+    if (path / rundir.CHECKSUMS).is_file():  # one that `sinkbed export` wrote
+        left, remedy = f"`sinkbed export` left it ({rundir.CHECKSUMS} has its sha256)", "export the run again"
+        rundir.check_files(path, rundir.read_json(path / rundir.CHECKSUMS), left, f"{remedy}, or remove that list")
     return False
 
 
@@ -183,6 +186,7 @@ def texts(arguments: Any, subject: Subject) -> Iterator[str]:
     from data.store import TokenStore
 
     store = TokenStore.open(subject.store, "validation")
+    store.verify()
     tokenizer = store.tokenizer()
     yield from (tokenizer.decode(store.slice(number)) for number in range(store.documents))
 

@@ -129,6 +129,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     identity = checkpoint["sinkbed"]
     run_tokenizer(identity, arguments.store)
     store = TokenStore.open(arguments.store or Path(identity["store"]), "validation")
+    store.verify()
     probe = Probe.from_store(store, identity["context_length"], measuring)
     results: dict[InferenceMode, ModeResult] = {}
     steps = Steps()
@@ -146,5 +147,5 @@ def run(command: str, argv: Sequence[str]) -> int:
             f"{measuring.sink_tokens} tokens"
         )
     if arguments.json is not None:
-        rundir.write_json(arguments.json, {mode: dataclasses.asdict(r) for mode, r in results.items()})
+        rundir.write_json(arguments.json, {mode: dataclasses.asdict(r) for mode, r in results.items()}, seal=False)
     return 0

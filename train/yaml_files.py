@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from train.rundir import check_config
+
 _MOST_NODES = 1_000_000
 """Values of a file, aliases written out. The largest study has some thousands."""
 _OTHER_BASE = re.compile(r"[-+]?(0[0-9_]+|[0-9_]+(:[0-9_]+)+)")
@@ -58,7 +60,9 @@ _PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yam
 
 
 def _compose(path: Path) -> tuple[_PlainLoader, yaml.Node | None]:
-    loader = _PlainLoader(path.read_bytes())
+    content = path.read_bytes()
+    check_config(path, content)
+    loader = _PlainLoader(content)
     node = loader.get_single_node()
     if node is not None:
         _count(node, {})
