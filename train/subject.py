@@ -75,9 +75,6 @@ def check_model(arguments: Any) -> bool:
         )
     if not path.exists():
         _check_hub_name(path, arguments.model)
-    if (path / rundir.CHECKSUMS).is_file():  # one that `sinkbed export` wrote
-        left, remedy = f"`sinkbed export` left it ({rundir.CHECKSUMS} has its sha256)", "export the run again"
-        rundir.check_files(path, rundir.read_json(path / rundir.CHECKSUMS), left, f"{remedy}, or remove that list")
     return False
 
 
@@ -142,11 +139,21 @@ def _ours(path: Path, arguments: Any) -> Subject:
     )
 
 
+def _check_export(folder: Path, suffix: str) -> None:
+    """Compare files of a folder that `sinkbed export` wrote with their checksums; a folder of others has none."""
+    if (folder / rundir.CHECKSUMS).is_file():
+        sums = rundir.read_json(folder / rundir.CHECKSUMS)
+        left = f"`sinkbed export` left it ({rundir.CHECKSUMS} has its sha256)"
+        remedy = f"export the run again, or remove {rundir.CHECKSUMS} where the change is meant"
+        rundir.check_files(folder, {n: digest for n, digest in sums.items() if n.endswith(suffix)}, left, remedy)
+
+
 def _hugging_face(arguments: Any) -> Subject:
     from data.strategy import Strategy
     from model.hf import HFModel, special_ids, token_bytes
 
     name, where = arguments.model, {"revision": arguments.revision, "gguf": arguments.gguf}
+    _check_export(Path(name), ".json")
     config = HFModel.checked_config(name, **where)
     tokenizer = HFModel.tokenizer(name, **where)
     bos = tokenizer.bos_token_id
@@ -154,9 +161,14 @@ def _hugging_face(arguments: Any) -> Subject:
         found = tokenizer.convert_tokens_to_ids(arguments.bos)
         bos = _token_id(None if found == tokenizer.unk_token_id else found, arguments.bos, name)
     size, context_length = config.vocab_size, getattr(config, "max_position_embeddings", None)
+
+    def load_model() -> HFModel:
+        _check_export(Path(name), ".safetensors")
+        return HFModel.load(name, **where, dtype=arguments.dtype, device_map=arguments.device_map)
+
     return Subject(
         name=name,
-        load_model=lambda: HFModel.load(name, **where, dtype=arguments.dtype, device_map=arguments.device_map),
+        load_model=load_model,
         strategy=Strategy() if bos is None else Strategy(first_token="bos"),
         bos_id=bos,
         eos_id=next(i for i in (tokenizer.eos_token_id, bos, 0) if i is not None),

@@ -134,6 +134,7 @@ def test_the_exported_files_are_plain_data_with_the_permissions_of_the_user(run_
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "hf").iterdir()} == {0o640}
     names = {p.name for p in (tmp_path / "hf").iterdir()}
     assert names == {
+        "checksums.json",
         "config.json",
         "generation_config.json",
         "model.safetensors",

@@ -269,3 +269,27 @@ def test_a_flipped_bit_in_a_sharded_checkpoint_changes_nothing_or_is_named(shard
             except ValueError as error:
                 assert str(sharded) in str(error) and path.name in str(error), error
         path.write_bytes(before)
+
+
+def test_a_link_to_a_checkpoint_that_is_gone_is_named_and_no_older_one_taken(made):
+    restore(made, "resume")
+    (made / "stopped/checkpoints/step-0000004.ckpt").unlink()
+    for command in ("resume", "validate_stopped"):
+        status, said = call(made, command)
+        assert status == 1 and f"{made}/stopped/checkpoints/last.ckpt: expected the checkpoint that it names" in said
+    older = said.split("go on from ")[1].split()[0]
+    assert main(["fit", "--config", str(made / "stopped/config.yaml"), "--ckpt_path", older]) == 0
+    assert points(made / "stopped") == points(made / "finished")
+    restore(made, "resume")
+
+
+def test_an_edited_config_of_a_run_is_read_where_the_edit_is_meant(made):
+    restore(made, "resume")
+    path = made / "stopped/config.yaml"
+    path.write_text(path.read_text().replace("documents: 6", "documents: 5"))
+    status, said = call(made, "validate_stopped")
+    assert status == 1 and f"{path}: expected the settings as the run wrote them" in said
+    path.write_text(path.read_text().partition("\n")[2])
+    status, said = call(made, "validate_stopped")
+    assert status == 0 and "5 documents" in said
+    restore(made, "resume")

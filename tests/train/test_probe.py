@@ -7,6 +7,7 @@ import time
 import pytest
 
 from model.hf import HFModel
+from train import rundir
 from train.cli import main
 from train.validate import load_decoder, open_run
 
@@ -305,8 +306,7 @@ def test_probes_of_any_checkpoint_leave_the_count_of_a_resumed_run_alone(killed,
     few = ["--sink_tokens", "16", "--documents", "3", "--modes", "bos", "--wandb"]
     for checkpoint in ("step-0000001.ckpt", "last.ckpt"):
         assert main(["probe", str(folder / "checkpoints" / checkpoint), *few]) == 0
-    known = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**known, "finished": False}))
+    rundir.note(folder, finished=False)
     again = ["--ckpt_path", str(folder / "checkpoints" / "step-0000003.ckpt")]
     assert main(["fit", "--config", str(folder / "config.yaml"), *again]) == 0
     points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -347,6 +347,7 @@ def test_a_tokenizer_without_bos_is_measured_on_text_alone(exported, tiny_store,
     found = json.loads(settings.read_text())
     del found["bos_token"]
     settings.write_text(json.dumps(found))
+    (tmp_path / "no_bos" / "checksums.json").unlink()
     assert main(["probe", str(tmp_path / "no_bos"), "--store", str(tiny_store), "--sink_tokens", "16"]) == 1
     assert "its tokenizer has no BOS" in capsys.readouterr().err
     text = probe(tmp_path, tmp_path / "no_bos", "--store", tiny_store, "--modes", "text")["natural"]["text"]["0"]
