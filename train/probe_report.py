@@ -33,6 +33,12 @@ def write(found: Found, folder: Path) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    earlier = _record(folder).get("files", [])
+    rundir.write_json(folder / RECORD, {**found, _UNFINISHED: True, "files": earlier})  # before figures take their time
+    for name in earlier:
+        if Path(name).name == name:
+            (folder / name).unlink(missing_ok=True)
+    rundir.remove_temporaries(folder)
     files: dict[str, str | bytes] = {}
     for t in tables(found):
         files[f"{t.name}.csv"] = csv_text(t.keys or t.header, t.rows)
@@ -47,12 +53,7 @@ def write(found: Found, folder: Path) -> Path:
             files |= {f"{name}.svg": vector.getvalue(), f"{name}.png": raster.getvalue()}
             parts.append(_section(title, words, vector.getvalue().decode()))
     files["index.html"] = _page(found, parts)
-    earlier = _record(folder).get("files", [])
-    rundir.write_json(folder / RECORD, {_UNFINISHED: True, "files": sorted({*earlier, *files})})
-    for name in earlier:
-        if Path(name).name == name:
-            (folder / name).unlink(missing_ok=True)
-    rundir.remove_temporaries(folder)
+    rundir.write_json(folder / RECORD, {**found, _UNFINISHED: True, "files": sorted(files)})
     for name, content in files.items():
         rundir.write_atomic(folder / name, content)
     rundir.write_json(folder / RECORD, {**found, "files": sorted(files)})

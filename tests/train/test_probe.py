@@ -545,6 +545,20 @@ def test_a_probe_that_is_interrupted_keeps_what_it_measured(run_dir, tmp_path, m
     assert "measuring states, mode bos (4 of 9, about " in said, "how far, and how long"
 
 
+def test_a_probe_that_is_interrupted_while_it_draws_has_its_numbers(run_dir, tmp_path, monkeypatch):
+    from train import probe_report
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(probe_report, "figures", interrupt)
+    out = tmp_path / "report"
+    assert main(["probe", str(run_dir), *SHORT, "--out", str(out)]) == 130
+    assert {"sinks", "states", "rank"} <= json.loads((out / "probe.json").read_text()).keys()
+    monkeypatch.undo()
+    assert main(["probe", str(run_dir), *SHORT, "--out", str(out)]) == 0, "what is there is no report yet"
+
+
 def test_a_figure_that_is_not_finite_ends_a_probe_with_what_came_before(run_dir, tmp_path, monkeypatch, capsys):
     from train import states
     from train.finite import finite
