@@ -153,10 +153,18 @@ class TokenData(L.LightningDataModule):
         )
 
     def on_exception(self, exception: BaseException) -> None:
-        """End the workers: one that died may have left a lock behind, at which the others wait for ever."""
-        for child in multiprocessing.active_children():
-            if isinstance(child, _Worker):
-                child.kill()
+        """End the workers: one that died may have left a lock behind, at which the others wait for ever.
+
+        Without torch's handler, which would raise of their end in the midst of whatever comes next.
+        """
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        try:
+            for child in multiprocessing.active_children():
+                if isinstance(child, _Worker):
+                    child.kill()
+                    child.join(timeout=5)
+        finally:
+            signal.signal(signal.SIGCHLD, handler)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move the batch's tensors."""

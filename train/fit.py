@@ -74,7 +74,7 @@ class SinkbedCLI(LightningCLI):
             raise
         finally:
             if self.held is not None:
-                with contextlib.suppress(OSError, ValueError, LookupError):  # what ended the run is told
+                with contextlib.suppress(OSError, ValueError, LookupError, RuntimeError):  # what ended the run is told
                     self._end(status)
                 rundir.release(self.held)
 
