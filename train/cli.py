@@ -23,7 +23,7 @@ COMMANDS = {
     "runs": ("train.runs", "the runs below a folder: how far each is, its loss and its sink"),
     "generate": ("train.generate", "a look at what a run writes"),
     "probe": ("train.probe", "sinks of any causal language model: a run, a checkpoint, a Hugging Face model"),
-    "export": ("train.export", "a checkpoint as a Hugging Face Llama folder"),
+    "export": ("train.export", "a checkpoint as a Hugging Face folder (Llama, or with a window Mistral)"),
     "kernels": ("train.kernels", "compile the Triton kernels ahead of time: registers, spills, instructions"),
     "bench": ("train.bench", "ratios against named peers: training, attention, metering, data, prepare, checkpoint"),
 }
