@@ -16,6 +16,8 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.dev
+	rm -rf build/types && mkdir -p build/types/sinkbed
+	cd build/types/sinkbed && ln -s $(addprefix ../../../,data kernels model train train/sinkbed/__init__.py train/sinkbed/__main__.py) .
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev ## training step against Hugging Face's Llama; run it on an idle machine

@@ -26,7 +26,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from data.manifest import sha256_json, token_type
+from sinkbed.data.files import sha256_json
 
 BOS = "<bos>"
 EOS = "<eos>"
@@ -42,6 +42,11 @@ _CANONICAL = normalizers.NFC()
 
 _LONGEST_WORD = 2**13  # training takes a time quadratic in it
 _RUN = re.compile(r"[^\W\d_]+|\d+|\s+|(?:[^\w\s]|_)+")  # about what the pre-tokenizer makes a word of
+
+
+def token_type(vocab_size: int) -> str:
+    """Name of the type of a token: 16 bits as long as the vocabulary fits."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 class Tokenizer:

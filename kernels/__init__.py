@@ -4,9 +4,9 @@ This package knows nothing of data or models. `attention` validates and dispatch
 dense oracle; each implementation lives in its own module and never imports another.
 """
 
-from kernels.api import AttentionOutput, Implementation, attention, attention_received, available
-from kernels.mask import Mask, interval_mask
-from kernels.statistics import Statistics, TopSinks, mean_received, top_sinks
+from sinkbed.kernels.api import AttentionOutput, Implementation, attention, attention_received, available
+from sinkbed.kernels.mask import Mask, interval_mask
+from sinkbed.kernels.statistics import Statistics, TopSinks, mean_received, top_sinks
 
 __all__ = [
     "AttentionOutput",

@@ -14,10 +14,10 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from kernels.mask import Mask
-from kernels.reference import reference_attention, reference_received
-from kernels.statistics import Statistics, Wanted, received_in_blocks
-from kernels.torch_cpu import torch_attention
+from sinkbed.kernels.cpu import torch_attention
+from sinkbed.kernels.mask import Mask
+from sinkbed.kernels.reference import reference_attention, reference_received
+from sinkbed.kernels.statistics import Statistics, Wanted, received_in_blocks
 
 Implementation = Literal["reference", "torch", "triton"]
 
@@ -33,7 +33,7 @@ _IMPLEMENTATIONS = {
 }
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 if importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or _INTERPRETED):
-    from kernels.triton_gpu import triton_attention, triton_received
+    from sinkbed.kernels.triton.op import triton_attention, triton_received
 
     _IMPLEMENTATIONS["triton"] = _Functions(triton_attention, triton_received)
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.mask import Mask
-from kernels.statistics import Statistics, Wanted
+from sinkbed.kernels.mask import Mask
+from sinkbed.kernels.statistics import Statistics, Wanted
 
 
 def probabilities(q: Tensor, k: Tensor, mask: Mask, scale: float, sink_logit: Tensor | None) -> tuple[Tensor, Tensor]:

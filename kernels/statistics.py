@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.mask import Mask
+from sinkbed.kernels.mask import Mask
 
 Wanted = bool | Literal["full"]
 """False: none. True: the masses, which cost little. "full": also what needs every probability."""

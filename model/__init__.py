@@ -9,15 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from model.config import DecoderConfig
-    from model.decoder import Decoder, DecoderOutput
+    from sinkbed.model.config import DecoderConfig
+    from sinkbed.model.decoder import Decoder, DecoderOutput
 
 __all__ = ["Decoder", "DecoderConfig", "DecoderOutput"]
 
-_HOME = {"Decoder": "model.decoder", "DecoderConfig": "model.config", "DecoderOutput": "model.decoder"}
+_HOME = {
+    "Decoder": "sinkbed.model.decoder",
+    "DecoderConfig": "sinkbed.model.config",
+    "DecoderOutput": "sinkbed.model.decoder",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        raise AttributeError(f"module 'model' has no attribute {name!r}")
+        raise AttributeError(f"module 'sinkbed.model' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels import AttentionOutput, Implementation, Mask, Statistics, attention
-from model.config import DecoderConfig
-from model.parts import rotate
+from sinkbed.kernels import AttentionOutput, Implementation, Mask, Statistics, attention
+from sinkbed.model.config import DecoderConfig
+from sinkbed.model.layers import rotate
 
 
 class Operator(nn.Module):

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import Implementation, Mask, Statistics
-from model.attention import Operator, SelfAttention
-from model.config import DecoderConfig
-from model.loss import linear_cross_entropy
-from model.observe import Attentions, LayerAttention
-from model.parts import RMSNorm, SwiGLU, rotations
+from sinkbed.kernels import Implementation, Mask, Statistics
+from sinkbed.model.attention import Operator, SelfAttention
+from sinkbed.model.config import DecoderConfig
+from sinkbed.model.layers import RMSNorm, SwiGLU, rotations
+from sinkbed.model.loss import linear_cross_entropy
+from sinkbed.model.observe import Attentions, LayerAttention
 
 
 class Block(nn.Module):

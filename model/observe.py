@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels import Mask, Statistics, attention_received
-from kernels.statistics import blocks_of
+from sinkbed.kernels import Mask, Statistics, attention_received
+from sinkbed.kernels.statistics import blocks_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,8 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A token store of 400 short generated documents, vocabulary 300."""
-    from data.prepare import PrepareConfig, TokenizerConfig, prepare
-    from data.sources import Source
+    from sinkbed.data.prepare.prepare import PrepareConfig, TokenizerConfig, prepare
+    from sinkbed.data.source.documents import Source
 
     folder = tmp_path_factory.mktemp("tiny")
     words = ["sink", "bos", "row", "token", "mask", "head", "layer", "mass", "first", "key"]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data.store import TokenStore
-from data.tokenizer import Tokenizer
-from data.writer import StoreWriter
+from sinkbed.data.prepare.writer import StoreWriter
+from sinkbed.data.store.token_store import TokenStore
+from sinkbed.data.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data.strategy import Strategy
+from sinkbed.data.pack.strategy import Strategy
 
 BOS, EOS = 0, 1
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import BOS, laid_out, marked, planned_row, rows_of, stream_of
 
-from data import audit as audit_module
-from data.audit import audit
-from data.batches import Rows
-from data.store import TokenStore
-from data.strategy import Marker, Strategy
+from sinkbed.data.pack import audit as audit_module
+from sinkbed.data.pack.audit import audit
+from sinkbed.data.pack.batches import Rows
+from sinkbed.data.pack.strategy import Marker, Strategy
+from sinkbed.data.store.token_store import TokenStore
 
 MakeStore = Callable[..., TokenStore]
 

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from data.batches import Batch, Rows, RowSampler
-from data.store import TokenStore
-from data.strategy import Strategy
+from sinkbed.data.pack.batches import Batch, Rows, RowSampler
+from sinkbed.data.pack.strategy import Strategy
+from sinkbed.data.store.token_store import TokenStore
 
 MakeStore = Callable[..., TokenStore]
 

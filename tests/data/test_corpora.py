@@ -16,8 +16,8 @@ import yaml
 from datasets import config as datasets_config
 from jsonargparse import ArgumentParser
 
-from data.prepare import PrepareConfig, prepare, split_of
-from data.store import TokenStore
+from sinkbed.data.prepare.prepare import PrepareConfig, prepare, split_of
+from sinkbed.data.store.token_store import TokenStore
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 TEXTS = [f"Page {i} of the corpus, été, with <bos> and some {i * i} words to read.\n" * (1 + i % 3) for i in range(60)]

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from tokenizers import normalizers
 
-from data import encoding
-from data.encoding import Encoded, Encoder, WorkerDiedError, encode_texts
-from data.selection import Batch, Document
-from data.tokenizer import Tokenizer
+from sinkbed.data.prepare import encoding
+from sinkbed.data.prepare.encoding import Encoded, Encoder, WorkerDiedError, encode_texts
+from sinkbed.data.source.selection import Batch, Document
+from sinkbed.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -113,8 +113,8 @@ def test_processes_end_with_the_one_that_started_them_even_when_it_is_killed(tmp
     script = """
 import itertools, os, sys
 from test_encoding import batch_of
-from data.encoding import Encoder
-from data.tokenizer import Tokenizer
+from sinkbed.data.prepare.encoding import Encoder
+from sinkbed.data.tokenizer import Tokenizer
 with Encoder(Tokenizer.train([], vocab_size=258), 2) as encoder:
     for number, _ in enumerate(encoder.map(map(batch_of, itertools.count()))):
         if number == 5:

@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import config as datasets_config
 
-from data import sampling
-from data.estimate import estimate
-from data.prepare import PrepareConfig, TokenizerConfig, prepare
-from data.sources import Separator, SingleSource, Source
-from data.units import Units
+from sinkbed.data.prepare import sampling
+from sinkbed.data.prepare.estimate import estimate
+from sinkbed.data.prepare.prepare import PrepareConfig, TokenizerConfig, prepare
+from sinkbed.data.prepare.units import Units
+from sinkbed.data.source.documents import Separator, SingleSource, Source
 
 GENERATOR = random.Random(0)
 TEXTS = [f"number {i} " + "word " * GENERATOR.randrange(5, 60) for i in range(3000)]

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import offsets as offsets_module
-from data.offsets import Offsets
+from sinkbed.data.store import offsets as offsets_module
+from sinkbed.data.store.offsets import Offsets
 
 
 def sharded(shards: list[list[int]]) -> Offsets:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.order import hash_words, permute
+from sinkbed.data.order import hash_words, permute
 
 ORDER_OF_TEN = [8, 0, 4, 7, 5, 2, 1, 6, 9, 3]
 HASHES = [16613338946343043936, 13264548337748323810]

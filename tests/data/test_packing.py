@@ -13,13 +13,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle import BOS, EOS, OracleRow, fields_of, laid_out, marked, planned_row, rows_of, stream_of
 
-from data import plan as plan_module
-from data.audit import audit
-from data.batches import Rows
-from data.order import permute
-from data.packing import random_tokens
-from data.store import TokenStore
-from data.strategy import Strategy
+from sinkbed.data.order import permute
+from sinkbed.data.pack import plan as plan_module
+from sinkbed.data.pack.assemble import random_tokens
+from sinkbed.data.pack.audit import audit
+from sinkbed.data.pack.batches import Rows
+from sinkbed.data.pack.strategy import Strategy
+from sinkbed.data.store.token_store import TokenStore
 
 MakeStore = Callable[..., TokenStore]
 

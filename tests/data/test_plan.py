@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import laid_out
 
-from data import plan as plan_module
-from data.offsets import Offsets
-from data.plan import Plan, Recipe, best_fit, items_of, lay_out, windows
-from data.strategy import Strategy
+from sinkbed.data.pack import plan as plan_module
+from sinkbed.data.pack.plan import Plan, Recipe, best_fit, items_of, lay_out, windows
+from sinkbed.data.pack.strategy import Strategy
+from sinkbed.data.store.offsets import Offsets
 
 PACKINGS: list[dict[str, Any]] = [
     {"packing": packing, "long_documents": long, "fill": fill}

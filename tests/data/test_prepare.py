@@ -25,14 +25,15 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from tokenizers import normalizers
 
-from data import selection
-from data.batches import Rows
-from data.manifest import Manifest, sha256_file, sha256_json
-from data.prepare import PrepareConfig, TokenizerConfig, make_tokenizer, prepare, split_of
-from data.sources import SingleSource, Source
-from data.store import TokenStore
-from data.strategy import Strategy
-from data.tokenizer import Tokenizer
+from sinkbed.data.files import sha256_file, sha256_json
+from sinkbed.data.pack.batches import Rows
+from sinkbed.data.pack.strategy import Strategy
+from sinkbed.data.prepare.prepare import PrepareConfig, TokenizerConfig, make_tokenizer, prepare, split_of
+from sinkbed.data.source import selection
+from sinkbed.data.source.documents import SingleSource, Source
+from sinkbed.data.store.manifest import Manifest
+from sinkbed.data.store.token_store import TokenStore
+from sinkbed.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"été number {i} is a document with <bos> and words {i * i}" for i in range(300)]
@@ -382,8 +383,8 @@ def test_an_ascii_locale_gives_the_same_store(config: PrepareConfig, tmp_path: P
     here = prepare(dataclasses.replace(config, source=source, out=str(tmp_path / "ö")), progress=False, workers=1)
     script = """
 import sys
-from data.prepare import PrepareConfig, TokenizerConfig, prepare
-from data.sources import Source
+from sinkbed.data.prepare.prepare import PrepareConfig, TokenizerConfig, prepare
+from sinkbed.data.source.documents import Source
 assert sys.getfilesystemencoding() == "ascii"
 source = Source(kind="jsonl", files=sys.argv[1], streaming=True)
 prepare(PrepareConfig(source=source, tokenizer=TokenizerConfig(vocab_size=300), validation_share=0.2,

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import config as datasets_config
 
-from data import records
-from data.records import Record, read_records
-from data.sources import Documents, Separator, Source
+from sinkbed.data.source import records
+from sinkbed.data.source.documents import Documents, Separator, Source
+from sinkbed.data.source.records import Record, read_records
 
 TEXTS = [f"document {i}: été\u2028 \x85 \U0001f600" for i in range(50)]  # with line ends that are none in JSONL
 

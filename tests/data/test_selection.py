@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import selection as module
-from data.selection import Document, Seen, Selection, batches, split_of
+from sinkbed.data.source import selection as module
+from sinkbed.data.source.selection import Document, Seen, Selection, batches, split_of
 
 TEXTS = st.lists(st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12), max_size=40)
 

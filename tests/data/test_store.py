@@ -17,11 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import store as store_module
-from data.manifest import Manifest
-from data.store import TokenStore
-from data.tokenizer import Tokenizer
-from data.writer import StoreWriter
+from sinkbed.data.prepare.writer import StoreWriter
+from sinkbed.data.store import token_store as store_module
+from sinkbed.data.store.manifest import Manifest
+from sinkbed.data.store.token_store import TokenStore
+from sinkbed.data.tokenizer import Tokenizer
 
 MakeStore = Callable[..., TokenStore]
 DOCUMENTS = [[2, 3, 4], [], [5], [6, 7, 8, 9, 10], [], [11, 12], [257]]

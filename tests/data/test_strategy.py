@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from data.strategy import Strategy
+from sinkbed.data.pack.strategy import Strategy
 
 ROOT = Path(__file__).parents[2]
 

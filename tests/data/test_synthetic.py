@@ -17,10 +17,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.prepare import PrepareConfig, TokenizerConfig, prepare
-from data.sources import Documents, Source, identity
-from data.store import TokenStore
-from data.synthetic import SYMBOLS, TRIGGERS, Synthetic, bigram, entropy_floor, synthetic_documents
+from sinkbed.data.prepare.prepare import PrepareConfig, TokenizerConfig, prepare
+from sinkbed.data.source.documents import Documents, Source, identity
+from sinkbed.data.source.synthetic import SYMBOLS, TRIGGERS, Synthetic, bigram, entropy_floor, synthetic_documents
+from sinkbed.data.store.token_store import TokenStore
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = [
@@ -154,7 +154,7 @@ def test_a_document_is_a_function_of_its_number_and_the_seed(
     assert len(documents) == 300 and len(set(documents)) > 290
     for number in (299, 0, 123):
         assert list(synthetic_documents(task, number, number + 1)) == [documents[number]]
-    monkeypatch.setattr("data.synthetic._BLOCK_TOKENS", 300)
+    monkeypatch.setattr("sinkbed.data.source.synthetic._BLOCK_TOKENS", 300)
     assert list(synthetic_documents(task)) == documents, "however many are made at a time"
     assert list(synthetic_documents(Synthetic(documents=9, **parameters))) == documents[:9]
     other = list(synthetic_documents(Synthetic(documents=300, seed=1, **parameters)))
@@ -249,9 +249,9 @@ def test_each_config_prepares_a_store_of_one_token_a_symbol(path: Path, tmp_path
 def test_a_million_tokens_take_about_a_second() -> None:
     """Far below that where nothing else runs; the bound catches a loop over documents or symbols."""
     script = (
-        "import sys, time; sys.path.insert(0, sys.argv[1]); from data.synthetic import *; began = time.process_time();"
+        "import time; from sinkbed.data.source.synthetic import *; began = time.process_time();"
         "[list(synthetic_documents(Synthetic(task=t, documents=7937, length=126)))"
         " for t in ('bigram_backcopy', 'trigger_averaging')]; print(time.process_time() - began)"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(ROOT)], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 4

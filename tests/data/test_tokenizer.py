@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
-from data import tokenizer as tokenizer_module
-from data.manifest import sha256_json
-from data.selection import Selection
-from data.store import TokenStore, read_definition
-from data.tokenizer import Tokenizer
-from data.writer import StoreWriter
+from sinkbed.data import tokenizer as tokenizer_module
+from sinkbed.data.files import sha256_json
+from sinkbed.data.prepare.writer import StoreWriter
+from sinkbed.data.source.selection import Selection
+from sinkbed.data.store.token_store import TokenStore, read_definition
+from sinkbed.data.tokenizer import Tokenizer
 
 TEXTS = ["the cat sat on the mat", "le chat, l'été", "ein Bär \u6f22\u5b57 \U0001f600"] * 3
 # Any text that UTF-8 can hold: every code point but lone surrogates.
@@ -92,7 +92,7 @@ def test_merges_span_several_bytes_and_specials_none(trained: Tokenizer) -> None
 
 def test_training_is_deterministic_across_processes(trained: Tokenizer) -> None:
     script = (
-        "import json, sys; from data.tokenizer import Tokenizer;"
+        "import json, sys; from sinkbed.data.tokenizer import Tokenizer;"
         "print(Tokenizer.train(json.loads(sys.argv[1]), vocab_size=300).sha256)"
     )
     result = subprocess.run(

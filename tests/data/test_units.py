@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 from datasets import config as datasets_config
 
-from data import recipe
-from data import units as units_module
-from data.prepare import PrepareConfig, TokenizerConfig, prepare
-from data.sources import Source
-from data.store import TokenStore
-from data.tokenizer import Tokenizer
-from data.writer import DiskFullError
+from sinkbed.data.prepare import recipe
+from sinkbed.data.prepare import units as units_module
+from sinkbed.data.prepare.prepare import PrepareConfig, TokenizerConfig, prepare
+from sinkbed.data.prepare.writer import DiskFullError
+from sinkbed.data.source.documents import Source
+from sinkbed.data.store.token_store import TokenStore
+from sinkbed.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -132,8 +132,8 @@ def test_a_run_killed_again_and_again_goes_on_to_the_same_bytes_by_any_number_of
     """Real processes and SIGKILL: before the first shard, while shards are written, before the last renaming."""
     script = """
 import json, os, signal, sys
-from data.prepare import PrepareConfig, TokenizerConfig, prepare
-from data.sources import Source
+from sinkbed.data.prepare.prepare import PrepareConfig, TokenizerConfig, prepare
+from sinkbed.data.source.documents import Source
 from data import selection
 selection._BATCH_DOCUMENTS = 8
 fields, left, workers = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -300,7 +300,7 @@ def test_a_forced_replacement_stopped_while_publishing_goes_on(
 
     with monkeypatch.context() as patch:
         if moment == "before the sweep":
-            patch.setattr("data.partial.sweep", stop)
+            patch.setattr("sinkbed.data.prepare.partial.sweep", stop)
         else:
             rename, calls = os.rename, []
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from data.store import TokenStore
-from data.tokenizer import Tokenizer
-from data.writer import DiskFullError, StoreWriter
+from sinkbed.data.prepare.writer import DiskFullError, StoreWriter
+from sinkbed.data.store.token_store import TokenStore
+from sinkbed.data.tokenizer import Tokenizer
 
 
 def fill(writer: StoreWriter, documents: int = 6) -> None:
@@ -44,8 +44,8 @@ def test_an_exception_in_the_middle_leaves_nothing(tmp_path: Path, tokenizer: To
 def test_a_killed_writer_leaves_no_store_and_the_next_one_clears_up(tmp_path: Path, tokenizer: Tokenizer) -> None:
     script = """
 import os, signal, sys
-from data.tokenizer import Tokenizer
-from data.writer import StoreWriter
+from sinkbed.data.tokenizer import Tokenizer
+from sinkbed.data.prepare.writer import StoreWriter
 with StoreWriter(sys.argv[1], Tokenizer.train([], vocab_size=258), shard_tokens=4) as writer:
     for i in range(6):
         writer.add("stale", [2 + i] * 3, 3)

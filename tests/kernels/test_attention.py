@@ -5,9 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-import kernels
-from kernels import Mask, attention, attention_received, interval_mask, mean_received, top_sinks, torch_cpu
-from kernels.reference import probabilities
+from sinkbed import kernels
+from sinkbed.kernels import Mask, attention, attention_received, interval_mask, mean_received, top_sinks
+from sinkbed.kernels import cpu as torch_cpu
+from sinkbed.kernels.reference import probabilities
 
 
 def boundaries(lengths: list[int], rows: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -273,7 +274,7 @@ def test_a_rerun_is_bitwise_equal():
 @pytest.mark.parametrize("masked", ["no", "bias", "documents"])
 @pytest.mark.parametrize("strided", [False, True])
 def test_the_operator_passes_opcheck(sink, masked, strided):
-    from kernels.torch_cpu import _attention_torch
+    from sinkbed.kernels.cpu import _attention_torch
 
     q, k, v = inputs(1, 2, 1, 12, 8, torch.float32)
     if strided:  # as the model calls it: heads of one fused projection, [B, T, H, D] in memory
@@ -467,7 +468,7 @@ def test_wrong_requests_are_refused():
 
 
 def test_full_statistics_never_hold_the_matrix(monkeypatch):
-    import kernels.statistics as S
+    import sinkbed.kernels.statistics as S
 
     largest = []
     original = S.log_probabilities

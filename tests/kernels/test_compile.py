@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from kernels.compile import (
+from sinkbed.kernels.triton.aot import (
     CHIPS,
     DTYPES,
     KERNELS,
@@ -19,8 +19,8 @@ from kernels.compile import (
     spilled_bytes,
     tile_loops,
 )
-from train.cli import main
-from train.kernels import BASELINE, compile_all, read_table, violations
+from sinkbed.train.cli.kernels import BASELINE, compile_all, read_table, violations
+from sinkbed.train.cli.main import main
 
 SASS = """
 MOV R1, R2

@@ -4,7 +4,7 @@ matrix units, bfloat16 and TF32 as they are, races, launches on a stream."""
 import pytest
 import torch
 
-from kernels import Mask, attention, attention_received, interval_mask
+from sinkbed.kernels import Mask, attention, attention_received, interval_mask
 from tests.kernels.test_attention import MASKS, boundaries
 
 pytestmark = [
@@ -241,7 +241,7 @@ def test_a_mask_of_the_host_is_refused():
 
 
 def test_a_compiled_decoder_trains_in_bfloat16():
-    from model import Decoder, DecoderConfig
+    from sinkbed.model import Decoder, DecoderConfig
 
     losses = []
     for compiled in (False, True):

@@ -5,9 +5,9 @@ import csv
 import pytest
 import torch
 
-from train import bench_attention
-from train.bench_attention import Case, error_of, measure
-from train.cli import main
+from sinkbed.train.bench import attention as bench_attention
+from sinkbed.train.bench.attention import Case, error_of, measure
+from sinkbed.train.cli.main import main
 
 
 def case(layout="mixed", length=32, dtype=torch.float32, key_heads=1):
@@ -35,7 +35,7 @@ def test_nan_counts_in_whichever_tensor_it_is(place):
 
 
 def test_values_are_checked_on_the_path_that_is_timed(monkeypatch):
-    from kernels.torch_cpu import _BY_DOCUMENT
+    from sinkbed.kernels.cpu import _BY_DOCUMENT
 
     lengths = []
     monkeypatch.setattr(bench_attention, "_values", lambda f, x: lengths.append(x[0].shape[2]) or [torch.ones(1)])

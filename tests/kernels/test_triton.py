@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from kernels import Mask, attention, attention_received, available, interval_mask
+from sinkbed.kernels import Mask, attention, attention_received, available, interval_mask
 from tests.kernels.test_attention import MASKS, boundaries, inputs
 
 pytestmark = pytest.mark.skipif(
@@ -27,7 +27,7 @@ def unwritten_outputs_are_nan():
 
 
 def small_tiles(m=16, n=16):
-    from kernels.tiles import Tiles, override
+    from sinkbed.kernels.triton.tiles import Tiles, override
 
     override.update(dict.fromkeys(("forward", "dq", "dkv", "received"), Tiles(m, n, 4, 1)))
 
@@ -35,7 +35,7 @@ def small_tiles(m=16, n=16):
 @pytest.fixture(autouse=True)
 def no_override():
     yield
-    from kernels.tiles import override
+    from sinkbed.kernels.triton.tiles import override
 
     override.clear()
 
@@ -287,7 +287,7 @@ def test_inputs_whose_elements_overlap_have_outputs_of_their_own():
 
 
 def test_a_stride_whose_offsets_leave_32_bits_is_copied():
-    from kernels.triton_gpu import _readable
+    from sinkbed.kernels.triton.op import _readable
 
     near, far = (torch.empty_strided((1, 1, 200, 16), (1, 1, s, 1), device="meta") for s in (2**24 - 1, 2**24))
     assert _readable(near)[0] is near and _readable(far)[0].stride(2) == 16
@@ -320,7 +320,7 @@ def test_the_walk_over_documents_ends_whatever_the_documents_are():
 def test_a_launch_goes_to_the_tensors_device(monkeypatch):
     from types import SimpleNamespace
 
-    from kernels import triton_gpu
+    from sinkbed.kernels.triton import op as triton_gpu
 
     entered = []
     monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
@@ -422,7 +422,7 @@ def test_a_mask_used_again_does_not_compile_anew():
 
 
 def test_a_decoder_on_the_kernels_equals_one_on_the_reference():
-    from model import Decoder, DecoderConfig
+    from sinkbed.model import Decoder, DecoderConfig
 
     config = DecoderConfig(layers=2, d_model=64, heads=4, kv_heads=2, d_ff=96, sink="learned")
     tokens = torch.randint(50, (2, 34), generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 
-from kernels import available, interval_mask
+from sinkbed.kernels import available, interval_mask
 from tests.kernels.test_attention import MASKS, boundaries
 
 if "triton" not in available("cpu"):
@@ -17,7 +17,7 @@ if "triton" not in available("cpu"):
 import triton
 import triton.language as tl
 
-from kernels.triton_kernels import key_block_tiles, query_block_tiles
+from sinkbed.kernels.triton.kernels import key_block_tiles, query_block_tiles
 
 
 @triton.jit
@@ -136,7 +136,7 @@ def test_any_mask(lengths, window, document, shared, prefix, hide, blocks):
 def test_no_more_than_flex_attentions_block_mask(layout):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    from train.bench_attention import Case
+    from sinkbed.train.bench.attention import Case
 
     T = 2048
     case = Case(

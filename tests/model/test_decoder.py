@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import interval_mask
-from model import Decoder, DecoderConfig
-from model.parts import RMSNorm, SwiGLU, rotate, rotations
+from sinkbed.kernels import interval_mask
+from sinkbed.model import Decoder, DecoderConfig
+from sinkbed.model.layers import RMSNorm, SwiGLU, rotate, rotations
 
 SMALL = dict(layers=2, d_model=32, heads=4, kv_heads=2, d_ff=48, init_std=0.2)
 

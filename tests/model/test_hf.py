@@ -6,12 +6,22 @@ import numpy
 import pytest
 import torch
 
-from data.strategy import Strategy
-from kernels import interval_mask
-from kernels.mask import Mask
-from model.hf import HFModel, special_ids, token_bytes
-from model.hf_attention import ATTENTION, Pass, asking, attend, moved, narrowed, register, sampled_mask, sampled_queries
-from train.measure import MeasureConfig, Probe, measure
+from sinkbed.data.pack.strategy import Strategy
+from sinkbed.kernels import interval_mask
+from sinkbed.kernels.mask import Mask
+from sinkbed.model.hf.adapter import HFModel, special_ids, token_bytes
+from sinkbed.model.hf.attention import (
+    ATTENTION,
+    Pass,
+    asking,
+    attend,
+    moved,
+    narrowed,
+    register,
+    sampled_mask,
+    sampled_queries,
+)
+from sinkbed.train.measure.heldout import MeasureConfig, Probe, measure
 
 transformers = pytest.importorskip("transformers")
 COMMON = dict(
@@ -464,9 +474,9 @@ def test_a_gguf_file_that_is_not_there_or_cut_off_is_one_message(gguf_source):
     ],
 )
 def test_a_package_that_is_missing_is_named(options, absent, message, monkeypatch, tmp_path):
-    import model.hf
+    from sinkbed.model.hf import adapter
 
-    monkeypatch.setattr(model.hf, "find_spec", lambda name: None if name in absent else object())
+    monkeypatch.setattr(adapter, "find_spec", lambda name: None if name in absent else object())
     with pytest.raises(ValueError, match=message):
         HFModel.load(str(tmp_path), **options)
 

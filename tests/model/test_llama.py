@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import Decoder, DecoderConfig
-from model.llama import from_llama, llama_config, to_llama
+from sinkbed.model import Decoder, DecoderConfig
+from sinkbed.model.hf.llama import from_llama, llama_config, to_llama
 
 transformers = pytest.importorskip("transformers")
 SMALL = dict(layers=2, d_model=32, heads=4, kv_heads=2, d_ff=48, init_std=0.2)

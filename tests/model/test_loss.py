@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import model.loss
-from model.loss import IGNORED, linear_cross_entropy
+import sinkbed.model.loss as loss_module
+from sinkbed.model.loss import IGNORED, linear_cross_entropy
 
 
 @pytest.mark.parametrize("block", [2**25, 11 * 3, 1])
 def test_loss_and_gradients_equal_cross_entropy(block, monkeypatch):
-    monkeypatch.setattr(model.loss, "_BLOCK_LOGITS", block)
+    monkeypatch.setattr(loss_module, "_BLOCK_LOGITS", block)
     torch.manual_seed(0)
     hidden, weight = torch.randn(10, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
     targets = torch.randint(11, (10,))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from train.cli import main
+from sinkbed.train.cli.main import main
 
 
 def write_run_config(path: Path, store: Path) -> Path:

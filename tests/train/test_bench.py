@@ -6,10 +6,13 @@ import json
 import pytest
 import torch
 
-from train import bench, bench_attention, bench_metering, bench_prepare
-from train.bench_attention import Case
-from train.bench_data import PACKINGS
-from train.cli import main
+from sinkbed.train.bench import attention as bench_attention
+from sinkbed.train.bench import measure as bench_metering
+from sinkbed.train.bench import prepare as bench_prepare
+from sinkbed.train.bench.attention import Case
+from sinkbed.train.bench.data import PACKINGS
+from sinkbed.train.cli import bench
+from sinkbed.train.cli.main import main
 
 
 def case(layout, length=64, heads=4, key_heads=2):

@@ -9,12 +9,12 @@ import time
 import pytest
 import torch
 
+from sinkbed.train.cli.main import main
+from sinkbed.train.run import directory
+from sinkbed.train.run.checkpoint import load_checkpoint
+from sinkbed.train.run.wandb_files import read_wandb_file
 from tests.train.processes import Job, slurm, torchrun
 from tests.train.test_fit import points
-from train import rundir
-from train.checkpoint import load_checkpoint
-from train.cli import main
-from train.wandb_files import read_wandb_file
 
 KINDS = ("one", "ddp", "fsdp2", "fsdp2_sharded")
 # Under the document mask micro-batches and processes differ in the targets that count.
@@ -93,8 +93,8 @@ def test_two_processes_make_the_run_of_one_and_write_it_once(runs, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_validate_reads_every_kind_of_checkpoint(runs, kind, capsys, tmp_path):
     assert main(["validate", str(runs / kind), "--json", str(tmp_path / "figures.json")]) == 0
-    found = rundir.read_json(tmp_path / "figures.json")
-    expected = rundir.read_json(runs / kind / rundir.MEASUREMENT)["modes"]
+    found = directory.read_json(tmp_path / "figures.json")
+    expected = directory.read_json(runs / kind / directory.MEASUREMENT)["modes"]
     for mode, figures in expected.items():
         assert found[mode]["loss"] == pytest.approx(figures["loss"], rel=1e-6)
 
@@ -109,7 +109,7 @@ def test_a_checkpoint_of_one_kind_resumes_as_another(runs, launch, tmp_path, fir
 
     folder = tmp_path / "run"
     shutil.copytree(runs / first, folder, symlinks=True)
-    (folder / rundir.MEASUREMENT).unlink()
+    (folder / directory.MEASUREMENT).unlink()
     job = launch(second, folder, "--ckpt_path", str(folder / "checkpoints" / "step-0000003.ckpt"))
     assert set(job.finish()) == {0}, job.output()
     close(points(folder), points(runs / "one"))
@@ -163,8 +163,8 @@ def test_the_index_of_a_sharded_checkpoint_cannot_run_code(runs, tmp_path, trap)
     folder = tmp_path / "step-0000010.ckpt"
     shutil.copytree(runs / "fsdp2_sharded" / "checkpoints" / "step-0000010.ckpt", folder)
     (folder / ".metadata").write_bytes(content)
-    sums = rundir.read_json(folder / "checksums.json") | {".metadata": hashlib.sha256(content).hexdigest()}
-    rundir.write_json(folder / "checksums.json", sums)
+    sums = directory.read_json(folder / "checksums.json") | {".metadata": hashlib.sha256(content).hexdigest()}
+    directory.write_json(folder / "checksums.json", sums)
     with pytest.raises(ValueError, match=r"mkdir in \.metadata"):
         load_checkpoint(folder)
     assert not os.path.exists(made)
@@ -177,8 +177,8 @@ def test_a_sharded_checkpoint_stays_inside_its_folder(runs, tmp_path):
     shutil.copytree(runs / "fsdp2_sharded" / "checkpoints" / "step-0000010.ckpt", folder)
     name = next(path.name for path in parts(folder) if path.suffix == ".distcp")
     shutil.copy(folder / name, tmp_path / name)
-    sums = rundir.read_json(folder / "checksums.json")
-    rundir.write_json(folder / "checksums.json", {f"../{name}" if n == name else n: v for n, v in sums.items()})
+    sums = directory.read_json(folder / "checksums.json")
+    directory.write_json(folder / "checksums.json", {f"../{name}" if n == name else n: v for n, v in sums.items()})
     with pytest.raises(ValueError, match=rf"checksum of \.\./{name}"):
         load_checkpoint(folder)
 
@@ -206,7 +206,7 @@ def test_a_process_that_dies_ends_the_job_with_a_message(launch, fit, kind, vict
     folder = fit.config.parent / "run"
     job = launch(kind, folder, "--trainer.max_steps", "5000", "--checkpoint_every", "5000")
     deadline = time.monotonic() + 60
-    while rundir.newest_checkpoint(folder) is None and time.monotonic() < deadline and job.alive():
+    while directory.newest_checkpoint(folder) is None and time.monotonic() < deadline and job.alive():
         time.sleep(0.01)
     os.kill(job.processes[victim].pid, signal.SIGKILL)
     began = time.monotonic()
@@ -221,11 +221,11 @@ def test_processes_told_to_stop_save_once_and_stop_together(launch, fit, launche
     folder = fit.config.parent / "run"
     job = launch("ddp", folder, "--trainer.max_steps", "5000", "--checkpoint_every", "5000", environments=launcher(2))
     deadline = time.monotonic() + 60
-    while rundir.newest_checkpoint(folder) is None and time.monotonic() < deadline and job.alive():
+    while directory.newest_checkpoint(folder) is None and time.monotonic() < deadline and job.alive():
         time.sleep(0.01)
     os.kill(job.processes[1].pid, number)  # one of them is enough
     assert job.finish() == [128 + number] * 2, job.output()
-    step = int(rundir.newest_checkpoint(folder).stem[5:])
+    step = int(directory.newest_checkpoint(folder).stem[5:])
     assert job.output().count(f"step {step} is saved") == 1, job.output()
 
 
@@ -233,8 +233,8 @@ def test_real_torchrun_and_lightnings_own_launcher(fit):
     folders = [fit.config.parent / name for name in ("torchrun", "own")]
     both = ["--config", str(fit.config), "--trainer.devices", "2", "--trainer.strategy", "ddp", "--run_dir"]
     commands = [
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "train"],
-        [sys.executable, "-m", "train"],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sinkbed"],
+        [sys.executable, "-m", "sinkbed"],
     ]
     for folder, command in zip(folders, commands, strict=True):
         done = subprocess.run([*command, "fit", *both, str(folder)], capture_output=True, text=True, timeout=180)

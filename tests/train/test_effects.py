@@ -6,11 +6,11 @@ import io
 import pyarrow.parquet as pq
 import pytest
 
-from data.strategy import Strategy
-from train.effects import check, figure
-from train.results import Result
-from train.study_file import Effect
-from train.tables import caption, effects_csv, rows_of, sections, summarise, table_of, write_parquet
+from sinkbed.data.pack.strategy import Strategy
+from sinkbed.train.report.effects import check, figure
+from sinkbed.train.report.result import Result
+from sinkbed.train.report.tables import caption, effects_csv, rows_of, sections, summarise, table_of, write_parquet
+from sinkbed.train.study.file import Effect
 
 
 def result(arm, seed, rate, loss, *, gap=1.0, onset=None, first_token="bos", documents="same", placed=None):
@@ -140,7 +140,7 @@ def test_losses_over_other_targets_are_not_compared():
 
 
 def test_heat_maps_of_arms_measured_at_other_tokens_share_a_slider():
-    from train.page import _heatmaps
+    from sinkbed.train.report.html import _heatmaps
 
     def arm(name, times):
         points = [

@@ -6,13 +6,13 @@ import os
 import pytest
 import torch
 
-from data.store import TokenStore
-from data.strategy import Strategy
-from kernels import interval_mask
+from sinkbed.data.pack.strategy import Strategy
+from sinkbed.data.store.token_store import TokenStore
+from sinkbed.kernels import interval_mask
+from sinkbed.train.cli.export import first_id, lm_eval_arguments, write_tokenizer
+from sinkbed.train.cli.main import main
+from sinkbed.train.run.load import load_decoder, open_run
 from tests.train.conftest import write_run_config
-from train.cli import main
-from train.export import first_id, lm_eval_arguments, write_tokenizer
-from train.validate import load_decoder, open_run
 
 transformers = pytest.importorskip("transformers")
 TEXT = "sink bos <bos> row: été 12"

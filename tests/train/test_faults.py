@@ -11,12 +11,12 @@ import time
 
 import pytest
 
+from sinkbed.train.run import directory
+from sinkbed.train.run.checkpoint import load_checkpoint
+from sinkbed.train.run.wandb_files import read_wandb_file
 from tests.train.processes import Job, slurm
 from tests.train.test_fit import Killed, kill_at, points
 from tests.train.test_resume import equal, training_state
-from train import rundir
-from train.checkpoint import load_checkpoint
-from train.wandb_files import read_wandb_file
 
 LONG = (
     "--trainer.max_steps",
@@ -101,12 +101,12 @@ def test_a_signal_to_every_process_of_the_run_saves_first(start, folder, number)
     """As a scheduler sends it, and a launcher once more; data workers live until the checkpoint is saved."""
     job = start(folder, "--trainer.max_steps", "5000", "--checkpoint_every", "5000", "--data.workers", "2", group=True)
     deadline = time.monotonic() + 60
-    while rundir.newest_checkpoint(folder) is None and time.monotonic() < deadline and job.alive():
+    while directory.newest_checkpoint(folder) is None and time.monotonic() < deadline and job.alive():
         time.sleep(0.01)
     for _ in range(2):
         os.killpg(job.first.pid, number)
     assert job.finish() == [128 + number], job.output()
-    step = int(rundir.newest_checkpoint(folder).stem[5:])
+    step = int(directory.newest_checkpoint(folder).stem[5:])
     assert f"step {step} is saved" in job.output() and "Traceback" not in job.output()
     assert points(folder)[-1]["step"] == step
 
@@ -138,12 +138,12 @@ def test_sigusr1_under_slurm_saves_and_requeues(start, folder, tmp_path):
     command = (folder, "--trainer.max_steps", "3000", "--ckpt_path", "auto")
     job = start(*command, environment=environment)
     deadline = time.monotonic() + 60
-    while rundir.newest_checkpoint(folder) is None and time.monotonic() < deadline and job.alive():
+    while directory.newest_checkpoint(folder) is None and time.monotonic() < deadline and job.alive():
         time.sleep(0.01)
     job.signal(signal.SIGUSR1)
     assert job.finish() == [128 + signal.SIGUSR1], job.output()
     assert (tmp_path / "calls").read_text() == "requeue 77\n"
-    step = int(rundir.newest_checkpoint(folder).stem[5:])
+    step = int(directory.newest_checkpoint(folder).stem[5:])
     assert f"step {step} is saved" in job.output() and "queued again" in job.output()
     # The script of the requeued job has the same command.
     again = start(*command, environment=environment)
@@ -198,7 +198,7 @@ def test_following_the_message_about_a_damaged_checkpoint_loses_no_more_than_it_
 
 def test_damage_found_while_training_stops_the_run(fit, capsys, monkeypatch):
     """A store that takes longer to compare than a second is compared while training goes on."""
-    from train.datamodule import StoreCheck
+    from sinkbed.train.loop.datamodule import StoreCheck
 
     monkeypatch.setattr(StoreCheck, "_compare", lambda self: None)
     original = StoreCheck.on_train_batch_end
@@ -212,7 +212,7 @@ def test_damage_found_while_training_stops_the_run(fit, capsys, monkeypatch):
     status, folder = fit()
     assert status == 1
     assert "train-00000.arrow: damaged. Steps since" in capsys.readouterr().err
-    assert rundir.newest_checkpoint(folder).name == "step-0000004.ckpt"
+    assert directory.newest_checkpoint(folder).name == "step-0000004.ckpt"
 
 
 def test_a_damaged_token_store_stops_the_run_before_its_first_step(fit, tiny_store, tmp_path, capsys):
@@ -227,19 +227,19 @@ def test_a_damaged_token_store_stops_the_run_before_its_first_step(fit, tiny_sto
     status, folder = fit("--data.store", str(store))
     assert status == 1
     assert shard.name in (message := capsys.readouterr().err) and "damaged" in message
-    assert rundir.newest_checkpoint(folder) is None
+    assert directory.newest_checkpoint(folder) is None
 
 
 def test_a_tracker_that_never_answers_costs_seconds_and_not_the_run(fit, monkeypatch):
     """A server that takes connections and says nothing."""
     import socket
 
-    import train.loggers
+    from sinkbed.train.run import wandb as wandb_module
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-        monkeypatch.setattr(train.loggers, "_SECONDS_TO_ANSWER", 0.5)
+        monkeypatch.setattr(wandb_module, "_SECONDS_TO_ANSWER", 0.5)
         import wandb
 
         wandb.teardown()

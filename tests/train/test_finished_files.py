@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 
+from sinkbed.train.cli.main import main
+from sinkbed.train.run import directory
 from tests.train.conftest import write_run_config
-from train import rundir
-from train.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,9 @@ def run(tmp_path_factory, tiny_store):
     return folder / "run"
 
 
-@pytest.mark.parametrize("name", [rundir.CONFIG, rundir.MANIFEST, rundir.AUDIT, rundir.METRICS, rundir.MEASUREMENT])
+@pytest.mark.parametrize(
+    "name", [directory.CONFIG, directory.MANIFEST, directory.AUDIT, directory.METRICS, directory.MEASUREMENT]
+)
 @pytest.mark.parametrize("command", ["report", "validate", "probe", "export"])
 def test_a_flipped_bit_is_named_by_every_reader(run, command, name, tmp_path, capsys):
     copy = tmp_path / "run"
@@ -35,5 +37,5 @@ def test_a_flipped_bit_is_named_by_every_reader(run, command, name, tmp_path, ca
 def test_a_run_of_an_earlier_version_kept_no_digests_and_is_read(run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    rundir.note(copy, finished=True)
+    directory.note(copy, finished=True)
     assert main(["report", str(copy)]) == 0

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from data.strategy import Strategy
-from model import Decoder, DecoderConfig
-from train import jacobian, mixing, perplexity, states
-from train.finite import finite
-from train.measure import MeasureConfig, Probe, measure
-from train.module import SinkbedModule
-from train.optim import OptimizerConfig
+from sinkbed.data.pack.strategy import Strategy
+from sinkbed.model import Decoder, DecoderConfig
+from sinkbed.train.loop.module import SinkbedModule
+from sinkbed.train.loop.optim import OptimizerConfig
+from sinkbed.train.measure import jacobian, mixing, perplexity, states
+from sinkbed.train.measure.finite import finite
+from sinkbed.train.measure.heldout import MeasureConfig, Probe, measure
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ import time
 import pytest
 import torch
 
-from train import rundir
-from train.cli import main
-from train.wandb_files import read_wandb_file
+from sinkbed.train.cli.main import main
+from sinkbed.train.run import directory
+from sinkbed.train.run.wandb_files import read_wandb_file
 
 
 def points(folder):
     """metrics.jsonl without what depends on the clock."""
-    found = list(rundir.read_metrics(folder / rundir.METRICS))
+    found = list(directory.read_metrics(folder / directory.METRICS))
     return [{k: v for k, v in p.items() if k != "train/tokens_per_second"} for p in found]
 
 
@@ -28,7 +28,14 @@ def weights(folder, step):
 def test_a_run_leaves_everything_its_reader_needs(fit):
     status, folder = fit()
     assert status == 0
-    for name in (rundir.CONFIG, rundir.MANIFEST, rundir.AUDIT, rundir.METRICS, rundir.MEASUREMENT, rundir.RUN):
+    for name in (
+        directory.CONFIG,
+        directory.MANIFEST,
+        directory.AUDIT,
+        directory.METRICS,
+        directory.MEASUREMENT,
+        directory.RUN,
+    ):
         assert (folder / name).stat().st_size > 0, name
     found = points(folder)
     assert [p["train/tokens"] for p in found] == [4 * 48 * p["step"] for p in found]
@@ -45,7 +52,7 @@ def test_a_run_leaves_everything_its_reader_needs(fit):
         assert {f"sink/mass_by_layer/{layer}/{mode}" for layer in range(2)} <= keys
         assert torch.tensor(measured[-1][f"sink/heatmap/{mode}"]).shape == (2, 2)
     assert {"sink/document_start_mass", "sink/row_start_mass"} <= keys
-    final = rundir.read_json(folder / rundir.MEASUREMENT)
+    final = directory.read_json(folder / directory.MEASUREMENT)
     assert final["modes"]["bos"]["documents"] == 6, "all documents; the curves keep to the first three"
     assert 0 < final["seconds"]["training"] < 60
     assert final["tokens"] == 10 * 4 * 48
@@ -71,7 +78,7 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch, step):
-    from train.module import SinkbedModule
+    from sinkbed.train.loop.module import SinkbedModule
 
     original = SinkbedModule.training_step
 
@@ -93,14 +100,14 @@ def test_a_killed_run_resumes_to_the_same_weights_and_points(fit, monkeypatch, e
     revive()
     folder = whole.parent / "cut"
     assert points(folder)[-1]["step"] > 4, "points after the checkpoint exist and must be made again"
-    identifier = rundir.read_json(folder / rundir.RUN)["wandb_id"]
+    identifier = directory.read_json(folder / directory.RUN)["wandb_id"]
     assert fit(*extra, "--ckpt_path", "last", run_dir="cut")[0] == 0
     assert points(folder) == points(whole)
     ours, theirs = weights(folder, 10), weights(whole, 10)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
-    assert rundir.read_json(folder / rundir.RUN)["wandb_id"] == identifier
-    measured = (rundir.read_json(f / rundir.MEASUREMENT)["modes"] for f in (folder, whole))
+    assert directory.read_json(folder / directory.RUN)["wandb_id"] == identifier
+    measured = (directory.read_json(f / directory.MEASUREMENT)["modes"] for f in (folder, whole))
     assert next(measured) == next(measured)
     # The W&B run is two offline folders of one id now; together they hold every point once.
     segments = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
@@ -184,7 +191,7 @@ def test_resuming_an_earlier_checkpoint_says_what_is_made_again(fit, capsys):
 
 def start(fit, folder, *extra):
     """`sinkbed fit` in a process of its own."""
-    command = [sys.executable, "-m", "train", "fit", "--config", str(fit.config), "--run_dir", str(folder), *extra]
+    command = [sys.executable, "-m", "sinkbed", "fit", "--config", str(fit.config), "--run_dir", str(folder), *extra]
     # Without the W&B service of this process, which would still hold the run's id after the kill.
     environment = {k: v for k, v in os.environ.items() if "WANDB" not in k} | {"WANDB_MODE": "offline"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -204,52 +211,52 @@ def test_a_run_told_to_stop_saves_first(fit, number, status):
     folder = fit.config.parent / "stopped"
     process = start(fit, folder, *settings)
     deadline = time.monotonic() + 120
-    while len(list(rundir.read_metrics(folder / rundir.METRICS))) < 8 and time.monotonic() < deadline:
+    while len(list(directory.read_metrics(folder / directory.METRICS))) < 8 and time.monotonic() < deadline:
         time.sleep(0.01)
     with pytest.raises(ValueError, match="nobody writes to"):
-        rundir.lock(folder)
+        directory.lock(folder)
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == status, output
     step = max(int(saved.stem.removeprefix("step-")) for saved in (folder / "checkpoints").glob("step-*.ckpt"))
     assert f"stopped at step {step}; step {step} is saved" in output
-    assert not (folder / rundir.MEASUREMENT).exists()
+    assert not (folder / directory.MEASUREMENT).exists()
     assert points(folder)[-1]["step"] == step
-    rundir.lock(folder).close()  # free again
+    directory.lock(folder).close()  # free again
 
 
 def test_a_run_killed_before_its_final_measurement_is_measured_on_resume(fit):
     _, folder = fit()
-    expected, before = rundir.read_json(folder / rundir.MEASUREMENT), points(folder)
-    (folder / rundir.MEASUREMENT).unlink()
+    expected, before = directory.read_json(folder / directory.MEASUREMENT), points(folder)
+    (folder / directory.MEASUREMENT).unlink()
     assert fit("--ckpt_path", "last")[0] == 0
-    again = rundir.read_json(folder / rundir.MEASUREMENT)
+    again = directory.read_json(folder / directory.MEASUREMENT)
     assert again["modes"] == expected["modes"]
     assert again["seconds"]["training"] == pytest.approx(expected["seconds"]["training"], abs=1)
     assert points(folder) == before
 
 
 def test_a_run_killed_before_wandb_has_everything_sends_the_rest_on_resume(fit, monkeypatch):
-    import train.fit
+    from sinkbed.train.loop import trainer as trainer_module
 
     def killed(exit_code):
         raise Killed
 
-    monkeypatch.setattr(train.fit, "finish_wandb", killed)
+    monkeypatch.setattr(trainer_module, "finish_wandb", killed)
     with pytest.raises(Killed):
         fit()
     monkeypatch.undo()
-    train.fit.finish_wandb(1)
+    trainer_module.finish_wandb(1)
     folder = fit.config.parent / "run"
     [segment] = folder.glob("wandb/offline-run-*/run-*.wandb")
     segment.write_bytes(segment.read_bytes()[: segment.stat().st_size // 2])
-    before = rundir.read_json(folder / rundir.MEASUREMENT)["modes"]
+    before = directory.read_json(folder / directory.MEASUREMENT)["modes"]
     assert fit("--ckpt_path", "last")[0] == 0
     segments = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(segments) == 2
     steps = [row["_step"] for path in segments for row in read_wandb_file(path)]
     assert steps == list(range(len(points(folder))))
-    assert rundir.read_json(folder / rundir.MEASUREMENT)["modes"] == before
+    assert directory.read_json(folder / directory.MEASUREMENT)["modes"] == before
 
 
 def test_a_run_killed_with_sigkill_resumes_to_the_same_weights(fit):
@@ -285,10 +292,10 @@ def refused(capsys, status):
 
 def test_a_used_run_directory_is_refused_and_left_alone(fit, capsys):
     _, folder = fit()
-    before = (folder / rundir.METRICS).read_bytes()
+    before = (folder / directory.METRICS).read_bytes()
     message = refused(capsys, fit()[0])
     assert "found a run" in message and "--ckpt_path last" in message
-    assert (folder / rundir.METRICS).read_bytes() == before
+    assert (folder / directory.METRICS).read_bytes() == before
 
 
 def test_resuming_what_never_started_is_refused(fit, capsys):
@@ -298,7 +305,7 @@ def test_resuming_what_never_started_is_refused(fit, capsys):
 
 def test_resuming_another_strategy_is_refused_with_both_values_and_changes_nothing(fit, capsys):
     _, folder = fit()
-    names = (rundir.CONFIG, rundir.AUDIT, rundir.METRICS, rundir.MEASUREMENT)
+    names = (directory.CONFIG, directory.AUDIT, directory.METRICS, directory.MEASUREMENT)
     before = [(folder / name).read_bytes() for name in names]
     message = refused(capsys, fit("--ckpt_path", "last", "--data.strategy.first_token", "none")[0])
     assert "data.strategy.first_token: the checkpoint has 'bos', this configuration 'none'" in message
@@ -351,16 +358,16 @@ def test_a_checkpoint_cannot_run_code(fit, capsys, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(fit, capsys, monkeypatch):
-    import model.decoder
+    import sinkbed.model.decoder as decoder_module
 
-    original = model.decoder.linear_cross_entropy
+    original = decoder_module.linear_cross_entropy
     calls = []
 
     def loss(*args):
         calls.append(1)
         return original(*args) * (float("nan") if len(calls) == 7 else 1)
 
-    monkeypatch.setattr(model.decoder, "linear_cross_entropy", loss)
+    monkeypatch.setattr(decoder_module, "linear_cross_entropy", loss)
     status, folder = fit()
     message = refused(capsys, status)
     assert "step 7" in message and "nan" in message and "checkpoints before it are good" in message
@@ -370,11 +377,11 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(fit,
 
 def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
-    rundir.write_json(path, {"old": 1})
-    monkeypatch.setattr(rundir.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    directory.write_json(path, {"old": 1})
+    monkeypatch.setattr(directory.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     with pytest.raises(OSError):
-        rundir.write_json(path, {"new": 2})
-    assert rundir.read_json(path) == {"old": 1}
+        directory.write_json(path, {"new": 2})
+    assert directory.read_json(path) == {"old": 1}
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -439,7 +446,7 @@ def test_a_wandb_server_that_does_not_answer_costs_a_warning_only(fit):
         "WANDB_BASE_URL": "http://127.0.0.1:9",  # nothing listens there
         "WANDB_API_KEY": "0" * 40,
     }
-    command = [sys.executable, "-m", "train", "fit", "--config", str(fit.config)]
+    command = [sys.executable, "-m", "sinkbed", "fit", "--config", str(fit.config)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "goes on offline" in done.stderr and "wandb sync" in done.stderr
@@ -450,9 +457,9 @@ def test_a_wandb_server_that_does_not_answer_costs_a_warning_only(fit):
 
 
 def test_tokens_per_second_leaves_measuring_out(fit, monkeypatch):
-    import train.monitor
+    from sinkbed.train.loop.callbacks import sinks
 
-    original = train.monitor.measure
+    original = sinks.measure
 
     def slow(*args):
         import time
@@ -460,11 +467,11 @@ def test_tokens_per_second_leaves_measuring_out(fit, monkeypatch):
         time.sleep(0.5)
         return original(*args)
 
-    monkeypatch.setattr(train.monitor, "measure", slow)
+    monkeypatch.setattr(sinks, "measure", slow)
     _, folder = fit()
     speeds = [
         p["train/tokens_per_second"]
-        for p in rundir.read_metrics(folder / rundir.METRICS)
+        for p in directory.read_metrics(folder / directory.METRICS)
         if "train/tokens_per_second" in p
     ]
     # One step is 192 tokens: with half a second of measuring in it, its rate could not reach 384.
@@ -474,7 +481,7 @@ def test_tokens_per_second_leaves_measuring_out(fit, monkeypatch):
 def test_validate_gives_the_numbers_of_the_final_measurement(fit, capsys, tmp_path):
     _, folder = fit()
     assert main(["validate", str(folder), "--json", str(tmp_path / "out.json")]) == 0
-    assert rundir.read_json(tmp_path / "out.json") == rundir.read_json(folder / rundir.MEASUREMENT)["modes"]
+    assert directory.read_json(tmp_path / "out.json") == directory.read_json(folder / directory.MEASUREMENT)["modes"]
     assert "BOS + text" in capsys.readouterr().out
     early = folder / "checkpoints" / "step-0000003.ckpt"
     assert main(["validate", str(early), "--modes", "as_trained", "random_first", "--documents", "2"]) == 0

@@ -15,15 +15,15 @@ import shutil
 import pytest
 import yaml
 
-from data.units import Units
+from sinkbed.data.prepare.units import Units
+from sinkbed.train.cli.main import main
+from sinkbed.train.run.checkpoint import load_checkpoint
+from sinkbed.train.run.wandb_files import read_wandb_file
 from tests.train.conftest import write_run_config
 from tests.train.test_fit import Killed, kill_at, points
 from tests.train.test_harness import content
 from tests.train.test_resume import equal, training_state
 from tests.train.test_run_faults import sharded  # noqa: F401
-from train.checkpoint import load_checkpoint
-from train.cli import main
-from train.wandb_files import read_wandb_file
 
 # What reads a file, by its place; the first pattern that fits counts. Empty: nothing of ours does.
 READERS = {
@@ -205,8 +205,8 @@ def flipped(name, before, number):
 @pytest.fixture
 def tables_only(monkeypatch):
     """Reports without their drawings, which are of the same numbers."""
-    monkeypatch.setattr("train.figures.write_figures", lambda *_: None)
-    monkeypatch.setattr("train.page.write_page", lambda *_: None)
+    monkeypatch.setattr("sinkbed.train.report.figures.write_figures", lambda *_: None)
+    monkeypatch.setattr("sinkbed.train.report.html.write_page", lambda *_: None)
 
 
 FOLDERS = ("store", ".begun.partial", "stopped", "finished", "study", "probe", "export")

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sinkbed.train.cli.main import main
+from sinkbed.train.run import directory
 from tests.train.conftest import write_run_config
 from tests.train.processes import FORKSERVER
 from tests.train.test_fit import points
 from tests.train.test_resume import equal, training_state
-from train import rundir
-from train.cli import main
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink", "os.chmod")
 
@@ -26,7 +26,7 @@ CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.
 def _run(arguments, log, folder, number, counted):
     """Run a command in this process; before change `number` to a folder, or to what has its name with more before or
     after it, it is killed, else it counts them."""
-    from train.cli import main
+    from sinkbed.train.cli.main import main
 
     changes, (above, name) = 0, os.path.split(folder)
     prefixes = (f"{above}/{name}", f"{above}/.{name}")
@@ -139,5 +139,5 @@ def test_killed_at_any_change_of_a_file_and_run_again_it_ends_the_same(command, 
         if status:  # the killed one had made it whole, which its message says
             assert command in ("export", "probe") and f"--out {out}" in text, text
         same(command, whole, out)
-        hidden = [path for path in out.rglob(".*") if path.name != rundir.LOCK]
+        hidden = [path for path in out.rglob(".*") if path.name != directory.LOCK]
         assert not hidden and not [path for path in tmp_path.glob(".*")], f"litter after change {number}"

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from sinkbed.train.run import directory
+from sinkbed.train.run.wandb_files import wandb_records
 from tests.train.processes import Job
 from tests.train.test_fit import points
 from tests.train.wandb_server import serving
-from train import rundir
-from train.wandb_files import wandb_records
 
 LONG = ("--trainer.max_steps", "60", "--checkpoint_every", "10", "--checkpoint_points", "2", "--wandb.group", "study")
 
@@ -48,7 +48,7 @@ def cut(start, folder, environments):
     for turn, environment in enumerate(environments):
         job = start(folder, "--ckpt_path", "auto", environment=environment)
         deadline = time.monotonic() + 60
-        while turn < 2 and (rundir.newest_checkpoint(folder) is None or len(points(folder)) < 25 * (turn + 1)):
+        while turn < 2 and (directory.newest_checkpoint(folder) is None or len(points(folder)) < 25 * (turn + 1)):
             assert job.alive() and time.monotonic() < deadline, job.output()
             time.sleep(0.01)
         if turn < 2:
@@ -69,7 +69,7 @@ def sync(server, segments):
 def holds(server, folder):
     """Assert that the server has one run, with every point of metrics.jsonl once and in order."""
     [run] = server.runs.values()
-    assert run.name == rundir.read_json(folder / rundir.RUN)["wandb_id"]
+    assert run.name == directory.read_json(folder / directory.RUN)["wandb_id"]
     assert run.group == "study" and run.ended == 0 and run.changed == 0
     assert [row["_step"] for row in run.history] == list(range(len(points(folder))))
     for row, point in zip(run.history, points(folder), strict=True):
@@ -122,11 +122,11 @@ def test_a_run_begun_offline_is_uploaded_when_it_goes_on_with_a_key(start, fit, 
 def test_a_server_that_refuses_leaves_the_run_its_id(start, fit, server, status):
     folder = fit.config.parent / "run"
     cut(start, folder, [OFFLINE] * 2)
-    identifier = rundir.read_json(folder / rundir.RUN)["wandb_id"]
+    identifier = directory.read_json(folder / directory.RUN)["wandb_id"]
     server.status = status
     job = start(folder, "--ckpt_path", "auto", environment=server.environment)
     assert job.finish() == [0], job.output()
-    assert rundir.read_json(folder / rundir.RUN)["wandb_id"] == identifier
+    assert directory.read_json(folder / directory.RUN)["wandb_id"] == identifier
     assert "goes on offline. Upload it later with: wandb sync" in job.output()
     server.status = 200
     sync(server, folder.glob("wandb/offline-run-*"))
@@ -139,7 +139,7 @@ def test_a_slow_server_does_not_slow_training(start, fit, server):
     job = start(folder, environment=server.environment)
     assert job.finish() == [0], job.output()
     holds(server, folder)
-    assert rundir.read_json(folder / rundir.MEASUREMENT)["seconds"]["training"] < 10
+    assert directory.read_json(folder / directory.MEASUREMENT)["seconds"]["training"] < 10
 
 
 def test_a_server_lost_while_training_costs_nothing_but_the_upload(start, fit, server):
@@ -167,7 +167,7 @@ def test_a_fork_is_another_run_that_names_its_parent(start, fit, server):
     assert job.finish() == [0], job.output()
     holds(server, fork)
     [run] = server.runs.values()
-    known = rundir.read_json(parent / rundir.RUN)
+    known = directory.read_json(parent / directory.RUN)
     assert run.name != known["wandb_id"]
     expected = {"checkpoint": str(checkpoint), "step": 60, "wandb_id": known["wandb_id"]}
     assert json.loads(run.config)["parent"]["value"] == expected

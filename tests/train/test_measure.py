@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import model.attention
-from data.store import TokenStore
-from data.strategy import Strategy
-from kernels import Statistics
-from kernels.reference import probabilities
-from model import Decoder, DecoderConfig
-from model.decoder import DecoderOutput
-from train.measure import EPSILONS, MeasureConfig, Probe, first_tokens, measure
+import sinkbed.model.attention as attention_module
+from sinkbed.data.pack.strategy import Strategy
+from sinkbed.data.store.token_store import TokenStore
+from sinkbed.kernels import Statistics
+from sinkbed.kernels.reference import probabilities
+from sinkbed.model import Decoder, DecoderConfig
+from sinkbed.model.decoder import DecoderOutput
+from sinkbed.train.measure.heldout import EPSILONS, MeasureConfig, Probe, first_tokens, measure
 
 CONFIG = MeasureConfig(documents=7, live_documents=3, sink_tokens=16, batch_tokens=200)
 
@@ -33,19 +33,19 @@ def decoder():
 
 def attention_matrices(decoder, tokens, hide_first, monkeypatch, window=None):
     """[L, H, T, T] of one document, from the inputs that the operator really receives."""
-    found, operator = [], model.attention.attention
+    found, operator = [], attention_module.attention
 
     def spy(q, k, v, mask, **kwargs):
         a, _ = probabilities(q, k, mask, q.shape[-1] ** -0.5, None)
         found.append(a[0])
         return operator(q, k, v, mask, **kwargs)
 
-    from kernels import interval_mask
+    from sinkbed.kernels import interval_mask
 
-    monkeypatch.setattr(model.attention, "attention", spy)
+    monkeypatch.setattr(attention_module, "attention", spy)
     mask = interval_mask(1, tokens.shape[1], hide_first_key=hide_first, window=window)
     logits = decoder(tokens, mask=mask).logits
-    monkeypatch.setattr(model.attention, "attention", operator)
+    monkeypatch.setattr(attention_module, "attention", operator)
     return torch.stack(found), logits
 
 

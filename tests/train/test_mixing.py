@@ -7,16 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.strategy import Strategy
-from kernels import interval_mask
-from kernels.reference import probabilities
-from model import Decoder, DecoderConfig
-from model.observe import observing
-from train import perplexity
-from train.jacobian import measure_jacobian
-from train.measure import MeasureConfig, Probe, measure
-from train.mixing import measure_paths, measure_perturbation, measure_rank
-from train.states import Excerpts
+from sinkbed.data.pack.strategy import Strategy
+from sinkbed.kernels import interval_mask
+from sinkbed.kernels.reference import probabilities
+from sinkbed.model import Decoder, DecoderConfig
+from sinkbed.model.observe import observing
+from sinkbed.train.measure import perplexity
+from sinkbed.train.measure.heldout import MeasureConfig, Probe, measure
+from sinkbed.train.measure.jacobian import measure_jacobian
+from sinkbed.train.measure.mixing import measure_paths, measure_perturbation, measure_rank
+from sinkbed.train.measure.states import Excerpts
 
 FIXED = Strategy(first_token="bos")
 N, C, L, H = 14, 16, 3, 2  # tokens of text, width, layers, heads

@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.batches import Rows
-from data.manifest import Manifest
-from data.store import TokenStore
-from data.strategy import Strategy
-from model import Decoder, DecoderConfig
-from train.measure import MeasureConfig
-from train.module import batch_mask, counted_targets
-from train.monitor import _PACKED_ROWS, SinkMonitor
+from sinkbed.data.pack.batches import Rows
+from sinkbed.data.pack.strategy import Strategy
+from sinkbed.data.store.manifest import Manifest
+from sinkbed.data.store.token_store import TokenStore
+from sinkbed.model import Decoder, DecoderConfig
+from sinkbed.train.loop.callbacks.sinks import _PACKED_ROWS, SinkMonitor
+from sinkbed.train.loop.module import batch_mask, counted_targets
+from sinkbed.train.measure.heldout import MeasureConfig
 
 LENGTH = 24
 
@@ -21,8 +21,8 @@ LENGTH = 24
 @pytest.fixture(scope="module")
 def short_documents(tmp_path_factory):
     """Documents of 1 to 22 tokens: with a marker or two, some fill a row of 24."""
-    from data.tokenizer import Tokenizer
-    from data.writer import StoreWriter
+    from sinkbed.data.prepare.writer import StoreWriter
+    from sinkbed.data.tokenizer import Tokenizer
 
     out = tmp_path_factory.mktemp("short") / "store"
     generator = torch.Generator().manual_seed(0)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from model import Decoder, DecoderConfig
-from train.optim import OptimizerConfig, build_optimizer, learning_rate_factor
+from sinkbed.model import Decoder, DecoderConfig
+from sinkbed.train.loop.optim import OptimizerConfig, build_optimizer, learning_rate_factor
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from train.cli import main
+from sinkbed.train.cli.main import main
 
 from .conftest import write_run_config
 

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model import Decoder, DecoderConfig
-from train import planning, rundir, runner
-from train.arms import plan
-from train.cli import main
-from train.study_file import load_study
+from sinkbed.model import Decoder, DecoderConfig
+from sinkbed.train.cli.main import main
+from sinkbed.train.run import directory
+from sinkbed.train.study import cost as planning
+from sinkbed.train.study import local as runner
+from sinkbed.train.study.arms import plan
+from sinkbed.train.study.file import load_study
 
 from .conftest import write_run_config
 
@@ -75,7 +77,7 @@ def test_the_rate_of_a_core_is_measured_once_there_are_arms(study, capsys):
     loaded = load_study(study)
     runs = plan(loaded)
     rate, _ = planning.core_rate(loaded, runs)
-    seconds = [sum(rundir.read_json(r.folder / rundir.MEASUREMENT)["seconds"].values()) for r in runs[:2]]
+    seconds = [sum(directory.read_json(r.folder / directory.MEASUREMENT)["seconds"].values()) for r in runs[:2]]
     assert rate == pytest.approx(sum(planning.cost(loaded, r).flops for r in runs[:2]) / sum(seconds))
     # Log-spaced ones stay however seldom others are saved; what is no weight or moment is large in so small a model.
     sizes = [f.stat().st_size for f in (runs[0].folder / "checkpoints").glob("step-*.ckpt")]
@@ -91,13 +93,13 @@ def test_log_spaced_checkpoints_are_counted_however_seldom_others_are_saved(stud
     )
     cost = planning.cost(loaded := load_study(study), plan(loaded)[0])
     kept = {1, 2, 3, 4, 6, 10}
-    assert rundir.kept_steps(6, 10) == kept
+    assert directory.kept_steps(6, 10) == kept
     assert cost.disk == planning.CHECKPOINT_BYTES * cost.parameters * (len(kept) + 3), "newest, best, being written"
 
 
 def test_what_cannot_fit_or_is_no_config_is_refused_before_preparing(study, tiny_store, capsys, monkeypatch):
     prepared = []
-    monkeypatch.setattr("train.prepare.run", lambda command, argv: prepared.append(argv) or 0)
+    monkeypatch.setattr("sinkbed.train.cli.prepare.run", lambda command, argv: prepared.append(argv) or 0)
     text = study.read_text()
     (study.parent / "data.yaml").write_text("out: not_yet\n")
     base = "[run.yaml, {trainer: {max_steps: -1}}]"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from data.manifest import Manifest
-from data.partial import DiskFullError
-from train.cli import main
+from sinkbed.data.prepare.partial import DiskFullError
+from sinkbed.data.store.manifest import Manifest
+from sinkbed.train.cli.main import main
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_a_wrong_key_is_answered_before_anything_heavy_is_imported() -> None:
     heavy = ("torch", "lightning", "datasets", "pyarrow")
     script = f"""
 import sys
-from train.cli import main
+from sinkbed.train.cli.main import main
 try:
     main(["prepare", "--config", "configs/data/demo.yaml", "--tokenizer.vocab_sise", "3"])
 except SystemExit as ended:
@@ -106,7 +106,9 @@ except SystemExit as ended:
 def test_a_full_disk_is_told_in_the_words_of_preparing(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("data.prepare.prepare", lambda *_, **__: (_ for _ in ()).throw(DiskFullError(28, "kept in x")))
+    monkeypatch.setattr(
+        "sinkbed.data.prepare.prepare.prepare", lambda *_, **__: (_ for _ in ()).throw(DiskFullError(28, "kept in x"))
+    )
     assert main(command) == 1
     assert capsys.readouterr().err.strip().endswith("sinkbed prepare: kept in x")
 

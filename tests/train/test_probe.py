@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from model.hf import HFModel
-from train import rundir
-from train.cli import main
-from train.validate import load_decoder, open_run
+from sinkbed.model.hf.adapter import HFModel
+from sinkbed.train.cli.main import main
+from sinkbed.train.run import directory
+from sinkbed.train.run.load import load_decoder, open_run
 
 transformers = pytest.importorskip("transformers")
 
@@ -73,7 +73,7 @@ def test_prompts_come_from_a_file(name, exported, tmp_path):
 
 
 def test_prompts_are_parted_at_line_feeds_alone(tmp_path):
-    from train.subject import _prompts
+    from sinkbed.train.measure.model import _prompts
 
     texts = ["a\u2028b", "c\x85d\x0ce", "f\rg", "h"]
     (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(texts).encode() + b"\n\n")
@@ -259,7 +259,7 @@ def test_all_checkpoints_of_a_run_are_measured(run_dir, tmp_path):
 
 def rows_of(segments, count):
     """History rows of W&B's files, once its own process has written as many as are expected, or half a minute late."""
-    from train.wandb_files import read_wandb_file
+    from sinkbed.train.run.wandb_files import read_wandb_file
 
     deadline = time.monotonic() + 30
     while True:
@@ -306,7 +306,7 @@ def test_probes_of_any_checkpoint_leave_the_count_of_a_resumed_run_alone(killed,
     few = ["--sink_tokens", "16", "--documents", "3", "--modes", "bos", "--wandb"]
     for checkpoint in ("step-0000001.ckpt", "last.ckpt"):
         assert main(["probe", str(folder / "checkpoints" / checkpoint), *few]) == 0
-    rundir.note(folder, finished=False)
+    directory.note(folder, finished=False)
     again = ["--ckpt_path", str(folder / "checkpoints" / "step-0000003.ckpt")]
     assert main(["fit", "--config", str(folder / "config.yaml"), *again]) == 0
     points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -489,7 +489,7 @@ def test_a_prefix_space_and_a_normaliser_are_no_obstacle(kind, with_tokenizer, t
     import math
     import unicodedata
 
-    from train.subject import load
+    from sinkbed.train.measure.model import load
 
     folder, prompts = with_tokenizer(kind)
     found = tmp_path / "found.json"
@@ -508,9 +508,9 @@ def test_a_prefix_space_and_a_normaliser_are_no_obstacle(kind, with_tokenizer, t
 def test_random_tokens_are_neither_control_tokens_nor_without_a_token(with_tokenizer):
     import torch
 
-    from data.strategy import Strategy
-    from train.measure import MeasureConfig, first_tokens
-    from train.subject import artificial, load, probe_of
+    from sinkbed.data.pack.strategy import Strategy
+    from sinkbed.train.measure.heldout import MeasureConfig, first_tokens
+    from sinkbed.train.measure.model import artificial, load, probe_of
 
     folder, _ = with_tokenizer("byte-level")
     subject = load(arguments_of(folder))
@@ -529,7 +529,7 @@ SHORT = ("--measure", "sinks", "states", "rank", "--sink_tokens", "16", "--docum
 
 
 def test_a_probe_that_is_interrupted_keeps_what_it_measured(run_dir, tmp_path, monkeypatch, capsys):
-    from train import mixing
+    from sinkbed.train.measure import mixing
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -546,7 +546,7 @@ def test_a_probe_that_is_interrupted_keeps_what_it_measured(run_dir, tmp_path, m
 
 
 def test_a_probe_that_is_interrupted_while_it_draws_has_its_numbers(run_dir, tmp_path, monkeypatch):
-    from train import probe_report
+    from sinkbed.train.report import model as probe_report
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -560,8 +560,8 @@ def test_a_probe_that_is_interrupted_while_it_draws_has_its_numbers(run_dir, tmp
 
 
 def test_a_figure_that_is_not_finite_ends_a_probe_with_what_came_before(run_dir, tmp_path, monkeypatch, capsys):
-    from train import states
-    from train.finite import finite
+    from sinkbed.train.measure import states
+    from sinkbed.train.measure.finite import finite
 
     monkeypatch.setattr(states, "measure_states", lambda *_: finite(float("nan"), "states"))
     out = tmp_path / "found.json"
@@ -571,7 +571,7 @@ def test_a_figure_that_is_not_finite_ends_a_probe_with_what_came_before(run_dir,
 
 
 def test_a_report_whose_writer_was_killed_can_be_made_again_and_is_never_of_two_probes(run_dir, tmp_path, monkeypatch):
-    from train import probe_report
+    from sinkbed.train.report import model as probe_report
 
     class Killed(BaseException):
         pass
@@ -579,7 +579,7 @@ def test_a_report_whose_writer_was_killed_can_be_made_again_and_is_never_of_two_
     arguments = ["probe", str(run_dir), "--sink_tokens", "16", "--documents", "4", "--out", str(tmp_path / "report")]
     assert main(arguments) == 0
     whole = {path.name for path in (tmp_path / "report").iterdir()}
-    write, calls = probe_report.rundir.write_atomic, []
+    write, calls = probe_report.directory.write_atomic, []
 
     def killed(path, content):
         calls.append(path)

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from train import provenance, rundir
+from sinkbed.train.run import directory, provenance
 
 MADE = {"sinkbed": "1.2", "commit": "abc", "changed": False, "torch": "2.13.0", "device": "CPU", "threads": 1}
 
@@ -14,30 +14,30 @@ MADE = {"sinkbed": "1.2", "commit": "abc", "changed": False, "torch": "2.13.0", 
 def test_a_run_records_it_and_a_resumed_one_each_machine_once(fit, monkeypatch):
     _, folder = fit("--trainer.max_steps", "10", run_dir="run")
     here = provenance.provenance(torch.device("cpu"))
-    assert rundir.read_json(folder / rundir.RUN)["made_by"] == [here]
+    assert directory.read_json(folder / directory.RUN)["made_by"] == [here]
     assert here["torch"] == torch.__version__ and here["threads"] == torch.get_num_threads()
     assert torch.backends.cpu.get_cpu_capability() in here["device"]
     assert here["processes"] == 1
     monkeypatch.setattr(provenance, "_cpu", lambda: "another")
     there = {**here, "device": "another"}
     for _ in range(2):
-        (folder / rundir.MEASUREMENT).unlink()  # killed before its end
+        (folder / directory.MEASUREMENT).unlink()  # killed before its end
         assert fit("--ckpt_path", "last", run_dir="run")[0] == 0
-        assert rundir.read_json(folder / rundir.RUN)["made_by"] == [here, there]
+        assert directory.read_json(folder / directory.RUN)["made_by"] == [here, there]
     monkeypatch.setattr(provenance, "_cpu", lambda: "a third")
     # Back before the other machine's part, which is made again: it made nothing that is left.
-    early = min((folder / rundir.CHECKPOINTS).glob("step-*.ckpt"))
+    early = min((folder / directory.CHECKPOINTS).glob("step-*.ckpt"))
     assert fit("--ckpt_path", str(early), run_dir="run")[0] == 0
-    assert rundir.read_json(folder / rundir.RUN)["made_by"] == [here, {**here, "device": "a third"}]
+    assert directory.read_json(folder / directory.RUN)["made_by"] == [here, {**here, "device": "a third"}]
 
 
 def test_a_run_that_starts_again_before_its_first_checkpoint_is_made_by_the_second_start(fit, monkeypatch):
     _, folder = fit("--trainer.max_steps", "10", run_dir="run")
-    shutil.rmtree(folder / rundir.CHECKPOINTS)
-    (folder / rundir.MEASUREMENT).unlink()
+    shutil.rmtree(folder / directory.CHECKPOINTS)
+    (folder / directory.MEASUREMENT).unlink()
     monkeypatch.setattr(provenance, "_cpu", lambda: "another")
     assert fit("--trainer.max_steps", "10", run_dir="run")[0] == 0
-    assert [made["device"] for made in rundir.read_json(folder / rundir.RUN)["made_by"]] == ["another"]
+    assert [made["device"] for made in directory.read_json(folder / directory.RUN)["made_by"]] == ["another"]
 
 
 def test_the_sentence_names_each_maker_once():
@@ -53,7 +53,7 @@ def test_the_sentence_names_each_maker_once():
 
 def test_commit_and_changes_are_those_of_the_checkout_the_code_is_in(tmp_path):
     def commit_of(root):
-        show = "from train import provenance as p; print(p._COMMIT, p._CHANGED)"
+        show = "import runpy; p = runpy.run_path('train/run/provenance.py'); print(p['_COMMIT'], p['_CHANGED'])"
         return subprocess.run(
             [sys.executable, "-c", show], cwd=root, check=True, capture_output=True, text=True
         ).stdout.split()
@@ -64,9 +64,8 @@ def test_commit_and_changes_are_those_of_the_checkout_the_code_is_in(tmp_path):
         return run.stdout.strip()
 
     root = tmp_path / "checkout"
-    (root / "train").mkdir(parents=True)
-    for name in ("__init__.py", "provenance.py"):
-        shutil.copy(provenance.ROOT / "train" / name, root / "train" / name)
+    (root / "train/run").mkdir(parents=True)
+    shutil.copy(provenance.__file__, root / "train/run/provenance.py")
     git("init", "--quiet", "..")
     assert commit_of(root) == ["None", "False"], "a repository further up is not ours"
     git("init", "--quiet")

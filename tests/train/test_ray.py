@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from train import rundir
-from train.arms import LOG, environment, plan
-from train.cli import main
-from train.study_file import load_study
+from sinkbed.train.cli.main import main
+from sinkbed.train.run import directory
+from sinkbed.train.study.arms import LOG, environment, plan
+from sinkbed.train.study.file import load_study
 
 from .conftest import write_run_config
 
@@ -47,7 +47,7 @@ def points(folder):
     """The record of a run without its clock."""
     return [
         {k: v for k, v in point.items() if k != "train/tokens_per_second"}
-        for point in rundir.read_metrics(folder / rundir.METRICS)
+        for point in directory.read_metrics(folder / directory.METRICS)
     ]
 
 
@@ -76,7 +76,7 @@ def test_arms_go_on_from_their_checkpoints_when_the_study_is_stopped_and_when_a_
             time.sleep(0.1)
         return condition()
 
-    command = [sys.executable, "-m", "train", "study", str(study), "--ray", cluster.address, "--quiet"]
+    command = [sys.executable, "-m", "sinkbed", "study", str(study), "--ray", cluster.address, "--quiet"]
     with subprocess.Popen(command, env={**os.environ, **environment()}, stderr=subprocess.DEVNULL) as stopped:
         assert wait_until(lambda: all(runs[arm].resumable() for arm in both))
         stopped.terminate()

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from data.store import TokenStore
+from sinkbed.data.store.token_store import TokenStore
+from sinkbed.train.loop.callbacks.sinks import SinkMonitor
+from sinkbed.train.run import directory
+from sinkbed.train.run.checkpoint import load_checkpoint
+from sinkbed.train.run.directory import kept_steps
+from sinkbed.train.run.wandb_files import read_wandb_file
 from tests.train.test_fit import Killed, kill_at, points, refused, weights
-from train import rundir
-from train.checkpoint import load_checkpoint
-from train.monitor import SinkMonitor
-from train.rundir import kept_steps
-from train.wandb_files import read_wandb_file
 
 
 def equal(a, b):
@@ -33,7 +33,7 @@ def test_a_run_stopped_thrice_and_across_an_epoch_is_the_uninterrupted_run(fit, 
     # Rows so long that ten steps of four rows are more than two epochs.
     long_rows = ("--data.context_length", "800", "--checkpoint_every", "2")
     _, whole = fit(*long_rows, run_dir="whole")
-    rows = rundir.read_json(whole / rundir.AUDIT)["rows_per_epoch"]
+    rows = directory.read_json(whole / directory.AUDIT)["rows_per_epoch"]
     assert rows < 4 * 9 and TokenStore.open(tiny_store).tokens > 800
     for step in (3, 5, 8):
         revive = kill_at(monkeypatch, step)
@@ -52,7 +52,7 @@ def test_a_run_stopped_thrice_and_across_an_epoch_is_the_uninterrupted_run(fit, 
 
 @pytest.mark.parametrize("micro_batch", ["1", "2"])
 def test_a_run_resumed_with_other_micro_batches_sees_the_same_rows(fit, monkeypatch, capsys, micro_batch):
-    from data.batches import Rows
+    from sinkbed.data.pack.batches import Rows
 
     seen = []
     original = Rows.__getitems__
@@ -134,7 +134,7 @@ def test_damaged_metrics_are_restored_from_the_checkpoint(fit, monkeypatch, dama
     with pytest.raises(Killed):
         fit(run_dir="cut")
     revive()
-    path = whole.parent / "cut" / rundir.METRICS
+    path = whole.parent / "cut" / directory.METRICS
     before = path.read_bytes()
     path.unlink()
     if DAMAGE[damage] is not None:
@@ -143,7 +143,7 @@ def test_damaged_metrics_are_restored_from_the_checkpoint(fit, monkeypatch, dama
     assert points(cut) == points(whole)
     [message] = [str(w.message) for w in recwarn if str(path) in str(w.message)]
     assert "restored from" in message
-    kept = cut / f"{rundir.METRICS}.damaged"
+    kept = cut / f"{directory.METRICS}.damaged"
     assert kept.exists() == (damage in ("a flipped byte", "a missing line")), "what is only short is in the checkpoint"
     if kept.exists():
         assert kept.read_bytes() == DAMAGE[damage](before)
@@ -155,8 +155,8 @@ def test_a_damaged_run_json_is_restored_from_the_checkpoint(fit, monkeypatch, co
     with pytest.raises(Killed):
         fit()
     revive()
-    path = fit.config.parent / "run" / rundir.RUN
-    before = rundir.read_json(path)["wandb_id"]
+    path = fit.config.parent / "run" / directory.RUN
+    before = directory.read_json(path)["wandb_id"]
     path.unlink()
     if content is not None:
         path.write_bytes(content)
@@ -164,7 +164,7 @@ def test_a_damaged_run_json_is_restored_from_the_checkpoint(fit, monkeypatch, co
             assert fit("--ckpt_path", "last")[0] == 0
     else:
         assert fit("--ckpt_path", "last")[0] == 0
-    assert rundir.read_json(path)["wandb_id"] == before
+    assert directory.read_json(path)["wandb_id"] == before
 
 
 def test_a_run_started_again_with_other_settings_before_its_first_checkpoint_is_another_to_wandb(fit, monkeypatch):
@@ -174,7 +174,7 @@ def test_a_run_started_again_with_other_settings_before_its_first_checkpoint_is_
         with pytest.raises(Killed):
             fit(*extra)
         revive()
-        ids.append(rundir.read_json(fit.config.parent / "run" / rundir.RUN)["wandb_id"])
+        ids.append(directory.read_json(fit.config.parent / "run" / directory.RUN)["wandb_id"])
     assert ids[0] == ids[1] != ids[2]
 
 
@@ -188,7 +188,7 @@ def test_going_back_to_an_earlier_checkpoint_is_kept_to(fit, monkeypatch, capsys
     capsys.readouterr()
     assert fit("--ckpt_path", "auto")[0] == 0
     assert "at step 3 of 10" in capsys.readouterr().out
-    assert not (folder / f"{rundir.METRICS}.damaged").exists()
+    assert not (folder / f"{directory.METRICS}.damaged").exists()
 
 
 def test_points_of_another_cadence_reach_wandb(fit, monkeypatch):
@@ -211,8 +211,8 @@ def test_points_of_another_cadence_reach_wandb(fit, monkeypatch):
 
 @pytest.mark.parametrize("change", ["documents", "vocabulary"])
 def test_resuming_on_another_token_store_is_refused(fit, tiny_store, tmp_path, capsys, monkeypatch, change):
-    from data.prepare import PrepareConfig, TokenizerConfig, prepare
-    from data.sources import Source
+    from sinkbed.data.prepare.prepare import PrepareConfig, TokenizerConfig, prepare
+    from sinkbed.data.source.documents import Source
 
     revive = kill_at(monkeypatch, 7)
     with pytest.raises(Killed):
@@ -254,12 +254,12 @@ def test_a_fork_is_a_new_run_with_settings_of_its_own_that_names_its_parent(fit)
     later = [p for p in points(parent) if p["step"] > 3]
     assert [p for p in points(twin) if "train/loss" in p] == [p for p in later if "train/loss" in p]
     assert equal(weights(twin, 10), weights(parent, 10))
-    theirs, ours = (rundir.read_json(folder / rundir.RUN) for folder in (parent, twin))
+    theirs, ours = (directory.read_json(folder / directory.RUN) for folder in (parent, twin))
     assert ours["wandb_id"] != theirs["wandb_id"]
     assert ours["parent"] == {"checkpoint": str(checkpoint), "step": 3, "wandb_id": theirs["wandb_id"]}
     # A run stands for its newest checkpoint, of step 10.
     status, longer = fit("--fork", str(parent), "--trainer.max_steps", "12", run_dir="longer")
-    assert status == 0 and rundir.read_json(longer / rundir.RUN)["parent"]["step"] == 10
+    assert status == 0 and directory.read_json(longer / directory.RUN)["parent"]["step"] == 10
     # Another learning rate, length and strategy: rows from the first of its own order, tokens counted on.
     other = ("--model.optimizer.lr", "1e-3", "--trainer.max_steps", "12", "--data.strategy.first_token", "none")
     status, fork = fit(*same, *other, run_dir="fork")
@@ -270,7 +270,7 @@ def test_a_fork_is_a_new_run_with_settings_of_its_own_that_names_its_parent(fit)
     assert training_state(fork, 12)["TokenData"]["rows_consumed"] == 9 * 4
     assert training_state(twin, 10)["TokenData"]["rows_consumed"] == 10 * 4
     # A fork is resumed like any run.
-    (fork / rundir.MEASUREMENT).unlink()
+    (fork / directory.MEASUREMENT).unlink()
     assert fit(*same, *other, "--ckpt_path", "last", run_dir="fork")[0] == 0
 
 

@@ -16,20 +16,20 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 
-from data.manifest import Manifest
-from data.prepare import PrepareConfig, TokenizerConfig, prepare
-from data.sources import Source
+from sinkbed.data.prepare.prepare import PrepareConfig, TokenizerConfig, prepare
+from sinkbed.data.source.documents import Source
+from sinkbed.data.store.manifest import Manifest
+from sinkbed.train.cli.main import main
+from sinkbed.train.config.overrides import overridden
+from sinkbed.train.loop.identity import _CONFIG_KEYS, _MAY_CHANGE, check_identity, check_manifest, other_sums
+from sinkbed.train.loop.module import SinkbedModule
+from sinkbed.train.run import directory, provenance
+from sinkbed.train.run.checkpoint import load_checkpoint
+from sinkbed.train.run.sharded import load_sharded
+from sinkbed.train.run.wandb import shortened
+from sinkbed.train.run.wandb_files import mend_wandb_files, read_wandb_file, wandb_records
 from tests.train.processes import Job
 from tests.train.test_fit import Killed, kill_at, points, refused, weights
-from train import provenance, rundir
-from train.checkpoint import load_checkpoint
-from train.cli import main
-from train.fsdp import load_sharded
-from train.identity import _CONFIG_KEYS, _MAY_CHANGE, check_identity, check_manifest, other_sums
-from train.loggers import shortened
-from train.module import SinkbedModule
-from train.overrides import overridden
-from train.wandb_files import mend_wandb_files, read_wandb_file, wandb_records
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_weights_that_a_step_made_infinite_are_never_saved(fit, capsys):
     status, folder = fit("--model.optimizer.lr", "1e38")
     message = refused(capsys, status)
     assert "step 1 (192 tokens): expected finite weights and moments, found embedding.weight" in message
-    assert "no step is saved" in message and rundir.newest_checkpoint(folder) is None
+    assert "no step is saved" in message and directory.newest_checkpoint(folder) is None
 
 
 @pytest.mark.parametrize("what", ["weight", "moment"])
@@ -74,21 +74,21 @@ def test_what_is_named_good_is_finite(fit, capsys, monkeypatch, what):
     message = refused(capsys, status)
     assert "step 4" in message and "the checkpoints before it are good" in message
     assert ("head.weight" if what == "weight" else "exp_avg_sq of parameter 0") in message
-    assert rundir.newest_checkpoint(folder).name == "step-0000003.ckpt"
+    assert directory.newest_checkpoint(folder).name == "step-0000003.ckpt"
     assert all(torch.isfinite(w).all() for w in weights(folder, 3).values())
 
 
 def test_no_file_of_a_run_holds_a_number_that_json_has_not(tmp_path):
     with pytest.raises(ValueError, match=r"x\.json: not written, expected finite numbers"):
-        rundir.write_json(tmp_path / "x.json", {"modes": [{"loss": float("nan")}]})
+        directory.write_json(tmp_path / "x.json", {"modes": [{"loss": float("nan")}]})
     assert not list(tmp_path.iterdir())
-    from train.metrics import MetricsFile, record
+    from sinkbed.train.run.metrics import MetricsFile, record
 
     file = MetricsFile(tmp_path)
     trainer = type("Trainer", (), {"loggers": [file]})
     heatmap = {"sink/heatmap/bos": [[0.5, float("nan")]]}
     record(trainer, {"a": float("inf")}, step=1, tokens=2, heatmaps=heatmap)
-    [point] = rundir.read_metrics(tmp_path / rundir.METRICS)
+    [point] = directory.read_metrics(tmp_path / directory.METRICS)
     assert point == {"step": 1, "train/tokens": 2, "a": None, "sink/heatmap/bos": [[0.5, None]]}
 
 
@@ -120,7 +120,7 @@ def test_a_run_that_a_callback_ends_is_saved_and_not_finished(fit, capsys, tmp_p
     message = refused(capsys, status)
     step = points(folder)[-1]["step"]
     assert f"a callback ended the run before its step 100000: stopped at step {step}; step {step} is saved" in message
-    assert not rundir.is_finished(folder)
+    assert not directory.is_finished(folder)
 
 
 # Settings.
@@ -129,13 +129,13 @@ def test_a_run_that_a_callback_ends_is_saved_and_not_finished(fit, capsys, tmp_p
 def test_config_yaml_reads_back_as_what_was_written(fit):
     names = ["1e-3", "4351e27", "on", "0x1F", "2024-01-01", "1_000", "010", "a: b", "yes"]
     _, folder = fit("--wandb.name", "4351e27", "--wandb.group", "1e-3", f"--wandb.tags={json.dumps(names)}")
-    settings = yaml.safe_load((folder / rundir.CONFIG).read_text())["wandb"]
+    settings = yaml.safe_load((folder / directory.CONFIG).read_text())["wandb"]
     assert (settings["name"], settings["group"], settings["tags"]) == ("4351e27", "1e-3", names)
-    assert main(["fit", "--config", str(folder / rundir.CONFIG), "--ckpt_path", "last"]) == 0
-    before = (folder / rundir.CONFIG).read_text()
-    (folder / rundir.MEASUREMENT).unlink()
-    assert main(["fit", "--config", str(folder / rundir.CONFIG), "--ckpt_path", "last"]) == 0
-    assert (folder / rundir.CONFIG).read_text() == before
+    assert main(["fit", "--config", str(folder / directory.CONFIG), "--ckpt_path", "last"]) == 0
+    before = (folder / directory.CONFIG).read_text()
+    (folder / directory.MEASUREMENT).unlink()
+    assert main(["fit", "--config", str(folder / directory.CONFIG), "--ckpt_path", "last"]) == 0
+    assert (folder / directory.CONFIG).read_text() == before
 
 
 def test_one_line_says_what_overrode_what(tmp_path):
@@ -206,7 +206,7 @@ def test_a_tilde_is_the_home_folder(fit, tiny_store, tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     quiet = ("--data.store", "~/store", "--wandb.mode", "disabled")
     assert main(["fit", "--config", str(fit.config), "--run_dir", "~/run", *quiet]) == 0
-    assert (tmp_path / "home" / "run" / rundir.METRICS).exists() and not Path("~").exists()
+    assert (tmp_path / "home" / "run" / directory.METRICS).exists() and not Path("~").exists()
     assert main(["fit", "--config", str(fit.config), "--run_dir", "~nobody-of-that-name/run"]) == 1
     assert "run_dir: expected a path, found ~nobody-of-that-name/run" in capsys.readouterr().err
 
@@ -215,7 +215,7 @@ def test_files_are_as_open_as_the_umask_says(tmp_path):
     for mask, mode in ((0o077, 0o600), (0o027, 0o640), (0o002, 0o664)):
         before = os.umask(mask)
         try:
-            rundir.write_atomic(tmp_path / "x", "x")
+            directory.write_atomic(tmp_path / "x", "x")
         finally:
             os.umask(before)
         assert (tmp_path / "x").stat().st_mode & 0o777 == mode
@@ -228,21 +228,21 @@ def test_a_copied_run_is_another_to_wandb_and_goes_on_from_its_own_checkpoints(f
     before = {p: p.read_bytes() for p in original.rglob("*") if p.is_file() and "wandb" not in p.parts}
     capsys.readouterr()
     with pytest.warns(UserWarning, match=f"{copy} is a copy of the run {original}: it goes on from its own"):
-        assert main(["fit", "--config", str(copy / rundir.CONFIG), "--ckpt_path", "last"]) == 0
+        assert main(["fit", "--config", str(copy / directory.CONFIG), "--ckpt_path", "last"]) == 0
     assert f"{copy} it is, not {original}" in capsys.readouterr().out
     assert before == {p: p.read_bytes() for p in original.rglob("*") if p.is_file() and "wandb" not in p.parts}
-    ours, theirs = (rundir.read_json(folder / rundir.RUN)["wandb_id"] for folder in (copy, original))
+    ours, theirs = (directory.read_json(folder / directory.RUN)["wandb_id"] for folder in (copy, original))
     assert ours != theirs
     [segment] = copy.glob(f"wandb/offline-run-*/run-{ours}.wandb")
     assert len(list(read_wandb_file(segment))) == len(points(copy)) > 10
     # Its older checkpoints still name the other run; the copy keeps its id.
     early = copy / "checkpoints" / "step-0000003.ckpt"
-    assert main(["fit", "--config", str(copy / rundir.CONFIG), "--ckpt_path", str(early)]) == 0
-    assert rundir.read_json(copy / rundir.RUN)["wandb_id"] == ours
+    assert main(["fit", "--config", str(copy / directory.CONFIG), "--ckpt_path", str(early)]) == 0
+    assert directory.read_json(copy / directory.RUN)["wandb_id"] == ours
     # A run that is moved stays the same run.
     moved = original.rename(original.with_name("moved"))
-    assert main(["fit", "--config", str(moved / rundir.CONFIG), "--ckpt_path", "last"]) == 0
-    assert rundir.read_json(moved / rundir.RUN)["wandb_id"] == theirs
+    assert main(["fit", "--config", str(moved / directory.CONFIG), "--ckpt_path", "last"]) == 0
+    assert directory.read_json(moved / directory.RUN)["wandb_id"] == theirs
 
 
 # W&B.
@@ -317,12 +317,12 @@ def test_every_bit_of_a_segment_is_looked_at(cut, tmp_path):
 
 
 def test_a_changed_wandb_id_does_not_make_a_second_run(fit, cut):
-    path = cut() / rundir.RUN
-    known = rundir.read_json(path)
-    rundir.write_json(path, {**known, "wandb_id": "f" + known["wandb_id"][1:] + "0"})
+    path = cut() / directory.RUN
+    known = directory.read_json(path)
+    directory.write_json(path, {**known, "wandb_id": "f" + known["wandb_id"][1:] + "0"})
     with pytest.warns(UserWarning, match=rf"expected the W&B id {known['wandb_id']}, found f\w+; taken from"):
         assert fit("--ckpt_path", "last")[0] == 0
-    assert rundir.read_json(path)["wandb_id"] == known["wandb_id"]
+    assert directory.read_json(path)["wandb_id"] == known["wandb_id"]
 
 
 # Machines and processes.
@@ -360,7 +360,7 @@ def test_a_dead_data_worker_ends_the_run_with_one_message(fit, tmp_path):
     arguments = ["fit", "--config", str(fit.config), "--data.workers", "3", "--trainer.max_steps", "100000"]
     job = Job([*arguments, "--wandb.mode", "disabled"], str(tmp_path / "log"))
     deadline = time.monotonic() + 60
-    while not (rundir.newest_checkpoint(tmp_path / "run") and len(children(job.first.pid)) == 3):
+    while not (directory.newest_checkpoint(tmp_path / "run") and len(children(job.first.pid)) == 3):
         assert time.monotonic() < deadline and job.alive(), job.output()
         time.sleep(0.01)
     workers = children(job.first.pid)
@@ -405,7 +405,7 @@ def test_a_data_worker_that_dies_while_a_checkpoint_is_written_is_told_of_as_suc
 
 
 def test_an_error_in_a_data_worker_is_one_message(fit, monkeypatch, capsys):
-    from data.batches import Rows
+    from sinkbed.data.pack.batches import Rows
 
     original = Rows.__getitems__
 
@@ -430,7 +430,7 @@ def test_a_shard_that_becomes_shorter_under_a_run_is_one_message(fit, tiny_store
     job = Job([*arguments, "--data.workers", workers, "--wandb.mode", "disabled"], str(tmp_path / "log"))
     deadline = time.monotonic() + 60
     # Long after the store was compared with its checksums, which would find it first.
-    while (newest := rundir.newest_checkpoint(tmp_path / "run")) is None or int(newest.stem[5:]) < 200:
+    while (newest := directory.newest_checkpoint(tmp_path / "run")) is None or int(newest.stem[5:]) < 200:
         assert time.monotonic() < deadline and job.alive(), job.output()
         time.sleep(0.01)
     for shard in store.glob("train/*.arrow"):
@@ -444,10 +444,10 @@ def test_a_failing_disk_is_one_message(fit, monkeypatch, capsys):
     def fails(handle):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(rundir.os, "fsync", fails)
+    monkeypatch.setattr(directory.os, "fsync", fails)
     status, _ = fit("--wandb.mode", "disabled")
     message = refused(capsys, status)
-    assert "Input/output error" in message and rundir.CONFIG in message and "Traceback" not in message
+    assert "Input/output error" in message and directory.CONFIG in message and "Traceback" not in message
 
 
 # Checkpoints and stores.
@@ -474,10 +474,10 @@ def sharded(tmp_path):
 
 
 def seal(path):
-    from train.fsdp import _sha256
+    from sinkbed.train.loop.fsdp import _sha256
 
     sums = {p.name: _sha256(p) for p in path.iterdir() if p.name != "checksums.json"}
-    rundir.write_json(path / "checksums.json", sums)
+    directory.write_json(path / "checksums.json", sums)
     return sums
 
 
@@ -485,10 +485,10 @@ def test_a_sharded_checkpoint_is_under_checksums_as_a_whole(sharded):
     assert load_checkpoint(sharded)["state_dict"]["w"].tolist() == list(range(8))
     sums = seal(sharded)
     for missing in sums:
-        rundir.write_json(sharded / "checksums.json", {k: v for k, v in sums.items() if k != missing})
+        directory.write_json(sharded / "checksums.json", {k: v for k, v in sums.items() if k != missing})
         with pytest.raises(ValueError, match=f"checksum of {missing}"):
             load_checkpoint(sharded)
-    rundir.write_json(sharded / "checksums.json", {})
+    directory.write_json(sharded / "checksums.json", {})
     with pytest.raises(ValueError, match="checksum of"):
         load_checkpoint(sharded)
 
@@ -515,7 +515,7 @@ def test_another_bos_or_manifest_is_refused_with_both_values_and_the_own_copy_st
     fit, cut, tiny_store, tmp_path, capsys
 ):
     folder = cut()
-    store, before = tmp_path / "store", (folder / rundir.MANIFEST).read_bytes()
+    store, before = tmp_path / "store", (folder / directory.MANIFEST).read_bytes()
     source = Source(kind="jsonl", files=(str(tiny_store.parent / "docs.jsonl"),), column="text")
     names = {"bos": "<eos>", "eos": "<bos>"}
     swapped = TokenizerConfig(path=str(tiny_store / "tokenizer.json"), **names)
@@ -525,7 +525,7 @@ def test_another_bos_or_manifest_is_refused_with_both_values_and_the_own_copy_st
     message = refused(capsys, fit("--data.store", str(store), "--ckpt_path", "last")[0])
     assert f"bos_id in the token store's manifest: the checkpoint has {manifest.bos_id}, " in message
     assert "eos_id in the token store's manifest" in message
-    assert (folder / rundir.MANIFEST).read_bytes() == before
+    assert (folder / directory.MANIFEST).read_bytes() == before
     # Of a checkpoint that says nothing of it the run's own copy of the manifest does.
     with pytest.raises(ValueError, match=f"bos_id: found {manifest.eos_id}, expected {manifest.bos_id}"):
         check_manifest(folder, Manifest.read(store))
@@ -534,12 +534,12 @@ def test_another_bos_or_manifest_is_refused_with_both_values_and_the_own_copy_st
     shutil.copytree(tiny_store, moved)
     dataclasses.replace(manifest, left_out={"duplicate": 1}).write(moved)
     assert fit("--data.store", str(moved), "--ckpt_path", "last")[0] == 0
-    assert (folder / rundir.MANIFEST).read_bytes() == before
+    assert (folder / directory.MANIFEST).read_bytes() == before
 
 
 def test_a_checkpoint_of_before_the_manifest_was_kept_is_still_taken(cut, fit):
     folder = cut()
-    checkpoint = load_checkpoint(rundir.newest_checkpoint(folder))
+    checkpoint = load_checkpoint(directory.newest_checkpoint(folder))
     ours = dict(checkpoint["sinkbed"])
     assert {"bos_id", "eos_id", "manifest"} < ours.keys()
     old = {k: v for k, v in ours.items() if k not in ("bos_id", "eos_id", "manifest")}
@@ -562,8 +562,8 @@ def leaves(settings, prefix=()):
 
 def test_a_change_of_any_setting_of_model_and_data_is_refused_or_said(cut):
     folder = cut()
-    settings = yaml.safe_load((folder / rundir.CONFIG).read_text())
-    checkpoint = load_checkpoint(rundir.newest_checkpoint(folder))
+    settings = yaml.safe_load((folder / directory.CONFIG).read_text())
+    checkpoint = load_checkpoint(directory.newest_checkpoint(folder))
     saved = checkpoint["sinkbed"]
     names = {key: _CONFIG_KEYS.get(key, key) for key in saved}
     keys = {".".join(leaf) for name in ("model", "data") for leaf in leaves(settings[name], (name,))}
@@ -600,7 +600,7 @@ def test_a_finished_run_at_a_constant_rate_is_trained_on_in_place(fit, capsys):
     )
     training = [[p for p in points(f) if "train/loss" in p] for f in (folder, longer)]
     assert training[0] == training[1] and training[0][-1]["step"] == 16
-    assert rundir.is_finished(folder)
+    assert directory.is_finished(folder)
 
 
 def test_one_whose_steps_would_have_been_others_is_refused(fit, capsys):
@@ -621,6 +621,6 @@ def test_a_run_says_what_it_is_before_its_first_step_and_where_to_look_at_its_en
     )
     assert "52% of the parameters are embeddings of 300 tokens" in second
     assert f"in {folder}: metrics.jsonl" in last and f"sinkbed probe {folder}" in last
-    [session] = rundir.read_json(folder / rundir.RUN)["sessions"]
+    [session] = directory.read_json(folder / directory.RUN)["sessions"]
     assert session["command"].startswith("sinkbed fit --config ") and session["status"] == 0
     assert session["started"] <= session["ended"]

@@ -6,10 +6,10 @@ import shutil
 import pytest
 import torch
 
+from sinkbed.train.cli.main import main
+from sinkbed.train.cli.runs import described, run_directories, state
+from sinkbed.train.run import directory
 from tests.train.conftest import write_run_config
-from train import rundir
-from train.cli import main
-from train.runs import described, run_directories, state
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +20,9 @@ def folder(tmp_path_factory, tiny_store):
     options = ["--wandb.mode", "disabled", "--trainer.max_steps", "4", "--run_dir", str(folder / "study/runs/a")]
     assert main(["fit", "--config", str(config), *options]) == 0
     shutil.copytree(folder / "study/runs/a", folder / "stopped")
-    (folder / "stopped" / rundir.MEASUREMENT).unlink()
+    (folder / "stopped" / directory.MEASUREMENT).unlink()
     shutil.copytree(folder / "study/runs/a", folder / "damaged")
-    (folder / "damaged" / rundir.CONFIG).write_text("[1, 2]")
+    (folder / "damaged" / directory.CONFIG).write_text("[1, 2]")
     return folder
 
 
@@ -33,7 +33,7 @@ def test_every_run_has_a_line(folder, capsys):
     assert captured.out.count("damaged") == 2 and captured.out.count("study/runs/a") == 1
     assert captured.err.startswith("damaged: ") and "config.yaml: expected keys" in captured.err
     line = described(folder / "study/runs/a", folder)
-    points = [json.loads(line) for line in (folder / "study/runs/a" / rundir.METRICS).read_text().splitlines()]
+    points = [json.loads(line) for line in (folder / "study/runs/a" / directory.METRICS).read_text().splitlines()]
     losses = [point["train/loss"] for point in points if "train/loss" in point]
     assert line == {
         "run": "study/runs/a", "state": "finished", "step": "4 of 4", "tokens": "768", "loss": f"{losses[-1]:.3f}",
@@ -47,7 +47,8 @@ def test_a_run_that_is_written_to_is_running(folder):
     import subprocess
     import sys
 
-    code = f"from train import rundir; held = rundir.lock(rundir.Path({str(folder / 'stopped')!r})); print(1); input()"
+    code = f"from sinkbed.train.run import directory as d; held = d.lock(d.Path({str(folder / 'stopped')!r})); "
+    code += "print(1); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -66,8 +67,8 @@ def test_a_folder_without_runs_is_told_so(tmp_path, capsys):
 
 def test_a_run_writes_what_its_logits_say(folder, capsys):
     """Greedily: each token is the likeliest after BOS, the prompt and the tokens before it."""
-    from data.store import TokenStore
-    from train.validate import load_decoder, open_run
+    from sinkbed.data.store.token_store import TokenStore
+    from sinkbed.train.run.load import load_decoder, open_run
 
     run = folder / "study/runs/a"
     assert main(["generate", str(run), "--prompt", "sink row", "--tokens", "5", "--temperature", "0"]) == 0

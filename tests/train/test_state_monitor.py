@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from data.store import TokenStore
-from train.jacobian import measure_jacobian
-from train.measure import MeasureConfig, Probe
-from train.mixing import measure_paths, measure_perturbation, measure_rank
-from train.states import Excerpts, measure_gradients, measure_states
-from train.validate import load_decoder, open_run
+from sinkbed.data.store.token_store import TokenStore
+from sinkbed.train.measure.heldout import MeasureConfig, Probe
+from sinkbed.train.measure.jacobian import measure_jacobian
+from sinkbed.train.measure.mixing import measure_paths, measure_perturbation, measure_rank
+from sinkbed.train.measure.states import Excerpts, measure_gradients, measure_states
+from sinkbed.train.run.load import load_decoder, open_run
 
 LIVE = ["--wandb.mode", "disabled", "--measure.state_points", "3", "--measure.mixing_points", "2"]
 CONFIG = MeasureConfig(documents=6, live_documents=3, sink_tokens=16, first_step=2, live_points=3)
@@ -65,7 +65,7 @@ def test_training_does_not_notice(live, fit):
 
 
 def test_its_time_counts_as_measuring(fit, monkeypatch):
-    from train import state_monitor
+    from sinkbed.train.loop.callbacks import states as state_monitor
 
     real = state_monitor.StateMonitor._values
 
@@ -90,8 +90,8 @@ def test_a_resumed_run_makes_the_same_points(live, fit):
 
 def test_a_checkpoint_from_before_there_were_states_goes_on(fit):
     """Its figures name no `state_documents`."""
-    from train.checkpoint import load_checkpoint
-    from train.monitor import SinkMonitor
+    from sinkbed.train.loop.callbacks.sinks import SinkMonitor
+    from sinkbed.train.run.checkpoint import load_checkpoint
 
     status, folder = fit("--wandb.mode", "disabled")
     assert status == 0

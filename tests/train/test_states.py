@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from data.strategy import Strategy
-from model import Decoder, DecoderConfig
-from model.hf import HFModel
-from model.observe import observing
-from train.measure import Probe, target_nll
-from train.states import Excerpts, hidden_states, measure_gradients, measure_states, strongest_head
+from sinkbed.data.pack.strategy import Strategy
+from sinkbed.model import Decoder, DecoderConfig
+from sinkbed.model.hf.adapter import HFModel
+from sinkbed.model.observe import observing
+from sinkbed.train.measure.heldout import Probe, target_nll
+from sinkbed.train.measure.states import Excerpts, hidden_states, measure_gradients, measure_states, strongest_head
 
 transformers = pytest.importorskip("transformers")
 T = 24  # tokens of text
@@ -172,7 +172,7 @@ def test_the_map_is_of_the_head_that_looks_most_at_the_first_key(models, probe):
 
 def test_a_decoder_of_ours_is_observed_as_its_export_is(probe, tmp_path):
     """The same code for both: states and gradients of a decoder equal those of the Llama made of it."""
-    from model.llama import llama_config, to_llama
+    from sinkbed.model.hf.llama import llama_config, to_llama
 
     torch.manual_seed(5)
     config = DecoderConfig(layers=2, d_model=32, heads=4, kv_heads=2, d_ff=48, init_std=0.3)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from train.statistics import Interval, area, paired, t_quantile, verdict
+from sinkbed.train.report.intervals import Interval, area, paired, t_quantile, verdict
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from train import rundir, runner
-from train import study as study_command
-from train.arms import LOG, RECORD, begin, environment, hold, plan
-from train.cli import main
-from train.study_file import load_study
+from sinkbed.train.cli import study as study_command
+from sinkbed.train.cli.main import main
+from sinkbed.train.run import directory
+from sinkbed.train.study import local as runner
+from sinkbed.train.study.arms import LOG, RECORD, begin, environment, hold, plan
+from sinkbed.train.study.file import load_study
 
 from .conftest import write_run_config
 
@@ -82,7 +83,7 @@ def test_a_study_runs_its_arms_and_reports_them(finished, _run_once):
         (arm, "0", mode) for arm in ("fixed", "absent") for mode in ("bos", "text", "first_key_masked")
     ]
     assert {"arm", "seed", "mode", "sink_rate_0.3", "sink_mass", "loss", "bits_per_byte"} <= set(rows[0])
-    measured = rundir.read_json(out / "runs" / "fixed-seed0" / rundir.MEASUREMENT)["modes"]["bos"]
+    measured = directory.read_json(out / "runs" / "fixed-seed0" / directory.MEASUREMENT)["modes"]["bos"]
     assert float(rows[0]["loss"]) == pytest.approx(measured["loss"], abs=1e-6)
     mass = [x for row in measured["mass"] for x in row]
     assert float(rows[0]["sink_mass"]) == pytest.approx(sum(mass) / len(mass), abs=1e-6)
@@ -120,10 +121,10 @@ def test_the_page_needs_no_network_and_escapes_what_users_wrote(finished):
 
 def test_a_finished_arm_is_not_run_again_and_an_interrupted_one_resumes(finished):
     out = finished.parent / "out" / "runs"
-    before = (out / "fixed-seed0" / rundir.METRICS).stat().st_mtime_ns
-    whole = (out / "absent-seed0" / rundir.METRICS).read_text()
+    before = (out / "fixed-seed0" / directory.METRICS).stat().st_mtime_ns
+    whole = (out / "absent-seed0" / directory.METRICS).read_text()
     # As a kill after step 3 leaves it: points beyond the checkpoint, no measurement.
-    (out / "absent-seed0" / rundir.MEASUREMENT).unlink()
+    (out / "absent-seed0" / directory.MEASUREMENT).unlink()
     checkpoints = out / "absent-seed0" / "checkpoints"
     (checkpoints / "step-0000010.ckpt").unlink()
     (checkpoints / "last.ckpt").unlink()
@@ -131,12 +132,12 @@ def test_a_finished_arm_is_not_run_again_and_an_interrupted_one_resumes(finished
     study_runs = plan(load_study(finished))
     assert [r.status() for r in study_runs] == ["finished", "interrupted"]
     assert main(["study", str(finished), "--quiet"]) == 0
-    assert (out / "fixed-seed0" / rundir.METRICS).stat().st_mtime_ns == before
+    assert (out / "fixed-seed0" / directory.METRICS).stat().st_mtime_ns == before
 
     def without_clock(text):
         return re.sub(r', "train/tokens_per_second": [\d.]+', "", text)
 
-    assert without_clock((out / "absent-seed0" / rundir.METRICS).read_text()) == without_clock(whole)
+    assert without_clock((out / "absent-seed0" / directory.METRICS).read_text()) == without_clock(whole)
 
 
 def test_an_arm_that_fails_is_reported_and_does_not_stop_the_rest(study, capsys):
@@ -188,10 +189,10 @@ def test_what_fit_would_refuse_is_refused_before_any_arm_is_started(study, capsy
 def test_an_arm_whose_files_are_damaged_does_not_hide_the_others(finished, capsys, kept):
     """Also one of an earlier version, which kept no digests and may hold NaN."""
     folder = finished.parent / "out" / "runs" / "absent-seed0"
-    path = folder / rundir.MEASUREMENT
+    path = folder / directory.MEASUREMENT
     path.write_text(re.sub(r'"loss": [\d.]+', '"loss": NaN', path.read_text()))
     if kept == "none":
-        rundir.note(folder, finished=True)
+        directory.note(folder, finished=True)
     assert main(["report", str(finished)]) == 0
     said = capsys.readouterr().out
     assert "not in the report: absent-seed0 (damaged: " in said and str(path) in said
@@ -209,14 +210,14 @@ def test_the_table_has_no_column_for_what_nobody_published(finished):
 
 
 def test_a_number_is_never_minus_zero():
-    from train.results import fixed, spread
+    from sinkbed.train.report.result import fixed, spread
 
     assert [fixed(x, 3) for x in (-0.0004, 0.0004, -0.0006, 2.0)] == ["0.000", "0.000", "−0.001", "2.000"]
     assert spread([-0.0001, 0.0002], 2) == "0.00 ± 0.00"
 
 
 def test_a_mean_of_one_run_says_so():
-    from train.results import spread
+    from sinkbed.train.report.result import spread
 
     assert spread([0.5], 2) == "0.50 (1 run)"
     assert spread([1.0, 2.0, 3.0], 2) == "2.00 ± 2.48", "t at 2 degrees of freedom is 4.303"
@@ -308,7 +309,7 @@ def test_an_arm_made_under_another_configuration_is_refused_unless_forced(finish
     assert main(["study", str(finished), "--quiet"]) == 1
     assert "absent-seed0" in (error := capsys.readouterr().err) and "--force" in error
     assert main(["study", str(finished), "--quiet", "--force"]) == 0
-    config = (finished.parent / "out" / "runs" / "absent-seed0" / rundir.CONFIG).read_text()
+    config = (finished.parent / "out" / "runs" / "absent-seed0" / directory.CONFIG).read_text()
     assert "first_token: random" in config
 
 
@@ -389,7 +390,7 @@ def test_a_study_that_runs_is_not_run_a_second_time(study, capsys):
 @contextlib.contextmanager
 def locked(folder):
     """Another process that holds a folder: a lock of this process would let this process in."""
-    code = f"from train import rundir; from pathlib import Path; held = rundir.lock(Path({str(folder)!r})); "
+    code = f"from train import rundir; from pathlib import Path; held = directory.lock(Path({str(folder)!r})); "
     code += "print('locked', flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"locked\n"
@@ -402,7 +403,7 @@ def test_forcing_a_study_that_runs_clears_nothing(finished, capsys):
     with locked(out):
         assert main(["study", str(finished), "--quiet", "--force"]) == 1
     assert "found a process that still does" in capsys.readouterr().err
-    assert (out / "runs" / "absent-seed0" / rundir.MEASUREMENT).exists()
+    assert (out / "runs" / "absent-seed0" / directory.MEASUREMENT).exists()
 
 
 def test_an_arm_whose_folder_is_in_use_fails_alone_and_is_left_as_it_is(finished, monkeypatch, capsys):
@@ -416,7 +417,7 @@ def test_an_arm_whose_folder_is_in_use_fails_alone_and_is_left_as_it_is(finished
         assert "arm absent-seed0 failed" in (error := capsys.readouterr().err) and "process that still does" in error
         assert main(["study", str(finished), "--arm", "absent", "--force"]) == 1
         assert "process that still does" in capsys.readouterr().err
-        assert (folder / RECORD).read_text() == before and (folder / rundir.MEASUREMENT).exists()
+        assert (folder / RECORD).read_text() == before and (folder / directory.MEASUREMENT).exists()
     assert {r["arm"] for r in table(finished)} == {"fixed"}, "the report is there all the same"
 
 
@@ -430,7 +431,7 @@ def test_a_killed_study_takes_its_arms_along(study, forked):
     config = study.parent / "run.yaml"
     config.write_text(config.read_text().replace("max_steps: 10", "max_steps: 200000"))
     runs = plan(load_study(study))
-    code = "import sys; from train.arms import ArmRun; from train.cli import main; "
+    code = "import sys; from sinkbed.train.study.arms import ArmRun; from sinkbed.train.cli.main import main; "
     code += "" if forked else "ArmRun.can_be_forked = False; "
     code += f"sys.exit(main(['study', {str(study)!r}, '--quiet']))"
     with subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **environment()}) as process:
@@ -487,7 +488,7 @@ def test_a_terminated_study_has_its_arms_save_and_goes_on_later(study):
     config = study.parent / "run.yaml"
     config.write_text(config.read_text().replace("max_steps: 10", "max_steps: 2000"))
     runs = plan(load_study(study))
-    command = [sys.executable, "-m", "train", "study", str(study), "--quiet"]
+    command = [sys.executable, "-m", "sinkbed", "study", str(study), "--quiet"]
 
     def ignore_interrupts():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -502,8 +503,8 @@ def test_a_terminated_study_has_its_arms_save_and_goes_on_later(study):
         assert process.wait(60) == 130
     assert [r.status() for r in runs] == ["interrupted", "interrupted"], "neither failed nor finished"
     for run in runs:
-        rundir.lock(run.folder).close()  # raises where a process is left that writes
-        saved = int(rundir.newest_checkpoint(run.folder).stem.removeprefix("step-"))
+        directory.lock(run.folder).close()  # raises where a process is left that writes
+        saved = int(directory.newest_checkpoint(run.folder).stem.removeprefix("step-"))
         assert f"stopped at step {saved}" in (run.folder / LOG).read_text()
 
 
@@ -574,7 +575,7 @@ def test_a_report_keeps_seeds_that_the_file_does_not_name_and_says_what_is_missi
     report = finished.parent / "out" / "report"
     assert "Not in it" not in (report / "table.md").read_text() and not (report / "effects.csv").exists()
     (report / "effects.csv").write_text("of effects that the file has no more\n")
-    (finished.parent / "out" / "runs" / "absent-seed1" / rundir.MEASUREMENT).unlink()
+    (finished.parent / "out" / "runs" / "absent-seed1" / directory.MEASUREMENT).unlink()
     assert main(["report", str(finished)]) == 0
     for name in ("table.md", "index.html"):
         text = (report / name).read_text()
@@ -593,7 +594,7 @@ def test_preparing_is_waited_for_and_never_forced(study, monkeypatch, capsys):
             raise BlockingIOError(11, "another process is preparing it")
         return 0
 
-    monkeypatch.setattr("train.prepare.run", prepare)
+    monkeypatch.setattr("sinkbed.train.cli.prepare.run", prepare)
     monkeypatch.setattr(study_command, "SECONDS_BETWEEN_LOOKS", 0.01)
     (study.parent / "data.yaml").write_text("out: unused\n")
     study.write_text(study.read_text() + "prepare: data.yaml\n")

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data.strategy import Strategy
-from kernels.tiles import HEAD_DIMS
-from model import DecoderConfig
-from train.arms import check_configs, plan
-from train.optim import OptimizerConfig
-from train.planning import cost
-from train.study_file import METRICS, load_study
+from sinkbed.data.pack.strategy import Strategy
+from sinkbed.kernels.triton.tiles import HEAD_DIMS
+from sinkbed.model import DecoderConfig
+from sinkbed.train.loop.optim import OptimizerConfig
+from sinkbed.train.study.arms import check_configs, plan
+from sinkbed.train.study.cost import cost
+from sinkbed.train.study.file import METRICS, load_study
 
 SHIPPED = sorted((Path(__file__).parent.parent.parent / "configs" / "study").glob("*.yaml"))
 SIZES = ("demo", "small", "paper")
@@ -174,6 +174,6 @@ def test_the_arms_of_one_width_in_the_heads_study_have_as_many_parameters():
 
 
 def test_every_metric_of_an_effect_has_a_label():
-    from train.effects import LABELS
+    from sinkbed.train.report.effects import LABELS
 
     assert set(METRICS) == set(LABELS)

@@ -10,11 +10,11 @@ import sys
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
-from train import rundir
-from train.arms import environment, plan
-from train.cli import main
-from train.study_file import load_study
-from train.sweep import sweep_of
+from sinkbed.train.cli.main import main
+from sinkbed.train.run import directory
+from sinkbed.train.study.arms import environment, plan
+from sinkbed.train.study.file import load_study
+from sinkbed.train.study.sweep import sweep_of
 
 from .conftest import write_run_config
 
@@ -54,28 +54,28 @@ def test_the_agents_of_a_sweep_run_the_arms_of_the_study(tiny_store, tmp_path, c
 
     # As the agent starts the first, in a process of its own: it has made the W&B run.
     variables = {**os.environ, **environment(), "WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "agentrun"}
-    subprocess.run([sys.executable, "-m", "train", *commands[0][2:]], check=True, env=variables)
+    subprocess.run([sys.executable, "-m", "sinkbed", *commands[0][2:]], check=True, env=variables)
     done = [r for r in runs if r.status() == "finished"]
     assert [(r.arm, r.seed) for r in done] == [("lr-1e-2", 3)]
-    assert rundir.read_json(done[0].folder / rundir.RUN)["wandb_id"] == "agentrun"
+    assert directory.read_json(done[0].folder / directory.RUN)["wandb_id"] == "agentrun"
     assert list(done[0].folder.glob("wandb/offline-run-*-agentrun")), "one W&B run, the agent's"
     capsys.readouterr()
     assert main(commands[0][2:]) == 0
     assert "finished already" in capsys.readouterr().out
 
     # The study takes over what agents ran, and runs the rest.
-    before = (done[0].folder / rundir.METRICS).stat().st_mtime_ns
+    before = (done[0].folder / directory.METRICS).stat().st_mtime_ns
     assert main(["study", str(study), "--quiet"]) == 0
     assert all(r.status() == "finished" for r in runs)
-    assert (done[0].folder / rundir.METRICS).stat().st_mtime_ns == before
-    groups = {yaml.safe_load((r.folder / rundir.CONFIG).read_text())["wandb"]["group"] for r in runs}
+    assert (done[0].folder / directory.METRICS).stat().st_mtime_ns == before
+    groups = {yaml.safe_load((r.folder / directory.CONFIG).read_text())["wandb"]["group"] for r in runs}
     assert groups == {"out"}, "one W&B group, the study's"
     summary_of_the_study(tmp_path / "out")
 
 
 def summary_of_the_study(out):
     """Its W&B run has the report's table and the runs, under an id that stays."""
-    wandb_id = rundir.read_json(out / "summary.json")["wandb_id"]
+    wandb_id = directory.read_json(out / "summary.json")["wandb_id"]
     [folder] = out.glob(f"wandb/offline-run-*-{wandb_id}")
     found = {file.name.split("_")[0]: json.loads(file.read_text()) for file in folder.rglob("*.table.json")}
     assert set(found) == {"table", "runs"}

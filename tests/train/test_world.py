@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from sinkbed.train.cli.main import main
+from sinkbed.train.run import directory
+from sinkbed.train.run.world import is_set_by_a_launcher, join, leave
+from sinkbed.train.study.arms import environment
 from tests.train.test_fit import points, refused
-from train import rundir
-from train.arms import environment
-from train.cli import main
-from train.world import is_set_by_a_launcher, join, leave
 
 ROOT = Path(__file__).parent.parent.parent
 LEFT_OVER = [
@@ -66,7 +66,7 @@ def test_it_writes_its_run_and_locks_it(fit, launched, variables, capsys):
     assert status == 0 and len(points(folder)) > 10 and list(folder.glob("wandb/offline-run-*/run-*.wandb"))
     held = subprocess.Popen(
         [sys.executable, "-c", f"from train import rundir; from pathlib import Path; "
-         f"held = rundir.lock(Path({str(folder)!r})); print('held', flush=True); input()"],
+         f"held = directory.lock(Path({str(folder)!r})); print('held', flush=True); input()"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT,
     )  # fmt: skip
     assert held.stdout.readline() == b"held\n"
@@ -108,7 +108,7 @@ def test_an_arm_has_no_part_in_the_launch_of_its_study(launched):
 def test_files_of_the_working_directory_are_not_imported(tmp_path):
     for name in ("numpy.py", "yaml.py"):
         (tmp_path / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    command = [sys.executable, "-m", "train", "prepare", "--source.fils", "x"]
+    command = [sys.executable, "-m", "sinkbed", "prepare", "--source.fils", "x"]
     plain = {**environment(), "PYTHONSAFEPATH": ""}
     done = subprocess.run(command, cwd=tmp_path, env=plain, capture_output=True, text=True)
     assert "did you mean source.files" in done.stderr and not (tmp_path / "ran").exists(), done.stderr
@@ -129,7 +129,7 @@ def marked(mark):
 START = """
 import sys, threading
 from pathlib import Path
-from train.processes import FitProcess, warm_up
+from sinkbed.train.study.processes import FitProcess, warm_up
 if sys.argv[1] == "forked":
     warm_up()
 FitProcess(sys.argv[3:], Path(sys.argv[2]), {}, fork=sys.argv[1] == "forked").wait()
@@ -152,7 +152,7 @@ def test_nothing_outlives_a_study_that_is_killed(fit, tmp_path, kind, options, l
     command = [sys.executable, "-c", START, kind, str(tmp_path / "fit.log"), *arguments]
     study = subprocess.Popen(command, cwd=ROOT, env={**environment(), "SINKBED_TEST": str(tmp_path)})
     deadline = time.monotonic() + 90
-    while rundir.newest_checkpoint(tmp_path / "run") is None and time.monotonic() < deadline:
+    while directory.newest_checkpoint(tmp_path / "run") is None and time.monotonic() < deadline:
         time.sleep(0.05)
     before = marked(mark.encode())
     os.kill(study.pid, signal.SIGKILL)

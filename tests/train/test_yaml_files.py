@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.yaml_files import key_lines, read_mapping, read_yaml
+from sinkbed.train.config.yaml_files import key_lines, read_mapping, read_yaml
 
 
 @pytest.fixture

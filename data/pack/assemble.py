@@ -1,0 +1,212 @@
+"""Packing: pieces of documents to rows of tokens, targets and boundaries; all rows of a batch at once.
+
+`data.layout` says which pieces stand in a row. Here they become arrays: markers and placed tokens are put in,
+text is read from the store, padding fills up. Text flows around placed tokens. A placed token predicts the text
+that follows it, belongs to the document it stands before, and is never a target.
+
+Shapes: N rows, T tokens per row, P pieces, F placed tokens, W = T - F + 1 columns of content: what a row holds
+but for placed tokens, and the target beyond its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sinkbed.data.order import hash_words
+from sinkbed.data.pack.layout import Layout, Pieces
+
+Gather = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.integer]]
+"""`gather(starts, lengths)`: tokens of the store, documents end to end, without markers; the ranges joined."""
+
+_FIRST_TOKEN_KEY = 0xF1257  # keeps the draws of first tokens apart from those of the row order
+_SHARE_KEY = 0x54A8E
+
+
+class Row(NamedTuple):
+    """N rows; every array is [N, T] (see `data.batches.Batch` for the meaning of each)."""
+
+    tokens: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    loss_mask: NDArray[np.bool_]
+    doc_start: NDArray[np.int32]
+    doc_end: NDArray[np.int32]
+
+
+def pack(
+    layout: Layout,
+    index: NDArray[np.int64],
+    gather: Gather,
+    *,
+    placed_ids: NDArray[np.int64] | None = None,
+    padding_id: int = 0,
+) -> Row:
+    """Rows `index` [N], each in 0 .. R - 1, of a layout.
+
+    Args:
+        gather: tokens of the store by ranges.
+        placed_ids: [N, F] the tokens at the strategy's placed positions; None for rows without them.
+        padding_id: what stands where a row holds nothing.
+    """
+    length, strategy = layout.context_length, layout.strategy
+    placed = () if placed_ids is None else strategy.placed
+    slots = np.delete(np.arange(length), placed)
+    pieces = layout.pieces(index, led=placed_ids is not None or not strategy.placed)
+    at = places(pieces)
+    content, held = _content(layout, pieces, at, len(index), len(slots) + 1, gather, padding_id)
+    counted = _counted(layout, pieces, at, held, placed, slots)
+
+    # Row position p predicts the content after the last slot up to p. Beyond the leading positions slots are
+    # consecutive, so that two slices do what an index of all columns would.
+    lead = len(strategy.leading) if placed else 0
+    skip = lead - len(placed)
+    ahead = np.searchsorted(slots, np.arange(lead), side="right")
+    tokens = np.empty((len(index), length), dtype=np.int64)
+    tokens[:, lead:] = content[:, skip:-1]
+    targets, loss_mask = np.empty_like(tokens), np.empty(tokens.shape, dtype=np.bool_)
+    for whole, part in ((targets, content), (loss_mask, counted)):
+        whole[:, lead:] = part[:, skip + 1 :]
+        whole[:, :lead] = part[:, ahead]
+    if placed_ids is not None:
+        tokens[:, slots[:skip]] = content[:, :skip]
+        tokens[:, list(placed)] = placed_ids
+        loss_mask[:, [p - 1 for p in placed if p]] = False  # what follows is no text
+    loss_mask[:, : max(strategy.prefix_lm - 1, 0)] = False  # inside the prefix the target is visible to the query
+    short = np.flatnonzero(pieces.inputs < len(slots))
+    tokens[short, slots[pieces.inputs[short]]] = padding_id  # a target only
+
+    doc_start, doc_end = _boundaries(pieces, at, slots, length)
+    return Row(tokens, targets, loss_mask, doc_start, doc_end)
+
+
+def places(pieces: Pieces) -> NDArray[np.int64]:
+    """[P] column of a row's content at which each piece begins."""
+    size = pieces.end - pieces.begin
+    before = np.cumsum(size) - size
+    opens = np.searchsorted(pieces.row, np.arange(len(pieces.inputs)))
+    return before - before[opens][pieces.row]
+
+
+def _content(
+    layout: Layout,
+    pieces: Pieces,
+    at: NDArray[np.int64],
+    rows: int,
+    width: int,
+    gather: Gather,
+    padding_id: int,
+) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+    """Tokens [N, W] of the pieces and the markers between them, and how many of each row [N] there are."""
+    start, end = int(layout.start_id is not None), int(layout.end_id is not None)
+    text_begin = np.maximum(pieces.begin - start, 0)
+    text_end = np.minimum(pieces.end - start, pieces.length - start - end)
+    text = gather(layout.offsets[pieces.document] + text_begin, np.maximum(text_end - text_begin, 0))
+
+    held = np.bincount(pieces.row, pieces.end - pieces.begin, minlength=rows).astype(np.int64)
+    first = pieces.row * width + at  # in the flattened content
+    last = first + pieces.end - pieces.begin - 1
+    content = np.full(rows * width, padding_id, dtype=text.dtype)  # narrow until it is copied to its places
+    is_text = np.ones(rows * width, dtype=np.bool_)
+    if (held < width).any():
+        is_text.reshape(rows, width)[np.arange(width) >= held[:, None]] = False
+    for marker, places in (
+        (layout.start_id, first[pieces.begin == 0]),
+        (layout.end_id, last[pieces.end == pieces.length]),
+    ):
+        if marker is not None:
+            content[places] = marker
+            is_text[places] = False
+    content[is_text] = text
+    return content.reshape(rows, width), held
+
+
+def _counted(
+    layout: Layout,
+    pieces: Pieces,
+    at: NDArray[np.int64],
+    held: NDArray[np.int64],
+    placed: tuple[int, ...],
+    slots: NDArray[np.int64],
+) -> NDArray[np.bool_]:
+    """[N, W] whether each token of the content counts as a target, where something precedes it."""
+    strategy, width = layout.strategy, len(slots) + 1
+    columns = np.arange(width)
+    counted = np.ones((len(held), width), dtype=np.bool_)
+    if (held < width).any():
+        counted &= columns < held[:, None]
+    counted[pieces.row, at] &= starts_counted(layout, pieces, at, placed, slots)
+    if not layout.counts_beyond:
+        beyond = np.flatnonzero(held > pieces.inputs)
+        counted[beyond, pieces.inputs[beyond]] = False
+    if not placed and strategy.placed:
+        opens = pieces.context + (strategy.opening == "none")
+        counted &= columns >= opens[:, None]
+    return counted
+
+
+def starts_counted(
+    layout: Layout, pieces: Pieces, at: NDArray[np.int64], placed: tuple[int, ...], slots: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """[P] whether the token that a piece begins with counts as a target, where something precedes it.
+
+    Args:
+        at: [P] the pieces' columns of content; placed, slots: row positions of placed tokens and of content.
+    """
+    # Where a piece begins, its document does, unless it opens the row; another document precedes, or a placed token.
+    after_placed = np.isin(np.append(slots, layout.context_length) - 1, placed)
+    precedes = (at == 0) | after_placed[at] | (layout.strategy.mask == "causal")
+    begins = (pieces.begin == 0) | ((at == 0) & layout.counts_resumed)
+    return precedes & begins
+
+
+def _boundaries(
+    pieces: Pieces, at: NDArray[np.int64], slots: NDArray[np.int64], length: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Row position [N, T] where the document of each position starts, and after its last in this row."""
+    edge = np.append(0, slots + 1)  # row position at which a piece that begins in a column does, placed tokens included
+    edge[-1] = length
+    seen = at < pieces.inputs[pieces.row]  # others are the target beyond the row
+    row, begin = pieces.row[seen], at[seen]
+    end = np.minimum(begin + (pieces.end - pieces.begin)[seen], pieces.inputs[row])
+    start_at, end_at = edge[begin], edge[end]
+    short = np.flatnonzero(pieces.inputs < len(slots))
+    if len(short):  # padding is a document of its own
+        order = np.argsort(np.concatenate([row, short]), kind="stable")
+        start_at = np.concatenate([start_at, edge[pieces.inputs[short]]])[order]
+        end_at = np.concatenate([end_at, np.full(len(short), length)])[order]
+    shape, size = (len(pieces.inputs), length), end_at - start_at
+    return (
+        np.repeat(start_at.astype(np.int32), size).reshape(shape),
+        np.repeat(end_at.astype(np.int32), size).reshape(shape),
+    )
+
+
+def has_first_token(rows: NDArray[np.int64], *, share: float, seed: int, epoch: ArrayLike) -> NDArray[np.bool_]:
+    """Whether each row [N] has its first token, with probability `share`: a function of (seed, epoch, row)."""
+    # A share is compared in 53 bits, which a float holds exactly.
+    return (hash_words(_SHARE_KEY, seed, epoch, rows) >> np.uint64(11)).astype(np.float64) < share * 2.0**53
+
+
+def random_tokens(
+    rows: NDArray[np.int64],
+    *,
+    seed: int,
+    epoch: ArrayLike,
+    vocab_size: int,
+    special_ids: tuple[int, ...],
+    position: int = 0,
+) -> NDArray[np.int64]:
+    """A token for a position of each row [N], uniform over the ids that are not special.
+
+    A function of (seed, epoch, row, position).
+    """
+    ordinary = vocab_size - len(special_ids)
+    words = (seed, epoch, rows, position) if position else (seed, epoch, rows)
+    # The modulo favours some ids by less than one part in 2**40.
+    drawn = (hash_words(_FIRST_TOKEN_KEY, *words) % np.uint64(ordinary)).astype(np.int64)
+    for special in sorted(special_ids):
+        drawn += drawn >= special
+    return drawn

@@ -1,0 +1,287 @@
+"""Batches: rows of an epoch as tensors, in an order whose whole state is one integer.
+
+Rows are numbered globally: number g is epoch g // R (R rows per epoch), and within the epoch the row that
+the permutation of (seed, epoch) puts there. A global batch of G rows is rows [b * G, (b + 1) * G), however
+many processes share it; so a run resumed from `rows_consumed` sees what the uninterrupted run would have
+seen, on any number of processes.
+
+    rows = Rows(TokenStore.open("stores/demo"), Strategy(first_token="bos"), context_length=512, seed=0)
+    sampler = RowSampler(rows_consumed=0, micro_batch=8, accumulate=2)
+    loader = DataLoader(rows, batch_sampler=sampler, collate_fn=Rows.collate, num_workers=2)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from sinkbed.data.order import permute
+from sinkbed.data.pack.assemble import Row, has_first_token, pack, random_tokens
+from sinkbed.data.pack.layout import Concat, Layout, Planned
+from sinkbed.data.pack.plan import Plan, Recipe
+from sinkbed.data.pack.strategy import Strategy
+from sinkbed.data.store.token_store import TokenStore
+
+_BLOCK = 1024
+
+
+class Batch(NamedTuple):
+    """B rows of T tokens; every tensor is [B, T]."""
+
+    tokens: Tensor
+    """int64, the input."""
+    targets: Tensor
+    """int64, the token that follows each."""
+    loss_mask: Tensor
+    """bool, whether the target counts."""
+    positions: Tensor
+    """int64, position index in the row or in the document, as the strategy says."""
+    doc_start: Tensor
+    """int32, row position where the document of each position starts, 0 if it started in an earlier row."""
+    doc_end: Tensor
+    """int32, row position after the document's last in this row."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch on another device."""
+        return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory, from which copies to an accelerator can overlap with work."""
+        return Batch(*(tensor.pin_memory() for tensor in self))
+
+
+class SplitTooShort(ValueError):
+    """A split that does not fill one row."""
+
+
+class Rows(Dataset[Batch]):
+    """All rows of a split under a strategy, endlessly: a map from global row numbers to batches.
+
+    Args:
+        seed: decides the order of rows and the random first tokens; 0 or more.
+        unique_rows: an epoch has only so many of the split's rows, those of the first documents. None: all.
+
+    `len` is R, the rows of one epoch; numbers beyond it belong to later epochs. Picklable.
+    Raises ValueError for a context longer than the split, and a strategy that does not fit the
+    context or the vocabulary.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        strategy: Strategy,
+        context_length: int,
+        seed: int = 0,
+        unique_rows: int | None = None,
+    ) -> None:
+        strategy.check_context(context_length)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed: found {seed!r}, expected an integer from 0 to 2**63 - 1")
+        manifest = store.manifest
+        strategy.check_vocabulary(manifest.vocab_size, manifest.special_ids, store.path)
+        self.store = store
+        self.strategy = strategy
+        self.context_length = context_length
+        self.seed = seed
+        self._block: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        self.layout = self._make_layout()
+        if not self.layout.rows:
+            raise SplitTooShort(
+                f"context_length {context_length} but the split {store.split!r} has only {store.tokens:,} tokens "
+                f"in {store.documents:,} documents, not one complete row; shorten the context or prepare a larger "
+                "token store"
+            )
+        if unique_rows is not None and not 1 <= unique_rows <= self.layout.rows:
+            raise ValueError(
+                f"unique_rows: found {unique_rows}, expected 1 to {self.layout.rows:,}, the rows of the split "
+                f"{store.split!r}; null for all of them"
+            )
+        self.unique_rows = unique_rows
+
+    def __len__(self) -> int:
+        return self.unique_rows or self.layout.rows
+
+    def __getitem__(self, number: int) -> Batch:
+        """Row of a global number, as a batch of one."""
+        return self.__getitems__([number])
+
+    def __getitems__(self, numbers: Sequence[int]) -> Batch:
+        """Rows of some global numbers, in that order. Raises IndexError for a negative number."""
+        number = np.asarray(numbers, dtype=np.int64)
+        if number.size and number.min() < 0:
+            raise IndexError(f"row {number.min()}: rows are numbered from 0")
+        epoch = number // len(self)
+        slot = self._slots(number)
+        led = self.led(slot, epoch)
+        if led.all():
+            row = self._pack(slot, epoch, led=True)
+        elif not led.any():
+            row = self._pack(slot, epoch, led=False)
+        else:
+            parts = [self._pack(slot[some], epoch[some], led=kind) for kind, some in ((True, led), (False, ~led))]
+            back = np.argsort(np.argsort(~led, kind="stable"), kind="stable")
+            row = Row(*(np.concatenate(columns)[back] for columns in zip(*parts, strict=True)))
+        tokens, targets, loss_mask, doc_start, doc_end = map(torch.from_numpy, row)
+        index = torch.arange(self.context_length)
+        positions = index - doc_start if self.strategy.positions == "document" else index.expand(tokens.shape)
+        return Batch(tokens, targets, loss_mask, positions, doc_start, doc_end)
+
+    @staticmethod
+    def collate(batch: Any) -> Batch:
+        """For DataLoader's `collate_fn`: `__getitems__` gives whole batches, there is nothing to collate."""
+        return batch
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.store, self.strategy, self.context_length, self.seed, self.unique_rows)
+
+    def _slots(self, number: np.ndarray) -> np.ndarray:
+        """[N] the row in its epoch of each global number.
+
+        Training asks for one number after the other, and `permute` costs as much for one as for a thousand: a block of
+        them is computed at a time, and the last one kept.
+        """
+        slots = np.empty_like(number)
+        blocks = number // _BLOCK
+        for block in np.unique(blocks):
+            if self._block[0] != block:
+                epoch, place = np.divmod(np.arange(block * _BLOCK, (block + 1) * _BLOCK), len(self))
+                self._block = (int(block), permute(place, len(self), seed=self.seed, epoch=epoch))
+            inside = blocks == block
+            slots[inside] = self._block[1][number[inside] - block * _BLOCK]
+        return slots
+
+    def led(self, slot: np.ndarray, epoch: np.ndarray) -> np.ndarray:
+        """[N] whether each row of an epoch [N] has its first token."""
+        strategy = self.strategy
+        if strategy.first_token_share == 1:
+            return np.full(len(slot), bool(strategy.placed))
+        return has_first_token(slot, share=strategy.first_token_share, seed=self.seed, epoch=epoch)
+
+    def _pack(self, slot: np.ndarray, epoch: np.ndarray, *, led: bool) -> Row:
+        manifest, leading = self.store.manifest, self.strategy.leading
+        placed = np.empty((len(slot), len(self.strategy.placed)), dtype=np.int64) if led else None
+        if placed is not None:
+            for column, position in enumerate(self.strategy.placed):
+                what = leading[position]
+                if what == "random":
+                    placed[:, column] = random_tokens(
+                        slot,
+                        seed=self.seed,
+                        epoch=epoch,
+                        vocab_size=manifest.vocab_size,
+                        special_ids=manifest.special_ids,
+                        position=position,
+                    )
+                else:
+                    placed[:, column] = manifest.token_id(what)  # type: ignore[assignment]  # none is not placed
+        return pack(self.layout, slot, self.store.gather, placed_ids=placed, padding_id=manifest.eos_id)
+
+    def _make_layout(self) -> Layout:
+        store, strategy = self.store, self.strategy
+        start, end = (store.manifest.token_id(what) for what in (strategy.document_start, strategy.document_end))
+        common: dict[str, Any] = {
+            "offsets": store.offsets,
+            "context_length": self.context_length,
+            "strategy": strategy,
+            "start_id": start,
+            "end_id": end,
+        }
+        if strategy.packing == "concat":
+            return Concat(**common)
+        room = self.context_length - len(strategy.placed)
+        recipe = Recipe(strategy=strategy, room=room, extras=(start is not None) + (end is not None))
+        return Planned(
+            plan=Plan.load(recipe, store.offsets, store.path / "packing" / store.split, store.digest), **common
+        )
+
+
+class RowSampler(Sampler[list[int]]):
+    """Batch sampler: the global row numbers of each micro batch of one process, from `rows_consumed` on.
+
+    A global batch of G = micro_batch * accumulate * world_size rows is cut into contiguous micro batches,
+    dealt to the processes in turn: step by step, all processes together walk the rows in order.
+
+    Args:
+        rows_consumed: rows that training has consumed, over all processes: the whole state.
+        micro_batch: rows a process handles at a time; accumulate: micro batches per process and step.
+        total_rows: stop before a global batch would end beyond this row. None: never stop.
+
+    Raises ValueError for numbers outside their range.
+    """
+
+    def __init__(
+        self,
+        *,
+        rows_consumed: int = 0,
+        micro_batch: int,
+        accumulate: int = 1,
+        world_size: int = 1,
+        rank: int = 0,
+        total_rows: int | None = None,
+    ) -> None:
+        least = {"rows_consumed": 0, "micro_batch": 1, "accumulate": 1, "world_size": 1, "rank": 0}
+        given = (rows_consumed, micro_batch, accumulate, world_size, rank)
+        for (name, bound), value in zip(least.items(), given, strict=True):
+            if value < bound:
+                raise ValueError(f"{name}: found {value}, expected at least {bound}")
+        if rank >= world_size:
+            raise ValueError(f"rank: found {rank} with world_size {world_size}, expected 0 to {world_size - 1}")
+        if total_rows is not None and total_rows < 0:
+            raise ValueError(f"total_rows: found {total_rows}, expected at least 0, or None for no end")
+        self.rows_consumed = rows_consumed
+        self.micro_batch = micro_batch
+        self.accumulate = accumulate
+        self.world_size = world_size
+        self.rank = rank
+        self.total_rows = total_rows
+
+    @classmethod
+    def for_global_batch(
+        cls,
+        global_batch: int,
+        *,
+        micro_batch: int,
+        rows_consumed: int = 0,
+        world_size: int = 1,
+        rank: int = 0,
+        total_rows: int | None = None,
+    ) -> Self:
+        """The sampler that makes steps of `global_batch` rows. Raises ValueError where they do not divide."""
+        per_pass = micro_batch * world_size
+        if per_pass < 1 or global_batch < 1 or global_batch % per_pass:
+            raise ValueError(
+                f"global_batch: found {global_batch} rows, expected a positive multiple of micro_batch * world_size = "
+                f"{micro_batch} * {world_size}"
+            )
+        return cls(
+            rows_consumed=rows_consumed,
+            micro_batch=micro_batch,
+            accumulate=global_batch // per_pass,
+            world_size=world_size,
+            rank=rank,
+            total_rows=total_rows,
+        )
+
+    @property
+    def global_batch(self) -> int:
+        """G: rows of one optimiser step, over all processes."""
+        return self.micro_batch * self.accumulate * self.world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        begin = self.rows_consumed
+        while self.total_rows is None or begin + self.global_batch <= self.total_rows:
+            for step in range(self.accumulate):
+                first = begin + (step * self.world_size + self.rank) * self.micro_batch
+                yield list(range(first, first + self.micro_batch))
+            begin += self.global_batch
+
+    def __len__(self) -> int:
+        """Micro batches of this process until `total_rows`. Raises TypeError where there is no end."""
+        if self.total_rows is None:
+            raise TypeError("a RowSampler without total_rows has no length")
+        return max(0, self.total_rows - self.rows_consumed) // self.global_batch * self.accumulate

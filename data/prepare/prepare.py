@@ -1,0 +1,240 @@
+"""Prepare: documents -> tokenizer -> token store, in one call that is safe to repeat.
+
+One process reads the documents in their order, selects them and cuts them into units and batches
+(`data.selection`); others encode the batches (`data.encoding`); each unit becomes a shard per split and a
+record that it is done (`data.units`). Nothing in the store depends on the number of processes, nor on how
+often the work was stopped: called again, it goes on after the last unit that was finished. The tokenizer is
+trained on documents of the training split only, once.
+
+A store records what it was made from, down to the sha256 of local files. Called again with the same
+config, `prepare` compares every checksum and returns; with another, it refuses rather than mix two corpora.
+
+This module imports neither datasets nor tokenizers until `prepare` is called.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sinkbed.data.files import differing
+from sinkbed.data.prepare.recipe import (
+    SHARD_BYTES,
+    TRAIN_BYTES,
+    VOCAB_SIZE,
+    PrepareConfig,
+    TokenizerConfig,
+    condensed,
+    recipe_of,
+    selection,
+)
+from sinkbed.data.source.documents import Documents
+from sinkbed.data.source.selection import batches, split_of
+from sinkbed.data.store.manifest import MANIFEST_NAME, Manifest
+
+if TYPE_CHECKING:
+    from sinkbed.data.prepare.encoding import Encoded
+    from sinkbed.data.prepare.units import Units
+    from sinkbed.data.tokenizer import Tokenizer
+
+__all__ = ["PrepareConfig", "TokenizerConfig", "prepare", "split_of"]
+
+
+def prepare(
+    config: PrepareConfig, *, force: bool = False, progress: bool = True, workers: int | None = None
+) -> Manifest:
+    """Make the token store that `config` describes, unless it is there already; go on where a run was stopped.
+
+    Args:
+        force: make it again, replace whatever token store stands at `config.out`, and start over what was
+            begun from another config.
+        progress: draw progress bars on stderr.
+        workers: processes that encode; the store does not depend on it. None: one per core.
+
+    Raises FileNotFoundError for missing sources, FileExistsError where `out` is taken by something that is
+    no token store, ValueError for an unfit source or tokenizer and where `out` holds a store made, or begun,
+    from another config, `data.partial.DiskFullError` when there is no space left,
+    `data.encoding.WorkerDiedError`.
+    """
+    workers = available_cores() if workers is None else workers
+    if workers < 1:
+        raise ValueError(f"workers: found {workers}, expected at least 1")
+    out = Path(config.out)
+    recipe = recipe_of(config)
+    standing = (out / MANIFEST_NAME).exists()
+    if not force and standing:
+        return _up_to_date(out, recipe)
+
+    from sinkbed.data.prepare.partial import PartialStore
+    from sinkbed.data.prepare.units import Units, begun_recipe
+
+    with PartialStore(out, replace=force, keeps=True) as partial:
+        # A forced run that was stopped is forced again to go on; it starts over where nothing needs the force.
+        begun = begun_recipe(partial.folder)
+        needless = not standing and not (partial.folder / MANIFEST_NAME).is_file()
+        units = Units(partial, recipe, start_over=force and (needless or begun not in (None, recipe)))
+        manifest = units.published()
+        if manifest is not None:
+            return manifest
+        try:
+            return _fill(config, recipe, units, workers, progress)
+        except (ValueError, FileNotFoundError):
+            # The config has to change: nothing of this one is worth keeping.
+            if not units.finished:
+                partial.discard()
+            raise
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _fill(config: PrepareConfig, recipe: dict[str, Any], units: Units, workers: int, progress: bool) -> Manifest:
+    """Make the units that are missing, then the store."""
+    from sinkbed.data.prepare.encoding import Encoder
+    from sinkbed.data.prepare.units import FORGOTTEN, Gathered
+    from sinkbed.data.prepare.writer import manifest_of
+
+    documents = Documents(config.source, on_error=config.on_error)
+    tokenizer = _kept_tokenizer(config, documents, units, progress)
+    selected = selection(config, documents, tokenizer)
+    gathered = Gathered()
+    read = 0
+    done = set(units.finished)
+    cut = batches(selected, config.shard_bytes or SHARD_BYTES)
+    with _Bar("encoding", progress, documents.count()) as bar, Encoder(tokenizer, workers) as encoder:
+        for batch, encoded in encoder.map(cut, done, bar.encoded):
+            gathered.add(batch, encoded)
+            bar.advance(len(batch.documents))
+            if not batch.last:
+                continue
+            if batch.unit in done:
+                units.compare(batch.unit, gathered)
+            else:
+                units.finish(batch.unit, gathered)
+            gathered = Gathered()
+            read = batch.unit + 1
+    unread = [number for number in units.finished if number >= read]
+    if unread:
+        raise ValueError(
+            f"{units.partial.folder}: the source gives fewer documents than when unit {unread[0]} was made; pin its "
+            "revision or put its files back, or remove that folder to start over"
+        )
+    shards = units.shards()
+    written = {split: sum(shard.documents for shard in shards.get(split, ())) for split in ("train", "validation")}
+    if not any(written.values()):
+        units.partial.discard()
+        left_out = documents.left_out + selected.left_out
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(left_out.items()))
+        raise ValueError(
+            f"found no document that the config lets pass (left out: {reasons}); look at min_bytes and max_bytes"
+        )
+    if not written["train"] or (config.validation_share and not written["validation"]):
+        units.partial.discard()
+        raise ValueError(
+            f"validation_share: found {config.validation_share}, which splits the corpus into {written['train']} "
+            f"training and {written['validation']} validation documents; expected both to hold some: change it, or "
+            "set it to 0"
+        )
+    left_out = documents.left_out + selected.left_out
+    return units.partial.publish(manifest_of(recipe, tokenizer, shards, left_out), FORGOTTEN)
+
+
+def _up_to_date(out: Path, recipe: dict[str, Any]) -> Manifest:
+    """The manifest at `out` if its store is whole and was made from `recipe`; else ValueError."""
+    from sinkbed.data.prepare.partial import sweep
+    from sinkbed.data.store.token_store import TokenStore
+
+    manifest = Manifest.read(out)
+    if (made_from := condensed(manifest.recipe)) != recipe:
+        raise ValueError(
+            f"{out} holds a token store made from another config ({differing(made_from, recipe)}); choose "
+            "another --out, or replace it with `sinkbed prepare --force`"
+        )
+    for split in manifest.splits:
+        TokenStore.open(out, split).verify()
+    sweep(out)
+    return manifest
+
+
+def _kept_tokenizer(config: PrepareConfig, documents: Documents, units: Units, progress: bool) -> Tokenizer:
+    """The tokenizer that was written before, else a new one, written."""
+    chosen = config.tokenizer
+    if not chosen.path and (kept := units.kept_tokenizer()) is not None:
+        return kept
+    tokenizer = make_tokenizer(config, documents, progress)
+    units.write_tokenizer(tokenizer)
+    return tokenizer
+
+
+def make_tokenizer(config: PrepareConfig, documents: Documents, progress: bool) -> Tokenizer:
+    """Load the tokenizer of a config, or train it on the first documents of the training split."""
+    from sinkbed.data.tokenizer import Tokenizer
+
+    chosen = config.tokenizer
+    if chosen.path:
+        return Tokenizer.load(chosen.path, bos=chosen.bos, eos=chosen.eos)
+    with _Bar("training the tokenizer", progress, None) as bar:
+        texts = (bar.passed(text) for text in _training_texts(config, documents))
+        return Tokenizer.train(texts, vocab_size=chosen.vocab_size or VOCAB_SIZE)
+
+
+def _training_texts(config: PrepareConfig, documents: Documents) -> Iterator[str]:
+    """The first selected documents of the training split, up to the limits of the tokenizer's config.
+
+    The last one is given whole, but of no document more than `train_bytes`.
+    """
+    budget = limit = config.tokenizer.train_bytes or TRAIN_BYTES
+    count = 0
+    for document in selection(config, documents):
+        if document.split != "train":
+            continue
+        whole = document.size <= limit
+        yield document.text if whole else document.text[:limit].encode()[:limit].decode(errors="ignore")
+        budget -= document.size
+        count += 1
+        if budget <= 0 or count == config.tokenizer.train_documents:
+            return
+
+
+class _Bar:
+    """Documents, MB/s and tokens/s of what is encoded now; what was finished before does not count as fast."""
+
+    def __init__(self, label: str, progress: bool, total: int | None) -> None:
+        from tqdm import tqdm
+
+        # disable=None would hide the bar where stderr is no terminal; batch logs should show it, slowly.
+        self._bar = tqdm(desc=label, total=total, unit=" documents", mininterval=1.0, disable=not progress)
+        self._began = time.perf_counter()
+        self._bytes = self._tokens = 0
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def passed(self, text: str) -> str:
+        """Count a document."""
+        self._bar.update()
+        return text
+
+    def encoded(self, encoded: Encoded) -> None:
+        """Tell how fast, also inside a long document."""
+        self._bytes += int(encoded.sizes.sum())
+        self._tokens += len(encoded.tokens)
+        seconds = time.perf_counter() - self._began
+        self._bar.set_postfix_str(
+            f"{self._bytes / 1e6:,.0f} MB, {self._bytes / seconds / 1e6:.1f} MB/s, "
+            f"{self._tokens / seconds / 1e6:.2f}M tokens/s",
+            refresh=False,
+        )
+        self._bar.update(0)
+
+    def advance(self, documents: int) -> None:
+        """Count documents."""
+        self._bar.update(documents)

@@ -1,0 +1,284 @@
+"""Synthetic tasks: documents of one-byte symbols whose predictable part is known, for sinks in seconds.
+
+A document is a pure function of (task, seed, number): each symbol is drawn by hashing the document's
+number and the position, so any document can be made alone, in any order, the same on every machine.
+Symbols are ASCII letters, digits and a few marks, so a tokenizer without merges (vocab_size 258) makes
+one token of each, and a synthetic corpus is a corpus of text like any other.
+
+    bigram_backcopy      k q Q ? Q c e ! e      after a trigger comes the symbol before it
+    trigger_averaging    c g ? E a a ? C        after `?` comes the mean of the values (a=0, b=1, ...) so far
+    uniform              x 7 B k 0              nothing to predict
+    repeated             a R a R a R            a random phrase, over and over
+
+`entropy_floor` gives the loss that a model which has learned a task reaches and cannot go below.
+Traded away: the bigram is drawn at random, not counted in a text as in the paper it comes from.
+
+Shapes: N documents, T positions, S ordinary symbols, K triggers.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sinkbed.data.order import hash_words
+
+Task = Literal["bigram_backcopy", "trigger_averaging", "uniform", "repeated"]
+
+SYMBOLS = string.ascii_letters + string.digits
+"""Ordinary symbols; of `trigger_averaging` the values are the lower case and their means the upper case."""
+TRIGGERS = "?!#%&*+=@~"
+
+GENERATOR_VERSION = 1
+"""Raise it with any change of what a task generates: token stores are told apart by it."""
+
+_LETTERS = len(string.ascii_lowercase)
+_USED_BY: dict[str, tuple[Task, ...]] = {
+    "triggers": ("bigram_backcopy",),
+    "trigger_probability": ("bigram_backcopy", "trigger_averaging"),
+    "phrase": ("repeated",),
+}
+# Keys that keep the draws of different things apart.
+_BIGRAM_KEY, _LENGTH_KEY, _SYMBOL_KEY, _TRIGGER_KEY = 0xB16, 0x1E6, 0x5E3, 0x761
+_BLOCK_TOKENS = 2**18  # made at a time: enough to amortise NumPy's calls, little enough for the cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synthetic:
+    """A synthetic corpus. Raises ValueError for values out of range, or that the task would ignore."""
+
+    task: Task
+    """`bigram_backcopy` (arXiv 2410.13835, section 2): a bigram, but after a trigger the symbol before it is
+    copied. `trigger_averaging` (after arXiv 2603.11487, as next-token prediction): uniform values; after a trigger
+    the rounded mean of the values so far. `uniform`: random symbols. `repeated`: a random phrase, repeated."""
+    documents: int
+    """Number of documents."""
+    length: int | tuple[int, int]
+    """Tokens a document, or the least and the most, drawn uniformly."""
+    symbols: int | None = None
+    """Ordinary symbols. None: 61 in bigram_backcopy (with 3 triggers the 64 of the paper), 26 values in
+    trigger_averaging, else 62."""
+    triggers: int | None = None
+    """bigram_backcopy: symbols that trigger a copy. None: 3."""
+    trigger_probability: float | None = None
+    """bigram_backcopy, trigger_averaging: chance of a trigger wherever a symbol is drawn. None: 0.1."""
+    phrase: int | None = None
+    """repeated: tokens of the phrase. None: 1."""
+    seed: int = 0
+    """Another seed, other documents of the same task; the bigram is the same for every seed."""
+
+    def __post_init__(self) -> None:
+        if self.task not in get_args(Task):
+            raise ValueError(f"synthetic.task: found {self.task!r}, expected one of {', '.join(get_args(Task))}")
+        for name, tasks in _USED_BY.items():
+            if getattr(self, name) is not None and self.task not in tasks:
+                raise ValueError(
+                    f"synthetic.{name}: found {getattr(self, name)!r} with task {self.task!r}, which ignores it; "
+                    f"it belongs to {' and '.join(tasks)}; remove it"
+                )
+        _check_range("documents", self.documents, 1, None)
+        _check_range("seed", self.seed, 0, None)
+        if not isinstance(self.length, int) and len(self.length) != 2:
+            raise ValueError(f"synthetic.length: found {self.length!r}, expected a number or two, least and most")
+        least, most = self.lengths
+        _check_range("length", least, 2, None)
+        _check_range("length", most, least, None)
+        _check_range("symbols", self.symbol_count, 2, _LETTERS if self.task == "trigger_averaging" else len(SYMBOLS))
+        _check_range("triggers", self.trigger_count, 0, len(TRIGGERS))
+        if self.triggers is not None:
+            _check_range("triggers", self.triggers, 1, len(TRIGGERS))
+        if self.phrase is not None:
+            _check_range("phrase", self.phrase, 1, least)
+        if not 0 < self.chance < 1:
+            raise ValueError(f"synthetic.trigger_probability: found {self.chance}, expected more than 0, less than 1")
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Least and most tokens a document."""
+        return (self.length, self.length) if isinstance(self.length, int) else self.length
+
+    @property
+    def symbol_count(self) -> int:
+        """S, resolved."""
+        default = {"bigram_backcopy": 61, "trigger_averaging": _LETTERS}.get(self.task, len(SYMBOLS))
+        return default if self.symbols is None else self.symbols
+
+    @property
+    def trigger_count(self) -> int:
+        """K, resolved."""
+        if self.task == "bigram_backcopy":
+            return 3 if self.triggers is None else self.triggers
+        return int(self.task == "trigger_averaging")
+
+    @property
+    def chance(self) -> float:
+        """Chance of a trigger where a symbol is drawn, resolved."""
+        return 0.1 if self.trigger_probability is None else self.trigger_probability
+
+
+class Floor(NamedTuple):
+    """What the best model of a task reaches over the second and later tokens of its documents."""
+
+    loss: float
+    """Expected nats a token: the entropy of what the text before leaves open. Compare with `val/loss`."""
+    predictable: float
+    """Share of the targets that the text before determines; their part of the loss is 0."""
+
+
+def synthetic_documents(task: Synthetic, start: int = 0, stop: int | None = None) -> Iterator[str]:
+    """Documents `start` to `stop` (None: the last one) of a task, made some thousand at a time."""
+    block = max(1, _BLOCK_TOKENS // task.lengths[1])
+    stop = task.documents if stop is None else stop
+    for first in range(start, stop, block):
+        numbers = np.arange(first, min(first + block, stop))
+        lengths = _document_lengths(task, numbers)
+        symbols = _GENERATORS[task.task](task, numbers, int(lengths.max()))
+        for row, length in zip(symbols, lengths.tolist(), strict=True):
+            yield row[:length].tobytes().decode("ascii")
+
+
+def bigram(symbols: int, triggers: int, trigger_probability: float) -> NDArray[np.float64]:
+    """[S, S + K] chances of the next symbol after each ordinary one; the last K are the triggers.
+
+    Skewed as the bigram of a text is (cubed exponential weights: entropy about 2.6 nats at S = 61).
+    """
+    rows, columns = np.arange(symbols)[:, None], np.arange(symbols + triggers)
+    weights = (-np.log1p(-_uniform(_BIGRAM_KEY, rows, columns))) ** 3
+    ordinary, special = weights[:, :symbols], weights[:, symbols:]
+    return np.hstack(
+        [
+            (1 - trigger_probability) * ordinary / ordinary.sum(1, keepdims=True),
+            trigger_probability * special / special.sum(1, keepdims=True),
+        ]
+    )
+
+
+def entropy_floor(task: Synthetic) -> Floor:
+    """The lowest expected loss on a task's documents, exactly; see `Floor`."""
+    least, most = task.lengths
+    entropy, open_share = _OPEN[task.task](task, most)
+    # Position t exists in the documents that are longer than t.
+    weight = np.clip((most - np.arange(1, most)) / (most - least + 1), None, 1.0)
+    return Floor(
+        float(weight @ entropy[1:] / weight.sum()),
+        float(1 - weight @ open_share[1:] / weight.sum()),
+    )
+
+
+def _bigram_backcopy(task: Synthetic, numbers: NDArray[np.int64], length: int) -> NDArray[np.uint8]:
+    """[N, T] ASCII codes of whole documents, as in every generator here."""
+    S = task.symbol_count
+    cumulative = bigram(S, task.trigger_count, task.chance).cumsum(1)
+    cumulative[:, -1] = 1.0  # the sum may round to less
+    drawn = _draws(_SYMBOL_KEY, task, numbers, length)
+    out = np.empty(drawn.shape, dtype=np.int64)
+    # Never a trigger: it would have nothing to copy, and two in a row would alternate for ever.
+    out[:, 0] = drawn[:, 0] * S
+    for t in range(1, length):
+        last = out[:, t - 1]
+        after = np.minimum(last, S - 1)  # any row will do for a trigger: the copy replaces what is drawn
+        fresh = (drawn[:, t, None] >= cumulative[after]).sum(1)
+        out[:, t] = np.where(last >= S, out[:, max(t - 2, 0)], fresh)
+    return _codes(SYMBOLS[:S] + TRIGGERS[: task.trigger_count])[out]
+
+
+def _trigger_averaging(task: Synthetic, numbers: NDArray[np.int64], length: int) -> NDArray[np.uint8]:
+    S = task.symbol_count
+    values = (_draws(_SYMBOL_KEY, task, numbers, length) * S).astype(np.int64)
+    triggered = _draws(_TRIGGER_KEY, task, numbers, length) < task.chance
+    triggered[:, 0] = False  # there is no mean yet
+    for t in range(1, length):
+        triggered[:, t] &= ~triggered[:, t - 1]
+    answer = np.zeros_like(triggered)
+    answer[:, 1:] = triggered[:, :-1]
+    counted = ~(triggered | answer)
+    total, count = np.cumsum(values * counted, axis=1), np.cumsum(counted, axis=1)
+    mean = (2 * total + count) // (2 * count)  # to the nearest, halves up
+    out = np.where(answer, _LETTERS + mean, np.where(triggered, len(SYMBOLS), values))
+    return _codes(SYMBOLS + TRIGGERS[:1])[out]
+
+
+def _uniform_symbols(task: Synthetic, numbers: NDArray[np.int64], length: int) -> NDArray[np.uint8]:
+    S = task.symbol_count
+    return _codes(SYMBOLS[:S])[(_draws(_SYMBOL_KEY, task, numbers, length) * S).astype(np.int64)]
+
+
+def _repeated(task: Synthetic, numbers: NDArray[np.int64], length: int) -> NDArray[np.uint8]:
+    phrase = _uniform_symbols(task, numbers, task.phrase or 1)
+    return phrase[:, np.arange(length) % phrase.shape[1]]
+
+
+def _open_backcopy(task: Synthetic, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """[T] entropy in nats of each position given those before; [T] chance that it is drawn, not determined."""
+    S = task.symbol_count
+    P = bigram(S, task.trigger_count, task.chance)
+    surprise = -(P * np.log(P)).sum(1)
+    entropy, drawn = np.full(length, np.log(S)), np.ones(length)
+    ordinary, trigger = np.full(S, 1 / S), np.zeros(S)  # chance to be at x; to be at a trigger that follows x
+    for t in range(1, length):
+        entropy[t], drawn[t] = ordinary @ surprise, ordinary.sum()
+        ordinary, trigger = ordinary @ P[:, :S] + trigger, ordinary * P[:, S:].sum(1)
+    return entropy, drawn
+
+
+def _open_averaging(task: Synthetic, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    p, S = task.chance, task.symbol_count
+    drawn = np.ones(length)
+    for t in range(2, length):
+        drawn[t] = 1 - p * drawn[t - 1]
+    entropy = drawn * -(p * math.log(p) + (1 - p) * math.log((1 - p) / S))
+    entropy[0] = math.log(S)
+    return entropy, drawn
+
+
+def _open_uniform(task: Synthetic, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    return np.full(length, np.log(task.symbol_count)), np.ones(length)
+
+
+def _open_repeated(task: Synthetic, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    drawn = (np.arange(length) < (task.phrase or 1)).astype(np.float64)
+    return drawn * np.log(task.symbol_count), drawn
+
+
+_GENERATORS = {
+    "bigram_backcopy": _bigram_backcopy,
+    "trigger_averaging": _trigger_averaging,
+    "uniform": _uniform_symbols,
+    "repeated": _repeated,
+}
+_OPEN = {
+    "bigram_backcopy": _open_backcopy,
+    "trigger_averaging": _open_averaging,
+    "uniform": _open_uniform,
+    "repeated": _open_repeated,
+}
+
+
+def _document_lengths(task: Synthetic, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    least, most = task.lengths
+    return least + (_uniform(_LENGTH_KEY, task.seed, numbers) * (most - least + 1)).astype(np.int64)
+
+
+def _draws(key: int, task: Synthetic, numbers: NDArray[np.int64], length: int) -> NDArray[np.float64]:
+    """[N, T] uniform numbers in [0, 1), a function of (key, seed, document's number, position)."""
+    return _uniform(hash_words(key, task.seed, numbers)[:, None], np.arange(length))
+
+
+def _uniform(*words: ArrayLike) -> NDArray[np.float64]:
+    return (hash_words(*words) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _codes(alphabet: str) -> NDArray[np.uint8]:
+    return np.frombuffer(alphabet.encode("ascii"), dtype=np.uint8)
+
+
+def _check_range(name: str, found: object, least: int, most: int | None) -> None:
+    if isinstance(found, bool) or not isinstance(found, int) or found < least or (most is not None and found > most):
+        expected = f"{least} to {most}" if most is not None else f"at least {least}"
+        raise ValueError(f"synthetic.{name}: found {found!r}, expected an integer, {expected}")

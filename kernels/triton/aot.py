@@ -1,0 +1,342 @@
+"""Compiles the kernels ahead of time for GPUs that need not be here, and counts what the compilers made of them.
+
+The launches are the wrapper's own: a driver that only names a target stands in for the GPU, so tiles, dtypes and
+specialisation are those of a real call. What is counted is static: no time is measured.
+
+A kernel has two loops over tiles, one with the mask and one without. In the assembly a loop is what a backward branch
+closes; of the innermost loops those with the most matrix instructions are these two, and the shorter one is the loop
+over full tiles (the loop of the statistics multiplies 16 keys and has fewer). Waits for asynchronous copies and
+products are loops of two instructions that the compilers put behind the kernel's end.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from sinkbed.kernels.triton import kernels as triton_kernels
+from sinkbed.kernels.triton import op as triton_gpu
+from sinkbed.kernels.triton.tiles import Tiles, override
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MASKS = ("document", "causal", "prefix_lm", "one_document")
+"""`document` and `causal`; `prefix_lm`: a prefix LM within documents, a learned sink, a gradient of lse and a T that
+is no multiple of 16; `one_document`: causal, with such a T and statistics of rows without documents."""
+KERNELS = ("forward", "forward+statistics", "forward+full", "delta", "dq", "dkv", "received")
+# The opcode and no modifier: HFMA2.MMA moves a constant.
+_MATRIX = re.compile(r"(?:@!?U?P\w+\s+)?((?:[HIDQO]|[HIQ]G|UTC[HIQO])MMA|v_mfma)(?![A-Z0-9])")
+_LOCAL = re.compile(r"(?:@!?U?P\w+\s+)?(?:(?P<store>STL|scratch_store)|LDL|scratch_load)(?P<width>\S*)")
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Limits of a multiprocessor."""
+
+    backend: str
+    arch: int | str
+    shared_block: int
+    """Bytes of shared memory that one block may have."""
+    shared: int
+    """Bytes of shared memory."""
+    warps: int
+    """Warps that may be resident."""
+    registers: int
+    """32-bit registers."""
+    reserved: int = 1024
+    """Bytes of shared memory that each block takes besides its own."""
+    tensor_memory: int | None = None
+    """Columns of tensor memory, where there is one."""
+    peak: tuple[str, int, int] | None = None
+    """A product: its name, FLOP a cycle and multiprocessor of its 16-bit matrix units, and their TFLOP/s."""
+    warp_size: int = 32
+
+
+CHIPS = {
+    "sm_80": Chip("cuda", 80, 166912, 167936, 64, 65536, peak=("A100", 2048, 312)),
+    "sm_89": Chip("cuda", 89, 101376, 102400, 48, 65536),
+    "sm_90": Chip("cuda", 90, 232448, 233472, 64, 65536, peak=("H100", 4096, 989)),
+    "sm_100": Chip("cuda", 100, 232448, 233472, 64, 65536, tensor_memory=512, peak=("B200", 8192, 2250)),
+    "gfx942": Chip("hip", "gfx942", 65536, 65536, 32, 4 * 512 * 64, reserved=0, warp_size=64),
+}
+
+
+@dataclass(frozen=True, order=True)
+class Variant:
+    """One thing to compile."""
+
+    arch: str
+    kernel: str
+    mask: str
+    """One of MASKS."""
+    dtype: str
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the compiler made of a variant."""
+
+    tiles: str
+    """queries × keys, warps, stages."""
+    registers: int
+    """A lane; on AMD with the accumulation registers."""
+    spilled: int
+    """Bytes a lane stores in memory for want of registers, by the code's instructions, each counted once. What AMD
+    moves to accumulation registers is no spill."""
+    reloaded: int
+    """Bytes a lane loads again, counted in the same way."""
+    shared: int
+    """Bytes a block."""
+    occupancy: int
+    """Resident warps, in % of the chip's limit, as registers, shared and tensor memory allow."""
+    unit: str
+    """The matrix instruction: `HMMA` (a warp's), `HGMMA` (four warps', sm_90), `UTCHMMA` (tensor memory, sm_100),
+    `v_mfma` (AMD)."""
+    matrix: int
+    """Matrix instructions in the loop over full tiles; in the whole kernel where it has no such loop."""
+    full_loop: int
+    """Instructions a warp issues for a full tile; 0 without such a loop."""
+    masked_loop: int
+    """The same for a masked tile."""
+    total: int
+    """Instructions of the kernel's code."""
+
+
+class _Target:
+    """Stands in for Triton's driver: names a target, owns no device."""
+
+    def __init__(self, chip: Chip, number: int) -> None:
+        self.target = GPUTarget(chip.backend, chip.arch, chip.warp_size)
+        self.number = number
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.number  # Triton caches per device
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+class _Recorder:
+    """A kernel that compiles where it would be launched, or does nothing where it is not asked for."""
+
+    def __init__(self, kernel: Any, compiled: list[Any] | None) -> None:
+        self.kernel = kernel
+        self.compiled = compiled
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            if self.compiled is not None:
+                self.compiled.append((self.kernel.warmup(*arguments, grid=(1,), **options), options))
+
+        return launch
+
+
+def compile_variant(variant: Variant, tiles: Tiles | None = None) -> Counts:
+    """Compile one variant, through the wrapper's own launch.
+
+    Raises RuntimeError in Triton's interpreter, where nothing compiles, and whatever the compiler raises.
+    """
+    if triton_gpu.interpreted():
+        raise RuntimeError("compiling: expected a process without TRITON_INTERPRET, found one with it")
+    chip = CHIPS[variant.arch]
+    triton.runtime.driver.set_active(_Target(chip, 1 + list(CHIPS).index(variant.arch)))
+    name = variant.kernel.split("+")[0]
+    compiled: list[Any] = []
+    originals = {n: getattr(triton_kernels, f"{n}_kernel") for n in ("forward", "delta", "dq", "dkv", "received")}
+    if tiles is not None:
+        override[name] = tiles
+    try:
+        for n, kernel in originals.items():
+            setattr(triton_kernels, f"{n}_kernel", _Recorder(kernel, compiled if n == name else None))
+        _launch(variant)
+    finally:
+        override.pop(name, None)
+        for n, kernel in originals.items():
+            setattr(triton_kernels, f"{n}_kernel", kernel)
+    [(kernel, options)] = compiled
+    return _count(kernel, options, chip)
+
+
+def is_stored(kernel: str, mask: str, dtype: str, head_dim: int) -> bool:
+    """Whether the stored table has this variant, on every chip."""
+    if mask == "document":
+        return head_dim > 16 or dtype == "bf16"
+    if mask == "causal":
+        return head_dim > 16 and kernel != "delta"  # which reads no mask
+    # What adds little to the loops is compiled for one dtype and the head dims that are used most.
+    if mask == "one_document" and kernel not in ("forward+statistics", "forward+full"):
+        return False
+    return dtype == "bf16" and head_dim in (32, 64, 128)
+
+
+def _launch(variant: Variant) -> None:
+    T = 256 if variant.mask in ("document", "causal") else 761
+    q, k = (torch.zeros(1, h, T, variant.head_dim, dtype=DTYPES[variant.dtype]) for h in (4, 2))
+    interval, lse = torch.zeros(1, T, dtype=torch.int32), torch.zeros(1, 4, T)
+    prefix_lm = variant.mask == "prefix_lm"
+    first_key = last_query = interval if variant.mask == "document" or prefix_lm else None
+    end_key = first_query = interval if prefix_lm else None  # None: the diagonal
+    sink_logit = torch.zeros(4) if prefix_lm else None
+    scale = variant.head_dim**-0.5
+    if variant.kernel.startswith("forward"):
+        statistics, full = "+" in variant.kernel, variant.kernel.endswith("+full")
+        docs = interval if statistics and variant.mask != "one_document" else None
+        triton_gpu._forward(
+            q, k, k, first_key, end_key, first_query, last_query, docs, docs, sink_logit, 0, 0, scale, statistics, full
+        )
+    elif variant.kernel == "received":
+        triton_gpu._received(q, k, lse, first_query, last_query, 0, 0, scale)
+    else:
+        ends = (first_key, end_key, first_query, last_query)
+        grad_lse = lse if prefix_lm else None
+        triton_gpu._backward_kernels(q, grad_lse, q, k, k, q, lse, *ends, sink_logit, 0, 0, scale)
+
+
+def _count(kernel: Any, options: dict[str, Any], chip: Chip) -> Counts:
+    registers, lines = _cuda(kernel) if chip.backend == "cuda" else _amd(kernel)
+    warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+    spilled, reloaded = spilled_bytes(lines)
+    full, masked = tile_loops(lines)
+    code = instructions_of(lines)
+    units = [found[1] for line in code[slice(*full) if full else slice(None)] if (found := _MATRIX.match(line))]
+    return Counts(
+        tiles=f"{options.get('BLOCK_M')}x{options.get('BLOCK_N', '')} w{warps} s{kernel.metadata.num_stages}",
+        registers=registers,
+        spilled=spilled,
+        reloaded=reloaded,
+        shared=shared,
+        occupancy=occupancy(chip, warps, registers, shared, getattr(kernel.metadata, "tmem_size", 0) or 0),
+        unit=units[0] if units else "",
+        matrix=len(units),
+        full_loop=full[1] - full[0] if full else 0,
+        masked_loop=masked[1] - masked[0] if masked else 0,
+        total=len(code),
+    )
+
+
+def occupancy(chip: Chip, warps: int, registers: int, shared: int, tensor_memory: int) -> int:
+    """Resident warps in % of the chip's limit.
+
+    Args:
+        warps, shared, tensor_memory: warps, bytes and columns of a block.
+        registers: of a lane.
+    """
+    # Registers are given to a warp in units of 256 (NVIDIA), to a lane in units of 8 (AMD).
+    unit = 256 if chip.backend == "cuda" else 8 * chip.warp_size
+    per_warp = -(-max(1, registers) * chip.warp_size // unit) * unit
+    blocks = min(chip.registers // (per_warp * warps), chip.warps // warps)
+    blocks = min(blocks, chip.shared // max(1, shared + chip.reserved))
+    if chip.tensor_memory is not None and tensor_memory > 0:
+        blocks = min(blocks, chip.tensor_memory // tensor_memory)
+    return round(100 * blocks * warps / chip.warps)
+
+
+def roofline(chip: Chip, kernel: str, tiles: str, full_loop: int, head_dim: int) -> tuple[float, float] | None:
+    """Share of the 16-bit matrix units' peak that the loop over full tiles can reach, as (low, high): an estimate.
+
+    Low: products first, then the issue of instructions or the exponentials, whichever takes longer; high: all at once.
+    Clocks, memory and the code around the loop are left out. None for a chip without `peak`, a kernel without products.
+    """
+    # FLOP a query, key and channel.
+    products = {"forward": 4, "dq": 6, "dkv": 8, "received": 2}.get(kernel.split("+")[0])
+    found = re.match(r"(\d+)x(\d+) w(\d+)", tiles)
+    if chip.peak is None or products is None or found is None or full_loop == 0:
+        return None
+    queries, keys, warps = map(int, found.groups())
+    matrix = products * queries * keys * head_dim / chip.peak[1]
+    issue = full_loop * warps / 4  # schedulers
+    exponentials = queries * keys / 16
+    return matrix / (matrix + max(issue, exponentials)), matrix / max(matrix, issue, exponentials)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _cuda(kernel: Any) -> tuple[int, list[str]]:
+    """Registers a lane, and the SASS: a label or an instruction a line."""
+    knobs = triton.knobs.nvidia
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder, "kernel.cubin")
+        binary.write_bytes(kernel.asm["cubin"])
+        usage = _run(knobs.cuobjdump.path, "--dump-resource-usage", str(binary))
+        sass = _run(knobs.nvdisasm.path, "-c", str(binary))
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None
+    lines = []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            lines.append(f"{label[1]}:")
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            lines.append(instruction[1])
+    return int(registers[1]), lines
+
+
+def _amd(kernel: Any) -> tuple[int, list[str]]:
+    """Vector registers a lane, and the assembly: a label or an instruction a line."""
+    text = kernel.asm["amdgcn"]
+    registers = re.search(r"\.vgpr_count:\s+(\d+)", text)
+    assert registers is not None
+    lines = []
+    for line in text.splitlines():
+        if label := re.match(r"(\.LBB\w+):", line):
+            lines.append(f"{label[1]}:")
+        elif instruction := re.match(r"\t([a-z]\w+(?:\s.*)?)$", line):
+            lines.append(instruction[1].split(";")[0].strip())
+    return int(registers[1]), lines
+
+
+def spilled_bytes(lines: list[str]) -> tuple[int, int]:
+    """Bytes that a lane stores in and loads from memory of its own, as `ptxas -v` counts them."""
+    total = {True: 0, False: 0}
+    for found in filter(None, map(_LOCAL.match, lines)):
+        bits = re.search(r"\.[SU]?(8|16|64|128)\b", found["width"])
+        words = re.search(r"dwordx(\d)", found["width"])
+        total[bool(found["store"])] += int(bits[1]) // 8 if bits else 4 * int(words[1]) if words else 4
+    return total[True], total[False]
+
+
+def instructions_of(lines: list[str]) -> list[str]:
+    """The lines that are no labels."""
+    return [line for line in lines if not line.endswith(":")]
+
+
+def loops_of(lines: list[str]) -> list[tuple[int, int]]:
+    """Innermost loops as (start, end) in instructions: from the target of a backward branch to the branch."""
+    position, at = {}, 0
+    found: list[tuple[int, int]] = []
+    for line in lines:
+        if line.endswith(":"):
+            position[line[:-1]] = at
+            continue
+        at += 1
+        branch = re.search(r"\b(?:BRA|s_c?branch)\S*\s.*?(\.L\w+)", line)
+        if branch and branch[1] in position:
+            found.append((position[branch[1]], at))
+    return [a for a in found if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in found)]
+
+
+def tile_loops(lines: list[str]) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+    """The loops over full and over masked tiles, as (start, end) in instructions; None where there is no such loop."""
+    code = instructions_of(lines)
+    products = {a: sum(bool(_MATRIX.match(line)) for line in code[slice(*a)]) for a in loops_of(lines)}
+    most = max(products.values(), default=0)
+    if most == 0:
+        return None, None
+    by_length = sorted((a for a, n in products.items() if n == most), key=lambda a: a[1] - a[0])
+    return by_length[0], by_length[-1] if len(by_length) > 1 else None

@@ -1,0 +1,288 @@
+"""Attention by the Triton kernels, as a `torch.library` operator: launch, autograd and fake implementations.
+
+With TRITON_INTERPRET=1 (set before triton is imported) the same kernels run on CPU tensors, slowly: the tests do so.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+import torch
+import triton
+from torch import Tensor
+
+from sinkbed.kernels.mask import Mask
+from sinkbed.kernels.statistics import Statistics, Wanted
+from sinkbed.kernels.triton import kernels as triton_kernels
+from sinkbed.kernels.triton.tiles import HEAD_DIMS, tiles
+
+_LONGEST = 65_535 * 16
+"""T at most: the second axis of a grid holds 65,535 blocks, the smallest of which are 16 positions."""
+_WIDEST = 2**31 // 128
+"""Stride of T below which offsets inside a tile of at most 128 positions fit 32 bits."""
+_Result = TypeVar("_Result")
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter, on CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _architecture() -> str | None:
+    """Of the device that a launch goes to: `sm_90`, `gfx942`; None in the interpreter."""
+    if interpreted():
+        return None
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+torch.library.define(
+    "sinkbed::attention_triton",
+    "(Tensor q, Tensor k, Tensor v, Tensor? first_key, Tensor? end_key, Tensor? first_query, Tensor? last_query, "
+    "Tensor? doc_start, Tensor? doc_end, Tensor? sink_logit, int shared_from, int shared_to, float scale, "
+    "bool statistics, bool full) -> (Tensor output, Tensor lse, Tensor row_mass, Tensor document_mass, "
+    "Tensor sink_mass, Tensor max_probability, Tensor entropy)",
+)
+torch.library.define(
+    "sinkbed::attention_triton_backward",
+    "(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor output, Tensor lse, Tensor? first_key, "
+    "Tensor? end_key, Tensor? first_query, Tensor? last_query, Tensor? sink_logit, int shared_from, int shared_to, "
+    "float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "sinkbed::attention_received_triton",
+    "(Tensor q, Tensor k, Tensor lse, Tensor? first_query, Tensor? last_query, int shared_from, int shared_to, "
+    "float scale) -> Tensor",
+)
+
+
+def _on_its_device(launch: Callable[..., _Result]) -> Callable[..., _Result]:
+    """Run `launch` on the device of its first argument: Triton launches on the current one, whatever the tensors'."""
+
+    @functools.wraps(launch)
+    def call(first: Tensor, *rest: Any) -> _Result:
+        with torch.cuda.device(first.device) if first.device.type == "cuda" else nullcontext():
+            return launch(first, *rest)
+
+    return call
+
+
+def _meta(q: Tensor) -> dict[str, Any]:
+    D = q.shape[-1]
+    block_d = triton.next_power_of_2(D)
+    # Three TF32 products keep float32 accuracy on NVIDIA's matrix units; AMD's have float32 itself.
+    nvidia = (_architecture() or "").startswith("sm_")
+    return {"BLOCK_D": block_d, "EVEN_D": block_d == D, "PRECISION": "tf32x3" if nvidia else "ieee"}
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(s for x in tensors for s in x.stride()[:3])
+
+
+def _readable(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """[B, H, T, D] tensors as the kernels read them: D contiguous, offsets inside a tile in 32 bits."""
+    return tuple(x if x.stride(-1) == 1 and x.stride(2) < _WIDEST else x.contiguous() for x in tensors)
+
+
+def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else x.contiguous() for x in tensors)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """Unwritten memory laid out as x [B, H, T, D], or contiguous where D would not be."""
+    found = torch.empty_like(x)
+    return found if found.stride(-1) == 1 else x.new_empty(x.shape)
+
+
+def _outputs(q: Tensor, statistics: bool, full: bool, sink: bool) -> tuple[Tensor, ...]:
+    """Output, lse, and five statistics, empty where they are not asked for."""
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    asked = (statistics, statistics, statistics and sink, full, full)
+    return _empty_like(q), lse, *(torch.empty_like(lse) if yes else lse.new_empty(0) for yes in asked)
+
+
+@_on_its_device
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None, end_key: Tensor | None, first_query: Tensor | None,
+    last_query: Tensor | None, doc_start: Tensor | None, doc_end: Tensor | None, sink_logit: Tensor | None,
+    shared_from: int, shared_to: int, scale: float, statistics: bool, full: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    _check(q)
+    B, H, T, D = q.shape
+    outputs = _outputs(q, statistics, full, sink_logit is not None)
+    o = outputs[0]
+    q, k, v = _readable(q, k, v)
+    first_key, end_key, doc_start, doc_end, sink_logit = _contiguous(first_key, end_key, doc_start, doc_end, sink_logit)
+    meta = _meta(q)
+    t = tiles(_architecture(), "forward", q.dtype.itemsize, meta["BLOCK_D"])
+    triton_kernels.forward_kernel[(B * H, triton.cdiv(T, t.block_m))](
+        q, k, v, *outputs, first_key, end_key, doc_start, doc_end, sink_logit,
+        *_strides(q, k, v, o), H, H // k.shape[1], T, D, shared_from, shared_to, scale,
+        BLOCK_M=t.block_m, BLOCK_N=t.block_n, HAS_FIRST=first_key is not None, HAS_END=end_key is not None,
+        HAS_DOCS=doc_start is not None, HAS_SINK=sink_logit is not None, STATISTICS=statistics, FULL=full, **meta,
+        num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return outputs
+
+
+@_on_its_device
+def _backward_kernels(
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor,
+    first_key: Tensor | None, end_key: Tensor | None, first_query: Tensor | None, last_query: Tensor | None,
+    sink_logit: Tensor | None, shared_from: int, shared_to: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    _check(q)
+    B, H, T, D = q.shape
+    groups = H // k.shape[1]
+    dq, dk, dv = _empty_like(q), _empty_like(k), _empty_like(v)
+    grad, q, k, v, output = _readable(grad, q, k, v, output)
+    lse = lse.contiguous()
+    grad_lse, first_key, end_key, first_query, last_query, sink_logit = _contiguous(
+        grad_lse, first_key, end_key, first_query, last_query, sink_logit
+    )
+    delta = torch.empty_like(lse)
+    meta = _meta(q)
+    interval = {"HAS_FIRST": first_key is not None, "HAS_END": end_key is not None}
+    triton_kernels.delta_kernel[(B * H, triton.cdiv(T, 64))](
+        output, grad, grad_lse, delta, *_strides(output, grad), H, T, D,
+        BLOCK_M=64, BLOCK_D=meta["BLOCK_D"], HAS_GRAD_LSE=grad_lse is not None, num_warps=4,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    t = tiles(_architecture(), "dq", q.dtype.itemsize, meta["BLOCK_D"])
+    triton_kernels.dq_kernel[(B * H, triton.cdiv(T, t.block_m))](
+        q, k, v, grad, lse, delta, dq, first_key, end_key, *_strides(q, k, v, grad, dq),
+        H, groups, T, D, shared_from, shared_to, scale, BLOCK_M=t.block_m, BLOCK_N=t.block_n, **interval, **meta,
+        num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    t = tiles(_architecture(), "dkv", q.dtype.itemsize, meta["BLOCK_D"])
+    triton_kernels.dkv_kernel[(B * k.shape[1], triton.cdiv(T, t.block_n))](
+        q, k, v, grad, lse, delta, dk, dv, first_query, last_query,
+        *_strides(q, k, v, grad, dk, dv), H, groups, T, D, shared_from, shared_to, scale,
+        BLOCK_M=t.block_m, BLOCK_N=t.block_n, **interval, **meta,
+        num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    if sink_logit is None:
+        return dq, dk, dv, q.new_empty(0)
+    sink_mass = (sink_logit.float()[None, :, None] - lse).exp()
+    return dq, dk, dv, -(sink_mass * delta).sum((0, 2)).to(sink_logit.dtype)
+
+
+@_on_its_device
+def _received(
+    q: Tensor, k: Tensor, lse: Tensor, first_query: Tensor | None, last_query: Tensor | None, shared_from: int,
+    shared_to: int, scale: float,
+) -> Tensor:  # fmt: skip
+    _check(q)
+    B, H, T, D = q.shape
+    q, k = _readable(q, k)
+    lse = lse.contiguous()
+    first_query, last_query = _contiguous(first_query, last_query)
+    received = torch.empty_like(lse)
+    meta = _meta(q)
+    t = tiles(_architecture(), "received", q.dtype.itemsize, meta["BLOCK_D"])
+    triton_kernels.received_kernel[(B * H, triton.cdiv(T, t.block_n))](
+        q, k, lse, received, first_query, last_query, *_strides(q, k),
+        H, H // k.shape[1], T, D, shared_from, shared_to, scale, BLOCK_M=t.block_m, BLOCK_N=t.block_n,
+        HAS_FIRST=last_query is not None, HAS_END=first_query is not None, **meta,
+        num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return received
+
+
+for _device in ("cuda", "cpu"):  # "cpu" for the interpreter
+    torch.library.impl("sinkbed::attention_triton", _device)(_forward)
+    torch.library.impl("sinkbed::attention_triton_backward", _device)(_backward_kernels)
+    torch.library.impl("sinkbed::attention_received_triton", _device)(_received)
+
+
+@torch.library.register_fake("sinkbed::attention_triton")
+def _(q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    sink_logit, statistics, full = rest[8], *rest[-2:]
+    return _outputs(q, statistics, full, sink_logit is not None)
+
+
+@torch.library.register_fake("sinkbed::attention_triton_backward")
+def _(
+    grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor,
+    first_key: Tensor | None, end_key: Tensor | None, first_query: Tensor | None, last_query: Tensor | None,
+    sink_logit: Tensor | None, *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dsink = q.new_empty(0) if sink_logit is None else sink_logit.new_empty(sink_logit.shape)
+    return _empty_like(q), _empty_like(k), _empty_like(v), dsink
+
+
+@torch.library.register_fake("sinkbed::attention_received_triton")
+def _(q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> Tensor:
+    return lse.new_empty(lse.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, first_key, end_key, first_query, last_query, _, _, sink_logit, *settings, _, _ = inputs
+    o, lse, *found = output
+    ctx.save_for_backward(q, k, v, o, lse, first_key, end_key, first_query, last_query, sink_logit)
+    ctx.settings = settings  # shared_from, shared_to, scale
+    ctx.mark_non_differentiable(*found)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    q, k, v, o, lse, first_key, end_key, first_query, last_query, sink_logit = ctx.saved_tensors
+    dq, dk, dv, dsink = torch.ops.sinkbed.attention_triton_backward(
+        torch.zeros_like(o) if grad is None else grad, grad_lse, q, k, v, o, lse, first_key, end_key, first_query,
+        last_query, sink_logit, *ctx.settings,
+    )  # fmt: skip
+    return dq, dk, dv, *[None] * 6, (None if sink_logit is None else dsink), *[None] * 5
+
+
+def _no_second_backward(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError(
+        "attention: expected one backward pass, found one through its gradients; implementation='reference' has those"
+    )
+
+
+torch.library.register_autograd("sinkbed::attention_triton", _backward, setup_context=_setup_context)
+torch.library.register_autograd("sinkbed::attention_triton_backward", _no_second_backward)
+
+
+def _check(q: Tensor) -> None:
+    if q.shape[-1] not in HEAD_DIMS:
+        raise ValueError(f"q: expected a head dim of {', '.join(map(str, HEAD_DIMS))}, received {q.shape[-1]}")
+    if q.dtype == torch.float64:
+        raise ValueError(
+            "q: expected float32, float16 or bfloat16, received torch.float64; use implementation='reference'"
+        )
+    if q.shape[2] > _LONGEST:
+        raise ValueError(f"q: expected a row of at most {_LONGEST:,} positions, received {q.shape[2]:,}")
+
+
+def triton_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, sink_logit: Tensor | None, statistics: Wanted
+) -> tuple[Tensor, Tensor, Statistics | None]:
+    """Attention by the Triton kernels; shapes as in `kernels.api.attention`.
+
+    Raises ValueError for head dims other than HEAD_DIMS, for float64 and for rows of more than a million positions.
+    """
+    _check(q)
+    output, lse, row_mass, document_mass, sink_mass, max_probability, entropy = torch.ops.sinkbed.attention_triton(
+        q, k, v, mask.first_key, mask.end_key, mask.first_query, mask.last_query,
+        mask.doc_start if statistics else None, mask.doc_end if statistics else None, sink_logit,
+        *mask.shared, scale, bool(statistics), statistics == "full",
+    )  # fmt: skip
+    if not statistics:
+        return output, lse, None
+    found = Statistics(row_mass, document_mass, None if sink_logit is None else sink_mass)
+    if statistics == "full":
+        found = found._replace(max_probability=max_probability, entropy=entropy)
+    return output, lse, found
+
+
+def triton_received(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float) -> Tensor:
+    """Column sums by the Triton kernel; shapes as in `kernels.api.attention_received`. Raises as `triton_attention`."""
+    _check(q)
+    found = torch.ops.sinkbed.attention_received_triton(
+        q, k, lse.float(), mask.first_query, mask.last_query, *mask.shared, scale
+    )
+    return found.to(lse.dtype)

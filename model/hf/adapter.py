@@ -1,0 +1,333 @@
+"""Causal language models of `transformers` under our attention operator (`model.hf_attention`), so that one code
+measures them and ours. No code that comes with a model is run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sinkbed.kernels import Mask
+from sinkbed.model.decoder import DecoderOutput
+from sinkbed.model.hf.attention import ATTENTION, Pass, asking, register
+from sinkbed.model.observe import Attentions
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What measuring needs to know of a model."""
+
+    layers: int
+    heads: int
+
+
+class HFModel(nn.Module):
+    """A causal language model of `transformers` that is called as our decoder is."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.observer: Attentions | None = None
+        text = model.config.get_text_config()
+        self.config = Shape(int(text.num_hidden_layers), int(text.num_attention_heads))
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        gguf: str | None = None,
+        dtype: str = "auto",
+        device_map: str | dict[str, int | str] | None = None,
+    ) -> HFModel:
+        """Load a model folder, or a model of the hub by name.
+
+        Args:
+            gguf: file in that folder or repository, for weights in GGUF (needs `gguf` and `accelerate`).
+            dtype: as in `transformers`: `auto`, `float32`, `bfloat16`, ...
+            device_map: as in `transformers`: `auto`, or module -> device (`cpu`, `disk`, a GPU's number); layers over
+                several devices, or fetched from disk as they are needed (needs `accelerate`).
+
+        Raises ValueError for what is no causal language model, whose attention cannot be observed, or whose files
+        are damaged or lack weights, and for a package that is missing.
+        """
+        _check_packages(gguf, device_map)
+        cls.checked_config(name, revision=revision, gguf=gguf)
+        import transformers
+
+        register()
+        source = {key: value for key, value in (("revision", revision), ("gguf_file", gguf)) if value is not None}
+        loader: Any = transformers.AutoModelForCausalLM
+        try:
+            model, loaded = loader.from_pretrained(
+                name,
+                attn_implementation=ATTENTION,
+                dtype=dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **source,
+                **({} if device_map is None else {"device_map": device_map}),
+            )
+        except Exception as error:  # the library raises whatever its parts do
+            raise _refusal(name, error) from error
+        found = cls(model.eval())
+        found._check_direction(name)
+        # What the files lack would be drawn at random. Tied weights that they leave out are not among these.
+        lacking = sorted({*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])})
+        if lacking:
+            raise ValueError(
+                f"{name}: expected all weights of {type(model).__name__}, found {len(lacking)} of them missing or of "
+                f"another shape: {', '.join(lacking[:5])}{', ...' if len(lacking) > 5 else ''}"
+            )
+        return found
+
+    @staticmethod
+    def checked_config(name: str, *, revision: str | None = None, gguf: str | None = None) -> Any:
+        """The config of the model's text part, before weights are read. Raises ValueError as `load`."""
+        try:
+            import transformers  # noqa: F401
+        except ImportError:
+            raise ValueError(
+                "measuring a Hugging Face model needs the package transformers, found none; pip install -e .[hf]"
+            ) from None
+        _check_packages(gguf, None)
+        source = {key: value for key, value in (("revision", revision), ("gguf_file", gguf)) if value is not None}
+        return _check_config(name, source).get_text_config()
+
+    @staticmethod
+    def tokenizer(name: str, *, revision: str | None = None, gguf: str | None = None) -> Any:
+        """The model's own tokenizer. Raises ValueError where there is none with a backend of `tokenizers`."""
+        import transformers
+
+        options = {"revision": revision, "gguf_file": gguf}
+        given = {key: value for key, value in options.items() if value is not None}
+        try:
+            found = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **given)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{name}: expected a tokenizer beside the model, found: {reason}") from error
+        if len(found.get_vocab()) <= len(found.all_special_ids):  # what transformers makes of a folder without files
+            raise ValueError(f"{name}: expected a tokenizer beside the model, found none (no tokenizer.json)")
+        if not getattr(found, "is_fast", False):
+            raise ValueError(
+                f"{name}: found a tokenizer of type {type(found).__name__} without a tokenizer.json, expected one of "
+                "the `tokenizers` library"
+            )
+        return found
+
+    def _check_direction(self, name: str) -> None:
+        """Refuse an encoder by what its layers say of themselves; `attend` refuses it by what they ask for."""
+        try:
+            blocks = self.blocks
+        except ValueError:
+            return
+        ways = {getattr(module, "is_causal", None) for module in blocks.modules()}
+        if False in ways and True not in ways:
+            raise ValueError(
+                f"{name}: found an encoder ({self.model.config.model_type}), whose attention sees both directions, "
+                "expected a causal language model"
+            )
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The layers, first to last. Raises ValueError where the model does not keep them in one list."""
+        lists = [m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == self.config.layers]
+        kinds = [m for m in lists if all(any("att" in name.lower() for name, _ in b.named_modules()) for b in m)]
+        if len(kinds) != 1:
+            raise ValueError(
+                f"{type(self.model).__name__}: expected one list of {self.config.layers} layers with attention, whose "
+                f"hidden states can be observed, found {len(kinds)}"
+            )
+        return kinds[0]
+
+    @contextmanager
+    def observed(self, attention: Attentions) -> Iterator[None]:
+        """Hand each layer's attention to a callback; see `model.observe`."""
+        before, self.observer = self.observer, attention
+        try:
+            yield
+        finally:
+            self.observer = before
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Mask | None = None,
+        *,
+        statistics: bool = False,
+    ) -> DecoderOutput:
+        """Logits [B, T, V] and each layer's statistics (on the CPU); see `Decoder.forward`.
+
+        Raises ValueError for attention that the operator cannot express.
+        """
+        mask = Mask(rows=len(tokens), length=tokens.shape[1]) if mask is None else mask
+        asked = Pass(mask, statistics, observer=self.observer)
+        # Told that no token is padding, transformers does not look for documents in the positions: `mask` has them.
+        given = {} if positions is None else {"position_ids": positions, "attention_mask": torch.ones_like(tokens)}
+        try:
+            with asking(asked):
+                logits = self.model(input_ids=tokens, use_cache=False, **given).logits
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if not asked.sampled:
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"{type(self.model).__name__}: expected a model that hands its mask on to its attention as it is, "
+                f"found a forward pass that fails on a sample of the mask's rows: {reason}"
+            ) from error
+        if asked.layers != self.config.layers:
+            raise ValueError(
+                f"{type(self.model).__name__}: found {asked.layers} layers whose attention can be observed, expected "
+                f"{self.config.layers}; the others are no softmax attention, or bypass transformers' interface for it"
+            )
+        return DecoderOutput(logits, None, tuple(asked.found) if statistics else None)
+
+
+def _check_packages(gguf: str | None, device_map: object) -> None:
+    """Refuse what needs a package that is not there."""
+    needed: dict[str, tuple[str, ...]] = {"gguf": ("gguf", "accelerate")} if gguf is not None else {}
+    if device_map is not None:
+        needed["device_map"] = ("accelerate",)
+    for option, packages in needed.items():
+        missing = [package for package in packages if find_spec(package) is None]
+        if missing:
+            raise ValueError(
+                f"{option}: needs the package{'s' if len(missing) > 1 else ''} {' and '.join(missing)}, found none; "
+                "pip install -e .[hf]"
+            )
+
+
+def _check_config(name: str, source: dict[str, str]) -> Any:
+    """Refuse, before weights are read, a model that its config says is not one of ours to measure."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **source)
+    except Exception as error:
+        try:
+            plain, _ = transformers.PreTrainedConfig.get_config_dict(name, **source)
+            kind = plain.get("model_type")
+        except Exception:
+            raise _refusal(name, error) from error
+        if kind is None or kind in transformers.CONFIG_MAPPING:
+            raise _refusal(name, error) from error
+        raise ValueError(
+            f"{name}: found a config.json with model_type {kind!r}, which transformers {transformers.__version__} does "
+            "not have"
+            + (
+                "; code that comes with a model is not run"
+                if "auto_map" in plain
+                else ", expected one of its causal language models; a newer release may have it"
+            )
+        ) from None
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name}: found an encoder with a decoder ({config.model_type}), expected a causal language model"
+        )
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{name}: found a model of type {config.model_type}, which transformers does not have as a causal language "
+            "model, expected one that it has"
+        )
+    model_class: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if not model_class._supports_attention_backend:
+        raise ValueError(
+            f"{name}: expected a model whose layers call transformers' attention interface, as those of llama, gpt2 "
+            f"and gemma do, found {model_class.__name__}, whose layers do not (no attention, as Mamba and RWKV, "
+            "biases on the logits, as BLOOM and MPT, or attention of its own making); it cannot be measured"
+        )
+    if "gguf_file" in source:
+        _check_gguf(name, source)
+    return config
+
+
+def _check_gguf(name: str, source: dict[str, str]) -> None:
+    """Refuse a GGUF file whose rotary positions are scaled: `transformers` reads it as if they were not."""
+    import gguf
+    from transformers.utils import cached_file
+
+    file = source["gguf_file"]
+    reader = gguf.GGUFReader(str(cached_file(name, file, revision=source.get("revision"))))
+    factors = [tensor for tensor in reader.tensors if tensor.name.startswith("rope_f")]
+    kinds = [str(found.contents()) for key, found in reader.fields.items() if key.endswith(".rope.scaling.type")]
+    scaled = sorted({kind for kind in kinds if kind != "none"} | {t.name for t in factors if (t.data != 1).any()})
+    if scaled:
+        raise ValueError(
+            f"{name}/{file}: found scaled rotary positions ({', '.join(scaled)}), which transformers does not read "
+            "from GGUF; measure the same model from safetensors"
+        )
+
+
+def _refusal(name: str, error: Exception) -> ValueError:
+    """One message for what `transformers` could not load."""
+    for path in sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else ():
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as found:
+            return ValueError(
+                f"{path}: expected whole weights, found a file that is cut off or damaged ({found}); copy it again"
+            )
+    reason = " ".join(str(error).split())[:300]
+    kind = "folder" if Path(name).is_dir() else "name"
+    return ValueError(
+        f"{name}: expected the {kind} of a causal language model that transformers loads without code of its own, "
+        f"found: {reason}"
+    )
+
+
+def special_ids(tokenizer: Any, size: int) -> frozenset[int]:
+    """Ids below `size` that no text contains: control tokens, the reserved ones too, and ids without a token."""
+    # Some vocabularies list the single bytes that text falls back to as special tokens.
+    added = {
+        index
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if token.special and not _BYTE.fullmatch(token.content)
+    }
+    ordinary = set(tokenizer.get_vocab().values()) - added - set(tokenizer.all_special_ids)
+    return frozenset(range(size)) - ordinary
+
+
+def token_bytes(tokenizer: Any, size: int) -> list[int]:
+    """UTF-8 bytes of text that each id stands for, [size]; 0 for control tokens and ids without a token.
+
+    Of other kinds of tokenizer the figures are wrong; whoever uses them checks them on text (`train.probe`).
+
+    Args:
+        tokenizer: of `transformers`, with a backend of the `tokenizers` library: byte-level, or with ▁ for a space and
+            <0x0A> for single bytes (SentencePiece).
+    """
+    decoder = json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder") or {}
+    byte_level = "ByteLevel" in json.dumps(decoder)
+    added = tokenizer.get_added_vocab()
+    special = special_ids(tokenizer, size)
+    table = [0] * size
+    for token, index in tokenizer.get_vocab().items():
+        if index >= size or index in special:
+            continue
+        if not byte_level and _BYTE.fullmatch(token):
+            table[index] = 1
+        elif token in added:
+            table[index] = len(token.encode())
+        elif byte_level:
+            table[index] = len(token)  # each character stands for one byte
+        else:
+            table[index] = len(token.replace("▁", " ").encode())
+    return table

@@ -1,0 +1,383 @@
+"""`sinkbed bench attention`: the operator against its peers on the same inputs, with and without statistics.
+
+Every contender is first compared with the float64 reference, outputs and gradients, on rows of the same layout of up
+to 1,024 positions: it may err twice as much as the reference itself does in the inputs' dtype. Speeds count the work
+that the mask asks for: 2·D·H·Σ len² FLOP forward over the documents of a causal row, 3.5 times that with the backward;
+a kernel that ignores document boundaries gains nothing by computing more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import io
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sinkbed.kernels import Mask, attention, interval_mask
+from sinkbed.kernels.reference import probabilities
+from sinkbed.train.bench.timing import Timing, interleave, matmul_flops
+from sinkbed.train.plain_text import csv_of
+from sinkbed.train.run.directory import write_atomic
+
+LAYOUTS = ("causal", "even", "mixed")
+_WIDTH = 33  # of the longest name
+_OURS = ("Sinkbed", "Sinkbed + statistics")
+_CHECKED_LENGTH = 1024  # beyond the length from which documents are computed one by one on CPUs
+_CHECKED_BATCH = 2
+_FLOOR = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 2e-3}
+_BACKWARD = 2.5  # FLOP of the backward, in forwards
+# Dense 16-bit matrix FLOP/s of the makers' data sheets, by a part of the device's name.
+_PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "MI300X": 1307e12}
+Contender = Callable[[Tensor, Tensor, Tensor], Tensor]
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One input: H query and Hkv key heads, T positions, D head dim."""
+
+    layout: str
+    """`causal`: one document a row. `even`: eight of equal length. `mixed`: lengths as of web text, cut at T."""
+    batch: int
+    heads: int
+    key_heads: int
+    length: int
+    dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def documents(self) -> list[int]:
+        """Lengths of the documents of a row; the same in every row."""
+        T = self.length
+        if self.layout == "causal":
+            return [T]
+        if self.layout == "even":
+            return [T * (i + 1) // 8 - T * i // 8 for i in range(8)]
+        generator = torch.Generator().manual_seed(2)
+        lengths: list[int] = []
+        while sum(lengths) < T:
+            drawn = int(torch.empty(1).log_normal_(5.0, 1.2, generator=generator))
+            lengths.append(min(max(1, drawn), T - sum(lengths)))
+        return lengths
+
+    def flops(self) -> float:
+        """Of the forward pass."""
+        return 2.0 * self.batch * self.heads * self.dim * sum(n * n for n in self.documents())
+
+    def boundaries(self) -> tuple[Tensor, Tensor]:
+        """doc_start, doc_end [B, T] int32."""
+        lengths = torch.tensor(self.documents())
+        end = lengths.cumsum(0)
+        pair = (x.repeat_interleave(lengths).int().expand(self.batch, -1).contiguous() for x in (end - lengths, end))
+        start, stop = (x.to(self.device) for x in pair)
+        return start, stop
+
+    def mask(self) -> Mask:
+        """The document mask; plain causal where a row is one document."""
+        start, end = self.boundaries()
+        return interval_mask(
+            self.batch, self.length, doc_start=start, doc_end=end, document=self.layout != "causal", device=self.device
+        )
+
+    def inputs(self) -> list[Tensor]:
+        """q, k, v as a model's projections leave them: [B, T, H, D] in memory, seen as [B, H, T, D]."""
+        torch.manual_seed(0)
+        shapes = [(self.batch, self.length, heads, self.dim) for heads in (self.heads, self.key_heads, self.key_heads)]
+        drawn = [torch.randn(shape, dtype=self.dtype, device=self.device) for shape in shapes]
+        return [x.transpose(1, 2).requires_grad_() for x in drawn]
+
+
+def contenders(case: Case) -> Iterator[tuple[str, Contender | str]]:
+    """Ours first, then the peers of the device, each with a function or the reason why it is not there."""
+    mask = case.mask()
+    yield _OURS[0], lambda q, k, v: attention(q, k, v, mask).output
+    yield _OURS[1], lambda q, k, v: attention(q, k, v, mask, statistics=True).output
+    groups = case.heads // case.key_heads
+    plain = case.layout == "causal"
+
+    def sdpa(backend: SDPBackend, repeated: bool = False) -> Contender:
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            bias = None if plain else mask.bias(case.dtype, case.device)
+            with sdpa_kernel(backend):
+                if repeated:
+                    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+                gqa = groups > 1 and not repeated
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=plain, enable_gqa=gqa)
+
+        return call
+
+    if case.device.type == "cpu":
+        yield "SDPA flash", sdpa(SDPBackend.FLASH_ATTENTION)
+        yield "SDPA math", sdpa(SDPBackend.MATH)
+        yield "eager + statistics", _eager(case, mask)
+        return
+    no_mask = "takes no document mask"
+    yield "SDPA flash", sdpa(SDPBackend.FLASH_ATTENTION) if plain else no_mask
+    yield "SDPA cuDNN", sdpa(SDPBackend.CUDNN_ATTENTION) if plain else no_mask
+    # It takes no groups: who uses it pays for the copies of k and v.
+    repeated = ", k and v repeated" if groups > 1 else ""
+    yield f"SDPA efficient{repeated}", sdpa(SDPBackend.EFFICIENT_ATTENTION, repeated=groups > 1)
+    yield "FlexAttention", _flex(case)
+    yield "flash-attn", _flash_attn(case)
+    yield "fla", _fla(case)
+
+
+def _eager(case: Case, mask: Mask) -> Contender:
+    """The common way to look at a sink: the whole T×T matrix, output and masses read off it."""
+    start = case.boundaries()[0].long()[:, None, :, None].expand(-1, case.heads, -1, 1)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        a, _ = probabilities(q, k, mask, case.dim**-0.5, None)
+        with torch.no_grad():
+            a[..., 0].clone(), a.gather(-1, start).clone()
+        return a @ v.repeat_interleave(case.heads // case.key_heads, 1)
+
+    return call
+
+
+def _flex(case: Case) -> Contender:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    start, _ = case.boundaries()
+    compiled = torch.compile(flex_attention)
+
+    @functools.cache
+    def block_mask() -> Any:
+        T = case.length
+        return create_block_mask(
+            lambda b, h, i, j: (j <= i) & (j >= start[b, i]), case.batch, None, T, T, case.device.type
+        )
+
+    return lambda q, k, v: compiled(q, k, v, block_mask=block_mask(), enable_gqa=case.heads != case.key_heads)
+
+
+def _flash_attn(case: Case) -> Contender | str:
+    try:
+        varlen = importlib.import_module("flash_attn").flash_attn_varlen_func
+    except ImportError:
+        return "not installed"
+    lengths = torch.tensor(case.documents() * case.batch, dtype=torch.int32)
+    offsets = F.pad(lengths.cumsum(0), (1, 0)).int().to(case.device)
+    longest = int(lengths.max())
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        flat = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        out = varlen(*flat, offsets, offsets, longest, longest, causal=True)
+        return out.view(case.batch, case.length, case.heads, case.dim).transpose(1, 2)
+
+    return call
+
+
+def _fla(case: Case) -> Contender | str:
+    try:
+        parallel = importlib.import_module("fla.ops.attn").parallel_attn
+    except ImportError:
+        return "not installed"
+    lengths = torch.tensor(case.documents() * case.batch)
+    offsets = F.pad(lengths.cumsum(0), (1, 0)).to(case.device)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        flat = (x.transpose(1, 2).flatten(0, 1)[None] for x in (q, k, v))
+        out = parallel(*flat, cu_seqlens=offsets)
+        return out.view(case.batch, case.length, case.heads, case.dim).transpose(1, 2)
+
+    return call
+
+
+def _values(call: Contender, inputs: list[Tensor]) -> list[Tensor]:
+    """Output and gradients of q, k and v, in float64."""
+    output = call(*inputs)
+    weight = torch.linspace(-1, 1, output.numel(), device=output.device, dtype=torch.float64).view_as(output)
+    gradients = torch.autograd.grad((output.double() * weight).sum(), inputs)
+    return [x.detach().double() for x in (output, *gradients)]
+
+
+def _reference(case: Case, dtype: torch.dtype) -> list[Tensor]:
+    mask = case.mask()
+    inputs = [x.detach().to(dtype).requires_grad_() for x in case.inputs()]
+    return _values(lambda q, k, v: attention(q, k, v, mask, implementation="reference").output, inputs)
+
+
+def error_of(found: list[Tensor], exact: list[Tensor]) -> float:
+    """Largest deviation of any tensor from the exact one, relative to its largest value; NaN where any is NaN."""
+    errors = [(a - b).abs().max() / b.abs().max().clamp_min(1e-6) for a, b in zip(found, exact, strict=True)]
+    return float(torch.stack(errors).max())
+
+
+def _tried(name: str, call: Callable[[], _Result], absent: dict[str, str]) -> _Result | None:
+    """What `call` returns; None, with the reason in `absent`, where a peer refuses or has no memory for it. Our own
+    errors are nobody's excuse."""
+    try:
+        return call()
+    except RuntimeError as refused:  # a backend that does not take this dtype, mask or head dim; out of memory
+        if name in _OURS:
+            raise
+        absent[name] = (str(refused).splitlines() or [type(refused).__name__])[0]
+        return None
+
+
+def measure(case: Case, repeats: int) -> tuple[dict[str, tuple[Timing, Timing]], dict[str, str]]:
+    """Name -> timings of forward and of forward with backward; and name -> why it was not timed.
+
+    Raises ValueError where a contender's values are wrong.
+    """
+    absent: dict[str, str] = {}
+    short = dataclasses.replace(case, length=min(case.length, _CHECKED_LENGTH), batch=min(case.batch, _CHECKED_BATCH))
+    exact = _reference(short, torch.float64)
+    allowed = max(2 * error_of(_reference(short, case.dtype), exact), _FLOOR[case.dtype])
+    for name, contender in contenders(short):
+        if isinstance(contender, str):
+            absent[name] = contender
+            continue
+        found = _tried(name, functools.partial(_values, contender, short.inputs()), absent)
+        if found is not None and not (error := error_of(found, exact)) <= allowed:
+            raise ValueError(f"bench attention: {name}: expected values within {allowed:.2e} of the float64 "
+                             f"reference, found {error:.2e} ({short})")  # fmt: skip
+    del exact
+    inputs = case.inputs()
+    grad = torch.randn_like(inputs[0])
+    forward: dict[str, Callable[[], Any]] = {}
+    both: dict[str, Callable[[], Any]] = {}
+    for name, contender in contenders(case):
+        if name in absent or isinstance(contender, str):
+            continue
+        steps = _forward_step(contender, inputs), _both_step(contender, inputs, grad)
+        if case.device.type == "cuda":
+            steps = _synchronised(steps[0]), _synchronised(steps[1])
+        # Once alone: who has no memory for the whole length leaves before the timing.
+        for step in steps:
+            _tried(name, step, absent)
+        if name not in absent:
+            forward[name], both[name] = steps
+    first = interleave(forward, repeats, warmup=3)
+    second = interleave(both, repeats, warmup=3)
+    return {a.name: (a, b) for a, b in zip(first, second, strict=True)}, absent
+
+
+def _forward_step(contender: Contender, inputs: list[Tensor]) -> Callable[[], Any]:
+    def step() -> None:
+        with torch.no_grad():
+            contender(*inputs)
+
+    return step
+
+
+def _both_step(contender: Contender, inputs: list[Tensor], grad: Tensor) -> Callable[[], Any]:
+    return lambda: torch.autograd.grad(contender(*inputs), inputs, grad)
+
+
+def _synchronised(step: Callable[[], Any]) -> Callable[[], None]:
+    def call() -> None:
+        step()
+        torch.cuda.synchronize()
+
+    return call
+
+
+def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """FLOP/s that nothing exceeds, and where the figure comes from; (0, …) where no figure is known, as for a GPU that
+    is not in the table and for float32 on one."""
+    if device.type == "cpu":
+        return matmul_flops(), "large float32 matrix products here"
+    name = torch.cuda.get_device_name(device)
+    if dtype == torch.float32:
+        return 0.0, f"{name}: not known for float32"
+    return next(((p, f"data sheet of {n}") for n, p in _PEAKS.items() if n in name), (0.0, f"{name}: not known"))
+
+
+def run(arguments: Any) -> int:
+    """Measure every case, print a table, write CSV and a plot where asked."""
+    torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = getattr(torch, arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    ceiling, source = peak(device, dtype)
+    rows: list[dict[str, Any]] = []
+    seen: set[tuple[str, str]] = set()
+    for layout, length, dim in itertools.product(arguments.layouts, arguments.lengths, arguments.dims):
+        case = Case(
+            layout=layout, batch=arguments.batch, heads=arguments.heads, dtype=dtype, device=device,
+            key_heads=arguments.kv_heads or arguments.heads, length=length, dim=dim,
+        )  # fmt: skip
+        timings, absent = measure(case, arguments.repeats)
+        new = _rows(case, timings, ceiling)
+        print(_table(case, new), flush=True)
+        rows += new
+        for name, why in absent.items():
+            if (name, why) not in seen:
+                print(f"  {name}: not timed: {why}")
+            seen.add((name, why))
+        if arguments.csv is not None:  # after every case: a later one that fails takes nothing with it
+            write_atomic(arguments.csv, csv_of(rows, list(rows[0])))
+    print(f"peak: {ceiling / 1e12:.3g} TFLOP/s ({source}); medians of {arguments.repeats}; ratio: its time / ours")
+    if arguments.plot is not None:
+        _plot(rows, arguments.plot)
+    return 0
+
+
+def _rows(case: Case, timings: dict[str, tuple[Timing, Timing]], ceiling: float) -> list[dict[str, Any]]:
+    """One record a contender and pass; ratios are to ours without statistics."""
+    found = []
+    for number, (kind, work) in enumerate((("forward", 1.0), ("forward + backward", 1.0 + _BACKWARD))):
+        ours = timings["Sinkbed"][number].median
+        for name, pair in timings.items():
+            seconds = pair[number].median
+            speed = case.flops() * work / seconds
+            found.append(
+                {
+                    "layout": case.layout, "T": case.length, "D": case.dim, "pass": kind, "contender": name,
+                    "ms": round(seconds * 1e3, 4), "ratio": round(seconds / ours, 3),
+                    "tflops": round(speed / 1e12, 5), "of_peak": round(speed / ceiling, 4) if ceiling else "",
+                }
+            )  # fmt: skip
+    return found
+
+
+def _table(case: Case, rows: list[dict[str, Any]]) -> str:
+    shape = f"B {case.batch}, H {case.heads}/{case.key_heads}, T {case.length}, D {case.dim}, {case.dtype}"
+    documents = f"{len(case.documents())} documents a row"
+    lines = [f"\n{case.layout}: {shape}, {documents}", f"{'':{_WIDTH}}{'forward':>30}{'forward + backward':>30}"]
+    lines.append(f"{'':{_WIDTH}}" + f"{'ms':>9}{'ratio':>7}{'TFLOP/s':>9}{'peak':>5}" * 2)
+    for name in dict.fromkeys(r["contender"] for r in rows):
+        line = f"{name:{_WIDTH}}"
+        for r in rows:
+            if r["contender"] == name:
+                share = f"{100 * r['of_peak']:4.0f}%" if r["of_peak"] != "" else "     "
+                line += f"{r['ms']:9.3f}{r['ratio']:7.2f}{r['tflops']:9.3g}{share}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Speed against T, a panel for each layout and pass, lines for the contenders at the first head dim."""
+    from matplotlib.figure import Figure
+
+    dim = rows[0]["D"]
+    layouts = list(dict.fromkeys(r["layout"] for r in rows))
+    passes = list(dict.fromkeys(r["pass"] for r in rows))
+    figure = Figure(figsize=(4.5 * len(layouts), 6.5), layout="constrained")
+    panels = figure.subplots(len(passes), len(layouts), squeeze=False, sharex=True)
+    for i, kind in enumerate(passes):
+        for j, layout in enumerate(layouts):
+            axes = panels[i][j]
+            chosen = [r for r in rows if (r["layout"], r["pass"], r["D"]) == (layout, kind, dim)]
+            for name in dict.fromkeys(r["contender"] for r in chosen):
+                line = [(r["T"], r["tflops"]) for r in chosen if r["contender"] == name]
+                axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=name)
+            axes.set_title(f"{layout}, D {dim}: {kind}", fontsize=9)
+            axes.set_xscale("log", base=2)
+            axes.set_xlabel("T")
+            axes.set_ylabel("TFLOP/s of what the mask asks for")
+    panels[0][0].legend(fontsize=7)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=130)
+    write_atomic(path, content.getvalue())

@@ -1,0 +1,99 @@
+"""`sinkbed generate`: a look at what a model writes: a run, a checkpoint, or any model that `sinkbed probe` takes.
+
+The whole context is read again for every token; there is no cache of keys. Good for a look, not for serving.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from sinkbed.train.measure.heldout import InferenceMode
+    from sinkbed.train.measure.model import Subject
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Parse, write."""
+    import argparse
+    from pathlib import Path
+
+    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model", help="run directory, checkpoint, Hugging Face folder or hub name")
+    parser.add_argument("--prompt", default="", help="text to go on from (default: none)")
+    parser.add_argument("--tokens", type=int, default=100, help="tokens to write at most; it ends before with EOS")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token")
+    parser.add_argument("--top_k", type=int, help="draw among so many of the likeliest tokens only")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mode", default="as_trained", help="as_trained, bos or text: what stands before the text")
+    parser.add_argument("--store", type=Path, help="token store with the run's tokenizer (default: the run's)")
+    parser.add_argument("--bos", help="token that serves as BOS (default: the tokenizer's)")
+    parser.set_defaults(revision=None, gguf=None, dtype="auto", device_map=None)
+    arguments = parser.parse_args(list(argv))
+
+    from sinkbed.model.ranges import check_number
+    from sinkbed.train.measure.heldout import check_modes
+    from sinkbed.train.measure.model import load
+    from sinkbed.train.plain_text import visible
+
+    check_number("--tokens", arguments.tokens, least=1)
+    check_number("--temperature", arguments.temperature, least=0)
+    if arguments.top_k is not None:
+        check_number("--top_k", arguments.top_k, least=1)
+    [mode] = check_modes([arguments.mode])
+    if mode not in ("as_trained", "bos", "text"):
+        raise ValueError(f"--mode: expected as_trained, bos or text, found {mode}, which is for measuring alone")
+    subject = load(arguments)
+    ids = subject.encode(arguments.prompt)
+    for _ in continuation(subject, ids, mode, arguments):
+        if sys.stderr.isatty():
+            print(f"\r{len(ids)} tokens", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print("\r", end="", file=sys.stderr)
+    print("\n".join(visible(line) for line in subject.decode(ids).split("\n")))
+    return 0
+
+
+def continuation(subject: Subject, ids: list[int], mode: InferenceMode, arguments: Any) -> Iterator[int]:
+    """Token after token, each appended to `ids`, until EOS or enough of them. Raises ValueError for logits that are not
+    finite, and for a model that has to be given a text and is not."""
+    import torch
+
+    from sinkbed.model.observe import evaluating, input_device
+    from sinkbed.train.measure.finite import finite
+    from sinkbed.train.measure.heldout import Probe, arrange
+
+    probe = Probe((), torch.as_tensor(subject.token_bytes), _bos(subject, mode), subject.eos_id, subject.special_ids)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    room = (subject.context_length or sys.maxsize) - 1
+    with evaluating(subject.model), torch.no_grad():
+        for _ in range(arguments.tokens):
+            text = torch.tensor([ids[-room:]], dtype=torch.int64)
+            lengths = torch.tensor([text.shape[1]])
+            device = input_device(subject.model)
+            row = arrange(probe, mode, subject.strategy, [0], text, lengths, device=device)
+            if row.tokens.shape[1] == 0:
+                raise ValueError("--prompt: expected text for a model with no first token of its own, found none")
+            logits = subject.model(row.tokens, mask=row.mask).logits[0, -1].float().cpu()
+            finite(float(logits.sum()), "logits")
+            token = _drawn(logits, arguments.temperature, arguments.top_k, generator)
+            if token == subject.eos_id:
+                return
+            ids.append(token)
+            yield token
+
+
+def _bos(subject: Subject, mode: InferenceMode) -> int:
+    if subject.bos_id is None and mode == "bos":
+        raise ValueError(f"{subject.name}: its tokenizer has no BOS, which the mode bos puts first; name it with --bos")
+    return subject.eos_id if subject.bos_id is None else subject.bos_id
+
+
+def _drawn(logits: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    values, tokens = logits.topk(min(top_k or len(logits), len(logits)))
+    return int(tokens[(values / temperature).softmax(0).multinomial(1, generator=generator)])

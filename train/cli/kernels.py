@@ -1,0 +1,215 @@
+"""`sinkbed kernels`: compile the Triton kernels for GPUs that need not be here, and count registers, spills and
+instructions."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sinkbed.train.plain_text import console, csv_of
+from sinkbed.train.run.directory import write_atomic
+
+BASELINE = Path(__file__).resolve().parents[2] / "kernels" / "compiled.csv"
+_KEYS = ("arch", "kernel", "mask", "dtype", "head_dim")
+_CHECKED = ("tiles", "spilled", "unit", "matrix", "full_loop")
+_GROWTH = 1.02  # of a loop over full tiles, before a check fails
+
+
+def compile_one(task: tuple[str, str, str, str, int, tuple[int, int, int, int] | None]) -> dict[str, Any]:
+    """One line of the table; runs in a process of its own. A compiler's refusal is the line's `error`."""
+    from dataclasses import asdict
+
+    from sinkbed.kernels.triton.aot import Variant, compile_variant
+    from sinkbed.kernels.triton.tiles import Tiles
+
+    arch, kernel, mask, dtype, head_dim, tiles = task
+    variant = Variant(arch, kernel, mask, dtype, head_dim)
+    try:
+        counts = compile_variant(variant, tiles=None if tiles is None else Tiles(*tiles))
+    except Exception as error:
+        return {**asdict(variant), "error": f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"}
+    return {**asdict(variant), **asdict(counts)}
+
+
+def compile_all(tasks: Sequence[Any], workers: int) -> list[dict[str, Any]]:
+    """Every line, in order, in processes without Triton's interpreter and with an empty cache."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    from tqdm import tqdm
+
+    before = {name: os.environ.pop(name, None) for name in ("TRITON_INTERPRET", "TRITON_CACHE_DIR")}
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ["TRITON_CACHE_DIR"] = cache  # a warm cache would hide a compiler's failure
+            spawn = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+                return list(tqdm(pool.map(compile_one, tasks), "compiling", len(tasks), unit=" kernels"))
+    finally:
+        os.environ.pop("TRITON_CACHE_DIR", None)
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def read_table(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
+    """Lines of a stored table by variant. Raises FileNotFoundError or ValueError that names the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a table of `sinkbed kernels --write`, found no file")
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    if not lines or not {*_KEYS, *_CHECKED} <= set(lines[0]):
+        raise ValueError(f"{path}: expected a table of `sinkbed kernels --write`, found other columns")
+    return {tuple(line[key] for key in _KEYS): line for line in lines}
+
+
+def violations(found: Sequence[dict[str, Any]], baseline: dict[tuple[str, ...], dict[str, str]]) -> list[str]:
+    """What a table does worse than a stored one, a message each."""
+    from sinkbed.kernels.triton.aot import CHIPS
+
+    messages = []
+    for line in found:
+        key = tuple(str(line[k]) for k in _KEYS)
+        name = " ".join(key)
+        if "error" in line:
+            messages.append(f"{name}: expected it to compile, found {line['error']}")
+            continue
+        chip, stored = CHIPS[line["arch"]], baseline.get(key)
+        if line["shared"] > chip.shared_block:
+            messages.append(
+                f"{name}: expected at most {chip.shared_block} bytes of shared memory, found {line['shared']}"
+            )
+        if line["kernel"] != "delta":
+            if line["matrix"] == 0:
+                messages.append(f"{name}: expected matrix instructions in the loop over full tiles, found none")
+            elif not 0 < line["full_loop"] < line["masked_loop"]:
+                messages.append(
+                    f"{name}: expected a loop over masked tiles longer than that over full tiles, found "
+                    f"{line['masked_loop']} and {line['full_loop']} instructions"
+                )
+        if stored is None:
+            messages.append(f"{name}: expected a line in the baseline, found none; make it anew with --write")
+            continue
+        if line["tiles"] != stored["tiles"]:
+            messages.append(
+                f"{name}: expected the baseline's tiles {stored['tiles']}, found {line['tiles']}; "
+                "make it anew with --write"
+            )
+            continue
+        if line["matrix"] > 0 and (line["unit"], line["matrix"]) != (stored["unit"], int(stored["matrix"])):
+            messages.append(
+                f"{name}: expected {stored['matrix']} {stored['unit']} in the loop over full tiles, found "
+                f"{line['matrix']} {line['unit']}"
+            )
+        if line["spilled"] > int(stored["spilled"]):
+            messages.append(f"{name}: expected at most {stored['spilled']} spilled bytes, found {line['spilled']}")
+        if line["full_loop"] > _GROWTH * int(stored["full_loop"]):
+            messages.append(
+                f"{name}: expected at most {stored['full_loop']} instructions for a full tile (and 2 %), found "
+                f"{line['full_loop']}"
+            )
+    return messages
+
+
+def to_csv(lines: Sequence[dict[str, Any]]) -> str:
+    """The stored table."""
+    names = max(lines, key=len)  # a line of an error has no counts
+    return csv_of(lines, [n for n in names if n != "error"])
+
+
+def print_table(lines: Sequence[dict[str, Any]]) -> None:
+    """The lines for people."""
+    from rich.table import Table
+
+    from sinkbed.kernels.triton.aot import CHIPS, roofline
+
+    table = Table(
+        title="Compiled ahead of time: static counts, nothing was run",
+        caption="peak: an estimate of the share of the 16-bit matrix units' peak in reach of the loop over full tiles",
+        title_justify="left",
+        caption_justify="left",
+    )
+    names = {
+        "arch": "GPU", "kernel": "kernel", "mask": "mask", "dtype": "dtype", "head_dim": "D", "tiles": "tile",
+        "registers": "reg.", "spilled": "spilled B", "shared": "shared B", "occupancy": "occ. %",
+        "full_loop": "full tile", "masked_loop": "masked",
+    }  # fmt: skip
+    for name in (*names.values(), "products", "peak %"):
+        left = name in ("GPU", "kernel", "mask", "dtype", "tile")
+        table.add_column(name, justify="left" if left else "right", no_wrap=left)
+    before = None
+    for line in lines:
+        if before not in (None, line["arch"]):
+            table.add_section()
+        before = line["arch"]
+        if "error" in line:
+            table.add_row(*(str(line[k]) for k in _KEYS), line["error"])
+            continue
+        sizes = (line["kernel"], line["tiles"], line["full_loop"], line["head_dim"])
+        share = roofline(CHIPS[line["arch"]], *sizes) if line["dtype"] != "fp32" else None
+        peak = f"{100 * share[0]:.0f}–{100 * share[1]:.0f}" if share else ""
+        table.add_row(*(str(line[k]) for k in names), f"{line['matrix']} {line['unit']}" if line["unit"] else "", peak)
+    console(150).print(table)
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Compile what is asked for, print it, compare it or store it."""
+    import argparse
+    import importlib.util
+
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("kernels: expected the package triton, found none; pip install triton")
+    from sinkbed.kernels.triton.aot import CHIPS, DTYPES, KERNELS, MASKS, is_stored
+    from sinkbed.kernels.triton.tiles import HEAD_DIMS
+
+    archs = tuple(CHIPS)
+    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").replace("\n", " "))
+    parser.add_argument("--arch", nargs="+", choices=archs, default=archs, help="GPUs (default: all)")
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS, help="default: all")
+    parser.add_argument("--mask", nargs="+", choices=MASKS, default=("document",), help="default: document")
+    parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=("bf16",), help="default: bf16")
+    parser.add_argument("--head_dim", nargs="+", type=int, choices=HEAD_DIMS, default=(64, 128), help="default: 64 128")
+    parser.add_argument("--all", action="store_true", help="every variant of the stored table")
+    parser.add_argument(
+        "--tiles", nargs=4, type=int, metavar=("M", "N", "WARPS", "STAGES"), help="instead of the table's"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="processes that compile")
+    parser.add_argument("--csv", type=Path, help="write the table to this file")
+    parser.add_argument("--json", type=Path, help="the same as a list of objects, refused variants with their error")
+    parser.add_argument(
+        "--check", type=Path, nargs="?", const=BASELINE, help="fail where it is worse than a stored table"
+    )
+    parser.add_argument("--write", action="store_true", help=f"store the table as the baseline ({BASELINE.name})")
+    arguments = parser.parse_args(list(argv))
+    if arguments.write and arguments.tiles:
+        raise ValueError("kernels --write: expected the kernels' own tiles, found --tiles; leave one of them out")
+    baseline = read_table(arguments.check) if arguments.check else {}
+    tiles = tuple(arguments.tiles) if arguments.tiles else None
+    sizes = [MASKS, DTYPES, HEAD_DIMS] if arguments.all else [arguments.mask, arguments.dtype, arguments.head_dim]
+    tasks = dict.fromkeys(
+        # delta reads no mask; a prefix LM's brings it a gradient of lse.
+        (arch, kernel, "document" if kernel == "delta" and mask != "prefix_lm" else mask, dtype, head_dim, tiles)
+        for arch, mask, dtype, head_dim, kernel in itertools.product(arguments.arch, *sizes, arguments.kernel)
+        if not arguments.all or is_stored(kernel, mask, dtype, head_dim)
+    )
+    lines = compile_all(list(tasks), arguments.workers)
+    print_table(lines)
+    wrong = [f"{' '.join(str(line[k]) for k in _KEYS)}: {line['error']}" for line in lines if "error" in line]
+    if arguments.csv is not None:
+        write_atomic(arguments.csv, to_csv(lines))
+    if arguments.json is not None:
+        write_atomic(arguments.json, json.dumps(lines, indent=1) + "\n")
+    if arguments.check:
+        wrong = violations(lines, baseline)
+    if arguments.write and not wrong:
+        # Lines of variants that were not compiled now stay.
+        stored: dict[tuple[str, ...], Any] = dict(read_table(BASELINE)) if BASELINE.is_file() else {}
+        stored |= {tuple(str(line[key]) for key in _KEYS): line for line in lines}
+        write_atomic(BASELINE, to_csv(list(stored.values())))
+    for message in wrong:
+        print(message)
+    return 1 if wrong else 0

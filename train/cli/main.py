@@ -1,0 +1,146 @@
+"""The command line: one program, one module a command, loaded only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import importlib
+import locale
+import os
+import sys
+from collections.abc import Sequence
+
+from sinkbed.train.run.world import leave
+
+# command -> (module with run(argv), one line of help)
+COMMANDS = {
+    "prepare": ("sinkbed.train.cli.prepare", "documents -> token store"),
+    "fit": ("sinkbed.train.cli.fit", "train a run, or resume it with --ckpt_path last"),
+    "validate": ("sinkbed.train.cli.validate", "measure a checkpoint of a run on its probe set"),
+    "study": ("sinkbed.train.cli.study", "run the arms of a study, measure and compare them"),
+    "report": ("sinkbed.train.cli.report", "table, figures and one HTML page of a study"),
+    "runs": ("sinkbed.train.cli.runs", "the runs below a folder: how far each is, its loss and its sink"),
+    "generate": ("sinkbed.train.cli.generate", "a look at what a run writes"),
+    "probe": (
+        "sinkbed.train.cli.probe",
+        "sinks of any causal language model: a run, a checkpoint, a Hugging Face model",
+    ),
+    "export": ("sinkbed.train.cli.export", "a checkpoint as a Hugging Face folder (Llama, or with a window Mistral)"),
+    "kernels": (
+        "sinkbed.train.cli.kernels",
+        "compile the Triton kernels ahead of time: registers, spills, instructions",
+    ),
+    "bench": (
+        "sinkbed.train.cli.bench",
+        "ratios against named peers: training, attention, metering, data, prepare, checkpoint",
+    ),
+}
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The top-level parser; each command parses its own arguments."""
+    parser = argparse.ArgumentParser(
+        prog="sinkbed",
+        description="Pretraining testbed for attention sinks.",
+        epilog="sinkbed COMMAND --help shows the arguments of a command.",
+    )
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, text) in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 for a failure that was explained, 2 for bad usage."""
+    if argv is None:
+        _use_utf8()
+    argv = [_at_home(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    if argv[:1] == ["--version"]:
+        from importlib import metadata
+
+        print(f"sinkbed {metadata.version('sinkbed')}, torch {metadata.version('torch')}")
+        return 0
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        print(f"sinkbed: expected one of {', '.join(COMMANDS)}; found {argv[0]!r}{meant}", file=sys.stderr)
+        return 2
+    arguments, rest = build_parser().parse_known_args(argv[:1]), argv[1:]
+    command = arguments[0].command
+    module, _ = COMMANDS[command]
+    if command != "fit":  # the one command that several processes belong to
+        leave(os.environ)
+    try:
+        status = int(importlib.import_module(module).run(command, rest) or 0)
+        sys.stdout.flush()  # here, where a reader that is gone is no traceback
+        return status
+    except KeyboardInterrupt:
+        print(f"sinkbed {command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # who reads what is printed has seen enough: `sinkbed study FILE --plan | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("SINKBED_DEBUG") or not explained(error):
+            raise
+        print(f"sinkbed {command}: {explain(error)}", file=sys.stderr)
+        return 1
+
+
+def _at_home(argument: str) -> str:
+    """An argument with the home folder in place of `~`, also where the shell leaves it: in quotes, after `=`."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{option}{equals}{os.path.expanduser(value)}"
+
+
+def _use_utf8() -> None:
+    """Start this program anew in Python's UTF-8 mode where the locale has another encoding: texts, configs and tables
+    are UTF-8, and processes that are started from here inherit the mode."""
+    if not sys.flags.utf8_mode and locale.getencoding().lower().replace("-", "") != "utf8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def explained(error: Exception) -> bool:
+    """Whether the error's message is meant for the user, so that a traceback would only hide it."""
+    return (
+        isinstance(error, ValueError | OSError)
+        or type(error).__name__
+        in ("TrainingDiverged", "ProcessLost", "StoppedEarly", "WorkerDiedError", "MisconfigurationException")
+        or _out_of_memory(error)
+    )
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python's own kind, torch's on GPUs, and what torch says on CPUs, which has no kind of its own."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "not enough memory", "can't allocate memory")
+    )
+
+
+def explain(error: Exception) -> str:
+    """The one message."""
+    if type(error).__name__ in ("DiskFullError", "BlockingIOError"):
+        return str(error.strerror)  # type: ignore[attr-defined]  # ours, without the number
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        where = f" while writing {error.filename}" if error.filename else ""
+        return (
+            f"the disk is full{where}; nothing half-written was kept. Free some space, then run the same "
+            "command again (fit: with --ckpt_path last)"
+        )
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return (
+            f"{error.filename}: expected a file or folder that can be read and written, found: {error.strerror} "
+            f"(errno {error.errno}); see to that, then run the same command again (fit: with --ckpt_path auto)"
+        )
+    if _out_of_memory(error):
+        reason = str(error).splitlines()[0] if str(error) else "no more to be had"
+        return (
+            f"memory: expected more than there is ({reason}); what is saved is whole. Take a smaller model or batch: "
+            "data.micro_batch and measure.batch_tokens in a run, --batch_tokens in a probe"
+        )
+    return str(error)

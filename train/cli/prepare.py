@@ -1,0 +1,124 @@
+"""`sinkbed prepare`: documents to a token store, from a config; or what that would take; or whether one is intact."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sinkbed.train.run.directory import MANIFEST
+
+if TYPE_CHECKING:
+    from sinkbed.data.prepare.estimate import Estimate
+    from sinkbed.data.store.manifest import Manifest
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Parse and prepare, estimate or check."""
+    from sinkbed.data.prepare.prepare import PrepareConfig, prepare
+    from sinkbed.train.config.arguments import ShortParser, check_keys, known_keys, rewritten
+
+    if "--check" in argv:
+        return _check(command, argv)
+    parser = ShortParser(prog=f"sinkbed {command}", description="Documents to a token store.")
+    parser.add_argument("--config", action="config", help="YAML file with the keys below")
+    parser.add_class_arguments(PrepareConfig, None)
+    parser.add_argument(
+        "--workers", type=int | None, default=None, help="processes that encode; the store is the same for any number"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="read a sample, say what the rest would take; no writes")
+    parser.add_argument(
+        "--force", action="store_true", help="replace a store made from another config, start over one begun from it"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+    parser.add_argument("--check", metavar="STORE", help="read a token store and compare every checksum; no config")
+    check_keys(parser.prog, argv, known_keys(parser))
+    config = parser.parse_args(list(argv))
+    try:
+        built = parser.instantiate_classes(config).as_dict()
+    except ValueError as error:
+        raise ValueError(rewritten(str(error), [])) from None
+    force, quiet, workers, dry_run = (built.pop(name) for name in ("force", "quiet", "workers", "dry_run"))
+    for name in ("config", "check"):
+        built.pop(name, None)
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers: found {workers}, expected at least 1")
+    wanted = PrepareConfig(**built)
+    if dry_run:
+        from sinkbed.data.prepare.estimate import estimate
+
+        print("\n".join(described(estimate(wanted, workers=workers))))
+        return 0
+    began = time.perf_counter()
+    there = not force and (Path(wanted.out) / MANIFEST).exists()
+    manifest = prepare(wanted, force=force, progress=not quiet, workers=workers)
+    if not quiet:
+        seconds = "up to date" if there else f"{time.perf_counter() - began:.0f} s"
+        print(f"{wanted.out}: {summary(manifest)}; {seconds}")
+    return 0
+
+
+def summary(manifest: Manifest) -> str:
+    """What a token store holds, in one line."""
+    splits = [f"{name} {s.documents:,} documents, {s.tokens:,} tokens" for name, s in manifest.splits.items()]
+    train = manifest.splits["train"]
+    left_out = f"; left out: {_counted(manifest.left_out)}" if manifest.left_out else ""
+    return (
+        f"{'; '.join(splits)}; vocabulary {manifest.vocab_size:,}, "
+        f"{train.bytes / max(1, train.tokens):.2f} bytes a token{left_out}"
+    )
+
+
+def described(found: Estimate) -> list[str]:
+    """An estimate, a line per quantity."""
+
+    def of(value: float | None, shape: str = "{:,}") -> str:
+        return "unknown" if value is None else shape.format(value)
+
+    how = "known" if found.known else "estimated" if found.documents is not None else "the source does not tell"
+    whole = found.documents == found.sample_documents
+    width = found.tokens * found.spread if found.tokens and found.spread else 0.0
+    span = f" ({found.tokens - width:,.0f} to {found.tokens + width:,.0f})" if found.tokens and width else ""
+    trained = ", by a tokenizer trained on the sample" if found.trained_on_sample else ""
+    lines = [
+        f"sample           {found.sample_documents:,} documents, {found.sample_bytes:,} bytes",
+        f"documents        {of(found.documents)} ({how})",
+        f"bytes            {of(found.bytes)}" + ("" if whole or found.bytes is None else " (from the sample)"),
+        f"bytes per token  {found.bytes_per_token:.2f}{trained}",
+        f"tokens           {of(found.tokens)}{span}",
+        f"disk             {of(None if found.disk is None else found.disk / 1e9, '{:,.3f} GB')}",
+        f"time left        {_duration(found.seconds)} at {found.rate / 1e6:.2f} MB/s",
+    ]
+    if found.finished_bytes:
+        lines.append(f"finished         {found.finished_bytes:,} bytes of text by a run that was stopped")
+    if found.left_out:
+        lines.append(f"left out         {_counted(found.left_out)} (of the sample)")
+    return lines
+
+
+def _counted(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in reasons.items())
+
+
+def _duration(seconds: float | None) -> str:
+    return "unknown" if seconds is None else str(timedelta(seconds=max(1, round(seconds))))
+
+
+def _check(command: str, argv: Sequence[str]) -> int:
+    """Open every split of a token store and compare the sha256 of every shard."""
+    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", allow_abbrev=False)
+    parser.add_argument("--check", metavar="STORE", required=True, help="token store to read")
+    store = parser.parse_args(list(argv)).check
+
+    from sinkbed.data.store.manifest import Manifest
+    from sinkbed.data.store.token_store import TokenStore
+
+    manifest = Manifest.read(Path(store))
+    for split in manifest.splits:
+        TokenStore.open(store, split).verify()
+    shards = sum(len(info.shards) for info in manifest.splits.values())
+    print(f"{store}: {shards} shards, every checksum as written; {summary(manifest)}")
+    return 0

@@ -1,0 +1,215 @@
+"""`sinkbed probe`: sinks, states and mixing of any causal language model, with the code that measures during training.
+
+What is measured is chosen by --measure; `sinks` alone is the default, as the others take more passes over the text.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from sinkbed.train.run import directory
+
+if TYPE_CHECKING:
+    from sinkbed.train.measure.heldout import InferenceMode, Probe
+    from sinkbed.train.measure.model import Subject
+
+Input = Literal["natural", "random", "repeated"]
+Measure = Literal["sinks", "states", "gradients", "perturbation", "rank", "paths", "jacobian", "positions", "streaming"]
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Parse, measure, print tables, write what was asked for."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model", help="run directory, checkpoint, Hugging Face folder or hub name")
+    text = parser.add_argument_group("text")
+    text.add_argument("--prompts", type=Path, help="a JSONL file (column text), or a document a line")
+    text.add_argument("--store", type=Path, help="validation split of this token store (default: a run's own)")
+    text.add_argument("--documents", type=int, default=100)
+    text.add_argument("--length", type=int, help="tokens of a document at most (default: the context, 512 at most)")
+    text.add_argument("--inputs", nargs="+", choices=get_args(Input), default=["natural"], help="what is read (sinks)")
+    text.add_argument("--modes", nargs="+", default=["bos", "text", "first_key_masked"], help="inference modes")
+    text.add_argument("--bos", help="token that serves as BOS (default: the tokenizer's)")
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--measure", nargs="+", choices=[*get_args(Measure), "all"], default=["sinks"])
+    what.add_argument("--sink_tokens", type=int, default=64, help="T of the sink rate, tokens of states and mixing")
+    what.add_argument("--keys", type=int, nargs="+", default=[0], help="row positions k whose sink rate is wanted")
+    what.add_argument("--mixing_documents", type=int, default=16, help="documents of states and mixing")
+    what.add_argument("--lengths", type=int, nargs="+", default=[], help="mixing at these numbers of tokens too")
+    what.add_argument("--change", nargs=2, metavar=("OLD", "NEW"), help="perturbation: this word in the first prompt")
+    what.add_argument("--directions", default="16", help="jacobian: directions a document, or exact")
+    what.add_argument("--jacobian_documents", type=int, default=8, help="documents of the jacobian")
+    what.add_argument("--cache", type=int, help="streaming: keys (default: a quarter of the longest document)")
+    what.add_argument("--kept", type=int, nargs="+", default=[0, 1, 2, 4], help="streaming: first keys kept")
+    what.add_argument("--checkpoints", action="store_true", help="also along all checkpoints of a run")
+    hub = parser.add_argument_group("Hugging Face models")
+    hub.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    hub.add_argument("--device_map", help="such as auto: layers over several devices, or partly on disk")
+    hub.add_argument("--revision", help="commit, tag or branch")
+    hub.add_argument("--gguf", help="weights in this GGUF file of the folder or repository")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--batch_tokens", type=int, default=2_048, help="tokens of a forward pass, padding included")
+    parser.add_argument("--json", type=Path, help="write every figure, per layer and head, to this file")
+    parser.add_argument("--out", type=Path, help="write a report to this folder: HTML page, figures, CSV, JSON")
+    parser.add_argument("--force", action="store_true", help="replace the report of an earlier probe in --out")
+    parser.add_argument("--wandb", action="store_true", help="log figures and numbers to the run's W&B page")
+    arguments = parser.parse_args(list(argv))
+
+    from sinkbed.train.measure.model import check_model, load, probe_of, texts
+
+    check_model(arguments)  # first: a path that is none is answered before torch is imported
+    import torch
+
+    from sinkbed.train.measure.heldout import MeasureConfig, check_modes
+    from sinkbed.train.measure.steps import Measurement
+    from sinkbed.train.report import model as probe_report
+
+    if arguments.threads is not None and arguments.threads < 1:
+        raise ValueError(f"--threads: found {arguments.threads}, expected at least 1")
+    if arguments.out is not None:
+        probe_report.check_out(arguments.out, arguments.force)
+    if arguments.json is not None:
+        if arguments.json.is_dir():
+            raise ValueError(f"--json {arguments.json}: expected a file, found a folder")
+        probe_report.check_writable("--json", arguments.json)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    modes = check_modes(arguments.modes)
+    measures = set(get_args(Measure)) if "all" in arguments.measure else set(arguments.measure)
+    config = MeasureConfig(
+        documents=arguments.documents,
+        live_documents=1,
+        sink_tokens=arguments.sink_tokens,
+        batch_tokens=arguments.batch_tokens,
+    )
+    _check_arguments(arguments, measures)
+    subject = load(arguments)
+    _check_subject(subject, arguments)
+    limit = arguments.length or min(512, subject.context_length or 512)
+    natural = probe_of(subject, texts(arguments, subject), limit, config)
+    _check_bos(subject, modes)
+    _check_lengths(subject, natural, limit, modes, measures, arguments)
+    count = len(natural.documents)
+    print(f"{subject.name}: {count} document{'s' * (count != 1)}, T = {config.sink_tokens}, eps 0.3")
+    longest = max([limit, *(n + 1 for n in arguments.lengths)])
+    if subject.context_length is not None and longest > subject.context_length:
+        print(f"tokens past the context of {subject.context_length} that it was trained with are read, too")
+    about: dict[str, Any] = {
+        "model": subject.name,
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
+        "documents": len(natural.documents),
+        "versions": {name: metadata.version(name) for name in ("sinkbed", "torch")},
+    }
+    measurement = Measurement(subject, natural, modes, config, arguments)
+    measurement.plan(measures)
+    try:
+        measurement.steps.run()
+    except (Exception, KeyboardInterrupt) as error:
+        if measurement.result:
+            why = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+            print(f"what was measured before is kept ({why})", file=sys.stderr)
+            _write({**about, "incomplete": why, **measurement.result}, arguments)
+        raise
+    result = {**about, **measurement.result}
+    _write(result, arguments)
+    if arguments.wandb:
+        assert subject.run_dir is not None
+        print(probe_report.log_to_wandb(result, subject.run_dir, subject.step))
+    return 0
+
+
+def _write(result: dict[str, Any], arguments: Any) -> None:
+    """Files before the terminal: what is on the disk is not lost."""
+    from sinkbed.train.report import model as probe_report
+    from sinkbed.train.report import model_tables as probe_tables
+
+    if arguments.json is not None:
+        directory.write_json(arguments.json, result, seal=False)
+    page = None if arguments.out is None else probe_report.write(result, arguments.out)
+    probe_tables.print_tables(result)
+    if page is not None:
+        print(f"report: {page} (also probe.json, *.csv, *.png and *.svg beside it)")
+
+
+def _check_arguments(arguments: Any, measures: set[str]) -> None:
+    for key in arguments.keys:
+        if not 0 <= key < arguments.sink_tokens - 1:
+            raise ValueError(
+                f"--keys: found {key}, expected 0 to {arguments.sink_tokens - 2}, so that a later query among the "
+                f"first --sink_tokens {arguments.sink_tokens} can look at it; give another key, or raise --sink_tokens"
+            )
+    if arguments.directions != "exact" and not (arguments.directions.isdigit() and int(arguments.directions) > 3):
+        raise ValueError(f"--directions: found {arguments.directions!r}, expected exact, or a number of at least 4")
+    for name in ("mixing_documents", "jacobian_documents", "batch_tokens", "documents"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name}: found {getattr(arguments, name)}, expected at least 1")
+    if arguments.length is not None and arguments.length < 2:
+        raise ValueError(f"--length: found {arguments.length}, expected at least 2 tokens")
+    for length in arguments.lengths:
+        if length < 8:
+            raise ValueError(f"--lengths: found {length}, expected at least 8 tokens")
+    if arguments.cache is not None and arguments.cache < 1:
+        raise ValueError(f"--cache: found {arguments.cache}, expected at least 1 key")
+    if arguments.lengths and not measures & {"perturbation", "rank", "paths", "jacobian"}:
+        raise ValueError(
+            "--lengths: expected a --measure that it applies to (perturbation, rank, paths, jacobian), found none"
+        )
+    if measures - {"sinks", "positions", "streaming"} and arguments.sink_tokens < 8:
+        raise ValueError(f"--sink_tokens: found {arguments.sink_tokens}, expected at least 8 for states and mixing")
+    if arguments.change is not None and arguments.prompts is None:
+        raise ValueError("--change: expected --prompts, whose first text holds the word, found none")
+
+
+def _check_subject(subject: Subject, arguments: Any) -> None:
+    """Refuse what this model cannot be asked for."""
+    prefix = subject.strategy.prefix_lm
+    if prefix and any(arguments.keys):
+        raise ValueError(
+            f"--keys: found {max(arguments.keys)} for a prefix LM (strategy.prefix_lm={prefix}), where only the first "
+            "key is measured; expected 0, or leave --keys out"
+        )
+    length = max([arguments.length or 0, *(n + 1 for n in arguments.lengths)])
+    if subject.longest is not None and length > subject.longest:
+        raise ValueError(
+            f"--length: found {length}, expected at most {subject.longest}, the max_position_embeddings of "
+            f"{subject.name}; lower it, or where the model computes its positions, raise that in a copy of its "
+            "config.json"
+        )
+    for name in ("checkpoints", "wandb"):
+        if getattr(arguments, name) and subject.run_dir is None:
+            raise ValueError(f"--{name}: expected a run of ours, found {subject.name}, a Hugging Face model")
+
+
+def _check_lengths(
+    subject: Subject, probe: Probe, limit: int, modes: Sequence[str], measures: set[str], arguments: Any
+) -> None:
+    """Refuse, before anything is measured, what the documents are too short for."""
+    from sinkbed.train.measure.model import changed_prompt
+    from sinkbed.train.measure.perplexity import check_cache
+    from sinkbed.train.measure.steps import cache_size
+
+    longest = max(map(len, probe.documents))
+    if arguments.lengths and max(arguments.lengths) > longest:
+        raise ValueError(
+            f"--lengths: found {max(arguments.lengths)}, expected at most {longest}, the tokens of the longest "
+            f"document (cropped to --length {limit} with room for BOS); give longer ones, or lower it"
+        )
+    if "streaming" in measures:
+        if not any(mode != "first_key_masked" for mode in modes):
+            raise ValueError("--measure streaming: expected a mode besides first_key_masked, which hides what is kept")
+        check_cache(longest, cache_size(arguments, subject, probe), arguments.kept, subject.strategy)
+    if arguments.change is not None:
+        changed_prompt(subject, arguments)
+
+
+def _check_bos(subject: Subject, modes: Sequence[InferenceMode]) -> None:
+    if subject.bos_id is None and "bos" in modes:
+        raise ValueError(
+            f"{subject.name}: its tokenizer has no BOS, which the mode bos puts first; name a token with --bos, or "
+            "leave the mode out (--modes text)"
+        )

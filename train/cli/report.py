@@ -1,0 +1,106 @@
+"""`sinkbed report`: what a study found, as a table, figures and one self-contained HTML page.
+
+Reads the run directories only, so it can be made again at any time, also of a study that is half done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sinkbed.train.report.study import load_folder, of_all_seeds, split_finished, tell_missing, write_report
+
+if TYPE_CHECKING:
+    pass
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Make the report of a study anew from what is finished, or one of any runs."""
+    from sinkbed.train.cli.study import chosen
+    from sinkbed.train.study.arms import ArmRun, plan
+    from sinkbed.train.study.file import StudyConfig
+
+    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("what", type=Path, nargs="+", help="study files, or folders of runs or studies")
+    parser.add_argument("--size", help="of study files: one of their sizes (default: demo)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="of study files: seeds (default: the file's, and others that are finished)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="of one study file: the study's folder, with its runs (default: the file's); of folders: where report/ is "
+        "written (default: the one folder); of several study files: where their page is written",
+    )
+    arguments = parser.parse_args(list(argv))
+    folders = [path for path in arguments.what if path.is_dir()]
+    if not folders and len(arguments.what) > 1:
+        return _digest(arguments)
+    if not folders:
+        arguments.study = arguments.what[0]
+        study = chosen(arguments)
+        runs = plan(study) if arguments.seeds else of_all_seeds(study)
+    else:
+        missing = [path for path in arguments.what if path not in folders]
+        if missing:
+            raise FileNotFoundError(f"{missing[0]}: expected study files only, or folders only; found no folder")
+        only = folders[0] if len(folders) == 1 else None
+        if arguments.out is None and only and (only / "report").exists() and (only / "runs").exists():
+            raise ValueError(
+                f"{only}: expected a study file, which makes a study's own report (sinkbed report FILE --out "
+                f"{only}), or another --out for one without effects; found the folder alone"
+            )
+        if arguments.out is None and len(folders) > 1:
+            raise ValueError("report: expected --out, the folder for the report of several folders; found none")
+        runs = [
+            ArmRun(arm=arm, seed=seed, folder=path, names=(), config={}, settings={})
+            for folder in folders
+            for path, arm, seed in load_folder(folder)
+        ]
+        out = arguments.out or folders[0]
+        study = StudyConfig(title=f"Runs of {', '.join(map(str, folders))}", out=out, base=[out], arms={"any": [out]})
+    seen: dict[tuple[str, int], Path] = {}
+    for each in runs:
+        if (each.arm, each.seed) in seen:
+            raise ValueError(
+                f"report: expected one run of each arm and seed, found arm {each.arm}, seed {each.seed} in both "
+                f"{seen[each.arm, each.seed]} and {each.folder}; report the studies one by one"
+            )
+        seen[each.arm, each.seed] = each.folder
+    finished, results, missing = split_finished(runs)
+    if not finished:
+        others = f" ({'; '.join(missing[:3])})" if missing else ""
+        raise ValueError(
+            f"{', '.join(map(str, arguments.what))}: expected at least one finished run, found none in {study.out}"
+            f"{others}; name another folder with --out, or finish one with `sinkbed study` or `sinkbed fit`"
+        )
+    write_report(study, finished, results, missing)
+    return 0
+
+
+def _digest(arguments: argparse.Namespace) -> int:
+    """One page of several studies, of the seeds that are finished where none are named."""
+    from sinkbed.train.report.index import write_digest
+    from sinkbed.train.study.arms import plan
+    from sinkbed.train.study.file import load_study
+
+    if arguments.out is None:
+        raise ValueError("report: expected --out, the folder for the page of several studies; found none")
+    studies = []
+    for path in arguments.what:
+        study = load_study(path, arguments.size)
+        runs = plan(dataclasses.replace(study, seeds=arguments.seeds)) if arguments.seeds else of_all_seeds(study)
+        if all(run.status() == "new" for run in runs):
+            print(f"not on the page: {path} (no run in {study.out})")
+            continue
+        _, results, missing = split_finished(runs)
+        tell_missing(missing)
+        if results:
+            studies.append((study, results))
+    if not studies:
+        raise ValueError("report: expected a study with a finished run, found none; start one with `sinkbed study`")
+    print(f"page: {write_digest(studies, arguments.out)}")
+    return 0

@@ -1,0 +1,189 @@
+"""`sinkbed study`: a set of arms, each a run of its own process, then one report.
+
+A study file names a base run, overlays for each arm, and seeds. An arm that finished under the same
+configuration is not run again; one that was interrupted resumes; one that failed is reported and does
+not stop the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sinkbed.train.run import directory
+from sinkbed.train.study.arms import LOG, SECONDS_FOR_THE_DEAD, ArmRun, check_configs, conclude, hold, make_ready, plan
+from sinkbed.train.study.file import StudyConfig, load_study
+
+SECONDS_BETWEEN_LOOKS = 2.0
+"""While another process makes the token store."""
+
+
+def build_parser(command: str) -> argparse.ArgumentParser:
+    """Options of `sinkbed study`."""
+    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("study", type=Path, help="study file, such as configs/study/packing.yaml")
+    parser.add_argument("--size", help="one of the file's sizes (default: demo)")
+    parser.add_argument("--workers", type=int, help="arms at a time on this machine (default: the file's, or by cores)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds (default: the file's)")
+    parser.add_argument("--out", type=Path, help="folder of the study (default: the file's)")
+    parser.add_argument(
+        "--plan", action="store_true", help="arms, tokens, FLOPs, hours and disk, and whether it fits; runs nothing"
+    )
+    parser.add_argument("--force", action="store_true", help="run anew what was made under another configuration")
+    parser.add_argument("--quiet", action="store_true", help="no progress display")
+    parser.add_argument(
+        "--ray", metavar="ADDRESS", help="run the arms on a Ray cluster: its address, auto, or local for this machine"
+    )
+    parser.add_argument("--retries", type=int, default=3, help="with --ray: times an arm goes on when its node is lost")
+    parser.add_argument("--sweep", type=Path, metavar="PATH", help="write a W&B sweep of the same arms, run nothing")
+    # What the agent of such a sweep calls: one arm, without a report.
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Parse, run the arms, write the report. Exit status 1 when an arm has no result."""
+    arguments = build_parser(command).parse_args(list(argv))
+    study = chosen(arguments)
+    if arguments.sweep is not None:
+        from sinkbed.train.study.sweep import write_sweep
+
+        return write_sweep(study, arguments.sweep)
+    if arguments.arm is not None:
+        return _run_one(study, arguments)
+
+    from sinkbed.train.study.processes import call, warm_up
+
+    warm_up()
+    runs = plan(study)
+    todo = [r for r in runs if r.status() != "finished"]
+    if todo and (complaint := call(check_configs, todo)):
+        raise ValueError(complaint)
+    from sinkbed.train.report.effects import check_measured
+    from sinkbed.train.study.cost import check_fits, print_plan
+
+    check_measured(study, runs)
+
+    if arguments.plan:
+        print_plan(study, runs)
+    check_fits(study, runs, cluster=arguments.ray is not None)  # before hours of preparing, too
+    if arguments.plan:
+        return 0
+    _prepare(study, arguments.quiet)
+    runs = plan(study)  # of the token store that is there now
+    lock = directory.lock(study.out)
+    runner: Any
+    try:
+        _refuse_others(runs, arguments.force)
+        check_fits(study, runs, cluster=arguments.ray is not None)
+        if arguments.ray is not None:
+            from sinkbed.train.study.ray import RayRunner
+
+            runner = RayRunner(study, runs, arguments.ray, arguments.retries)
+        else:
+            from sinkbed.train.study.local import Runner
+
+            runner = Runner(study, runs)
+    except BaseException:
+        directory.release(lock)
+        raise
+    # As under a scheduler: a terminated study stops its arms, which resume next time.
+    signal.signal(signal.SIGTERM, _stop)
+    began = time.perf_counter()
+    runner.run(progress=not arguments.quiet)
+    overhead = runner.overhead()
+    beside = "" if overhead is None else f"; an arm {overhead:.1f} s beside training and measuring (median)"
+    print(f"arms took {time.perf_counter() - began:.0f} s{beside}")
+    lock.close()
+
+    from sinkbed.train.report.study import of_all_seeds, split_finished, write_report
+
+    finished, results, missing = split_finished(of_all_seeds(study))
+    if finished:
+        write_report(study, finished, results, missing, track=True)
+    for name, why in runner.failed.items():
+        print(f"arm {name} failed: {why}", file=sys.stderr)
+    lacking = {r.folder for r in runs} - {r.folder for r in finished}  # a damaged one did not fail
+    return 1 if runner.failed or lacking else 0
+
+
+def _stop(*_: Any) -> None:
+    """Not by raising SIGINT, which a shell has a job in the background ignore."""
+    raise KeyboardInterrupt
+
+
+def chosen(arguments: argparse.Namespace) -> StudyConfig:
+    """The study at its size, with what the options change."""
+    study = load_study(arguments.study, arguments.size)
+    names = ("workers", "seeds", "out")
+    changes = {k: getattr(arguments, k) for k in names if getattr(arguments, k, None) is not None}
+    return dataclasses.replace(study, **changes)
+
+
+def _prepare(study: StudyConfig, quiet: bool) -> None:
+    """Have the study's token store made, unless it is there; of several processes one makes it, the others wait."""
+    if study.prepare is None:
+        return
+    from sinkbed.train.cli.prepare import run as prepare
+
+    waiting = False
+    while True:
+        try:
+            prepare("prepare", ["--config", str(study.prepare), *(["--quiet"] if quiet else [])])
+            return
+        except BlockingIOError as error:
+            if not waiting:
+                print(f"waiting: {error.strerror}", flush=True)
+            waiting = True
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _refuse_others(runs: Sequence[ArmRun], force: bool) -> None:
+    """Raise ValueError for folders of another configuration; with `force`, they are cleared as their arms start."""
+    other = [] if force else [r for r in runs if r.status() == "other"]
+    if other:
+        raise ValueError(
+            f"{other[0].folder}: expected a run of this configuration, found one of another "
+            f"({other[0].reason()}). Use --force to run such arms anew, or another --out to keep them"
+        )
+
+
+def _run_one(study: StudyConfig, arguments: argparse.Namespace) -> int:
+    """Run one arm under one seed in this process, as a sweep's agent asks; finished ones are left as they are."""
+    seed = study.seeds[0] if arguments.seed is None else arguments.seed
+    if arguments.arm not in study.arms:
+        raise ValueError(f"--arm: expected one of {', '.join(study.arms)}; found {arguments.arm}")
+    from sinkbed.train.study.cost import check_fits
+
+    study = dataclasses.replace(study, seeds=[seed], arms={arguments.arm: study.arms[arguments.arm]}, effects=[])
+    [run] = plan(study)
+    complaint = check_configs([run])
+    if not complaint:
+        check_fits(study, [run])
+        _prepare(study, arguments.quiet)
+        [run] = plan(study)  # of the token store that is there now
+    with hold(run.folder, SECONDS_FOR_THE_DEAD):  # also while it is judged and cleared
+        _refuse_others([run], arguments.force)
+        if run.status() == "finished":
+            print(f"{run.folder}: finished already; nothing was changed")
+            return 0
+
+        from sinkbed.train.loop.trainer import run as fit
+
+        try:
+            options = make_ready(run, study.name)[1:]
+            if complaint:
+                raise ValueError(complaint)
+            status = fit("fit", options)
+        except Exception as error:
+            (run.folder / LOG).write_text(f"{error}\n")
+            conclude(run, 1)
+            raise
+    return status

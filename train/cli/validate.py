@@ -1,0 +1,71 @@
+"""`sinkbed validate`: measure a checkpoint of a run on its probe set, with the code that measures live."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sinkbed.train.config.yaml_files import read_mapping
+from sinkbed.train.run import directory
+from sinkbed.train.run.load import load_decoder, open_run, run_tokenizer
+
+if TYPE_CHECKING:
+    from sinkbed.train.measure.heldout import InferenceMode, ModeResult
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Parse, measure, print a table."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("run", type=Path, help="run directory, or a checkpoint inside one")
+    parser.add_argument("--modes", nargs="+", help="inference modes (default: the run's)")
+    parser.add_argument("--documents", type=int, help="documents of the probe set (default: the run's)")
+    parser.add_argument("--store", type=Path, help="token store (default: the run's)")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--json", type=Path, help="also write every figure, per layer and head, to this file")
+    arguments = parser.parse_args(list(argv))
+
+    checkpoint, folder = open_run(arguments.run)  # first: a path that is none is answered before torch is imported
+    import torch
+
+    from sinkbed.data.store.token_store import TokenStore
+    from sinkbed.train.measure.heldout import MeasureConfig, Probe, check_modes, measure, measurement_table
+    from sinkbed.train.progress import Steps
+
+    config = read_mapping(folder / directory.CONFIG)
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["measure"].items()}
+    if arguments.documents is not None:
+        settings |= {"documents": arguments.documents, "live_documents": 1}
+    if arguments.modes is not None:
+        settings |= {"modes": check_modes(arguments.modes)}
+    measuring = MeasureConfig(**settings)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+
+    decoder, strategy = load_decoder(checkpoint)
+    identity = checkpoint["sinkbed"]
+    run_tokenizer(identity, arguments.store)
+    store = TokenStore.open(arguments.store or Path(identity["store"]), "validation")
+    store.verify()
+    probe = Probe.from_store(store, identity["context_length"], measuring)
+    results: dict[InferenceMode, ModeResult] = {}
+    steps = Steps()
+    for mode in measuring.modes:
+
+        def step(mode: InferenceMode = mode) -> None:
+            results[mode] = measure(decoder, probe, mode, strategy, measuring)
+
+        steps.add(f"sinks, mode {mode}", len(probe.documents), step)
+    steps.run()
+    print(measurement_table(checkpoint["global_step"], results, measuring.sink_tokens))
+    if len(probe.documents) < measuring.documents:
+        print(
+            f"asked for {measuring.documents} documents; the validation split has {len(probe.documents)} of at least "
+            f"{measuring.sink_tokens} tokens"
+        )
+    if arguments.json is not None:
+        directory.write_json(arguments.json, {mode: dataclasses.asdict(r) for mode, r in results.items()}, seal=False)
+    return 0

@@ -1,0 +1,128 @@
+"""Parsers whose complaint is one message: the key at fault, what was expected, and the key that was probably meant."""
+
+from __future__ import annotations
+
+import re
+import sys
+from argparse import ArgumentError
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from sinkbed.train.config.keys import is_known, unknown, unknown_keys
+from sinkbed.train.config.yaml_files import read_mapping
+
+_UNKNOWN = (
+    r"does not accept option '([\w.]+)'",
+    r"unrecognized arguments: (\S+)",
+    r"Key '([\w.]+)' is not expected",
+    r"Option '([\w.]+)' is not accepted",
+)
+_NO_TYPE = r'Parser key "([\w.]+)":.*Subtypes: \[(.*?)\]\n.*Given value: (.*)'
+_WRONG_TYPE = r'Parser key "([\w.]+)":\s+(?:Expected an? (.+?)\. Got value: (.*)|(.+))'
+
+# A group of keys that may be null: jsonargparse lists why it is neither the group nor null.
+_NEITHER = r"Union subtypes\n.*Errors:\n  - (.*?)\n  - Expected a <class 'NoneType'>"
+
+
+_NO_KEYS = ("--config", "--print_config", "--help", "--trust_config")
+
+
+def check_keys(program: str, argv: Sequence[str], keys: Sequence[str]) -> None:
+    """Refuse a --config that is no YAML of plain values, and a key that is not among `keys`, in it or as an option.
+
+    Before anything heavy is imported. An unknown key or a missing file ends the program with status 2; raises
+    ValueError for a file that cannot be read.
+    """
+    for index, argument in enumerate(argv):
+        option, _, value = argument.partition("=")
+        if not option.startswith("--"):
+            continue
+        if option not in _NO_KEYS and not is_known(option[2:].rstrip("+"), keys):
+            refuse(program, unknown(option, keys))
+        if option == "--config":
+            path = Path(value or " ".join(argv[index + 1 : index + 2]))
+            if not path.is_file():
+                refuse(program, f"--config {path}: expected a YAML file, found none there")
+            read_mapping(path)
+            for complaint in unknown_keys(path, keys):
+                refuse(program, complaint)
+
+
+def refuse(program: str, message: str) -> NoReturn:
+    """Print what is wrong and how to learn more; exit with status 2."""
+    print(f"{program}: {message}", file=sys.stderr)
+    print(f"{program} --help lists every key, --print_config with the same arguments their values", file=sys.stderr)
+    sys.exit(2)
+
+
+class ShortErrors:
+    """Mixin for parsers of jsonargparse: no usage of a hundred lines before the error."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and how to learn more; exit with status 2."""
+        parser: Any = getattr(ex, "subcommand_parser", None) or self
+        if not parser.exit_on_error:  # a group of keys is tried against one type of several
+            raise ArgumentError(None, message) from ex
+        program = parser.prog.replace(" [options]", "")
+        refuse(program, rewritten(message, known_keys(parser)))
+
+
+class ShortParser(ShortErrors, ArgumentParser):
+    """For commands of ours."""
+
+
+def describe_fields() -> None:
+    """Have the help show the docstrings of dataclass fields; only then, as reading them takes a moment."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def known_keys(parser: Any) -> list[str]:
+    """Keys of a parser and its subcommands, as a config writes them."""
+    keys = [action.dest for action in parser._actions if action.dest not in ("help", "==SUPPRESS==")]
+    for action in parser._actions:
+        for sub in (getattr(action, "_name_parser_map", None) or {}).values():
+            keys += known_keys(sub)
+    return keys
+
+
+def rewritten(message: str, keys: Sequence[str]) -> str:
+    """jsonargparse's message in our words, with the nearest key where one is unknown."""
+    for pattern in _UNKNOWN:
+        if found := re.search(pattern, message):
+            option = found[1]
+            if Path(option).exists():
+                return (
+                    f"{option}: found a file where an option was expected; quote a glob, so that the shell leaves it "
+                    "whole, or give a list: '[a.jsonl, b.jsonl]'"
+                )
+            return unknown(option, keys)
+    if found := re.search(r"Parser key \"([\w.]+)\":.*?Importing '([\w.]+)' is not allowed", message, re.DOTALL):
+        return (
+            f"{found[1]}: expected plain values, or a callback of Lightning's that only looks, found the class "
+            f"{found[2]}; a class runs code: add --trust_config where you trust the file"
+        )
+    if found := re.search(_NEITHER, message, re.DOTALL):
+        return " ".join(found[1].split())
+    if found := re.search(_NO_TYPE, message, re.DOTALL):
+        key, kinds, value = found.groups()
+        if nested := re.fullmatch(r"NestedArg\(key='(\w+)', val='?(.*?)'?\)", value.strip()):
+            key, value = f"{key}.{nested[1]}", nested[2]
+        return f"{key}: expected {_readable(kinds).replace(', ', ' or ')}, found {value.strip()!r}"
+    if found := re.search(_WRONG_TYPE, message, re.DOTALL):
+        key, kind, value, other = found.groups()
+        if kind is None:
+            return f"{key}: {' '.join(other.split())}"
+        return f"{key}: expected {_readable(kind)}, found {value.strip()!r}"
+    if found := re.search(r"arguments are required: (.*)", message):
+        missing = found[1].replace("fit.", "")
+        return f"expected a value for {missing}; found none. Start from a --config, such as those in configs/"
+    return " ".join(message.split())
+
+
+def _readable(kind: str) -> str:
+    """The name of a type as a user would say it."""
+    kind = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", kind).replace("NoneType", "null")
+    return re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", kind)

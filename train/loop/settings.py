@@ -1,0 +1,68 @@
+"""What settings of a run contradict each other: refused before a store is opened, a model built or a file written."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from sinkbed.data.pack.strategy import Strategy
+from sinkbed.model.config import DecoderConfig
+from sinkbed.model.ranges import check_number
+from sinkbed.train.loop.optim import OptimizerConfig
+from sinkbed.train.measure.heldout import MeasureConfig
+
+TRAINING_BYTES = 16
+"""A parameter's weight, gradient and two moments, float32."""
+
+
+def check_settings(config: Any) -> None:
+    """Raise ValueError for settings that are out of their range, alone or beside each other.
+
+    Args:
+        config: the parsed keys of `sinkbed fit`, as jsonargparse has them: groups with an attribute a key.
+    """
+    data, trainer = config.data, config.trainer
+    decoder = DecoderConfig(**vars(config.model.decoder))
+    needed, there = TRAINING_BYTES * decoder.parameters(1), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if trainer.accelerator == "cpu" and needed > there:
+        raise ValueError(
+            f"model.decoder: expected at most the {there / 1e9:.3g} GB of memory of this machine, found weights, "
+            f"gradients and moments of {needed / 1e9:.3g} GB; make it smaller"
+        )
+    strategy, measure = Strategy(**vars(data.strategy)), MeasureConfig(**vars(config.measure))
+    check_number("data.context_length", data.context_length, least=2)
+    for name in ("global_batch", "micro_batch", "unique_rows"):
+        if getattr(data, name) is not None:
+            check_number(f"data.{name}", getattr(data, name), least=1)
+    if isinstance(trainer.devices, int) and trainer.devices > 0:
+        micro_batches(data.global_batch, data.micro_batch, trainer.devices * trainer.num_nodes)
+    if config.model.clip_norm is not None:
+        check_number("model.clip_norm", config.model.clip_norm, above=0)
+    check_number("data.workers", data.workers, least=0)
+    check_number("data.seed", data.seed, least=0, below=2**63)
+    check_number("checkpoint_every", config.checkpoint_every, least=1)
+    check_number("checkpoint_points", config.checkpoint_points, least=0)
+    if config.threads is not None:
+        check_number("threads", config.threads, least=1)
+    if trainer.max_steps is None or trainer.max_steps < 1:
+        raise ValueError(
+            f"trainer.max_steps: expected at least 1 (the schedules need the end), found {trainer.max_steps}"
+        )
+    check_number("trainer.log_every_n_steps", trainer.log_every_n_steps or 0, least=1)
+    OptimizerConfig(**vars(config.model.optimizer)).check_steps(trainer.max_steps)
+    strategy.check_context(data.context_length)
+    measure.check_context(data.context_length)
+    for mode in {*measure.modes, *measure.live_modes}:
+        measure.check_placed(mode, strategy)
+
+
+def micro_batches(global_batch: int, micro_batch: int | None, processes: int) -> int:
+    """Forward passes of a process in an optimizer step. Raises ValueError where the batch sizes do not divide."""
+    per_process, rest = divmod(global_batch, processes)
+    micro = per_process if micro_batch is None else micro_batch
+    if rest or micro < 1 or per_process % micro:
+        raise ValueError(
+            f"data.global_batch={global_batch}: expected a multiple of micro_batch={micro} times {processes} "
+            "processes; change one of them"
+        )
+    return per_process // micro

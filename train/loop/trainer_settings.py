@@ -1,0 +1,89 @@
+"""Lightning's trainer as `sinkbed fit` shows it, and what it refuses of it: settings that it sets itself, that cannot
+work here, or that run code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.cli import LightningArgumentParser
+
+from sinkbed.train.config.arguments import ShortErrors
+
+# Trainer settings that this command sets itself, or that would end or repeat the endless walk over rows.
+_TRAINER_FIXED = {
+    "accumulate_grad_batches": (1, "data.micro_batch"),
+    "gradient_clip_val": (None, "model.clip_norm"),
+    "gradient_clip_algorithm": (None, "model.clip_norm"),
+    "max_epochs": (-1, "trainer.max_steps"),
+    "min_epochs": (None, "trainer.max_steps"),
+    "min_steps": (None, "trainer.max_steps"),
+    "max_time": (None, "trainer.max_steps"),
+    "limit_train_batches": (None, "trainer.max_steps"),
+    "overfit_batches": (0.0, "trainer.max_steps"),
+    "fast_dev_run": (False, "trainer.max_steps"),
+    "logger": (False, "wandb.mode"),
+    "enable_checkpointing": (None, "checkpoint_every"),
+    "default_root_dir": (None, "run_dir"),
+    "plugins": (None, "nothing: checkpoints are written by this command"),
+    "use_distributed_sampler": (False, "nothing: rows are dealt to the processes here"),
+}
+
+
+_TRAINER_SHOWN = ("max_steps", "accelerator", "devices", "num_nodes", "strategy", "precision", "log_every_n_steps")
+
+
+class ShortLightningParser(ShortErrors, LightningArgumentParser):
+    """Lightning's parser with short errors, and a help in which our keys come first."""
+
+    every_key = False
+    """Whether the help lists all of the trainer's keys too."""
+
+    def format_help(self, *arguments: Any) -> str:
+        """Groups of keys, the trainer's last and cut to what a run is likely to set."""
+        if not self.every_key:
+            self.usage = "%(prog)s --config FILE [--config OVERLAY ...] [--KEY VALUE ...]"
+            self.epilog = "--help=all lists the other keys of Lightning's trainer too."
+        groups: list[Any] = self._action_groups  # type: ignore[assignment]
+        for group in groups:
+            group._group_actions = [
+                action
+                for action in group._group_actions
+                if self.every_key or not action.dest.startswith("trainer") or action.dest[8:] in _TRAINER_SHOWN
+            ]
+        groups.sort(key=lambda group: any(action.dest.startswith("trainer.") for action in group._group_actions))
+        return super().format_help(*arguments)
+
+
+# What a config may name: groups of settings of ours, and Lightning's callbacks that write nothing of their own.
+# Any other class runs code of a stranger's choice, and only importing it may.
+HARMLESS = ["sinkbed.data", "sinkbed.model"] + [
+    f"{module}.{name}"
+    for name in ("LearningRateMonitor", "DeviceStatsMonitor", "Timer", "ModelSummary", "RichModelSummary")
+    for module in ("lightning.pytorch.callbacks", getattr(L.callbacks, name).__module__)
+]
+
+
+def check_trainer(trainer: Any) -> None:
+    """Raise ValueError for a setting of the trainer that cannot work, with the one to set in its place."""
+    if trainer.precision == "16-mixed":
+        raise ValueError(
+            "trainer.precision: 16-mixed overflows to find its loss scale, which counts as diverged here; found "
+            "16-mixed, expected bf16-mixed, bf16-true or 32-true"
+        )
+    for name, (fixed, instead) in _TRAINER_FIXED.items():
+        if trainer.get(name, fixed) not in (fixed, None):
+            raise ValueError(f"trainer.{name}: has no effect here, found {trainer.get(name)}; set {instead} instead")
+
+
+def expand_home(config: Any, *keys: str) -> None:
+    """Put the home folder in place of `~`. Raises ValueError for a user who has none."""
+    for key in keys:
+        try:
+            if config[key]:
+                config[key] = type(config[key])(Path(config[key]).expanduser())
+        except RuntimeError:
+            raise ValueError(
+                f"{key}: expected a path, found {config[key]}, of a user without a home folder; write it out"
+            ) from None

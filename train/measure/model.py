@@ -1,0 +1,318 @@
+"""What `sinkbed probe` measures: a model, its tokenizer, and the text it is given to read.
+
+The model is a run or checkpoint of ours, or a Hugging Face model (folder, hub name, GGUF), whose attention goes
+through our operator (`model.hf`). The text is a token store's validation split or a file of prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sinkbed.train.run import directory
+
+if TYPE_CHECKING:
+    from sinkbed.data.pack.strategy import Strategy
+    from sinkbed.train.measure.heldout import MeasureConfig, Probe
+
+
+_SECONDS_TO_ANSWER = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model to measure, with what its text is made of."""
+
+    name: str
+    load_model: Callable[[], Any]
+    strategy: Strategy
+    bos_id: int | None
+    eos_id: int
+    special_ids: frozenset[int]
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    token_bytes: Any
+    """[V] UTF-8 bytes of text that each id stands for."""
+    context_length: int | None
+    longest: int | None
+    """Tokens that the model reads at most. None: no limit."""
+    store: Path | None
+    """Where its own validation text is."""
+    run_dir: Path | None = None
+    """Of a run of ours."""
+    step: int = 0
+    """Of its checkpoint."""
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """Called as our decoder is. Its weights are read here, after all else was found to fit."""
+        return self.load_model()
+
+
+def check_model(arguments: Any) -> bool:
+    """Whether `arguments.model` names a run of ours; loads nothing, and takes a .gguf file apart.
+
+    Raises FileNotFoundError or ValueError for a name that can be no model.
+    """
+    from sinkbed.train.run.load import find_run
+
+    path = Path(arguments.model)
+    if (path / directory.CONFIG).is_file() or path.name.endswith(".ckpt"):
+        find_run(path)
+        return True
+    if path.is_file() and path.suffix == ".gguf" and arguments.gguf is None:
+        arguments.model, arguments.gguf = str(path.parent), path.name
+        path = path.parent
+    if path.exists() and not (path / "config.json").is_file() and arguments.gguf is None:
+        raise ValueError(
+            f"{path}: expected a run directory (with {directory.CONFIG}), a checkpoint inside one, or a Hugging Face "
+            "folder (with config.json), found none of these"
+        )
+    if not path.exists():
+        _check_hub_name(path, arguments.model)
+    return False
+
+
+def load(arguments: Any) -> Subject:
+    """The model that `arguments.model` names, its weights not yet read if it is one of Hugging Face. Raises as
+    `check_model`, and ValueError for files that are damaged or no causal language model."""
+    return _ours(Path(arguments.model), arguments) if check_model(arguments) else _hugging_face(arguments)
+
+
+def _check_hub_name(path: Path, name: str) -> None:
+    """Refuse a name that is none of the hub's, or that only a hub that does not answer could know."""
+    there = next(folder for folder in path.parents if folder.is_dir())
+    part = path.relative_to(there).parts[0]
+    near = difflib.get_close_matches(part, [p.name for p in there.iterdir()], n=1)
+    meant = f"; did you mean {there / near[0]}?" if near else ""
+    missing = f"{path}: expected a run directory, a checkpoint or a Hugging Face folder, found nothing there{meant}"
+    if there != Path() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise FileNotFoundError(missing)
+    try:
+        import requests
+        from huggingface_hub import constants, try_to_load_from_cache
+    except ImportError:
+        return  # said by `HFModel`
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise requests.ConnectionError("HF_HUB_OFFLINE is set")
+        requests.head(constants.ENDPOINT, timeout=_SECONDS_TO_ANSWER)
+    except requests.RequestException as error:
+        raise FileNotFoundError(
+            f"{missing}. As a name of the hub: the hub does not answer ({type(error).__name__}), and no copy of it "
+            "is in the cache"
+        ) from None
+
+
+def _ours(path: Path, arguments: Any) -> Subject:
+    from sinkbed.train.run.load import load_decoder, open_run, run_tokenizer
+
+    checkpoint, run_dir = open_run(path)
+    decoder, strategy = load_decoder(checkpoint)
+    identity = checkpoint["sinkbed"]
+    tokenizer = run_tokenizer(identity, arguments.store)
+    bos = tokenizer.bos_id
+    if arguments.bos is not None:
+        bos = _token_id(tokenizer.backend.token_to_id(arguments.bos), arguments.bos, path)
+    return Subject(
+        name=f"{path}, step {checkpoint['global_step']}",
+        load_model=lambda: decoder,
+        strategy=strategy,
+        bos_id=bos,
+        eos_id=tokenizer.eos_id,
+        special_ids=frozenset(tokenizer.special_ids),
+        encode=tokenizer.encode,
+        decode=tokenizer.decode,
+        token_bytes=tokenizer.token_bytes,
+        context_length=identity["context_length"],
+        longest=None,
+        store=arguments.store or Path(identity["store"]),
+        run_dir=run_dir,
+        step=checkpoint["global_step"],
+    )
+
+
+def _check_export(folder: Path, suffix: str) -> None:
+    """Compare files of a folder that `sinkbed export` wrote with their checksums; a folder of others has none."""
+    if (folder / directory.CHECKSUMS).is_file():
+        sums = directory.read_json(folder / directory.CHECKSUMS)
+        left = f"`sinkbed export` left it ({directory.CHECKSUMS} has its sha256)"
+        remedy = f"export the run again, or remove {directory.CHECKSUMS} where the change is meant"
+        directory.check_files(folder, {n: digest for n, digest in sums.items() if n.endswith(suffix)}, left, remedy)
+
+
+def _hugging_face(arguments: Any) -> Subject:
+    from sinkbed.data.pack.strategy import Strategy
+    from sinkbed.model.hf.adapter import HFModel, special_ids, token_bytes
+
+    name, where = arguments.model, {"revision": arguments.revision, "gguf": arguments.gguf}
+    _check_export(Path(name), ".json")
+    config = HFModel.checked_config(name, **where)
+    tokenizer = HFModel.tokenizer(name, **where)
+    bos = tokenizer.bos_token_id
+    if arguments.bos is not None:
+        found = tokenizer.convert_tokens_to_ids(arguments.bos)
+        bos = _token_id(None if found == tokenizer.unk_token_id else found, arguments.bos, name)
+    size, context_length = config.vocab_size, getattr(config, "max_position_embeddings", None)
+
+    def load_model() -> HFModel:
+        _check_export(Path(name), ".safetensors")
+        return HFModel.load(name, **where, dtype=arguments.dtype, device_map=arguments.device_map)
+
+    return Subject(
+        name=name,
+        load_model=load_model,
+        strategy=Strategy() if bos is None else Strategy(first_token="bos"),
+        bos_id=bos,
+        eos_id=next(i for i in (tokenizer.eos_token_id, bos, 0) if i is not None),
+        special_ids=special_ids(tokenizer, size),
+        encode=lambda text: tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"],
+        decode=lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
+        token_bytes=token_bytes(tokenizer, size),
+        context_length=context_length,
+        longest=context_length,
+        store=arguments.store,
+    )
+
+
+def _token_id(found: int | None, token: str, where: object) -> int:
+    if found is None:
+        raise ValueError(f"--bos: found {token!r}, which is no token of {where}; expected one of its vocabulary")
+    return found
+
+
+def texts(arguments: Any, subject: Subject) -> Iterator[str]:
+    """The documents to read. Raises ValueError where nothing says which, or a file holds none."""
+    if arguments.prompts is not None:
+        yield from _prompts(arguments.prompts)
+        return
+    if subject.store is None:
+        raise ValueError("expected text to read, found none: give --prompts FILE, or --store with a token store")
+    from sinkbed.data.store.token_store import TokenStore
+
+    store = TokenStore.open(subject.store, "validation")
+    store.verify()
+    tokenizer = store.tokenizer()
+    yield from (tokenizer.decode(store.slice(number)) for number in range(store.documents))
+
+
+def _prompts(path: Path) -> Iterator[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"--prompts: no file at {path}")
+    if path.suffix == ".jsonl":
+        from sinkbed.data.source.documents import Documents, Source
+
+        yield from Documents(Source(kind="jsonl", files=str(path), shuffle_seed=None, streaming=True))
+        return
+    try:
+        # At line feeds alone: other separators, as U+2028, may be part of a text.
+        lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {path}: expected UTF-8, found {error}") from None
+    if not any(line.strip() for line in lines):
+        raise ValueError(f"--prompts {path}: expected a document a line, found an empty file")
+    yield from (line for line in lines if line.strip())
+
+
+def probe_of(subject: Subject, documents: Iterator[str], limit: int, config: MeasureConfig) -> Probe:
+    """The first documents with at least `sink_tokens` tokens, cropped to `limit`.
+
+    Raises ValueError where there is none, saying how long the longest was, and where the bytes of its tokens are not
+    those of its text.
+    """
+    import torch
+
+    from sinkbed.train.measure.heldout import Probe
+
+    chosen, longest = [], 0
+    for text in documents:
+        whole = subject.encode(text)
+        ids = whole[: limit - 1]
+        longest = max(longest, len(ids))
+        if len(ids) >= config.sink_tokens:
+            _check_bytes(subject, whole)
+            chosen.append(torch.tensor(ids))
+        if len(chosen) == config.documents:
+            break
+    if not longest:
+        raise ValueError("the text: expected documents, found none that holds a token; give others with --prompts")
+    if not chosen:
+        raise ValueError(
+            f"--sink_tokens {config.sink_tokens}: expected documents of at least as many tokens, found {longest} in "
+            f"the longest, cropped to --length {limit} with room for BOS; give longer ones, or lower it"
+        )
+    return Probe(
+        tuple(chosen),
+        torch.as_tensor(subject.token_bytes, dtype=torch.int64),
+        subject.eos_id if subject.bos_id is None else subject.bos_id,
+        subject.eos_id,
+        subject.special_ids,
+    )
+
+
+def changed_prompt(subject: Subject, arguments: Any) -> tuple[list[int], list[int]]:
+    """Token ids of the first prompt before and after, as many.
+
+    Raises ValueError where the word is not there, or the texts differ in their number of tokens.
+    """
+    old, new = arguments.change
+    prompt = next(texts(arguments, subject))
+    if old not in prompt:
+        raise ValueError(f"--change: found no {old!r} in the first prompt, {prompt[:60]!r} …; expected a word of it")
+    before, after = subject.encode(prompt), subject.encode(prompt.replace(old, new, 1))
+    if len(before) != len(after):
+        raise ValueError(
+            f"--change: found {len(before)} tokens with {old!r} and {len(after)} with {new!r}, expected as many; "
+            "choose a word of as many tokens"
+        )
+    before, after = before[: arguments.sink_tokens], after[: arguments.sink_tokens]
+    if before == after:
+        raise ValueError(
+            f"--change: found {old!r} past the first {arguments.sink_tokens} tokens of the prompt, expected it among "
+            "them; raise --sink_tokens"
+        )
+    return before, after
+
+
+def artificial(probe: Probe, kind: Literal["random", "repeated"]) -> Probe:
+    """Documents of the same lengths, of uniformly random tokens, or each of one random token over and over."""
+    import numpy as np
+    import torch
+
+    from sinkbed.data.pack.assemble import random_tokens
+    from sinkbed.train.measure.heldout import Probe
+
+    documents = []
+    for number, document in enumerate(probe.documents):
+        count = len(document) if kind == "random" else 1
+        drawn = random_tokens(
+            np.arange(count), seed=0, epoch=number, vocab_size=len(probe.token_bytes),
+            special_ids=tuple(sorted(probe.special_ids)),
+        )  # fmt: skip
+        documents.append(torch.from_numpy(np.resize(drawn, len(document))))
+    return Probe(tuple(documents), probe.token_bytes, probe.bos_id, probe.eos_id, probe.special_ids)
+
+
+def _check_bytes(subject: Subject, ids: list[int]) -> None:
+    """Refuse a tokenizer whose tokens do not make up their text byte by byte, which bits per byte rests on."""
+    size = len(subject.token_bytes)
+    if max(ids) >= size:
+        raise ValueError(
+            f"{subject.name}: found token {max(ids)} in the text, expected ids below {size}, its embeddings"
+        )
+    counted = sum(int(subject.token_bytes[index]) for index in ids)
+    # What a second copy adds: decoders drop the space that they put before a text, but not one inside it.
+    once, twice = (len(subject.decode(read).encode()) for read in (ids, ids + ids))
+    if counted != twice - once:
+        raise ValueError(
+            f"{subject.name}: found {counted} bytes in the tokens of a document and {twice - once} in its decoded "
+            "text, expected the same; this tokenizer's tokens cannot be told in bytes, which bits per byte needs "
+            "(byte-level BPE and SentencePiece with ▁ can)"
+        )

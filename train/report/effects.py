@@ -1,0 +1,240 @@
+"""Effects: each figure of a run by name, differences of arms, and what became of the expected ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sinkbed.train.measure.heldout import MODE_LABELS, MeasureConfig
+from sinkbed.train.report.intervals import Interval, area, curve, paired, verdict
+from sinkbed.train.report.result import Result, fixed, spread
+
+if TYPE_CHECKING:
+    from sinkbed.train.study.arms import ArmRun
+    from sinkbed.train.study.file import Effect, Published, StudyConfig
+
+LABELS = {
+    "sink_rate_0.2": "sink rate % (eps 0.2)",
+    "sink_rate_0.3": "sink rate %",
+    "sink_rate_0.5": "sink rate % (eps 0.5)",
+    "sink_rate_0.8": "sink rate % (eps 0.8)",
+    "sink_rate_placed": "sink rate % at the placed token",
+    "sink_mass": "sink mass",
+    "loss": "loss",
+    "bits_per_byte": "bits per byte",
+    "loss_gap": "loss gap",
+    "sink_rate_area": "sink rate % over log tokens",
+    "onset_tokens": "onset, tokens",
+}
+DIGITS = {"sink_mass": 3, "loss": 3, "bits_per_byte": 3, "loss_gap": 3, "onset_tokens": 0}
+"""Decimals of a figure; others have one."""
+
+
+def figure(result: Result, metric: str, mode: str) -> float | None:
+    """A figure of a run; None where it was not measured, or an onset was not reached.
+
+    `loss_gap`: loss of the mode − loss with BOS (as trained, where BOS was not measured), nats. `sink_rate_area`: mean
+    of the live sink rate (eps 0.3) over the logarithm of tokens, in %, of the last hundredfold. `onset_tokens`: the
+    first live measurement at `measure.onset_rate`, in the first live mode whatever the mode here. `sink_rate_placed`:
+    at the last position where the strategy places a token; None in modes that do not place it.
+    """
+    if metric == "onset_tokens":
+        onset = result.final["onset_tokens"]
+        return None if onset is None else float(onset)
+    if metric == "sink_rate_area":
+        return area(curve(result.points, f"sink/rate/0.3/{mode}"))
+    modes = result.final["modes"]
+    if mode not in modes:
+        return None
+    if metric == "loss_gap":
+        reference = reference_mode(modes)
+        return None if reference is None else modes[mode]["loss"] - modes[reference]["loss"]
+    if metric == "sink_rate_placed":
+        placed = (modes[mode].get("rate_placed") or {}).get("0.3")
+        if placed:
+            return sum(map(sum, placed)) / sum(map(len, placed))
+        # One that is placed at position 0, and nowhere after, is the first key.
+        leading = result.strategy["first_token"]
+        leading = leading if isinstance(leading, list) else [leading]
+        at_0 = mode in ("as_trained", {"bos": "bos", "random": "random_first"}.get(leading[0]))
+        only = leading[0] not in ("none", None) and all(what == "none" for what in leading[1:])
+        return result.value(mode, "0.3") if at_0 and only else None
+    return result.value(mode, {"sink_mass": "mass"}.get(metric, metric.removeprefix("sink_rate_")))
+
+
+def reference_mode(modes: Iterable[str]) -> str | None:
+    """The mode whose loss the others are compared with: with BOS, else as trained; None where neither was measured."""
+    return next((m for m in ("bos", "as_trained") if m in modes), None)
+
+
+def figures(results: Sequence[Result], arm: str, metric: str, mode: str) -> dict[int, float]:
+    """Seed -> figure of an arm, where there is one."""
+    found = {r.seed: figure(r, metric, mode) for r in results if r.arm == arm}
+    return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
+
+
+def check_measured(study: StudyConfig, runs: Sequence[ArmRun]) -> None:
+    """Raise ValueError for an effect whose arms will not be measured in the mode that it is about."""
+    of_arm = {run.arm: run for run in runs}
+    for effect in study.effects:
+        key = "live_modes" if effect.metric == "sink_rate_area" else "modes"
+        for arm, mode in ((effect.arm, effect.mode), effect.other):
+            modes = of_arm[arm].setting(f"measure.{key}", getattr(MeasureConfig, key))
+            if mode not in modes and effect.metric != "onset_tokens":
+                raise ValueError(
+                    f"effect {effect.name!r}: expected a mode that arm {arm} is measured in (measure.{key}: "
+                    f"{', '.join(modes)}); found {mode}"
+                )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What became of an expected effect."""
+
+    effect: Effect
+    ours: Interval | None
+    theirs: Interval | None
+    difference: Interval | None
+    published: tuple[float, float] | None
+    """The published figures of `arm` and of what it is compared with, where both are known."""
+    verdict: str
+
+    @property
+    def name(self) -> str:
+        """The effect's name, with its note."""
+        return self.effect.name + (f" ({self.effect.note})" if self.effect.note else "")
+
+    @property
+    def subtraction(self) -> str:
+        """Which arms, or modes of one, the difference is of."""
+        effect, (arm, mode) = self.effect, self.effect.other
+        if arm == effect.arm:
+            return f"{arm}: {_label(effect.mode)} − {_label(mode)}"
+        if mode == effect.mode:
+            return f"{effect.arm} − {arm}"
+        return f"{effect.arm}, {_label(effect.mode)} − {arm}, {_label(mode)}"
+
+    def columns(self) -> dict[str, str]:
+        """Header -> cell."""
+        effect, digits = self.effect, DIGITS.get(self.effect.metric, 1)
+        other_arm, other_mode = effect.other
+        theirs = ""
+        if self.published is not None:
+            a, b = (fixed(x, 2) for x in self.published)
+            theirs = f"{a} against {b} ({signed(self.published[0] - self.published[1], 2)})"
+        expected = {"up": "larger", "down": "smaller", "none": f"same within {effect.tolerance:g}"}[effect.expected]
+        return {
+            "effect": self.name,
+            "figure": LABELS[effect.metric],
+            "arm": f"{effect.arm}, {_label(effect.mode)}",
+            "against": f"{other_arm}, {_label(other_mode)}",
+            "ours": spread(self.ours, digits),
+            "theirs": spread(self.theirs, digits),
+            "difference": spread(self.difference, digits, sign=True),
+            "expected": expected,
+            "published": theirs,
+            "verdict": self.verdict,
+            "source": effect.source,
+        }
+
+    def record(self) -> dict[str, Any]:
+        """As a row of effects.csv: plain numbers, empty where there is none."""
+        effect, (arm, mode) = self.effect, self.effect.other
+        parts = {"": self.difference, "arm_": self.ours, "against_": self.theirs}
+        numbers: dict[str, Any] = {}
+        for name, part in parts.items():
+            numbers[f"{name or 'difference_'}mean"] = _plain(part.mean if part else None)
+            numbers[f"{name or 'difference_'}half_width"] = _plain(part.half if part else None)
+        return {
+            "effect": effect.name,
+            "metric": effect.metric,
+            "arm": effect.arm,
+            "mode": effect.mode,
+            "against": arm,
+            "against_mode": mode,
+            "expected": effect.expected,
+            "tolerance": effect.tolerance,
+            "seeds": self.difference.count if self.difference else 0,
+            **numbers,
+            "verdict": self.verdict,
+            "source": effect.source,
+        }
+
+
+def _label(mode: str) -> str:
+    return MODE_LABELS.get(mode, mode)
+
+
+def _plain(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(value, 6)
+
+
+def signed(value: float, digits: int) -> str:
+    """A number with its sign."""
+    text = fixed(value, digits)
+    return text if text.startswith("−") or float(text) == 0 else f"+{text}"
+
+
+def check(results: Sequence[Result], effects: Sequence[Effect], published: Published) -> list[Found]:
+    """Every expected effect against what the runs gave, by differences of the same seeds."""
+    found = []
+    for effect in effects:
+        arm, mode = effect.other
+        ours = figures(results, effect.arm, effect.metric, effect.mode)
+        theirs = figures(results, arm, effect.metric, mode)
+        both = same_documents(results, effect.arm, arm)
+        both = both and same_targets(results, effect.metric, (effect.arm, effect.mode), (arm, mode))
+        difference = paired(ours, theirs) if both else None
+        found.append(
+            Found(
+                effect,
+                Interval.of(list(ours.values())) if ours else None,
+                Interval.of(list(theirs.values())) if theirs else None,
+                difference,
+                _published(published, effect),
+                _named(verdict(difference, effect.expected, effect.tolerance), effect),
+            )
+        )
+    return found
+
+
+def _named(found: str, effect: Effect) -> str:
+    """A verdict; what nobody has published cannot be reproduced."""
+    return found if effect.source else found.replace("reproduced", "as expected")
+
+
+def same_targets(results: Sequence[Result], metric: str, *cells: tuple[str, str]) -> bool:
+    """Whether a figure of these arms and modes is the mean of the same targets: losses of others are not compared.
+
+    The probe set is one for a study; a prefix LM counts fewer of its tokens, a shorter context shorter documents.
+    """
+    if metric not in ("loss", "bits_per_byte", "loss_gap"):
+        return True
+    found = {
+        r.final["modes"][mode]["tokens"]
+        for r in results
+        for arm, mode in cells
+        if r.arm == arm and mode in r.final["modes"]
+    }
+    return len(found) <= 1
+
+
+def same_documents(results: Sequence[Result], *arms: str) -> bool:
+    """Whether arms read the same documents, those of one token store: only then are they paired by seed.
+
+    Their rows, and so the permutation of rows, may differ: by the strategy, the context length, the number of unique
+    rows. Some studies ask just that.
+    """
+    return len({r.documents for r in results if r.arm in arms}) <= 1
+
+
+def _published(published: Published, effect: Effect) -> tuple[float, float] | None:
+    index = 1 if effect.metric == "loss" else 0 if effect.metric.startswith("sink_rate_0") else None
+    arm, mode = effect.other
+    ours, theirs = published.get(effect.arm, {}).get(effect.mode), published.get(arm, {}).get(mode)
+    if index is None or not ours or not theirs:
+        return None
+    a, b = ours[index], theirs[index]
+    return None if a is None or b is None else (a, b)

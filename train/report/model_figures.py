@@ -1,0 +1,343 @@
+"""Figures of what `sinkbed probe` found, drawn once for a paper (PNG, SVG), the page and W&B."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sinkbed.train.measure.heldout import MODE_LABELS
+from sinkbed.train.report.figures import COLOURS, mass_scale
+from sinkbed.train.report.model_tables import (
+    MIXING,
+    MIXING_NOTE,
+    STATES,
+    STATES_NOTE,
+    Column,
+    Found,
+    depth_of,
+    modes_of,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+
+def figures(found: Found) -> Iterator[tuple[str, str, str, Figure]]:
+    """(file name, title, caption, figure) of everything that was measured."""
+    if "sinks" in found and "natural" in found["sinks"]:
+        yield (
+            "sink_heads",
+            "Where the sink sits",
+            "Mean attention on the first key, layers down, heads across.",
+            _heads_figure(found["sinks"]["natural"]),
+        )
+    if "map" in found:
+        yield (
+            "attention",
+            "The strongest sink head",
+            "Attention of the head with most mass on the first key in the first mode, and of the same head in the "
+            "others; first document, queries down, keys across. Colours go by the square root.",
+            _map_figure(found["map"]),
+        )
+    if "states" in found:
+        yield (
+            "norms",
+            "Norms of the hidden states",
+            "‖h‖ by position in the row; a line a layer, dark to bright with depth (in: what the first block reads).",
+            _norm_figure(found["states"]),
+        )
+        yield ("states", "The first token against the others", STATES_NOTE, _panels(found, STATES))
+    if "change" in found:
+        change = found["change"]
+        yield (
+            "change",
+            f"One word changed: {change['old']} → {change['new']}",
+            "Norm of the change of the hidden states, layers up, tokens across, on one scale "
+            "(after Figure 2 of arXiv 2504.02732).",
+            _change_figure(change["modes"], change["text"]),
+        )
+    if "perturbation" in found:
+        yield (
+            "perturbation",
+            "How far a changed token reaches",
+            "Change of the hidden states over their mean norm after one token was replaced; mean over documents, "
+            "layers up, text tokens across, on one scale; colours go by the square root.",
+            _change_figure(found["perturbation"], None, "relative"),
+        )
+    if modes_of(found) and {"perturbation", "rank", "paths", "jacobian"} & set(found):
+        yield ("mixing", "Mixing by depth", MIXING_NOTE, _panels(found, MIXING))
+    if "by_length" in found:
+        yield ("by_length", "Mixing by context length", "The last layer's figures.", _length_figure(found))
+    if "positions" in found:
+        yield (
+            "positions",
+            "Perplexity by position in the document",
+            "Of the targets at these positions; perplexity on a logarithmic axis.",
+            _position_figure(found["positions"]),
+        )
+    if "streaming" in found:
+        yield (
+            "streaming",
+            "With a cache of keys",
+            "Loss when a query sees the first k keys and the last ones of a cache of constant size; dashed: the keys "
+            "seen in training.",
+            _streaming_figure(found["streaming"]),
+        )
+    if "checkpoints" in found:
+        yield (
+            "checkpoints",
+            "Along the run's checkpoints",
+            "Tokens on a logarithmic axis but for the start. Norm ratio: the largest over layers; value ratio: the "
+            "smallest.",
+            _checkpoint_figure(found["checkpoints"]),
+        )
+
+
+def _colour(mode: str) -> str:
+    return COLOURS[{"bos": 0, "text": 2, "first_key_masked": 6, "random_first": 3, "as_trained": 5}[mode]]
+
+
+# Where modes often fall on one another: with rotary positions, key 0 masked and no BOS are the same.
+_DASHED = ("first_key_masked",)
+
+
+def _style(mode: str) -> str:
+    return "o--" if mode in _DASHED else "o-"
+
+
+def _heads_figure(modes: Found) -> Figure:
+    import matplotlib.pyplot as plt
+
+    shown = [m for m in modes if m != "first_key_masked"] or list(modes)
+    maps = {m: next(iter(modes[m].values()))["mass"] for m in shown}
+    layers, heads = len(maps[shown[0]]), len(maps[shown[0]][0])
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(min(14, 1 + len(shown) * max(2.6, 0.28 * heads)), max(2.0, 1 + 0.22 * layers)),
+        squeeze=False,
+    )  # fmt: skip
+    scale = mass_scale(list(maps.values()))
+    image: Any = None
+    for axis, mode in zip(axes[0], shown, strict=True):
+        image = axis.imshow(maps[mode], vmin=0, vmax=scale, cmap="inferno", aspect="auto")
+        axis.set_title(MODE_LABELS[mode])
+        _whole(axis.xaxis, axis.yaxis)
+        axis.set_xlabel("head")
+    axes[0][0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes, label="sink mass")
+    return figure
+
+
+def _whole(*axes: Axis) -> None:
+    """Ticks at whole numbers; −1 is what the first block reads."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        axis.set_major_formatter(FuncFormatter(lambda at, _: "in" if at == -1 else f"{at:g}"))
+
+
+def _map_figure(modes: Found) -> Figure:
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import PowerNorm
+
+    shown = [m for m in modes if m != "first_key_masked"] or list(modes)
+    figure, axes = plt.subplots(1, len(shown), figsize=(5.4 * len(shown), 5.2), squeeze=False)
+    image: Any = None
+    for axis, mode in zip(axes[0], shown, strict=True):
+        found = modes[mode]
+        image = axis.imshow(found["attention"], norm=PowerNorm(0.5, 0, 1), cmap="inferno")
+        axis.set_title(f"{MODE_LABELS[mode]}: layer {found['layer']}, head {found['head']}")
+        labels = [_visible(text) for text in found["text"]]
+        axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
+        axis.set_yticks(range(len(labels)), labels, fontsize=6)
+    figure.colorbar(image, ax=axes, shrink=0.7, label="attention")
+    return figure
+
+
+def _visible(text: str) -> str:
+    """A token as a label: no control characters, no dollar that would begin a formula."""
+    shown = "".join(c if c.isprintable() and c != "\N{REPLACEMENT CHARACTER}" else "·" for c in text)
+    return shown.strip().replace("$", r"\$")[:14] or "␣"
+
+
+def _norm_figure(modes: Found) -> Figure:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(modes), figsize=(3.6 * len(modes) + 0.6, 3.2), sharey=True, squeeze=False)
+    for axis, (mode, measured) in zip(axes[0], modes.items(), strict=True):
+        layers = measured["norm"]
+        colours = plt.get_cmap("viridis")
+        for layer, norms in enumerate(layers):
+            axis.plot(norms, color=colours(layer / max(1, len(layers) - 1)), linewidth=1)
+        axis.set_yscale("log")
+        axis.set_title(MODE_LABELS[mode])
+        axis.set_xlabel("position in the row")
+    axes[0][0].set_ylabel("‖h‖")
+    import matplotlib.cm
+    from matplotlib.colors import Normalize
+
+    depth = len(next(iter(modes.values()))["norm"]) - 1
+    scale = matplotlib.cm.ScalarMappable(Normalize(-1, depth - 1), "viridis")
+    bar = figure.colorbar(scale, ax=axes, label="layer")
+    _whole(bar.ax.yaxis)
+    return figure
+
+
+def _grid(count: int) -> tuple[Figure, Any]:
+    """A figure of so many small plots, four a row, and its axes [rows, 4 or fewer]; those left over are hidden."""
+    import matplotlib.pyplot as plt
+
+    across = min(4, count)
+    down = -(-count // across)
+    figure, axes = plt.subplots(down, across, figsize=(3 * across, 2.3 * down + 0.5), squeeze=False)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, axes
+
+
+def _panels(found: Found, columns: Sequence[Column]) -> Figure:
+    """A small plot against depth for each column, a line a mode."""
+    from matplotlib.ticker import MaxNLocator
+
+    shown = [c for c in columns if c.measure in found and not c.title.startswith("±")]
+    figure, axes = _grid(len(shown))
+    for axis, (name, _, title, read) in zip(axes.flat, shown, strict=False):
+        highest, lowest = 0.0, float("inf")
+        for mode, measured in found[name].items():
+            layers = [x for x in range(depth_of(found, mode) + 1) if read(measured, x) is not None]
+            values = [float(read(measured, x) or 0) for x in layers]
+            at = [x - 1 for x in layers]
+            axis.plot(at, values, _style(mode), markersize=3, color=_colour(mode), linewidth=1.2)
+            if name == "jacobian" or (name == "perturbation" and "across" in measured):
+                where = measured["layers"].index if name == "jacobian" else int
+                errors = [measured["across"][where(x)] for x in layers]
+                axis.errorbar(at, values, yerr=errors, fmt="none", ecolor=_colour(mode), capsize=2, linewidth=0.8)
+            highest, lowest = max(highest, *values), min(lowest, *values)
+        axis.set_title(title)
+        _whole(axis.xaxis)
+        if lowest > 0 and highest / lowest > 50:
+            axis.set_yscale("log")
+        else:
+            axis.yaxis.set_major_locator(MaxNLocator(4))
+    for axis in axes[-1]:
+        axis.set_xlabel("layer")
+    _mode_legend(figure, modes_of(found))
+    return figure
+
+
+def _mode_legend(figure: Figure, modes: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=_colour(m), marker="o", markersize=3, label=MODE_LABELS[m]) for m in modes]
+    for mode, handle in zip(modes, handles, strict=True):
+        handle.set_linestyle("--" if mode in _DASHED else "-")
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(modes))
+
+
+def _change_figure(modes: Found, labels: Sequence[str] | None, key: str = "change") -> Figure:
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import PowerNorm
+
+    first = next(iter(modes.values()))[key]
+    width = min(14, max(7, 0.2 * len(first[0])))
+    height = max(1.6, 0.9 + 0.16 * len(first))
+    figure, axes = plt.subplots(len(modes), 1, figsize=(width, height * len(modes) + 0.6), squeeze=False, sharex=True)
+    top = max(max(map(max, measured[key])) for measured in modes.values()) or 1.0
+    image: Any = None
+    for axis, (mode, measured) in zip(axes[:, 0], modes.items(), strict=True):
+        extent = (-0.5, len(first[0]) - 0.5, -1.5, len(first) - 1.5)
+        image = axis.imshow(
+            measured[key], origin="lower", norm=PowerNorm(0.5, 0, top), cmap="magma", aspect="auto", extent=extent
+        )
+        axis.set_title(MODE_LABELS[mode], loc="left")
+        axis.set_ylabel("layer")
+        _whole(axis.yaxis)
+    if labels is not None:
+        axes[-1, 0].set_xticks(range(len(labels)), [_visible(t) for t in labels], rotation=90, fontsize=7)
+    else:
+        axes[-1, 0].set_xlabel("token of the text")
+    figure.colorbar(image, ax=axes, label="change" if key == "change" else "relative change", shrink=0.8)
+    return figure
+
+
+def _length_figure(found: Found) -> Figure:
+
+    measures = next(iter(found["by_length"].values()))
+    shown = [c for c in MIXING if c.measure in measures and not c.title.startswith("±")]
+    figure, axes = _grid(len(shown))
+    modes = list(dict.fromkeys(mode for of in measures.values() for mode in of))
+    lengths = [int(length) for length in found["by_length"]]
+    for axis, (name, _, title, read) in zip(axes.flat, shown, strict=False):
+        for mode in modes:
+            values = [read(of[name][mode], depth_of(of, mode)) for of in found["by_length"].values()]
+            axis.plot(lengths, values, _style(mode), markersize=3, color=_colour(mode), linewidth=1.2)
+        axis.set_title(title)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [str(length) for length in lengths])
+    for axis in axes[-1]:
+        axis.set_xlabel("tokens")
+    _mode_legend(figure, modes)
+    return figure
+
+
+def _position_figure(positions: Found) -> Figure:
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.5, 3.6))
+    for mode, spans in positions.items():
+        values = [s["perplexity"] for s in spans]
+        axis.plot(range(len(spans)), values, _style(mode), markersize=4, color=_colour(mode), label=MODE_LABELS[mode])
+    spans = next(iter(positions.values()))
+    axis.set_xticks(range(len(spans)), [f"{s['start']}–{s['end'] - 1}" for s in spans])
+    axis.set_yscale("log")
+    axis.set_xlabel("position in the document, tokens")
+    axis.set_ylabel("perplexity")
+    axis.legend()
+    return figure
+
+
+def _streaming_figure(streaming: Found) -> Figure:
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.5, 3.4))
+    modes = list(streaming)
+    for index, (mode, lines) in enumerate(streaming.items()):
+        cached = [line for line in lines if line["cached"]]
+        at = [i + (index - (len(modes) - 1) / 2) * 0.8 / len(modes) for i in range(len(cached))]
+        axis.bar(at, [s["loss"] for s in cached], 0.76 / len(modes), color=_colour(mode), label=MODE_LABELS[mode])
+        axis.axhline(lines[0]["loss"], color=_colour(mode), linestyle="--", linewidth=1)
+        axis.set_xticks(range(len(cached)), [f"{s['kept']} + {s['window']}" for s in cached])
+    losses = [s["loss"] for lines in streaming.values() for s in lines]
+    axis.set_ylim(0.9 * min(losses), max(losses) * 1.03)
+    axis.set_xlabel("keys kept at the start + last keys")
+    axis.set_ylabel("nats per token (axis does not start at 0)")
+    figure.legend(loc="outside upper left", ncols=len(modes))
+    return figure
+
+
+def _checkpoint_figure(checkpoints: Found) -> Figure:
+    import matplotlib.pyplot as plt
+
+    points = checkpoints["points"]
+    modes = list(points[0]["modes"])
+    panels: tuple[tuple[str, Callable[[Found, str], float]], ...] = (
+        ("sink rate, % (eps 0.3)", lambda v, m: v[f"sink/rate/0.3/{m}"]),
+        ("sink mass", lambda v, m: v[f"sink/mass/{m}"]),
+        ("loss, nats per token", lambda v, m: v[f"val/loss/{m}"]),
+        ("largest ‖h₀‖ / ‖hₜ‖", lambda v, m: max(x for k, x in v.items() if k.startswith("state/first_token_norm"))),
+        ("smallest ‖v₀‖ / ‖vₜ‖", lambda v, m: min(x for k, x in v.items() if k.startswith("state/value_norm"))),
+    )
+    figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 3))
+    least = min((p["tokens"] for p in points if p["tokens"]), default=1)
+    for axis, (title, read) in zip(axes, panels, strict=True):
+        for mode in modes:
+            values = [read(p["modes"][mode], mode) for p in points]
+            axis.plot(
+                [p["tokens"] for p in points], values, _style(mode), markersize=3, color=_colour(mode), linewidth=1.2
+            )
+        axis.set_xscale("symlog", linthresh=least)
+        axis.set_title(title)
+        axis.set_xlabel("tokens seen")
+    _mode_legend(figure, modes)
+    return figure

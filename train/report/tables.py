@@ -1,0 +1,353 @@
+"""The tables of a report: the result, effects, arms, differences of arms; and all numbers as files."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sinkbed.train.measure.heldout import MODE_LABELS
+from sinkbed.train.plain_text import csv_of
+from sinkbed.train.report.effects import (
+    DIGITS,
+    LABELS,
+    Found,
+    figure,
+    figures,
+    reference_mode,
+    same_documents,
+    same_targets,
+)
+from sinkbed.train.report.intervals import Interval, paired
+from sinkbed.train.report.result import Result, describe, mean, spread
+from sinkbed.train.run.directory import write_atomic
+
+if TYPE_CHECKING:
+    from sinkbed.train.study.file import Published
+
+_MOST_PAIRS = 60
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table under a heading, with a note below it."""
+
+    heading: str
+    header: tuple[str, ...]
+    cells: list[tuple[str, ...]]
+    note: str
+
+
+STRATEGY = ("mask in training", "BOS in training")
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One line of the study's table: an arm in a mode, over its seeds."""
+
+    arm: str
+    mask: str
+    bos: str
+    mode: str
+    rate: str
+    mass: str
+    loss: str
+    gap: str
+    published: str
+
+    def columns(self) -> dict[str, str]:
+        """Header -> cell."""
+        return {
+            "arm": self.arm,
+            "mask in training": self.mask,
+            "BOS in training": self.bos,
+            "input": MODE_LABELS[self.mode],
+            "sink rate %": self.rate,
+            "sink mass": self.mass,
+            "loss": self.loss,
+            "loss gap": self.gap,
+            "published: sink % / loss": self.published,
+        }
+
+
+def table_of(summary: Sequence[SummaryRow]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and cells, without the columns that no line has anything for, and the strategy's where all share it."""
+    lines = [row.columns() for row in summary]
+    shared = STRATEGY if len({r.arm for r in summary}) > 1 and len({(r.mask, r.bos) for r in summary}) == 1 else ()
+    header = tuple(name for name in lines[0] if any(line[name] for line in lines) and name not in shared)
+    return header, [tuple(line[name] for name in header) for line in lines]
+
+
+def summarise(results: Sequence[Result], published: Published) -> list[SummaryRow]:
+    """The study's table, arms in their order."""
+    rows = []
+    for arm in dict.fromkeys(r.arm for r in results):
+        of_arm = [r for r in results if r.arm == arm]
+        mask, bos = describe(of_arm[0].strategy)
+        for mode in of_arm[0].final["modes"]:
+            theirs = published.get(arm, {}).get(mode)
+            reference = reference_mode(of_arm[0].final["modes"])
+            gap = list(figures(results, arm, "loss_gap", mode).values()) if mode != reference else []
+            rows.append(
+                SummaryRow(
+                    arm=arm,
+                    mask=mask,
+                    bos=bos,
+                    mode=mode,
+                    rate=spread([r.value(mode, "0.3") for r in of_arm], 1),
+                    mass=spread([r.value(mode, "mass") for r in of_arm], 3),
+                    loss=spread([r.value(mode, "loss") for r in of_arm], 3),
+                    gap=spread(gap, 3),
+                    published=" / ".join("–" if x is None else f"{x:.2f}" for x in theirs) if theirs else "",
+                )
+            )
+    return rows
+
+
+def _span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def caption(results: Sequence[Result], published: str = "") -> str:
+    """What the numbers of the table are, with everything they depend on; `published`: what is beside them."""
+    return (
+        f"{definitions(results)} {circumstances(results)}"
+        + (f" Published: {published}" if published else "")
+        + (f" {made}" if (made := made_by(results)) else "")
+    )
+
+
+def definitions(results: Sequence[Result]) -> str:
+    """What the figures of these runs are."""
+    modes = [next(iter(r.final["modes"].values())) for r in results]
+    tokens = [m["tokens"] for m in modes]
+    targets = f"the same {tokens[0]:,} targets in every mode" if len(set(tokens)) == 1 else ""
+    targets = targets or f"the same targets in every mode, {_span(tokens)} of them depending on the arm"
+    return (
+        f"Sink rate: eps 0.3, T = {_span([r.final['sink_tokens'] for r in results])}, "
+        f"{_span([m['documents'] for m in modes])} held-out documents, all layers and heads (arXiv "
+        f"2410.10781). Sink mass: mean attention on key 0 of the other queries. Loss: nats per token of "
+        f"{targets}. "
+        f"Loss gap: loss − loss(BOS + text), or − loss(as trained) where BOS + text was not measured."
+    )
+
+
+def circumstances(results: Sequence[Result]) -> str:
+    """Size, tokens, lengths and seeds of these runs, and the strategy where they share it."""
+    seeds = sorted({r.seed for r in results})
+    over = "mean ± half-width of the 95 % interval (Student's t)"
+    of_arms = {arm: sorted(r.seed for r in results if r.arm == arm) for arm in dict.fromkeys(r.arm for r in results)}
+    fewer = "; ".join(f"{arm} {', '.join(map(str, own))}" for arm, own in of_arms.items() if own != seeds)
+    several = f"{over} over seeds {', '.join(map(str, seeds))}" + (f" (of fewer: {fewer})" if fewer else "")
+    if len(seeds) == 1:
+        several = f"one seed ({seeds[0]}), one run an arm: no interval, and no telling a difference from noise"
+    strategies = {describe(r.strategy) for r in results}
+    shared = ""
+    if len(strategies) == 1 and len({r.arm for r in results}) > 1:
+        mask, bos = next(iter(strategies))
+        shared = f" All arms: mask {mask}; BOS {bos}."
+    return (
+        f"{_span([r.final['parameters'] for r in results])} "
+        f"parameters, {_span([r.final['tokens'] for r in results])} training tokens, context "
+        f"{_span([r.context_length for r in results])}; {several}.{shared}"
+    )
+
+
+def made_by(results: Sequence[Result]) -> str:
+    """Commit, torch and machine of these runs; empty where none of them says."""
+    from sinkbed.train.run.provenance import describe as describe_provenance
+
+    return describe_provenance([made for r in results for made in r.made_by], sum(not r.made_by for r in results))
+
+
+def sections(results: Sequence[Result], found: Sequence[Found]) -> list[Section]:
+    """Effects, arms and differences, each where there is something to say."""
+    parts = [_effects(found)] if found else []
+    parts.append(_arms(results))
+    pairs = _pairs(results)
+    return parts + ([pairs] if pairs is not None else [])
+
+
+def _effects(found: Sequence[Found]) -> Section:
+    lines = [item.columns() for item in found]
+    # What is read first, on a narrow screen too.
+    first = ("effect", "verdict", "figure", "difference", "expected")
+    order = (*first, *(name for name in lines[0] if name not in first))
+    header = tuple(name for name in order if any(line[name] for line in lines))
+    counts = {v: sum(item.verdict == v for item in found) for v in dict.fromkeys(item.verdict for item in found)}
+    return Section(
+        "Expected effects",
+        header,
+        [tuple(line[name] for name in header) for line in lines],
+        f"{'; '.join(f'{count} {verdict}' for verdict, count in counts.items())}. A verdict is on the mean difference "
+        "of arms on the same documents (one store), paired by seed. Reproduced: its 95 % interval lies on the expected "
+        "side of 0 (for the same: inside the tolerance). Not reproduced: it lies on another side. Within noise: it "
+        "reaches both. One comparison in twenty leaves 0 out by chance. As expected: reproduced, of what has no "
+        "source. Effects that share an arm are not independent of each other.",
+    )
+
+
+def _modes(results: Sequence[Result]) -> list[str]:
+    """Inference modes of all runs, the one with the first token first, then text."""
+    modes = [m for m in results[0].final["modes"] if all(m in r.final["modes"] for r in results)]
+    return (
+        sorted(modes, key=lambda m: {"bos": 0, "as_trained": 0, "text": 1}.get(m, 2))
+        or list(results[0].final["modes"])[:1]
+    )
+
+
+def _arms(results: Sequence[Result]) -> Section:
+    mode = _modes(results)[0]
+    header = ("arm", "runs", f"{LABELS['sink_rate_area']}, {MODE_LABELS[mode]}", "onset, thousand tokens", "reached")
+    cells: list[tuple[str, ...]] = []
+    for arm in dict.fromkeys(r.arm for r in results):
+        of_arm = [r for r in results if r.arm == arm]
+        onsets = [v / 1000 for r in of_arm if (v := figure(r, "onset_tokens", mode)) is not None]
+        areas = list(figures(results, arm, "sink_rate_area", mode).values())
+        reached = f"{len(onsets)} of {len(of_arm)}"
+        cells.append((arm, str(len(of_arm)), spread(areas, 1), spread(onsets, 0) or "never", reached))
+    return Section(
+        "When the sink forms",
+        header,
+        cells,
+        "Area: mean of the sink rate over the logarithm of tokens, in training's last hundredfold of them. Onset: the "
+        "first measurement of training at measure.onset_rate (default 10 %), over the runs that reached it.",
+    )
+
+
+def _pairs(results: Sequence[Result]) -> Section | None:
+    """Paired differences of every two arms; those that exceed the noise are marked."""
+    arms = list(dict.fromkeys(r.arm for r in results))
+    modes = _modes(results)
+    columns = [("sink_rate_0.3", modes[0]), ("sink_mass", modes[0]), ("loss", modes[0])]
+    if "text" in modes and reference_mode(modes) is not None:
+        columns.append(("loss_gap", "text"))
+    if len(arms) < 2 or len({r.seed for r in results}) < 2:
+        return None
+    values = {(arm, c): figures(results, arm, *c) for arm in arms for c in columns}
+    lines: list[tuple[bool, tuple[str, ...]]] = []
+    for a, b in itertools.combinations(arms, 2):
+        if not same_documents(results, a, b):
+            continue
+        found = [
+            paired(values[a, c], values[b, c]) if same_targets(results, c[0], (a, c[1]), (b, c[1])) else None
+            for c in columns
+        ]
+        marked = [_marked(item, DIGITS.get(metric, 1)) for item, (metric, _) in zip(found, columns, strict=True)]
+        lines.append((any(item.exceeds_noise() for item in found if item), (a, b, *marked)))
+    shown = [line for _, line in lines]
+    left_out = ""
+    if len(shown) > _MOST_PAIRS:
+        shown = [line for beyond, line in lines if beyond]
+        left_out = f" Of {len(lines)} pairs, the {len(shown)} that have a difference beyond the noise are listed."
+    header = ("arm", "minus", *(f"{LABELS[metric]}, {MODE_LABELS[mode]}" for metric, mode in columns))
+    return Section(
+        "Differences of arms",
+        header,
+        shown,
+        "Mean difference of arms on the same documents (one store), paired by seed, ± half-width of its 95 % interval. "
+        "*: the interval leaves 0 out; of twenty differences that are none, one does so by chance. Losses and gaps "
+        f"over other targets (a prefix LM's, another context's) are not compared.{left_out}",
+    )
+
+
+def _marked(found: Interval | None, digits: int) -> str:
+    return spread(found, digits, sign=True) + (" *" if found is not None and found.exceeds_noise() else "")
+
+
+def verdicts(found: Sequence[Found]) -> list[str]:
+    """The effects for a terminal, a line each."""
+    width = max(len(item.verdict) for item in found)
+    lines = []
+    for item in found:
+        cells = item.columns()
+        unit = "" if not cells["difference"] else f": {cells['figure']} {cells['difference']}"
+        lines.append(f"{item.verdict:{width}}  {item.effect.name}{unit} (expected {cells['expected']})")
+    return lines
+
+
+COLUMNS = (
+    "arm",
+    "seed",
+    "mode",
+    "sink_rate_0.2",
+    "sink_rate_0.3",
+    "sink_rate_0.5",
+    "sink_rate_0.8",
+    "sink_rate_row_0.3",
+    "sink_mass",
+    "sink_alpha",
+    "loss",
+    "bits_per_byte",
+    "loss_gap",
+    "sink_rate_placed",
+    "sink_rate_area",
+    "onset_tokens",
+    "tokens",
+    "parameters",
+    "context_length",
+)
+
+
+def rows_of(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """One row per arm, seed and mode, with the columns of table.csv."""
+    rows = []
+    for r in results:
+        for mode, found in r.final["modes"].items():
+            rates = {f"sink_rate_{eps}": round(mean(map_), 4) for eps, map_ in found["rate"].items()}
+            row = {
+                "arm": r.arm,
+                "seed": r.seed,
+                "mode": mode,
+                **rates,
+                "sink_rate_row_0.3": round(mean(found["rate_row"]["0.3"]), 4),
+                "sink_mass": round(r.value(mode, "mass"), 6),
+                "sink_alpha": round(r.value(mode, "alpha"), 6),
+                "loss": round(found["loss"], 6),
+                "bits_per_byte": round(found["bits_per_byte"], 6),
+                "loss_gap": _rounded(figure(r, "loss_gap", mode)),
+                "sink_rate_placed": _rounded(figure(r, "sink_rate_placed", mode)),
+                "sink_rate_area": _rounded(figure(r, "sink_rate_area", mode)),
+                "onset_tokens": r.final["onset_tokens"],
+                "tokens": r.final["tokens"],
+                "parameters": r.final["parameters"],
+                "context_length": r.context_length,
+            }
+            rows.append({name: row[name] for name in COLUMNS})
+    return rows
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def to_csv(rows: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
+    """table.csv, or another table of its kind."""
+    return csv_of(rows, columns)
+
+
+def effects_csv(found: Sequence[Found]) -> str:
+    """effects.csv."""
+    rows = [item.record() for item in found]
+    return to_csv(rows, tuple(rows[0]))
+
+
+def write_parquet(results: Sequence[Result], rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """table.parquet, the rows of table.csv, and curves.parquet, every number measured or logged during training."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    points = [
+        {"arm": r.arm, "seed": r.seed, **{k: v for k, v in point.items() if not isinstance(v, list)}}
+        for r in results
+        for point in r.points
+    ]
+    names = list(dict.fromkeys(name for point in points for name in point))
+    curves = [{name: point.get(name) for name in names} for point in points]
+    for name, content in (("table", list(rows)), ("curves", curves)):
+        buffer = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(content), buffer)
+        write_atomic(folder / f"{name}.parquet", buffer.getvalue().to_pybytes())

@@ -1,0 +1,346 @@
+"""The run directory: names of its files, atomic writes, and the durable record of every point.
+
+config.yaml      the whole configuration          manifest.json  the token store's manifest
+audit.json       what packing did                 metrics.jsonl  every point, in order
+measurement.json the final measurement            checkpoints/   wandb/   run.json (W&B id, parent, what made it, when)
+.lock            held by the process that writes here
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from sinkbed.data.files import sealed, sha256_file, unsealed
+
+CONFIG, MANIFEST, AUDIT = "config.yaml", "manifest.json", "audit.json"
+METRICS, MEASUREMENT, RUN, CHECKPOINTS = "metrics.jsonl", "measurement.json", "run.json", "checkpoints"
+
+
+LAST, LOCK = "last.ckpt", ".lock"
+CHECKSUMS = "checksums.json"
+"""In a folder of which every file counts: the sha256 of each."""
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """What last.ckpt names, or the highest step where a crash took the link; None before the first checkpoint.
+
+    Raises FileNotFoundError where it names a checkpoint that is gone: no older one is taken in its place.
+    """
+    folder = run_dir / CHECKPOINTS
+    link, highest = folder / LAST, max(folder.glob("step-*.ckpt"), default=None)
+    if link.exists():
+        return link.resolve()
+    if link.is_symlink():
+        other = "start the run anew" if highest is None else f"or go on from {highest}"
+        raise FileNotFoundError(
+            f"{link}: expected the checkpoint that it names, {os.readlink(link)}, found none; put it back, {other}"
+        )
+    return highest
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first. Raises FileNotFoundError where there is none."""
+    found = sorted((run_dir / CHECKPOINTS).glob("step-*.ckpt"))
+    if not found:
+        raise FileNotFoundError(f"{run_dir / CHECKPOINTS}: expected checkpoints, found none")
+    return found
+
+
+def kept_steps(points: int, max_steps: int) -> set[int]:
+    """Steps whose checkpoints stay: `points` of them from 1 to `max_steps`, each the same factor after the last."""
+    return {round(max_steps ** (i / max(1, points - 1))) for i in range(points)}
+
+
+@dataclass
+class Lock:
+    """A folder that is this process's own."""
+
+    file: IO[str]
+    made: bool
+    """Whether the folder was made for it."""
+
+    def close(self) -> None:
+        """Give the folder back."""
+        self.file.close()
+
+    def __enter__(self) -> None:
+        """Hold it for a block."""
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def lock(folder: Path) -> Lock:
+    """Make `folder` this process's own until the file is closed or the process ends, however it ends.
+
+    Raises ValueError where another process holds it. A lock of the POSIX kind, which the workers that a
+    training run forks do not inherit.
+    """
+    if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
+        raise ValueError(f"{folder}: expected a folder, or none yet, found a file or a link to nothing; choose another")
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / LOCK).open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise ValueError(
+            f"{folder}: expected a folder that nobody writes to, found a process that still does; wait for it, stop "
+            "it, or choose another folder"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    return Lock(file, made)
+
+
+def release(held: Lock) -> None:
+    """Give a locked folder back; one that was made for the lock, and that nothing was written to, goes away."""
+    path = Path(held.file.name)
+    held.close()
+    if path.exists() and list(path.parent.iterdir()) == [path]:
+        path.unlink()
+        if held.made:
+            path.parent.rmdir()
+
+
+def write_atomic(path: Path, content: str | bytes | memoryview) -> None:
+    """Replace `path` by `content` so that a reader, or a crash, sees the old or the new whole, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with temporary.open("xb") as file:  # readable to whom the user's umask says
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # one of writing names no file
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk too: a rename before this may be undone by a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a kill in the middle of `write_atomic` left in a folder that no other process writes to."""
+    for path in folder.glob(".*.partial"):
+        path.unlink()
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that could be read as a number."""
+
+
+# jsonargparse reads more of them than PyYAML does: 1e-3, 4351e27.
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+.\d][-+.\d_:eE]*$"), list("-+.0123456789"))
+
+
+def yaml_text(value: Any) -> str:
+    """YAML that reads back as what it was made of, by PyYAML and by the command line."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+_SEAL = "# Written by sinkbed fit; sha256 of the lines below: "
+
+
+def write_config(path: Path, text: str) -> bool:
+    """Write a run's config.yaml under a line with its sha256; whether it is another text than stood there."""
+    text = f"{_SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
+    before = path.read_bytes() if path.exists() else None
+    write_atomic(path, text)
+    return before not in (None, text.encode())
+
+
+def check_config(path: Path, content: bytes) -> None:
+    """Raise ValueError for a config.yaml inside a run that is not what its first line says; a copy may be edited."""
+    first, _, rest = content.partition(b"\n")
+    if path.name != CONFIG or not first.startswith(_SEAL.encode()) or not (path.parent / RUN).exists():
+        return
+    if first.removeprefix(_SEAL.encode()) != hashlib.sha256(rest).hexdigest().encode():
+        raise ValueError(
+            f"{path}: expected the settings as the run wrote them, found others (the first line has their sha256); "
+            "restore the file or start from a copy of it. Changes are given as options, or remove the first line where "
+            "they are meant"
+        )
+
+
+def write_json(path: Path, value: Any, *, seal: bool = True) -> None:
+    """Write JSON atomically, indented; a record of ours, an object, with a checksum that `read_json` compares (`seal`).
+
+    Raises ValueError for nan and infinite numbers, which JSON does not have.
+    """
+    try:
+        write_atomic(path, json.dumps(sealed(value) if seal else value, indent=2, allow_nan=False) + "\n")
+    except ValueError as error:
+        raise ValueError(f"{path}: not written, expected finite numbers, found one that is not ({error})") from None
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; raises ValueError that names a damaged file."""
+    try:
+        return unsealed(json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number))
+    except (ValueError, RecursionError) as error:  # no JSON, no text, or not as it was written
+        raise ValueError(f"{path}: expected JSON as it was written, found {error}; restore or remove it") from None
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name}, which is no number that JSON has")
+
+
+def identify(
+    folder: Path,
+    saved: dict[str, Any],
+    parent: dict[str, Any] | None,
+    made: dict[str, Any],
+    *,
+    anew: bool,
+    session: dict[str, Any],
+) -> tuple[dict[str, Any], list[str]]:
+    """Write run.json: the W&B id, made once, the run and step that this run is a fork of, and what made it.
+
+    Args:
+        saved: run.json as the checkpoint saved it that the run resumes from, empty without one. What it says of the
+            id counts, as it is under a checksum.
+        parent: of a fork.
+        made: provenance of this process; put beside those that the checkpoint names, where it differs.
+        anew: whether the run starts with other settings than before, and so with another id.
+        session: command and start of this process.
+
+    Returns its content, and what there is to tell the user.
+    """
+    path, messages = folder / RUN, []
+    known: dict[str, Any] = {}
+    try:
+        known = read_json(path) if path.exists() else saved
+        if not isinstance(known, dict) or (path.exists() and not isinstance(known.get("wandb_id"), str)):
+            raise ValueError(f"{path}: expected a wandb_id, found none")
+    except ValueError as error:
+        known = saved
+        messages.append(f"{error}; taken from the checkpoint, or made anew")
+    ours, original = known.get("wandb_id"), saved.get("wandb_id")
+    copied = known.get("copy_of") or {}  # which checkpoints that were copied too still name
+    if original is not None and ours != original and copied.get("wandb_id") != original:
+        messages.append(f"{path}: expected the W&B id {original}, found {ours}; taken from the checkpoint")
+        known = {**known, "wandb_id": original}
+    source = _original(folder, known)
+    if source is not None:
+        known = {"copy_of": {"folder": str(source), "wandb_id": known["wandb_id"]}, "wandb_id": secrets.token_hex(4)}
+        messages.append(
+            f"{folder} is a copy of the run {source}: it goes on from its own checkpoints, as the W&B run "
+            f"{known['wandb_id']}"
+        )
+    if anew or "wandb_id" not in known:
+        known = {"wandb_id": secrets.token_hex(4)}
+    known = {k: v for k, v in known.items() if k != "finished"} | ({} if parent is None else {"parent": parent})
+    known["folder"] = str(folder.resolve())
+    earlier = saved.get("made_by", [])  # whose steps are kept; not those that a restart makes again
+    known["sessions"] = [*known.get("sessions", ()), session]
+    known["made_by"] = earlier if made in earlier else [*earlier, made]
+    write_json(path, known)
+    return known, messages
+
+
+def _original(folder: Path, known: dict[str, Any]) -> Path | None:
+    """The run that a folder is a copy of: where run.json says it was written, there still is the run of its W&B id."""
+    written = Path(known.get("folder") or folder)
+    try:
+        is_other = (written / RUN).exists() and not written.samefile(folder)
+        return written if is_other and read_json(written / RUN)["wandb_id"] == known["wandb_id"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def note(folder: Path, **values: Any) -> None:
+    """Add to run.json."""
+    write_json(folder / RUN, read_json(folder / RUN) | values)
+
+
+def mark_finished(folder: Path) -> None:
+    """Note in run.json that nothing is left to do, measured and sent to W&B, and what the run's files hold then."""
+    note(folder, finished={n: sha256_file(folder / n) for n in (CONFIG, MANIFEST, AUDIT, METRICS, MEASUREMENT)})
+
+
+def check_finished(folder: Path) -> None:
+    """Raise ValueError that names a file of a finished run which is not as the run left it."""
+    finished = read_json(folder / RUN).get("finished") if (folder / RUN).is_file() else None
+    if isinstance(finished, dict):  # earlier versions kept none
+        remedy = "restore it from a copy, or resume the run from a checkpoint before its last with --ckpt_path"
+        check_files(folder, finished, f"the run left it at its end ({RUN} has its sha256)", remedy)
+
+
+def check_files(folder: Path, sums: dict[str, str], left: str, remedy: str) -> None:
+    """Raise ValueError that names a file of a folder whose sha256 is another one; `left`: how the files were left."""
+    for name, digest in sums.items():
+        path = folder / name
+        if not path.is_file() or sha256_file(path) != digest:
+            content = "another content" if path.is_file() else "none"
+            raise ValueError(f"{path}: expected the file as {left}, found {content}; {remedy}")
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run came to its end, the last of W&B's points included."""
+    path = folder / RUN
+    return (folder / MEASUREMENT).exists() and path.exists() and "finished" in read_json(path)
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Points of a metrics.jsonl, oldest first; an unfinished last line (a crash while writing) is left out.
+
+    Raises ValueError that names the line when an earlier one is damaged.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                point = json.loads(line, parse_constant=_no_number)
+            except ValueError:
+                point = None
+            if not isinstance(point, dict):
+                raise ValueError(f"{path}, line {number}: expected one JSON object, found {line[:60]!r}")
+            yield point
+
+
+def restore_metrics(path: Path, saved: str) -> str | None:
+    """Put metrics.jsonl back to what a checkpoint saved; later points will be made again.
+
+    Points that differ from the saved ones were damaged: the file is kept beside as `.damaged`.
+    Returns what there is to tell the user, None where there is nothing.
+    """
+    found = path.read_bytes() if path.exists() else b""
+    if found != saved.encode():
+        write_atomic(path, saved)
+    if found.startswith(saved.encode()):
+        return None
+    if saved.encode().startswith(found):  # lost with the machine's power, which no write of ours waits for
+        lines = found.count(b"\n")
+        return f"{path}: expected {saved.count(chr(10))} points, found {lines}; restored from the checkpoint"
+    damaged = path.with_name(f"{path.name}.damaged")
+    write_atomic(damaged, found)
+    pairs = zip(found.splitlines(), saved.encode().splitlines(), strict=False)
+    line = next((number for number, (ours, theirs) in enumerate(pairs, 1) if ours != theirs), None)
+    what = f"line {line} is not as the checkpoint saved it" if line else "points that the checkpoint saved are missing"
+    return f"{path}: damaged, {what}; restored from the checkpoint, the old file is {damaged.name}"

@@ -1,0 +1,278 @@
+"""What a study takes before anything starts: tokens, FLOPs, hours per kind of device, disk; and whether it fits here.
+
+FLOPs of a training token: 6 for each parameter of a matrix product (2 forward, 4 backward; the input embedding is a
+look-up), and 12·L·H·D for each key that a query sees on average, T/2 of them under a causal mask or the window's
+(document masks see fewer, so this is an upper bound). Activation checkpointing adds a forward pass.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sinkbed.data.prepare.prepare import available_cores
+from sinkbed.model.config import DecoderConfig
+from sinkbed.train.config.yaml_files import read_mapping
+from sinkbed.train.loop.settings import TRAINING_BYTES
+from sinkbed.train.plain_text import console
+from sinkbed.train.run import directory
+from sinkbed.train.study.arms import ArmRun
+from sinkbed.train.study.file import StudyConfig
+from sinkbed.train.study.local import slots
+
+MFU = 0.35
+"""Assumed share of a GPU's peak that training reaches."""
+PEAKS = {"A100": 312e12, "H100": 989e12}
+"""Dense bf16 FLOP/s of the SXM cards, from their data sheets."""
+CORE = 2.6e10
+"""Assumed FLOP/s of one CPU core where no finished arm says better: small models on an AMD EPYC."""
+CHECKPOINT_BYTES = 12
+"""A parameter's weight and two moments, float32."""
+PROCESS_BYTES = 700_000_000
+"""A training process beside its model (peak of a demo arm)."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one arm under one seed takes."""
+
+    parameters: int
+    tokens: int
+    flops: float
+    disk: int
+    """Bytes of its checkpoints, one that is being written included."""
+
+
+def training_flops(
+    decoder: DecoderConfig, vocab_size: int, context_length: int, window: int | None, checkpointing: bool = False
+) -> float:
+    """FLOPs of one training token."""
+    looked_up = 0 if decoder.tied else vocab_size * decoder.d_model
+    keys = min(context_length / 2, window or context_length)
+    products = 6 * (decoder.parameters(vocab_size) - looked_up)
+    attention = 12 * decoder.layers * decoder.heads * decoder.dim * keys
+    return (products + attention) * (4 / 3 if checkpointing else 1)
+
+
+def vocabulary(study: StudyConfig, run: ArmRun) -> int:
+    """Vocabulary of the arm's token store; of one that is not there yet, what it will be at most."""
+    manifest = Path(run.setting("data.store", "")) / directory.MANIFEST
+    if manifest.is_file():
+        return int(directory.read_json(manifest)["vocab_size"])
+    config: dict[str, Any] = read_mapping(study.prepare) if study.prepare else {}
+    return int((config.get("tokenizer") or {}).get("vocab_size") or 32_768)
+
+
+def cost(study: StudyConfig, run: ArmRun) -> Cost:
+    """What an arm takes. Raises ValueError that names a setting it lacks or that does not fit."""
+    try:
+        decoder = DecoderConfig(**run.setting("model.decoder", {}))
+        steps, context = int(run.setting("trainer.max_steps")), int(run.setting("data.context_length"))
+        tokens = steps * int(run.setting("data.global_batch")) * context
+        if steps < 1:
+            raise ValueError(f"trainer.max_steps {steps}: a study plans runs of a known length, at least 1")
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"arm {run.arm}: expected model.decoder, trainer.max_steps, data.context_length and data.global_batch; "
+            f"found {error}"
+        ) from None
+    vocab_size = vocabulary(study, run)
+    each = training_flops(
+        decoder,
+        vocab_size,
+        context,
+        run.setting("data.strategy.window"),
+        bool(run.setting("model.activation_checkpointing", False)),
+    )
+    size = decoder.parameters(vocab_size)
+    # The newest, the best, and the one that is being written.
+    kept = len(directory.kept_steps(int(run.setting("checkpoint_points", 12)), steps)) + 3
+    return Cost(size, tokens, each * tokens, CHECKPOINT_BYTES * size * kept)
+
+
+def core_rate(study: StudyConfig, runs: Sequence[ArmRun]) -> tuple[float, str]:
+    """FLOP/s of a core in training, and whether it was measured in the finished arms of this study or assumed."""
+    seconds = flops = 0.0
+    for run in runs:
+        path = run.folder / directory.MEASUREMENT
+        if run.setting("trainer.accelerator") == "cpu" and run.status() == "finished" and path.exists():
+            seconds += sum(directory.read_json(path)["seconds"].values()) * int(
+                run.setting("threads", available_cores())
+            )
+            flops += cost(study, run).flops
+    return (flops / seconds, "measured in the arms that are finished") if seconds else (CORE, "assumed")
+
+
+def print_plan(study: StudyConfig, runs: Sequence[ArmRun]) -> None:
+    """Print the arms, what they take and how long that is on one device of each kind."""
+    from rich.table import Table
+
+    rate, how = core_rate(study, runs)
+    rates = {"CPU core": rate, **{name: MFU * peak for name, peak in PEAKS.items()}}
+    size = f", size {study.size}" if study.size else ""
+    table = Table(title=f"{study.title}{size}: {len(runs)} runs", title_justify="left")
+    for name in ("arm", "state", "parameters", "context", "tokens", "FLOPs", *(f"{k}, h" for k in rates), "disk"):
+        table.add_column(name, justify="left" if name in ("arm", "state") else "right")
+    for arm in study.arms:
+        of_arm = [r for r in runs if r.arm == arm]
+        costs = [cost(study, r) for r in of_arm]
+        states = [r.status() for r in of_arm]
+        table.add_row(
+            arm,
+            ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states)),
+            f"{costs[0].parameters:,}",
+            f"{of_arm[0].setting('data.context_length'):,}",
+            *_sums(costs, rates),
+        )
+    table.add_section()
+    table.add_row("all", "", "", "", *_sums([cost(study, r) for r in runs], rates))
+    left = [cost(study, r) for r in runs if r.status() != "finished"]
+    if len(left) < len(runs):
+        table.add_row("not finished", "", "", "", *_sums(left, rates))
+    console(170).print(table)
+    print(
+        f"Hours on one device: a CPU core at {rate / 1e9:.1f} GFLOP/s ({how}); an A100 or H100 at {MFU:.0%} of its "
+        "bf16 peak (assumed; small models reach less)."
+    )
+    for line in _stores(study, runs):
+        print(line)
+    for run in runs:
+        if run.status() in ("failed", "other", "interrupted"):
+            print(f"{run.status():12} {run.folder}" + (f"  ({run.reason()})" if run.reason() else ""))
+
+
+def _sums(costs: Sequence[Cost], rates: dict[str, float]) -> list[str]:
+    flops = sum(c.flops for c in costs)
+    hours = [flops / rate / 3600 for rate in rates.values()]
+    shown = [f"{h:,.0f}" if h >= 100 else f"{h:.2g}" for h in hours]
+    return [f"{sum(c.tokens for c in costs):,}", f"{flops:.2g}", *shown, gigabytes(sum(c.disk for c in costs))]
+
+
+def gigabytes(size: float) -> str:
+    """Bytes in GB."""
+    return f"{size / 1e9:,.0f} GB" if size >= 1e11 else f"{size / 1e9:.3g} GB"
+
+
+def _new_stores(study: StudyConfig, runs: Sequence[ArmRun]) -> dict[str, int]:
+    """Token stores that are not there yet, with the bytes of what their longest arm reads once."""
+    found: dict[str, int] = {}
+    for run in runs:
+        store = run.setting("data.store")
+        if store and not (Path(store) / directory.MANIFEST).is_file():
+            width = 2 if vocabulary(study, run) <= 65_536 else 4
+            found[store] = max(found.get(store, 0), width * cost(study, run).tokens)
+    return found
+
+
+def _stores(study: StudyConfig, runs: Sequence[ArmRun]) -> list[str]:
+    how = f"`sinkbed prepare --config {study.prepare} --dry_run` estimates it" if study.prepare else "prepare it first"
+    return [
+        f"Token store {store} is not there yet: {how}; an arm reads {gigabytes(size)} of it if no document comes twice."
+        for store, size in _new_stores(study, runs).items()
+    ]
+
+
+def check_fits(study: StudyConfig, runs: Sequence[ArmRun], *, cluster: bool = False) -> None:
+    """Raise ValueError where the disk, the memory or the GPUs are too few for what is not finished, with all of it.
+
+    `cluster`: the arms run on other machines, so that of this one only the disk is asked.
+    """
+    left = [r for r in runs if r.status() != "finished"]
+    if not left:
+        return
+    costs = [cost(study, r) for r in left]
+    checks: list[Callable[[], None]] = [lambda: _check_head_dims(study, left)]
+    if not cluster:
+        checks.append(lambda: _check_devices(study, left, costs))
+    checks.append(lambda: _check_disk(study, left, costs))
+    complaints = []
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            complaints.append(str(error))
+    if complaints:
+        raise ValueError("\n  and ".join(complaints))
+
+
+def _check_disk(study: StudyConfig, runs: Sequence[ArmRun], costs: Sequence[Cost]) -> None:
+    there = sum(_size(r.folder / directory.CHECKPOINTS) for r in runs)
+    needed = max(0, sum(c.disk for c in costs) - there)
+    free = shutil.disk_usage(_existing(study.out)).free
+    if needed > free:
+        raise ValueError(
+            f"{study.out}: expected {gigabytes(needed)} free for the checkpoints of {len(runs)} runs, found "
+            f"{gigabytes(free)}; keep fewer of them (checkpoint_points in the base), or choose --out on another disk"
+        )
+
+
+def _check_devices(study: StudyConfig, runs: Sequence[ArmRun], costs: Sequence[Cost]) -> None:
+    """Raise ValueError where this machine's GPUs, or its memory, are too few."""
+    wants_gpu = [r for r in runs if r.setting("trainer.accelerator") in ("gpu", "cuda")]
+    if wants_gpu and not study.gpus:
+        raise ValueError(
+            f"arm {wants_gpu[0].arm}: asks for a GPU (trainer.accelerator), and the study gives its arms none; "
+            "expected gpus: 1, or a share of one"
+        )
+    places = slots(study)
+    largest = TRAINING_BYTES * max(c.parameters for c in costs)
+    if study.gpus:
+        _check_gpu_memory(study, largest)
+        return
+    workers = min(len(places), len(runs))
+    memory = _memory()
+    if memory is not None and workers * (largest + PROCESS_BYTES) > memory:
+        raise ValueError(
+            f"{workers} arms at a time: expected {gigabytes(workers * (largest + PROCESS_BYTES))} of memory, found "
+            f"{gigabytes(memory)}; use fewer --workers"
+        )
+
+
+def _check_head_dims(study: StudyConfig, runs: Sequence[ArmRun]) -> None:
+    """Raise ValueError for an arm for a GPU whose head dim the kernels there do not take."""
+    from sinkbed.kernels.triton.tiles import HEAD_DIMS
+
+    for run in runs:
+        accelerator = run.setting("trainer.accelerator", "auto")
+        dim = DecoderConfig(**run.setting("model.decoder", {})).dim
+        if (study.gpus or accelerator in ("gpu", "cuda")) and accelerator != "cpu" and dim not in HEAD_DIMS:
+            raise ValueError(
+                f"arm {run.arm}: head dim (model.decoder.head_dim, or d_model / heads): expected one that the Triton "
+                f"kernels take, {', '.join(map(str, HEAD_DIMS))}; found {dim}"
+            )
+
+
+def _check_gpu_memory(study: StudyConfig, largest: int) -> None:
+    import torch
+
+    memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+    share = memory * max(study.gpus, 1) if study.gpus >= 1 else memory * study.gpus
+    if largest > share:
+        raise ValueError(
+            f"an arm's weights, gradients and moments take {gigabytes(largest)}, and it has {study.gpus:g} GPU of "
+            f"{gigabytes(memory)}; expected more gpus for each arm"
+        )
+
+
+def _existing(path: Path) -> Path:
+    path = path.resolve()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _size(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+
+
+def _memory() -> int | None:
+    """Bytes that processes can still take; None where the system does not say."""
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":") for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None

@@ -1,0 +1,283 @@
+"""A study file: the question, its arms, at which sizes, and which effects are expected.
+
+Arms are a list by name or a grid of axes; an overlay is a file or the settings themselves, so that most studies
+are one file. A size (`demo`, `small`, `paper`) is a set of the file's keys that replace those above it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from sinkbed.model.ranges import check_number
+from sinkbed.train.config.yaml_files import read_yaml
+from sinkbed.train.measure.heldout import check_modes
+
+Overlay = Path | dict[str, Any]
+"""Keys of a run config: in a file, or as they are."""
+Expected = Literal["up", "down", "none"]
+Published = dict[str, dict[str, list[float | None]]]
+"""Arm -> inference mode -> [sink metric in %, loss]; null where a paper gives one of them only."""
+METRICS = (
+    *("sink_rate_0.2", "sink_rate_0.3", "sink_rate_0.5", "sink_rate_0.8", "sink_rate_placed", "sink_mass"),
+    *("loss", "bits_per_byte", "loss_gap", "sink_rate_area", "onset_tokens"),
+)
+_MOST_ARMS = 1_000
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effect:
+    """One expected difference between two arms, or two inference modes of an arm. Raises ValueError."""
+
+    name: str
+    """What is claimed, in a few words."""
+    metric: str
+    """One of METRICS; `train.effects.figure` says what they are."""
+    arm: str
+    """The arm whose figure is expected to differ."""
+    against: str | None = None
+    """The arm it is compared with; None: the same arm, in another mode."""
+    mode: str = "bos"
+    """Inference mode of `arm`."""
+    against_mode: str | None = None
+    """Inference mode of `against`; None: the same mode."""
+    expected: Expected
+    """Whether the figure is larger than the other one, smaller, or the same within `tolerance`."""
+    tolerance: float = 0.0
+    """`none`: differences up to this, in the metric's unit, count as the same."""
+    source: str = ""
+    """Where the effect is published."""
+    note: str = ""
+    """What a reader has to know of it, such as that it was expected only after the runs; stands behind the name."""
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise ValueError(f"effect {self.name!r}: metric: expected one of {', '.join(METRICS)}; found {self.metric}")
+        try:
+            check_modes([mode for mode in (self.mode, self.against_mode) if mode is not None])
+        except ValueError as error:
+            raise ValueError(f"effect {self.name!r}: {error}") from None
+        if self.expected not in get_args(Expected):
+            raise ValueError(f"effect {self.name!r}: expected: one of up, down, none; found {self.expected!r}")
+        check_number(f"effect {self.name!r}: tolerance", self.tolerance, least=0)
+        if (self.expected == "none") != (self.tolerance > 0):
+            raise ValueError(
+                f"effect {self.name!r}: tolerance: expected more than 0 with expected: none, and 0 otherwise; found "
+                f"{self.tolerance} with {self.expected}"
+            )
+        if self.against in (None, self.arm) and self.against_mode in (None, self.mode):
+            raise ValueError(f"effect {self.name!r}: expected another arm or another mode to compare with, found none")
+
+    @property
+    def other(self) -> tuple[str, str]:
+        """Arm and mode that are compared with."""
+        return self.against or self.arm, self.against_mode or self.mode
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """A study at one size. Paths of configs are relative to the file; paths of folders to the working directory."""
+
+    title: str
+    """One line for the report."""
+    question: str = ""
+    """What the study asks, and where the question comes from."""
+    out: Path
+    """Folder of the study: runs/ and report/ go inside. Default: runs/NAME, or runs/NAME-SIZE."""
+    base: list[Overlay]
+    """Run configs that every arm starts from, later ones overriding earlier ones."""
+    arms: dict[str, list[Overlay]]
+    """Arm name -> overlays on the base; those of the file's `arms`, then those of its `grid`."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Each arm runs once a seed (model, row order and random first tokens)."""
+    workers: int | None = None
+    """Arms that run at a time on this machine; None: as many as its cores, or GPUs, are for."""
+    cpus: int = 1
+    """Cores that an arm is for."""
+    gpus: float = 0
+    """GPUs that an arm is for: 0, a share such as 0.5 (two arms on a GPU), or a whole number."""
+    published: Published = field(default_factory=dict)
+    """Figures of the literature, printed beside ours."""
+    published_source: str = ""
+    """Where `published` is from, and what it was measured with."""
+    effects: list[Effect] = field(default_factory=list)
+    """Differences that the report checks."""
+    prepare: Path | None = None
+    """Data config to prepare first, if its token store is not there yet."""
+    size: str = ""
+    """Name of the size, where the file has several."""
+    source: Path | None = None
+    """The study file."""
+
+    def __post_init__(self) -> None:
+        for name in ("base", "arms", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"study.{name}: expected at least one, found none")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"study.seeds: expected distinct seeds, found {self.seeds}")
+        for name in ("workers", "cpus"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"study.{name}: expected at least 1, found {getattr(self, name)}")
+        check_number("study.gpus", self.gpus, least=0)
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError(f"study.gpus: expected 0, a share below 1 or a whole number; found {self.gpus}")
+        for effect in self.effects:
+            missing = sorted({effect.arm, effect.other[0]} - set(self.arms))
+            if missing:
+                raise ValueError(f"effect {effect.name!r}: expected an arm of the study, found {missing[0]!r}")
+
+    @property
+    def name(self) -> str:
+        """What W&B groups the runs under."""
+        return self.out.name
+
+
+_FILE_KEYS = tuple(f.name for f in dataclasses.fields(StudyConfig) if f.name not in ("size", "source"))
+_SIZE_KEYS = (*(name for name in _FILE_KEYS if name not in ("title", "question")), "grid")
+
+
+def load_study(path: Path, size: str | None = None) -> StudyConfig:
+    """Read a study file at a size (default: `demo`, or the file's first).
+
+    Raises FileNotFoundError, or ValueError that names the key at fault.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"study: no file at {path}")
+    raw = _mapping(path, "the file", read_yaml(path), (*_FILE_KEYS, "grid", "sizes"))
+    sizes = _mapping(path, "sizes", raw.pop("sizes", None) or {}, None)
+    if size is None and sizes:
+        size = "demo" if "demo" in sizes else next(iter(sizes))
+    if size is not None and size not in sizes:
+        raise ValueError(f"{path}: --size {size}: expected one of {', '.join(sizes) or 'none'}; found {size}")
+    if size is not None:
+        raw |= _mapping(path, f"sizes.{size}", sizes[size] or {}, _SIZE_KEYS)
+    missing = [name for name in ("title", "base") if name not in raw]
+    if "arms" not in raw and "grid" not in raw:
+        missing.append("arms")
+    if missing:
+        raise ValueError(f"{path}: expected the key {missing[0]!r}, found none")
+    raw.setdefault("out", f"runs/{path.stem}" + (f"-{size}" if size else ""))
+    if not isinstance(raw["out"], str):
+        raise ValueError(f"{path}: out: expected a folder, found {raw['out']!r}")
+    for key in ("title", "question", "published_source"):
+        if not isinstance(raw.get(key, ""), str):
+            raise ValueError(f"{path}: {key}: expected text, found {raw[key]!r}; put it in quotes")
+    for key, kind, words in (("seeds", list, "a list of integers"), ("workers", int, "an integer"), ("cpus", int, "")):
+        value = raw.get(key)
+        items = value if isinstance(value, list) else [value]
+        if value is not None and (not isinstance(value, kind) or not all(type(x) is int for x in items)):
+            raise ValueError(f"{path}: {key}: expected {words or 'an integer'}, found {value!r}")
+    if type(raw.get("gpus", 0)) not in (int, float):
+        raise ValueError(f"{path}: gpus: expected a number, found {raw['gpus']!r}")
+    arms = _arms(path, raw.get("arms") or {}) | _grid(path, raw.pop("grid", None) or {})
+    _check_published(path, raw.get("published") or {}, arms)
+    raw |= {
+        "out": Path(raw["out"]).expanduser(),
+        "base": _overlays(path, "base", raw["base"]),
+        "arms": arms,
+        "prepare": _resolve(path, raw["prepare"]) if raw.get("prepare") else None,
+        "published": raw.get("published") or {},
+        "effects": [_effect(path, found) for found in raw.get("effects") or []],
+        "size": size or "",
+        "source": path,
+    }
+    try:
+        return StudyConfig(**raw)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _mapping(path: Path, what: str, found: Any, known: tuple[str, ...] | None) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        expected = f"keys {', '.join(known)}" if known else "a mapping"
+        raise ValueError(f"{path}: {what}: expected {expected}; found {type(found).__name__}")
+    unknown = sorted(set(map(str, found)) - set(known or map(str, found)))
+    if unknown:
+        raise ValueError(f"{path}: unknown key {unknown[0]!r}; expected some of {', '.join(known or ())}")
+    return dict(found)
+
+
+def _resolve(path: Path, value: Any) -> Path:
+    if not isinstance(value, str):
+        raise ValueError(f"{path}: expected a path, found {value!r}")
+    config = (path.parent / Path(value).expanduser()).resolve()
+    if not config.is_file():
+        raise FileNotFoundError(f"{path}: names {value}, but there is no file {config}")
+    return config
+
+
+def _overlays(path: Path, what: str, found: Any) -> list[Overlay]:
+    """Overlays of an arm, of the base or of a value on an axis: a list of paths and settings, or one by itself."""
+    if what == "base" and not isinstance(found, list):
+        raise ValueError(f"{path}: base: a list of configs expected, found {found!r}")
+    items = found if isinstance(found, list) else [found]
+    for item in items:
+        if not isinstance(item, str | dict):
+            raise ValueError(f"{path}: {what}: expected overlays, each a path or settings; found {item!r}")
+    return [item if isinstance(item, dict) else _resolve(path, item) for item in items]
+
+
+def _arms(path: Path, found: Any) -> dict[str, list[Overlay]]:
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: arms: expected a mapping of arm name to list of overlays, found {found!r}")
+    return {_name(path, name): _overlays(path, f"arm {name}", overlays) for name, overlays in found.items()}
+
+
+def _name(path: Path, name: Any) -> str:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"{path}: arm {name!r}: expected letters, digits, -, _ and . (it names a folder)")
+    return name
+
+
+def _grid(path: Path, found: Any) -> dict[str, list[Overlay]]:
+    """The product of the axes, the last one fastest: `lr: {1e-3: …}` gives the arm lr-1e-3, `mask: {causal: …}` the arm
+    causal."""
+    axes: list[list[tuple[str, list[Overlay]]]] = []
+    for axis, values in _mapping(path, "grid", found, None).items():
+        choices = []
+        for value, overlays in _mapping(path, f"grid.{axis}", values, None).items():
+            named = f"{axis}-{value}" if str(value)[:1].isdigit() else str(value)
+            choices.append((named, _overlays(path, f"grid.{axis}.{value}", overlays)))
+        axes.append(choices)
+    if (count := math.prod(map(len, axes))) > _MOST_ARMS:
+        raise ValueError(f"{path}: grid: expected at most {_MOST_ARMS:,} arms, found {count:,}; take fewer values")
+    arms: dict[str, list[Overlay]] = {}
+    for chosen in itertools.product(*axes) if axes else ():
+        name = _name(path, "-".join(named for named, _ in chosen))
+        if name in arms:
+            raise ValueError(f"{path}: grid: expected a name of its own for each arm, found {name!r} twice")
+        arms[name] = [overlay for _, overlays in chosen for overlay in overlays]
+    return arms
+
+
+def _check_published(path: Path, found: Any, arms: dict[str, Any]) -> None:
+    for arm, modes in _mapping(path, "published", found, None).items():
+        pairs = modes.values() if isinstance(modes, dict) else [modes]
+        if arm not in arms or not all(
+            isinstance(p, list) and len(p) == 2 and all(_numeric(x) for x in p) for p in pairs
+        ):
+            raise ValueError(
+                f"{path}: published.{arm}: expected an arm, and [sink metric, loss] for each mode; found {modes!r}"
+            )
+
+
+def _numeric(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))
+
+
+def _effect(path: Path, found: Any) -> Effect:
+    known = {f.name: f for f in dataclasses.fields(Effect)}
+    raw = _mapping(path, "effects", found, tuple(known))
+    missing = [name for name in ("name", "metric", "arm", "expected") if name not in raw]
+    if missing:
+        raise ValueError(f"{path}: effect {raw.get('name', raw)!r}: expected the key {missing[0]!r}, found none")
+    try:
+        return Effect(**raw)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
