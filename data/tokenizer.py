@@ -44,11 +44,6 @@ _LONGEST_WORD = 2**13  # training takes a time quadratic in it
 _RUN = re.compile(r"[^\W\d_]+|\d+|\s+|(?:[^\w\s]|_)+")  # about what the pre-tokenizer makes a word of
 
 
-def token_type(vocab_size: int) -> str:
-    """Name of the type of a token: 16 bits as long as the vocabulary fits."""
-    return "uint16" if vocab_size <= 2**16 else "uint32"
-
-
 class Tokenizer:
     """A lossless BPE with a BOS and an EOS token, which may be the same.
 
@@ -288,11 +283,6 @@ def _short_words(text: str) -> Iterator[str]:
                 yield text[begin:end]
                 begin = end
     yield text[begin:]
-
-
-def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
-    """Type of a token in the store: 16 bits as long as the vocabulary fits."""
-    return np.dtype(token_type(tokenizer.vocab_size))
 
 
 def tokenizer_file(path: Path | str) -> tuple[Path, str | None, str | None]:

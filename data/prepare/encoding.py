@@ -17,14 +17,15 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
 from multiprocessing import connection, get_context, parent_process
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sinkbed.data.prepare.slices import slices
 from sinkbed.data.source.selection import Batch
-from sinkbed.data.tokenizer import Tokenizer, equivalent, token_dtype
+from sinkbed.data.store.manifest import token_type
+from sinkbed.data.tokenizer import Tokenizer, equivalent
 
 _PARALLEL = "TOKENIZERS_PARALLELISM"
 
@@ -240,3 +241,8 @@ def _end_with_parent() -> None:
 def _work(texts: list[str]) -> Encoded:
     assert _tokenizer is not None
     return encode_texts(_tokenizer, texts)
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
+    """Type of a token in the store: 16 bits as long as the vocabulary fits."""
+    return np.dtype(token_type(tokenizer.vocab_size))

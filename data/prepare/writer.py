@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sinkbed.data.files import sha256_json
+from sinkbed.data.prepare.encoding import token_dtype
 from sinkbed.data.prepare.partial import DiskFullError, PartialStore
 from sinkbed.data.store.manifest import Manifest, ShardInfo, SplitInfo
-from sinkbed.data.tokenizer import Tokenizer, token_dtype
+from sinkbed.data.tokenizer import Tokenizer
 
 __all__ = ["DiskFullError", "StoreWriter"]
 

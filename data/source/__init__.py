@@ -1,0 +1,1 @@
+"""Where documents come from, which of them are taken, and in which order."""

@@ -1,0 +1,1 @@
+"""The token store: tokenised documents on disk, memory-mapped, with a manifest."""

@@ -14,7 +14,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sinkbed.data.files import sealed, sha256_json, unsealed, write_json
-from sinkbed.data.tokenizer import token_type
 
 FORMAT = 2
 MANIFEST_NAME = "manifest.json"
@@ -155,6 +154,11 @@ class Manifest:
                 inside = PurePosixPath(shard.file)
                 if inside.is_absolute() or ".." in inside.parts:
                     raise ValueError(f"a shard outside the token store, {shard.file!r}")
+
+
+def token_type(vocab_size: int) -> str:
+    """Name of the type of a token: 16 bits as long as the vocabulary fits."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 def _read_split(fields: dict[str, Any]) -> SplitInfo:

@@ -452,7 +452,8 @@ def test_settings_outside_their_range_or_without_effect_are_refused(make: Any, m
 
 def test_importing_the_config_loads_no_heavy_library() -> None:
     heavy = ("torch", "datasets", "tokenizers", "pyarrow", "pandas")
-    script = f"import sys, data, data.prepare, data.strategy; print([m for m in {heavy} if m in sys.modules])"
+    script = "import sys, sinkbed.data.prepare.prepare, sinkbed.data.pack.strategy; "
+    script += f"print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

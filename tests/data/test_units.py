@@ -134,7 +134,7 @@ def test_a_run_killed_again_and_again_goes_on_to_the_same_bytes_by_any_number_of
 import json, os, signal, sys
 from sinkbed.data.prepare.prepare import PrepareConfig, TokenizerConfig, prepare
 from sinkbed.data.source.documents import Source
-from data import selection
+from sinkbed.data.source import selection
 selection._BATCH_DOCUMENTS = 8
 fields, left, workers = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 fields["source"]["files"] = tuple([fields["source"]["files"]])

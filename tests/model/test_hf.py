@@ -21,7 +21,9 @@ from sinkbed.model.hf.attention import (
     sampled_mask,
     sampled_queries,
 )
-from sinkbed.train.measure.heldout import MeasureConfig, Probe, measure
+from sinkbed.train.measure.config import MeasureConfig
+from sinkbed.train.measure.heldout import Probe
+from sinkbed.train.measure.sinks import measure
 
 transformers = pytest.importorskip("transformers")
 COMMON = dict(

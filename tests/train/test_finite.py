@@ -10,8 +10,10 @@ from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.train.loop.module import SinkbedModule
 from sinkbed.train.loop.optim import OptimizerConfig
 from sinkbed.train.measure import jacobian, mixing, perplexity, states
+from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.finite import finite
-from sinkbed.train.measure.heldout import MeasureConfig, Probe, measure
+from sinkbed.train.measure.heldout import Probe
+from sinkbed.train.measure.sinks import measure
 
 
 @pytest.fixture

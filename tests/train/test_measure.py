@@ -15,7 +15,10 @@ from sinkbed.kernels import Statistics
 from sinkbed.kernels.reference import probabilities
 from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.model.decoder import DecoderOutput
-from sinkbed.train.measure.heldout import EPSILONS, MeasureConfig, Probe, first_tokens, measure
+from sinkbed.train.measure.config import MeasureConfig
+from sinkbed.train.measure.heldout import Probe
+from sinkbed.train.measure.inputs import first_tokens
+from sinkbed.train.measure.sinks import EPSILONS, measure
 
 CONFIG = MeasureConfig(documents=7, live_documents=3, sink_tokens=16, batch_tokens=200)
 

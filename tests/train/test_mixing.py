@@ -13,9 +13,11 @@ from sinkbed.kernels.reference import probabilities
 from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.model.observe import observing
 from sinkbed.train.measure import perplexity
-from sinkbed.train.measure.heldout import MeasureConfig, Probe, measure
+from sinkbed.train.measure.config import MeasureConfig
+from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.jacobian import measure_jacobian
 from sinkbed.train.measure.mixing import measure_paths, measure_perturbation, measure_rank
+from sinkbed.train.measure.sinks import measure
 from sinkbed.train.measure.states import Excerpts
 
 FIXED = Strategy(first_token="bos")

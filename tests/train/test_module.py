@@ -13,7 +13,7 @@ from sinkbed.data.store.token_store import TokenStore
 from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.train.loop.callbacks.sinks import _PACKED_ROWS, SinkMonitor
 from sinkbed.train.loop.module import batch_mask, counted_targets
-from sinkbed.train.measure.heldout import MeasureConfig
+from sinkbed.train.measure.config import MeasureConfig
 
 LENGTH = 24
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from sinkbed.data.store.token_store import TokenStore
-from sinkbed.train.measure.heldout import MeasureConfig, Probe
+from sinkbed.train.measure.config import MeasureConfig
+from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.jacobian import measure_jacobian
 from sinkbed.train.measure.mixing import measure_paths, measure_perturbation, measure_rank
 from sinkbed.train.measure.states import Excerpts, measure_gradients, measure_states

@@ -390,7 +390,7 @@ def test_a_study_that_runs_is_not_run_a_second_time(study, capsys):
 @contextlib.contextmanager
 def locked(folder):
     """Another process that holds a folder: a lock of this process would let this process in."""
-    code = f"from train import rundir; from pathlib import Path; held = directory.lock(Path({str(folder)!r})); "
+    code = f"from sinkbed.train.run import directory as d; held = d.lock(d.Path({str(folder)!r})); "
     code += "print('locked', flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"locked\n"

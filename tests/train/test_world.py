@@ -65,7 +65,7 @@ def test_it_writes_its_run_and_locks_it(fit, launched, variables, capsys):
     status, folder = fit()
     assert status == 0 and len(points(folder)) > 10 and list(folder.glob("wandb/offline-run-*/run-*.wandb"))
     held = subprocess.Popen(
-        [sys.executable, "-c", f"from train import rundir; from pathlib import Path; "
+        [sys.executable, "-c", f"from sinkbed.train.run import directory; from pathlib import Path; "
          f"held = directory.lock(Path({str(folder)!r})); print('held', flush=True); input()"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT,
     )  # fmt: skip

@@ -25,7 +25,10 @@ from sinkbed.model import Decoder
 from sinkbed.train.bench.prepare import _peak_bytes
 from sinkbed.train.bench.timing import interleave
 from sinkbed.train.bench.training import decoder_config, read_config
-from sinkbed.train.measure.heldout import InferenceMode, MeasureConfig, Probe, measure
+from sinkbed.train.measure.config import MeasureConfig
+from sinkbed.train.measure.heldout import Probe
+from sinkbed.train.measure.modes import InferenceMode
+from sinkbed.train.measure.sinks import measure
 
 MODES: tuple[InferenceMode, ...] = ("bos", "text", "first_key_masked")
 WAYS = ("Sinkbed", "eager attention")

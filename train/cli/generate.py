@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from sinkbed.train.measure.heldout import InferenceMode
     from sinkbed.train.measure.model import Subject
+    from sinkbed.train.measure.modes import InferenceMode
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -35,8 +35,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     arguments = parser.parse_args(list(argv))
 
     from sinkbed.model.ranges import check_number
-    from sinkbed.train.measure.heldout import check_modes
     from sinkbed.train.measure.model import load
+    from sinkbed.train.measure.modes import check_modes
     from sinkbed.train.plain_text import visible
 
     check_number("--tokens", arguments.tokens, least=1)
@@ -64,7 +64,8 @@ def continuation(subject: Subject, ids: list[int], mode: InferenceMode, argument
 
     from sinkbed.model.observe import evaluating, input_device
     from sinkbed.train.measure.finite import finite
-    from sinkbed.train.measure.heldout import Probe, arrange
+    from sinkbed.train.measure.heldout import Probe
+    from sinkbed.train.measure.inputs import arrange
 
     probe = Probe((), torch.as_tensor(subject.token_bytes), _bos(subject, mode), subject.eos_id, subject.special_ids)
     generator = torch.Generator().manual_seed(arguments.seed)

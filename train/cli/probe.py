@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from sinkbed.train.run import directory
 
 if TYPE_CHECKING:
-    from sinkbed.train.measure.heldout import InferenceMode, Probe
+    from sinkbed.train.measure.heldout import Probe
     from sinkbed.train.measure.model import Subject
+    from sinkbed.train.measure.modes import InferenceMode
 
 Input = Literal["natural", "random", "repeated"]
 Measure = Literal["sinks", "states", "gradients", "perturbation", "rank", "paths", "jacobian", "positions", "streaming"]
@@ -65,7 +66,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     check_model(arguments)  # first: a path that is none is answered before torch is imported
     import torch
 
-    from sinkbed.train.measure.heldout import MeasureConfig, check_modes
+    from sinkbed.train.measure.config import MeasureConfig
+    from sinkbed.train.measure.modes import check_modes
     from sinkbed.train.measure.steps import Measurement
     from sinkbed.train.report import model as probe_report
 

@@ -12,7 +12,8 @@ from sinkbed.train.run import directory
 from sinkbed.train.run.load import load_decoder, open_run, run_tokenizer
 
 if TYPE_CHECKING:
-    from sinkbed.train.measure.heldout import InferenceMode, ModeResult
+    from sinkbed.train.measure.modes import InferenceMode
+    from sinkbed.train.measure.sinks import ModeResult
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -32,7 +33,10 @@ def run(command: str, argv: Sequence[str]) -> int:
     import torch
 
     from sinkbed.data.store.token_store import TokenStore
-    from sinkbed.train.measure.heldout import MeasureConfig, Probe, check_modes, measure, measurement_table
+    from sinkbed.train.measure.config import MeasureConfig
+    from sinkbed.train.measure.heldout import Probe
+    from sinkbed.train.measure.modes import check_modes
+    from sinkbed.train.measure.sinks import measure, measurement_table
     from sinkbed.train.progress import Steps
 
     config = read_mapping(folder / directory.CONFIG)

@@ -17,7 +17,7 @@ from sinkbed.train.config.yaml_files import key_lines
 
 _CLASSES = {
     "DecoderConfig": "sinkbed.model.config",
-    "MeasureConfig": "sinkbed.train.measure.heldout",
+    "MeasureConfig": "sinkbed.train.measure.config",
     "OptimizerConfig": "sinkbed.train.loop.optim",
     "SinkbedModule": "sinkbed.train.loop.module",
     "Strategy": "sinkbed.data.pack.strategy",

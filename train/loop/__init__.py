@@ -1,0 +1,1 @@
+"""Training: the Lightning module, its data, the trainer, optimizer and callbacks."""

@@ -9,7 +9,7 @@ from sinkbed.data.pack.strategy import Strategy
 from sinkbed.model.config import DecoderConfig
 from sinkbed.model.ranges import check_number
 from sinkbed.train.loop.optim import OptimizerConfig
-from sinkbed.train.measure.heldout import MeasureConfig
+from sinkbed.train.measure.config import MeasureConfig
 
 TRAINING_BYTES = 16
 """A parameter's weight, gradient and two moments, float32."""

@@ -35,7 +35,8 @@ from sinkbed.train.loop.identity import check_identity, check_manifest, other_su
 from sinkbed.train.loop.module import SinkbedModule
 from sinkbed.train.loop.settings import check_settings
 from sinkbed.train.loop.trainer_settings import HARMLESS, ShortLightningParser, check_trainer, expand_home
-from sinkbed.train.measure.heldout import MeasureConfig, measurement_table
+from sinkbed.train.measure.config import MeasureConfig
+from sinkbed.train.measure.sinks import measurement_table
 from sinkbed.train.run import directory
 from sinkbed.train.run.checkpoint import SyncedCheckpointIO, load_checkpoint
 from sinkbed.train.run.metrics import MetricsFile

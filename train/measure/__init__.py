@@ -1,0 +1,1 @@
+"""Measurements: functions of (model, documents, inference mode)."""

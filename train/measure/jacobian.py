@@ -19,7 +19,7 @@ from torch import Tensor
 from sinkbed.kernels import Mask
 from sinkbed.model.observe import evaluating, input_device, observing
 from sinkbed.train.measure.finite import finite
-from sinkbed.train.measure.heldout import Arranged
+from sinkbed.train.measure.inputs import Arranged
 from sinkbed.train.measure.states import Excerpts, hidden_states
 
 _LAYERS = 8

@@ -18,7 +18,8 @@ from sinkbed.train.run import directory
 
 if TYPE_CHECKING:
     from sinkbed.data.pack.strategy import Strategy
-    from sinkbed.train.measure.heldout import MeasureConfig, Probe
+    from sinkbed.train.measure.config import MeasureConfig
+    from sinkbed.train.measure.heldout import Probe
 
 
 _SECONDS_TO_ANSWER = 5

@@ -15,7 +15,9 @@ import torch
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.model.observe import evaluating, input_device
 from sinkbed.train.measure.finite import finite
-from sinkbed.train.measure.heldout import InferenceMode, Probe, arrange, counted_targets, target_nll
+from sinkbed.train.measure.heldout import Probe
+from sinkbed.train.measure.inputs import arrange, counted_targets, target_nll
+from sinkbed.train.measure.modes import InferenceMode
 
 
 @dataclass(frozen=True, kw_only=True)

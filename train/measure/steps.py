@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sinkbed.train.measure import jacobian, mixing, perplexity, states
-from sinkbed.train.measure.heldout import InferenceMode, MeasureConfig, ModeResult, Probe, measure
+from sinkbed.train.measure.config import MeasureConfig
+from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.model import Subject, artificial, changed_prompt
+from sinkbed.train.measure.modes import InferenceMode
+from sinkbed.train.measure.sinks import ModeResult, measure
 from sinkbed.train.plain_text import visible
 from sinkbed.train.progress import Steps
 from sinkbed.train.run import directory

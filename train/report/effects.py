@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sinkbed.train.measure.heldout import MODE_LABELS, MeasureConfig
+from sinkbed.train.measure.config import MeasureConfig
+from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.intervals import Interval, area, curve, paired, verdict
 from sinkbed.train.report.result import Result, fixed, spread
 

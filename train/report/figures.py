@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from sinkbed.train.measure.heldout import MODE_LABELS
+from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.intervals import Interval
 from sinkbed.train.report.result import Result
 from sinkbed.train.run.directory import write_atomic

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sinkbed.train.measure.heldout import MODE_LABELS
+from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.figures import COLOURS, arms_of, common_modes, curve, live_modes, mass_scale, number_of_runs
 from sinkbed.train.report.intervals import Interval
 from sinkbed.train.report.result import Result

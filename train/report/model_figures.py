@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sinkbed.train.measure.heldout import MODE_LABELS
+from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.figures import COLOURS, mass_scale
 from sinkbed.train.report.model_tables import (
     MIXING,

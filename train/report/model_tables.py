@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from sinkbed.train.measure.heldout import MODE_LABELS
+from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.plain_text import console
 from sinkbed.train.report.result import fixed
 

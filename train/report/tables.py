@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sinkbed.train.measure.heldout import MODE_LABELS
+from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.plain_text import csv_of
 from sinkbed.train.report.effects import (
     DIGITS,

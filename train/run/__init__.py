@@ -1,0 +1,1 @@
+"""A run on disk: its files, checkpoints, record of points, and W&B."""

@@ -1,0 +1,1 @@
+"""Studies: arms, what they cost, and how they are run on one machine or a cluster."""

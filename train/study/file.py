@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from sinkbed.model.ranges import check_number
 from sinkbed.train.config.yaml_files import read_yaml
-from sinkbed.train.measure.heldout import check_modes
+from sinkbed.train.measure.modes import check_modes
 
 Overlay = Path | dict[str, Any]
 """Keys of a run config: in a file, or as they are."""

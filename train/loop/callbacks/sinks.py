@@ -16,8 +16,11 @@ from sinkbed.data.store.token_store import TokenStore
 from sinkbed.model import Decoder
 from sinkbed.model.observe import evaluating
 from sinkbed.train.loop.module import SinkbedModule, batch_mask
+from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.finite import finite
-from sinkbed.train.measure.heldout import InferenceMode, MeasureConfig, ModeResult, Probe, measure
+from sinkbed.train.measure.heldout import Probe
+from sinkbed.train.measure.modes import InferenceMode
+from sinkbed.train.measure.sinks import ModeResult, measure
 from sinkbed.train.run import directory
 from sinkbed.train.run.metrics import record
 from sinkbed.train.run.wandb import Tracker

@@ -10,9 +10,10 @@ import lightning.pytorch as L
 from sinkbed.train.loop.callbacks.sinks import SinkMonitor
 from sinkbed.train.loop.fsdp import FSDP2Strategy
 from sinkbed.train.loop.module import SinkbedModule
-from sinkbed.train.measure.heldout import InferenceMode, MeasureConfig
+from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.jacobian import measure_jacobian
 from sinkbed.train.measure.mixing import measure_paths, measure_perturbation, measure_rank
+from sinkbed.train.measure.modes import InferenceMode
 from sinkbed.train.measure.states import Excerpts, measure_gradients, measure_states
 from sinkbed.train.run.metrics import record
 

@@ -1,0 +1,122 @@
+"""Documents as a model reads them in an inference mode: tokens, mask, and which targets count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from sinkbed.train.measure.modes import InferenceMode, leading_tokens
+
+if TYPE_CHECKING:
+    import torch
+
+    from sinkbed.data.pack.strategy import Strategy
+    from sinkbed.kernels import Mask
+from sinkbed.train.measure.heldout import Probe
+
+
+def first_tokens(
+    mode: InferenceMode, strategy: Strategy, probe: Probe, rows: Sequence[int]
+) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Token ids [B, F] put into the text of the probe's documents `rows` in a mode, and their F row positions.
+
+    `as_trained` and `first_key_masked` take what the strategy places in a row, or else before each document. A
+    random token is a function of the document's number: it draws from no generator.
+    """
+    import torch
+
+    leading = leading_tokens(mode, strategy)
+    usable = [t for t in range(len(probe.token_bytes)) if t not in probe.special_ids]
+
+    def token(what: str | int, position: int, row: int) -> int:
+        if what == "random":
+            # Knuth's multiplicative hash spreads neighbouring numbers over the vocabulary.
+            return usable[(row + 1 + position * 2**20) * 2_654_435_761 % 2**32 % len(usable)]
+        return {"bos": probe.bos_id, "eos": probe.eos_id}[what] if isinstance(what, str) else what
+
+    positions = tuple(i for i, what in enumerate(leading) if what != "none")
+    placed = [[token(leading[i], i, row) for i in positions] for row in rows]
+    return torch.tensor(placed, dtype=torch.int64).reshape(len(rows), len(positions)), positions
+
+
+class Arranged(NamedTuple):
+    """Documents as a model reads them in an inference mode."""
+
+    tokens: torch.Tensor
+    """[B, T]."""
+    mask: Mask | None
+    slots: torch.Tensor
+    """[n] row positions of the text's tokens."""
+
+
+def arrange(
+    probe: Probe,
+    mode: InferenceMode,
+    strategy: Strategy,
+    rows: Sequence[int],
+    text: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    device: torch.device,
+    key: int = 0,
+) -> Arranged:
+    """The row of each document in a mode: the text with its first tokens, and the strategy's window, shared prefix
+    and prefix LM as in training.
+
+    Args:
+        rows: numbers of the documents.
+        text: [B, n] their token ids, padded on the right.
+        lengths: [B] tokens of each.
+        key: a key other than the first is observed as if a document started there that the mask does not keep apart.
+    """
+    import torch
+
+    from sinkbed.kernels import interval_mask
+
+    first, positions = first_tokens(mode, strategy, probe, rows)
+    hide = mode == "first_key_masked"
+    shift = len(positions)
+    B, T = len(text), text.shape[1] + shift
+    slots = torch.tensor([i for i in range(T) if i not in positions], dtype=torch.int64)
+    tokens = torch.empty(B, T, dtype=torch.int64)
+    tokens[:, slots] = text
+    tokens[:, list(positions)] = first
+    mask = None
+    if strategy.window is not None or strategy.prefix_lm or hide or key:
+        # One document a row; its end matters to a prefix LM, whose prefix must not reach into the padding.
+        end = (lengths + shift).to(torch.int32)[:, None].expand(B, T).contiguous().to(device)
+        start = torch.where(torch.arange(T) < key, 0, key).to(torch.int32)[None, :].expand(B, T).contiguous()
+        mask = interval_mask(
+            B,
+            T,
+            doc_start=start.to(device),
+            doc_end=end,
+            document=not key,
+            window=strategy.window,
+            shared_prefix=min(strategy.shared_prefix, T) if strategy.window is not None or not key else 0,
+            prefix_lm=min(strategy.prefix_lm, T),
+            hide_first_key=hide,
+        )
+    return Arranged(tokens.to(device), mask, slots.to(device))
+
+
+def counted_targets(text: torch.Tensor, lengths: torch.Tensor, strategy: Strategy) -> torch.Tensor:
+    """[B, n−1] bool: which of the text's second and later tokens are targets: no padding, and none that a prefix LM
+    shows to its own query."""
+    import torch
+
+    index = torch.arange(1, text.shape[1])[None, :]
+    return (index < lengths[:, None]) & (index >= strategy.prefix_lm)
+
+
+def target_nll(logits: torch.Tensor, slots: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """[B, n−1] negative log-likelihood, in nats, of the text's second and later tokens; logits [B, T, V]."""
+    import torch
+
+    queries, targets = slots[1:] - 1, text[:, 1:].to(logits.device)
+    # A row at a time: of all at once, the copy is as large as the logits and the classes are strided, ten times slower.
+    rows = (
+        torch.nn.functional.cross_entropy(row[queries].float(), wanted, reduction="none")
+        for row, wanted in zip(logits, targets, strict=True)
+    )
+    return torch.stack(list(rows))

@@ -1,0 +1,206 @@
+"""Attention sinks of a model on a probe set, in an inference mode.
+
+A measurement is a pure function of (model, probe, mode): it draws no random number from the training's generators
+and never needs a T×T matrix.
+
+Sink rate (arXiv 2410.10781, eq. 6; k = 0): with p_i the mass of query i on key 0 in one head, on one document,
+alpha = (1/T) Σ_i p_i over the first T queries; the rate is the share of (document, layer, head) with
+alpha > eps, in %. Query 0 counts (p_0 = 1), so uniform causal attention at T = 64 gives alpha = 0.074.
+Sink mass is the plain mean of p_i over queries 1..T−1: query 0 would be 1 by construction.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sinkbed.train.measure.config import MeasureConfig
+from sinkbed.train.measure.finite import finite
+from sinkbed.train.measure.inputs import Arranged, arrange, counted_targets, first_tokens, target_nll
+from sinkbed.train.measure.modes import MODE_LABELS, InferenceMode
+
+if TYPE_CHECKING:
+    import torch
+
+    from sinkbed.data.pack.strategy import Strategy
+    from sinkbed.model import Decoder
+from sinkbed.train.measure.heldout import Probe
+
+EPSILONS = (0.2, 0.3, 0.5, 0.8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModeResult:
+    """One inference mode, measured. L layers, H heads; nested lists so that JSON holds it."""
+
+    rate: dict[str, list[list[float]]]
+    """eps -> [L][H] sink rate in % over the first `sink_tokens` queries."""
+    rate_row: dict[str, list[list[float]]]
+    """eps -> [L][H] sink rate in % over the whole (cropped) document."""
+    mass: list[list[float]]
+    """[L][H] mean mass on key 0 of queries 1.. over the first `sink_tokens`."""
+    alpha: list[list[float]]
+    """[L][H] mean alpha over the first `sink_tokens` queries, query 0 included."""
+    mass_row: list[list[float]]
+    """[L][H] as mass, over the whole document."""
+    loss: float
+    """Mean negative log-likelihood of the text's second and later tokens, nats per token."""
+    bits_per_byte: float
+    """The same in bits per UTF-8 byte of those tokens: comparable across tokenizers."""
+    documents: int
+    tokens: int
+    """Targets that the loss is the mean of: the same in every mode."""
+    placed_key: int = 0
+    """Row position of a second key that is measured, by default the last at which the mode places a token; 0: none."""
+    rate_placed: dict[str, list[list[float]]] | None = None
+    """eps -> [L][H] sink rate in % at key `placed_key`, over its own and later queries among the first `sink_tokens`.
+    None without such a key, and under a prefix LM."""
+    mass_placed: list[list[float]] | None = None
+    """[L][H] mean mass on key `placed_key` of the queries after it among the first `sink_tokens`."""
+
+    def metrics(self, mode: str) -> dict[str, float]:
+        """The result under its metric keys."""
+        out = {
+            f"val/loss/{mode}": self.loss,
+            f"val/bits_per_byte/{mode}": self.bits_per_byte,
+            f"sink/mass/{mode}": _mean(self.mass),
+            f"sink/mass_row/{mode}": _mean(self.mass_row),
+            f"sink/alpha/{mode}": _mean(self.alpha),
+        }
+        for eps in self.rate:
+            out[f"sink/rate/{eps}/{mode}"] = _mean(self.rate[eps])
+            out[f"sink/rate_row/{eps}/{mode}"] = _mean(self.rate_row[eps])
+        for layer, heads in enumerate(self.mass):
+            out[f"sink/mass_by_layer/{layer}/{mode}"] = sum(heads) / len(heads)
+        if self.rate_placed is not None and self.mass_placed is not None:
+            out[f"sink/mass_placed/{mode}"] = _mean(self.mass_placed)
+            for eps in self.rate_placed:
+                out[f"sink/rate_placed/{eps}/{mode}"] = _mean(self.rate_placed[eps])
+        return out
+
+
+def _mean(rows: list[list[float]]) -> float:
+    return sum(map(sum, rows)) / sum(map(len, rows))
+
+
+def measure(
+    model: Decoder,
+    probe: Probe,
+    mode: InferenceMode,
+    strategy: Strategy,
+    config: MeasureConfig,
+    key: int | None = None,
+) -> ModeResult:
+    """Measure a model on a probe set in one inference mode.
+
+    Args:
+        key: row position of a second key to measure, besides the first. None: see `ModeResult.placed_key`.
+
+    The strategy's window, shared prefix and prefix LM apply as in training; the probe's rows hold one
+    document each. The loss counts the same targets in every mode: the text's second and later tokens,
+    without those that a prefix LM shows to their own queries.
+
+    Raises ValueError where no target is left to count, and where a quantity is not finite.
+    """
+    import torch
+
+    from sinkbed.model.observe import evaluating, input_device
+
+    shape = (model.config.layers, model.config.heads)
+    above = torch.zeros(len(EPSILONS), *shape, dtype=torch.float64)
+    above_row, above_placed = torch.zeros_like(above), torch.zeros_like(above)
+    totals, second = torch.zeros(4, *shape, dtype=torch.float64), 0
+    loss_sum, byte_sum, token_sum, documents = 0.0, 0, 0, 0
+    device = input_device(model)
+    config.check_placed(mode, strategy)
+    with evaluating(model), torch.no_grad():
+        for rows, text, lengths in probe.batches(config.batch_tokens):
+            _, positions = first_tokens(mode, strategy, probe, rows)
+            second = (positions or (0,))[-1] if key is None else key
+            if strategy.prefix_lm or second >= config.sink_tokens - 1:
+                second = 0  # no query is left to look at it
+            row = arrange(probe, mode, strategy, rows, text, lengths, device=device, key=second)
+            alpha, alpha_row, mass, mass_row, placed, nll = _observe(
+                model, row, text, lengths, config.sink_tokens, second
+            )
+            for e, eps in enumerate(EPSILONS):
+                above[e] += (alpha > eps).sum(0)
+                above_row[e] += (alpha_row > eps).sum(0)
+                above_placed[e] += (placed.mean(-1) > eps).sum(0)
+            after = placed[..., 1:].mean(-1)
+            totals += torch.stack([alpha.sum(0), mass.sum(0), mass_row.sum(0), after.sum(0)])
+            counted = counted_targets(text, lengths, strategy)
+            loss_sum += float(nll[counted].sum(dtype=torch.float64))
+            byte_sum += int(probe.token_bytes[text[:, 1:][counted]].sum())
+            token_sum += int(counted.sum())
+            documents += len(lengths)
+    if not token_sum:
+        raise ValueError(
+            f"measuring: expected documents longer than strategy.prefix_lm={strategy.prefix_lm}, found none"
+        )
+    alpha, mass, mass_row, mass_placed = (totals / documents).tolist()
+
+    def rates(counts: torch.Tensor) -> dict[str, list[list[float]]]:
+        return {str(e): (100 * counts[i] / documents).tolist() for i, e in enumerate(EPSILONS)}
+
+    result = ModeResult(
+        rate=rates(above),
+        rate_row=rates(above_row),
+        mass=mass,
+        alpha=alpha,
+        mass_row=mass_row,
+        loss=loss_sum / token_sum,
+        bits_per_byte=loss_sum / math.log(2) / byte_sum,
+        documents=documents,
+        tokens=token_sum,
+        placed_key=second,
+        rate_placed=rates(above_placed) if second else None,
+        mass_placed=mass_placed if second else None,
+    )
+    return finite(result, f"sinks, mode {mode}")
+
+
+def measurement_table(step: int, results: dict[InferenceMode, ModeResult], sink_tokens: int) -> str:
+    """The figures of one measurement, a line for each inference mode."""
+    documents = next(iter(results.values())).documents
+    lines = [
+        f"step {step}, {documents} documents, T = {sink_tokens}, eps 0.3",
+        f"{'input':26}{'sink rate %':>12}{'sink mass':>11}{'loss':>8}{'bits/byte':>11}",
+    ]
+    for mode, result in results.items():
+        m = result.metrics(mode)
+        lines.append(
+            f"{MODE_LABELS[mode]:26}{m[f'sink/rate/0.3/{mode}']:12.1f}{m[f'sink/mass/{mode}']:11.3f}"
+            f"{result.loss:8.3f}{result.bits_per_byte:11.3f}"
+        )
+    return "\n".join(lines)
+
+
+def _observe(
+    model: Decoder, row: Arranged, text: torch.Tensor, lengths: torch.Tensor, sink_tokens: int, key: int
+) -> tuple[torch.Tensor, ...]:
+    """One forward pass: alpha and mass [B, L, H] over sink_tokens and over the row, mass on `key` [B, L, H, queries
+    from it on], nll [B, n−1]."""
+    import torch
+
+    output = model(row.tokens, mask=row.mask, statistics=True)
+    assert output.logits is not None and output.statistics is not None
+    nll = target_nll(output.logits, row.slots, text).cpu()
+    T = row.tokens.shape[1]
+    masses = torch.stack([s.row_mass for s in output.statistics], dim=1).float().cpu()  # [B, L, H, T]
+    head = masses[..., :sink_tokens]
+    real = (torch.arange(T)[None, :] < (lengths + T - text.shape[1])[:, None])[:, None, None, :]  # no padding
+    own = masses * real
+    count = real.sum(-1)
+    on_key = head
+    if key:
+        on_key = torch.stack([s.document_mass[..., key:sink_tokens] for s in output.statistics], dim=1).float().cpu()
+    return (
+        head.mean(-1),
+        own.sum(-1) / count,
+        head[..., 1:].mean(-1),
+        (own.sum(-1) - own[..., 0]) / (count - 1),
+        on_key,
+        nll,
+    )
