@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sinkbed.model.ranges import check_number
+from sinkbed.ranges import check_number
 
 _MOST_LAYERS = 10_000
 """A module takes a millisecond to make; a slip of the hand should not take minutes."""

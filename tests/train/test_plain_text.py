@@ -5,7 +5,7 @@ import io
 
 from rich.table import Table
 
-from sinkbed.train.plain_text import console, csv_of, csv_text, markdown_table, visible
+from sinkbed.plain_text import console, csv_of, csv_text, markdown_table, visible
 
 
 def test_a_terminal_takes_no_markup_from_a_text(capsys):

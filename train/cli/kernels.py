@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sinkbed.train.plain_text import console, csv_of
+from sinkbed.plain_text import console, csv_of
 from sinkbed.train.run.directory import write_atomic
 
 BASELINE = Path(__file__).resolve().parents[2] / "kernels" / "compiled.csv"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sinkbed.train.config.yaml_files import read_mapping
-from sinkbed.train.plain_text import console, visible
+from sinkbed.plain_text import console, visible
 from sinkbed.train.run import directory
 
 

@@ -37,7 +37,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     from sinkbed.train.measure.heldout import Probe
     from sinkbed.train.measure.modes import check_modes
     from sinkbed.train.measure.sinks import measure, measurement_table
-    from sinkbed.train.progress import Steps
+    from sinkbed.progress import Steps
 
     config = read_mapping(folder / directory.CONFIG)
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["measure"].items()}

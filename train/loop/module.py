@@ -16,7 +16,7 @@ from sinkbed.data.pack.batches import Batch
 from sinkbed.kernels import Implementation, Mask, interval_mask
 from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.model.loss import IGNORED
-from sinkbed.model.ranges import check_number
+from sinkbed.ranges import check_number
 from sinkbed.train.loop.datamodule import TokenData
 from sinkbed.train.loop.fsdp import FSDP2Strategy, shard
 from sinkbed.train.loop.identity import check_identity

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from sinkbed.model.ranges import check_number
+from sinkbed.ranges import check_number
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from typing import Any
 
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.model.config import DecoderConfig
-from sinkbed.model.ranges import check_number
+from sinkbed.ranges import check_number
 from sinkbed.train.loop.optim import OptimizerConfig
 from sinkbed.train.measure.config import MeasureConfig
 

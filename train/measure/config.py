@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sinkbed.model.ranges import check_number
+from sinkbed.ranges import check_number
 from sinkbed.train.measure.modes import InferenceMode, leading_tokens
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sinkbed.train.measure.config import MeasureConfig
-from sinkbed.train.progress import documents_read
+from sinkbed.progress import documents_read
 
 if TYPE_CHECKING:
     import torch

@@ -24,7 +24,7 @@ from sinkbed.train.measure.finite import finite
 from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.inputs import Arranged, arrange, counted_targets, target_nll
 from sinkbed.train.measure.modes import InferenceMode
-from sinkbed.train.progress import documents_read
+from sinkbed.progress import documents_read
 
 if TYPE_CHECKING:
     from sinkbed.data.pack.strategy import Strategy

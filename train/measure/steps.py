@@ -12,8 +12,8 @@ from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.model import Subject, artificial, changed_prompt
 from sinkbed.train.measure.modes import InferenceMode
 from sinkbed.train.measure.sinks import ModeResult, measure
-from sinkbed.train.plain_text import visible
-from sinkbed.train.progress import Steps
+from sinkbed.plain_text import visible
+from sinkbed.progress import Steps
 from sinkbed.train.run import directory
 
 if TYPE_CHECKING:

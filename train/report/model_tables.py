@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from sinkbed.train.measure.modes import MODE_LABELS
-from sinkbed.train.plain_text import console
+from sinkbed.plain_text import console
 from sinkbed.train.report.result import fixed
 
 Found = dict[str, Any]

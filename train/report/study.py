@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sinkbed.train.config.yaml_files import read_mapping
-from sinkbed.train.plain_text import console, markdown, markdown_table, visible
+from sinkbed.plain_text import console, markdown, markdown_table, visible
 from sinkbed.train.report.result import Result, load_result
 from sinkbed.train.report.tables import (
     STRATEGY,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sinkbed.train.measure.modes import MODE_LABELS
-from sinkbed.train.plain_text import csv_of
+from sinkbed.plain_text import csv_of
 from sinkbed.train.report.effects import (
     DIGITS,
     LABELS,

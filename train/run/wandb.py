@@ -14,7 +14,7 @@ import numpy as np
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from sinkbed.model.ranges import check_number
+from sinkbed.ranges import check_number
 from sinkbed.train.run import directory
 from sinkbed.train.run.metrics import IN_A_POINT
 from sinkbed.train.run.wandb_files import earlier_steps, in_time, mend_wandb_files

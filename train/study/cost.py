@@ -17,7 +17,7 @@ from sinkbed.data.prepare.prepare import available_cores
 from sinkbed.model.config import DecoderConfig
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.loop.settings import TRAINING_BYTES
-from sinkbed.train.plain_text import console
+from sinkbed.plain_text import console
 from sinkbed.train.run import directory
 from sinkbed.train.study.arms import ArmRun
 from sinkbed.train.study.file import StudyConfig

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from sinkbed.model.ranges import check_number
+from sinkbed.ranges import check_number
 from sinkbed.train.config.yaml_files import read_yaml
 from sinkbed.train.measure.modes import check_modes
 

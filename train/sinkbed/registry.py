@@ -1,0 +1,77 @@
+"""Variants of a part by name: each a module of one folder that no other module knows of.
+
+A new variant is one file in that folder, named as the variant, which registers what it defines. One from elsewhere,
+such as a notebook, registers itself too, before its name is used.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import iter_modules
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T", bound=Callable[..., Any])
+V = TypeVar("V")
+
+Choice = str | dict[str, Any]
+"""A variant by name, or `{name: {option: value, …}}`."""
+
+
+class Registry(Generic[T]):
+    """The variants of one part. A variant is called with what the part is made from, and with its own options."""
+
+    def __init__(self, key: str, package: str) -> None:
+        """Make an empty one.
+
+        Args:
+            key: of the config, for messages.
+            package: folder of the variants; they are imported when they are asked for.
+        """
+        self.key, self.package = key, package
+        self._variants: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[V], V]:
+        """Decorator: have a name mean what is decorated."""
+
+        def decorate(variant: V) -> V:
+            self._variants[name] = variant  # type: ignore[assignment]
+            return variant
+
+        return decorate
+
+    @property
+    def names(self) -> list[str]:
+        """Every variant there is; imports none."""
+        spec = find_spec(self.package)
+        assert spec is not None and spec.submodule_search_locations is not None
+        return sorted({*self._variants, *(module.name for module in iter_modules(spec.submodule_search_locations))})
+
+    def __getitem__(self, name: str) -> T:
+        """The variant of a name. Raises ValueError for a name that is none's."""
+        self.check(name)
+        if name not in self._variants:
+            import_module(f"{self.package}.{name}")
+        return self._variants[name]
+
+    def check(self, choice: Choice) -> None:
+        """Raise ValueError for what chooses no variant; options are looked at when it is made."""
+        name = choice if isinstance(choice, str) else next(iter(choice), None)
+        if name not in self.names or (isinstance(choice, dict) and len(choice) != 1):
+            raise ValueError(
+                f"{self.key}: expected one of {', '.join(self.names)}, or one with its options as {{name: {{option: "
+                f"value}}}}; got {choice!r}"
+            )
+
+    def make(self, choice: Choice, *arguments: Any) -> Any:
+        """What a variant makes of `arguments` and its options. Raises ValueError for an option that it does not have."""
+        self.check(choice)
+        [(name, options)] = choice.items() if isinstance(choice, dict) else [(choice, {})]
+        variant = self[name]
+        known = [p.name for p in inspect.signature(variant).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        for option in options or {}:
+            if option not in known:
+                raise ValueError(f"{self.key}: expected options of {name} ({', '.join(known) or 'none'}); got {option!r}")
+        return variant(*arguments, **(options or {}))
