@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sinkbed.kernels import AttentionOutput, Implementation, Mask, Statistics, attention
 from sinkbed.model.config import DecoderConfig
-from sinkbed.model.layers import rotate
+from sinkbed.model.positions import PositionEncoding
 
 
 class Operator(nn.Module):
@@ -21,11 +21,12 @@ class Operator(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query self-attention with rotary positions and an optional learned sink."""
+    """Grouped-query self-attention with a position encoding and an optional learned sink."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, position: PositionEncoding) -> None:
         super().__init__()
         self.config = config
+        self._rotate = position.rotate  # a method, not a module of this layer's own: one encoding serves all layers
         heads = config.heads + 2 * config.key_heads
         self.qkv = nn.Linear(config.d_model, heads * config.dim, bias=False)
         self.out = nn.Linear(config.heads * config.dim, config.d_model, bias=False)
@@ -40,7 +41,7 @@ class SelfAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotation: Tensor,
+        prepared: Any,
         mask: Mask | None,
         *,
         statistics: bool,
@@ -49,7 +50,7 @@ class SelfAttention(nn.Module):
         """x [B, T, C] -> [B, T, C], and the statistics [B, H, T] when asked for."""
         c = self.config
         q_k, v = self.qkv(x).unflatten(-1, (-1, c.dim)).split([c.heads + c.key_heads, c.key_heads], dim=2)
-        q, k = rotate(q_k, rotation).split([c.heads, c.key_heads], dim=2)
+        q, k = self._rotate(q_k, prepared).split([c.heads, c.key_heads], dim=2)
         out = self.operator(
             q.transpose(1, 2),
             k.transpose(1, 2),

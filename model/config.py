@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sinkbed.model.feed_forward import FEED_FORWARDS
+from sinkbed.model.norms import NORMS
+from sinkbed.model.positions import POSITIONS
 from sinkbed.ranges import check_number
+from sinkbed.registry import Choice
 
 _MOST_LAYERS = 10_000
 """A module takes a millisecond to make; a slip of the hand should not take minutes."""
@@ -29,11 +33,17 @@ class DecoderConfig:
     head_dim: int | None = None
     """D; null is d_model / heads."""
     d_ff: int
-    """F, width of the SwiGLU feed-forward."""
-    rope_base: float = 10_000.0
+    """F, width of the feed-forward."""
+    position: Choice = "rope"
+    """Position encoding, a file of model/positions."""
+    rope_theta: float = 10_000.0
     """Base of the rotary frequencies (arXiv 2104.09864)."""
+    norm: Choice = "rms"
+    """Norm before each part of a block and at the end, a file of model/norms."""
+    feed_forward: Choice = "swiglu"
+    """Feed-forward of a block, a file of model/feed_forward."""
     norm_eps: float = 1e-5
-    """Added to the mean square in RMSNorm."""
+    """Added to the mean square in a norm."""
     tied: bool = False
     """Whether the output matrix is the embedding's."""
     sink: Literal["none", "learned", "off_by_one"] = "none"
@@ -44,6 +54,8 @@ class DecoderConfig:
     init_std / √(2L)."""
 
     def __post_init__(self) -> None:
+        for registry, choice in ((POSITIONS, self.position), (NORMS, self.norm), (FEED_FORWARDS, self.feed_forward)):
+            registry.check(choice)
         check_number("layers", self.layers, least=1, most=_MOST_LAYERS)
         for name in ("d_model", "heads", "d_ff"):
             check_number(name, getattr(self, name), least=1)
@@ -55,15 +67,8 @@ class DecoderConfig:
             )
         if self.dim % 2 or self.dim < 2:
             raise ValueError(f"head_dim: expected an even number (RoPE rotates pairs), found {self.dim}")
-        for name in ("rope_base", "norm_eps", "init_std"):
+        for name in ("rope_theta", "norm_eps", "init_std"):
             check_number(name, getattr(self, name), above=0)
-
-    def parameters(self, vocab_size: int) -> int:
-        """Parameters of the decoder, without building it."""
-        width, key_width = self.heads * self.dim, self.key_heads * self.dim
-        block = self.d_model * (2 * width + 2 * key_width + 3 * self.d_ff + 2)
-        block += self.heads if self.sink == "learned" else 0
-        return self.layers * block + self.d_model * (1 + vocab_size * (1 if self.tied else 2))
 
     @property
     def groups(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from sinkbed.kernels import Implementation, Mask, Statistics
 from sinkbed.model.attention import Operator, SelfAttention
 from sinkbed.model.config import DecoderConfig
-from sinkbed.model.layers import RMSNorm, SwiGLU, rotations
+from sinkbed.model.feed_forward import FEED_FORWARDS
+from sinkbed.model.norms import NORMS
+from sinkbed.model.positions import POSITIONS, PositionEncoding
 from sinkbed.model.loss import linear_cross_entropy
 from sinkbed.model.observe import Attentions, LayerAttention
 
@@ -23,17 +26,17 @@ from sinkbed.model.observe import Attentions, LayerAttention
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, position: PositionEncoding) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = SelfAttention(config)
-        self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.feed_forward = SwiGLU(config.d_model, config.d_ff)
+        self.attention_norm = NORMS.make(config.norm, config)
+        self.attention = SelfAttention(config, position)
+        self.feed_forward_norm = NORMS.make(config.norm, config)
+        self.feed_forward = FEED_FORWARDS.make(config.feed_forward, config)
 
     def forward(
         self,
         x: Tensor,
-        rotation: Tensor,
+        prepared: Any,
         mask: Mask | None,
         *,
         statistics: bool,
@@ -42,7 +45,7 @@ class Block(nn.Module):
         """x [B, T, C] -> [B, T, C]."""
         mixed, found = self.attention(
             self.attention_norm(x),
-            rotation,
+            prepared,
             mask,
             statistics=statistics,
             implementation=implementation,
@@ -73,8 +76,9 @@ class Decoder(nn.Module):
         self.checkpoint_activations = False
         """Whether training computes each block again in its backward pass instead of keeping what is inside."""
         self.embedding = nn.Embedding(vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.position: PositionEncoding = POSITIONS.make(config.position, config)
+        self.blocks = nn.ModuleList(Block(config, self.position) for _ in range(config.layers))
+        self.norm = NORMS.make(config.norm, config)
         self.head = nn.Linear(config.d_model, vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight
@@ -82,15 +86,13 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw every matrix anew: normal(0, init_std), residual outputs scaled by 1/√(2L); norms 1, sinks 0."""
+        """Draw every matrix anew: normal(0, init_std), residual outputs scaled by 1/√(2L). Vectors stay as made."""
         residual = self.config.init_std / math.sqrt(2 * self.config.layers)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 writes_residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
                 std = residual if writes_residual else self.config.init_std
                 nn.init.normal_(parameter, std=std, generator=generator)
-            else:
-                nn.init.constant_(parameter, 0.0 if name.endswith("sink_logit") else 1.0)
 
     def forward(
         self,
@@ -105,7 +107,7 @@ class Decoder(nn.Module):
 
         Args:
             tokens: [B, T] token ids.
-            positions: [B, T] rotary positions; None counts along the row.
+            positions: [B, T]; None counts along the row.
             mask: which keys a query sees; None is causal.
             targets: [B, T] next tokens, `loss.IGNORED` where none counts. With them the mean loss is returned
                 and the logits are not kept.
@@ -113,13 +115,13 @@ class Decoder(nn.Module):
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
-        rotation = rotations(positions, self.config.dim, self.config.rope_base)
-        x = self.embedding(tokens)
+        prepared = self.position.prepare(positions)
+        x = self.position.embed(self.embedding(tokens), positions)
         found: list[Statistics] = []
         again = self.checkpoint_activations and torch.is_grad_enabled()
         for block in self.blocks:
             call = partial(checkpoint, block, use_reentrant=False) if again else block
-            x, layer = call(x, rotation, mask, statistics=statistics, implementation=self.implementation)
+            x, layer = call(x, prepared, mask, statistics=statistics, implementation=self.implementation)
             if layer is not None:
                 found.append(layer)
         x = self.norm(x)
@@ -149,6 +151,15 @@ class Decoder(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
+
+    @staticmethod
+    def parameters_of(config: DecoderConfig, vocab_size: int) -> int:
+        """Parameters of a decoder that is not built: of one layer, and of each further one."""
+        with torch.device("meta"):
+            one, two = (
+                Decoder(dataclasses.replace(config, layers=layers), vocab_size).parameter_count() for layers in (1, 2)
+            )
+        return one + (config.layers - 1) * (two - one)
 
     def parameter_count(self) -> int:
         """Number of parameters, tied ones once."""

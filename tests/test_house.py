@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 DATA = ["data", "data.source", "data.store", "data.prepare", "data.pack"]
-BELOW = [*DATA, "kernels", "kernels.triton", "model", "model.hf"]
+PARTS = ["model.positions", "model.norms", "model.feed_forward"]
+BELOW = [*DATA, "kernels", "kernels.triton", "model", "model.hf", *PARTS]
 BELOW_LOOP = [*BELOW, "train.run", "train.config", "train.measure"]
 MAY_IMPORT = {
     "": [],  # `sinkbed` itself, which every room may import
@@ -19,9 +20,11 @@ MAY_IMPORT = {
     "data.store": ["data"],
     "data.prepare": ["data", "data.source", "data.store"],
     "data.pack": ["data", "data.store"],
+    # Variants of a part stand in a folder of their own; who uses the part knows the folder's registry only.
     "kernels": ["kernels.triton"],
-    "kernels.triton": ["kernels"],  # an implementation beside the others, in a folder of its own
-    "model": ["kernels"],
+    "kernels.triton": ["kernels"],
+    "model": ["kernels", *PARTS],
+    **{part: ["model"] for part in PARTS},
     "model.hf": ["kernels", "model"],
     "train.run": BELOW,
     "train.config": [*BELOW, "train.run"],

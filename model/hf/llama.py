@@ -29,13 +29,14 @@ def llama_config(
     """config.json of the decoder as a `LlamaForCausalLM`, or with a sliding window as a `MistralForCausalLM`, whose
     weights have the same names. A query sees the last `window` keys, its own among them, in both.
 
-    Raises ValueError for what Llama cannot express: a sink logit.
+    Raises ValueError for what Llama cannot express.
     """
     c = decoder.config
-    if c.sink != "none":
-        raise ValueError(
-            f"decoder.sink: found {c.sink!r}, which Hugging Face's Llama cannot express; only sink: none can be"
-        )
+    for part, of_llama in (("sink", "none"), ("position", "rope"), ("norm", "rms"), ("feed_forward", "swiglu")):
+        if getattr(c, part) != of_llama:
+            raise ValueError(
+                f"model.decoder.{part}: expected {of_llama}, which Hugging Face's Llama has, got {getattr(c, part)!r}"
+            )
     kind: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **_PLAIN}
     if window is not None:
         kind = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu"}
@@ -50,8 +51,8 @@ def llama_config(
         "num_key_value_heads": c.key_heads,
         "head_dim": c.dim,
         "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},
+        "rope_theta": c.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
         "max_position_embeddings": context_length,
         "tie_word_embeddings": c.tied,
         "initializer_range": c.init_std,
@@ -140,7 +141,7 @@ def decoder_config(folder: Path) -> DecoderConfig:
             kv_heads=found.get("num_key_value_heads") or found["num_attention_heads"],
             head_dim=found.get("head_dim"),
             d_ff=found["intermediate_size"],
-            rope_base=float(found.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
+            rope_theta=float(found.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
             norm_eps=found.get("rms_norm_eps", 1e-6),
             tied=found.get("tie_word_embeddings", False),
         )

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 
 from sinkbed.kernels import interval_mask
 from sinkbed.model import Decoder, DecoderConfig
-from sinkbed.model.layers import RMSNorm, SwiGLU, rotate, rotations
+from sinkbed.model.feed_forward.swiglu import SwiGLU
+from sinkbed.model.norms.rms import RMSNorm
+from sinkbed.model.positions.rope import rotate, rotations
 
 SMALL = dict(layers=2, d_model=32, heads=4, kv_heads=2, d_ff=48, init_std=0.2)
 
@@ -21,7 +23,7 @@ def test_rmsnorm_and_its_gradients_equal_the_definition():
     weight = torch.randn(16, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(3, 5, 16, dtype=torch.float64)
     (x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight).backward(upstream)
-    norm = RMSNorm(16, 1e-5)
+    norm = RMSNorm(DecoderConfig(layers=1, d_model=16, heads=1, d_ff=1))
     with torch.no_grad():
         norm.weight.copy_(weight)
     ours = x.detach().float().requires_grad_()
@@ -31,7 +33,7 @@ def test_rmsnorm_and_its_gradients_equal_the_definition():
 
 
 def test_swiglu_and_its_gradients_equal_the_definition():
-    layer = SwiGLU(8, 12).double()
+    layer = SwiGLU(DecoderConfig(layers=1, d_model=8, heads=1, d_ff=12)).double()
     x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
     gate, up = (x @ layer.gate_up.weight.T).chunk(2, -1)
     expected = (gate * torch.sigmoid(gate) * up) @ layer.down.weight.T

@@ -34,7 +34,7 @@ def logits(model, tokens):
 SHAPES = [
     dict(kv_heads=1),
     dict(kv_heads=4, tied=True),
-    dict(head_dim=16, rope_base=500.0, norm_eps=1e-3),
+    dict(head_dim=16, rope_theta=500.0, norm_eps=1e-3),
     dict(kv_heads=2, tied=True, head_dim=6),
 ]
 
@@ -46,7 +46,7 @@ def test_an_exported_folder_gives_our_logits(shape, tmp_path):
     assert type(theirs).__name__ == "LlamaForCausalLM" and theirs.dtype == torch.float32
     tokens = torch.randint(50, (2, 33))
     torch.testing.assert_close(logits(ours, tokens), logits(theirs, tokens), atol=1e-5, rtol=1e-5)
-    changed = small(**{**shape, "rope_base": 77.0})
+    changed = small(**{**shape, "rope_theta": 77.0})
     assert (logits(changed, tokens) - logits(theirs, tokens)).abs().max() > 1e-3, "the base is under test"
 
 
@@ -69,7 +69,7 @@ def test_a_folder_of_transformers_gives_its_logits(tied, sharded, tmp_path):
     theirs.save_pretrained(tmp_path, max_shard_size="40KB" if sharded else "1GB")
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == sharded
     ours = from_llama(tmp_path)
-    assert ours.config.rope_base == 5000.0 and ours.config.tied == tied
+    assert ours.config.rope_theta == 5000.0 and ours.config.tied == tied
     tokens = torch.randint(60, (2, 21))
     torch.testing.assert_close(logits(ours, tokens), logits(theirs, tokens), atol=1e-5, rtol=1e-5)
     assert (ours.head.weight is ours.embedding.weight) == tied
@@ -89,7 +89,7 @@ def test_there_and_back_is_the_same_decoder_bit_for_bit(shape, tmp_path):
 
 @pytest.mark.parametrize("sink", ["learned", "off_by_one"])
 def test_a_sink_logit_is_refused(sink):
-    with pytest.raises(ValueError, match=f"found '{sink}', which Hugging Face's Llama cannot express"):
+    with pytest.raises(ValueError, match=f"expected none, which Hugging Face's Llama has, got '{sink}'"):
         llama_config(small(sink=sink), bos_id=0, eos_id=1, context_length=64)
 
 

@@ -90,7 +90,7 @@ BAD = (math.nan, math.inf, -math.inf)
     [
         (OptimizerConfig, {}, ("lr", "eps", "weight_decay", "warmup_fraction", "final_fraction"), -1.0),
         (MeasureConfig, {}, ("onset_rate",), 0.0),
-        (DecoderConfig, {"layers": 1, "d_model": 8, "heads": 1, "d_ff": 8}, ("rope_base", "norm_eps", "init_std"), 0.0),
+        (DecoderConfig, {"layers": 1, "d_model": 8, "heads": 1, "d_ff": 8}, ("rope_theta", "norm_eps", "init_std"), 0.0),
         (SinkbedModule, {"decoder": DecoderConfig(layers=1, d_model=8, heads=1, d_ff=8)}, ("clip_norm",), 0.0),
     ],
 )  # fmt: skip

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from sinkbed.data.pack.strategy import Strategy
-from sinkbed.model.config import DecoderConfig
+from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.ranges import check_number
 from sinkbed.train.loop.optim import OptimizerConfig
 from sinkbed.train.measure.config import MeasureConfig
@@ -23,7 +23,7 @@ def check_settings(config: Any) -> None:
     """
     data, trainer = config.data, config.trainer
     decoder = DecoderConfig(**vars(config.model.decoder))
-    needed, there = TRAINING_BYTES * decoder.parameters(1), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed, there = TRAINING_BYTES * Decoder.parameters_of(decoder, 1), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if trainer.accelerator == "cpu" and needed > there:
         raise ValueError(
             f"model.decoder: expected at most the {there / 1e9:.3g} GB of memory of this machine, found weights, "

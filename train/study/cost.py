@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sinkbed.data.prepare.prepare import available_cores
-from sinkbed.model.config import DecoderConfig
+from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.loop.settings import TRAINING_BYTES
 from sinkbed.plain_text import console
@@ -52,7 +52,7 @@ def training_flops(
     """FLOPs of one training token."""
     looked_up = 0 if decoder.tied else vocab_size * decoder.d_model
     keys = min(context_length / 2, window or context_length)
-    products = 6 * (decoder.parameters(vocab_size) - looked_up)
+    products = 6 * (Decoder.parameters_of(decoder, vocab_size) - looked_up)
     attention = 12 * decoder.layers * decoder.heads * decoder.dim * keys
     return (products + attention) * (4 / 3 if checkpointing else 1)
 
@@ -87,7 +87,7 @@ def cost(study: StudyConfig, run: ArmRun) -> Cost:
         run.setting("data.strategy.window"),
         bool(run.setting("model.activation_checkpointing", False)),
     )
-    size = decoder.parameters(vocab_size)
+    size = Decoder.parameters_of(decoder, vocab_size)
     # The newest, the best, and the one that is being written.
     kept = len(directory.kept_steps(int(run.setting("checkpoint_points", 12)), steps)) + 3
     return Cost(size, tokens, each * tokens, CHECKPOINT_BYTES * size * kept)

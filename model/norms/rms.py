@@ -1,0 +1,53 @@
+"""RMSNorm (arXiv 1910.07467)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sinkbed.model.config import DecoderConfig
+from sinkbed.model.eager import is_eager_cpu
+from sinkbed.model.norms import NORMS
+
+
+class _RMSNormCPU(torch.autograd.Function):
+    """RMSNorm on the CPU's fused LayerNorm backward.
+
+    With mean 0, LayerNorm's backward differs from RMSNorm's only by the term −mean(g·w)/rms that centring
+    would have contributed; adding it back gives the exact gradient in half the passes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        rstd = norm.square_().div_(weight.numel()).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rstd)
+        return (x * rstd).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, rstd = ctx.saved_tensors
+        dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, weight.shape, torch.zeros_like(rstd), rstd, weight, None, [True, True, False]
+        )
+        centring = (grad @ weight).div_(weight.numel()).unsqueeze(-1).mul_(rstd)
+        return dx.add_(centring), dweight, None
+
+
+@NORMS.register("rms")
+class RMSNorm(nn.Module):
+    """x / √(mean(x²) + eps) · weight over the last dimension."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.d_model))
+        self.eps = config.norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        if is_eager_cpu(x):
+            return _RMSNormCPU.apply(x, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

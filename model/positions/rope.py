@@ -1,0 +1,46 @@
+"""Rotary positions (RoPE, arXiv 2104.09864)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sinkbed.model.config import DecoderConfig
+from sinkbed.model.positions import POSITIONS, PositionEncoding
+
+
+@POSITIONS.register("rope")
+class Rope(PositionEncoding):
+    """Pairs of q and k turned by an angle that grows with the position."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        self.dim, self.theta = config.dim, config.rope_theta
+
+    def prepare(self, positions: Tensor) -> Tensor:
+        """See `rotations`."""
+        return rotations(positions, self.dim, self.theta)
+
+    def rotate(self, x: Tensor, prepared: Tensor) -> Tensor:
+        """See the function of this name."""
+        return rotate(x, prepared)
+
+
+def rotations(positions: Tensor, dim: int, theta: float) -> Tensor:
+    """Unit complex numbers exp(i · position · theta^(−2n/D)) of rotary positions (arXiv 2104.09864).
+
+    positions [B, T] or [T] -> complex64 [B or 1, T, 1, D/2], ready to broadcast over heads.
+    """
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
+    angle = positions.to(torch.float32)[..., None] * theta**-exponent
+    angle = angle if angle.ndim == 3 else angle[None]
+    return torch.polar(torch.ones_like(angle), angle)[:, :, None, :]
+
+
+def rotate(x: Tensor, by: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of x [B, T, H, D] by `rotations`; as in Meta's Llama, in float32.
+
+    Pairs are neighbours (2n, 2n+1); Hugging Face's Llama pairs (n, n + D/2), which is a permutation of
+    the projections' rows that import and export apply.
+    """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * by).flatten(-2).type_as(x)

@@ -1,0 +1,86 @@
+"""A new variant is one file: each test writes a toy one, and uses it through the public interface alone."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from sinkbed.model import Decoder, DecoderConfig
+
+
+@pytest.fixture
+def add(tmp_path):
+    """Write one file and load it, as an import by a user's own code does."""
+
+    def write(code):
+        path = tmp_path / "variant.py"
+        path.write_text(code)
+        spec = importlib.util.spec_from_file_location("variant", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return write
+
+
+def trained(**parts) -> tuple[list[float], Decoder]:
+    """Losses of a few steps on one batch, and the decoder."""
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(layers=2, d_model=16, heads=2, d_ff=24, init_std=0.1, **parts), 32)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-2)
+    tokens = torch.randint(32, (4, 17))
+    losses = []
+    for _ in range(8):
+        loss = decoder(tokens[:, :-1], targets=tokens[:, 1:]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, decoder
+
+
+def test_a_position_encoding(add):
+    add("""
+import torch
+from sinkbed.model.positions import POSITIONS, PositionEncoding
+
+@POSITIONS.register("toy")
+class Toy(torch.nn.Module, PositionEncoding):
+    def __init__(self, config, *, length=64):
+        super().__init__()
+        self.table = torch.nn.Embedding(length, config.d_model)
+
+    def embed(self, x, positions):
+        return x + self.table(positions)
+""")
+    losses, decoder = trained(position={"toy": {"length": 16}})
+    assert losses[-1] < losses[0] - 0.1 and decoder.position.table.weight.grad.abs().sum() > 0
+    assert decoder.parameter_count() == Decoder.parameters_of(decoder.config, 32)
+    with pytest.raises(ValueError, match=r"options of toy \(length\); got 'size'"):
+        trained(position={"toy": {"size": 16}})
+
+
+def test_a_norm_and_a_feed_forward(add):
+    add("""
+from torch import nn
+from sinkbed.model.feed_forward import FEED_FORWARDS
+from sinkbed.model.norms import NORMS
+
+@NORMS.register("toy")
+def norm(config):
+    return nn.LayerNorm(config.d_model, config.norm_eps)
+
+@FEED_FORWARDS.register("toy")
+def feed_forward(config):
+    return nn.Sequential(nn.Linear(config.d_model, config.d_ff), nn.ReLU(), nn.Linear(config.d_ff, config.d_model))
+""")
+    losses, decoder = trained(norm="toy", feed_forward="toy")
+    assert losses[-1] < losses[0] - 0.1 and decoder.norm.bias.abs().sum() > 0
+    assert decoder.parameter_count() == Decoder.parameters_of(decoder.config, 32)
+
+
+@pytest.mark.parametrize("key", ["position", "norm", "feed_forward"])
+def test_a_name_that_is_none_names_those_there_are(key):
+    for choice in ("rop", {}, {"rop": {}}, {"rope": {}, "rms": {}}):
+        with pytest.raises(ValueError, match=f"model.decoder.{key}: expected one of .*(rope|rms|swiglu)"):
+            DecoderConfig(layers=1, d_model=8, heads=1, d_ff=8, **{key: choice})
