@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sinkbed.kernels.cpu import torch_attention
 from sinkbed.kernels.mask import Mask
+from sinkbed.kernels.normalizers import Normalizer
 from sinkbed.kernels.reference import reference_attention, reference_received
 from sinkbed.kernels.statistics import Statistics, Wanted, received_in_blocks
 
@@ -68,6 +69,7 @@ def attention(
     *,
     scale: float | None = None,
     sink_logit: Tensor | None = None,
+    normalizer: Normalizer | None = None,
     statistics: Wanted = False,
     implementation: Implementation | None = None,
 ) -> AttentionOutput:
@@ -79,6 +81,7 @@ def attention(
         scale: factor of the logits, more than 0; None is 1/√D.
         sink_logit: [H], a learned logit per head that joins the softmax but has no value
             (arXiv 2508.10925); 0 gives softmax-off-by-one.
+        normalizer: what takes the softmax's place (see `kernels.normalizers`). Only `reference` has any.
         statistics: True: also return the masses on the first key of the row, of the document and on the learned
             sink. "full": also the maximum probability and the entropy, which take a fifth more instructions in Triton
             and a pass of their own on CPUs.
@@ -94,7 +97,16 @@ def attention(
     mask = _fitting(mask, q)
     if statistics not in (False, True, "full"):
         raise ValueError(f'statistics: expected False, True or "full", received {statistics!r}')
-    functions, scale = _choose(implementation, q.device), _checked_scale(scale, q)
+    scale = _checked_scale(scale, q)
+    if normalizer is not None:
+        if implementation != "reference" or sink_logit is not None:
+            given = "sink_logit" if implementation == "reference" else f"implementation {implementation!r}"
+            raise ValueError(
+                f"normalizer {normalizer.name}: expected implementation='reference', which alone has it, and no "
+                f"sink_logit; got {given}"
+            )
+        return AttentionOutput(*reference_attention(q, k, v, mask, scale, None, statistics, normalizer))
+    functions = _choose(implementation, q.device)
     return AttentionOutput(*functions.attention(q, k, v, mask, scale, sink_logit, statistics))
 
 

@@ -9,17 +9,25 @@ import torch
 from torch import Tensor
 
 from sinkbed.kernels.mask import Mask
+from sinkbed.kernels.normalizers import Normalizer
 from sinkbed.kernels.statistics import Statistics, Wanted
 
 
-def probabilities(q: Tensor, k: Tensor, mask: Mask, scale: float, sink_logit: Tensor | None) -> tuple[Tensor, Tensor]:
+def probabilities(
+    q: Tensor,
+    k: Tensor,
+    mask: Mask,
+    scale: float,
+    sink_logit: Tensor | None,
+    normalizer: Normalizer | None = None,
+) -> tuple[Tensor, Tensor]:
     """Attention matrix and log-sum-exp.
 
     Args:
         q: [B, H, T, D]; k: [B, Hkv, T, D] with H a multiple of Hkv; sink_logit: [H] or None.
 
     Returns:
-        A [B, H, T, T] (rows sum to 1 minus the mass on the learned sink) and lse [B, H, T] in natural
+        A [B, H, T, T] (rows of the softmax sum to 1 minus the mass on the learned sink) and lse [B, H, T] in natural
         log, the learned sink included.
     """
     groups = q.shape[1] // k.shape[1]
@@ -28,7 +36,7 @@ def probabilities(q: Tensor, k: Tensor, mask: Mask, scale: float, sink_logit: Te
     lse = logits.logsumexp(-1)
     if sink_logit is not None:
         lse = torch.logaddexp(lse, sink_logit.to(lse.dtype)[None, :, None])
-    return (logits - lse[..., None]).exp(), lse
+    return (logits - lse[..., None]).exp() if normalizer is None else normalizer.weights(logits), lse
 
 
 def reference_attention(
@@ -39,9 +47,10 @@ def reference_attention(
     scale: float,
     sink_logit: Tensor | None,
     statistics: Wanted,
+    normalizer: Normalizer | None = None,
 ) -> tuple[Tensor, Tensor, Statistics | None]:
     """Attention by its definition; differentiable in every input. Shapes as in `kernels.api.attention`."""
-    a, lse = probabilities(q, k, mask, scale, sink_logit)
+    a, lse = probabilities(q, k, mask, scale, sink_logit, normalizer)
     output = a @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     if not statistics:
         return output, lse, None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sinkbed.kernels import AttentionOutput, Implementation, Mask, Statistics, attention
+from sinkbed.kernels.normalizers import NORMALIZERS, Normalizer
 from sinkbed.model.config import DecoderConfig
 from sinkbed.model.positions import PositionEncoding
 
@@ -31,6 +32,7 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.d_model, heads * config.dim, bias=False)
         self.out = nn.Linear(config.heads * config.dim, config.d_model, bias=False)
         self.operator = Operator()
+        self.normalizer: Normalizer | None = NORMALIZERS.make(config.normalizer, config.heads)
         self.sink_logit: Tensor | None
         if config.sink == "learned":
             self.sink_logit = nn.Parameter(torch.zeros(config.heads))
@@ -57,6 +59,7 @@ class SelfAttention(nn.Module):
             v.transpose(1, 2),
             mask,
             sink_logit=self.sink_logit,
+            normalizer=self.normalizer,
             statistics=statistics,
             implementation=implementation,
         )

@@ -46,6 +46,9 @@ class DecoderConfig:
     """Added to the mean square in a norm."""
     tied: bool = False
     """Whether the output matrix is the embedding's."""
+    normalizer: Choice = "softmax"
+    """How logits become the weights of values, a file of kernels/normalizers; all but the softmax need
+    `model.implementation: reference`."""
     sink: Literal["none", "learned", "off_by_one"] = "none"
     """A logit per head that joins the softmax without a value: learned from 0 (arXiv 2508.10925), or 0
     for good (softmax-off-by-one)."""

@@ -17,10 +17,10 @@ from sinkbed.kernels import Implementation, Mask, Statistics
 from sinkbed.model.attention import Operator, SelfAttention
 from sinkbed.model.config import DecoderConfig
 from sinkbed.model.feed_forward import FEED_FORWARDS
-from sinkbed.model.norms import NORMS
-from sinkbed.model.positions import POSITIONS, PositionEncoding
 from sinkbed.model.loss import linear_cross_entropy
+from sinkbed.model.norms import NORMS
 from sinkbed.model.observe import Attentions, LayerAttention
+from sinkbed.model.positions import POSITIONS, PositionEncoding
 
 
 class Block(nn.Module):
@@ -140,7 +140,11 @@ class Decoder(nn.Module):
                 q, k, v, mask = args
                 mask = Mask(rows=len(q), length=q.shape[2]) if mask is None else mask
                 scale = q.shape[-1] ** -0.5
-                attention(LayerAttention(layer, q, k, v, output.lse, mask, scale, None, output.statistics))
+                attention(
+                    LayerAttention(
+                        layer, q, k, v, output.lse, mask, scale, None, output.statistics, options["normalizer"]
+                    )
+                )
 
             return seen
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sinkbed.kernels import Mask, Statistics, attention_received
+from sinkbed.kernels.normalizers import Normalizer
 from sinkbed.kernels.statistics import blocks_of
 
 
@@ -36,6 +37,8 @@ class LayerAttention:
     softcap: float | None
     """Logits are softcap · tanh(logits / softcap) where set."""
     statistics: Statistics | None
+    normalizer: Normalizer | None = None
+    """What takes the softmax's place; None is the softmax."""
 
     def logits(self, queries: slice) -> Tensor:
         """[B, H, M, T] float32 logits of M of the queries, −inf where hidden."""
@@ -49,11 +52,20 @@ class LayerAttention:
     def blocks(self, size: int = 128) -> Iterator[tuple[slice, Tensor]]:
         """Slices of queries and their attention [B, H, M, T], so that T×T is never there at once."""
         for queries in blocks_of(self.q.shape[2], size):
-            yield queries, (self.logits(queries) - self.lse[:, :, queries, None].float()).exp()
+            logits = self.logits(queries)
+            softmax = self.normalizer is None
+            yield (
+                queries,
+                (
+                    (logits - self.lse[:, :, queries, None].float()).exp()
+                    if softmax
+                    else self.normalizer.weights(logits)
+                ),
+            )
 
     def received(self) -> Tensor:
         """[B, H, T] attention that each key receives, summed over queries."""
-        if self.softcap is None:
+        if self.softcap is None and self.normalizer is None:
             return attention_received(self.q, self.k, self.lse, self.mask, scale=self.scale)
         return sum((block.sum(2) for _, block in self.blocks()), torch.zeros_like(self.lse, dtype=torch.float32))
 

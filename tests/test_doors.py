@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sinkbed.model import Decoder, DecoderConfig
+from sinkbed.model.observe import observing
 
 
 @pytest.fixture
@@ -23,10 +24,11 @@ def add(tmp_path):
     return write
 
 
-def trained(**parts) -> tuple[list[float], Decoder]:
+def trained(*, implementation=None, **parts) -> tuple[list[float], Decoder]:
     """Losses of a few steps on one batch, and the decoder."""
     torch.manual_seed(0)
     decoder = Decoder(DecoderConfig(layers=2, d_model=16, heads=2, d_ff=24, init_std=0.1, **parts), 32)
+    decoder.implementation = implementation
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-2)
     tokens = torch.randint(32, (4, 17))
     losses = []
@@ -77,6 +79,35 @@ def feed_forward(config):
     losses, decoder = trained(norm="toy", feed_forward="toy")
     assert losses[-1] < losses[0] - 0.1 and decoder.norm.bias.abs().sum() > 0
     assert decoder.parameter_count() == Decoder.parameters_of(decoder.config, 32)
+
+
+def test_a_normalizer(add):
+    add("""
+import torch
+from sinkbed.kernels.normalizers import NORMALIZERS, Normalizer
+
+@NORMALIZERS.register("toy")
+class Toy(torch.nn.Module, Normalizer):
+    name = "toy"
+
+    def __init__(self, heads, *, start=-1.0):
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.full((heads, 1, 1), start))
+
+    def weights(self, logits):
+        return torch.sigmoid(logits + self.shift)
+""")
+    with pytest.raises(ValueError, match="normalizer toy: expected implementation='reference'"):
+        trained(normalizer="toy")
+    losses, decoder = trained(normalizer={"toy": {"start": -2.0}}, implementation="reference")
+    assert losses[-1] < losses[0] - 0.1 and (decoder.blocks[0].attention.normalizer.shift != -2).all()
+    seen = []
+    with observing(decoder, attention=seen.append):
+        output = decoder(torch.arange(8)[None], statistics=True)
+    weights = torch.cat([block for _, block in seen[1].blocks(3)], dim=2)
+    torch.testing.assert_close(weights[..., 0], output.statistics[1].row_mass)
+    torch.testing.assert_close(weights.sum(2), seen[1].received())
+    assert not torch.allclose(weights.sum(-1), torch.ones(1))
 
 
 @pytest.mark.parametrize("key", ["position", "norm", "feed_forward"])

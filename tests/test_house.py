@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 DATA = ["data", "data.source", "data.store", "data.prepare", "data.pack"]
 PARTS = ["model.positions", "model.norms", "model.feed_forward"]
-BELOW = [*DATA, "kernels", "kernels.triton", "model", "model.hf", *PARTS]
+BELOW = [*DATA, "kernels", "kernels.normalizers", "kernels.triton", "model", "model.hf", *PARTS]
 BELOW_LOOP = [*BELOW, "train.run", "train.config", "train.measure"]
 MAY_IMPORT = {
     "": [],  # `sinkbed` itself, which every room may import
@@ -21,9 +21,10 @@ MAY_IMPORT = {
     "data.prepare": ["data", "data.source", "data.store"],
     "data.pack": ["data", "data.store"],
     # Variants of a part stand in a folder of their own; who uses the part knows the folder's registry only.
-    "kernels": ["kernels.triton"],
+    "kernels": ["kernels.normalizers", "kernels.triton"],
+    "kernels.normalizers": ["kernels"],
     "kernels.triton": ["kernels"],
-    "model": ["kernels", *PARTS],
+    "model": ["kernels", "kernels.normalizers", *PARTS],
     **{part: ["model"] for part in PARTS},
     "model.hf": ["kernels", "model"],
     "train.run": BELOW,

@@ -32,7 +32,13 @@ def llama_config(
     Raises ValueError for what Llama cannot express.
     """
     c = decoder.config
-    for part, of_llama in (("sink", "none"), ("position", "rope"), ("norm", "rms"), ("feed_forward", "swiglu")):
+    for part, of_llama in (
+        ("sink", "none"),
+        ("position", "rope"),
+        ("norm", "rms"),
+        ("feed_forward", "swiglu"),
+        ("normalizer", "softmax"),
+    ):
         if getattr(c, part) != of_llama:
             raise ValueError(
                 f"model.decoder.{part}: expected {of_llama}, which Hugging Face's Llama has, got {getattr(c, part)!r}"

@@ -25,8 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sinkbed.kernels import Mask, attention, interval_mask
 from sinkbed.kernels.reference import probabilities
-from sinkbed.train.bench.timing import Timing, interleave, matmul_flops
 from sinkbed.plain_text import csv_of
+from sinkbed.train.bench.timing import Timing, interleave, matmul_flops
 from sinkbed.train.run.directory import write_atomic
 
 LAYOUTS = ("causal", "even", "mixed")

@@ -34,10 +34,10 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.set_defaults(revision=None, gguf=None, dtype="auto", device_map=None)
     arguments = parser.parse_args(list(argv))
 
+    from sinkbed.plain_text import visible
     from sinkbed.ranges import check_number
     from sinkbed.train.measure.model import load
     from sinkbed.train.measure.modes import check_modes
-    from sinkbed.plain_text import visible
 
     check_number("--tokens", arguments.tokens, least=1)
     check_number("--temperature", arguments.temperature, least=0)

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.plain_text import console, visible
+from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.run import directory
 
 

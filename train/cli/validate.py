@@ -33,11 +33,11 @@ def run(command: str, argv: Sequence[str]) -> int:
     import torch
 
     from sinkbed.data.store.token_store import TokenStore
+    from sinkbed.progress import Steps
     from sinkbed.train.measure.config import MeasureConfig
     from sinkbed.train.measure.heldout import Probe
     from sinkbed.train.measure.modes import check_modes
     from sinkbed.train.measure.sinks import measure, measurement_table
-    from sinkbed.progress import Steps
 
     config = read_mapping(folder / directory.CONFIG)
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["measure"].items()}

@@ -23,7 +23,10 @@ def check_settings(config: Any) -> None:
     """
     data, trainer = config.data, config.trainer
     decoder = DecoderConfig(**vars(config.model.decoder))
-    needed, there = TRAINING_BYTES * Decoder.parameters_of(decoder, 1), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed, there = (
+        TRAINING_BYTES * Decoder.parameters_of(decoder, 1),
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )
     if trainer.accelerator == "cpu" and needed > there:
         raise ValueError(
             f"model.decoder: expected at most the {there / 1e9:.3g} GB of memory of this machine, found weights, "

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.progress import documents_read
+from sinkbed.train.measure.config import MeasureConfig
 
 if TYPE_CHECKING:
     import torch

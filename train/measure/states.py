@@ -20,11 +20,11 @@ from torch import Tensor
 
 from sinkbed.kernels import mean_received, top_sinks
 from sinkbed.model.observe import LayerAttention, evaluating, input_device, observing
+from sinkbed.progress import documents_read
 from sinkbed.train.measure.finite import finite
 from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.inputs import Arranged, arrange, counted_targets, target_nll
 from sinkbed.train.measure.modes import InferenceMode
-from sinkbed.progress import documents_read
 
 if TYPE_CHECKING:
     from sinkbed.data.pack.strategy import Strategy

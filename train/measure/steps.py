@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from sinkbed.plain_text import visible
+from sinkbed.progress import Steps
 from sinkbed.train.measure import jacobian, mixing, perplexity, states
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.model import Subject, artificial, changed_prompt
 from sinkbed.train.measure.modes import InferenceMode
 from sinkbed.train.measure.sinks import ModeResult, measure
-from sinkbed.plain_text import visible
-from sinkbed.progress import Steps
 from sinkbed.train.run import directory
 
 if TYPE_CHECKING:

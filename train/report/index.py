@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.plain_text import markdown, markdown_table
+from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.effects import DIGITS, LABELS, Found, check, figures, reference_mode
 from sinkbed.train.report.result import Result, spread
 from sinkbed.train.report.tables import circumstances, definitions, made_by

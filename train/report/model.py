@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.plain_text import csv_text
+from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.report.figures import STYLE
 from sinkbed.train.report.html import document, table
 from sinkbed.train.report.model_figures import figures

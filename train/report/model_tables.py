@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.plain_text import console
+from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.result import fixed
 
 Found = dict[str, Any]

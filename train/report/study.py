@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.plain_text import console, markdown, markdown_table, visible
+from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.report.result import Result, load_result
 from sinkbed.train.report.tables import (
     STRATEGY,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.plain_text import csv_of
+from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.effects import (
     DIGITS,
     LABELS,

@@ -73,5 +73,7 @@ class Registry(Generic[T]):
         known = [p.name for p in inspect.signature(variant).parameters.values() if p.kind is p.KEYWORD_ONLY]
         for option in options or {}:
             if option not in known:
-                raise ValueError(f"{self.key}: expected options of {name} ({', '.join(known) or 'none'}); got {option!r}")
+                raise ValueError(
+                    f"{self.key}: expected options of {name} ({', '.join(known) or 'none'}); got {option!r}"
+                )
         return variant(*arguments, **(options or {}))

@@ -15,9 +15,9 @@ from typing import Any
 
 from sinkbed.data.prepare.prepare import available_cores
 from sinkbed.model import Decoder, DecoderConfig
+from sinkbed.plain_text import console
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.loop.settings import TRAINING_BYTES
-from sinkbed.plain_text import console
 from sinkbed.train.run import directory
 from sinkbed.train.study.arms import ArmRun
 from sinkbed.train.study.file import StudyConfig

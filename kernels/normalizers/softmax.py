@@ -1,0 +1,10 @@
+"""The softmax, which every implementation has."""
+
+from __future__ import annotations
+
+from sinkbed.kernels.normalizers import NORMALIZERS
+
+
+@NORMALIZERS.register("softmax")
+def softmax(heads: int) -> None:
+    """No normaliser: weights are exp(logits − lse), the learned sink beside them."""
