@@ -7,6 +7,8 @@ import torch
 
 from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.model.observe import observing
+from sinkbed.train.loop.optim import OptimizerConfig, build_optimizer
+from sinkbed.train.loop.settings import training_bytes
 
 
 @pytest.fixture
@@ -79,6 +81,24 @@ def feed_forward(config):
     losses, decoder = trained(norm="toy", feed_forward="toy")
     assert losses[-1] < losses[0] - 0.1 and decoder.norm.bias.abs().sum() > 0
     assert decoder.parameter_count() == Decoder.parameters_of(decoder.config, 32)
+
+
+def test_an_optimizer(add):
+    add("""
+import torch
+from sinkbed.train.loop.optimizers import OPTIMIZERS
+
+@OPTIMIZERS.register("toy")
+class Toy(torch.optim.SGD):
+    state_tensors = 1
+
+    def __init__(self, groups, config, *, momentum=0.5):
+        super().__init__(groups, lr=config.lr, momentum=momentum)
+""")
+    config = OptimizerConfig(name={"toy": {"momentum": 0.25}}, lr=0.1, weight_decay=0.2)
+    optimizer, _ = build_optimizer(Decoder(DecoderConfig(layers=1, d_model=8, heads=1, d_ff=8), 32), config, 10)
+    assert [(g["momentum"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.25, 0.2), (0.25, 0.0)]
+    assert (training_bytes(config), training_bytes(OptimizerConfig())) == (12, 16)
 
 
 def test_a_normalizer(add):

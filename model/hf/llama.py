@@ -22,6 +22,8 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 # Settings of a Llama config under which it is another model than ours, and the value under which it is not.
 _PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
+_PARTS = {"sink": "none", "normalizer": "softmax", "position": "rope", "norm": "rms", "feed_forward": "swiglu"}
+
 
 def llama_config(
     decoder: Decoder, *, bos_id: int, eos_id: int, context_length: int, window: int | None = None
@@ -32,13 +34,7 @@ def llama_config(
     Raises ValueError for what Llama cannot express.
     """
     c = decoder.config
-    for part, of_llama in (
-        ("sink", "none"),
-        ("position", "rope"),
-        ("norm", "rms"),
-        ("feed_forward", "swiglu"),
-        ("normalizer", "softmax"),
-    ):
+    for part, of_llama in _PARTS.items():
         if getattr(c, part) != of_llama:
             raise ValueError(
                 f"model.decoder.{part}: expected {of_llama}, which Hugging Face's Llama has, got {getattr(c, part)!r}"

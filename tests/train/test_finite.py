@@ -85,13 +85,16 @@ def test_the_place_of_the_number_is_named():
 BAD = (math.nan, math.inf, -math.inf)
 
 
+SMALLEST = {"layers": 1, "d_model": 8, "heads": 1, "d_ff": 8}
+
+
 @pytest.mark.parametrize(
     ("config", "required", "names", "worse"),
     [
         (OptimizerConfig, {}, ("lr", "eps", "weight_decay", "warmup_fraction", "final_fraction"), -1.0),
         (MeasureConfig, {}, ("onset_rate",), 0.0),
-        (DecoderConfig, {"layers": 1, "d_model": 8, "heads": 1, "d_ff": 8}, ("rope_theta", "norm_eps", "init_std"), 0.0),
-        (SinkbedModule, {"decoder": DecoderConfig(layers=1, d_model=8, heads=1, d_ff=8)}, ("clip_norm",), 0.0),
+        (DecoderConfig, SMALLEST, ("rope_theta", "norm_eps", "init_std"), 0.0),
+        (SinkbedModule, {"decoder": DecoderConfig(**SMALLEST)}, ("clip_norm",), 0.0),
     ],
 )  # fmt: skip
 def test_a_setting_that_is_not_finite_is_refused(config, required, names, worse):

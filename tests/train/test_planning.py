@@ -40,7 +40,7 @@ def study(tiny_store, tmp_path):
 )
 def test_parameters_are_those_of_the_decoder(shape):
     config = DecoderConfig(layers=3, d_model=16, **shape)
-    assert config.parameters(50) == Decoder(config, 50).parameter_count()
+    assert Decoder.parameters_of(config, 50) == Decoder(config, 50).parameter_count()
 
 
 def test_flops_are_those_of_the_matrix_products():
@@ -82,9 +82,9 @@ def test_the_rate_of_a_core_is_measured_once_there_are_arms(study, capsys):
     # Log-spaced ones stay however seldom others are saved; what is no weight or moment is large in so small a model.
     sizes = [f.stat().st_size for f in (runs[0].folder / "checkpoints").glob("step-*.ckpt")]
     cost = planning.cost(loaded, runs[0])
-    planned = cost.disk // (planning.CHECKPOINT_BYTES * cost.parameters)
+    planned = cost.disk // (12 * cost.parameters)
     assert len(sizes) < planned <= len(sizes) + 3, "as many as there are, and one that is being written"
-    assert all(planning.CHECKPOINT_BYTES * cost.parameters <= size for size in sizes)
+    assert all(12 * cost.parameters <= size for size in sizes)
 
 
 def test_log_spaced_checkpoints_are_counted_however_seldom_others_are_saved(study):
@@ -94,7 +94,7 @@ def test_log_spaced_checkpoints_are_counted_however_seldom_others_are_saved(stud
     cost = planning.cost(loaded := load_study(study), plan(loaded)[0])
     kept = {1, 2, 3, 4, 6, 10}
     assert directory.kept_steps(6, 10) == kept
-    assert cost.disk == planning.CHECKPOINT_BYTES * cost.parameters * (len(kept) + 3), "newest, best, being written"
+    assert cost.disk == 12 * cost.parameters * (len(kept) + 3), "newest, best, being written"
 
 
 def test_what_cannot_fit_or_is_no_config_is_refused_before_preparing(study, tiny_store, capsys, monkeypatch):

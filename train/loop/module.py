@@ -76,7 +76,7 @@ class SinkbedModule(L.LightningModule):
 
         Args:
             decoder: shape and parts of the decoder; the vocabulary comes from the token store.
-            optimizer: AdamW and its schedule.
+            optimizer: the optimizer and its schedule.
             clip_norm: the gradient's global norm is scaled down to this, more than 0; null never.
             activation_checkpointing: compute each block again in the backward pass instead of keeping it; the same
                 bits in less memory.
@@ -118,7 +118,7 @@ class SinkbedModule(L.LightningModule):
             self.decoder.compile()
 
     def configure_optimizers(self) -> Any:
-        """AdamW, stepped with its schedule every optimizer step."""
+        """The optimizer, stepped with its schedule every optimizer step."""
         assert self.decoder is not None
         optimizer, schedule = build_optimizer(self.decoder, self.optimizer_config, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -300,11 +300,12 @@ class SinkbedModule(L.LightningModule):
     def _adopt(self, checkpoint: dict[str, Any]) -> None:
         """Keep weights and moments of another run's checkpoint; every setting is this run's own."""
         c = self.optimizer_config
+        assert self.decoder is not None
         factor = learning_rate_factor(c, checkpoint["global_step"], self.trainer.max_steps)
+        fresh, _ = build_optimizer(self.decoder, c, self.trainer.max_steps)
         for state in checkpoint["optimizer_states"]:
-            for group, decay in zip(state["param_groups"], (c.weight_decay, 0.0), strict=True):
-                group |= {"lr": c.lr * factor, "initial_lr": c.lr, "weight_decay": decay, "eps": c.eps}
-                group["betas"] = c.betas
+            for group, ours in zip(state["param_groups"], fresh.param_groups, strict=True):
+                group |= {**ours, "params": group["params"], "lr": c.lr * factor, "initial_lr": c.lr}
         for schedule in checkpoint["lr_schedulers"]:
             schedule["base_lrs"] = [c.lr] * len(schedule["base_lrs"])
         for name in ("SinkMonitor", "StateMonitor", "Checkpoints"):

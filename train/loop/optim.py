@@ -1,4 +1,4 @@
-"""AdamW with decoupled decay on matrices only, and the learning-rate schedules."""
+"""The optimizer's settings, its parameter groups (decay on matrices only), and the learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from sinkbed.ranges import check_number
+from sinkbed.registry import Choice
+from sinkbed.train.loop.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
     import torch
@@ -15,8 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101) and its schedule. Raises ValueError for values outside their range."""
+    """An optimizer and its schedule. Raises ValueError for values outside their range."""
 
+    name: Choice = "adamw"
+    """A file of train/loop/optimizers."""
     lr: float = 4e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -40,6 +44,7 @@ class OptimizerConfig:
     """Learning rate at the end, as a share of the peak."""
 
     def __post_init__(self) -> None:
+        OPTIMIZERS.check(self.name)
         for name in ("lr", "eps"):
             check_number(f"optimizer.{name}", getattr(self, name), above=0)
         for beta in self.betas:
@@ -98,7 +103,7 @@ def learning_rate_factor(config: OptimizerConfig, step: int, total_steps: int) -
 def build_optimizer(
     model: torch.nn.Module, config: OptimizerConfig, total_steps: int
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """AdamW over two groups (matrices with decay, the rest without) and its schedule, stepped each step.
+    """The optimizer over two groups (matrices with decay, the rest without) and its schedule, stepped each step.
 
     Raises ValueError: see `OptimizerConfig.check_steps`.
     """
@@ -110,9 +115,7 @@ def build_optimizer(
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True
-    )
+    optimizer = OPTIMIZERS.make(config.name, groups, config)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(config, step, total_steps)
     )

@@ -9,10 +9,13 @@ from sinkbed.data.pack.strategy import Strategy
 from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.ranges import check_number
 from sinkbed.train.loop.optim import OptimizerConfig
+from sinkbed.train.loop.optimizers import OPTIMIZERS
 from sinkbed.train.measure.config import MeasureConfig
 
-TRAINING_BYTES = 16
-"""A parameter's weight, gradient and two moments, float32."""
+
+def training_bytes(optimizer: OptimizerConfig) -> int:
+    """Bytes of a parameter's weight, its gradient and what the optimizer keeps of it, float32."""
+    return 8 + 4 * OPTIMIZERS[optimizer.name].state_tensors
 
 
 def check_settings(config: Any) -> None:
@@ -23,10 +26,9 @@ def check_settings(config: Any) -> None:
     """
     data, trainer = config.data, config.trainer
     decoder = DecoderConfig(**vars(config.model.decoder))
-    needed, there = (
-        TRAINING_BYTES * Decoder.parameters_of(decoder, 1),
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    )
+    optimizer = OptimizerConfig(**vars(config.model.optimizer))
+    needed = training_bytes(optimizer) * Decoder.parameters_of(decoder, 1)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if trainer.accelerator == "cpu" and needed > there:
         raise ValueError(
             f"model.decoder: expected at most the {there / 1e9:.3g} GB of memory of this machine, found weights, "
@@ -52,7 +54,7 @@ def check_settings(config: Any) -> None:
             f"trainer.max_steps: expected at least 1 (the schedules need the end), found {trainer.max_steps}"
         )
     check_number("trainer.log_every_n_steps", trainer.log_every_n_steps or 0, least=1)
-    OptimizerConfig(**vars(config.model.optimizer)).check_steps(trainer.max_steps)
+    optimizer.check_steps(trainer.max_steps)
     strategy.check_context(data.context_length)
     measure.check_context(data.context_length)
     for mode in {*measure.modes, *measure.live_modes}:

@@ -49,9 +49,10 @@ class Registry(Generic[T]):
         assert spec is not None and spec.submodule_search_locations is not None
         return sorted({*self._variants, *(module.name for module in iter_modules(spec.submodule_search_locations))})
 
-    def __getitem__(self, name: str) -> T:
-        """The variant of a name. Raises ValueError for a name that is none's."""
-        self.check(name)
+    def __getitem__(self, choice: Choice) -> T:
+        """The variant that is chosen. Raises ValueError for a name that is none's."""
+        self.check(choice)
+        name = choice if isinstance(choice, str) else next(iter(choice))
         if name not in self._variants:
             import_module(f"{self.package}.{name}")
         return self._variants[name]
@@ -61,15 +62,14 @@ class Registry(Generic[T]):
         name = choice if isinstance(choice, str) else next(iter(choice), None)
         if name not in self.names or (isinstance(choice, dict) and len(choice) != 1):
             raise ValueError(
-                f"{self.key}: expected one of {', '.join(self.names)}, or one with its options as {{name: {{option: "
-                f"value}}}}; got {choice!r}"
+                f"{self.key}: expected one of {', '.join(self.names)}, or {{name: {{option: value}}}} with its "
+                f"options; got {choice!r}"
             )
 
     def make(self, choice: Choice, *arguments: Any) -> Any:
-        """What a variant makes of `arguments` and its options. Raises ValueError for an option that it does not have."""
-        self.check(choice)
+        """What a variant makes of `arguments` and its options. Raises ValueError for an option that it lacks."""
+        variant = self[choice]
         [(name, options)] = choice.items() if isinstance(choice, dict) else [(choice, {})]
-        variant = self[name]
         known = [p.name for p in inspect.signature(variant).parameters.values() if p.kind is p.KEYWORD_ONLY]
         for option in options or {}:
             if option not in known:

@@ -17,7 +17,8 @@ from sinkbed.data.prepare.prepare import available_cores
 from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.plain_text import console
 from sinkbed.train.config.yaml_files import read_mapping
-from sinkbed.train.loop.settings import TRAINING_BYTES
+from sinkbed.train.loop.optim import OptimizerConfig
+from sinkbed.train.loop.settings import training_bytes
 from sinkbed.train.run import directory
 from sinkbed.train.study.arms import ArmRun
 from sinkbed.train.study.file import StudyConfig
@@ -29,8 +30,6 @@ PEAKS = {"A100": 312e12, "H100": 989e12}
 """Dense bf16 FLOP/s of the SXM cards, from their data sheets."""
 CORE = 2.6e10
 """Assumed FLOP/s of one CPU core where no finished arm says better: small models on an AMD EPYC."""
-CHECKPOINT_BYTES = 12
-"""A parameter's weight and two moments, float32."""
 PROCESS_BYTES = 700_000_000
 """A training process beside its model (peak of a demo arm)."""
 
@@ -44,6 +43,8 @@ class Cost:
     flops: float
     disk: int
     """Bytes of its checkpoints, one that is being written included."""
+    memory: int
+    """Bytes of weights, gradients and what the optimizer keeps."""
 
 
 def training_flops(
@@ -70,6 +71,7 @@ def cost(study: StudyConfig, run: ArmRun) -> Cost:
     """What an arm takes. Raises ValueError that names a setting it lacks or that does not fit."""
     try:
         decoder = DecoderConfig(**run.setting("model.decoder", {}))
+        optimizer = OptimizerConfig(**run.setting("model.optimizer", {}))
         steps, context = int(run.setting("trainer.max_steps")), int(run.setting("data.context_length"))
         tokens = steps * int(run.setting("data.global_batch")) * context
         if steps < 1:
@@ -90,7 +92,8 @@ def cost(study: StudyConfig, run: ArmRun) -> Cost:
     size = Decoder.parameters_of(decoder, vocab_size)
     # The newest, the best, and the one that is being written.
     kept = len(directory.kept_steps(int(run.setting("checkpoint_points", 12)), steps)) + 3
-    return Cost(size, tokens, each * tokens, CHECKPOINT_BYTES * size * kept)
+    memory = training_bytes(optimizer) * size
+    return Cost(size, tokens, each * tokens, (memory - 4 * size) * kept, memory)  # a checkpoint has no gradients
 
 
 def core_rate(study: StudyConfig, runs: Sequence[ArmRun]) -> tuple[float, str]:
@@ -218,7 +221,7 @@ def _check_devices(study: StudyConfig, runs: Sequence[ArmRun], costs: Sequence[C
             "expected gpus: 1, or a share of one"
         )
     places = slots(study)
-    largest = TRAINING_BYTES * max(c.parameters for c in costs)
+    largest = max(c.memory for c in costs)
     if study.gpus:
         _check_gpu_memory(study, largest)
         return
