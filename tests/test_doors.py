@@ -5,6 +5,12 @@ import importlib.util
 import pytest
 import torch
 
+from sinkbed.data.pack.audit import audit
+from sinkbed.data.pack.batches import Rows
+from sinkbed.data.pack.strategy import Strategy
+from sinkbed.data.prepare.writer import StoreWriter
+from sinkbed.data.store.token_store import TokenStore
+from sinkbed.data.tokenizer import Tokenizer
 from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.model.observe import observing
 from sinkbed.train.loop.optim import OptimizerConfig, build_optimizer
@@ -81,6 +87,38 @@ def feed_forward(config):
     losses, decoder = trained(norm="toy", feed_forward="toy")
     assert losses[-1] < losses[0] - 0.1 and decoder.norm.bias.abs().sum() > 0
     assert decoder.parameter_count() == Decoder.parameters_of(decoder.config, 32)
+
+
+def test_a_packing(add, tmp_path):
+    add("""
+import numpy as np
+from sinkbed.data.pack.methods import PACKINGS, Laid, Packing
+
+@PACKINGS.register("toy")
+class Toy(Packing):
+    def __init__(self, fill="pad", *, most=2):
+        self.most = most
+
+    def lay_out(self, items, room):  # up to so many documents a row, in store order
+        rows, filled = [[]], 0
+        for item, length in enumerate(items.length.tolist()):
+            if len(rows[-1]) == self.most or filled + length > room:
+                rows.append([])
+                filled = 0
+            rows[-1].append(item)
+            filled += length
+        return Laid(np.array([len(row) for row in rows]), np.concatenate(rows))
+""")
+    with StoreWriter(tmp_path / "store", Tokenizer.train(["some text"], vocab_size=300)) as writer:
+        for length in range(1, 20):
+            writer.add("train", [10] * length, length)
+        writer.finish(recipe={})
+    store = TokenStore.open(tmp_path / "store", "train")
+    for most in (1, 3):
+        strategy = Strategy(packing={"toy": {"most": most}}, mask="document", document_end="none")
+        assert audit(Rows(store, strategy, 64))["documents_per_row_max"] == most
+    with pytest.raises(ValueError, match=r"options of toy \(most\); got 'least'"):
+        Rows(store, Strategy(packing={"toy": {"least": 1}}), 64)
 
 
 def test_an_optimizer(add):

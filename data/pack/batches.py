@@ -23,6 +23,7 @@ from torch.utils.data import Dataset, Sampler
 from sinkbed.data.order import permute
 from sinkbed.data.pack.assemble import Row, has_first_token, pack, random_tokens
 from sinkbed.data.pack.layout import Concat, Layout, Planned
+from sinkbed.data.pack.methods import PACKINGS
 from sinkbed.data.pack.plan import Plan, Recipe
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.store.token_store import TokenStore
@@ -191,7 +192,7 @@ class Rows(Dataset[Batch]):
             "start_id": start,
             "end_id": end,
         }
-        if strategy.packing == "concat":
+        if PACKINGS[strategy.packing].is_stream:
             return Concat(**common)
         room = self.context_length - len(strategy.placed)
         recipe = Recipe(strategy=strategy, room=room, extras=(start is not None) + (end is not None))

@@ -11,7 +11,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-Packing = Literal["concat", "best_fit", "pad", "grouped"]
+from sinkbed.data.pack.methods import PACKINGS
+from sinkbed.registry import Choice
+
 FirstToken = Literal["bos", "none", "random"]
 Marker = Literal["bos", "eos", "none"]
 MaskKind = Literal["causal", "document"]
@@ -27,10 +29,10 @@ class Strategy:
     Raises ValueError for a value outside its axis and for a setting that has no effect beside the others.
     """
 
-    packing: Packing = "concat"
-    """How documents become rows. `concat`: all documents form one stream, cut into rows. `best_fit`: whole
-    documents, each put where it leaves least room (arXiv 2404.10830). `pad`: one document a row. `grouped`:
-    whole documents of about the same length share a row."""
+    packing: Choice = "concat"
+    """How documents become rows, a file of data/pack/methods. `concat`: all documents form one stream, cut into rows.
+    `best_fit`: whole documents, each put where it leaves least room (arXiv 2404.10830). `pad`: one document a row.
+    `grouped`: whole documents of about the same length share a row."""
     long_documents: LongDocuments = "split"
     """All packings but `concat`: what becomes of a document longer than a row. `split`: pieces of row length,
     and a rest that is packed as a document is. `crop`: its beginning is kept, so that every row begins
@@ -82,7 +84,7 @@ class Strategy:
         return {**dataclasses.asdict(Strategy()), **saved}
 
     def __post_init__(self) -> None:
-        _check_choice("packing", self.packing, get_args(Packing))
+        PACKINGS.check(self.packing)
         _check_choice("long_documents", self.long_documents, get_args(LongDocuments))
         _check_choice("fill", self.fill, get_args(Fill))
         _check_choice("mask", self.mask, get_args(MaskKind))
@@ -90,21 +92,21 @@ class Strategy:
         for name in ("document_start", "document_end"):
             _check_token(name, getattr(self, name), get_args(Marker))
         self._check_first_token()
-        if self.packing == "concat" and self.long_documents != "split":
+        packing = PACKINGS[self.packing]
+        if packing.is_stream and self.long_documents != "split":
             raise ValueError(
-                f"long_documents: found {self.long_documents!r} with packing 'concat', which cuts wherever a row "
-                "ends; expected another packing, or long_documents: split"
+                f"long_documents: found {self.long_documents!r} with packing {self.packing!r}, which cuts wherever a "
+                "row ends; expected another packing, or long_documents: split"
             )
         for name in ("mask", "positions"):
-            if self.packing == "pad" and getattr(self, name) == "document":
+            if not packing.shares_rows and getattr(self, name) == "document":
                 raise ValueError(
-                    f"{name}: found 'document' with packing 'pad', where a row holds one document and padding that "
-                    f"nothing before it sees; expected {name}: {'causal' if name == 'mask' else 'row'}"
+                    f"{name}: found 'document' with packing {self.packing!r}, where a row holds one document and "
+                    f"padding that nothing before it sees; expected {name}: {'causal' if name == 'mask' else 'row'}"
                 )
-        if self.packing != "best_fit" and self.fill != "pad":
+        if self.fill not in packing.fills:
             raise ValueError(
-                f"fill: found {self.fill!r} with packing {self.packing!r}, which ignores it; expected packing: "
-                "best_fit, or fill: pad"
+                f"fill: expected {' or '.join(packing.fills)}, all that packing {self.packing!r} has, got {self.fill!r}"
             )
         if self.window is not None:
             _check_integer("window", self.window, 1)

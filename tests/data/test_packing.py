@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from oracle import BOS, EOS, OracleRow, fields_of, laid_out, marked, planned_row, rows_of, stream_of
 
 from sinkbed.data.order import permute
-from sinkbed.data.pack import plan as plan_module
 from sinkbed.data.pack.assemble import random_tokens
 from sinkbed.data.pack.audit import audit
 from sinkbed.data.pack.batches import Rows
+from sinkbed.data.pack.methods import best_fit as best_fit_module
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.store.token_store import TokenStore
 
@@ -288,7 +288,7 @@ def fields_that_count(row: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 def assert_planned_rows_equal_the_oracle(rows: Rows, documents: list[list[int]]) -> list[OracleRow]:
     strategy, length = rows.strategy, rows.context_length
-    laid = laid_out(documents, strategy, length - len(strategy.placed), plan_module._WAITING)
+    laid = laid_out(documents, strategy, length - len(strategy.placed), best_fit_module._WAITING)
     expected = [planned_row(documents, strategy, length, row, leading_ids(strategy)) for row in laid]
     found = rows_in_stream_order(rows)
     assert len(found) == len(expected)
@@ -307,7 +307,7 @@ def test_every_field_of_rows_of_whole_documents_equals_the_oracle(
     mask: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(plan_module, "_WAITING", 4)
+    monkeypatch.setattr(best_fit_module, "_WAITING", 4)
     documents = documents_of(LENGTHS)
     start: Any = "bos" if first == "none" else "none"
     strategy = whole(packing, first_token=first, mask=mask, document_start=start, positions="document")
@@ -346,7 +346,7 @@ def test_any_layout_of_whole_documents_equals_the_oracle(
     documents = documents_of(lengths)
     assume(any(marked(document, strategy) for document in documents))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_module, "_WAITING", 3)
+        patch.setattr(best_fit_module, "_WAITING", 3)
         assert_planned_rows_equal_the_oracle(Rows(make_store(documents, shard_tokens=30), strategy, length), documents)
 
 

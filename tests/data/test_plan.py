@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from oracle import laid_out
 
 from sinkbed.data.pack import plan as plan_module
-from sinkbed.data.pack.plan import Plan, Recipe, best_fit, items_of, lay_out, windows
+from sinkbed.data.pack.methods import best_fit as best_fit_module
+from sinkbed.data.pack.methods.best_fit import best_fit
+from sinkbed.data.pack.plan import Plan, Recipe, items_of, windows
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.store.offsets import Offsets
 
@@ -50,8 +52,8 @@ def test_a_plan_is_that_of_the_packing_done_one_document_after_the_other(
     extras = (start != "none") + (end != "none")
     recipe = Recipe(strategy=strategy, room=room, extras=extras)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_module, "_WAITING", waiting)
-        laid = lay_out(items := items_of(Offsets.of(lengths), 0, len(lengths), recipe), recipe)
+        patch.setattr(best_fit_module, "_WAITING", waiting)
+        laid = recipe.packing.lay_out(items := items_of(Offsets.of(lengths), 0, len(lengths), recipe), recipe.room)
         expected = laid_out([[2] * size for size in lengths], strategy, room, waiting)
     edges = np.concatenate([[0], np.cumsum(laid.held)]).tolist()
     repeated = np.broadcast_to(laid.repeated, laid.piece.shape)
@@ -115,7 +117,7 @@ def test_a_plan_of_several_windows_is_that_of_each_by_itself(
     expected = []
     for start, stop in parts:
         items = items_of(offsets, start, stop, recipe)
-        laid = lay_out(items, recipe)
+        laid = recipe.packing.lay_out(items, recipe.room)
         edges = np.concatenate([[0], np.cumsum(laid.held)])
         for a, b in itertools.pairwise(edges):
             expected.append([(int(items.document[i]), int(items.begin[i])) for i in laid.piece[a:b]])

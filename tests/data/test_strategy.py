@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"packing": "stack"}, "packing: found 'stack'"),
+        ({"packing": "stack"}, "data.strategy.packing: expected one of best_fit, concat, grouped, pad, .*; got 'stack'"),
         ({"first_token": "eos"}, "first_token: found 'eos'.*or a token id"),
         ({"first_token": -1}, "first_token: found -1"),
         ({"first_token": True}, "first_token: found True"),
@@ -34,8 +34,8 @@ ROOT = Path(__file__).parents[2]
         ({"prefix_lm": 1}, "prefix_lm: found 1, which changes nothing"),
         ({"long_documents": "crop"}, "long_documents: found 'crop' with packing 'concat'"),
         ({"long_documents": "drop", "packing": "pad"}, "long_documents: found 'drop'"),
-        ({"fill": "repeat", "packing": "grouped"}, "fill: found 'repeat' with packing 'grouped'"),
-        ({"fill": "crop"}, "fill: found 'crop' with packing 'concat'"),
+        ({"fill": "repeat", "packing": "grouped"}, "fill: expected pad, all that packing 'grouped' has, got 'repeat'"),
+        ({"fill": "crop"}, "fill: expected pad, all that packing 'concat' has, got 'crop'"),
         ({"first_token": []}, "first_token: found .*ends in a token to place"),
         ({"first_token": ["bos", "none"]}, "first_token: found .*ends in a token to place"),
         ({"first_token": ["bos", "eos"]}, "first_token: found 'eos'"),

@@ -1,0 +1,10 @@
+"""All documents end to end are one stream, cut into rows (see `data.pack.layout.Concat`)."""
+
+from sinkbed.data.pack.methods import PACKINGS, Packing
+
+
+@PACKINGS.register("concat")
+class Concat(Packing):
+    """Nothing is laid out."""
+
+    is_stream = True
