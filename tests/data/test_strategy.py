@@ -17,7 +17,10 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"packing": "stack"}, "data.strategy.packing: expected one of best_fit, concat, grouped, pad, .*; got 'stack'"),
+        (
+            {"packing": "stack"},
+            "data.strategy.packing: expected one of best_fit, concat, grouped, pad, .*; got 'stack'",
+        ),
         ({"first_token": "eos"}, "first_token: found 'eos'.*or a token id"),
         ({"first_token": -1}, "first_token: found -1"),
         ({"first_token": True}, "first_token: found True"),

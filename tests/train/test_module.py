@@ -12,8 +12,9 @@ from sinkbed.data.store.manifest import Manifest
 from sinkbed.data.store.token_store import TokenStore
 from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.train.loop.callbacks.sinks import _PACKED_ROWS, SinkMonitor
-from sinkbed.train.loop.module import batch_mask, counted_targets
+from sinkbed.train.loop.module import counted_targets
 from sinkbed.train.measure.config import MeasureConfig
+from sinkbed.train.measure.masks import strategy_mask
 
 LENGTH = 24
 
@@ -66,9 +67,8 @@ def test_loss_and_gradients_of_packed_rows_equal_those_of_separate_documents(pac
     rows = Rows(short_documents, strategy, LENGTH)
     batch = rows.__getitems__(list(range(len(rows))))
     together, apart = decoder(), decoder()
-    data = SimpleNamespace(strategy=strategy)
     given = batch.positions if strategy.positions == "document" else None
-    logits = together(batch.tokens, given, batch_mask(batch, data)).logits
+    logits = together(batch.tokens, given, strategy_mask(strategy, batch.doc_start, batch.doc_end)).logits
     packed = F.cross_entropy(logits.flatten(0, 1), counted_targets(batch).flatten(), reduction="sum")
     packed.backward()
 
@@ -103,7 +103,7 @@ def test_what_stands_in_another_document_or_in_padding_changes_no_counted_loss(f
     model = decoder()
 
     def losses(tokens):
-        logits = model(tokens, None, batch_mask(batch, SimpleNamespace(strategy=strategy))).logits
+        logits = model(tokens, None, strategy_mask(strategy, batch.doc_start, batch.doc_end)).logits
         targets = counted_targets(batch).masked_fill(~first, -100)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sinkbed.data.pack.batches import Batch
-from sinkbed.kernels import Implementation, Mask, interval_mask
+from sinkbed.kernels import Implementation
 from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.model.loss import IGNORED
 from sinkbed.ranges import check_number
@@ -21,25 +21,12 @@ from sinkbed.train.loop.datamodule import TokenData
 from sinkbed.train.loop.fsdp import FSDP2Strategy, shard
 from sinkbed.train.loop.identity import check_identity
 from sinkbed.train.loop.optim import OptimizerConfig, build_optimizer, learning_rate_factor
+from sinkbed.train.measure.masks import strategy_mask
 from sinkbed.train.run.metrics import record
 
 
 class TrainingDiverged(RuntimeError):
     """The loss, its gradient or the weights are no longer finite."""
-
-
-def batch_mask(batch: Batch, data: TokenData) -> Mask:
-    """The attention mask of a packed batch under its strategy; carries the document starts either way."""
-    s = data.strategy
-    return interval_mask(
-        *batch.tokens.shape,
-        doc_start=batch.doc_start,
-        doc_end=batch.doc_end,
-        document=s.mask == "document",
-        window=s.window,
-        shared_prefix=s.shared_prefix,
-        prefix_lm=s.prefix_lm,
-    )
 
 
 def counted_targets(batch: Batch) -> Tensor:
@@ -131,8 +118,9 @@ class SinkbedModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Loss of one micro-batch: the mean over its targets, or its share of the sum over the step's targets."""
         assert self.decoder is not None
-        mask = batch_mask(batch, self.data)
-        positions = batch.positions if self.data.strategy.positions == "document" else None
+        strategy = self.data.strategy
+        mask = strategy_mask(strategy, batch.doc_start, batch.doc_end)
+        positions = batch.positions if strategy.positions == "document" else None
         loss = self.decoder(batch.tokens, positions, mask, targets=counted_targets(batch)).loss
         if self.parts > 1:
             # Micro-batches differ in the targets that count. Lightning averages over micro-batches and processes;

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from sinkbed.train.measure.masks import strategy_mask
 from sinkbed.train.measure.modes import InferenceMode, leading_tokens
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
     from sinkbed.data.pack.strategy import Strategy
     from sinkbed.kernels import Mask
-from sinkbed.train.measure.heldout import Probe
+    from sinkbed.train.measure.heldout import Probe
 
 
 def first_tokens(
@@ -71,8 +72,6 @@ def arrange(
     """
     import torch
 
-    from sinkbed.kernels import interval_mask
-
     first, positions = first_tokens(mode, strategy, probe, rows)
     hide = mode == "first_key_masked"
     shift = len(positions)
@@ -86,17 +85,7 @@ def arrange(
         # One document a row; its end matters to a prefix LM, whose prefix must not reach into the padding.
         end = (lengths + shift).to(torch.int32)[:, None].expand(B, T).contiguous().to(device)
         start = torch.where(torch.arange(T) < key, 0, key).to(torch.int32)[None, :].expand(B, T).contiguous()
-        mask = interval_mask(
-            B,
-            T,
-            doc_start=start.to(device),
-            doc_end=end,
-            document=not key,
-            window=strategy.window,
-            shared_prefix=min(strategy.shared_prefix, T) if strategy.window is not None or not key else 0,
-            prefix_lm=min(strategy.prefix_lm, T),
-            hide_first_key=hide,
-        )
+        mask = strategy_mask(strategy, start.to(device), end, document=not key, hide_first_key=hide)
     return Arranged(tokens.to(device), mask, slots.to(device))
 
 

@@ -15,10 +15,11 @@ from sinkbed.data.pack.batches import Rows, SplitTooShort
 from sinkbed.data.store.token_store import TokenStore
 from sinkbed.model import Decoder
 from sinkbed.model.observe import evaluating
-from sinkbed.train.loop.module import SinkbedModule, batch_mask
+from sinkbed.train.loop.module import SinkbedModule
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.finite import finite
 from sinkbed.train.measure.heldout import Probe
+from sinkbed.train.measure.masks import strategy_mask
 from sinkbed.train.measure.modes import InferenceMode
 from sinkbed.train.measure.sinks import ModeResult, measure
 from sinkbed.train.run import directory
@@ -151,7 +152,12 @@ class SinkMonitor(L.Callback):
         batch = batch.to(module.device)
         with evaluating(decoder), torch.no_grad():
             positions = batch.positions if module.data.strategy.positions == "document" else None
-            output = decoder(batch.tokens, positions, batch_mask(batch, module.data), statistics=True)
+            output = decoder(
+                batch.tokens,
+                positions,
+                strategy_mask(module.data.strategy, batch.doc_start, batch.doc_end),
+                statistics=True,
+            )
         assert output.statistics is not None
         index = torch.arange(batch.tokens.shape[1], device=module.device)
         real = torch.ones_like(batch.loss_mask)
