@@ -11,7 +11,7 @@ but for placed tokens, and the target beyond its end.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -56,30 +56,20 @@ def pack(
     slots = np.delete(np.arange(length), placed)
     pieces = layout.pieces(index, led=placed_ids is not None or not strategy.placed)
     at = places(pieces)
-    content, held = _content(layout, pieces, at, len(index), len(slots) + 1, gather, padding_id)
-    counted = _counted(layout, pieces, at, held, placed, slots)
-
-    # Row position p predicts the content after the last slot up to p. Beyond the leading positions slots are
-    # consecutive, so that two slices do what an index of all columns would.
+    content = _content(layout, pieces, at, len(slots) + 1, gather, padding_id)
     lead = len(strategy.leading) if placed else 0
     skip = lead - len(placed)
-    ahead = np.searchsorted(slots, np.arange(lead), side="right")
     tokens = np.empty((len(index), length), dtype=np.int64)
     tokens[:, lead:] = content[:, skip:-1]
-    targets, loss_mask = np.empty_like(tokens), np.empty(tokens.shape, dtype=np.bool_)
-    for whole, part in ((targets, content), (loss_mask, counted)):
-        whole[:, lead:] = part[:, skip + 1 :]
-        whole[:, :lead] = part[:, ahead]
     if placed_ids is not None:
         tokens[:, slots[:skip]] = content[:, :skip]
         tokens[:, list(placed)] = placed_ids
-        loss_mask[:, [p - 1 for p in placed if p]] = False  # what follows is no text
-    loss_mask[:, : max(strategy.prefix_lm - 1, 0)] = False  # inside the prefix the target is visible to the query
     short = np.flatnonzero(pieces.inputs < len(slots))
     tokens[short, slots[pieces.inputs[short]]] = padding_id  # a target only
 
+    targets = _predicted(content, layout, placed, np.int64)
     doc_start, doc_end = _boundaries(pieces, at, slots, length)
-    return Row(tokens, targets, loss_mask, doc_start, doc_end)
+    return Row(tokens, targets, loss_mask(layout, pieces, at, placed), doc_start, doc_end)
 
 
 def places(pieces: Pieces) -> NDArray[np.int64]:
@@ -90,22 +80,21 @@ def places(pieces: Pieces) -> NDArray[np.int64]:
     return before - before[opens][pieces.row]
 
 
+def _held(pieces: Pieces) -> NDArray[np.int64]:
+    """[N] tokens of content in each row, the target beyond its end included."""
+    return np.bincount(pieces.row, pieces.end - pieces.begin, minlength=len(pieces.inputs)).astype(np.int64)
+
+
 def _content(
-    layout: Layout,
-    pieces: Pieces,
-    at: NDArray[np.int64],
-    rows: int,
-    width: int,
-    gather: Gather,
-    padding_id: int,
-) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
-    """Tokens [N, W] of the pieces and the markers between them, and how many of each row [N] there are."""
+    layout: Layout, pieces: Pieces, at: NDArray[np.int64], width: int, gather: Gather, padding_id: int
+) -> NDArray[np.integer]:
+    """Tokens [N, W] of the pieces and the markers between them."""
     start, end = int(layout.start_id is not None), int(layout.end_id is not None)
     text_begin = np.maximum(pieces.begin - start, 0)
     text_end = np.minimum(pieces.end - start, pieces.length - start - end)
     text = gather(layout.offsets[pieces.document] + text_begin, np.maximum(text_end - text_begin, 0))
 
-    held = np.bincount(pieces.row, pieces.end - pieces.begin, minlength=rows).astype(np.int64)
+    held, rows = _held(pieces), len(pieces.inputs)
     first = pieces.row * width + at  # in the flattened content
     last = first + pieces.end - pieces.begin - 1
     content = np.full(rows * width, padding_id, dtype=text.dtype)  # narrow until it is copied to its places
@@ -120,46 +109,47 @@ def _content(
             content[places] = marker
             is_text[places] = False
     content[is_text] = text
-    return content.reshape(rows, width), held
+    return content.reshape(rows, width)
 
 
-def _counted(
-    layout: Layout,
-    pieces: Pieces,
-    at: NDArray[np.int64],
-    held: NDArray[np.int64],
-    placed: tuple[int, ...],
-    slots: NDArray[np.int64],
-) -> NDArray[np.bool_]:
-    """[N, W] whether each token of the content counts as a target, where something precedes it."""
-    strategy, width = layout.strategy, len(slots) + 1
-    columns = np.arange(width)
-    counted = np.ones((len(held), width), dtype=np.bool_)
-    if (held < width).any():
+def _predicted(content: NDArray[Any], layout: Layout, placed: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+    """[N, T] the content [N, W] that each row position predicts: that after the last slot up to it."""
+    length, lead = layout.context_length, len(layout.strategy.leading) if placed else 0
+    slots = np.delete(np.arange(length), placed)
+    predicted = np.empty((len(content), length), dtype=dtype)
+    # Beyond the leading positions slots are consecutive: a slice does what an index of all columns would.
+    predicted[:, lead:] = content[:, lead - len(placed) + 1 :]
+    predicted[:, :lead] = content[:, np.searchsorted(slots, np.arange(lead), side="right")]
+    return predicted
+
+
+def loss_mask(layout: Layout, pieces: Pieces, at: NDArray[np.int64], placed: tuple[int, ...]) -> NDArray[np.bool_]:
+    """[N, T] whether the target of each row position counts; reads no token.
+
+    Args:
+        at: [P] the pieces' columns of content; placed: row positions of placed tokens, in rows that have them.
+    """
+    strategy, held = layout.strategy, _held(pieces)
+    slots = np.delete(np.arange(layout.context_length), placed)
+    columns = np.arange(len(slots) + 1)
+    counted = np.ones((len(held), len(columns)), dtype=np.bool_)
+    if (held < len(columns)).any():
         counted &= columns < held[:, None]
-    counted[pieces.row, at] &= starts_counted(layout, pieces, at, placed, slots)
+    # Where a piece begins, its document does, unless it opens the row; another document precedes, or a placed token.
+    after_placed = np.isin(np.append(slots, layout.context_length) - 1, placed)
+    precedes = (at == 0) | after_placed[at] | (strategy.mask == "causal")
+    begins = (pieces.begin == 0) | ((at == 0) & layout.counts_resumed)
+    counted[pieces.row, at] &= precedes & begins
     if not layout.counts_beyond:
         beyond = np.flatnonzero(held > pieces.inputs)
         counted[beyond, pieces.inputs[beyond]] = False
     if not placed and strategy.placed:
         opens = pieces.context + (strategy.opening == "none")
         counted &= columns >= opens[:, None]
-    return counted
-
-
-def starts_counted(
-    layout: Layout, pieces: Pieces, at: NDArray[np.int64], placed: tuple[int, ...], slots: NDArray[np.int64]
-) -> NDArray[np.bool_]:
-    """[P] whether the token that a piece begins with counts as a target, where something precedes it.
-
-    Args:
-        at: [P] the pieces' columns of content; placed, slots: row positions of placed tokens and of content.
-    """
-    # Where a piece begins, its document does, unless it opens the row; another document precedes, or a placed token.
-    after_placed = np.isin(np.append(slots, layout.context_length) - 1, placed)
-    precedes = (at == 0) | after_placed[at] | (layout.strategy.mask == "causal")
-    begins = (pieces.begin == 0) | ((at == 0) & layout.counts_resumed)
-    return precedes & begins
+    mask = _predicted(counted, layout, placed, np.bool_)
+    mask[:, [p - 1 for p in placed if p]] = False  # what follows is no text
+    mask[:, : max(strategy.prefix_lm - 1, 0)] = False  # inside the prefix the target is visible to the query
+    return mask
 
 
 def _boundaries(

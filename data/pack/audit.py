@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sinkbed.data.pack.assemble import places, starts_counted
+from sinkbed.data.pack.assemble import loss_mask, places
 from sinkbed.data.pack.batches import Rows
 from sinkbed.data.pack.layout import Layout, Pieces
 from sinkbed.data.store.offsets import Offsets
@@ -127,22 +127,7 @@ def _count_contents(c: _Counts, rows: Rows, index: NDArray[np.int64], led: bool)
     c.repeated += int(pieces.context.sum() + again.sum())
     c.bos += _opened_by_bos(rows, pieces, at, led)
 
-    placed = strategy.placed if led else ()
-    slots = np.delete(np.arange(layout.context_length), placed)
-    predictor = np.append(slots, layout.context_length) - 1  # row position that predicts each column of content
-    least = int(np.searchsorted(predictor, max(strategy.prefix_lm - 1, 0)))
-    lowest = np.full(len(index), least)
-    if strategy.placed and not led:
-        lowest = np.maximum(lowest, pieces.context + (strategy.opening == "none"))
-    held = np.bincount(pieces.row, size, minlength=len(index)).astype(np.int64)
-    counts = starts_counted(layout, pieces, at, placed, slots)
-    left_out = ~counts & (at >= lowest[pieces.row])
-    beyond = 0
-    if not layout.counts_beyond:
-        there = (held > pieces.inputs) & (pieces.inputs >= lowest)
-        opens_there = left_out & (at == pieces.inputs[pieces.row])  # left out already
-        beyond = int(there.sum()) - int(opens_there.sum())
-    c.targets += int(np.maximum(held - lowest, 0).sum()) - int(left_out.sum()) - beyond
+    c.targets += int(loss_mask(layout, pieces, at, strategy.placed if led else ()).sum())
 
 
 def _opened_by_bos(rows: Rows, pieces: Pieces, at: NDArray[np.int64], led: bool) -> int:
