@@ -8,10 +8,11 @@ import socket
 import sys
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["train.fit", "wandb"])
+FORKSERVER.set_forkserver_preload(["train.fit", "train.cli", "wandb", __name__])
 
 
 def _run(arguments, log, environment, largest_file, group):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a program to interrupt
     if group:
         os.setpgid(0, 0)
     os.environ.pop("WANDB_SERVICE", None)  # of the process that runs the tests
@@ -35,6 +36,7 @@ def _run(arguments, log, environment, largest_file, group):
     if largest_file is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os._exit(main(arguments))
 
 
