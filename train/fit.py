@@ -135,7 +135,7 @@ class SinkbedCLI(LightningCLI):
         self.rank = join(devices_of(config.trainer), config.trainer.num_nodes)
         moved = moved_to(config)
         if moved is not None:
-            say(f"{moved / rundir.CONFIG} is of a run that was moved or copied: {moved} it is, not {config.run_dir}")
+            say(f"{moved / rundir.CONFIG} names {config.run_dir}, but was moved or copied: the run goes on in {moved}")
             config.run_dir = moved
         run_dir = Path(config.run_dir)
         last = None if config.ckpt_path not in (None, "last", "auto") else rundir.newest_checkpoint(run_dir)

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from train import rundir
 from train.checkpoint import Checkpoints
+from train.identity import identify
 from train.loggers import Tracker, WandbConfig, start_wandb
 from train.module import SinkbedModule
 from train.provenance import changes, provenance
@@ -89,9 +90,7 @@ class RunFiles(SaveConfigCallback):
         if earlier and (changed := changes(earlier[-1], made)):
             say(f"since the checkpoint: {changed}, from those of a run that was not stopped")
         session = {"command": shlex.join(["sinkbed", *sys.argv[1:]]), "started": now()}
-        checkpoints.run, more = rundir.identify(
-            run_dir, checkpoints.run, pl_module.parent, made, anew=other, session=session
-        )
+        checkpoints.run, more = identify(run_dir, checkpoints.run, pl_module.parent, made, anew=other, session=session)
         for message in filter(None, [*messages, *more]):
             rank_zero_warn(message)
         self.started = True

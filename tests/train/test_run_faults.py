@@ -25,7 +25,7 @@ from train import provenance, rundir
 from train.checkpoint import load_checkpoint
 from train.cli import main
 from train.fsdp import load_sharded
-from train.identity import _CONFIG_KEYS, _MAY_CHANGE, check_identity, check_manifest, other_sums
+from train.identity import _CONFIG_KEYS, _MAY_CHANGE, check_identity, check_manifest, identify, other_sums
 from train.loggers import shortened
 from train.module import SinkbedModule
 from train.overrides import overridden
@@ -229,7 +229,7 @@ def test_a_copied_run_is_another_to_wandb_and_goes_on_from_its_own_checkpoints(f
     capsys.readouterr()
     with pytest.warns(UserWarning, match=f"{copy} is a copy of the run {original}: it goes on from its own"):
         assert main(["fit", "--config", str(copy / rundir.CONFIG), "--ckpt_path", "last"]) == 0
-    assert f"{copy} it is, not {original}" in capsys.readouterr().out
+    assert f"names {original}, but was moved or copied: the run goes on in {copy}" in capsys.readouterr().out
     assert before == {p: p.read_bytes() for p in original.rglob("*") if p.is_file() and "wandb" not in p.parts}
     ours, theirs = (rundir.read_json(folder / rundir.RUN)["wandb_id"] for folder in (copy, original))
     assert ours != theirs
@@ -243,6 +243,36 @@ def test_a_copied_run_is_another_to_wandb_and_goes_on_from_its_own_checkpoints(f
     moved = original.rename(original.with_name("moved"))
     assert main(["fit", "--config", str(moved / rundir.CONFIG), "--ckpt_path", "last"]) == 0
     assert rundir.read_json(moved / rundir.RUN)["wandb_id"] == theirs
+
+
+def test_which_of_two_run_directories_is_the_copy_is_known_in_either_order(tmp_path):
+    def started(name):
+        known, _ = identify(tmp_path / name, {}, None, {}, anew=False, session={})
+        return known["wandb_id"]
+
+    (tmp_path / "a").mkdir()
+    first = started("a")
+    for name in ("b", "d", "e"):
+        shutil.copytree(tmp_path / "a", tmp_path / name)
+    (tmp_path / "a").rename(tmp_path / "c")
+    assert started("b") != first, "copied, then the original was moved"
+    (tmp_path / "d").rename(tmp_path / "a")
+    assert started("c") == first, "moved, then a copy was put in its place"
+    # A backup that is put back where it was, and a run.json of earlier versions, say nothing of it.
+    shutil.rmtree(tmp_path / "c")
+    (tmp_path / "e").rename(tmp_path / "c")
+    record = rundir.read_json(tmp_path / "c" / rundir.RUN) | {"folder": str(tmp_path / "c")}
+    rundir.write_json(tmp_path / "c" / rundir.RUN, record)
+    assert started("c") == first
+
+
+def test_a_start_that_is_refused_leaves_no_folder_above_the_run_either(tmp_path):
+    held = rundir.lock(tmp_path / "runs" / "fit" / "a")
+    rundir.release(held)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "runs").mkdir()
+    rundir.release(rundir.lock(tmp_path / "runs" / "fit" / "a"))
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"], "which the user had made"
 
 
 # W&B.
