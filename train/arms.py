@@ -19,7 +19,7 @@ from typing import Any
 
 from data.manifest import differences
 from train import rundir
-from train.keys import fit_keys, unknown_keys
+from train.keys import fit_keys, wrong_keys
 from train.study_file import Overlay, StudyConfig
 from train.world import leave
 from train.yaml_files import read_mapping
@@ -148,7 +148,7 @@ def read_overlay(path: Path) -> dict[str, Any]:
     content = read_mapping(path)
     if not isinstance(content.get("data", {}), dict):
         raise ValueError(f"{path}: data: expected keys, found {content['data']!r}")
-    for complaint in unknown_keys(path, fit_keys()):
+    for complaint in wrong_keys(path, fit_keys()):
         raise ValueError(complaint)
     return content
 

@@ -47,9 +47,9 @@ def matmul_flops() -> float:
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Parse and run one benchmark."""
-    import argparse
+    from train.arguments import PlainParser
 
-    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     benches = parser.add_subparsers(dest="bench", metavar="BENCH", required=True)
     one = benches.add_parser("training", help="training step against Hugging Face's Llama at the same shape")
     one.add_argument("--config", type=Path, default=Path("configs/run/demo.yaml"), help="run config with the shape")

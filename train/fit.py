@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -35,8 +34,9 @@ from train.metrics import MetricsFile
 from train.module import SinkbedModule
 from train.monitor import SinkMonitor
 from train.overrides import overridden
+from train.plain_text import counted
 from train.run_files import ProgressBar, RunFiles, checkpoints_of, interrupted, moved_to, say
-from train.settings import check_settings
+from train.settings import check_settings, use_threads
 from train.state_monitor import StateMonitor
 from train.trainer_settings import HARMLESS, ShortLightningParser, check_trainer, expand_home
 from train.validate import measurement_table
@@ -126,8 +126,7 @@ class SinkbedCLI(LightningCLI):
         config = self.config.fit
         check_settings(config)
         check_trainer(config.trainer)
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
+        use_threads(config.threads)
         if line := overridden(sys.argv[2:]):
             say(line, file=sys.stderr)
         expand_home(config, "run_dir", "fork", "ckpt_path")
@@ -156,8 +155,8 @@ class SinkbedCLI(LightningCLI):
             config.ckpt_path = str(last)
         if config.ckpt_path and Path(config.ckpt_path).resolve().parent != folder.resolve():
             raise ValueError(
-                f"--ckpt_path {config.ckpt_path}: expected a checkpoint of this run, in {folder}; start a new run "
-                "from another one's with --fork"
+                f"--ckpt_path {config.ckpt_path}: expected last, auto or a checkpoint of this run, in {folder}; start "
+                "a new run from another one's with --fork"
             )
         forking = config.fork is not None and not config.ckpt_path
         if forking:
@@ -247,7 +246,8 @@ class SinkbedCLI(LightningCLI):
         metrics = run_dir / rundir.METRICS
         points = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
         later = max(0, points - self.checkpoint["saved"]["metrics"].count("\n"))
-        say(f"resuming {run_dir} at step {step} of {trainer.max_steps}; {later} later points will be made again")
+        again = f"; {counted(later, 'later point')} will be made again" if later else ""
+        say(f"resuming {run_dir} at step {step} of {trainer.max_steps}{again}")
         saved = self.checkpoint["sinkbed"]
         if saved["max_steps"] != trainer.max_steps:
             say(f"it was to end at step {saved['max_steps']}, and is trained on as if it had been longer all along")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -109,7 +108,9 @@ def _duration(seconds: float | None) -> str:
 
 def _check(command: str, argv: Sequence[str]) -> int:
     """Open every split of a token store and compare the sha256 of every shard."""
-    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", allow_abbrev=False)
+    from train.arguments import PlainParser
+
+    parser = PlainParser(prog=f"sinkbed {command}", allow_abbrev=False)
     parser.add_argument("--check", metavar="STORE", required=True, help="token store to read")
     store = parser.parse_args(list(argv)).check
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from train.figures import COLOURS, mass_scale
+from train.figures import COLOURS, drawable, mass_scale
 from train.probe_tables import MIXING, MIXING_NOTE, STATES, STATES_NOTE, Column, Found, depth_of, modes_of
 from train.results import MODE_LABELS
 
@@ -149,7 +149,7 @@ def _map_figure(modes: Found) -> Figure:
 def _visible(text: str) -> str:
     """A token as a label: no control characters, no dollar that would begin a formula."""
     shown = "".join(c if c.isprintable() and c != "\N{REPLACEMENT CHARACTER}" else "·" for c in text)
-    return shown.strip().replace("$", r"\$")[:14] or "␣"
+    return drawable(shown.strip()[:14]).replace("$", r"\$") or "␣"
 
 
 def _norm_figure(modes: Found) -> Figure:

@@ -13,7 +13,7 @@ from typing import Any
 from train import rundir
 from train.figures import STYLE
 from train.page import document, table
-from train.plain_text import csv_text
+from train.plain_text import counted, csv_text
 from train.probe_figures import figures
 from train.probe_tables import Found, scalars, tables
 from train.yaml_files import read_mapping
@@ -101,15 +101,14 @@ def _section(title: str, words: str, svg: str) -> str:
 
 def _page(found: Found, figures: Sequence[str]) -> str:
     settings = found["settings"]
-    origin = f"prompts of {settings['prompts']}" if settings["prompts"] else "held-out documents"
+    origin = counted(found["documents"], "prompt" if settings["prompts"] else "held-out document")
+    origin += f" of {settings['prompts']}" if settings["prompts"] else ""
     T, few = settings["sink_tokens"], min(found["documents"], settings["mixing_documents"])
     intro = (
-        f"{found['documents']} {origin}. Sink rates: T = {T}. States and mixing: the first {T} tokens of "
+        f"{origin}. Sink rates: T = {T}. States and mixing: the first {T} tokens of "
         f"the first {few} of them (Jacobian: of {min(few, settings['jacobian_documents'])}, directions: "
         f"{settings['directions']}). One measurement of one model: no interval over seeds."
     )
-    if "incomplete" in found:
-        intro += f" Incomplete: {found['incomplete']}."
     body = [f'<p class="note">{html.escape(intro)}</p>', *figures]
     notes = set()
     for t in tables(found):
@@ -120,7 +119,8 @@ def _page(found: Found, figures: Sequence[str]) -> str:
             notes.add(t.note)
     given = [(name, str(value)) for name, value in settings.items() if value not in (None, [], False)]
     body += ["<h2>Settings</h2>", table(("option", "value"), [*given, *found["versions"].items()])]
-    return document(f"Probe of {found['model']}", body)
+    ending = f" (incomplete: {found['incomplete']})" if "incomplete" in found else ""
+    return document(f"Probe of {found['model']}{ending}", body)
 
 
 def log_to_wandb(found: Found, run_dir: Path, step: int) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train import rundir
+from train.arguments import PlainParser
 from train.plain_text import console, markdown, markdown_table, visible
 from train.results import Result, load_result
 from train.tables import (
@@ -155,7 +156,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     from train.study import chosen
     from train.study_file import StudyConfig
 
-    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("what", type=Path, nargs="+", help="study files, or folders of runs or studies")
     parser.add_argument("--size", help="of study files: one of their sizes (default: demo)")
     parser.add_argument(

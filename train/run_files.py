@@ -42,6 +42,11 @@ class ProgressBar(TQDMProgressBar):
         bar.initial = bar.n = self.trainer.global_step
         return bar
 
+    def close(self) -> None:
+        """End the bar's line, so that what is printed next has one of its own."""
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.close()
+
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Nothing: the bar does not count epochs."""
 
@@ -107,7 +112,9 @@ class RunFiles(SaveConfigCallback):
             rundir.note(path, sessions=[*before, last | {"ended": now(), "status": status}])
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Lightning ends an interrupted run without a word."""
+        """Lightning ends an interrupted run without a word, and leaves the cursor behind its bar."""
+        if isinstance(bar := trainer.progress_bar_callback, ProgressBar):  # type: ignore[attr-defined]
+            bar.close()
         if isinstance(exception, KeyboardInterrupt):
             say(interrupted(trainer), file=sys.stderr)
 

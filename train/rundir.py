@@ -23,6 +23,7 @@ from typing import IO, Any
 import yaml
 
 from data.manifest import sealed, sha256_file, unsealed
+from train.plain_text import counted
 
 CONFIG, MANIFEST, AUDIT = "config.yaml", "manifest.json", "audit.json"
 METRICS, MEASUREMENT, RUN, CHECKPOINTS = "metrics.jsonl", "measurement.json", "run.json", "checkpoints"
@@ -276,7 +277,7 @@ def restore_metrics(path: Path, saved: str) -> str | None:
         return None
     if saved.encode().startswith(found):  # lost with the machine's power, which no write of ours waits for
         lines = found.count(b"\n")
-        return f"{path}: expected {saved.count(chr(10))} points, found {lines}; restored from the checkpoint"
+        return f"{path}: expected {counted(saved.count(chr(10)), 'point')}, found {lines}; restored from the checkpoint"
     damaged = path.with_name(f"{path.name}.damaged")
     write_atomic(damaged, found)
     pairs = zip(found.splitlines(), saved.encode().splitlines(), strict=False)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
+from data.prepare import available_cores
 from data.strategy import Strategy
 from model.config import DecoderConfig
 from model.ranges import check_number
 from train.measure import MeasureConfig
 from train.optim import OptimizerConfig
+from train.plain_text import counted
 
 TRAINING_BYTES = 16
 """A parameter's weight, gradient and two moments, float32."""
@@ -54,6 +57,19 @@ def check_settings(config: Any) -> None:
     measure.check_context(data.context_length)
     for mode in {*measure.modes, *measure.live_modes}:
         measure.check_placed(mode, strategy)
+
+
+def use_threads(threads: int | None) -> None:
+    """Have torch compute with so many threads, where a number is given; a word where they are more than the cores."""
+    import torch
+
+    if threads is None:
+        return
+    check_number("threads", threads, least=1)
+    if threads > (cores := available_cores()):
+        line = f"threads: {threads} share the {counted(cores, 'core')} of this process, which is slower than {cores}"
+        print(line, file=sys.stderr)
+    torch.set_num_threads(threads)
 
 
 def micro_batches(global_batch: int, micro_batch: int | None, processes: int) -> int:

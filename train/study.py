@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from train import rundir
+from train.arguments import PlainParser
 from train.arms import LOG, SECONDS_FOR_THE_DEAD, ArmRun, check_configs, conclude, hold, make_ready, plan
 from train.study_file import StudyConfig, load_study
 
@@ -26,7 +27,7 @@ SECONDS_BETWEEN_LOOKS = 2.0
 
 def build_parser(command: str) -> argparse.ArgumentParser:
     """Options of `sinkbed study`."""
-    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("study", type=Path, help="study file, such as configs/study/packing.yaml")
     parser.add_argument("--size", help="one of the file's sizes (default: demo)")
     parser.add_argument("--workers", type=int, help="arms at a time on this machine (default: the file's, or by cores)")

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train import rundir
+from train.plain_text import counted
+from train.progress import loading
+from train.results import MODE_LABELS
 from train.yaml_files import read_mapping
 
 if TYPE_CHECKING:
@@ -56,7 +59,8 @@ def find_run(path: Path) -> tuple[Path, Path]:
 def open_run(path: Path) -> tuple[dict[str, Any], Path]:
     """What the checkpoint of `find_run` holds, and the run directory. Raises ValueError where it does not load."""
     checkpoint, folder = find_run(path)
-    from train.checkpoint import load_checkpoint
+    with loading("torch"):
+        from train.checkpoint import load_checkpoint
 
     return load_checkpoint(checkpoint, option="the path"), folder
 
@@ -79,11 +83,9 @@ def run_tokenizer(identity: dict[str, Any], store: Path | None) -> Tokenizer:
 
 def measurement_table(step: int, results: dict[InferenceMode, ModeResult], sink_tokens: int) -> str:
     """The figures of one measurement, a line for each inference mode."""
-    from train.results import MODE_LABELS
-
     documents = next(iter(results.values())).documents
     lines = [
-        f"step {step}, {documents} documents, T = {sink_tokens}, eps 0.3",
+        f"step {step}, {counted(documents, 'document')}, T = {sink_tokens}, eps 0.3",
         f"{'input':26}{'sink rate %':>12}{'sink mass':>11}{'loss':>8}{'bits/byte':>11}",
     ]
     for mode, result in results.items():
@@ -97,11 +99,11 @@ def measurement_table(step: int, results: dict[InferenceMode, ModeResult], sink_
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Parse, measure, print a table."""
-    import argparse
+    from train.arguments import PlainParser
 
-    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run", type=Path, help="run directory, or a checkpoint inside one")
-    parser.add_argument("--modes", nargs="+", help="inference modes (default: the run's)")
+    parser.add_argument("--modes", nargs="+", choices=list(MODE_LABELS), help="inference modes (default: the run's)")
     parser.add_argument("--documents", type=int, help="documents of the probe set (default: the run's)")
     parser.add_argument("--store", type=Path, help="token store (default: the run's)")
     parser.add_argument("--threads", type=int, help="CPU threads")
@@ -109,11 +111,10 @@ def run(command: str, argv: Sequence[str]) -> int:
     arguments = parser.parse_args(list(argv))
 
     checkpoint, folder = open_run(arguments.run)  # first: a path that is none is answered before torch is imported
-    import torch
-
     from data.store import TokenStore
     from train.measure import MeasureConfig, Probe, check_modes, measure
     from train.progress import Steps
+    from train.settings import use_threads
 
     config = read_mapping(folder / rundir.CONFIG)
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["measure"].items()}
@@ -122,9 +123,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     if arguments.modes is not None:
         settings |= {"modes": check_modes(arguments.modes)}
     measuring = MeasureConfig(**settings)
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-
+    use_threads(arguments.threads)
     decoder, strategy = load_decoder(checkpoint)
     identity = checkpoint["sinkbed"]
     run_tokenizer(identity, arguments.store)
@@ -143,8 +142,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     print(measurement_table(checkpoint["global_step"], results, measuring.sink_tokens))
     if len(probe.documents) < measuring.documents:
         print(
-            f"asked for {measuring.documents} documents; the validation split has {len(probe.documents)} of at least "
-            f"{measuring.sink_tokens} tokens"
+            f"asked for {counted(measuring.documents, 'document')}; the validation split has {len(probe.documents)} of "
+            f"at least {measuring.sink_tokens} tokens"
         )
     if arguments.json is not None:
         rundir.write_json(arguments.json, {mode: dataclasses.asdict(r) for mode, r in results.items()}, seal=False)
