@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from data.manifest import Manifest
 from model.ranges import check_number
@@ -23,20 +24,28 @@ def run(command: str, argv: Sequence[str]) -> int:
 
 
 def check_values(command: str, argv: Sequence[str]) -> None:
-    """Refuse a value that is not of its key's type, as far as the type is one of plain values, and a token store that
-    is not there."""
+    """Refuse a value that is not of its key's type, as far as the type is one of plain values, and a checkpoint or a
+    token store that is not there."""
     keys = fit_keys()
+    plain: list[str] = []
+    rest: list[str] = []  # groups of keys and parts of values, which the parser with all types knows
+    to = plain
+    for argument in argv:
+        if argument == "--trust_config":
+            continue
+        if argument.startswith("--"):
+            to = plain if argument.partition("=")[0][2:] in (*keys, "config") else rest
+        to.append(argument)
     parser = ShortParser(prog=f"sinkbed {command}")
     parser.add_argument("--config", action="config")
     for key, (kind, required) in keys.items():
-        parser.add_argument(f"--{key}", type=kind, required=required)
-    plain, keep = [], True
-    for argument in argv:
-        if argument.startswith("--"):  # the value of another one, such as trainer.callbacks.init_args.…, goes with it
-            keep = argument.partition("=")[0][2:] in (*keys, "config")
-        if keep:
-            plain.append(argument)
+        parser.add_argument(f"--{key}", type=kind, required=required and not rest)
     settings = parser.parse_args(plain)
     if type(settings.seed_everything) is int:
         check_number("seed_everything", settings.seed_everything, least=0, below=2**32)
-    Manifest.read(settings.data.store)
+    for key, kinds in (("ckpt_path", "last, auto or a checkpoint of this run"), ("fork", "a run or its checkpoint")):
+        path = settings[key]
+        if path not in (None, "last", "auto") and not Path(path).expanduser().exists():
+            raise FileNotFoundError(f"--{key} {path}: expected {kinds}, found nothing there")
+    if settings.data.store is not None:
+        Manifest.read(settings.data.store)

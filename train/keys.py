@@ -118,15 +118,16 @@ def is_known(key: str, keys: Collection[str]) -> bool:
 
 
 def wrong_keys(path: Path, keys: Collection[str]) -> Iterator[str]:
-    """What is wrong with each key of a YAML file that is not among `keys`, or a group of them and empty, with its
-    line."""
+    """What is wrong with each key of a YAML file that is not among `keys`, or a group of them without keys of its
+    own, with its line."""
     lines = key_lines(path)
     for key, line in lines.items():
         if not is_known(key, keys):
             yield f"{path}, line {line}: {unknown(key, keys)}"
     for key, value in leaves(read_mapping(path)):
-        if value is None and key not in keys and any(other.startswith(f"{key}.") for other in keys):
-            yield f"{path}, line {lines[key]}: {key}: expected keys below it, found none; give some or remove it"
+        if key not in keys and any(other.startswith(f"{key}.") for other in keys):
+            text = "none" if value is None else repr(str(value)[:60])
+            yield f"{path}, line {lines[key]}: {key}: expected keys below it, found {text}; give some or remove it"
 
 
 def unknown(option: str, keys: Collection[str]) -> str:
@@ -156,12 +157,14 @@ def _same_leaf(key: str, keys: Collection[str]) -> list[str]:
 def located(message: str, argv: Sequence[str]) -> str:
     """A message that begins with a key, with the file and line before it where the key was given in a --config."""
     begins = re.match(r"([\w.]+)[:=]", message)
+    if begins is None or Path(begins[1]).is_file():  # a file that may not even be YAML
+        return message
     place = ""
-    for index, argument in enumerate(argv if begins else ()):
+    for index, argument in enumerate(argv):
         option, _, value = argument.partition("=")
         path = Path(value or " ".join(argv[index + 1 : index + 2]))
-        if begins and option == f"--{begins[1]}":
+        if option == f"--{begins[1]}":
             place = ""
-        elif begins and option == "--config" and path.is_file() and (line := key_lines(path).get(begins[1])):
+        elif option == "--config" and path.is_file() and (line := key_lines(path).get(begins[1])):
             place = f"{path}, line {line}: "
     return f"{place}{message}"

@@ -149,7 +149,7 @@ def _map_figure(modes: Found) -> Figure:
 def _visible(text: str) -> str:
     """A token as a label: no control characters, no dollar that would begin a formula."""
     shown = "".join(c if c.isprintable() and c != "\N{REPLACEMENT CHARACTER}" else "·" for c in text)
-    return drawable(shown.strip()[:14]).replace("$", r"\$") or "␣"
+    return drawable(shown.strip()[:14])[:18].replace("$", r"\$") or "␣"
 
 
 def _norm_figure(modes: Found) -> Figure:

@@ -113,6 +113,9 @@ def test_a_wrong_argument_is_one_short_message(arguments, message, capsys, tmp_p
         ("model: {decoder: {layers: two}}\n", [], "run.yaml, line 1: model.decoder.layers: expected int, found 'two'"),
         ("threads: 1\n", ["--config", str(ROOT / "configs/run/demo.yaml"), "--data.store", "nowhere"], "no token store "
          "at nowhere"),
+        ("model: {decoder: shape.yaml}\n", [], "line 1: model.decoder: expected keys below it, found 'shape.yaml'"),
+        ("threads: 1\n", ["--config", str(ROOT / "configs/run/demo.yaml"), "--fork", "nowhere"], "--fork nowhere: "
+         "expected a run or its checkpoint, found nothing there"),
         ("threads: 1\n", [], "expected a value for model.decoder.layers"),
         ("", [], "expected keys such as model, data, trainer; found an empty file"),
     ],
