@@ -172,7 +172,7 @@ def test_resuming_with_other_figures_is_refused(fit, capsys, monkeypatch):
 def test_a_checkpoint_of_another_run_is_refused(fit, capsys):
     _, folder = fit()
     status, other = fit("--ckpt_path", str(folder / "checkpoints" / "step-0000004.ckpt"), run_dir="other")
-    assert "expected a checkpoint of this run" in refused(capsys, status)
+    assert "expected last, auto or a checkpoint of this run" in refused(capsys, status)
     assert not other.exists()
 
 
@@ -524,8 +524,6 @@ def test_validate_gives_the_numbers_of_the_final_measurement(fit, capsys, tmp_pa
     early = folder / "checkpoints" / "step-0000003.ckpt"
     assert main(["validate", str(early), "--modes", "as_trained", "random_first", "--documents", "2"]) == 0
     assert "step 3, 2 documents" in capsys.readouterr().out
-    assert main(["validate", str(folder), "--modes", "boss"]) == 1
-    assert "found 'boss'" in capsys.readouterr().err
     assert main(["validate", str(tmp_path)]) == 1
     assert "expected a run directory" in capsys.readouterr().err
 

@@ -198,7 +198,7 @@ def test_an_earlier_report_is_replaced_whole_or_not_at_all(run_dir, tmp_path, ca
         (["--out", "FILE/x"], "which cannot be written to"),
         (["--measure", "streaming", "--modes", "first_key_masked"], "expected a mode besides first_key_masked"),
         (["--measure", "rank", "--sink_tokens", "7"], "--sink_tokens: found 7, expected at least 8"),
-        (["--threads", "0"], "--threads: found 0, expected at least 1"),
+        (["--threads", "0"], "threads: expected at least 1, found 0"),
         (["--cache", "0"], "--cache: found 0, expected at least 1"),
         (["--prompts", "EMPTY"], "expected a document a line, found an empty file"),
     ],
