@@ -219,7 +219,8 @@ def test_a_message_does_not_hang_on_the_bar(fit, capsys, monkeypatch):
 
     monkeypatch.setattr(SinkbedModule, "training_step", fail)
     fit("--trainer.enable_progress_bar", "true")
-    assert "\nsinkbed fit: a fault" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert said.err.endswith("sinkbed fit: a fault\n") and "train:" in said.out and said.out.endswith("\n")
 
 
 def start(fit, folder, *extra):
