@@ -71,8 +71,8 @@ class ShortErrors:
 
     def parse_args(self, args: Any = None, namespace: Any = None, **more: Any) -> Any:
         """As every parser does it."""
-        self.argv = sys.argv[1:] if args is None else list(args)
-        return super().parse_args(self.argv, namespace, **more)  # type: ignore[misc]
+        self.argv = self.argv if args is None else list(args)
+        return super().parse_args(args, namespace, **more)  # type: ignore[misc]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and how to learn more; exit with status 2."""

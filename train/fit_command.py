@@ -19,7 +19,9 @@ def run(command: str, argv: Sequence[str]) -> int:
         check_values(command, argv)
     with loading("torch and Lightning"):
         from train.fit import run as fit
+    from train.trainer_settings import ShortLightningParser
 
+    ShortLightningParser.argv = argv  # Lightning has it parse sys.argv; of the arms of a study there is no such file
     return fit(command, argv)
 
 
