@@ -293,8 +293,8 @@ LINES = "one\u2028 \x85 \x0c \x1d\r two\r\n\r\n \t\nthree\nfour\n\n\nfive"
 CUTS: dict[str, tuple[Any, list[str]]] = {
     "file": ("file", [LINES]),
     "line": ("line", ["one\u2028 \x85 \x0c \x1d\r two", "three", "four", "five"]),
-    "blank_line": ("blank_line", ["one\u2028 \x85 \x0c \x1d\r two\r\n", "three\nfour\n", "five"]),
-    "separator": (Separator(separator="r\n\n"), [LINES.split("r\n\n")[0], "\nfive"]),
+    "blank_line": ("blank_line", ["one\u2028 \x85 \x0c \x1d\r two", "three\nfour", "five"]),
+    "separator": (Separator(separator="r\n\n"), [LINES.replace("\r\n", "\n").split("r\n\n")[0], "five"]),
 }
 
 
@@ -308,6 +308,30 @@ def test_a_text_is_cut_into_documents_as_the_source_says(
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(LINES.encode()))
     source = Source(kind="text", files=str(tmp_path / "*"), split=split, shuffle_seed=None, streaming=True)
     assert list(Documents(source)) == expected * 2
+
+
+PARAGRAPHS = {
+    "line": ("line", "one\ntwo\none\ntwo"),
+    "blank_line": ("blank_line", "one\nmore\n\ntwo\n\n\none\nmore\n\ntwo\n"),
+    "separator line": (Separator(separator="<|end|>"), "one\nmore\n<|end|>\ntwo<|end|>\none\nmore\n<|end|>two\n"),
+    "empty lines": (Separator(separator="\n\n"), "one\nmore\n\ntwo\n\none\nmore\n\ntwo\n"),
+    "windows separator": (Separator(separator="\r\n--\r\n"), "one\nmore\n--\ntwo\n--\none\nmore\n--\ntwo"),
+}
+
+
+@pytest.mark.parametrize(("split", "content"), PARAGRAPHS.values(), ids=PARAGRAPHS.keys())
+@pytest.mark.parametrize("block", [1, 3, 2**20])
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["LF", "CRLF"])
+def test_a_paragraph_is_the_same_document_wherever_it_stands_and_however_lines_end(
+    split: Any, content: str, block: int, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: all documents of a file but the last kept the end of their line, so that equal ones were told apart."""
+    monkeypatch.setattr(records, "_TABLE_BYTES", block)
+    (tmp_path / "a.txt").write_bytes(content.replace("\n", end).encode())
+    source = Source(kind="text", files=str(tmp_path / "a.txt"), split=split, shuffle_seed=None, streaming=True)
+    documents = list(Documents(source))
+    first = "one" if split == "line" else "one\nmore"
+    assert documents == [first, "two", first, "two"]
 
 
 def test_a_bad_document_of_a_text_is_named_by_its_line(tmp_path: Path) -> None:
