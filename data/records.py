@@ -122,13 +122,13 @@ def read_records(
     try:
         with raw or _opened(path) as file, decompressed(file, name) as stream:
             if format == "text" and split == "file":
-                yield _decoded(stream.read(), name)
+                yield decoded(stream.read(), name)
                 return
             if format == "text":
                 what = "line" if split == "line" else "document"
                 for content in cut(stream, split):  # not by `enumerate`, which would keep a long one
                     number += 1
-                    record = _decoded(content, f"{name}, {what} {number}", marked=number == 1)
+                    record = decoded(content, f"{name}, {what} {number}", marked=number == 1)
                     del content
                     yield record
                 return
@@ -222,7 +222,7 @@ def _parquet_tables(file: IO[bytes], name: str, column: str) -> Iterator[pa.Tabl
             texts.validate(full=True)
         except pa.ArrowInvalid:  # bytes that are no UTF-8 somewhere
             raws = enumerate(texts.cast(pa.large_binary()).to_pylist(), number + 1)
-            yield _table([_decoded(raw or b"", f"{name}, record {index}", marked=False) for index, raw in raws])
+            yield _table([decoded(raw or b"", f"{name}, record {index}", marked=False) for index, raw in raws])
         else:
             nothing = pa.nulls(len(texts), pa.string())
             yield pa.table({"text": texts, "problem": nothing, "at": nothing}, schema=FEATURES.arrow_schema)
@@ -243,7 +243,8 @@ def decompressed(file: IO[bytes], name: str) -> Any:
     return file
 
 
-def _decoded(content: bytes, where: str, marked: bool = True) -> Record:
+def decoded(content: bytes, where: str, marked: bool = True) -> Record:
+    """A document of these bytes; `marked`: it may begin with a byte order mark."""
     try:
         return Record(content.decode("utf-8-sig" if marked else "utf-8"))
     except UnicodeDecodeError as error:
