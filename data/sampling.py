@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from data.recipe import PrepareConfig
 from data.records import COMPRESSED, Record, cut, decoded, read_records
-from data.sources import Documents, Separator, SingleSource, Source, matching
+from data.sources import Documents, Separator, SingleSource, Source, local_files
 
 S = TypeVar("S", bound=SingleSource)
 
@@ -111,7 +111,7 @@ class Sample:
                 yield record.text
 
     def _read_files(self, source: SingleSource, budget: int) -> Part:
-        files = matching(source.patterns)
+        files = local_files(source)
         sizes = np.array([os.path.getsize(file) for file in files])
         compressed = np.array([file.endswith(COMPRESSED) for file in files])
         one_a_file = source.kind == "text" and source.split in (None, "file")
@@ -200,7 +200,7 @@ class Sample:
         """Row groups of Parquet files; None where they are few enough to read them all, or tell nothing."""
         column = source.column or "text"
         groups: list[tuple[str, int, int, int]] = []
-        for file in matching(source.patterns):
+        for file in local_files(source):
             try:
                 metadata = pq.read_metadata(file)
             except pa.ArrowException:

@@ -21,7 +21,7 @@ from datasets import config as datasets_config
 
 from data import records
 from data.records import Record, read_records
-from data.sources import Documents, Separator, Source
+from data.sources import Documents, Separator, Source, identity
 
 TEXTS = [f"document {i}: été\u2028 \x85 \U0001f600" for i in range(50)]  # with line ends that are none in JSONL
 
@@ -325,7 +325,7 @@ PARAGRAPHS = {
 def test_a_paragraph_is_the_same_document_wherever_it_stands_and_however_lines_end(
     split: Any, content: str, block: int, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Regression: all documents of a file but the last kept the end of their line, so that equal ones were told apart."""
+    """Regression: documents kept the end of their line but for the last of a file: equal ones were told apart."""
     monkeypatch.setattr(records, "_TABLE_BYTES", block)
     (tmp_path / "a.txt").write_bytes(content.replace("\n", end).encode())
     source = Source(kind="text", files=str(tmp_path / "a.txt"), split=split, shuffle_seed=None, streaming=True)
@@ -341,15 +341,30 @@ def test_a_bad_document_of_a_text_is_named_by_its_line(tmp_path: Path) -> None:
     assert list(documents) == ["good", "good"]
 
 
-def test_a_folder_is_answered_with_the_glob_to_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_all_files_below_it_where_they_are_of_one_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "books" / "deep").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=r"found the folder .*/books; give a glob such as '.*/books/\*\*/\*'"):
-        Documents(Source(kind="text", files="~/books")).count()
-    for name in ("a.txt.gz", "deep/b.txt.gz", "readme.md"):
-        (tmp_path / "books" / name).write_bytes(gzip.compress(b"text"))
-    with pytest.raises(FileNotFoundError, match=r"give a glob such as '.*/books/\*\*/\*\.txt\.gz'") as refused:
-        Documents(Source(kind="text", files="~/books")).count()
+    source = Source(kind="text", files="~/books", shuffle_seed=None)
+    with pytest.raises(FileNotFoundError, match=r"no file matches '.*/books'"):
+        Documents(source).count()
+    for name in ("c 1.5.txt.gz", "deep/b.txt.gz", "a.txt.gz", ".hidden.cfg"):
+        (tmp_path / "books" / name).write_bytes(gzip.compress(name.encode()))
+    assert list(Documents(source)) == ["a.txt.gz", "c 1.5.txt.gz", "deep/b.txt.gz"]
+    assert Documents(Source(kind="text", files="~/books/**/*.txt.gz")).count() == 3, "`~` is the home folder"
+    (tmp_path / "books" / "readme.md").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"found 3 \.txt\.gz, 1 \.md; give a glob such as") as refused:
+        Documents(source).count()
     [glob] = re.findall("such as '(.*)'", str(refused.value))
-    assert Documents(Source(kind="text", files=glob)).count() == 2
-    assert Documents(Source(kind="text", files="~/books/**/*.txt.gz")).count() == 2, "`~` is the home folder"
+    assert Documents(Source(kind="text", files=glob)).count() == 3
+
+
+def test_files_of_another_kind_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    for name, content, message in (
+        ("a.txt", b"%PDF-1.7\n", "found a PDF; extract its text first"),
+        ("a.jsonl.gz", b"", "found JSONL by its name; use `sinkbed prepare --config configs/data/local_jsonl.yaml"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            identity(Source(kind="text", files=str(tmp_path / name)))

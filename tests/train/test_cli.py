@@ -211,19 +211,23 @@ def test_the_example_for_local_text_holds_for_every_format_it_names(tmp_path, mo
     texts = [f"document {i} " * 20 for i in range(300)]
     Path("a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     pq.write_table(pa.table({"text": texts}), "a.parquet")
+    Path("books").mkdir()
     for i, text in enumerate(texts):
-        Path(f"{i:03}.txt").write_text(text)
+        Path(f"books/{i:03}.txt").write_text(text)
     trained = Tokenizer.train(texts, vocab_size=300)
     trained.backend.save("gpt2.json")
-    example = ["prepare", "--config", str(ROOT / "configs/data/local_jsonl.yaml"), "--quiet"]
     loaded = ["--tokenizer.vocab_size", "null", "--tokenizer.train_bytes", "null", "--tokenizer.path", "gpt2.json"]
-    for out, options in {
-        "jsonl": ["--source.files", "*.jsonl"],
-        "parquet": ["--source.files", "*.parquet", "--source.kind", "parquet"],
-        "text": ["--source.files", "*.txt", "--source.kind", "text", "--source.column", "null"],
-        "loaded": ["--source.files", "*.jsonl", *loaded, "--tokenizer.bos", "<bos>", "--tokenizer.eos", "<eos>"],
+    for out, (kind, *options) in {
+        "1": ("jsonl", "*.jsonl"),
+        "2": ("parquet", "*.parquet"),
+        "3": ("text", "books", "--source.split", "file"),
+        "4": ("jsonl", "*.jsonl", *loaded, "--tokenizer.bos", "<bos>", "--tokenizer.eos", "<eos>"),
     }.items():
-        assert main([*example, "--out", out, *options]) == 0, capsys.readouterr().err
+        config = str(ROOT / f"configs/data/local_{kind}.yaml")
+        shares = ["--validation_share", "0.05"]  # of so few documents
+        assert (
+            main(["prepare", "--config", config, "--quiet", "--out", out, *shares, "--source.files", *options]) == 0
+        ), capsys.readouterr().err
         assert TokenStore.open(Path(out), "train").documents > 250
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data.manifest import Manifest
@@ -109,6 +113,27 @@ def test_a_full_disk_is_told_in_the_words_of_preparing(
     monkeypatch.setattr("data.prepare.prepare", lambda *_, **__: (_ for _ in ()).throw(DiskFullError(28, "kept in x")))
     assert main(command) == 1
     assert capsys.readouterr().err.strip().endswith("sinkbed prepare: kept in x")
+
+
+@pytest.mark.parametrize("end", ["parquet", "jsonl"])
+def test_the_advice_for_files_given_as_text_works(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Regression: to set source.kind, as was advised, led into a refusal of source.split; JSONL became documents."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.chdir(Path(__file__).parents[2])
+    texts = [f"document {i} with a few words" for i in range(60)]
+    if end == "parquet":
+        pq.write_table(pa.table({"text": texts}), tmp_path / "a mine.parquet")
+    else:
+        (tmp_path / "a mine.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = ["--out", str(tmp_path / "store"), "--validation_share", "0", "--workers", "1", "--quiet"]
+    wrong = ["prepare", "--config", "configs/data/local_text.yaml", "--source.files", str(tmp_path / "*"), *options]
+    for dry_run in ([], ["--dry_run"]):
+        assert main([*wrong, *dry_run]) == 1
+        [advice] = re.findall("use `sinkbed (.*)`", capsys.readouterr().err)
+    assert main([*shlex.split(advice), *options]) == 0
+    assert Manifest.read(tmp_path / "store").splits["train"].documents == 60
 
 
 def test_workers_below_one_are_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
