@@ -59,7 +59,10 @@ def refuse(program: str, message: str) -> NoReturn:
 
 
 class ShortErrors:
-    """Mixin for parsers of jsonargparse: no usage of a hundred lines before the error."""
+    """Mixin for parsers of jsonargparse: no usage of a hundred lines before the error, no key by its beginning."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and how to learn more; exit with status 2."""

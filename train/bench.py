@@ -49,16 +49,22 @@ def run(command: str, argv: Sequence[str]) -> int:
     """Parse and run one benchmark."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog=f"sinkbed {command}", allow_abbrev=False, description=(__doc__ or "").split("\n")[0]
+    )
     benches = parser.add_subparsers(dest="bench", metavar="BENCH", required=True)
-    one = benches.add_parser("training", help="training step against Hugging Face's Llama at the same shape")
+    one = benches.add_parser(
+        "training", allow_abbrev=False, help="training step against Hugging Face's Llama at the same shape"
+    )
     one.add_argument("--config", type=Path, default=Path("configs/run/demo.yaml"), help="run config with the shape")
     one.add_argument("--vocab_size", type=int, default=512)
     one.add_argument("--threads", type=int, default=1)
     one.add_argument("--repeats", type=int, default=30)
     one.add_argument("--compile", action="store_true", help="also both under torch.compile (needs a C++ compiler)")
     one.add_argument("--profile", action="store_true", help="print where our step spends its time")
-    two = benches.add_parser("attention", help="the attention operator against SDPA, FlexAttention and others")
+    two = benches.add_parser(
+        "attention", allow_abbrev=False, help="the attention operator against SDPA, FlexAttention and others"
+    )
     two.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     two.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16; float32 on a CPU")
     two.add_argument("--layouts", nargs="+", choices=("causal", "even", "mixed"), default=["causal", "mixed"])
@@ -71,7 +77,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     two.add_argument("--repeats", type=int, default=11)
     two.add_argument("--csv", type=Path, help="write every figure to this file")
     two.add_argument("--plot", type=Path, help="write a plot over T to this PNG")
-    three = benches.add_parser("data", help="from token store to batches: loader, packing, memory")
+    three = benches.add_parser("data", allow_abbrev=False, help="from token store to batches: loader, packing, memory")
     parts = ("loader", "packing", "memory")
     three.add_argument("--parts", nargs="+", choices=parts, default=["loader", "packing"])
     three.add_argument("--config", type=Path, default=Path("configs/run/demo.yaml"), help="run config")
@@ -86,13 +92,15 @@ def run(command: str, argv: Sequence[str]) -> int:
     three.add_argument(
         "--scratch", type=Path, help="memory: where the stores are generated (default: a temporary folder)"
     )
-    four = benches.add_parser("checkpoint", help="what saving costs, and how long resuming takes")
+    four = benches.add_parser("checkpoint", allow_abbrev=False, help="what saving costs, and how long resuming takes")
     four.add_argument("--config", type=Path, default=Path("configs/run/120m.yaml"), help="run config to save")
     four.add_argument("--vocab_size", type=int, default=32_000)
     four.add_argument("--step_seconds", type=float, default=2.0, help="time of an optimizer step where it is trained")
     four.add_argument("--resume", type=Path, help="also train a third of this run config, and resume it early and late")
     four.add_argument("--repeats", type=int, default=5)
-    five = benches.add_parser("prepare", help="documents to tokens on disk, against datasets.map and litdata")
+    five = benches.add_parser(
+        "prepare", allow_abbrev=False, help="documents to tokens on disk, against datasets.map and litdata"
+    )
     five.add_argument("--file", type=Path, help="JSONL with the document under `text` (default: the demo corpus)")
     five.add_argument("--copies", type=int, default=1, help="how often to write the corpus out")
     five.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: one is trained on the corpus, untimed)")
@@ -102,7 +110,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     five.add_argument("--workers", type=int, default=2, help="threads or processes of each contender")
     five.add_argument("--repeats", type=int, default=5)
     five.add_argument("--folder", type=Path, help="where temporary files go (default: the system's)")
-    six = benches.add_parser("metering", help="measuring a model: against eager attention, and the sampled Jacobian")
+    six = benches.add_parser(
+        "metering", allow_abbrev=False, help="measuring a model: against eager attention, and the sampled Jacobian"
+    )
     kinds = ("eager", "modes", "jacobian")
     six.add_argument("--parts", nargs="+", choices=kinds, default=kinds)
     six.add_argument("--layers", type=int, default=30, help="of the Llama; eager keeps 4·heads·T² bytes a layer")

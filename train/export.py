@@ -19,7 +19,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     """Parse and export."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog=f"sinkbed {command}", allow_abbrev=False, description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("run", type=Path, help="run directory, or a checkpoint inside one")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; it must not hold anything yet")
     parser.add_argument("--store", type=Path, help="token store with the run's tokenizer (default: the run's)")

@@ -21,7 +21,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     import argparse
     from pathlib import Path
 
-    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog=f"sinkbed {command}", allow_abbrev=False, description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("model", help="run directory, checkpoint, Hugging Face folder or hub name")
     parser.add_argument("--prompt", default="", help="text to go on from (default: none)")
     parser.add_argument("--tokens", type=int, default=100, help="tokens to write at most; it ends before with EOS")

@@ -167,7 +167,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     from kernels.tiles import HEAD_DIMS
 
     archs = tuple(CHIPS)
-    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").replace("\n", " "))
+    parser = argparse.ArgumentParser(
+        prog=f"sinkbed {command}", allow_abbrev=False, description=(__doc__ or "").replace("\n", " ")
+    )
     parser.add_argument("--arch", nargs="+", choices=archs, default=archs, help="GPUs (default: all)")
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS, help="default: all")
     parser.add_argument("--mask", nargs="+", choices=MASKS, default=("document",), help="default: document")

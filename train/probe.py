@@ -25,7 +25,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     """Parse, measure, print tables, write what was asked for."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog=f"sinkbed {command}", allow_abbrev=False, description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("model", help="run directory, checkpoint, Hugging Face folder or hub name")
     text = parser.add_argument_group("text")
     text.add_argument("--prompts", type=Path, help="a JSONL file (column text), or a document a line")

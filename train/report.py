@@ -155,7 +155,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     from train.study import chosen
     from train.study_file import StudyConfig
 
-    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog=f"sinkbed {command}", allow_abbrev=False, description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("what", type=Path, nargs="+", help="study files, or folders of runs or studies")
     parser.add_argument("--size", help="of study files: one of their sizes (default: demo)")
     parser.add_argument(

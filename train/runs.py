@@ -18,7 +18,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     """Parse and print a line a run. Exit status 1 where there is none."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog=f"sinkbed {command}", allow_abbrev=False, description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="where to look (default: runs)")
     folder = parser.parse_args(list(argv)).folder
     if not folder.is_dir():

@@ -99,7 +99,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     """Parse, measure, print a table."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog=f"sinkbed {command}", allow_abbrev=False, description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("run", type=Path, help="run directory, or a checkpoint inside one")
     parser.add_argument("--modes", nargs="+", help="inference modes (default: the run's)")
     parser.add_argument("--documents", type=int, help="documents of the probe set (default: the run's)")

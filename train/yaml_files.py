@@ -98,7 +98,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """The keys of a YAML file. Raises ValueError for a file that holds something else."""
     content = read_yaml(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected keys such as model, data, trainer; found {str(content)[:60]!r}")
+        raise ValueError(f"{path}: expected YAML with keys, such as the files in configs/; found {str(content)[:60]!r}")
     return content
 
 
