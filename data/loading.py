@@ -26,6 +26,7 @@ from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.parquet.parquet import Parquet
+from tqdm import tqdm
 
 from data.demo import demo_texts
 from data.manifest import sha256_file
@@ -211,7 +212,7 @@ def _opened(builder: Any, source: SingleSource, split: str) -> Any:
     if source.streaming:
         return builder.as_streaming_dataset(split=split)
     if not os.path.exists(builder.cache_dir):
-        print(
+        tqdm.write(
             f"copying {describe(source)} to {builder.cache_dir}, where `datasets` keeps it; HF_DATASETS_CACHE puts it "
             "elsewhere, source.streaming: true makes no copy",
             file=sys.stderr,

@@ -104,7 +104,7 @@ class Sample:
         """The texts of records; what has none is counted, or refused."""
         for record in records:
             if record.problem and self._config.on_error == "refuse":
-                raise ValueError(f"{record.at}; or leave such records out with --on_error skip")
+                raise ValueError(f"{record.at}; to leave such records out: --on_error skip")
             if record.problem or not record.text or record.text.isspace():
                 self.left_out[record.problem or "empty"] += 1
             else:

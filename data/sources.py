@@ -189,7 +189,7 @@ class Documents:
             for index, text in enumerate(texts):
                 if problems and problems[index]:
                     if self.on_error == "refuse":
-                        raise ValueError(f"{batch['at'][index]}; or leave such records out with --on_error skip")
+                        raise ValueError(f"{batch['at'][index]}; to leave such records out: --on_error skip")
                     left_out[problems[index]] += 1
                 elif text is not None and not isinstance(text, str):
                     raise ValueError(
