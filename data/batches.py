@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from data.layout import Concat, Layout, Planned
+from data.manifest import counted
 from data.order import permute
 from data.packing import Row, has_first_token, pack, random_tokens
 from data.plan import Plan, Recipe
@@ -93,8 +94,8 @@ class Rows(Dataset[Batch]):
         if not self.layout.rows:
             raise SplitTooShort(
                 f"context_length {context_length} but the split {store.split!r} has only {store.tokens:,} tokens "
-                f"in {store.documents:,} documents, not one complete row; shorten the context or prepare a larger "
-                "token store"
+                f"in {counted(store.documents, 'document')}, not one complete row; shorten the context or prepare a "
+                "larger token store"
             )
         if unique_rows is not None and not 1 <= unique_rows <= self.layout.rows:
             raise ValueError(

@@ -217,6 +217,11 @@ def differing(found: Any, expected: Any) -> str:
     return listed + (f"; and {len(leaves) - 4} more" if len(leaves) > 4 else "")
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 document`, `2,000 documents`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def sha256_json(value: Any) -> str:
     """sha256 of the canonical JSON: blind to white space and to the order of keys."""
     return hashlib.sha256(canonical_json(value)).hexdigest()

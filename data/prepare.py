@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.manifest import MANIFEST_NAME, Manifest, differing
+from data.manifest import MANIFEST_NAME, Manifest, counted, differing
 from data.recipe import (
     SHARD_BYTES,
     TRAIN_BYTES,
@@ -135,9 +135,10 @@ def _fill(config: PrepareConfig, recipe: dict[str, Any], units: Units, workers: 
     if not written["train"] or (config.validation_share and not written["validation"]):
         units.partial.discard()
         raise ValueError(
-            f"validation_share: found {config.validation_share}, which splits the corpus into {written['train']} "
-            f"training and {written['validation']} validation documents; expected both to hold some: change it, or "
-            "set it to 0"
+            f"validation_share: found {config.validation_share}, which splits the corpus into "
+            f"{counted(written['train'], 'training document')} and "
+            f"{counted(written['validation'], 'validation document')}; expected both to hold some: change it, or set "
+            "it to 0"
         )
     left_out = documents.left_out + selected.left_out
     return units.partial.publish(manifest_of(recipe, tokenizer, shards, left_out), FORGOTTEN)

@@ -64,10 +64,13 @@ def refuse(program: str, message: str) -> NoReturn:
 
 
 class ShortErrors:
-    """Mixin for parsers: no usage of a hundred lines before the error."""
+    """Mixin for parsers: no usage of a hundred lines before the error, no key by its beginning."""
 
     argv: Sequence[str] = ()
     """What is parsed; a file among it is named where a key in it is at fault."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def parse_args(self, args: Any = None, namespace: Any = None, **more: Any) -> Any:
         """As every parser does it."""
@@ -92,11 +95,7 @@ class ShortParser(ShortErrors, ArgumentParser):  # type: ignore[misc]
 
 
 class PlainParser(ShortErrors, argparse.ArgumentParser):  # type: ignore[misc]
-    """For commands without; an option is written out."""
-
-    def __init__(self, **named: Any) -> None:
-        """As argparse does it."""
-        super().__init__(**named | {"allow_abbrev": False})
+    """For commands without."""
 
 
 def describe_fields() -> None:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from model.ranges import check_number
 from train.finite import finite
@@ -23,6 +24,7 @@ from train.progress import documents_read
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
     from data.store import TokenStore
     from data.strategy import Strategy
@@ -109,6 +111,12 @@ class MeasureConfig:
         return sorted({0, max_steps} | {round(first * ratio**i) for i in range(points)})
 
 
+def held_out(store: TokenStore, context_length: int, config: MeasureConfig) -> Iterator[NDArray[Any]]:
+    """The first documents of a split with at least `sink_tokens` tokens, as many as are measured, cropped to a row."""
+    rows = (store.slice(index, 0, context_length - 1) for index in range(store.documents))
+    return islice((tokens for tokens in rows if len(tokens) >= config.sink_tokens), config.documents)
+
+
 @dataclass(frozen=True, eq=False)
 class Probe:
     """Held-out documents, cropped to fit a row with room for BOS.
@@ -130,13 +138,7 @@ class Probe:
         import torch
 
         config.check_context(context_length)
-        documents = []
-        for index in range(store.documents):
-            tokens = store.slice(index, 0, context_length - 1)
-            if len(tokens) >= config.sink_tokens:
-                documents.append(torch.from_numpy(tokens.astype("int64")))
-            if len(documents) == config.documents:
-                break
+        documents = [torch.from_numpy(tokens.astype("int64")) for tokens in held_out(store, context_length, config)]
         if not documents:
             raise ValueError(
                 f"measure.sink_tokens={config.sink_tokens}: the validation split has "

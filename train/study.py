@@ -65,10 +65,11 @@ def run(command: str, argv: Sequence[str]) -> int:
     warm_up()
     runs = plan(study)
     todo = [r for r in runs if r.status() != "finished"]
-    if todo and (complaint := call(check_configs, todo)):
-        raise ValueError(complaint)
     from train.effects import check_measured
-    from train.planning import check_fits, print_plan
+    from train.planning import check_fits, check_stores, print_plan
+
+    if todo and (complaint := call(check_configs, todo) or call(check_stores, todo)):
+        raise ValueError(complaint)
 
     check_measured(study, runs)
 

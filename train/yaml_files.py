@@ -99,7 +99,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     content = read_yaml(path)
     if not isinstance(content, dict):
         text = "an empty file" if content is None else repr(str(content)[:60])
-        raise ValueError(f"{path}: expected keys such as model, data, trainer; found {text}")
+        raise ValueError(f"{path}: expected YAML with keys, such as the files in configs/; found {text}")
     return content
 
 

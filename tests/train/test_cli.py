@@ -117,7 +117,7 @@ def test_a_wrong_argument_is_one_short_message(arguments, message, capsys, tmp_p
         ("threads: 1\n", ["--config", str(ROOT / "configs/run/demo.yaml"), "--fork", "nowhere"], "--fork nowhere: "
          "expected a run or its checkpoint, found nothing there"),
         ("threads: 1\n", [], "expected a value for model.decoder.layers"),
-        ("", [], "expected keys such as model, data, trainer; found an empty file"),
+        ("", [], "expected YAML with keys, such as the files in configs/; found an empty file"),
     ],
 )  # fmt: skip
 def test_a_typo_is_answered_before_anything_heavy_is_imported(file, options, message, tmp_path):
@@ -226,7 +226,7 @@ def test_prepare_runs_from_its_config(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"{tmp_path}/store: train 2 documents" in shown and "vocabulary 260" in shown and " s\n" in shown
     assert main(["prepare", "--config", str(config)]) == 0
-    assert capsys.readouterr().out.endswith("up to date\n")
+    assert "up to date\n" in capsys.readouterr().out
     assert main(["prepare", "--config", str(config), "--quiet"]) == 0
     assert capsys.readouterr().out == ""
     assert main(["prepare", "--config", str(config), "--quiet", "--tokenizer.vocab_size", "261"]) == 1
@@ -257,19 +257,23 @@ def test_the_example_for_local_text_holds_for_every_format_it_names(tmp_path, mo
     texts = [f"document {i} " * 20 for i in range(300)]
     Path("a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     pq.write_table(pa.table({"text": texts}), "a.parquet")
+    Path("books").mkdir()
     for i, text in enumerate(texts):
-        Path(f"{i:03}.txt").write_text(text)
+        Path(f"books/{i:03}.txt").write_text(text)
     trained = Tokenizer.train(texts, vocab_size=300)
     trained.backend.save("gpt2.json")
-    example = ["prepare", "--config", str(ROOT / "configs/data/local_jsonl.yaml"), "--quiet"]
     loaded = ["--tokenizer.vocab_size", "null", "--tokenizer.train_bytes", "null", "--tokenizer.path", "gpt2.json"]
-    for out, options in {
-        "jsonl": ["--source.files", "*.jsonl"],
-        "parquet": ["--source.files", "*.parquet", "--source.kind", "parquet"],
-        "text": ["--source.files", "*.txt", "--source.kind", "text", "--source.column", "null"],
-        "loaded": ["--source.files", "*.jsonl", *loaded, "--tokenizer.bos", "<bos>", "--tokenizer.eos", "<eos>"],
+    for out, (kind, *options) in {
+        "1": ("jsonl", "*.jsonl"),
+        "2": ("parquet", "*.parquet"),
+        "3": ("text", "books", "--source.split", "file"),
+        "4": ("jsonl", "*.jsonl", *loaded, "--tokenizer.bos", "<bos>", "--tokenizer.eos", "<eos>"),
     }.items():
-        assert main([*example, "--out", out, *options]) == 0, capsys.readouterr().err
+        config = str(ROOT / f"configs/data/local_{kind}.yaml")
+        shares = ["--validation_share", "0.05"]  # of so few documents
+        assert (
+            main(["prepare", "--config", config, "--quiet", "--out", out, *shares, "--source.files", *options]) == 0
+        ), capsys.readouterr().err
         assert TokenStore.open(Path(out), "train").documents > 250
 
 
