@@ -53,15 +53,10 @@ class LayerAttention:
         """Slices of queries and their attention [B, H, M, T], so that T×T is never there at once."""
         for queries in blocks_of(self.q.shape[2], size):
             logits = self.logits(queries)
-            softmax = self.normalizer is None
-            yield (
-                queries,
-                (
-                    (logits - self.lse[:, :, queries, None].float()).exp()
-                    if softmax
-                    else self.normalizer.weights(logits)
-                ),
-            )
+            if self.normalizer is None:
+                yield queries, (logits - self.lse[:, :, queries, None].float()).exp()
+            else:
+                yield queries, self.normalizer.weights(logits)
 
     def received(self) -> Tensor:
         """[B, H, T] attention that each key receives, summed over queries."""

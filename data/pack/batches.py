@@ -27,6 +27,7 @@ from sinkbed.data.pack.methods import PACKINGS
 from sinkbed.data.pack.plan import Plan, Recipe
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.store.token_store import TokenStore
+from sinkbed.plain_text import counted
 
 _BLOCK = 1024
 
@@ -94,8 +95,8 @@ class Rows(Dataset[Batch]):
         if not self.layout.rows:
             raise SplitTooShort(
                 f"context_length {context_length} but the split {store.split!r} has only {store.tokens:,} tokens "
-                f"in {store.documents:,} documents, not one complete row; shorten the context or prepare a larger "
-                "token store"
+                f"in {counted(store.documents, 'document')}, not one complete row; shorten the context or prepare a "
+                "larger token store"
             )
         if unique_rows is not None and not 1 <= unique_rows <= self.layout.rows:
             raise ValueError(

@@ -86,9 +86,8 @@ def estimate(config: PrepareConfig, *, workers: int | None = None, sample_bytes:
     if read_seconds:
         rate = min(rate, size / read_seconds)
     finished = _finished_bytes(config)
-    documents_total, _ = _total(sample, np.ones(len(owners)), owners)
-    if documents_total is not None and all(part.whole or part.records for part in sample.parts) and not left_out:
-        documents_total = sum(part.records or sum(len(s.texts) for s in part.stretches) for part in sample.parts)
+    shares = np.array([stretch.share for stretch in sample.stretches])[owners]
+    documents_total, _ = _total(sample, shares, owners, known=not left_out)
     bytes_total, _ = _total(sample, sizes, owners)
     tokens_total, spread = _total(sample, counts, owners)
     return Estimate(
@@ -111,8 +110,13 @@ def estimate(config: PrepareConfig, *, workers: int | None = None, sample_bytes:
     )
 
 
-def _total(sample: Sample, amounts: np.ndarray, owners: list[int]) -> tuple[float | None, float | None]:
-    """What all parts hold together of what each document has so much of, and the half width of its range as a share."""
+def _total(
+    sample: Sample, amounts: np.ndarray, owners: list[int], known: bool = False
+) -> tuple[float | None, float | None]:
+    """What all parts hold together of what each document has so much of, and the half width of its range as a share.
+
+    `known`: documents are added up, and where a part tells how many records it has, that is how many there are.
+    """
     per_stretch = np.bincount(owners, amounts, minlength=len(sample.stretches))
     total = variance = 0.0
     for part in sample.parts:
@@ -120,7 +124,7 @@ def _total(sample: Sample, amounts: np.ndarray, owners: list[int]) -> tuple[floa
             return None, None
         here, per_stretch = per_stretch[: len(part.stretches)], per_stretch[len(part.stretches) :]
         added, its_variance = part.total(here)
-        total += added
+        total += part.records if known and part.records else added
         variance += its_variance
     spread = 2 * math.sqrt(variance) / max(total, 1.0) if variance == variance else None
     return total, spread

@@ -34,6 +34,7 @@ from sinkbed.data.prepare.recipe import (
 from sinkbed.data.source.documents import Documents
 from sinkbed.data.source.selection import batches, split_of
 from sinkbed.data.store.manifest import MANIFEST_NAME, Manifest
+from sinkbed.plain_text import counted
 
 if TYPE_CHECKING:
     from sinkbed.data.prepare.encoding import Encoded
@@ -136,9 +137,10 @@ def _fill(config: PrepareConfig, recipe: dict[str, Any], units: Units, workers: 
     if not written["train"] or (config.validation_share and not written["validation"]):
         units.partial.discard()
         raise ValueError(
-            f"validation_share: found {config.validation_share}, which splits the corpus into {written['train']} "
-            f"training and {written['validation']} validation documents; expected both to hold some: change it, or "
-            "set it to 0"
+            f"validation_share: found {config.validation_share}, which splits the corpus into "
+            f"{counted(written['train'], 'training document')} and "
+            f"{counted(written['validation'], 'validation document')}; expected both to hold some: change it, or set "
+            "it to 0"
         )
     left_out = documents.left_out + selected.left_out
     return units.partial.publish(manifest_of(recipe, tokenizer, shards, left_out), FORGOTTEN)

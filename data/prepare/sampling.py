@@ -1,9 +1,11 @@
 """Samples of a source, spread over it, from which sizes of the whole are inferred.
 
-A local source is a long row of bytes, file after file. Places at equal distances in it are sampled, a stretch
-of records from each: so a file counts by its size, and a stretch tells what a byte there comes to, in bytes of
-text, documents or tokens. Their mean, times all bytes, is the estimate, and their spread its error. In text
-files and JSONL a stretch begins anywhere, in compressed files and Parquet with the file or the row group.
+A local source is a long row of bytes, file after file, each file cut into cells of equal length. The cells at places
+of equal distance are sampled, so that a file counts by its size; a cell tells what a byte there comes to, in bytes of
+text, documents or tokens. Their mean, times all bytes, is the estimate, and their spread its error. Of a text the
+bytes of a cell are read, of JSONL the records from its beginning on, the lines being counted by themselves at more
+places: records that are met so are longer than others. Of compressed files and row groups of Parquet the beginning is
+read.
 """
 
 from __future__ import annotations
@@ -21,14 +23,17 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
 from sinkbed.data.prepare.recipe import PrepareConfig
-from sinkbed.data.source.documents import Documents, Separator, SingleSource, Source, matching
-from sinkbed.data.source.records import COMPRESSED, Record, read_records
+from sinkbed.data.source.documents import Documents, Separator, SingleSource, Source, local_files
+from sinkbed.data.source.records import COMPRESSED, Record, cut, decoded, read_records
 
 S = TypeVar("S", bound=SingleSource)
 
 _STRETCHES = 256
+_PIECES = 1024  # of texts: they need not be whole, so they may be small
+_LINE_PLACES = 4096
+_LINE_BYTES = 2**14
 _COMPRESSED_STRETCHES = 16
-_COMPRESSED_BYTES = 2**19  # of a compressed file: what its decompressor keeps back at the end is little beside them
+_COMPRESSED_BYTES = 2**20  # of a compressed file: what its decompressor keeps back at the end is little beside them
 
 
 @dataclass
@@ -40,6 +45,8 @@ class Stretch:
     texts: list[str]
     places: int = 1
     """How many of the sampled places fall into it."""
+    share: float = 1.0
+    """Documents that each text stands for: less than one where it is a piece."""
 
 
 @dataclass
@@ -97,14 +104,14 @@ class Sample:
         """The texts of records; what has none is counted, or refused."""
         for record in records:
             if record.problem and self._config.on_error == "refuse":
-                raise ValueError(f"{record.at}; or leave such records out with --on_error skip")
+                raise ValueError(f"{record.at}; to leave such records out: --on_error skip")
             if record.problem or not record.text or record.text.isspace():
                 self.left_out[record.problem or "empty"] += 1
             else:
                 yield record.text
 
     def _read_files(self, source: SingleSource, budget: int) -> Part:
-        files = matching(source.patterns)
+        files = local_files(source)
         sizes = np.array([os.path.getsize(file) for file in files])
         compressed = np.array([file.endswith(COMPRESSED) for file in files])
         one_a_file = source.kind == "text" and source.split in (None, "file")
@@ -113,69 +120,87 @@ class Sample:
             part.whole = True
             part.stretches = [self._stretch(source, file, 0, float("inf")) for file in files]
             return part
-        count = _COMPRESSED_STRETCHES if compressed.mean() > 0.5 else _STRETCHES
-        small: dict[int, Stretch] = {}
+        count = _PIECES if source.kind == "text" else _STRETCHES
+        count = _COMPRESSED_STRETCHES if compressed.mean() > 0.5 else count
+        cells: dict[tuple[int, int], Stretch] = {}
+        lines_are_records = source.kind == "jsonl" and not compressed.any()
         for index, offset in _spread(sizes, count):
-            length = _COMPRESSED_BYTES if compressed[index] else budget // count
-            if index in small:
-                small[index].places += 1
+            file, size = files[index], int(sizes[index])
+            array = source.kind == "jsonl" and not compressed[index] and _is_array(file)
+            lines_are_records &= not array
+            cell, begin, end = _cell(index, offset, size, size if array or compressed[index] else budget // count)
+            if cell in cells:
+                cells[cell].places += 1
                 continue
-            if sizes[index] <= 2 * length or compressed[index]:
-                stretch = small[index] = self._stretch(source, files[index], 0, 2 * length)
-            else:
-                stretch = self._stretch(source, files[index], offset, length)
-            if stretch.size:
-                part.stretches.append(stretch)
-        if len(small) == len(files) and all(sizes[index] == stretch.size for index, stretch in small.items()):
-            part.whole = True
+            cells[cell] = self._stretch(source, file, begin, _COMPRESSED_BYTES if compressed[index] else end)
+        part.stretches = list(cells.values())
+        if lines_are_records:
+            lines = _lines_a_byte(files, sizes) * float(sizes.sum())
+            read, _ = part.total([len(stretch.texts) for stretch in part.stretches])
+            for stretch in part.stretches:
+                stretch.share = lines / max(1.0, read)
+        part.whole = len(cells) == len(files) and all(sizes[i] == stretch.size for (i, _), stretch in cells.items())
         return part
 
-    def _stretch(self, source: SingleSource, file: str, offset: int, length: float) -> Stretch:
-        """Records from the first that begins after `offset`, or at 0, until they have taken `length` bytes."""
+    def _stretch(self, source: SingleSource, file: str, begin: int, end: float) -> Stretch:
+        """Of a text what lies between two offsets, else the records that begin there."""
         size = os.path.getsize(file)
         split = source.split.separator if isinstance(source.split, Separator) else source.split or "file"
-        one_a_file = source.kind == "text" and split == "file"
         compressed = file.endswith(COMPRESSED)
         with open(file, "rb") as opened:
-            if one_a_file and length < size and not compressed:
-                return self._piece(opened, offset, int(length), size)
+            if source.kind == "text" and not compressed and end - begin < size:
+                return self._pieces(opened, file, split, range(begin, int(end)), size)
             raw: IO[bytes] = opened
-            if compressed and length < size and not one_a_file:
-                raw, size = io.BytesIO(opened.read(int(length))), int(length)
-            if offset:
-                raw.seek(offset)
+            if compressed and end < size and not (source.kind == "text" and split == "file"):
+                raw, size = io.BytesIO(opened.read(int(end))), int(end)
+            if begin:
+                raw.seek(begin - 1)
                 raw.readline()
-            begin = raw.tell()
+                if raw.tell() == size:  # its last record began before
+                    raw.seek(0)
+            at = begins = raw.tell()
             records = read_records(file, file, source.kind, source.column or "text", split, raw=raw)
             if raw is not opened:
                 records = (record for record in records if record.problem != "unreadable_file")  # it was cut by us
-            if offset and split not in ("file", "line"):
-                next(records, None)  # begins before the offset
             texts: list[str] = []
-            taken = 0
-            for text in self._kept(records):
-                texts.append(text)
-                # A reader that looks for separators is ahead of what it gives.
-                taken += len(text.encode()) + len(split.encode())
-                reached = taken if isinstance(source.split, Separator) else opened.tell() - begin
-                if reached >= length and not compressed:
-                    return Stretch(reached, texts)
-        return Stretch(size - begin, texts)
+            while compressed or end - begin >= size or at - begins < end - begin:
+                if (record := next(records, None)) is None:
+                    at = size
+                    break
+                texts += self._kept(iter([record]))
+                at = raw.tell()
+        return Stretch(at - begins, texts)
 
-    def _piece(self, raw: IO[bytes], offset: int, length: int, size: int) -> Stretch:
-        """A part of a document that is a whole file."""
-        raw.seek(offset)
-        content = raw.read(length)
-        if size > (self._config.max_bytes or size):
-            self.left_out["too_long"] += 1
-            return Stretch(len(content), [])
-        return Stretch(len(content), [content.decode(errors="ignore")])
+    def _pieces(self, raw: IO[bytes], file: str, split: str, where: range, size: int) -> Stretch:
+        """The documents of a text within these offsets, the first and the last of which may be cut off."""
+        raw.seek(where.start)
+        content = raw.read(len(where))
+        if split == "file":
+            if size > (self._config.max_bytes or size):
+                self.left_out["too_long"] += 1
+                return Stretch(len(content), [])
+            return Stretch(len(content), [content.decode(errors="ignore")], share=len(content) / size)
+        texts: list[str] = []
+        begun = 0
+        pieces = list(cut(io.BytesIO(content), split))
+        for number, piece in enumerate(pieces):
+            goes_on = number == 0 and where.start > 0
+            if goes_on or (number == len(pieces) - 1 and where.stop < size):
+                if not piece.strip():
+                    continue
+                record = Record(piece.decode(errors="ignore"))  # a character may be cut in two
+            else:
+                record = decoded(piece, f"{file}, in bytes {where.start:,} to {where.stop:,}", marked=number == 0)
+            kept = list(self._kept(iter([record])))
+            texts += kept
+            begun += 0 if goes_on else len(kept)
+        return Stretch(len(content), texts, share=begun / max(1, len(texts)))
 
     def _read_groups(self, source: SingleSource, budget: int) -> Part | None:
         """Row groups of Parquet files; None where they are few enough to read them all, or tell nothing."""
         column = source.column or "text"
         groups: list[tuple[str, int, int, int]] = []
-        for file in matching(source.patterns):
+        for file in local_files(source):
             try:
                 metadata = pq.read_metadata(file)
             except pa.ArrowException:
@@ -224,12 +249,37 @@ class Sample:
         return Part([Stretch(seen, texts)], seen if ended else records, ended, records)
 
 
+def _is_array(file: str) -> bool:
+    """Whether a JSON file is one array of records, in which none can be found without reading all before it."""
+    with open(file, "rb") as opened:
+        return opened.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
 def _spread(sizes: NDArray[np.int64], count: int) -> Iterator[tuple[int, int]]:
     """(which, offset in it) of places at equal distances in what has these sizes, laid end to end."""
     ends = np.cumsum(sizes)
     places = ((np.arange(count) + 0.5) * ends[-1] / count).astype(np.int64)
     for index, place in zip(np.searchsorted(ends, places, side="right").tolist(), places.tolist(), strict=True):
         yield index, int(place - ends[index] + sizes[index])
+
+
+def _cell(index: int, offset: int, size: int, length: int) -> tuple[tuple[int, int], int, int]:
+    """Which cell of about `length` bytes an offset in a file falls into, and where that begins and ends."""
+    number = max(1, size // length)
+    cell = offset * number // size
+    return (index, cell), size * cell // number, size * (cell + 1) // number
+
+
+def _lines_a_byte(files: Sequence[str], sizes: NDArray[np.int64]) -> float:
+    """How many lines begin at a byte, on average, counted in cells all over the files."""
+    rates = []
+    for index, offset in _spread(sizes, _LINE_PLACES):
+        _, begin, end = _cell(index, offset, int(sizes[index]), _LINE_BYTES)
+        before = max(0, begin - 1)
+        with open(files[index], "rb") as opened:
+            opened.seek(before)
+            rates.append(((begin == 0) + opened.read(end - 1 - before).count(b"\n")) / (end - begin))
+    return sum(rates) / len(rates)
 
 
 def streamed(source: Source) -> Source:

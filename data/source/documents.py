@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import glob
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -58,7 +58,8 @@ class SingleSource:
     parts: tuple[Part, ...] | None = None
     """demo: `leads` (10,033 encyclopedia leads), `speeches` (249 addresses). None: both."""
     files: tuple[str, ...] | str = ()
-    """jsonl, parquet, text: a path or glob, or several, read in sorted order; `**` descends into folders."""
+    """jsonl, parquet, text: a path or glob, or several, read in sorted order; `**` descends into folders. A folder is
+    all files below it, where they are of one kind."""
     name: str | None = None
     """hub: `owner/name`."""
     config: str | None = None
@@ -188,7 +189,7 @@ class Documents:
             for index, text in enumerate(texts):
                 if problems and problems[index]:
                     if self.on_error == "refuse":
-                        raise ValueError(f"{batch['at'][index]}; or leave such records out with --on_error skip")
+                        raise ValueError(f"{batch['at'][index]}; to leave such records out: --on_error skip")
                     left_out[problems[index]] += 1
                 elif text is not None and not isinstance(text, str):
                     raise ValueError(
@@ -241,7 +242,7 @@ def identity(source: SingleSource) -> dict[str, Any]:
         return {"name": source.name, "revision": source.revision}
     if source.kind == "synthetic":
         return {"generator": GENERATOR_VERSION}
-    paths = [Path(path) for path in matching(source.patterns)]
+    paths = [Path(path) for path in local_files(source)]
     files = [{"name": path.name, "size": path.stat().st_size, "sha256": sha256_file(path)} for path in paths]
     return {"files": digest_of(files)}
 
@@ -253,33 +254,61 @@ def digest_of(files: list[dict[str, Any]]) -> dict[str, Any]:
     return {"count": len(files), "size": size, "sha256": sha256_json(names)}
 
 
-def matching(patterns: tuple[str, ...]) -> list[str]:
-    """Files that the globs match, sorted, each once; `~` is the home folder.
+def local_files(source: SingleSource) -> list[str]:
+    """Files of a source, sorted, each once; `~` is the home folder, and a folder is all files below it.
 
-    Raises FileNotFoundError for a glob without a file.
+    Raises FileNotFoundError for a glob without a file and for a folder of files of several kinds, ValueError for files
+    of another kind than the source's.
     """
     known: dict[Path, str] = {}
-    for pattern in map(os.path.expanduser, patterns):
+    for pattern in map(os.path.expanduser, source.patterns):
         # A file whose name looks like a glob is itself.
         matches = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
         files = [path for path in matches if Path(path).is_file()]
         if not files and Path(pattern).is_dir():
-            raise FileNotFoundError(
-                f"source.files: expected files, found the folder {pattern}; give a glob such as "
-                f"{str(Path(glob.escape(pattern)) / '**' / _most_common(Path(pattern)))!r}"
-            )
+            files = _inside(Path(pattern))
         if not files:
             raise FileNotFoundError(f"source.files: no file matches {pattern!r} (from {Path.cwd()})")
         # One file under two spellings is one file.
         for path in files:
             known.setdefault(Path(path).resolve(), path)
-    return sorted(known.values())
+    paths = sorted(known.values())
+    if source.kind != "parquet":
+        for path in paths:
+            _refuse_other_kind(path, source.kind)
+    return paths
 
 
-def _most_common(folder: Path) -> str:
-    """A glob for the kind of file that a folder holds most of."""
-    ends = Counter("".join(path.suffixes[-2:]) for path in islice(folder.rglob("*"), 10_000) if path.is_file())
-    return f"*{ends.most_common(1)[0][0]}" if ends else "*"
+def _refuse_other_kind(path: str, kind: str) -> None:
+    with open(path, "rb") as opened:
+        start = opened.read(5)
+    start_from = "sinkbed prepare --config configs/data/local_{}.yaml --source.files " + shlex.quote(path)
+    if start == b"%PDF-":
+        raise ValueError(f"{path}: expected {kind}, found a PDF; extract its text first, or leave it out")
+    if start.startswith(b"PAR1"):
+        raise ValueError(f"{path}: expected {kind}, found Parquet; use `{start_from.format('parquet')}`")
+    if kind == "text" and _end(path).startswith((".jsonl", ".ndjson")):
+        raise ValueError(f"{path}: expected text, found JSONL by its name; use `{start_from.format('jsonl')}`")
+
+
+def _inside(folder: Path) -> list[str]:
+    """All files below a folder, which have to be of one kind."""
+    below = str(Path(glob.escape(str(folder))) / "**" / "*")
+    files = [path for path in glob.glob(below, recursive=True) if Path(path).is_file()]
+    ends = Counter(map(_end, files)).most_common()
+    if len(ends) > 1:
+        kinds = ", ".join(f"{count:,} {end or 'without an ending'}" for end, count in ends[:5])
+        raise FileNotFoundError(
+            f"source.files: expected files of one kind below the folder {folder}, found {kinds}; give a glob such as "
+            f"{below + ends[0][0]!r}"
+        )
+    return files
+
+
+def _end(path: str) -> str:
+    """What a file's name tells of its kind: `.txt`, `.jsonl.gz`."""
+    stem, end = os.path.splitext(path)
+    return os.path.splitext(stem)[1] + end if end in (".gz", ".bz2", ".xz", ".zst") else end
 
 
 def demo_parts(source: SingleSource) -> tuple[str, ...]:

@@ -26,10 +26,19 @@ from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.parquet.parquet import Parquet
+from tqdm import tqdm
 
 from sinkbed.data.files import sha256_file
 from sinkbed.data.source.demo import demo_texts
-from sinkbed.data.source.documents import Separator, SingleSource, Source, demo_parts, describe, matching, no_document
+from sinkbed.data.source.documents import (
+    Separator,
+    SingleSource,
+    Source,
+    demo_parts,
+    describe,
+    local_files,
+    no_document,
+)
 from sinkbed.data.source.records import FEATURES, Records
 from sinkbed.data.source.synthetic import synthetic_documents
 
@@ -71,7 +80,7 @@ def known_records(source: SingleSource) -> int | None:
     if source.kind == "demo":
         return len(demo_texts(demo_parts(source)))
     if source.kind == "parquet":
-        return sum(map(_parquet_rows, matching(source.patterns)))
+        return sum(map(_parquet_rows, local_files(source)))
     if source.kind == "hub" and source.name is not None:
         builder = datasets.load_dataset_builder(source.name, source.config, revision=source.revision)
         split = (builder.info.splits or {}).get(str(source.split or "train"))
@@ -125,11 +134,7 @@ def _synthetic(source: SingleSource) -> Any:
 
 
 def _local(source: SingleSource) -> Any:
-    files = matching(source.patterns)
-    for file in files:
-        with open(file, "rb") as opened:
-            if source.kind != "parquet" and opened.read(4) == b"PAR1":
-                raise ValueError(f"{file}: found Parquet, expected {source.kind}; set source.kind: parquet")
+    files = local_files(source)
     # What the cache's name is made of: contents, as in the recipe; a size and a time may be those of another text.
     paths = [os.path.abspath(file) for file in files]
     states = [(sha256_file(Path(path)), path) for path in paths]
@@ -215,7 +220,7 @@ def _opened(builder: Any, source: SingleSource, split: str) -> Any:
     if source.streaming:
         return builder.as_streaming_dataset(split=split)
     if not os.path.exists(builder.cache_dir):
-        print(
+        tqdm.write(
             f"copying {describe(source)} to {builder.cache_dir}, where `datasets` keeps it; HF_DATASETS_CACHE puts it "
             "elsewhere, source.streaming: true makes no copy",
             file=sys.stderr,

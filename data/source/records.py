@@ -32,7 +32,7 @@ from datasets.builder import Key
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 _TABLE_BYTES = 1 << 20  # of text in a table handed to `datasets`; bounds memory and latency
-_READ_VERSION = "2"  # part of the cache's name: raise it when the same files give other records
+_READ_VERSION = "3"  # part of the cache's name: raise it when the same files give other records
 _SHOWN = 60  # characters of an offending line in a message
 
 _MARK = b"\xef\xbb\xbf"  # of byte order
@@ -122,13 +122,13 @@ def read_records(
     try:
         with raw or _opened(path) as file, decompressed(file, name) as stream:
             if format == "text" and split == "file":
-                yield _decoded(stream.read(), name)
+                yield decoded(stream.read(), name)
                 return
             if format == "text":
                 what = "line" if split == "line" else "document"
-                for content in _documents(stream, split):  # not by `enumerate`, which would keep a long one
+                for content in cut(stream, split):  # not by `enumerate`, which would keep a long one
                     number += 1
-                    record = _decoded(content, f"{name}, {what} {number}", marked=number == 1)
+                    record = decoded(content, f"{name}, {what} {number}", marked=number == 1)
                     del content
                     yield record
                 return
@@ -160,30 +160,45 @@ def _raise_missing(error: BaseException) -> None:
         raise error
 
 
-def _documents(stream: Any, split: str) -> Iterator[bytes]:
-    """Documents of a text. Lines end with a line feed alone; other line ends of Unicode are text."""
+def cut(stream: Any, split: str) -> Iterator[bytes]:
+    """Documents of a text by lines, blank lines or a separator, without the line ends around them.
+
+    Lines end with a line feed, or with a carriage return before it, which is read as a line feed alone; other line
+    ends of Unicode are text.
+    """
     if split == "line":
         # By `map`, which keeps no long line beside its text.
-        yield from map(lambda line: line.removesuffix(b"\n").removesuffix(b"\r"), stream)
+        yield from map(_without_end, stream)
     elif split == "blank_line":
         gathered: list[bytes] = []
         for line in stream:
             if not line.isspace():
-                gathered.append(line)
+                gathered.append(_without_end(line))
             elif gathered:
-                yield b"".join(gathered)
+                yield b"\n".join(gathered)
                 gathered = []
-        yield b"".join(gathered)
+        yield b"\n".join(gathered)
     else:
-        separator, rest = split.encode(), bytearray()
+        separator, rest = split.replace("\r\n", "\n").encode(), bytearray()
         while block := stream.read(_TABLE_BYTES):
+            while block.endswith(b"\r") and (more := stream.read(1)):
+                block += more
             begin = max(0, len(rest) - len(separator) + 1)
-            rest += block
+            rest += block.replace(b"\r\n", b"\n")
             while (end := rest.find(separator, begin)) >= 0:
-                yield bytes(rest[:end])
+                yield _between(rest, end)
                 del rest[: end + len(separator)]
                 begin = 0
-        yield bytes(rest)
+        yield _between(rest, len(rest))
+
+
+def _without_end(line: bytes) -> bytes:
+    return line.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def _between(rest: bytearray, end: int) -> bytes:
+    """A document without the ends of the lines that separators stand on."""
+    return bytes(memoryview(rest)[rest.startswith(b"\n", 0, end) : end - rest.endswith(b"\n", 0, end)])
 
 
 def _parquet_tables(file: IO[bytes], name: str, column: str) -> Iterator[pa.Table]:
@@ -207,7 +222,7 @@ def _parquet_tables(file: IO[bytes], name: str, column: str) -> Iterator[pa.Tabl
             texts.validate(full=True)
         except pa.ArrowInvalid:  # bytes that are no UTF-8 somewhere
             raws = enumerate(texts.cast(pa.large_binary()).to_pylist(), number + 1)
-            yield _table([_decoded(raw or b"", f"{name}, record {index}", marked=False) for index, raw in raws])
+            yield _table([decoded(raw or b"", f"{name}, record {index}", marked=False) for index, raw in raws])
         else:
             nothing = pa.nulls(len(texts), pa.string())
             yield pa.table({"text": texts, "problem": nothing, "at": nothing}, schema=FEATURES.arrow_schema)
@@ -228,7 +243,8 @@ def decompressed(file: IO[bytes], name: str) -> Any:
     return file
 
 
-def _decoded(content: bytes, where: str, marked: bool = True) -> Record:
+def decoded(content: bytes, where: str, marked: bool = True) -> Record:
+    """A document of these bytes; `marked`: it may begin with a byte order mark."""
     try:
         return Record(content.decode("utf-8-sig" if marked else "utf-8"))
     except UnicodeDecodeError as error:

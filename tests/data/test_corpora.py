@@ -146,7 +146,7 @@ def test_a_published_corpus_is_prepared_from_files_laid_out_like_it(
 
 
 def test_every_config_of_a_published_corpus_is_tested_here() -> None:
-    others = {"demo", "local_jsonl", "mixture"}
+    others = {"demo", "local_jsonl", "local_parquet", "local_text", "mixture"}
     assert {path.stem for path in CONFIGS.glob("*.yaml")} >= {*CORPORA, *others}
     for name in CORPORA:
         assert yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["source"]["kind"] == "hub"

@@ -99,7 +99,7 @@ def test_files_of_very_different_sizes_and_languages_are_estimated_within_a_tent
     kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Regression: as many documents were counted in each file, and the first files stood for the others."""
-    monkeypatch.setattr(sampling, "_COMPRESSED_BYTES", 2**13)
+    monkeypatch.setattr(sampling, "_COMPRESSED_BYTES", 2**14)
     for number, texts in enumerate(mixed_texts()):
         path = tmp_path / f"{number:03d}.{kind}"
         lines = [json.dumps({"text": text, "id": "x" * (number % 50)}, ensure_ascii=number % 2 == 0) for text in texts]
@@ -140,6 +140,57 @@ def test_files_of_very_different_sizes_and_languages_are_estimated_within_a_tent
     assert found.spread is not None and found.tokens is not None
     assert found.bytes == pytest.approx(size, rel=0.1) and found.tokens == pytest.approx(tokens, rel=0.1)
     assert abs(found.tokens - tokens) < found.tokens * found.spread * 1.5
+
+
+def test_documents_of_a_folder_of_thousands_of_mixed_files_are_counted_within_a_tenth(tmp_path: Path) -> None:
+    """Regression: long records were likelier to be met than short ones, and a piece of a file counted as a document."""
+    for seed in range(2):
+        generator = random.Random(seed)
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        lines = 0
+        for number in range(2):
+            (folder / f"big-{number}.txt").write_text("word " * 200_000)
+        for number in range(800):
+            (folder / f"small-{number:04d}.txt").write_text("word " * int(generator.lognormvariate(3, 1) + 1))
+        for number in range(200):
+            mean = generator.choice((1, 2, 4, 5))
+            counts = [int(generator.lognormvariate(mean, 1)) for _ in range(int(generator.lognormvariate(3, 1.3)) + 1)]
+            lines += len(counts)
+            (folder / f"{number:03d}.jsonl").write_text(
+                "".join(json.dumps({"text": "word " * (n + 1)}) + "\n" for n in counts)
+            )
+        source = Source(
+            kind="mixture",
+            sources=(
+                SingleSource(kind="jsonl", files=f"{folder}/*.jsonl"),
+                SingleSource(kind="text", files=f"{folder}/*.txt"),
+            ),
+            weights=(1, 1),
+            stopping_strategy="all_exhausted_without_replacement",
+        )
+        found = estimate(config_of(tmp_path, source), workers=1, sample_bytes=500_000)
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        assert found.sample_bytes < size / 2, "the sample must be a part"
+        assert found.documents == pytest.approx(lines + 802, rel=0.1)
+
+
+def test_a_json_array_longer_than_a_stretch_is_sampled_whole(tmp_path: Path) -> None:
+    """Regression: a stretch that began inside an array found no record there and refused the file."""
+    for name in "ab":
+        records = [{"text": f"{name} {i} with a few words"} for i in range(2_000)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(records, indent=1))
+    config = config_of(tmp_path, Source(kind="jsonl", files=str(tmp_path / "*.json")))
+    assert estimate(config, workers=1, sample_bytes=20_000).documents == 4_000
+
+
+def test_a_text_without_its_separator_is_sampled_all_the_same(tmp_path: Path) -> None:
+    """Regression: the rest of the file was passed over, in search of the next document."""
+    for number in range(20):
+        (tmp_path / f"{number:02d}.txt").write_text("word " * 20_000)
+    source = Source(kind="text", files=str(tmp_path / "*.txt"), split=Separator(separator="<|end|>"))
+    found = estimate(config_of(tmp_path, source), workers=1, sample_bytes=300_000)
+    assert found.bytes == pytest.approx(2_000_000, rel=0.01) and found.documents == pytest.approx(20, rel=0.5)
 
 
 def test_what_a_stopped_run_finished_is_not_counted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

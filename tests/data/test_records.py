@@ -20,7 +20,7 @@ import pytest
 from datasets import config as datasets_config
 
 from sinkbed.data.source import records
-from sinkbed.data.source.documents import Documents, Separator, Source
+from sinkbed.data.source.documents import Documents, Separator, Source, identity
 from sinkbed.data.source.records import Record, read_records
 
 TEXTS = [f"document {i}: été\u2028 \x85 \U0001f600" for i in range(50)]  # with line ends that are none in JSONL
@@ -293,8 +293,8 @@ LINES = "one\u2028 \x85 \x0c \x1d\r two\r\n\r\n \t\nthree\nfour\n\n\nfive"
 CUTS: dict[str, tuple[Any, list[str]]] = {
     "file": ("file", [LINES]),
     "line": ("line", ["one\u2028 \x85 \x0c \x1d\r two", "three", "four", "five"]),
-    "blank_line": ("blank_line", ["one\u2028 \x85 \x0c \x1d\r two\r\n", "three\nfour\n", "five"]),
-    "separator": (Separator(separator="r\n\n"), [LINES.split("r\n\n")[0], "\nfive"]),
+    "blank_line": ("blank_line", ["one\u2028 \x85 \x0c \x1d\r two", "three\nfour", "five"]),
+    "separator": (Separator(separator="r\n\n"), [LINES.replace("\r\n", "\n").split("r\n\n")[0], "five"]),
 }
 
 
@@ -310,6 +310,30 @@ def test_a_text_is_cut_into_documents_as_the_source_says(
     assert list(Documents(source)) == expected * 2
 
 
+PARAGRAPHS = {
+    "line": ("line", "one\ntwo\none\ntwo"),
+    "blank_line": ("blank_line", "one\nmore\n\ntwo\n\n\none\nmore\n\ntwo\n"),
+    "separator line": (Separator(separator="<|end|>"), "one\nmore\n<|end|>\ntwo<|end|>\none\nmore\n<|end|>two\n"),
+    "empty lines": (Separator(separator="\n\n"), "one\nmore\n\ntwo\n\none\nmore\n\ntwo\n"),
+    "windows separator": (Separator(separator="\r\n--\r\n"), "one\nmore\n--\ntwo\n--\none\nmore\n--\ntwo"),
+}
+
+
+@pytest.mark.parametrize(("split", "content"), PARAGRAPHS.values(), ids=PARAGRAPHS.keys())
+@pytest.mark.parametrize("block", [1, 3, 2**20])
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["LF", "CRLF"])
+def test_a_paragraph_is_the_same_document_wherever_it_stands_and_however_lines_end(
+    split: Any, content: str, block: int, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: documents kept the end of their line but for the last of a file: equal ones were told apart."""
+    monkeypatch.setattr(records, "_TABLE_BYTES", block)
+    (tmp_path / "a.txt").write_bytes(content.replace("\n", end).encode())
+    source = Source(kind="text", files=str(tmp_path / "a.txt"), split=split, shuffle_seed=None, streaming=True)
+    documents = list(Documents(source))
+    first = "one" if split == "line" else "one\nmore"
+    assert documents == [first, "two", first, "two"]
+
+
 def test_a_bad_document_of_a_text_is_named_by_its_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"good\n\xff\ngood\n")
     source = Source(kind="text", files=str(tmp_path / "a.txt"), split="line", shuffle_seed=None)
@@ -317,15 +341,30 @@ def test_a_bad_document_of_a_text_is_named_by_its_line(tmp_path: Path) -> None:
     assert list(documents) == ["good", "good"]
 
 
-def test_a_folder_is_answered_with_the_glob_to_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_all_files_below_it_where_they_are_of_one_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "books" / "deep").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=r"found the folder .*/books; give a glob such as '.*/books/\*\*/\*'"):
-        Documents(Source(kind="text", files="~/books")).count()
-    for name in ("a.txt.gz", "deep/b.txt.gz", "readme.md"):
-        (tmp_path / "books" / name).write_bytes(gzip.compress(b"text"))
-    with pytest.raises(FileNotFoundError, match=r"give a glob such as '.*/books/\*\*/\*\.txt\.gz'") as refused:
-        Documents(Source(kind="text", files="~/books")).count()
+    source = Source(kind="text", files="~/books", shuffle_seed=None)
+    with pytest.raises(FileNotFoundError, match=r"no file matches '.*/books'"):
+        Documents(source).count()
+    for name in ("c 1.5.txt.gz", "deep/b.txt.gz", "a.txt.gz", ".hidden.cfg"):
+        (tmp_path / "books" / name).write_bytes(gzip.compress(name.encode()))
+    assert list(Documents(source)) == ["a.txt.gz", "c 1.5.txt.gz", "deep/b.txt.gz"]
+    assert Documents(Source(kind="text", files="~/books/**/*.txt.gz")).count() == 3, "`~` is the home folder"
+    (tmp_path / "books" / "readme.md").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"found 3 \.txt\.gz, 1 \.md; give a glob such as") as refused:
+        Documents(source).count()
     [glob] = re.findall("such as '(.*)'", str(refused.value))
-    assert Documents(Source(kind="text", files=glob)).count() == 2
-    assert Documents(Source(kind="text", files="~/books/**/*.txt.gz")).count() == 2, "`~` is the home folder"
+    assert Documents(Source(kind="text", files=glob)).count() == 3
+
+
+def test_files_of_another_kind_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    for name, content, message in (
+        ("a.txt", b"%PDF-1.7\n", "found a PDF; extract its text first"),
+        ("a.jsonl.gz", b"", "found JSONL by its name; use `sinkbed prepare --config configs/data/local_jsonl.yaml"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            identity(Source(kind="text", files=str(tmp_path / name)))

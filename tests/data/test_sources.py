@@ -348,5 +348,5 @@ def test_a_missing_split_is_named_beside_those_found(tmp_path: Path) -> None:
 
 def test_parquet_that_is_read_as_lines_is_told_so(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["one"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet: found Parquet, expected jsonl; set source\.kind: parquet"):
+    with pytest.raises(ValueError, match=r"a\.parquet: expected jsonl, found Parquet; use `sinkbed prepare --config"):
         list(Documents(Source(kind="jsonl", files=str(tmp_path / "a.parquet"))))

@@ -177,3 +177,10 @@ def test_ways_whose_masses_differ_are_not_compared():
     }
     with pytest.raises(ValueError, match=r"masses of both ways within 1e-05, found 1\.0e-03"):
         bench_metering.masses_differ(turns)
+
+
+def test_one_long_line_is_compared_with_the_same_bytes_as_many(capsys):
+    assert main(["bench", "prepare", "--long_line", "1", "--vocab_size", "300", "--workers", "1"]) == 0
+    many, one = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert many[:2] == ["many", "lines"] and one[:2] == ["one", "line"] and many[2] == one[2]
+    assert 50 < float(one[-2].replace(",", "")) < 1_500, "MB in all"

@@ -15,6 +15,7 @@ import yaml
 from sinkbed.data.store.token_store import TokenStore
 from sinkbed.data.tokenizer import Tokenizer
 from sinkbed.train.cli.main import COMMANDS, main
+from sinkbed.train.config.arguments import rewritten
 from sinkbed.train.loop.optim import OptimizerConfig, build_optimizer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -52,7 +53,29 @@ def test_the_version_is_shown(capsys):
         (["fit", "--data.micro_batch", "x"], "data.micro_batch: expected int or null, found 'x'"),
         (["fit", "--config", "clip_nrm.yaml"], "model.clip_nrm: expected a known key"),
         (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["fit", "nonsense"], "nonsense: expected a known key"),
+        (["fit", "nonsense"], "nonsense: expected options alone from here on, found a word"),
+        (["fit", "--threads"], "--threads: expected one value, found none"),
+        (["fit", "--model.optimizer.lr", "nan"], "model.optimizer.lr: expected a finite number, found 'nan'"),
+        (["fit", "--measure.eps", "0.3"], "--measure.eps: expected a known key, found none of that name; measure has"),
+        (["fit", "--config", "group.yaml"], "group.yaml, line 1: modle: expected a known key, found none of that name; "
+         "did you mean model?"),
+        (["fit", "--config", "leaf.yaml"], "leaf.yaml, line 2: decoder: expected a known key, found none of that name; "
+         "did you mean model.decoder?"),
+        (["fit", "--config", "empty.yaml"], "empty.yaml, line 1: model: expected keys below it, found none"),
+        (["fit", "--config", "value.yaml"], "value.yaml, line 3: data.strategy.mask: expected one of 'causal', "
+         "'document', found 'documnet'; did you mean document?"),
+        (["report", "--sede", "1", "x"], "--sede: expected a known key, found none of that name; did you mean seeds?"),
+        (["study", "x", "--sz", "1"], "did you mean size?"),
+        (["export", "x", "--ot", "y"], "did you mean out?"),
+        (["export", "x"], "expected a value for --out; found none"),
+        (["validate", "x", "--document", "3"], "did you mean documents?"),
+        (["validate", "x", "--documents", "y"], "--documents: expected int, found 'y'"),
+        (["probe", "x", "--measure", "sink"], "'all', found 'sink'; did you mean sinks?"),
+        (["generate", "a", "b"], "b: expected options alone from here on"),
+        (["generate", "x", "--mode", "random_first"], "--mode: expected one of 'as_trained', 'bos', 'text', found"),
+        (["validate", "x", "--modes", "txt"], "found 'txt'; did you mean text?"),
+        (["probe", "x", "--modes", "bso"], "found 'bso'; did you mean bos?"),
+        (["bench", "trainng"], "found 'trainng'; did you mean training?"),
         (["prepare", "--source.kind", "jsn"], "source.kind: expected one of 'demo', 'jsonl'"),
         (["prepare", "--source.fils", "x"], "did you mean source.files?"),
         (["prepare", "--source.kind", "synthetic", "--source.synthetic.tsk", "x"], "tsk: expected a known key"),
@@ -63,7 +86,12 @@ def test_the_version_is_shown(capsys):
 )  # fmt: skip
 def test_a_wrong_argument_is_one_short_message(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("clip_nrm.yaml").write_text("model: {clip_nrm: 1.0}\n")
+    files = {
+        "clip_nrm": "model: {clip_nrm: 1.0}\n", "group": "modle: {clip_norm: 1.0}\n", "empty": "model:\n",
+        "leaf": "threads: 1\ndecoder: {layers: 2}\n", "value": "data:\n  strategy:\n    mask: documnet\n",
+    }  # fmt: skip
+    for name, text in files.items():
+        Path(f"{name}.yaml").write_text(text)
     command, *rest = arguments
     start = ["--config", str(ROOT / "configs/run/demo.yaml")] if command == "fit" else []
     with pytest.raises(SystemExit) as stop:
@@ -72,7 +100,7 @@ def test_a_wrong_argument_is_one_short_message(arguments, message, capsys, tmp_p
     shown = capsys.readouterr().err
     assert message in shown and f"sinkbed {command} --help" in shown
     assert shown.count("\n") == 2, "no usage of a hundred lines"
-    assert [p.name for p in tmp_path.iterdir()] == ["clip_nrm.yaml"], "nothing was written"
+    assert {p.stem for p in tmp_path.iterdir()} == set(files), "nothing was written"
 
 
 @pytest.mark.parametrize(
@@ -82,6 +110,14 @@ def test_a_wrong_argument_is_one_short_message(arguments, message, capsys, tmp_p
          "found none of that name; did you mean data.strategy.mask?"),
         ("threads: 1\nthreads: 2\n", [], "run.yaml, line 2: expected each key once, found 'threads'"),
         ("threads: 1\n", ["--trainr.max_steps", "3"], "did you mean trainer.max_steps?"),
+        ("model: {decoder: {layers: two}}\n", [], "run.yaml, line 1: model.decoder.layers: expected int, found 'two'"),
+        ("threads: 1\n", ["--config", str(ROOT / "configs/run/demo.yaml"), "--data.store", "nowhere"], "no token store "
+         "at nowhere"),
+        ("model: {decoder: shape.yaml}\n", [], "line 1: model.decoder: expected keys below it, found 'shape.yaml'"),
+        ("threads: 1\n", ["--config", str(ROOT / "configs/run/demo.yaml"), "--fork", "nowhere"], "--fork nowhere: "
+         "expected a run or its checkpoint, found nothing there"),
+        ("threads: 1\n", [], "expected a value for model.decoder.layers"),
+        ("", [], "expected YAML with keys, such as the files in configs/; found an empty file"),
     ],
 )  # fmt: skip
 def test_a_typo_is_answered_before_anything_heavy_is_imported(file, options, message, tmp_path):
@@ -94,6 +130,16 @@ def test_a_typo_is_answered_before_anything_heavy_is_imported(file, options, mes
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert message in done.stderr and done.returncode != 0 and done.stdout == "[]\n"
+
+
+def test_a_class_that_cannot_be_imported_is_named():
+    message = (
+        'Parser key "trainer.callbacks":\n\n  - Expected a path but [...] either not accessible\n  Subtypes: '
+        "[list[Callback]]\n  Errors:\n    - Problem with given class_path 'foo.Bar':\n        No module named 'foo'\n"
+        "    - Not a valid subclass of Callback\n  Given value type: <class 'list'>\n  Given value: [{}]"
+    )
+    named = "trainer.callbacks: expected a class that can be imported, found foo.Bar: No module named 'foo'"
+    assert rewritten(message, []) == named
 
 
 def test_the_keys_that_are_checked_are_those_of_the_parser(monkeypatch):
@@ -163,7 +209,7 @@ def test_prepare_runs_from_its_config(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"{tmp_path}/store: train 2 documents" in shown and "vocabulary 260" in shown and " s\n" in shown
     assert main(["prepare", "--config", str(config)]) == 0
-    assert capsys.readouterr().out.endswith("up to date\n")
+    assert "up to date\n" in capsys.readouterr().out
     assert main(["prepare", "--config", str(config), "--quiet"]) == 0
     assert capsys.readouterr().out == ""
     assert main(["prepare", "--config", str(config), "--quiet", "--tokenizer.vocab_size", "261"]) == 1
@@ -194,19 +240,23 @@ def test_the_example_for_local_text_holds_for_every_format_it_names(tmp_path, mo
     texts = [f"document {i} " * 20 for i in range(300)]
     Path("a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     pq.write_table(pa.table({"text": texts}), "a.parquet")
+    Path("books").mkdir()
     for i, text in enumerate(texts):
-        Path(f"{i:03}.txt").write_text(text)
+        Path(f"books/{i:03}.txt").write_text(text)
     trained = Tokenizer.train(texts, vocab_size=300)
     trained.backend.save("gpt2.json")
-    example = ["prepare", "--config", str(ROOT / "configs/data/local_jsonl.yaml"), "--quiet"]
     loaded = ["--tokenizer.vocab_size", "null", "--tokenizer.train_bytes", "null", "--tokenizer.path", "gpt2.json"]
-    for out, options in {
-        "jsonl": ["--source.files", "*.jsonl"],
-        "parquet": ["--source.files", "*.parquet", "--source.kind", "parquet"],
-        "text": ["--source.files", "*.txt", "--source.kind", "text", "--source.column", "null"],
-        "loaded": ["--source.files", "*.jsonl", *loaded, "--tokenizer.bos", "<bos>", "--tokenizer.eos", "<eos>"],
+    for out, (kind, *options) in {
+        "1": ("jsonl", "*.jsonl"),
+        "2": ("parquet", "*.parquet"),
+        "3": ("text", "books", "--source.split", "file"),
+        "4": ("jsonl", "*.jsonl", *loaded, "--tokenizer.bos", "<bos>", "--tokenizer.eos", "<eos>"),
     }.items():
-        assert main([*example, "--out", out, *options]) == 0, capsys.readouterr().err
+        config = str(ROOT / f"configs/data/local_{kind}.yaml")
+        shares = ["--validation_share", "0.05"]  # of so few documents
+        assert (
+            main(["prepare", "--config", config, "--quiet", "--out", out, *shares, "--source.files", *options]) == 0
+        ), capsys.readouterr().err
         assert TokenStore.open(Path(out), "train").documents > 250
 
 
@@ -243,10 +293,10 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
         (OSError(5, "Input/output error", "runs/a/metrics.jsonl"), "runs/a/metrics.jsonl: expected a file or folder "
          "that can be read and written, found: Input/output error (errno 5)"),
         (PermissionError(13, "Permission denied", "x"), "x: expected a file or folder that can be"),
-        (MemoryError(), "memory: expected more than there is (no more to be had)"),
+        (MemoryError(), "there is not enough memory; what is saved is whole"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to "
                       "allocate 4000 bytes.\nC++ stack"), "tried to allocate 4000 bytes.); what is saved is whole"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory: expected more than there is"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "there is not enough memory (CUDA"),
     ],
 )  # fmt: skip
 def test_what_the_machine_refuses_is_one_message(error, message, monkeypatch, capsys):

@@ -277,4 +277,4 @@ def test_a_checkpoint_link_that_leaves_the_run_is_refused(fit, capsys, tmp_path)
     (folder / "checkpoints" / "step-0000010.ckpt").rename(outside)
     (folder / "checkpoints" / "step-0000010.ckpt").symlink_to(outside)
     assert fit("--ckpt_path", "last")[0] == 1
-    assert "expected a checkpoint of this run" in capsys.readouterr().err
+    assert "expected last, auto or a checkpoint of this run" in capsys.readouterr().err

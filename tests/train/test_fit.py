@@ -10,7 +10,10 @@ import time
 import pytest
 import torch
 
+from sinkbed.data.prepare.prepare import available_cores
 from sinkbed.train.cli.main import main
+from sinkbed.train.loop.module import SinkbedModule
+from sinkbed.train.loop.settings import use_threads
 from sinkbed.train.run import directory
 from sinkbed.train.run.wandb_files import read_wandb_file
 
@@ -176,7 +179,7 @@ def test_resuming_with_other_figures_is_refused(fit, capsys, monkeypatch):
 def test_a_checkpoint_of_another_run_is_refused(fit, capsys):
     _, folder = fit()
     status, other = fit("--ckpt_path", str(folder / "checkpoints" / "step-0000004.ckpt"), run_dir="other")
-    assert "expected a checkpoint of this run" in refused(capsys, status)
+    assert "expected last, auto or a checkpoint of this run" in refused(capsys, status)
     assert not other.exists()
 
 
@@ -187,6 +190,44 @@ def test_resuming_an_earlier_checkpoint_says_what_is_made_again(fit, capsys):
     later = sum(p["step"] > 3 for p in before)
     assert f"at step 3 of 10; {later} later points" in capsys.readouterr().out
     assert points(folder) == before
+    (folder / directory.MEASUREMENT).unlink()
+    assert fit("--ckpt_path", "last")[0] == 0
+    assert "resuming" in (said := capsys.readouterr().out) and "later" not in said
+
+
+def test_more_threads_than_cores_are_answered_with_a_word(fit, capsys):
+    fit("--threads", "1000", "--trainer.precision", "16-mixed")
+    assert "threads: 1000 share the" not in capsys.readouterr().err, "what is refused comes first"
+    cores, before = available_cores(), torch.get_num_threads()
+    try:
+        use_threads(1000)
+        assert f"threads: 1000 share the {cores} core" in capsys.readouterr().err and torch.get_num_threads() == 1000
+        use_threads(cores)
+        assert not capsys.readouterr().err
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_refusal_names_the_line_of_the_key(fit, tmp_path, capsys):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("threads: 1\ndata: {context_length: 1}\n")
+    assert "overlay.yaml, line 2: data.context_length: expected at least 2" in refused(
+        capsys, fit("--config", str(overlay))[0]
+    )
+    status, _ = fit("--config", str(overlay), "--data.context_length", "0")
+    assert refused(capsys, status).startswith("sinkbed fit: data.context_length: expected"), (
+        "of an option there is none"
+    )
+
+
+def test_a_message_does_not_hang_on_the_bar(fit, capsys, monkeypatch):
+    def fail(*_):
+        raise ValueError("a fault")
+
+    monkeypatch.setattr(SinkbedModule, "training_step", fail)
+    fit("--trainer.enable_progress_bar", "true")
+    said = capsys.readouterr()
+    assert said.err.endswith("sinkbed fit: a fault\n") and "train:" in said.out and said.out.endswith("\n")
 
 
 def start(fit, folder, *extra):
@@ -397,6 +438,11 @@ def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path, monkeypat
         (("--threads", "0"), "threads: expected at least 1"),
         (("--trainer.log_every_n_steps", "0"), "trainer.log_every_n_steps: expected at least 1"),
         (("--trainer.precision", "16-mixed"), "expected bf16-mixed"),
+        (("--trainer.precision", "16"), "found 16, expected bf16-mixed"),
+        (("--trainer.accelerator", "cuda"), "trainer.accelerator: expected one that this machine has, found cuda"),
+        (("--trainer.devices", "x"), "trainer.devices: expected auto or a number, found 'x'"),
+        (("--seed_everything", "-5"), "seed_everything: expected at least 0"),
+        (("--ckpt_path", "lst"), "--ckpt_path lst: expected last, auto or a checkpoint of this run"),
         (("--trainer.use_distributed_sampler", "true"), "trainer.use_distributed_sampler: has no effect"),
         (("--model.optimizer.warmup_steps", "11"), "do not fit into trainer.max_steps=10"),
         (("--measure.sink_tokens", "64"), "measure.sink_tokens=64"),
@@ -486,8 +532,6 @@ def test_validate_gives_the_numbers_of_the_final_measurement(fit, capsys, tmp_pa
     early = folder / "checkpoints" / "step-0000003.ckpt"
     assert main(["validate", str(early), "--modes", "as_trained", "random_first", "--documents", "2"]) == 0
     assert "step 3, 2 documents" in capsys.readouterr().out
-    assert main(["validate", str(folder), "--modes", "boss"]) == 1
-    assert "found 'boss'" in capsys.readouterr().err
     assert main(["validate", str(tmp_path)]) == 1
     assert "expected a run directory" in capsys.readouterr().err
 

@@ -68,6 +68,27 @@ def test_a_plan_says_what_it_takes_and_runs_nothing(study, capsys):
     assert not (study.parent / "deep").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data: {context_length: 1000000}", r"arm long: context_length 1000000 but the split 'train' has only"),
+        ("measure: {sink_tokens: 3000}, data: {context_length: 4000}", "arm long: measure.sink_tokens=3000"),
+    ],
+)
+def test_a_plan_refuses_what_the_token_store_that_is_there_is_too_small_for(study, setting, message, capsys):
+    """Regression: it was planned as if there were enough, and every run of the arm failed."""
+    study.write_text(study.read_text().replace("all: []", f"all: [], long: [{{{setting}}}]"))
+    assert main(["study", str(study), "--plan"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_plan_says_which_vocabulary_it_takes_a_store_to_have(study, capsys):
+    study.write_text(study.read_text().replace("all: []", "all: [{data: {store: stores/misspelt}}]"))
+    assert main(["study", str(study), "--plan"]) == 0
+    out = capsys.readouterr().out
+    assert "Token store stores/misspelt is not there yet" in out and "vocabulary is taken to be 32,768" in out
+
+
 def test_the_rate_of_a_core_is_measured_once_there_are_arms(study, capsys):
     assert main(["study", str(study), "--quiet", "--seeds", "0"]) == 0
     capsys.readouterr()

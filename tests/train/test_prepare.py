@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sinkbed.data.prepare.partial import DiskFullError
+from sinkbed.data.prepare.units import Gathered, Units
 from sinkbed.data.store.manifest import Manifest
 from sinkbed.train.cli.main import main
 
@@ -111,6 +116,71 @@ def test_a_full_disk_is_told_in_the_words_of_preparing(
     )
     assert main(command) == 1
     assert capsys.readouterr().err.strip().endswith("sinkbed prepare: kept in x")
+
+
+@pytest.mark.parametrize("end", ["parquet", "jsonl"])
+def test_the_advice_for_files_given_as_text_works(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Regression: to set source.kind, as was advised, led into a refusal of source.split; JSONL became documents."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.chdir(Path(__file__).parents[2])
+    texts = [f"document {i} with a few words" for i in range(60)]
+    if end == "parquet":
+        pq.write_table(pa.table({"text": texts}), tmp_path / "a mine.parquet")
+    else:
+        (tmp_path / "a mine.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = ["--out", str(tmp_path / "store"), "--validation_share", "0", "--workers", "1", "--quiet"]
+    wrong = ["prepare", "--config", "configs/data/local_text.yaml", "--source.files", str(tmp_path / "*"), *options]
+    for dry_run in ([], ["--dry_run"]):
+        assert main([*wrong, *dry_run]) == 1
+        [advice] = re.findall("use `sinkbed (.*)`", capsys.readouterr().err)
+    assert main([*shlex.split(advice), *options]) == 0
+    assert Manifest.read(tmp_path / "store").splits["train"].documents == 60
+
+
+def test_few_held_out_documents_are_told_when_a_store_is_made(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Regression: a run found out in its midst that there was nothing to measure on."""
+    command += ["--on_error", "skip", "--workers", "1"]
+    for dry_run, number in ((["--dry_run"], "30"), ([], "0")):  # the dry run does not know which are long enough
+        assert main([*command, *dry_run]) == 0
+        out = capsys.readouterr().out
+        assert f"100 held-out documents of at least 64 tokens, found {number}; raise validation_share (now 0.1)" in out
+    lines = [json.dumps({"text": f"document {i} " + "with a few words " * 20}) for i in range(300)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
+    assert main([*command, "--validation_share", "0.5", "--force"]) == 0
+    assert "held-out" not in capsys.readouterr().out
+
+
+def test_the_beginning_of_a_key_is_no_key(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Regression: argparse took --source.file for --source.files."""
+    for option, meant in (("--source.file", "source.files"), ("--tokenizer.vocab", "tokenizer.vocab_size")):
+        with pytest.raises(SystemExit):
+            main([*command, option, "3"])
+        assert f"{option}: expected a known key, found none of that name; did you mean {meant}?" in (
+            capsys.readouterr().err
+        )
+
+
+def test_an_interrupted_preparation_says_what_is_kept(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = Units.finish
+
+    def finish(units: Units, number: int, gathered: Gathered) -> None:
+        if number == 1:
+            raise KeyboardInterrupt
+        real(units, number, gathered)
+
+    monkeypatch.setattr(Units, "finish", finish)
+    command += ["--on_error", "skip", "--workers", "1", "--shard_bytes", "4000", "--quiet"]
+    assert main(command) == 130
+    kept = f"interrupted; 1 finished unit kept in {tmp_path}/.store.partial: run it again to go on"
+    assert kept in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(command) == 0
 
 
 def test_workers_below_one_are_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:

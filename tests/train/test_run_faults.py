@@ -16,12 +16,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 
+from sinkbed.data.files import sha256_file
 from sinkbed.data.prepare.prepare import PrepareConfig, TokenizerConfig, prepare
 from sinkbed.data.source.documents import Source
 from sinkbed.data.store.manifest import Manifest
 from sinkbed.train.cli.main import main
 from sinkbed.train.config.overrides import overridden
-from sinkbed.train.loop.identity import _CONFIG_KEYS, _MAY_CHANGE, check_identity, check_manifest, other_sums
+from sinkbed.train.loop.identity import _CONFIG_KEYS, _MAY_CHANGE, check_identity, check_manifest, identify, other_sums
 from sinkbed.train.loop.module import SinkbedModule
 from sinkbed.train.run import directory, provenance
 from sinkbed.train.run.checkpoint import load_checkpoint
@@ -229,7 +230,7 @@ def test_a_copied_run_is_another_to_wandb_and_goes_on_from_its_own_checkpoints(f
     capsys.readouterr()
     with pytest.warns(UserWarning, match=f"{copy} is a copy of the run {original}: it goes on from its own"):
         assert main(["fit", "--config", str(copy / directory.CONFIG), "--ckpt_path", "last"]) == 0
-    assert f"{copy} it is, not {original}" in capsys.readouterr().out
+    assert f"names {original}, but was moved or copied: the run goes on in {copy}" in capsys.readouterr().out
     assert before == {p: p.read_bytes() for p in original.rglob("*") if p.is_file() and "wandb" not in p.parts}
     ours, theirs = (directory.read_json(folder / directory.RUN)["wandb_id"] for folder in (copy, original))
     assert ours != theirs
@@ -243,6 +244,36 @@ def test_a_copied_run_is_another_to_wandb_and_goes_on_from_its_own_checkpoints(f
     moved = original.rename(original.with_name("moved"))
     assert main(["fit", "--config", str(moved / directory.CONFIG), "--ckpt_path", "last"]) == 0
     assert directory.read_json(moved / directory.RUN)["wandb_id"] == theirs
+
+
+def test_which_of_two_run_directories_is_the_copy_is_known_in_either_order(tmp_path):
+    def started(name):
+        known, _ = identify(tmp_path / name, {}, None, {}, anew=False, session={})
+        return known["wandb_id"]
+
+    (tmp_path / "a").mkdir()
+    first = started("a")
+    for name in ("b", "d", "e"):
+        shutil.copytree(tmp_path / "a", tmp_path / name)
+    (tmp_path / "a").rename(tmp_path / "c")
+    assert started("b") != first, "copied, then the original was moved"
+    (tmp_path / "d").rename(tmp_path / "a")
+    assert started("c") == first, "moved, then a copy was put in its place"
+    # A backup that is put back where it was, and a run.json of earlier versions, say nothing of it.
+    shutil.rmtree(tmp_path / "c")
+    (tmp_path / "e").rename(tmp_path / "c")
+    record = directory.read_json(tmp_path / "c" / directory.RUN) | {"folder": str(tmp_path / "c")}
+    directory.write_json(tmp_path / "c" / directory.RUN, record)
+    assert started("c") == first
+
+
+def test_a_start_that_is_refused_leaves_no_folder_above_the_run_either(tmp_path):
+    held = directory.lock(tmp_path / "runs" / "fit" / "a")
+    directory.release(held)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "runs").mkdir()
+    directory.release(directory.lock(tmp_path / "runs" / "fit" / "a"))
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"], "which the user had made"
 
 
 # W&B.
@@ -474,9 +505,7 @@ def sharded(tmp_path):
 
 
 def seal(path):
-    from sinkbed.train.loop.fsdp import _sha256
-
-    sums = {p.name: _sha256(p) for p in path.iterdir() if p.name != "checksums.json"}
+    sums = {p.name: sha256_file(p) for p in path.iterdir() if p.name != "checksums.json"}
     directory.write_json(path / "checksums.json", sums)
     return sums
 

@@ -36,8 +36,8 @@ def test_every_run_has_a_line(folder, capsys):
     points = [json.loads(line) for line in (folder / "study/runs/a" / directory.METRICS).read_text().splitlines()]
     losses = [point["train/loss"] for point in points if "train/loss" in point]
     assert line == {
-        "run": "study/runs/a", "state": "finished", "step": "4 of 4", "tokens": "768", "loss": f"{losses[-1]:.3f}",
-        "val. loss": line["val. loss"], "sink %": line["sink %"],
+        "run": "study/runs/a", "state": "finished", "saved": "4", "step": "4 of 4", "tokens": "768",
+        "loss": f"{losses[-1]:.3f}", "val. loss": line["val. loss"], "sink %": line["sink %"],
     }  # fmt: skip
     assert float(line["val. loss"]) > 0 and described(folder / "stopped", folder)["state"] == "stopped"
 
@@ -97,7 +97,6 @@ def test_a_seed_decides_what_is_drawn_and_a_long_text_moves_its_window(folder, c
         (["--mode", "text"], "--prompt: expected text for a model with no first token"),
         (["--tokens", "0"], "--tokens: expected at least 1, found 0"),
         (["--temperature", "nan"], "--temperature: expected at least 0, found nan"),
-        (["--mode", "random_first"], "--mode: expected as_trained, bos or text"),
     ],
 )
 def test_what_cannot_be_written_is_told_so(options, message, folder, capsys):

@@ -53,5 +53,5 @@ def test_what_would_surprise_is_refused_with_its_line(file, text, message):
 
 @pytest.mark.parametrize("text", ["[1, 2]", "", "words"])
 def test_a_config_is_a_mapping(file, text):
-    with pytest.raises(ValueError, match=r"file.yaml: expected keys such as model"):
+    with pytest.raises(ValueError, match=r"file.yaml: expected YAML with keys"):
         read_mapping(file(text))

@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import re
 import resource
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -226,8 +228,68 @@ def write_corpus(arguments: Any, folder: Path) -> tuple[tuple[str, ...], int]:
     return tuple(str(path) for path in paths if path.stat().st_size), size
 
 
+def _proportional(pid: int | str) -> int:
+    """Bytes of a process and of all below it, pages that several share counted in parts."""
+    try:
+        below = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
+        own = re.search(r"Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text())
+    except OSError:  # it has just ended
+        return 0
+    return (1_024 * int(own[1]) if own else 0) + sum(map(_proportional, below))
+
+
+def _summed_peak(begin: Callable[[], Any]) -> tuple[float, int]:
+    """Seconds, and the peak of `_proportional`; 0 where the system does not tell."""
+    peak, done = [0], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.05):
+            peak[0] = max(peak[0], _proportional(os.getpid()))
+
+    watch = threading.Thread(target=look)
+    watch.start()
+    began = time.perf_counter()
+    try:
+        begin()
+    finally:
+        seconds = time.perf_counter() - began
+        done.set()
+        watch.join()
+    return seconds, peak[0]
+
+
+def _prepare_lines(path: str, split: str, out: str, vocab_size: int, workers: int) -> tuple[float, int]:
+    config = PrepareConfig(
+        source=Source(kind="text", files=path, split=split, streaming=True),
+        tokenizer=TokenizerConfig(vocab_size=vocab_size),
+        validation_share=0.0,
+        out=out,
+    )
+    return _summed_peak(lambda: prepare(config, progress=False, workers=workers))
+
+
+def long_line(arguments: Any) -> int:
+    """So many megabytes in one line, against the same bytes as 2,000-byte lines: rate, and memory of all processes."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(20_000)]
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="bench-") as folder:
+        size = arguments.long_line * 1_000_000
+        lines = [" ".join(rng.choices(words, k=320)) for _ in range(size // 2_080)]
+        for name, separator in (("many lines", "\n"), ("one line", " ")):
+            path = Path(folder) / f"{name}.txt"
+            path.write_text(separator.join(lines))
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                job = str(path), "line", f"{folder}/{name}", arguments.vocab_size, arguments.workers
+                seconds, peak = pool.submit(_prepare_lines, *job).result()
+            size = path.stat().st_size
+            print(f"{name:12}{size / 1e6:8.1f} MB{size / seconds / 1e6:9.2f} MB/s, start included{peak / 1e6:9,.0f} MB")
+    return 0
+
+
 def run(arguments: Any) -> int:
     """MB/s and tokens/s of each contender, in turns."""
+    if arguments.long_line:
+        return long_line(arguments)
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="bench-") as folder:
         files, size = write_corpus(arguments, Path(folder))
         path, bos, eos = arguments.tokenizer, arguments.bos, arguments.eos

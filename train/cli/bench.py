@@ -9,9 +9,9 @@ from pathlib import Path
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Parse and run one benchmark."""
-    import argparse
+    from sinkbed.train.config.arguments import PlainParser
 
-    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     benches = parser.add_subparsers(dest="bench", metavar="BENCH", required=True)
     one = benches.add_parser("training", help="training step against Hugging Face's Llama at the same shape")
     one.add_argument("--config", type=Path, default=Path("configs/run/demo.yaml"), help="run config with the shape")
@@ -63,6 +63,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     five.add_argument("--vocab_size", type=int, default=8_192, help="of the tokenizer that is trained")
     five.add_argument("--workers", type=int, default=2, help="threads or processes of each contender")
     five.add_argument("--repeats", type=int, default=5)
+    five.add_argument(
+        "--long_line", type=int, metavar="MB", help="instead: so much text in one line, against the same as many"
+    )
     five.add_argument("--folder", type=Path, help="where temporary files go (default: the system's)")
     six = benches.add_parser("metering", help="measuring a model: against eager attention, and the sampled Jacobian")
     kinds = ("eager", "modes", "jacobian")

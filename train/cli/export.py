@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Parse and export."""
-    import argparse
+    from sinkbed.train.config.arguments import PlainParser
 
-    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run", type=Path, help="run directory, or a checkpoint inside one")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; it must not hold anything yet")
     parser.add_argument("--store", type=Path, help="token store with the run's tokenizer (default: the run's)")

@@ -18,34 +18,37 @@ if TYPE_CHECKING:
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Parse, write."""
-    import argparse
     from pathlib import Path
 
-    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    from sinkbed.train.config.arguments import PlainParser
+
+    parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", help="run directory, checkpoint, Hugging Face folder or hub name")
     parser.add_argument("--prompt", default="", help="text to go on from (default: none)")
     parser.add_argument("--tokens", type=int, default=100, help="tokens to write at most; it ends before with EOS")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token")
     parser.add_argument("--top_k", type=int, help="draw among so many of the likeliest tokens only")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mode", default="as_trained", help="as_trained, bos or text: what stands before the text")
+    modes = ("as_trained", "bos", "text")
+    parser.add_argument("--mode", default="as_trained", choices=modes, help="what stands before the text")
     parser.add_argument("--store", type=Path, help="token store with the run's tokenizer (default: the run's)")
     parser.add_argument("--bos", help="token that serves as BOS (default: the tokenizer's)")
     parser.set_defaults(revision=None, gguf=None, dtype="auto", device_map=None)
     arguments = parser.parse_args(list(argv))
 
     from sinkbed.plain_text import visible
+    from sinkbed.progress import loading
     from sinkbed.ranges import check_number
-    from sinkbed.train.measure.model import load
     from sinkbed.train.measure.modes import check_modes
+
+    with loading("torch"):
+        from sinkbed.train.measure.model import load
 
     check_number("--tokens", arguments.tokens, least=1)
     check_number("--temperature", arguments.temperature, least=0)
     if arguments.top_k is not None:
         check_number("--top_k", arguments.top_k, least=1)
     [mode] = check_modes([arguments.mode])
-    if mode not in ("as_trained", "bos", "text"):
-        raise ValueError(f"--mode: expected as_trained, bos or text, found {mode}, which is for measuring alone")
     subject = load(arguments)
     ids = subject.encode(arguments.prompt)
     for _ in continuation(subject, ids, mode, arguments):

@@ -158,8 +158,9 @@ def print_table(lines: Sequence[dict[str, Any]]) -> None:
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Compile what is asked for, print it, compare it or store it."""
-    import argparse
     import importlib.util
+
+    from sinkbed.train.config.arguments import PlainParser
 
     if importlib.util.find_spec("triton") is None:
         raise ValueError("kernels: expected the package triton, found none; pip install triton")
@@ -167,7 +168,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     from sinkbed.kernels.triton.tiles import HEAD_DIMS
 
     archs = tuple(CHIPS)
-    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").replace("\n", " "))
+    parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").replace("\n", " "))
     parser.add_argument("--arch", nargs="+", choices=archs, default=archs, help="GPUs (default: all)")
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS, help="default: all")
     parser.add_argument("--mask", nargs="+", choices=MASKS, default=("document",), help="default: document")

@@ -64,10 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"sinkbed {metadata.version('sinkbed')}, torch {metadata.version('torch')}")
         return 0
-    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        print(f"sinkbed: expected one of {', '.join(COMMANDS)}; found {argv[0]!r}{meant}", file=sys.stderr)
+    if not argv or argv[0] not in (*COMMANDS, "-h", "--help"):
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1) if argv else ()
+        meant = f"{argv[0]!r}; did you mean {near[0]}?" if near else repr(argv[0]) if argv else "nothing"
+        print(f"sinkbed: expected one of {', '.join(COMMANDS)}; found {meant}", file=sys.stderr)
+        print("sinkbed --help says what each is for", file=sys.stderr)
         return 2
     arguments, rest = build_parser().parse_known_args(argv[:1]), argv[1:]
     command = arguments[0].command
@@ -87,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("SINKBED_DEBUG") or not explained(error):
             raise
-        print(f"sinkbed {command}: {explain(error)}", file=sys.stderr)
+        from sinkbed.train.config.keys import located
+
+        print(f"sinkbed {command}: {located(explain(error), rest)}", file=sys.stderr)
         return 1
 
 
@@ -138,9 +141,9 @@ def explain(error: Exception) -> str:
             f"(errno {error.errno}); see to that, then run the same command again (fit: with --ckpt_path auto)"
         )
     if _out_of_memory(error):
-        reason = str(error).splitlines()[0] if str(error) else "no more to be had"
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
         return (
-            f"memory: expected more than there is ({reason}); what is saved is whole. Take a smaller model or batch: "
+            f"there is not enough memory{reason}; what is saved is whole. Take a smaller model or batch: "
             "data.micro_batch and measure.batch_tokens in a run, --batch_tokens in a probe"
         )
     return str(error)

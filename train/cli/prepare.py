@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
+import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sinkbed.plain_text import counted
 from sinkbed.train.run.directory import MANIFEST
 
 if TYPE_CHECKING:
@@ -50,20 +51,58 @@ def run(command: str, argv: Sequence[str]) -> int:
     if dry_run:
         from sinkbed.data.prepare.estimate import estimate
 
-        print("\n".join(described(estimate(wanted, workers=workers))))
+        size = estimate(wanted, workers=workers)
+        print("\n".join(described(size)))
+        if size.documents is not None:
+            print(few_held_out(size.documents * wanted.validation_share, wanted.validation_share), end="")
         return 0
     began = time.perf_counter()
     there = not force and (Path(wanted.out) / MANIFEST).exists()
-    manifest = prepare(wanted, force=force, progress=not quiet, workers=workers)
+    try:
+        manifest = prepare(wanted, force=force, progress=not quiet, workers=workers)
+    except KeyboardInterrupt:
+        folder = Path(wanted.out).with_name(f".{Path(wanted.out).name}.partial")
+        kept = counted(len(list(folder.glob("units/*.json"))), "finished unit")
+        print(f"sinkbed {command}: interrupted; {kept} kept in {folder}: run it again to go on", file=sys.stderr)
+        return 130
     if not quiet:
         seconds = "up to date" if there else f"{time.perf_counter() - began:.0f} s"
         print(f"{wanted.out}: {summary(manifest)}; {seconds}")
+        print(few_held_out(_long_documents(wanted.out, manifest), wanted.validation_share), end="")
     return 0
+
+
+def few_held_out(documents: float, share: float) -> str:
+    """A line on what to change where a run would find fewer held-out documents than it measures; else nothing."""
+    from sinkbed.train.measure.config import MeasureConfig
+
+    wanted = MeasureConfig()
+    if documents >= wanted.documents:
+        return ""
+    return (
+        f"validation: a run measures {wanted.documents} held-out documents of at least {wanted.sink_tokens} tokens, "
+        f"found {documents:,.0f}; raise validation_share (now {share}), or lower measure.documents or "
+        "measure.sink_tokens of the run\n"
+    )
+
+
+def _long_documents(store: str, manifest: Manifest) -> int:
+    from sinkbed.data.store.token_store import TokenStore
+    from sinkbed.train.measure.config import MeasureConfig
+    from sinkbed.train.measure.heldout import held_out
+
+    if "validation" not in manifest.splits:
+        return 0
+    config = MeasureConfig()
+    return sum(1 for _ in held_out(TokenStore.open(store, "validation"), config.sink_tokens + 1, config))
 
 
 def summary(manifest: Manifest) -> str:
     """What a token store holds, in one line."""
-    splits = [f"{name} {s.documents:,} documents, {s.tokens:,} tokens" for name, s in manifest.splits.items()]
+    splits = [
+        f"{name} {counted(s.documents, 'document')}, {counted(s.tokens, 'token')}"
+        for name, s in manifest.splits.items()
+    ]
     train = manifest.splits["train"]
     left_out = f"; left out: {_counted(manifest.left_out)}" if manifest.left_out else ""
     return (
@@ -84,7 +123,7 @@ def described(found: Estimate) -> list[str]:
     span = f" ({found.tokens - width:,.0f} to {found.tokens + width:,.0f})" if found.tokens and width else ""
     trained = ", by a tokenizer trained on the sample" if found.trained_on_sample else ""
     lines = [
-        f"sample           {found.sample_documents:,} documents, {found.sample_bytes:,} bytes",
+        f"sample           {counted(found.sample_documents, 'document')}, {found.sample_bytes:,} bytes",
         f"documents        {of(found.documents)} ({how})",
         f"bytes            {of(found.bytes)}" + ("" if whole or found.bytes is None else " (from the sample)"),
         f"bytes per token  {found.bytes_per_token:.2f}{trained}",
@@ -109,7 +148,9 @@ def _duration(seconds: float | None) -> str:
 
 def _check(command: str, argv: Sequence[str]) -> int:
     """Open every split of a token store and compare the sha256 of every shard."""
-    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", allow_abbrev=False)
+    from sinkbed.train.config.arguments import PlainParser
+
+    parser = PlainParser(prog=f"sinkbed {command}")
     parser.add_argument("--check", metavar="STORE", required=True, help="token store to read")
     store = parser.parse_args(list(argv)).check
 

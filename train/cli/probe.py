@@ -11,6 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from sinkbed.plain_text import counted
+from sinkbed.progress import loading
+from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.run import directory
 
 if TYPE_CHECKING:
@@ -24,9 +27,9 @@ Measure = Literal["sinks", "states", "gradients", "perturbation", "rank", "paths
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Parse, measure, print tables, write what was asked for."""
-    import argparse
+    from sinkbed.train.config.arguments import PlainParser
 
-    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", help="run directory, checkpoint, Hugging Face folder or hub name")
     text = parser.add_argument_group("text")
     text.add_argument("--prompts", type=Path, help="a JSONL file (column text), or a document a line")
@@ -34,7 +37,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     text.add_argument("--documents", type=int, default=100)
     text.add_argument("--length", type=int, help="tokens of a document at most (default: the context, 512 at most)")
     text.add_argument("--inputs", nargs="+", choices=get_args(Input), default=["natural"], help="what is read (sinks)")
-    text.add_argument("--modes", nargs="+", default=["bos", "text", "first_key_masked"], help="inference modes")
+    inputs = list(MODE_LABELS)
+    text.add_argument("--modes", nargs="+", choices=inputs, default=inputs[:3], help="inference modes")
     text.add_argument("--bos", help="token that serves as BOS (default: the tokenizer's)")
     what = parser.add_argument_group("what is measured")
     what.add_argument("--measure", nargs="+", choices=[*get_args(Measure), "all"], default=["sinks"])
@@ -64,23 +68,20 @@ def run(command: str, argv: Sequence[str]) -> int:
     from sinkbed.train.measure.model import check_model, load, probe_of, texts
 
     check_model(arguments)  # first: a path that is none is answered before torch is imported
-    import torch
+    with loading("torch"):
+        from sinkbed.train.loop.settings import use_threads
+        from sinkbed.train.measure.config import MeasureConfig
+        from sinkbed.train.measure.modes import check_modes
+        from sinkbed.train.measure.steps import Measurement
+        from sinkbed.train.report import model as probe_report
 
-    from sinkbed.train.measure.config import MeasureConfig
-    from sinkbed.train.measure.modes import check_modes
-    from sinkbed.train.measure.steps import Measurement
-    from sinkbed.train.report import model as probe_report
-
-    if arguments.threads is not None and arguments.threads < 1:
-        raise ValueError(f"--threads: found {arguments.threads}, expected at least 1")
     if arguments.out is not None:
         probe_report.check_out(arguments.out, arguments.force)
     if arguments.json is not None:
         if arguments.json.is_dir():
             raise ValueError(f"--json {arguments.json}: expected a file, found a folder")
         probe_report.check_writable("--json", arguments.json)
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
+    use_threads(arguments.threads)
     modes = check_modes(arguments.modes)
     measures = set(get_args(Measure)) if "all" in arguments.measure else set(arguments.measure)
     config = MeasureConfig(
@@ -96,8 +97,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     natural = probe_of(subject, texts(arguments, subject), limit, config)
     _check_bos(subject, modes)
     _check_lengths(subject, natural, limit, modes, measures, arguments)
-    count = len(natural.documents)
-    print(f"{subject.name}: {count} document{'s' * (count != 1)}, T = {config.sink_tokens}, eps 0.3")
+    print(f"{subject.name}: {counted(len(natural.documents), 'document')}, T = {config.sink_tokens}, eps 0.3")
     longest = max([limit, *(n + 1 for n in arguments.lengths)])
     if subject.context_length is not None and longest > subject.context_length:
         print(f"tokens past the context of {subject.context_length} that it was trained with are read, too")

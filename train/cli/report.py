@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sinkbed.train.config.arguments import PlainParser
 from sinkbed.train.report.study import load_folder, of_all_seeds, split_finished, tell_missing, write_report
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     from sinkbed.train.study.arms import ArmRun, plan
     from sinkbed.train.study.file import StudyConfig
 
-    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("what", type=Path, nargs="+", help="study files, or folders of runs or studies")
     parser.add_argument("--size", help="of study files: one of their sizes (default: demo)")
     parser.add_argument(

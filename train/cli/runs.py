@@ -16,9 +16,9 @@ from sinkbed.train.run import directory
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Parse and print a line a run. Exit status 1 where there is none."""
-    import argparse
+    from sinkbed.train.config.arguments import PlainParser
 
-    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="where to look (default: runs)")
     folder = parser.parse_args(list(argv)).folder
     if not folder.is_dir():
@@ -29,7 +29,10 @@ def run(command: str, argv: Sequence[str]) -> int:
 
     from rich.table import Table
 
-    table = Table(caption="loss: of training, the last that was logged; sink %: eps 0.3, the first live mode")
+    table = Table(
+        caption="saved: step of the newest checkpoint; step, loss: the last that were logged; sink %: eps 0.3, "
+        "the first live mode"
+    )
     for name in COLUMNS:
         table.add_column(name, justify="left" if name in ("run", "state") else "right")
     for line in lines:
@@ -41,7 +44,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     return 0
 
 
-COLUMNS = ("run", "state", "step", "tokens", "loss", "val. loss", "sink %")
+COLUMNS = ("run", "state", "saved", "step", "tokens", "loss", "val. loss", "sink %")
 
 
 def run_directories(folder: Path) -> Iterator[Path]:
@@ -62,10 +65,12 @@ def described(run_dir: Path, below: Path) -> dict[str, str]:
         for point in directory.read_metrics(run_dir / directory.METRICS):
             last |= {key: value for key, value in point.items() if value is not None}
         mode = (config.get("measure") or {}).get("live_modes", ["bos"])[0]
+        saved = [int(path.stem.removeprefix("step-")) for path in (run_dir / directory.CHECKPOINTS).glob("step-*.ckpt")]
         most = (config.get("trainer") or {}).get("max_steps", "?")
         return {
             "run": name,
             "state": state(run_dir),
+            "saved": f"{max(saved):,}" if saved else "",
             "step": f"{last.get('step', 0):,} of {most:,}" if isinstance(most, int) else str(last.get("step", 0)),
             "tokens": f"{last.get('train/tokens', 0):,}",
             "loss": _number(last.get("train/loss"), 3),

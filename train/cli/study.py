@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sinkbed.train.config.arguments import PlainParser
 from sinkbed.train.run import directory
 from sinkbed.train.study.arms import LOG, SECONDS_FOR_THE_DEAD, ArmRun, check_configs, conclude, hold, make_ready, plan
 from sinkbed.train.study.file import StudyConfig, load_study
@@ -26,7 +27,7 @@ SECONDS_BETWEEN_LOOKS = 2.0
 
 def build_parser(command: str) -> argparse.ArgumentParser:
     """Options of `sinkbed study`."""
-    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("study", type=Path, help="study file, such as configs/study/packing.yaml")
     parser.add_argument("--size", help="one of the file's sizes (default: demo)")
     parser.add_argument("--workers", type=int, help="arms at a time on this machine (default: the file's, or by cores)")
@@ -64,10 +65,11 @@ def run(command: str, argv: Sequence[str]) -> int:
     warm_up()
     runs = plan(study)
     todo = [r for r in runs if r.status() != "finished"]
-    if todo and (complaint := call(check_configs, todo)):
-        raise ValueError(complaint)
     from sinkbed.train.report.effects import check_measured
-    from sinkbed.train.study.cost import check_fits, print_plan
+    from sinkbed.train.study.cost import check_fits, check_stores, print_plan
+
+    if todo and (complaint := call(check_configs, todo) or call(check_stores, todo)):
+        raise ValueError(complaint)
 
     check_measured(study, runs)
 

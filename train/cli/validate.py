@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sinkbed.plain_text import counted
 from sinkbed.train.config.yaml_files import read_mapping
+from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.run import directory
 from sinkbed.train.run.load import load_decoder, open_run, run_tokenizer
 
@@ -18,11 +20,11 @@ if TYPE_CHECKING:
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Parse, measure, print a table."""
-    import argparse
+    from sinkbed.train.config.arguments import PlainParser
 
-    parser = argparse.ArgumentParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
+    parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run", type=Path, help="run directory, or a checkpoint inside one")
-    parser.add_argument("--modes", nargs="+", help="inference modes (default: the run's)")
+    parser.add_argument("--modes", nargs="+", choices=list(MODE_LABELS), help="inference modes (default: the run's)")
     parser.add_argument("--documents", type=int, help="documents of the probe set (default: the run's)")
     parser.add_argument("--store", type=Path, help="token store (default: the run's)")
     parser.add_argument("--threads", type=int, help="CPU threads")
@@ -30,10 +32,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     arguments = parser.parse_args(list(argv))
 
     checkpoint, folder = open_run(arguments.run)  # first: a path that is none is answered before torch is imported
-    import torch
-
     from sinkbed.data.store.token_store import TokenStore
     from sinkbed.progress import Steps
+    from sinkbed.train.loop.settings import use_threads
     from sinkbed.train.measure.config import MeasureConfig
     from sinkbed.train.measure.heldout import Probe
     from sinkbed.train.measure.modes import check_modes
@@ -46,9 +47,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     if arguments.modes is not None:
         settings |= {"modes": check_modes(arguments.modes)}
     measuring = MeasureConfig(**settings)
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-
+    use_threads(arguments.threads)
     decoder, strategy = load_decoder(checkpoint)
     identity = checkpoint["sinkbed"]
     run_tokenizer(identity, arguments.store)
@@ -67,8 +66,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     print(measurement_table(checkpoint["global_step"], results, measuring.sink_tokens))
     if len(probe.documents) < measuring.documents:
         print(
-            f"asked for {measuring.documents} documents; the validation split has {len(probe.documents)} of at least "
-            f"{measuring.sink_tokens} tokens"
+            f"asked for {counted(measuring.documents, 'document')}; the validation split has {len(probe.documents)} of "
+            f"at least {measuring.sink_tokens} tokens"
         )
     if arguments.json is not None:
         directory.write_json(arguments.json, {mode: dataclasses.asdict(r) for mode, r in results.items()}, seal=False)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from sinkbed.train.config.keys import is_known, unknown, unknown_keys
+from sinkbed.train.config.keys import is_known, located, unknown, wrong_keys
 from sinkbed.train.config.yaml_files import read_mapping
 
 _UNKNOWN = (
@@ -23,6 +25,8 @@ _UNKNOWN = (
 _NO_TYPE = r'Parser key "([\w.]+)":.*Subtypes: \[(.*?)\]\n.*Given value: (.*)'
 _WRONG_TYPE = r'Parser key "([\w.]+)":\s+(?:Expected an? (.+?)\. Got value: (.*)|(.+))'
 
+_NO_CLASS = r"Parser key \"([\w.]+)\":.*given class_path '(.*?)':\n\s*((?:No )?module [^\n]*|cannot import[^\n]*)"
+
 # A group of keys that may be null: jsonargparse lists why it is neither the group nor null.
 _NEITHER = r"Union subtypes\n.*Errors:\n  - (.*?)\n  - Expected a <class 'NoneType'>"
 
@@ -30,7 +34,7 @@ _NEITHER = r"Union subtypes\n.*Errors:\n  - (.*?)\n  - Expected a <class 'NoneTy
 _NO_KEYS = ("--config", "--print_config", "--help", "--trust_config")
 
 
-def check_keys(program: str, argv: Sequence[str], keys: Sequence[str]) -> None:
+def check_keys(program: str, argv: Sequence[str], keys: Collection[str]) -> None:
     """Refuse a --config that is no YAML of plain values, and a key that is not among `keys`, in it or as an option.
 
     Before anything heavy is imported. An unknown key or a missing file ends the program with status 2; raises
@@ -47,19 +51,31 @@ def check_keys(program: str, argv: Sequence[str], keys: Sequence[str]) -> None:
             if not path.is_file():
                 refuse(program, f"--config {path}: expected a YAML file, found none there")
             read_mapping(path)
-            for complaint in unknown_keys(path, keys):
+            for complaint in wrong_keys(path, keys):
                 refuse(program, complaint)
 
 
 def refuse(program: str, message: str) -> NoReturn:
     """Print what is wrong and how to learn more; exit with status 2."""
     print(f"{program}: {message}", file=sys.stderr)
-    print(f"{program} --help lists every key, --print_config with the same arguments their values", file=sys.stderr)
+    more = ", --print_config with the same arguments their values" if program.endswith((" fit", " prepare")) else ""
+    print(f"{program} --help lists every {'key' if more else 'option'}{more}", file=sys.stderr)
     sys.exit(2)
 
 
 class ShortErrors:
-    """Mixin for parsers of jsonargparse: no usage of a hundred lines before the error."""
+    """Mixin for parsers: no usage of a hundred lines before the error, no key by its beginning."""
+
+    argv: Sequence[str] = ()
+    """What is parsed; a file among it is named where a key in it is at fault."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def parse_args(self, args: Any = None, namespace: Any = None, **more: Any) -> Any:
+        """As every parser does it."""
+        self.argv = self.argv if args is None else list(args)
+        return super().parse_args(args, namespace, **more)  # type: ignore[misc]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and how to learn more; exit with status 2."""
@@ -67,11 +83,19 @@ class ShortErrors:
         if not parser.exit_on_error:  # a group of keys is tried against one type of several
             raise ArgumentError(None, message) from ex
         program = parser.prog.replace(" [options]", "")
-        refuse(program, rewritten(message, known_keys(parser)))
+        keys = known_keys(parser)
+        for argument in self.argv if "arguments are required" in message else ():  # one of them may be misspelt
+            if argument.startswith("--") and not is_known(argument[2:].partition("=")[0], keys):
+                refuse(program, unknown(argument, keys))
+        refuse(program, located(rewritten(message, keys), self.argv))
 
 
-class ShortParser(ShortErrors, ArgumentParser):
-    """For commands of ours."""
+class ShortParser(ShortErrors, ArgumentParser):  # type: ignore[misc]
+    """For commands with a config."""
+
+
+class PlainParser(ShortErrors, argparse.ArgumentParser):  # type: ignore[misc]
+    """For commands without."""
 
 
 def describe_fields() -> None:
@@ -88,16 +112,18 @@ def known_keys(parser: Any) -> list[str]:
     return keys
 
 
-def rewritten(message: str, keys: Sequence[str]) -> str:
+def rewritten(message: str, keys: Collection[str]) -> str:
     """jsonargparse's message in our words, with the nearest key where one is unknown."""
     for pattern in _UNKNOWN:
         if found := re.search(pattern, message):
             option = found[1]
             if Path(option).exists():
                 return (
-                    f"{option}: found a file where an option was expected; quote a glob, so that the shell leaves it "
-                    "whole, or give a list: '[a.jsonl, b.jsonl]'"
+                    f"{option}: found a file where an option was expected; give each config its own --config, and "
+                    "quote a glob, so that the shell leaves it whole, or give a list: '[a.jsonl, b.jsonl]'"
                 )
+            if pattern.startswith("unrecognized") and not option.startswith("-"):
+                return f"{option}: expected options alone from here on, found a word before which none stands"
             return unknown(option, keys)
     if found := re.search(r"Parser key \"([\w.]+)\":.*?Importing '([\w.]+)' is not allowed", message, re.DOTALL):
         return (
@@ -106,20 +132,36 @@ def rewritten(message: str, keys: Sequence[str]) -> str:
         )
     if found := re.search(_NEITHER, message, re.DOTALL):
         return " ".join(found[1].split())
+    if found := re.search(_NO_CLASS, message, re.DOTALL):
+        return f"{found[1]}: expected a class that can be imported, found {found[2]}: {found[3]}"
     if found := re.search(_NO_TYPE, message, re.DOTALL):
         key, kinds, value = found.groups()
         if nested := re.fullmatch(r"NestedArg\(key='(\w+)', val='?(.*?)'?\)", value.strip()):
             key, value = f"{key}.{nested[1]}", nested[2]
-        return f"{key}: expected {_readable(kinds).replace(', ', ' or ')}, found {value.strip()!r}"
+        return _expected(key, _readable(kinds).replace(", ", " or "), value)
     if found := re.search(_WRONG_TYPE, message, re.DOTALL):
         key, kind, value, other = found.groups()
-        if kind is None:
-            return f"{key}: {' '.join(other.split())}"
-        return f"{key}: expected {_readable(kind)}, found {value.strip()!r}"
+        return f"{key}: {' '.join(other.split())}" if kind is None else _expected(key, _readable(kind), value)
+    if found := re.search(r"argument (.*?): invalid choice: '?(.*?)'? \(choose from (.*)\)", message):
+        return _expected(found[1], f"one of {found[3]}", found[2])
+    if found := re.search(r"argument (.*?): invalid (\w+) value: '?(.*?)'?$", message):
+        return _expected(found[1], found[2], found[3])
+    if found := re.search(r"argument (.*?): expected (\S+ arguments?)", message):
+        return f"{found[1]}: expected {found[2].replace('argument', 'value')}, found none"
     if found := re.search(r"arguments are required: (.*)", message):
         missing = found[1].replace("fit.", "")
-        return f"expected a value for {missing}; found none. Start from a --config, such as those in configs/"
+        start = ". Start from a --config, such as those in configs/" if "config" in keys else ""
+        return f"expected a value for {missing}; found none{start}"
     return " ".join(message.split())
+
+
+def _expected(key: str, kind: str, value: str) -> str:
+    value = value.strip()
+    if value.lower() in ("nan", "inf", "-inf"):
+        kind = "a finite number"
+    near = difflib.get_close_matches(value, re.findall(r"'(.*?)'", kind), n=1)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    return f"{key}: expected {kind}, found {value!r}{meant}"
 
 
 def _readable(kind: str) -> str:

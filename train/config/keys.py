@@ -7,13 +7,17 @@ a key that is misspelt is answered before.
 from __future__ import annotations
 
 import ast
+import builtins
 import difflib
-from collections.abc import Iterator, Sequence
+import re
+import typing
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from sinkbed.train.config.yaml_files import key_lines
+from sinkbed.train.config.yaml_files import key_lines, leaves, read_mapping
 
 _CLASSES = {
     "DecoderConfig": "sinkbed.model.config",
@@ -24,31 +28,43 @@ _CLASSES = {
     "TokenData": "sinkbed.train.loop.datamodule",
     "WandbConfig": "sinkbed.train.run.wandb",
 }
-_LIGHTNING = ("seed_everything", "ckpt_path")
+
+
+class Key(NamedTuple):
+    """What a key takes."""
+
+    kind: Any
+    """Its type; `Any` where the source names one that only a heavy import has."""
+    required: bool
 
 
 @cache
-def fit_keys() -> list[str]:
+def fit_keys() -> dict[str, Key]:
     """Every key of `sinkbed fit`, dotted, as a config writes them."""
     path = _source("lightning").parent / "pytorch" / "trainer" / "trainer.py"
-    return [
-        *_LIGHTNING,
-        *(f"trainer.{name}" for name, _ in _parameters(path, "Trainer")),
-        *_keys("model", "SinkbedModule"),
-        *_keys("data", "TokenData"),
-        *_added(),
-    ]
+    return {
+        "seed_everything": Key(bool | int, False),
+        "ckpt_path": Key(str | None, False),
+        **{f"trainer.{name}": key for name, _, key in _parameters(path, "Trainer")},
+        **_keys("model", "SinkbedModule"),
+        **_keys("data", "TokenData"),
+        **_added(),
+    }
 
 
-def _added() -> Iterator[str]:
+def _added() -> dict[str, Key]:
     """What `SinkbedCLI.add_arguments_to_parser` adds."""
+    added: dict[str, Key] = {}
     for node in ast.walk(ast.parse(_source("sinkbed.train.loop.trainer").read_text(encoding="utf-8"))):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
             continue
         if node.func.attr == "add_argument" and isinstance(node.args[0], ast.Constant):
-            yield str(node.args[0].value).lstrip("-")
+            given = {str(keyword.arg): keyword.value for keyword in node.keywords}
+            kind = _evaluated(ast.unparse(given["type"]), _NAMES)
+            added[str(node.args[0].value).lstrip("-")] = Key(kind, "required" in given)
         if node.func.attr == "add_class_arguments":
-            yield from _keys(ast.literal_eval(node.args[1]), ast.unparse(node.args[0]))
+            added |= _keys(ast.literal_eval(node.args[1]), ast.unparse(node.args[0]))
+    return added
 
 
 def _source(module: str) -> Path:
@@ -58,53 +74,101 @@ def _source(module: str) -> Path:
     return Path(spec.origin)
 
 
-def _keys(prefix: str, cls: str) -> Iterator[str]:
-    for name, annotation in _parameters(_source(_CLASSES[cls]), cls):
-        if annotation in _CLASSES:
-            yield from _keys(f"{prefix}.{name}", annotation)
-        else:
-            yield f"{prefix}.{name}"
+def _keys(prefix: str, cls: str) -> dict[str, Key]:
+    keys: dict[str, Key] = {}
+    for name, annotation, key in _parameters(_source(_CLASSES[cls]), cls):
+        keys |= _keys(f"{prefix}.{name}", annotation) if annotation in _CLASSES else {f"{prefix}.{name}": key}
+    return keys
 
 
-def _parameters(path: Path, cls: str) -> Iterator[tuple[str, str]]:
+def _parameters(path: Path, cls: str) -> Iterator[tuple[str, str, Key]]:
     """Name and annotation of what a class is made from: its constructor's parameters, or its fields."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree, names = ast.parse(path.read_text(encoding="utf-8")), dict(_NAMES)
+    for node in tree.body:  # MaskKind = Literal[...]
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript | ast.BinOp):
+            names[ast.unparse(node.targets[0])] = _evaluated(ast.unparse(node.value), names)
     [body] = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls]
-    for node in body:
-        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
-            for argument in (*node.args.args[1:], *node.args.kwonlyargs):
-                yield argument.arg, ast.unparse(argument.annotation) if argument.annotation else ""
-            return
+    parameters: list[tuple[str, ast.expr | None, bool]] = []
     for node in body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            yield node.target.id, ast.unparse(node.annotation)
+            parameters.append((node.target.id, node.annotation, node.value is None))
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            plain, named = node.args.args[1:], node.args.kwonlyargs
+            without = len(plain) - len(node.args.defaults)
+            parameters = [(each.arg, each.annotation, at < without) for at, each in enumerate(plain)]
+            parameters += [
+                (each.arg, each.annotation, value is None)
+                for each, value in zip(named, node.args.kw_defaults, strict=True)
+            ]
+            break
+    for name, expression, required in parameters:
+        annotation = ast.unparse(expression) if expression else "Any"
+        yield name, annotation, Key(_evaluated(annotation, names), required)
 
 
-def is_known(key: str, keys: Sequence[str]) -> bool:
+_NAMES = {**vars(typing), **vars(builtins), "Path": Path}
+
+
+def _evaluated(annotation: str, names: dict[str, Any]) -> Any:
+    try:
+        return eval(annotation, names)
+    except (NameError, TypeError):
+        return Any
+
+
+def is_known(key: str, keys: Collection[str]) -> bool:
     """Whether it is one of the keys, a group of them, or lies inside the value of one."""
     return any(key == other or other.startswith(f"{key}.") or key.startswith(f"{other}.") for other in keys)
 
 
-def unknown_keys(path: Path, keys: Sequence[str]) -> Iterator[str]:
-    """What is wrong with each key of a YAML file that is not among `keys`, with its line."""
-    for key, line in key_lines(path).items():
+def wrong_keys(path: Path, keys: Collection[str]) -> Iterator[str]:
+    """What is wrong with each key of a YAML file that is not among `keys`, or a group of them without keys of its
+    own, with its line."""
+    lines = key_lines(path)
+    for key, line in lines.items():
         if not is_known(key, keys):
             yield f"{path}, line {line}: {unknown(key, keys)}"
+    for key, value in leaves(read_mapping(path)):
+        if key not in keys and any(other.startswith(f"{key}.") for other in keys):
+            text = "none" if value is None else repr(str(value)[:60])
+            yield f"{path}, line {lines[key]}: {key}: expected keys below it, found {text}; give some or remove it"
 
 
-def unknown(option: str, keys: Sequence[str]) -> str:
-    """That there is no such key, with the one that was probably meant."""
+def unknown(option: str, keys: Collection[str]) -> str:
+    """That there is no such key, with the one that was probably meant, or those of its group."""
     key = option.lstrip("-").split("=")[0]
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6) or _same_leaf(key, keys)
+    group, dot, leaf = key.partition(".")
+    groups = {name[:at] for name in keys for at in range(len(name)) if name[at] == "."}
+    every = sorted({*keys, *groups})
+    of_group = [name for name in every if name.startswith(f"{group}.")]
+    near = [name for name in every if name.endswith(f".{key}")]
+    near = near or difflib.get_close_matches(key, every, n=1, cutoff=0.85 if dot else 0.6)
+    near = near or _same_leaf(key, of_group or every)
     if not near:  # the group is misspelt
-        group, _, leaf = key.partition(".")
-        groups = difflib.get_close_matches(group, {k.partition(".")[0] for k in keys}, n=1)
-        near = [f"{name}.{leaf}" if leaf else name for name in groups]
-    meant = f"; did you mean {near[0]}?" if near else ""
+        near = [f"{name}{dot}{leaf}" for name in difflib.get_close_matches(group, groups, n=1)]
+    meant = f"; did you mean {near[0]}?" if near and near[0] != key else ""
+    if not meant and of_group:
+        meant = f"; {group} has {', '.join(name.removeprefix(f'{group}.') for name in of_group)}"
     return f"{option}: expected a known key, found none of that name{meant}"
 
 
-def _same_leaf(key: str, keys: Sequence[str]) -> list[str]:
+def _same_leaf(key: str, keys: Collection[str]) -> list[str]:
     """Keys that end in the same, or nearly the same, last part."""
-    leaves = {k.rsplit(".", 1)[-1]: k for k in keys}
-    return [leaves[near] for near in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.75)]
+    ends = {k.rsplit(".", 1)[-1]: k for k in keys}
+    return [ends[near] for near in difflib.get_close_matches(key.rsplit(".", 1)[-1], ends, n=1, cutoff=0.75)]
+
+
+def located(message: str, argv: Sequence[str]) -> str:
+    """A message that begins with a key, with the file and line before it where the key was given in a --config."""
+    begins = re.match(r"([\w.]+)[:=]", message)
+    if begins is None or Path(begins[1]).is_file():  # a file that may not even be YAML
+        return message
+    place = ""
+    for index, argument in enumerate(argv):
+        option, _, value = argument.partition("=")
+        path = Path(value or " ".join(argv[index + 1 : index + 2]))
+        if option == f"--{begins[1]}":
+            place = ""
+        elif option == "--config" and path.is_file() and (line := key_lines(path).get(begins[1])):
+            place = f"{path}, line {line}: "
+    return f"{place}{message}"

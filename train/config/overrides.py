@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from sinkbed.train.config.yaml_files import read_mapping
+from sinkbed.train.config.yaml_files import leaves, read_mapping
 
 
 def overridden(argv: Sequence[str]) -> str:
@@ -43,21 +43,13 @@ def _settings(argv: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
         key = name.removeprefix("--")
         if key == "config":
             if Path(value).is_file():
-                yield from ((k, v, value) for k, v in _leaves(read_mapping(Path(value)), ""))
+                yield from ((k, _number(v), value) for k, v in leaves(read_mapping(Path(value))))
             continue
         try:
             plain = yaml.safe_load(value)
         except yaml.YAMLError:
             plain = value
-        yield from ((k, v, "option") for k, v in _leaves(plain, key))
-
-
-def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for name, each in value.items():
-            yield from _leaves(each, f"{key}.{name}" if key else str(name))
-    elif key:
-        yield key, _number(value)
+        yield from ((k, _number(v), "option") for k, v in leaves(plain, key))
 
 
 def _number(value: Any) -> Any:

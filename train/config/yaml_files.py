@@ -98,8 +98,18 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """The keys of a YAML file. Raises ValueError for a file that holds something else."""
     content = read_yaml(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected keys such as model, data, trainer; found {str(content)[:60]!r}")
+        text = "an empty file" if content is None else repr(str(content)[:60])
+        raise ValueError(f"{path}: expected YAML with keys, such as the files in configs/; found {text}")
     return content
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of all below `key` that is no mapping."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            yield from leaves(each, f"{key}.{name}" if key else str(name))
+    elif key:
+        yield key, value
 
 
 def key_lines(path: Path) -> dict[str, int]:

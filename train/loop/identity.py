@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from sinkbed.data.files import differences, differing
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.store.manifest import Manifest
 from sinkbed.train.loop.optim import OptimizerConfig, learning_rate_factor
-from sinkbed.train.run.directory import MANIFEST
+from sinkbed.train.run import directory
 
 # Parts of the identity by the names that a user gives them.
 _CONFIG_KEYS = {
@@ -68,15 +70,15 @@ def check_manifest(run_dir: Path, manifest: Manifest) -> None:
 
     Raises ValueError with both values of what differs.
     """
-    if not (run_dir / MANIFEST).is_file():
+    if not (run_dir / directory.MANIFEST).is_file():
         return
     own = Manifest.read(run_dir)
     if own.digest != manifest.digest:
         names = [name for name in own.to_dict() if name not in ("recipe", "fingerprint", "left_out")]
         theirs, ours = ({name: m.to_dict()[name] for name in names} for m in (own, manifest))
         raise ValueError(
-            f"resuming: expected the token store whose manifest the run has a copy of, {run_dir / MANIFEST}, found "
-            f"another one at data.store: {differing(ours, theirs)}; give the run's own store, or make a new run"
+            f"resuming: expected the token store whose manifest the run has a copy of, {run_dir / directory.MANIFEST}, "
+            f"found another one at data.store: {differing(ours, theirs)}; give the run's own store, or make a new run"
         )
 
 
@@ -106,3 +108,77 @@ def check_identity(checkpoint: dict[str, Any], ours: dict[str, Any], fork: bool 
             f"resuming: expected the run's own configuration, found {'; '.join(pairs)}{why}. Start from the "
             "run's config.yaml, or make a new run of it: another run_dir, and --fork CHECKPOINT instead of --ckpt_path"
         )
+
+
+def identify(
+    folder: Path,
+    saved: dict[str, Any],
+    parent: dict[str, Any] | None,
+    made: dict[str, Any],
+    *,
+    anew: bool,
+    session: dict[str, Any],
+) -> tuple[dict[str, Any], list[str]]:
+    """Write run.json: the W&B id, made once, the run and step that this run is a fork of, and what made it.
+
+    Args:
+        saved: run.json as the checkpoint saved it that the run resumes from, empty without one. What it says of the
+            id counts, as it is under a checksum.
+        parent: of a fork.
+        made: provenance of this process; put beside those that the checkpoint names, where it differs.
+        anew: whether the run starts with other settings than before, and so with another id.
+        session: command and start of this process.
+
+    Returns its content, and what there is to tell the user.
+    """
+    path, messages = folder / directory.RUN, []
+    known: dict[str, Any] = {}
+    try:
+        known = directory.read_json(path) if path.exists() else saved
+        if not isinstance(known, dict) or (path.exists() and not isinstance(known.get("wandb_id"), str)):
+            raise ValueError(f"{path}: expected a wandb_id, found none")
+    except ValueError as error:
+        known = saved
+        messages.append(f"{error}; taken from the checkpoint, or made anew")
+    ours, original = known.get("wandb_id"), saved.get("wandb_id")
+    copied = known.get("copy_of") or {}  # which checkpoints that were copied too still name
+    if original is not None and ours != original and copied.get("wandb_id") != original:
+        messages.append(f"{path}: expected the W&B id {original}, found {ours}; taken from the checkpoint")
+        known = {**known, "wandb_id": original}
+    source = _original(folder, known)
+    if source is not None:
+        known = {"copy_of": {"folder": str(source), "wandb_id": known["wandb_id"]}, "wandb_id": secrets.token_hex(4)}
+        messages.append(
+            f"{folder} is a copy of the run {source}: it goes on from its own checkpoints, as the W&B run "
+            f"{known['wandb_id']}"
+        )
+    if anew or "wandb_id" not in known:
+        known = {"wandb_id": secrets.token_hex(4)}
+    known = {k: v for k, v in known.items() if k != "finished"} | ({} if parent is None else {"parent": parent})
+    known |= {"folder": str(folder.resolve()), "place": _place(folder)}
+    earlier = saved.get("made_by", [])  # whose steps are kept; not those that a restart makes again
+    known["sessions"] = [*known.get("sessions", ()), session]
+    known["made_by"] = earlier if made in earlier else [*earlier, made]
+    directory.write_json(path, known)
+    return known, messages
+
+
+def _place(folder: Path) -> list[Any]:
+    """Machine, file system and inode, which a folder keeps when it is moved within the file system, and a copy of it
+    does not have; empty where the file system has no number."""
+    system = os.statvfs(folder).f_fsid
+    return [os.uname().nodename, system, folder.stat().st_ino] if system else []
+
+
+def _original(folder: Path, known: dict[str, Any]) -> Path | None:
+    """The run that a folder is a copy of: run.json says where it was written. On the same file system a folder that
+    was moved has the same place; from another it is a copy where the run of its W&B id still is where it was."""
+    written, there, here = Path(known.get("folder") or folder), known.get("place") or [], _place(folder)
+    try:
+        if there == here != [] or (written.exists() and written.samefile(folder)):
+            return None
+        if there and there[:2] == here[:2]:
+            return written
+        return written if directory.read_json(written / directory.RUN)["wandb_id"] == known["wandb_id"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

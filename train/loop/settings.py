@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 from sinkbed.data.pack.strategy import Strategy
+from sinkbed.data.prepare.prepare import available_cores
 from sinkbed.model import Decoder, DecoderConfig
+from sinkbed.plain_text import counted
 from sinkbed.ranges import check_number
 from sinkbed.train.loop.optim import OptimizerConfig
 from sinkbed.train.loop.optimizers import OPTIMIZERS
@@ -59,6 +62,19 @@ def check_settings(config: Any) -> None:
     measure.check_context(data.context_length)
     for mode in {*measure.modes, *measure.live_modes}:
         measure.check_placed(mode, strategy)
+
+
+def use_threads(threads: int | None) -> None:
+    """Have torch compute with so many threads, where a number is given; a word where they are more than the cores."""
+    import torch
+
+    if threads is None:
+        return
+    check_number("threads", threads, least=1)
+    if threads > (cores := available_cores()):
+        line = f"threads: {threads} share the {counted(cores, 'core')} of this process, which is slower than {cores}"
+        print(line, file=sys.stderr)
+    torch.set_num_threads(threads)
 
 
 def micro_batches(global_batch: int, micro_batch: int | None, processes: int) -> int:

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+from sinkbed.plain_text import counted
 from sinkbed.train.config.arguments import describe_fields
 from sinkbed.train.config.overrides import overridden
 from sinkbed.train.loop.callbacks.checkpoints import Checkpoints, remove_partial
@@ -33,7 +33,7 @@ from sinkbed.train.loop.callbacks.states import StateMonitor
 from sinkbed.train.loop.datamodule import StoreCheck, TokenData
 from sinkbed.train.loop.identity import check_identity, check_manifest, other_sums
 from sinkbed.train.loop.module import SinkbedModule
-from sinkbed.train.loop.settings import check_settings
+from sinkbed.train.loop.settings import check_settings, use_threads
 from sinkbed.train.loop.trainer_settings import HARMLESS, ShortLightningParser, check_trainer, expand_home
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.sinks import measurement_table
@@ -127,8 +127,7 @@ class SinkbedCLI(LightningCLI):
         config = self.config.fit
         check_settings(config)
         check_trainer(config.trainer)
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
+        use_threads(config.threads)
         if line := overridden(sys.argv[2:]):
             say(line, file=sys.stderr)
         expand_home(config, "run_dir", "fork", "ckpt_path")
@@ -136,7 +135,8 @@ class SinkbedCLI(LightningCLI):
         self.rank = join(devices_of(config.trainer), config.trainer.num_nodes)
         moved = moved_to(config)
         if moved is not None:
-            say(f"{moved / directory.CONFIG} is of a run that was moved or copied: {moved} it is, not {config.run_dir}")
+            names = f"{moved / directory.CONFIG} names {config.run_dir}"
+            say(f"{names}, but was moved or copied: the run goes on in {moved}")
             config.run_dir = moved
         run_dir = Path(config.run_dir)
         last = None if config.ckpt_path not in (None, "last", "auto") else directory.newest_checkpoint(run_dir)
@@ -157,8 +157,8 @@ class SinkbedCLI(LightningCLI):
             config.ckpt_path = str(last)
         if config.ckpt_path and Path(config.ckpt_path).resolve().parent != folder.resolve():
             raise ValueError(
-                f"--ckpt_path {config.ckpt_path}: expected a checkpoint of this run, in {folder}; start a new run "
-                "from another one's with --fork"
+                f"--ckpt_path {config.ckpt_path}: expected last, auto or a checkpoint of this run, in {folder}; start "
+                "a new run from another one's with --fork"
             )
         forking = config.fork is not None and not config.ckpt_path
         if forking:
@@ -248,7 +248,8 @@ class SinkbedCLI(LightningCLI):
         metrics = run_dir / directory.METRICS
         points = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
         later = max(0, points - self.checkpoint["saved"]["metrics"].count("\n"))
-        say(f"resuming {run_dir} at step {step} of {trainer.max_steps}; {later} later points will be made again")
+        again = f"; {counted(later, 'later point')} will be made again" if later else ""
+        say(f"resuming {run_dir} at step {step} of {trainer.max_steps}{again}")
         saved = self.checkpoint["sinkbed"]
         if saved["max_steps"] != trainer.max_steps:
             say(f"it was to end at step {saved['max_steps']}, and is trained on as if it had been longer all along")

@@ -34,7 +34,7 @@ _TRAINER_FIXED = {
 _TRAINER_SHOWN = ("max_steps", "accelerator", "devices", "num_nodes", "strategy", "precision", "log_every_n_steps")
 
 
-class ShortLightningParser(ShortErrors, LightningArgumentParser):
+class ShortLightningParser(ShortErrors, LightningArgumentParser):  # type: ignore[misc]
     """Lightning's parser with short errors, and a help in which our keys come first."""
 
     every_key = False
@@ -67,10 +67,10 @@ HARMLESS = ["sinkbed.data", "sinkbed.model"] + [
 
 def check_trainer(trainer: Any) -> None:
     """Raise ValueError for a setting of the trainer that cannot work, with the one to set in its place."""
-    if trainer.precision == "16-mixed":
+    if str(trainer.precision) in ("16", "16-mixed"):  # which Lightning takes for the same, and makes bf16 of on a CPU
         raise ValueError(
             "trainer.precision: 16-mixed overflows to find its loss scale, which counts as diverged here; found "
-            "16-mixed, expected bf16-mixed, bf16-true or 32-true"
+            f"{trainer.precision}, expected bf16-mixed, bf16-true or 32-true"
         )
     for name, (fixed, instead) in _TRAINER_FIXED.items():
         if trainer.get(name, fixed) not in (fixed, None):

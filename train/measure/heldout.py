@@ -5,15 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 from sinkbed.progress import documents_read
 from sinkbed.train.measure.config import MeasureConfig
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
     from sinkbed.data.store.token_store import TokenStore
+
+
+def held_out(store: TokenStore, context_length: int, config: MeasureConfig) -> Iterator[NDArray[Any]]:
+    """The first documents of a split with at least `sink_tokens` tokens, as many as are measured, cropped to a row."""
+    rows = (store.slice(index, 0, context_length - 1) for index in range(store.documents))
+    return islice((tokens for tokens in rows if len(tokens) >= config.sink_tokens), config.documents)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +45,7 @@ class Probe:
         import torch
 
         config.check_context(context_length)
-        documents = []
-        for index in range(store.documents):
-            tokens = store.slice(index, 0, context_length - 1)
-            if len(tokens) >= config.sink_tokens:
-                documents.append(torch.from_numpy(tokens.astype("int64")))
-            if len(documents) == config.documents:
-                break
+        documents = [torch.from_numpy(tokens.astype("int64")) for tokens in held_out(store, context_length, config)]
         if not documents:
             raise ValueError(
                 f"measure.sink_tokens={config.sink_tokens}: the validation split has "

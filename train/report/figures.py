@@ -30,6 +30,14 @@ STYLE: dict[Any, Any] = {
 }
 
 
+def drawable(text: str) -> str:
+    """A text with what the font of figures has no glyph for written as its number: 你 as U+4F60."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    glyphs = get_font(findfont(FontProperties()))
+    return "".join(c if glyphs.get_char_index(ord(c)) else f"U+{ord(c):04X}" for c in text)
+
+
 def arms_of(results: Sequence[Result]) -> list[str]:
     """Arms in their order."""
     return list(dict.fromkeys(r.arm for r in results))
@@ -111,7 +119,7 @@ def _result(results: Sequence[Result]) -> Figure:
             right.barh(row, fmean(gaps), 0.5, color="#444444")
             if len(gaps) > 1:
                 right.plot(gaps, [row] * len(gaps), "|", color="#D55E00", markersize=8)
-    left.set_yticks(range(len(arms)), arms)
+    left.set_yticks(range(len(arms)), [drawable(arm) for arm in arms])
     left.invert_yaxis()
     left.set_xlabel(f"sink rate on the first token, % (eps 0.3, T {results[0].final['sink_tokens']})")
     figure.legend(loc="outside upper left", ncols=2)
@@ -134,7 +142,7 @@ def _curves(results: Sequence[Result]) -> Figure:
             for mode, style in zip(live_modes(results), ("-", "--"), strict=False):
                 tokens, values = curve(results, arm, key.format(mode))
                 means, colour = [v.mean for v in values], COLOURS[index % len(COLOURS)]
-                axis.plot(tokens, means, style, color=colour, label=arm if style == "-" else None)
+                axis.plot(tokens, means, style, color=colour, label=drawable(arm) if style == "-" else None)
         axis.set_xlabel("tokens seen" + (f" ({runs})" if (runs := number_of_runs(results)) else ""))
         axis.set_title(title)
     for mode, style in zip(live_modes(results), ("k-", "k--"), strict=False):
@@ -173,7 +181,7 @@ def _heatmaps(results: Sequence[Result]) -> Figure:
             if row == 0:
                 axis.set_title(MODE_LABELS[mode])
             if column == 0:
-                axis.set_ylabel(arm, rotation=0, ha="right", va="center")
+                axis.set_ylabel(drawable(arm), rotation=0, ha="right", va="center")
     assert image is not None
     figure.colorbar(image, ax=axes, shrink=0.6, label="mass on key 0 (layers down, heads across)")
     return figure
@@ -198,7 +206,7 @@ def _losses(results: Sequence[Result]) -> Figure:
             )
     lowest = min(r.value(m, "loss") for r in results for m in modes)
     axis.set_xlim(left=0.9 * lowest)
-    axis.set_yticks(range(len(arms)), arms)
+    axis.set_yticks(range(len(arms)), [drawable(arm) for arm in arms])
     axis.invert_yaxis()
     runs = f"; {found}" if (found := number_of_runs(results)) else ""
     axis.set_xlabel(f"validation loss, nats per token (axis does not start at 0{runs})")

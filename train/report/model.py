@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sinkbed.plain_text import csv_text
+from sinkbed.plain_text import counted, csv_text
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.report.figures import STYLE
 from sinkbed.train.report.html import document, table
@@ -103,15 +103,14 @@ def _section(title: str, words: str, svg: str) -> str:
 
 def _page(found: Found, figures: Sequence[str]) -> str:
     settings = found["settings"]
-    origin = f"prompts of {settings['prompts']}" if settings["prompts"] else "held-out documents"
+    origin = counted(found["documents"], "prompt" if settings["prompts"] else "held-out document")
+    origin += f" of {settings['prompts']}" if settings["prompts"] else ""
     T, few = settings["sink_tokens"], min(found["documents"], settings["mixing_documents"])
     intro = (
-        f"{found['documents']} {origin}. Sink rates: T = {T}. States and mixing: the first {T} tokens of "
+        f"{origin}. Sink rates: T = {T}. States and mixing: the first {T} tokens of "
         f"the first {few} of them (Jacobian: of {min(few, settings['jacobian_documents'])}, directions: "
         f"{settings['directions']}). One measurement of one model: no interval over seeds."
     )
-    if "incomplete" in found:
-        intro += f" Incomplete: {found['incomplete']}."
     body = [f'<p class="note">{html.escape(intro)}</p>', *figures]
     notes = set()
     for t in tables(found):
@@ -122,7 +121,8 @@ def _page(found: Found, figures: Sequence[str]) -> str:
             notes.add(t.note)
     given = [(name, str(value)) for name, value in settings.items() if value not in (None, [], False)]
     body += ["<h2>Settings</h2>", table(("option", "value"), [*given, *found["versions"].items()])]
-    return document(f"Probe of {found['model']}", body)
+    ending = f" (incomplete: {found['incomplete']})" if "incomplete" in found else ""
+    return document(f"Probe of {found['model']}{ending}", body)
 
 
 def log_to_wandb(found: Found, run_dir: Path, step: int) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sinkbed.train.measure.modes import MODE_LABELS
-from sinkbed.train.report.figures import COLOURS, mass_scale
+from sinkbed.train.report.figures import COLOURS, drawable, mass_scale
 from sinkbed.train.report.model_tables import (
     MIXING,
     MIXING_NOTE,
@@ -158,7 +158,7 @@ def _map_figure(modes: Found) -> Figure:
 def _visible(text: str) -> str:
     """A token as a label: no control characters, no dollar that would begin a formula."""
     shown = "".join(c if c.isprintable() and c != "\N{REPLACEMENT CHARACTER}" else "·" for c in text)
-    return shown.strip().replace("$", r"\$")[:14] or "␣"
+    return drawable(shown.strip()[:14])[:18].replace("$", r"\$") or "␣"
 
 
 def _norm_figure(modes: Found) -> Figure:

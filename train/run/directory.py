@@ -8,6 +8,7 @@ measurement.json the final measurement            checkpoints/   wandb/   run.js
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -22,6 +23,7 @@ from typing import IO, Any
 import yaml
 
 from sinkbed.data.files import sealed, sha256_file, unsealed
+from sinkbed.plain_text import counted
 
 CONFIG, MANIFEST, AUDIT = "config.yaml", "manifest.json", "audit.json"
 METRICS, MEASUREMENT, RUN, CHECKPOINTS = "metrics.jsonl", "measurement.json", "run.json", "checkpoints"
@@ -67,8 +69,8 @@ class Lock:
     """A folder that is this process's own."""
 
     file: IO[str]
-    made: bool
-    """Whether the folder was made for it."""
+    made: list[Path]
+    """The folders that were made for it, the inner before the outer."""
 
     def close(self) -> None:
         """Give the folder back."""
@@ -89,7 +91,7 @@ def lock(folder: Path) -> Lock:
     """
     if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
         raise ValueError(f"{folder}: expected a folder, or none yet, found a file or a link to nothing; choose another")
-    made = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / LOCK).open("w")
     try:
@@ -111,8 +113,9 @@ def release(held: Lock) -> None:
     held.close()
     if path.exists() and list(path.parent.iterdir()) == [path]:
         path.unlink()
-        if held.made:
-            path.parent.rmdir()
+        for folder in held.made:
+            with contextlib.suppress(OSError):  # another run has come into it
+                folder.rmdir()
 
 
 def write_atomic(path: Path, content: str | bytes | memoryview) -> None:
@@ -208,69 +211,6 @@ def _no_number(name: str) -> None:
     raise ValueError(f"{name}, which is no number that JSON has")
 
 
-def identify(
-    folder: Path,
-    saved: dict[str, Any],
-    parent: dict[str, Any] | None,
-    made: dict[str, Any],
-    *,
-    anew: bool,
-    session: dict[str, Any],
-) -> tuple[dict[str, Any], list[str]]:
-    """Write run.json: the W&B id, made once, the run and step that this run is a fork of, and what made it.
-
-    Args:
-        saved: run.json as the checkpoint saved it that the run resumes from, empty without one. What it says of the
-            id counts, as it is under a checksum.
-        parent: of a fork.
-        made: provenance of this process; put beside those that the checkpoint names, where it differs.
-        anew: whether the run starts with other settings than before, and so with another id.
-        session: command and start of this process.
-
-    Returns its content, and what there is to tell the user.
-    """
-    path, messages = folder / RUN, []
-    known: dict[str, Any] = {}
-    try:
-        known = read_json(path) if path.exists() else saved
-        if not isinstance(known, dict) or (path.exists() and not isinstance(known.get("wandb_id"), str)):
-            raise ValueError(f"{path}: expected a wandb_id, found none")
-    except ValueError as error:
-        known = saved
-        messages.append(f"{error}; taken from the checkpoint, or made anew")
-    ours, original = known.get("wandb_id"), saved.get("wandb_id")
-    copied = known.get("copy_of") or {}  # which checkpoints that were copied too still name
-    if original is not None and ours != original and copied.get("wandb_id") != original:
-        messages.append(f"{path}: expected the W&B id {original}, found {ours}; taken from the checkpoint")
-        known = {**known, "wandb_id": original}
-    source = _original(folder, known)
-    if source is not None:
-        known = {"copy_of": {"folder": str(source), "wandb_id": known["wandb_id"]}, "wandb_id": secrets.token_hex(4)}
-        messages.append(
-            f"{folder} is a copy of the run {source}: it goes on from its own checkpoints, as the W&B run "
-            f"{known['wandb_id']}"
-        )
-    if anew or "wandb_id" not in known:
-        known = {"wandb_id": secrets.token_hex(4)}
-    known = {k: v for k, v in known.items() if k != "finished"} | ({} if parent is None else {"parent": parent})
-    known["folder"] = str(folder.resolve())
-    earlier = saved.get("made_by", [])  # whose steps are kept; not those that a restart makes again
-    known["sessions"] = [*known.get("sessions", ()), session]
-    known["made_by"] = earlier if made in earlier else [*earlier, made]
-    write_json(path, known)
-    return known, messages
-
-
-def _original(folder: Path, known: dict[str, Any]) -> Path | None:
-    """The run that a folder is a copy of: where run.json says it was written, there still is the run of its W&B id."""
-    written = Path(known.get("folder") or folder)
-    try:
-        is_other = (written / RUN).exists() and not written.samefile(folder)
-        return written if is_other and read_json(written / RUN)["wandb_id"] == known["wandb_id"] else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def note(folder: Path, **values: Any) -> None:
     """Add to run.json."""
     write_json(folder / RUN, read_json(folder / RUN) | values)
@@ -337,7 +277,7 @@ def restore_metrics(path: Path, saved: str) -> str | None:
         return None
     if saved.encode().startswith(found):  # lost with the machine's power, which no write of ours waits for
         lines = found.count(b"\n")
-        return f"{path}: expected {saved.count(chr(10))} points, found {lines}; restored from the checkpoint"
+        return f"{path}: expected {counted(saved.count(chr(10)), 'point')}, found {lines}; restored from the checkpoint"
     damaged = path.with_name(f"{path.name}.damaged")
     write_atomic(damaged, found)
     pairs = zip(found.splitlines(), saved.encode().splitlines(), strict=False)

@@ -41,17 +41,27 @@ def leave(environment: MutableMapping[str, str], keep: tuple[str, ...] = ()) -> 
 
 def devices_of(trainer: Any) -> int:
     """Processes on each machine, as a trainer's settings `accelerator` and `devices` ask for."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.accelerators import AcceleratorRegistry
 
     alternatives = {"auto": ("tpu", "cuda", "mps", "cpu"), "gpu": ("cuda", "mps")}
     kinds = alternatives.get(str(trainer.accelerator), (str(trainer.accelerator),))
     known = [AcceleratorRegistry[kind]["accelerator"] for kind in kinds if kind in AcceleratorRegistry]
     accelerator = next((a for a in known if a.is_available()), None)
+    if known and accelerator is None:
+        raise ValueError(
+            f"trainer.accelerator: expected one that this machine has, found {trainer.accelerator}, for which torch "
+            "sees no device; set auto or cpu, or install a torch that was built for the device"
+        )
     if accelerator is None:  # refused by the trainer itself, or an object of the user's own
         return trainer.devices if isinstance(trainer.devices, int) else 1
     if trainer.devices == "auto":
         return int(accelerator.auto_device_count())
-    devices = accelerator.parse_devices(trainer.devices)
+    try:
+        devices = accelerator.parse_devices(trainer.devices)
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"trainer.devices: expected auto or a number, found {trainer.devices!r} ({reason})") from None
     return devices if isinstance(devices, int) else len(devices)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 _LISTENER: ContextVar[Callable[[int], object]] = ContextVar("listener", default=lambda documents: None)
@@ -13,6 +14,17 @@ _LISTENER: ContextVar[Callable[[int], object]] = ContextVar("listener", default=
 def documents_read(count: int) -> None:
     """Tell whoever watches that so many more documents were read."""
     _LISTENER.get()(count)
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Say on a terminal what is being imported, for as long as it takes."""
+    line = f"loading {what} …" if sys.stderr.isatty() else ""
+    print(line, end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print(f"\r{' ' * len(line)}\r" if line else "", end="", file=sys.stderr, flush=True)
 
 
 class Steps:

@@ -11,16 +11,15 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
-T = TypeVar("T", bound=Callable[..., Any])
 V = TypeVar("V")
 
 Choice = str | dict[str, Any]
 """A variant by name, or `{name: {option: value, …}}`."""
 
 
-class Registry(Generic[T]):
+class Registry:
     """The variants of one part. A variant is called with what the part is made from, and with its own options."""
 
     def __init__(self, key: str, package: str) -> None:
@@ -31,13 +30,13 @@ class Registry(Generic[T]):
             package: folder of the variants; they are imported when they are asked for.
         """
         self.key, self.package = key, package
-        self._variants: dict[str, T] = {}
+        self._variants: dict[str, Any] = {}
 
     def register(self, name: str) -> Callable[[V], V]:
         """Decorator: have a name mean what is decorated."""
 
         def decorate(variant: V) -> V:
-            self._variants[name] = variant  # type: ignore[assignment]
+            self._variants[name] = variant
             return variant
 
         return decorate
@@ -49,7 +48,7 @@ class Registry(Generic[T]):
         assert spec is not None and spec.submodule_search_locations is not None
         return sorted({*self._variants, *(module.name for module in iter_modules(spec.submodule_search_locations))})
 
-    def __getitem__(self, choice: Choice) -> T:
+    def __getitem__(self, choice: Choice) -> Any:
         """The variant that is chosen. Raises ValueError for a name that is none's."""
         self.check(choice)
         name = choice if isinstance(choice, str) else next(iter(choice))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sinkbed.data.files import differences
-from sinkbed.train.config.keys import fit_keys, unknown_keys
+from sinkbed.train.config.keys import fit_keys, wrong_keys
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.run import directory
 from sinkbed.train.run.world import leave
@@ -148,7 +148,7 @@ def read_overlay(path: Path) -> dict[str, Any]:
     content = read_mapping(path)
     if not isinstance(content.get("data", {}), dict):
         raise ValueError(f"{path}: data: expected keys, found {content['data']!r}")
-    for complaint in unknown_keys(path, fit_keys()):
+    for complaint in wrong_keys(path, fit_keys()):
         raise ValueError(complaint)
     return content
 

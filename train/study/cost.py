@@ -159,23 +159,48 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:,.0f} GB" if size >= 1e11 else f"{size / 1e9:.3g} GB"
 
 
-def _new_stores(study: StudyConfig, runs: Sequence[ArmRun]) -> dict[str, int]:
-    """Token stores that are not there yet, with the bytes of what their longest arm reads once."""
-    found: dict[str, int] = {}
+def _new_stores(study: StudyConfig, runs: Sequence[ArmRun]) -> dict[str, tuple[int, int]]:
+    """Token stores that are not there yet, with the bytes of what their longest arm reads once, and the vocabulary."""
+    found: dict[str, tuple[int, int]] = {}
     for run in runs:
         store = run.setting("data.store")
         if store and not (Path(store) / directory.MANIFEST).is_file():
-            width = 2 if vocabulary(study, run) <= 65_536 else 4
-            found[store] = max(found.get(store, 0), width * cost(study, run).tokens)
+            size = vocabulary(study, run)
+            read = (2 if size <= 65_536 else 4) * cost(study, run).tokens
+            found[store] = max(found.get(store, (0, size)), (read, size))
     return found
 
 
 def _stores(study: StudyConfig, runs: Sequence[ArmRun]) -> list[str]:
     how = f"`sinkbed prepare --config {study.prepare} --dry_run` estimates it" if study.prepare else "prepare it first"
     return [
-        f"Token store {store} is not there yet: {how}; an arm reads {gigabytes(size)} of it if no document comes twice."
-        for store, size in _new_stores(study, runs).items()
+        f"Token store {store} is not there yet: {how}; its vocabulary is taken to be {size:,}; an arm reads "
+        f"{gigabytes(read)} of it if no document comes twice."
+        for store, (read, size) in _new_stores(study, runs).items()
     ]
+
+
+def check_stores(runs: Sequence[ArmRun]) -> str:
+    """What `sinkbed fit` would refuse of the token stores that are there, for the first arm at fault; else nothing."""
+    from sinkbed.data.pack.batches import Rows
+    from sinkbed.data.pack.strategy import Strategy
+    from sinkbed.data.store.token_store import TokenStore
+    from sinkbed.train.measure.config import MeasureConfig
+    from sinkbed.train.measure.heldout import Probe
+
+    for run in {r.arm: r for r in runs}.values():
+        store, context = Path(run.setting("data.store", "")), run.setting("data.context_length")
+        if not (store / directory.MANIFEST).is_file():
+            continue
+        strategy = Strategy(**run.setting("data.strategy", {}))
+        try:
+            if strategy.packing == "concat":  # the others have a row for any document, and lay it out at length
+                Rows(TokenStore.open(store), strategy, context, unique_rows=run.setting("data.unique_rows"))
+            measure = MeasureConfig(**run.setting("measure", {}))
+            Probe.from_store(TokenStore.open(store, "validation"), context, measure)
+        except (ValueError, OSError) as error:
+            return f"arm {run.arm}: {error} (token store {store})"
+    return ""
 
 
 def check_fits(study: StudyConfig, runs: Sequence[ArmRun], *, cluster: bool = False) -> None:

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.loop.callbacks.checkpoints import Checkpoints
+from sinkbed.train.loop.identity import identify
 from sinkbed.train.loop.module import SinkbedModule
 from sinkbed.train.run import directory
 from sinkbed.train.run.provenance import changes, provenance
@@ -40,6 +41,11 @@ class ProgressBar(TQDMProgressBar):
         bar.reset(self.trainer.max_steps)
         bar.initial = bar.n = self.trainer.global_step
         return bar
+
+    def close(self) -> None:
+        """End the bar's line, so that what is printed next has one of its own."""
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.close()
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Nothing: the bar does not count epochs."""
@@ -89,9 +95,7 @@ class RunFiles(SaveConfigCallback):
         if earlier and (changed := changes(earlier[-1], made)):
             say(f"since the checkpoint: {changed}, from those of a run that was not stopped")
         session = {"command": shlex.join(["sinkbed", *sys.argv[1:]]), "started": now()}
-        checkpoints.run, more = directory.identify(
-            run_dir, checkpoints.run, pl_module.parent, made, anew=other, session=session
-        )
+        checkpoints.run, more = identify(run_dir, checkpoints.run, pl_module.parent, made, anew=other, session=session)
         for message in filter(None, [*messages, *more]):
             rank_zero_warn(message)
         self.started = True
@@ -108,7 +112,9 @@ class RunFiles(SaveConfigCallback):
             directory.note(path, sessions=[*before, last | {"ended": now(), "status": status}])
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Lightning ends an interrupted run without a word."""
+        """Lightning ends an interrupted run without a word, and leaves the cursor behind its bar."""
+        if isinstance(bar := trainer.progress_bar_callback, ProgressBar):  # type: ignore[attr-defined]
+            bar.close()
         if isinstance(exception, KeyboardInterrupt):
             say(interrupted(trainer), file=sys.stderr)
 
