@@ -28,16 +28,16 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.config = config
         self._rotate = position.rotate  # a method, not a module of this layer's own: one encoding serves all layers
-        heads = config.heads + 2 * config.key_heads
+        heads = config.n_heads + 2 * config.key_heads
         self.qkv = nn.Linear(config.d_model, heads * config.dim, bias=False)
-        self.out = nn.Linear(config.heads * config.dim, config.d_model, bias=False)
+        self.out = nn.Linear(config.n_heads * config.dim, config.d_model, bias=False)
         self.operator = Operator()
-        self.normalizer: Normalizer | None = NORMALIZERS.make(config.normalizer, config.heads)
+        self.normalizer: Normalizer | None = NORMALIZERS.make(config.normalizer, config.n_heads)
         self.sink_logit: Tensor | None
         if config.sink == "learned":
-            self.sink_logit = nn.Parameter(torch.zeros(config.heads))
+            self.sink_logit = nn.Parameter(torch.zeros(config.n_heads))
         else:
-            fixed = torch.zeros(config.heads) if config.sink == "off_by_one" else None
+            fixed = torch.zeros(config.n_heads) if config.sink == "off_by_one" else None
             self.register_buffer("sink_logit", fixed, persistent=False)
 
     def forward(
@@ -51,8 +51,8 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Statistics | None]:
         """x [B, T, C] -> [B, T, C], and the statistics [B, H, T] when asked for."""
         c = self.config
-        q_k, v = self.qkv(x).unflatten(-1, (-1, c.dim)).split([c.heads + c.key_heads, c.key_heads], dim=2)
-        q, k = self._rotate(q_k, prepared).split([c.heads, c.key_heads], dim=2)
+        q_k, v = self.qkv(x).unflatten(-1, (-1, c.dim)).split([c.n_heads + c.key_heads, c.key_heads], dim=2)
+        q, k = self._rotate(q_k, prepared).split([c.n_heads, c.key_heads], dim=2)
         out = self.operator(
             q.transpose(1, 2),
             k.transpose(1, 2),

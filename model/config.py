@@ -22,13 +22,13 @@ class DecoderConfig:
     Raises ValueError for sizes that do not fit each other.
     """
 
-    layers: int
+    n_layers: int
     """L, number of blocks."""
     d_model: int
     """C, width of the residual stream."""
-    heads: int
+    n_heads: int
     """H, query heads a layer."""
-    kv_heads: int | None = None
+    n_kv_heads: int | None = None
     """Hkv, key/value heads a layer (GQA, arXiv 2305.13245); null is H."""
     head_dim: int | None = None
     """D; null is d_model / heads."""
@@ -44,7 +44,7 @@ class DecoderConfig:
     """Feed-forward of a block, a file of model/feed_forward."""
     norm_eps: float = 1e-5
     """Added to the mean square in a norm."""
-    tied: bool = False
+    tie_embeddings: bool = False
     """Whether the output matrix is the embedding's."""
     normalizer: Choice = "softmax"
     """How logits become the weights of values, a file of kernels/normalizers; all but the softmax need
@@ -59,14 +59,14 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for registry, choice in ((POSITIONS, self.position), (NORMS, self.norm), (FEED_FORWARDS, self.feed_forward)):
             registry.check(choice)
-        check_number("layers", self.layers, least=1, most=_MOST_LAYERS)
-        for name in ("d_model", "heads", "d_ff"):
+        check_number("n_layers", self.n_layers, least=1, most=_MOST_LAYERS)
+        for name in ("d_model", "n_heads", "d_ff"):
             check_number(name, getattr(self, name), least=1)
-        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
-            raise ValueError(f"kv_heads: expected a divisor of heads={self.heads}, found {self.kv_heads}")
-        if self.head_dim is None and self.d_model % self.heads:
+        if self.n_kv_heads is not None and (self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads):
+            raise ValueError(f"n_kv_heads: expected a divisor of n_heads={self.n_heads}, found {self.n_kv_heads}")
+        if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(
-                f"d_model: expected a multiple of heads={self.heads}, found {self.d_model}; change one, or set head_dim"
+                f"d_model: expected a multiple of n_heads={self.n_heads}, found {self.d_model}; change one, or set head_dim"
             )
         if self.dim % 2 or self.dim < 2:
             raise ValueError(f"head_dim: expected an even number (RoPE rotates pairs), found {self.dim}")
@@ -76,14 +76,14 @@ class DecoderConfig:
     @property
     def groups(self) -> int:
         """Query heads that share one key/value head."""
-        return self.heads // self.key_heads
+        return self.n_heads // self.key_heads
 
     @property
     def key_heads(self) -> int:
         """Hkv, resolved."""
-        return self.kv_heads or self.heads
+        return self.n_kv_heads or self.n_heads
 
     @property
     def dim(self) -> int:
         """D, resolved."""
-        return self.head_dim or self.d_model // self.heads
+        return self.head_dim or self.d_model // self.n_heads

@@ -77,17 +77,17 @@ class Decoder(nn.Module):
         """Whether training computes each block again in its backward pass instead of keeping what is inside."""
         self.embedding = nn.Embedding(vocab_size, config.d_model)
         self.position: PositionEncoding = POSITIONS.make(config.position, config)
-        self.blocks = nn.ModuleList(Block(config, self.position) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, self.position) for _ in range(config.n_layers))
         self.norm = NORMS.make(config.norm, config)
         self.head = nn.Linear(config.d_model, vocab_size, bias=False)
-        if config.tied:
+        if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw every matrix anew: normal(0, init_std), residual outputs scaled by 1/√(2L). Vectors stay as made."""
-        residual = self.config.init_std / math.sqrt(2 * self.config.layers)
+        residual = self.config.init_std / math.sqrt(2 * self.config.n_layers)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 writes_residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
@@ -161,9 +161,9 @@ class Decoder(nn.Module):
         """Parameters of a decoder that is not built: of one layer, and of each further one."""
         with torch.device("meta"):
             one, two = (
-                Decoder(dataclasses.replace(config, layers=layers), vocab_size).parameter_count() for layers in (1, 2)
+                Decoder(dataclasses.replace(config, n_layers=layers), vocab_size).parameter_count() for layers in (1, 2)
             )
-        return one + (config.layers - 1) * (two - one)
+        return one + (config.n_layers - 1) * (two - one)
 
     def parameter_count(self) -> int:
         """Number of parameters, tied ones once."""

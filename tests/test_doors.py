@@ -35,7 +35,7 @@ def add(tmp_path):
 def trained(*, implementation=None, **parts) -> tuple[list[float], Decoder]:
     """Losses of a few steps on one batch, and the decoder."""
     torch.manual_seed(0)
-    decoder = Decoder(DecoderConfig(layers=2, d_model=16, heads=2, d_ff=24, init_std=0.1, **parts), 32)
+    decoder = Decoder(DecoderConfig(n_layers=2, d_model=16, n_heads=2, d_ff=24, init_std=0.1, **parts), 32)
     decoder.implementation = implementation
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-2)
     tokens = torch.randint(32, (4, 17))
@@ -115,7 +115,7 @@ class Toy(Packing):
         writer.finish(recipe={})
     store = TokenStore.open(tmp_path / "store", "train")
     for most in (1, 3):
-        strategy = Strategy(packing={"toy": {"most": most}}, mask="document", document_end="none")
+        strategy = Strategy(packing={"toy": {"most": most}}, mask="intra_document", document_end="none")
         assert audit(Rows(store, strategy, 64))["documents_per_row_max"] == most
     with pytest.raises(ValueError, match=r"options of toy \(most\); got 'least'"):
         Rows(store, Strategy(packing={"toy": {"least": 1}}), 64)
@@ -134,7 +134,7 @@ class Toy(torch.optim.SGD):
         super().__init__(groups, lr=config.lr, momentum=momentum)
 """)
     config = OptimizerConfig(name={"toy": {"momentum": 0.25}}, lr=0.1, weight_decay=0.2)
-    optimizer, _ = build_optimizer(Decoder(DecoderConfig(layers=1, d_model=8, heads=1, d_ff=8), 32), config, 10)
+    optimizer, _ = build_optimizer(Decoder(DecoderConfig(n_layers=1, d_model=8, n_heads=1, d_ff=8), 32), config, 10)
     assert [(g["momentum"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.25, 0.2), (0.25, 0.0)]
     assert (training_bytes(config), training_bytes(OptimizerConfig())) == (12, 16)
 
@@ -172,4 +172,4 @@ class Toy(torch.nn.Module, Normalizer):
 def test_a_name_that_is_none_names_those_there_are(key):
     for choice in ("rop", {}, {"rop": {}}, {"rope": {}, "rms": {}}):
         with pytest.raises(ValueError, match=f"model.decoder.{key}: expected one of .*(rope|rms|swiglu)"):
-            DecoderConfig(layers=1, d_model=8, heads=1, d_ff=8, **{key: choice})
+            DecoderConfig(n_layers=1, d_model=8, n_heads=1, d_ff=8, **{key: choice})

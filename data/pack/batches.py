@@ -6,7 +6,7 @@ many processes share it; so a run resumed from `rows_consumed` sees what the uni
 seen, on any number of processes.
 
     rows = Rows(TokenStore.open("stores/demo"), Strategy(first_token="bos"), context_length=512, seed=0)
-    sampler = RowSampler(rows_consumed=0, micro_batch=8, accumulate=2)
+    sampler = RowSampler(rows_consumed=0, micro_batch_size=8, accumulate=2)
     loader = DataLoader(rows, batch_sampler=sampler, collate_fn=Rows.collate, num_workers=2)
 """
 
@@ -205,12 +205,12 @@ class Rows(Dataset[Batch]):
 class RowSampler(Sampler[list[int]]):
     """Batch sampler: the global row numbers of each micro batch of one process, from `rows_consumed` on.
 
-    A global batch of G = micro_batch * accumulate * world_size rows is cut into contiguous micro batches,
+    A global batch of G = micro_batch_size * accumulate * world_size rows is cut into contiguous micro batches,
     dealt to the processes in turn: step by step, all processes together walk the rows in order.
 
     Args:
         rows_consumed: rows that training has consumed, over all processes: the whole state.
-        micro_batch: rows a process handles at a time; accumulate: micro batches per process and step.
+        micro_batch_size: rows a process handles at a time; accumulate: micro batches per process and step.
         total_rows: stop before a global batch would end beyond this row. None: never stop.
 
     Raises ValueError for numbers outside their range.
@@ -220,14 +220,14 @@ class RowSampler(Sampler[list[int]]):
         self,
         *,
         rows_consumed: int = 0,
-        micro_batch: int,
+        micro_batch_size: int,
         accumulate: int = 1,
         world_size: int = 1,
         rank: int = 0,
         total_rows: int | None = None,
     ) -> None:
-        least = {"rows_consumed": 0, "micro_batch": 1, "accumulate": 1, "world_size": 1, "rank": 0}
-        given = (rows_consumed, micro_batch, accumulate, world_size, rank)
+        least = {"rows_consumed": 0, "micro_batch_size": 1, "accumulate": 1, "world_size": 1, "rank": 0}
+        given = (rows_consumed, micro_batch_size, accumulate, world_size, rank)
         for (name, bound), value in zip(least.items(), given, strict=True):
             if value < bound:
                 raise ValueError(f"{name}: found {value}, expected at least {bound}")
@@ -236,54 +236,54 @@ class RowSampler(Sampler[list[int]]):
         if total_rows is not None and total_rows < 0:
             raise ValueError(f"total_rows: found {total_rows}, expected at least 0, or None for no end")
         self.rows_consumed = rows_consumed
-        self.micro_batch = micro_batch
+        self.micro_batch_size = micro_batch_size
         self.accumulate = accumulate
         self.world_size = world_size
         self.rank = rank
         self.total_rows = total_rows
 
     @classmethod
-    def for_global_batch(
+    def for_batch_size(
         cls,
-        global_batch: int,
+        batch_size: int,
         *,
-        micro_batch: int,
+        micro_batch_size: int,
         rows_consumed: int = 0,
         world_size: int = 1,
         rank: int = 0,
         total_rows: int | None = None,
     ) -> Self:
-        """The sampler that makes steps of `global_batch` rows. Raises ValueError where they do not divide."""
-        per_pass = micro_batch * world_size
-        if per_pass < 1 or global_batch < 1 or global_batch % per_pass:
+        """The sampler that makes steps of `batch_size` rows. Raises ValueError where they do not divide."""
+        per_pass = micro_batch_size * world_size
+        if per_pass < 1 or batch_size < 1 or batch_size % per_pass:
             raise ValueError(
-                f"global_batch: found {global_batch} rows, expected a positive multiple of micro_batch * world_size = "
-                f"{micro_batch} * {world_size}"
+                f"batch_size: found {batch_size} rows, expected a positive multiple of micro_batch_size * world_size = "
+                f"{micro_batch_size} * {world_size}"
             )
         return cls(
             rows_consumed=rows_consumed,
-            micro_batch=micro_batch,
-            accumulate=global_batch // per_pass,
+            micro_batch_size=micro_batch_size,
+            accumulate=batch_size // per_pass,
             world_size=world_size,
             rank=rank,
             total_rows=total_rows,
         )
 
     @property
-    def global_batch(self) -> int:
+    def batch_size(self) -> int:
         """G: rows of one optimiser step, over all processes."""
-        return self.micro_batch * self.accumulate * self.world_size
+        return self.micro_batch_size * self.accumulate * self.world_size
 
     def __iter__(self) -> Iterator[list[int]]:
         begin = self.rows_consumed
-        while self.total_rows is None or begin + self.global_batch <= self.total_rows:
+        while self.total_rows is None or begin + self.batch_size <= self.total_rows:
             for step in range(self.accumulate):
-                first = begin + (step * self.world_size + self.rank) * self.micro_batch
-                yield list(range(first, first + self.micro_batch))
-            begin += self.global_batch
+                first = begin + (step * self.world_size + self.rank) * self.micro_batch_size
+                yield list(range(first, first + self.micro_batch_size))
+            begin += self.batch_size
 
     def __len__(self) -> int:
         """Micro batches of this process until `total_rows`. Raises TypeError where there is no end."""
         if self.total_rows is None:
             raise TypeError("a RowSampler without total_rows has no length")
-        return max(0, self.total_rows - self.rows_consumed) // self.global_batch * self.accumulate
+        return max(0, self.total_rows - self.rows_consumed) // self.batch_size * self.accumulate

@@ -219,7 +219,7 @@ class Planned(Layout):
         over = np.maximum(filled[last] - before - room, 0)  # what fills up a row is cropped at its end
         size[last] -= over
         goes_on = (size[last] == room) & (begin[last] + room < length[last])
-        goes_on &= self.strategy.long_documents == "split"
+        goes_on &= self.strategy.overflow == "split"
         inputs = filled[last] - before - over
         end = begin + size
         end[last] += goes_on

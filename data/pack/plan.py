@@ -54,7 +54,7 @@ class Recipe:
     def key(self, digest: str) -> str:
         """A name for the plan of the split with this digest."""
         s = self.strategy
-        parts = [FORMAT, digest, s.packing, s.long_documents, s.fill, self.room, self.extras]
+        parts = [FORMAT, digest, s.packing, s.overflow, s.fill, self.room, self.extras]
         name = s.packing if isinstance(s.packing, str) else next(iter(s.packing))
         return f"{name}-{self.room}-{sha256_json(parts)[:16]}"
 
@@ -199,7 +199,7 @@ def items_of(offsets: Offsets, start: int, stop: int, recipe: Recipe) -> Items:
     """The items of documents `start` to `stop`."""
     lengths = np.diff(offsets[start : stop + 1]) + recipe.extras
     room, document = recipe.room, np.arange(start, stop)
-    if recipe.strategy.long_documents == "crop":
+    if recipe.strategy.overflow == "truncate":
         kept = lengths > 0
         document, lengths = document[kept], lengths[kept]
         return Items(document, np.zeros_like(document), np.minimum(lengths, room))

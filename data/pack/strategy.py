@@ -16,9 +16,9 @@ from sinkbed.registry import Choice
 
 FirstToken = Literal["bos", "none", "random"]
 Marker = Literal["bos", "eos", "none"]
-MaskKind = Literal["causal", "document"]
+MaskKind = Literal["causal", "intra_document"]
 Positions = Literal["row", "document"]
-LongDocuments = Literal["split", "crop"]
+Overflow = Literal["split", "truncate"]
 Fill = Literal["pad", "crop", "repeat"]
 
 
@@ -33,9 +33,9 @@ class Strategy:
     """How documents become rows, a file of data/pack/methods. `concat`: all documents form one stream, cut into rows.
     `best_fit`: whole documents, each put where it leaves least room (arXiv 2404.10830). `pad`: one document a row.
     `grouped`: whole documents of about the same length share a row."""
-    long_documents: LongDocuments = "split"
+    overflow: Overflow = "split"
     """All packings but `concat`: what becomes of a document longer than a row. `split`: pieces of row length,
-    and a rest that is packed as a document is. `crop`: its beginning is kept, so that every row begins
+    and a rest that is packed as a document is. `truncate`: its beginning is kept, so that every row begins
     at a document's start."""
     fill: Fill = "pad"
     """`best_fit`: what stands where no whole document fits. `pad`: padding. `crop`: the shortest waiting document,
@@ -85,7 +85,7 @@ class Strategy:
 
     def __post_init__(self) -> None:
         PACKINGS.check(self.packing)
-        _check_choice("long_documents", self.long_documents, get_args(LongDocuments))
+        _check_choice("overflow", self.overflow, get_args(Overflow))
         _check_choice("fill", self.fill, get_args(Fill))
         _check_choice("mask", self.mask, get_args(MaskKind))
         _check_choice("positions", self.positions, get_args(Positions))
@@ -93,10 +93,10 @@ class Strategy:
             _check_token(name, getattr(self, name), get_args(Marker))
         self._check_first_token()
         packing = PACKINGS[self.packing]
-        if packing.is_stream and self.long_documents != "split":
+        if packing.is_stream and self.overflow != "split":
             raise ValueError(
-                f"long_documents: found {self.long_documents!r} with packing {self.packing!r}, which cuts wherever a "
-                "row ends; expected another packing, or long_documents: split"
+                f"overflow: found {self.overflow!r} with packing {self.packing!r}, which cuts wherever a "
+                "row ends; expected another packing, or overflow: split"
             )
         for name in ("mask", "positions"):
             if not packing.shares_rows and getattr(self, name) == "document":
@@ -115,7 +115,7 @@ class Strategy:
         if self.shared_prefix and self.mask == "causal" and self.window is None:
             raise ValueError(
                 f"shared_prefix: found {self.shared_prefix} with mask 'causal' and no window, where every query "
-                "sees those positions anyway; set mask: document or a window, or shared_prefix: 0"
+                "sees those positions anyway; set mask: intra_document or a window, or shared_prefix: 0"
             )
         if self.prefix_lm == 1:
             raise ValueError(

@@ -28,8 +28,8 @@ _BYTE = re.compile("<0x[0-9A-F]{2}>")
 class Shape:
     """What measuring needs to know of a model."""
 
-    layers: int
-    heads: int
+    n_layers: int
+    n_heads: int
 
 
 class HFModel(nn.Module):
@@ -143,11 +143,11 @@ class HFModel(nn.Module):
     @property
     def blocks(self) -> nn.ModuleList:
         """The layers, first to last. Raises ValueError where the model does not keep them in one list."""
-        lists = [m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == self.config.layers]
+        lists = [m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == self.config.n_layers]
         kinds = [m for m in lists if all(any("att" in name.lower() for name, _ in b.named_modules()) for b in m)]
         if len(kinds) != 1:
             raise ValueError(
-                f"{type(self.model).__name__}: expected one list of {self.config.layers} layers with attention, whose "
+                f"{type(self.model).__name__}: expected one list of {self.config.n_layers} layers with attention, whose "
                 f"hidden states can be observed, found {len(kinds)}"
             )
         return kinds[0]
@@ -190,10 +190,10 @@ class HFModel(nn.Module):
                 f"{type(self.model).__name__}: expected a model that hands its mask on to its attention as it is, "
                 f"found a forward pass that fails on a sample of the mask's rows: {reason}"
             ) from error
-        if asked.layers != self.config.layers:
+        if asked.layers != self.config.n_layers:
             raise ValueError(
                 f"{type(self.model).__name__}: found {asked.layers} layers whose attention can be observed, expected "
-                f"{self.config.layers}; the others are no softmax attention, or bypass transformers' interface for it"
+                f"{self.config.n_layers}; the others are no softmax attention, or bypass transformers' interface for it"
             )
         return DecoderOutput(logits, None, tuple(asked.found) if statistics else None)
 

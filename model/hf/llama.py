@@ -48,15 +48,15 @@ def llama_config(
         "vocab_size": decoder.vocab_size,
         "hidden_size": c.d_model,
         "intermediate_size": c.d_ff,
-        "num_hidden_layers": c.layers,
-        "num_attention_heads": c.heads,
+        "num_hidden_layers": c.n_layers,
+        "num_attention_heads": c.n_heads,
         "num_key_value_heads": c.key_heads,
         "head_dim": c.dim,
         "rms_norm_eps": c.norm_eps,
         "rope_theta": c.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
         "max_position_embeddings": context_length,
-        "tie_word_embeddings": c.tied,
+        "tie_word_embeddings": c.tie_embeddings,
         "initializer_range": c.init_std,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
@@ -68,11 +68,11 @@ def to_llama(decoder: Decoder) -> dict[str, Tensor]:
     """The decoder's weights under Llama's names; tied ones once."""
     c = decoder.config
     state = {"model.embed_tokens.weight": decoder.embedding.weight, "model.norm.weight": decoder.norm.weight}
-    if not c.tied:
+    if not c.tie_embeddings:
         state["lm_head.weight"] = decoder.head.weight
     for i, block in enumerate(decoder.blocks):
         assert isinstance(block, Block)
-        q, k, v = block.attention.qkv.weight.split([n * c.dim for n in (c.heads, c.key_heads, c.key_heads)])
+        q, k, v = block.attention.qkv.weight.split([n * c.dim for n in (c.n_heads, c.key_heads, c.key_heads)])
         gate, up = block.feed_forward.gate_up.weight.chunk(2)
         state |= {
             f"model.layers.{i}.{name}.weight": weight
@@ -114,7 +114,7 @@ def from_llama(folder: Path) -> Decoder:
                 f"{found.get(name, 'no such tensor')} instead of {expected.get(name, 'none')}"
             )
     decoder.load_state_dict(ours, assign=True)
-    if config.tied:
+    if config.tie_embeddings:
         decoder.head.weight = decoder.embedding.weight
     return decoder
 
@@ -137,15 +137,15 @@ def decoder_config(folder: Path) -> DecoderConfig:
         raise ValueError(f"{path}: found {listed}, which our decoder cannot express")
     try:
         return DecoderConfig(
-            layers=found["num_hidden_layers"],
+            n_layers=found["num_hidden_layers"],
             d_model=found["hidden_size"],
-            heads=found["num_attention_heads"],
-            kv_heads=found.get("num_key_value_heads") or found["num_attention_heads"],
+            n_heads=found["num_attention_heads"],
+            n_kv_heads=found.get("num_key_value_heads") or found["num_attention_heads"],
             head_dim=found.get("head_dim"),
             d_ff=found["intermediate_size"],
             rope_theta=float(found.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
             norm_eps=found.get("rms_norm_eps", 1e-6),
-            tied=found.get("tie_word_embeddings", False),
+            tie_embeddings=found.get("tie_word_embeddings", False),
         )
     except KeyError as error:
         raise ValueError(f"{path}: found no {error}, expected the config of a Llama") from None
@@ -160,12 +160,12 @@ def _to_ours(theirs: dict[str, Tensor], config: DecoderConfig, folder: Path) -> 
         return left.pop(name).float()
 
     state = {"embedding.weight": take("model.embed_tokens.weight"), "norm.weight": take("model.norm.weight")}
-    if config.tied:
+    if config.tie_embeddings:
         left.pop("lm_head.weight", None)
         state["head.weight"] = state["embedding.weight"]
     else:
         state["head.weight"] = take("lm_head.weight")
-    for i in range(config.layers):
+    for i in range(config.n_layers):
         there, here = f"model.layers.{i}.", f"blocks.{i}."
         q, k = (_pairs(take(f"{there}self_attn.{name}_proj.weight"), config.dim) for name in ("q", "k"))
         state[f"{here}attention.qkv.weight"] = torch.cat([q, k, take(f"{there}self_attn.v_proj.weight")])

@@ -59,7 +59,7 @@ def rows_of(
         counted = []
         for i, (_, target_document) in enumerate(following):
             counts = True
-            if strategy.mask == "document" and target_document != owners[i]:
+            if strategy.mask == "intra_document" and target_document != owners[i]:
                 counts = False
             if strategy.prefix_lm and i + 1 < strategy.prefix_lm:
                 counts = False
@@ -108,7 +108,7 @@ def pieces_of(documents: Sequence[Sequence[int]], strategy: Strategy, room: int)
     found = []
     for number, document in enumerate(documents):
         size = len(marked(document, strategy))
-        begins = range(0, size, room) if strategy.long_documents == "split" else [0][: size > 0]
+        begins = range(0, size, room) if strategy.overflow == "split" else [0][: size > 0]
         found += [Piece(number, begin, min(begin + room, size)) for begin in begins]
     return found
 
@@ -202,9 +202,7 @@ def planned_row(
         else:
             owners.append(len(pieces) - 1 if inputs == length - sum(placed) else len(pieces))
     tail, _ = content[-1]
-    goes_on = (
-        strategy.long_documents == "split" and tail.end - tail.begin == room and tail.end < len(texts[tail.document])
-    )
+    goes_on = strategy.overflow == "split" and tail.end - tail.begin == room and tail.end < len(texts[tail.document])
     targets, counted = [], []
     for i in range(length):
         ahead = held[i + 1] if i + 1 < length else None

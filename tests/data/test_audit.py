@@ -117,8 +117,8 @@ def planned_by_hand(documents: list[list[int]], strategy: Strategy, length: int)
         [
             {"packing": "best_fit"},
             {"packing": "best_fit", "fill": "crop"},
-            {"packing": "best_fit", "fill": "repeat", "long_documents": "crop"},
-            {"packing": "pad", "long_documents": "crop"},
+            {"packing": "best_fit", "fill": "repeat", "overflow": "truncate"},
+            {"packing": "pad", "overflow": "truncate"},
             {"packing": "grouped"},
         ]
     ),
@@ -190,7 +190,7 @@ def test_arms_of_one_store_share_the_document_order_and_other_stores_do_not(make
     documents = [[2, 3, 4]] * 10
     store = make_store(documents)
     base = audit(Rows(store, Strategy(), 8))
-    other_arm = audit(Rows(store, Strategy(first_token="bos", mask="document", document_end="none"), 6))
+    other_arm = audit(Rows(store, Strategy(first_token="bos", mask="intra_document", document_end="none"), 6))
     assert base["document_order"] == other_arm["document_order"]
     assert base["store_digest"] == other_arm["store_digest"]
     assert base["document_order"] == audit(Rows(make_store(documents, shard_tokens=5), Strategy(), 8))["document_order"]

@@ -76,7 +76,7 @@ def test_few_unique_rows_are_those_of_the_first_documents_in_an_order_of_each_ep
 
 def test_workers_started_afresh_read_the_same_rows(store: TokenStore) -> None:
     rows = Rows(store, Strategy(first_token="random"), 16)
-    sampler = RowSampler(micro_batch=3, total_rows=2 * len(rows))
+    sampler = RowSampler(micro_batch_size=3, total_rows=2 * len(rows))
 
     def load(**options: Any) -> list[Batch]:
         return list(DataLoader(rows, batch_sampler=sampler, collate_fn=Rows.collate, **options))
@@ -96,30 +96,30 @@ def test_what_a_worker_is_sent_does_not_grow_with_the_store(make_store: MakeStor
 
 @settings(max_examples=60, deadline=None)
 @given(
-    micro_batch=st.integers(1, 4),
+    micro_batch_size=st.integers(1, 4),
     accumulate=st.integers(1, 4),
     world_size=st.integers(1, 4),
     consumed_steps=st.integers(0, 5),
 )
 def test_all_processes_together_read_the_rows_in_order(
-    micro_batch: int, accumulate: int, world_size: int, consumed_steps: int
+    micro_batch_size: int, accumulate: int, world_size: int, consumed_steps: int
 ) -> None:
     """Whatever the cut, global batch b is rows [b * G, (b + 1) * G), each once; resuming continues it."""
     samplers = [
         RowSampler(
-            rows_consumed=consumed_steps * micro_batch * accumulate * world_size,
-            micro_batch=micro_batch,
+            rows_consumed=consumed_steps * micro_batch_size * accumulate * world_size,
+            micro_batch_size=micro_batch_size,
             accumulate=accumulate,
             world_size=world_size,
             rank=rank,
         )
         for rank in range(world_size)
     ]
-    total = samplers[0].global_batch
-    assert total == micro_batch * accumulate * world_size
+    total = samplers[0].batch_size
+    assert total == micro_batch_size * accumulate * world_size
     steps = 3
     per_rank = [list(itertools.islice(sampler, steps * accumulate)) for sampler in samplers]
-    assert all(len(batch) == micro_batch for batches in per_rank for batch in batches)
+    assert all(len(batch) == micro_batch_size for batches in per_rank for batch in batches)
     # Micro step by micro step, all ranks side by side.
     read = [row for micro in zip(*per_rank, strict=True) for batch in micro for row in batch]
     begin = consumed_steps * total
@@ -127,10 +127,10 @@ def test_all_processes_together_read_the_rows_in_order(
 
 
 def test_another_number_of_processes_continues_the_same_rows() -> None:
-    one = itertools.islice(RowSampler.for_global_batch(8, micro_batch=8), 3)
+    one = itertools.islice(RowSampler.for_batch_size(8, micro_batch_size=8), 3)
     expected = [sorted(batch) for batch in one]
     ranks = [
-        RowSampler.for_global_batch(8, micro_batch=2, rows_consumed=8, world_size=2, rank=rank) for rank in range(2)
+        RowSampler.for_batch_size(8, micro_batch_size=2, rows_consumed=8, world_size=2, rank=rank) for rank in range(2)
     ]
     assert ranks[0].accumulate == 2
     for step in (1, 2):
@@ -143,22 +143,22 @@ def sampler_slice(sampler: RowSampler, step: int) -> list[list[int]]:
 
 
 def test_a_bounded_sampler_ends_before_an_incomplete_global_batch() -> None:
-    sampler = RowSampler(rows_consumed=6, micro_batch=2, accumulate=3, total_rows=20)
+    sampler = RowSampler(rows_consumed=6, micro_batch_size=2, accumulate=3, total_rows=20)
     assert list(sampler) == [[6, 7], [8, 9], [10, 11], [12, 13], [14, 15], [16, 17]]
     assert len(sampler) == 6
-    assert list(RowSampler(rows_consumed=20, micro_batch=2, total_rows=20)) == []
+    assert list(RowSampler(rows_consumed=20, micro_batch_size=2, total_rows=20)) == []
     with pytest.raises(TypeError, match="without total_rows has no length"):
-        len(RowSampler(micro_batch=2))
+        len(RowSampler(micro_batch_size=2))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"micro_batch": 0}, "micro_batch: found 0"),
-        ({"micro_batch": 1, "accumulate": 0}, "accumulate: found 0"),
-        ({"micro_batch": 1, "rows_consumed": -1}, "rows_consumed: found -1"),
-        ({"micro_batch": 1, "world_size": 2, "rank": 2}, "rank: found 2 with world_size 2"),
-        ({"micro_batch": 1, "total_rows": -1}, "total_rows: found -1"),
+        ({"micro_batch_size": 0}, "micro_batch_size: found 0"),
+        ({"micro_batch_size": 1, "accumulate": 0}, "accumulate: found 0"),
+        ({"micro_batch_size": 1, "rows_consumed": -1}, "rows_consumed: found -1"),
+        ({"micro_batch_size": 1, "world_size": 2, "rank": 2}, "rank: found 2 with world_size 2"),
+        ({"micro_batch_size": 1, "total_rows": -1}, "total_rows: found -1"),
     ],
 )
 def test_numbers_outside_their_range_are_refused(settings: dict[str, int], message: str) -> None:
@@ -167,8 +167,8 @@ def test_numbers_outside_their_range_are_refused(settings: dict[str, int], messa
 
 
 def test_a_global_batch_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"global_batch: found 12 rows, expected a positive multiple of .* 4 \* 2"):
-        RowSampler.for_global_batch(12, micro_batch=4, world_size=2)
+    with pytest.raises(ValueError, match=r"batch_size: found 12 rows, expected a positive multiple of .* 4 \* 2"):
+        RowSampler.for_batch_size(12, micro_batch_size=4, world_size=2)
 
 
 def test_a_context_longer_than_the_split_is_refused(store: TokenStore) -> None:

@@ -57,8 +57,8 @@ STRATEGIES = [
     for positions in ("row", "document")
 ] + [
     Strategy(prefix_lm=3),
-    Strategy(prefix_lm=2, first_token="bos", mask="document"),
-    Strategy(shared_prefix=1, mask="document", first_token="bos"),
+    Strategy(prefix_lm=2, first_token="bos", mask="intra_document"),
+    Strategy(shared_prefix=1, mask="intra_document", first_token="bos"),
     Strategy(window=2, document_start="eos", document_end="bos"),
 ]
 
@@ -163,7 +163,7 @@ def test_the_rows_drawn_in_the_readme_are_those_made(make_store: MakeStore) -> N
     assert row(first_token="bos", positions="document")["positions"] == [0, 1, 2, 3, 4, 0, 1, 2]
     for axes, counted in (
         ({}, "xxxxxxx-"),
-        ({"mask": "document"}, "xxxx-xx-"),
+        ({"mask": "intra_document"}, "xxxx-xx-"),
         ({"prefix_lm": 4}, "---xxxx-"),
     ):
         found = row(first_token="bos", **axes)["loss_mask"]
@@ -180,7 +180,7 @@ def test_the_first_token_of_a_document_starts_it(make_store: MakeStore) -> None:
 
 def test_markers_belong_to_their_own_document(make_store: MakeStore) -> None:
     documents = [[10, 11], [], [12, 13, 14]]
-    strategy = Strategy(document_start="bos", document_end="eos", positions="document", mask="document")
+    strategy = Strategy(document_start="bos", document_end="eos", positions="document", mask="intra_document")
     found = rows_in_stream_order(Rows(make_store(documents), strategy, 10))[0]
     assert found["tokens"] == [BOS, 10, 11, EOS, BOS, EOS, BOS, 12, 13, 14]
     assert found["doc_start"] == [0, 0, 0, 0, 4, 4, 6, 6, 6, 6]
@@ -263,15 +263,15 @@ def whole(packing: dict[str, Any], **axes: Any) -> Strategy:
 
 PLANNED: list[dict[str, Any]] = [
     {"packing": "best_fit"},
-    {"packing": "best_fit", "long_documents": "crop"},
+    {"packing": "best_fit", "overflow": "truncate"},
     {"packing": "best_fit", "fill": "crop"},
-    {"packing": "best_fit", "fill": "crop", "long_documents": "crop"},
+    {"packing": "best_fit", "fill": "crop", "overflow": "truncate"},
     {"packing": "best_fit", "fill": "repeat"},
-    {"packing": "best_fit", "fill": "repeat", "long_documents": "crop"},
+    {"packing": "best_fit", "fill": "repeat", "overflow": "truncate"},
     {"packing": "pad"},
-    {"packing": "pad", "long_documents": "crop"},
+    {"packing": "pad", "overflow": "truncate"},
     {"packing": "grouped"},
-    {"packing": "grouped", "long_documents": "crop"},
+    {"packing": "grouped", "overflow": "truncate"},
 ]
 FIRST: list[Any] = ["none", "bos", 77, ["none", "bos"], ["bos", "none", 77], [77, "bos"]]
 
@@ -321,8 +321,8 @@ def test_every_field_of_rows_of_whole_documents_equals_the_oracle(
     assert any(len(marked(document, strategy)) == room for document in documents)
     assert (max(map(len, laid)) > 1) == (strategy.packing != "pad")
     assert max(sizes) == room and (min(sizes) < room or strategy.fill != "pad")
-    assert any(piece.begin for row in laid for piece in row) == (strategy.long_documents == "split")
-    assert any(row.loss_mask[-1] for row in expected) == (strategy.long_documents == "split")
+    assert any(piece.begin for row in laid for piece in row) == (strategy.overflow == "split")
+    assert any(row.loss_mask[-1] for row in expected) == (strategy.overflow == "split")
 
 
 @settings(max_examples=150, deadline=None)
@@ -396,12 +396,12 @@ def test_no_token_is_read_twice_or_lost_and_none_is_counted_twice(
     assert sum(counted.values()) == audited["targets_per_epoch"]
     repeats = strategy.fill == "repeat" or (share < 1 and not packing)
     assert repeats or max(read.values()) == 1
-    if strategy.long_documents == "split" and strategy.fill != "crop":
+    if strategy.overflow == "split" and strategy.fill != "crop":
         assert size - len(read) <= (0 if packing else length)
     # What follows its predecessor in its document is counted once; the first token of a document at most once.
     heads = {document[0] for document in documents if document}
     assert not counted or (max(counted.values()) == 1) or strategy.fill == "repeat"
-    if packing and strategy.long_documents == "split" and strategy.fill == "pad":
+    if packing and strategy.overflow == "split" and strategy.fill == "pad":
         assert set(range(80, 80 + size)) - heads <= set(counted)
 
 

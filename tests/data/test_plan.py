@@ -22,7 +22,7 @@ from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.store.offsets import Offsets
 
 PACKINGS: list[dict[str, Any]] = [
-    {"packing": packing, "long_documents": long, "fill": fill}
+    {"packing": packing, "overflow": long, "fill": fill}
     for packing, fills in (("best_fit", ("pad", "crop", "repeat")), ("pad", ("pad",)), ("grouped", ("pad",)))
     for fill in fills
     for long in ("split", "crop")
@@ -145,14 +145,14 @@ def test_a_plan_is_made_once_and_read_by_arrow(
 def test_what_decides_a_plan_is_in_its_name(recipe: Recipe) -> None:
     others = [
         Recipe(strategy=Strategy(packing="grouped"), room=8, extras=1),
-        Recipe(strategy=Strategy(packing="best_fit", long_documents="crop"), room=8, extras=1),
+        Recipe(strategy=Strategy(packing="best_fit", overflow="truncate"), room=8, extras=1),
         Recipe(strategy=Strategy(packing="best_fit", fill="repeat"), room=8, extras=1),
         Recipe(strategy=Strategy(packing="best_fit"), room=9, extras=1),
         Recipe(strategy=Strategy(packing="best_fit"), room=8, extras=2),
     ]
     names = {one.key("digest") for one in (recipe, *others)} | {recipe.key("other")}
     assert len(names) == len(others) + 2
-    same = Recipe(strategy=Strategy(packing="best_fit", mask="document", first_token="random"), room=8, extras=1)
+    same = Recipe(strategy=Strategy(packing="best_fit", mask="intra_document", first_token="random"), room=8, extras=1)
     assert same.key("digest") == recipe.key("digest"), "the mask and what a first token is move no document"
 
 

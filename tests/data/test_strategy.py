@@ -35,15 +35,15 @@ ROOT = Path(__file__).parents[2]
         ({"positions": "absolute"}, "positions: found 'absolute'"),
         ({"shared_prefix": 1}, "shared_prefix: found 1 with mask 'causal' and no window"),
         ({"prefix_lm": 1}, "prefix_lm: found 1, which changes nothing"),
-        ({"long_documents": "crop"}, "long_documents: found 'crop' with packing 'concat'"),
-        ({"long_documents": "drop", "packing": "pad"}, "long_documents: found 'drop'"),
+        ({"overflow": "truncate"}, "overflow: found 'truncate' with packing 'concat'"),
+        ({"overflow": "drop", "packing": "pad"}, "overflow: found 'drop'"),
         ({"fill": "repeat", "packing": "grouped"}, "fill: expected pad, all that packing 'grouped' has, got 'repeat'"),
         ({"fill": "crop"}, "fill: expected pad, all that packing 'concat' has, got 'crop'"),
         ({"first_token": []}, "first_token: found .*ends in a token to place"),
         ({"first_token": ["bos", "none"]}, "first_token: found .*ends in a token to place"),
         ({"first_token": ["bos", "eos"]}, "first_token: found 'eos'"),
         ({"first_token": ["bos"]}, "first_token: found .*expected the token itself"),
-        ({"packing": "pad", "mask": "document"}, "mask: found 'document' with packing 'pad'"),
+        ({"packing": "pad", "mask": "intra_document"}, "mask: found 'document' with packing 'pad'"),
         ({"packing": "pad", "positions": "document"}, "positions: found 'document' with packing 'pad'"),
         ({"first_token": "bos", "first_token_share": 0}, "first_token_share: found 0"),
         ({"first_token": "bos", "first_token_share": 1.5}, "first_token_share: found 1.5"),
@@ -59,7 +59,7 @@ def test_a_value_that_is_wrong_or_without_effect_is_named(setting: dict[str, Any
 
 def test_a_shared_prefix_has_effect_beside_a_window_or_the_document_mask() -> None:
     assert Strategy(shared_prefix=4, window=8).shared_prefix == 4
-    assert Strategy(shared_prefix=1, mask="document").shared_prefix == 1
+    assert Strategy(shared_prefix=1, mask="intra_document").shared_prefix == 1
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_shared_prefix_has_effect_beside_a_window_or_the_document_mask() -> No
     [
         {"window": 16},
         {"prefix_lm": 16},
-        {"shared_prefix": 16, "mask": "document"},
+        {"shared_prefix": 16, "mask": "intra_document"},
         {"first_token": [*["none"] * 15, "bos"]},
     ],
 )
@@ -80,7 +80,7 @@ def test_a_setting_as_long_as_the_row_is_refused_for_that_context(setting: dict[
 
 def test_a_strategy_cannot_be_changed_and_knows_no_other_axis() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Strategy().mask = "document"  # type: ignore[misc]
+        Strategy().mask = "intra_document"  # type: ignore[misc]
     with pytest.raises(TypeError, match="sink"):
         Strategy(sink=True)  # type: ignore[call-arg]
 
@@ -103,10 +103,10 @@ def test_a_token_id_outside_the_vocabulary_is_refused() -> None:
 
 
 def test_a_strategy_saved_before_an_axis_existed_is_that_axis_at_its_default() -> None:
-    saved = dataclasses.asdict(Strategy(mask="document", document_start="bos"))
-    for later in ("long_documents", "fill", "first_token_share"):
+    saved = dataclasses.asdict(Strategy(mask="intra_document", document_start="bos"))
+    for later in ("overflow", "fill", "first_token_share"):
         del saved[later]
-    assert Strategy.completed(saved) == dataclasses.asdict(Strategy(mask="document", document_start="bos"))
+    assert Strategy.completed(saved) == dataclasses.asdict(Strategy(mask="intra_document", document_start="bos"))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "strategy").glob("*.yaml")), ids=lambda path: path.stem)

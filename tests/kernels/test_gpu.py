@@ -246,7 +246,7 @@ def test_a_compiled_decoder_trains_in_bfloat16():
     losses = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        decoder = Decoder(DecoderConfig(layers=2, d_model=128, heads=4, kv_heads=2, d_ff=256), 64).to(DEVICE)
+        decoder = Decoder(DecoderConfig(n_layers=2, d_model=128, n_heads=4, n_kv_heads=2, d_ff=256), 64).to(DEVICE)
         if compiled:
             decoder.compile()
         optimizer = torch.optim.AdamW(decoder.parameters(), 3e-3)

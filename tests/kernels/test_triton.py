@@ -424,7 +424,7 @@ def test_a_mask_used_again_does_not_compile_anew():
 def test_a_decoder_on_the_kernels_equals_one_on_the_reference():
     from sinkbed.model import Decoder, DecoderConfig
 
-    config = DecoderConfig(layers=2, d_model=64, heads=4, kv_heads=2, d_ff=96, sink="learned")
+    config = DecoderConfig(n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, d_ff=96, sink="learned")
     tokens = torch.randint(50, (2, 34), generator=torch.Generator().manual_seed(0))
     start, end = boundaries([12, 21], rows=2)
     mask = interval_mask(2, 33, doc_start=start, doc_end=end, document=True, shared_prefix=1)

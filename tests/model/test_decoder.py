@@ -10,7 +10,7 @@ from sinkbed.model.feed_forward.swiglu import SwiGLU
 from sinkbed.model.norms.rms import RMSNorm
 from sinkbed.model.positions.rope import rotate, rotations
 
-SMALL = dict(layers=2, d_model=32, heads=4, kv_heads=2, d_ff=48, init_std=0.2)
+SMALL = dict(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, init_std=0.2)
 
 
 def small(**changes) -> Decoder:
@@ -23,7 +23,7 @@ def test_rmsnorm_and_its_gradients_equal_the_definition():
     weight = torch.randn(16, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(3, 5, 16, dtype=torch.float64)
     (x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight).backward(upstream)
-    norm = RMSNorm(DecoderConfig(layers=1, d_model=16, heads=1, d_ff=1))
+    norm = RMSNorm(DecoderConfig(n_layers=1, d_model=16, n_heads=1, d_ff=1))
     with torch.no_grad():
         norm.weight.copy_(weight)
     ours = x.detach().float().requires_grad_()
@@ -33,7 +33,7 @@ def test_rmsnorm_and_its_gradients_equal_the_definition():
 
 
 def test_swiglu_and_its_gradients_equal_the_definition():
-    layer = SwiGLU(DecoderConfig(layers=1, d_model=8, heads=1, d_ff=12)).double()
+    layer = SwiGLU(DecoderConfig(n_layers=1, d_model=8, n_heads=1, d_ff=12)).double()
     x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
     gate, up = (x @ layer.gate_up.weight.T).chunk(2, -1)
     expected = (gate * torch.sigmoid(gate) * up) @ layer.down.weight.T
@@ -109,7 +109,7 @@ def test_every_sink_option_trains_and_reports_its_mass(sink):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(heads=5, kv_heads=None), "d_model: expected a multiple of heads=5"),
+        (dict(n_heads=5, n_kv_heads=None), "d_model: expected a multiple of n_heads=5"),
         (dict(kv_heads=3), "kv_heads: expected a divisor of heads=4"),
         (dict(layers=0), "layers: expected at least 1"),
         (dict(head_dim=7), "head_dim: expected an even number"),

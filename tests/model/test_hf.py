@@ -69,9 +69,9 @@ def test_logits_and_masses_equal_those_of_eager_attention(saved):
     with torch.no_grad():
         eager, found = theirs(tokens, output_attentions=True), ours(tokens, statistics=True)
     torch.testing.assert_close(found.logits, eager.logits, atol=2e-5, rtol=1e-4)
-    assert len(found.statistics) == len(eager.attentions) == ours.config.layers == 2
+    assert len(found.statistics) == len(eager.attentions) == ours.config.n_layers == 2
     for statistics, matrix in zip(found.statistics, eager.attentions, strict=True):
-        assert matrix.shape[1] == ours.config.heads
+        assert matrix.shape[1] == ours.config.n_heads
         torch.testing.assert_close(statistics.row_mass, matrix[..., 0], atol=1e-5, rtol=1e-4)
     if theirs.config.model_type in ("mistral", "gemma2", "gemma3_text", "gpt_oss"):
         assert any((m[:, :, -1, 0] == 0).all() for m in eager.attentions), "a window hides key 0 from the last query"

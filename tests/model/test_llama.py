@@ -10,7 +10,7 @@ from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.model.hf.llama import from_llama, llama_config, to_llama
 
 transformers = pytest.importorskip("transformers")
-SMALL = dict(layers=2, d_model=32, heads=4, kv_heads=2, d_ff=48, init_std=0.2)
+SMALL = dict(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, init_std=0.2)
 
 
 def small(**changes) -> Decoder:
@@ -69,7 +69,7 @@ def test_a_folder_of_transformers_gives_its_logits(tied, sharded, tmp_path):
     theirs.save_pretrained(tmp_path, max_shard_size="40KB" if sharded else "1GB")
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == sharded
     ours = from_llama(tmp_path)
-    assert ours.config.rope_theta == 5000.0 and ours.config.tied == tied
+    assert ours.config.rope_theta == 5000.0 and ours.config.tie_embeddings == tied
     tokens = torch.randint(60, (2, 21))
     torch.testing.assert_close(logits(ours, tokens), logits(theirs, tokens), atol=1e-5, rtol=1e-5)
     assert (ours.head.weight is ours.embedding.weight) == tied
@@ -133,5 +133,5 @@ def test_missing_and_damaged_files_are_named(tmp_path):
 
 
 def test_exported_weights_are_float32_and_hold_tied_ones_once(tmp_path):
-    found = load_file(write(small(tied=True), tmp_path) / "model.safetensors")
+    found = load_file(write(small(tie_embeddings=True), tmp_path) / "model.safetensors")
     assert "lm_head.weight" not in found and {t.dtype for t in found.values()} == {torch.float32}

@@ -18,12 +18,12 @@ threads: 1
 checkpoint_every: 4
 checkpoint_points: 3
 model:
-  decoder: {{layers: 2, d_model: 32, heads: 2, d_ff: 48}}
+  decoder: {{n_layers: 2, d_model: 32, n_heads: 2, d_ff: 48}}
   optimizer: {{lr: 1.0e-2, warmup_steps: 2}}
 data:
   store: {store}
   context_length: 48
-  global_batch: 4
+  batch_size: 4
   strategy: {{first_token: bos}}
 measure: {{documents: 6, live_documents: 3, sink_tokens: 16, first_step: 2, live_points: 3}}
 trainer: {{accelerator: cpu, devices: 1, max_steps: 10, log_every_n_steps: 1, enable_progress_bar: false}}

@@ -48,10 +48,10 @@ def test_the_version_is_shown(capsys):
          "did you mean model.optimizer.lr?"),
         (["fit", "--lr", "3"], "did you mean model.optimizer.lr?"),
         (["fit", "--rundir", "x"], "did you mean run_dir?"),
-        (["fit", "--model.decoder.layers", "three"], "model.decoder.layers: expected int, found 'three'"),
+        (["fit", "--model.decoder.n_layers", "three"], "model.decoder.n_layers: expected int, found 'three'"),
         (["fit", "--data.strategy.mask", "docment"], "data.strategy.mask: expected one of 'causal', 'document', found"),
-        (["fit", "--data.micro_batch", "x"], "data.micro_batch: expected int or null, found 'x'"),
-        (["fit", "--config", "clip_nrm.yaml"], "model.clip_nrm: expected a known key"),
+        (["fit", "--data.micro_batch_size", "x"], "data.micro_batch_size: expected int or null, found 'x'"),
+        (["fit", "--config", "max_grad_nrm.yaml"], "model.max_grad_nrm: expected a known key"),
         (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["fit", "nonsense"], "nonsense: expected options alone from here on, found a word"),
         (["fit", "--threads"], "--threads: expected one value, found none"),
@@ -87,7 +87,7 @@ def test_the_version_is_shown(capsys):
 def test_a_wrong_argument_is_one_short_message(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = {
-        "clip_nrm": "model: {clip_nrm: 1.0}\n", "group": "modle: {clip_norm: 1.0}\n", "empty": "model:\n",
+        "max_grad_nrm": "model: {max_grad_nrm: 1.0}\n", "group": "modle: {max_grad_norm: 1.0}\n", "empty": "model:\n",
         "leaf": "threads: 1\ndecoder: {layers: 2}\n", "value": "data:\n  strategy:\n    mask: documnet\n",
     }  # fmt: skip
     for name, text in files.items():
@@ -110,13 +110,13 @@ def test_a_wrong_argument_is_one_short_message(arguments, message, capsys, tmp_p
          "found none of that name; did you mean data.strategy.mask?"),
         ("threads: 1\nthreads: 2\n", [], "run.yaml, line 2: expected each key once, found 'threads'"),
         ("threads: 1\n", ["--trainr.max_steps", "3"], "did you mean trainer.max_steps?"),
-        ("model: {decoder: {layers: two}}\n", [], "run.yaml, line 1: model.decoder.layers: expected int, found 'two'"),
+        ("model: {decoder: {layers: two}}\n", [], "run.yaml, line 1: model.decoder.n_layers: expected int, found 'two'"),
         ("threads: 1\n", ["--config", str(ROOT / "configs/run/demo.yaml"), "--data.store", "nowhere"], "no token store "
          "at nowhere"),
         ("model: {decoder: shape.yaml}\n", [], "line 1: model.decoder: expected keys below it, found 'shape.yaml'"),
         ("threads: 1\n", ["--config", str(ROOT / "configs/run/demo.yaml"), "--fork", "nowhere"], "--fork nowhere: "
          "expected a run or its checkpoint, found nothing there"),
-        ("threads: 1\n", [], "expected a value for model.decoder.layers"),
+        ("threads: 1\n", [], "expected a value for model.decoder.n_layers"),
         ("", [], "expected YAML with keys, such as the files in configs/; found an empty file"),
     ],
 )  # fmt: skip

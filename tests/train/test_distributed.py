@@ -18,7 +18,7 @@ from tests.train.test_fit import points
 
 KINDS = ("one", "ddp", "fsdp2", "fsdp2_sharded")
 # Under the document mask micro-batches and processes differ in the targets that count.
-SETTINGS = ("--data.strategy.mask", "document", "--data.micro_batch", "1")
+SETTINGS = ("--data.strategy.mask", "intra_document", "--data.micro_batch_size", "1")
 
 
 def of_kind(kind):
@@ -245,7 +245,7 @@ def test_real_torchrun_and_lightnings_own_launcher(fit):
 
 def test_the_attention_operator_runs_sharded_and_compiled(launch, fit):
     # One layer: what takes the time is the compiler.
-    settings = ("--trainer.max_steps", "4", "--model.decoder.layers", "1")
+    settings = ("--trainer.max_steps", "4", "--model.decoder.n_layers", "1")
     found = []
     for kind, compiled in (("one", "false"), ("one", "true"), ("fsdp2", "true")):
         folder = fit.config.parent / f"{kind}-{compiled}"

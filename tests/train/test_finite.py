@@ -27,7 +27,7 @@ def probe():
 def overflowing():
     """A decoder whose first token id overflows; four of the ten documents hold it."""
     torch.manual_seed(0)
-    decoder = Decoder(DecoderConfig(layers=2, d_model=16, heads=2, d_ff=16), 40)
+    decoder = Decoder(DecoderConfig(n_layers=2, d_model=16, n_heads=2, d_ff=16), 40)
     with torch.no_grad():
         decoder.embedding.weight[39] = math.inf  # as float16 has it past 65,504
     return decoder
@@ -85,7 +85,7 @@ def test_the_place_of_the_number_is_named():
 BAD = (math.nan, math.inf, -math.inf)
 
 
-SMALLEST = {"layers": 1, "d_model": 8, "heads": 1, "d_ff": 8}
+SMALLEST = {"n_layers": 1, "d_model": 8, "n_heads": 1, "d_ff": 8}
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ SMALLEST = {"layers": 1, "d_model": 8, "heads": 1, "d_ff": 8}
         (OptimizerConfig, {}, ("lr", "eps", "weight_decay", "warmup_fraction", "final_fraction"), -1.0),
         (MeasureConfig, {}, ("onset_rate",), 0.0),
         (DecoderConfig, SMALLEST, ("rope_theta", "norm_eps", "init_std"), 0.0),
-        (SinkbedModule, {"decoder": DecoderConfig(**SMALLEST)}, ("clip_norm",), 0.0),
+        (SinkbedModule, {"decoder": DecoderConfig(**SMALLEST)}, ("max_grad_norm",), 0.0),
     ],
 )  # fmt: skip
 def test_a_setting_that_is_not_finite_is_refused(config, required, names, worse):

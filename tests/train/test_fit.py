@@ -71,7 +71,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(fit):
 
 def test_the_loss_of_a_step_is_the_mean_over_its_micro_batches(fit):
     _, whole = fit(run_dir="whole")
-    _, parts = fit("--data.micro_batch", "1", run_dir="parts")
+    _, parts = fit("--data.micro_batch_size", "1", run_dir="parts")
     first = [next(p["train/loss"] for p in points(f) if "train/loss" in p) for f in (whole, parts)]
     assert first[0] == pytest.approx(first[1], rel=1e-4)
 
@@ -94,7 +94,7 @@ def kill_at(monkeypatch, step):
     return lambda: monkeypatch.setattr(SinkbedModule, "training_step", original)
 
 
-@pytest.mark.parametrize("extra", [(), ("--data.micro_batch", "2"), ("--data.workers", "1")])
+@pytest.mark.parametrize("extra", [(), ("--data.micro_batch_size", "2"), ("--data.workers", "1")])
 def test_a_killed_run_resumes_to_the_same_weights_and_points(fit, monkeypatch, extra):
     _, whole = fit(*extra, run_dir="whole")
     revive = kill_at(monkeypatch, 7)
@@ -359,7 +359,7 @@ def test_resuming_another_strategy_is_refused_with_both_values_and_changes_nothi
     [
         ("--model.optimizer.lr", "1e-3"),
         ("--trainer.max_steps", "20"),
-        ("--data.global_batch", "8"),
+        ("--data.batch_size", "8"),
         ("--data.seed", "5"),
     ],
 )
@@ -429,12 +429,12 @@ def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (("--model.decoder.heads", "3"), "d_model: expected a multiple of heads=3"),
+        (("--model.decoder.n_heads", "3"), "d_model: expected a multiple of n_heads=3"),
         (("--data.store", "nowhere"), "nowhere"),
         (("--data.context_length", "1000000"), "1000000"),
-        (("--data.global_batch", "4", "--data.micro_batch", "3"), "expected a multiple of micro_batch=3"),
+        (("--data.batch_size", "4", "--data.micro_batch_size", "3"), "expected a multiple of micro_batch_size=3"),
         (("--trainer.max_steps", "-1"), "trainer.max_steps: expected at least 1"),
-        (("--trainer.accumulate_grad_batches", "2"), "set data.micro_batch"),
+        (("--trainer.accumulate_grad_batches", "2"), "set data.micro_batch_size"),
         (("--threads", "0"), "threads: expected at least 1"),
         (("--trainer.log_every_n_steps", "0"), "trainer.log_every_n_steps: expected at least 1"),
         (("--trainer.precision", "16-mixed"), "expected bf16-mixed"),

@@ -31,7 +31,7 @@ def probe(tiny_store):
 @pytest.fixture
 def decoder():
     torch.manual_seed(1)
-    return Decoder(DecoderConfig(layers=2, d_model=32, heads=4, kv_heads=2, d_ff=48, init_std=0.4), 300)
+    return Decoder(DecoderConfig(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, init_std=0.4), 300)
 
 
 def attention_matrices(decoder, tokens, hide_first, monkeypatch, window=None):
@@ -235,7 +235,7 @@ class Given(torch.nn.Module):
         start = torch.zeros(tokens.shape, dtype=torch.long) if mask is None else mask.doc_start.long()
         keys = start[:, None, None, :, None].expand(*found.shape[:4], 1)
         row, document = found[..., 0], found.gather(-1, keys)[..., 0]
-        layers = tuple(Statistics(row[:, layer], document[:, layer], None) for layer in range(self.config.layers))
+        layers = tuple(Statistics(row[:, layer], document[:, layer], None) for layer in range(self.config.n_layers))
         return DecoderOutput(torch.zeros(*tokens.shape, 50), None, layers)
 
 

@@ -34,7 +34,7 @@ def probe():
 @pytest.fixture(scope="module", params=["none", "learned"])
 def decoder(request):
     torch.manual_seed(2)
-    config = DecoderConfig(layers=L, d_model=C, heads=H, kv_heads=1, d_ff=24, init_std=0.5, sink=request.param)
+    config = DecoderConfig(n_layers=L, d_model=C, n_heads=H, n_kv_heads=1, d_ff=24, init_std=0.5, sink=request.param)
     made = Decoder(config, 60)
     for block in made.blocks:
         if request.param == "learned":
@@ -120,7 +120,7 @@ def test_rank_is_that_of_each_texts_own_matrix(decoder, probe):
 
 def test_representations_that_are_all_alike_have_collapsed(probe):
     """Weights of zero leave the embedding of one repeated token: distance 0, rank 1, entropy 0."""
-    decoder = Decoder(DecoderConfig(layers=2, d_model=8, heads=2, d_ff=8, init_std=0.5), 60)
+    decoder = Decoder(DecoderConfig(n_layers=2, d_model=8, n_heads=2, d_ff=8, init_std=0.5), 60)
     for block in decoder.blocks:
         torch.nn.init.zeros_(block.attention.out.weight)
         torch.nn.init.zeros_(block.feed_forward.down.weight)
@@ -201,7 +201,7 @@ def test_the_exact_jacobian_is_torchs(decoder, probe):
 def test_random_directions_estimate_the_exact_norm_within_their_error(probe, directions):
     """Over many seeds the squared estimates average to the squared norm, and err by what they say."""
     torch.manual_seed(0)
-    decoder = Decoder(DecoderConfig(layers=2, d_model=32, heads=2, d_ff=48, init_std=0.4), 60)
+    decoder = Decoder(DecoderConfig(n_layers=2, d_model=32, n_heads=2, d_ff=48, init_std=0.4), 60)
     excerpts = excerpts_of(probe, count=1)
     exact = torch.tensor(measure_jacobian(decoder, excerpts, 2000, directions=None).norm)
     drawn = [measure_jacobian(decoder, excerpts, 2000, directions=directions, seed=seed) for seed in range(40)]

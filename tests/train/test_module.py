@@ -37,7 +37,7 @@ def short_documents(tmp_path_factory):
 
 def decoder():
     torch.manual_seed(0)
-    return Decoder(DecoderConfig(layers=2, d_model=32, heads=4, kv_heads=2, d_ff=48, init_std=0.2), 258)
+    return Decoder(DecoderConfig(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, init_std=0.2), 258)
 
 
 def marked(store: TokenStore, strategy: Strategy, number: int) -> torch.Tensor:
@@ -53,7 +53,7 @@ def marked(store: TokenStore, strategy: Strategy, number: int) -> torch.Tensor:
     [
         {"packing": "best_fit"},
         {"packing": "best_fit", "document_start": "bos"},
-        {"packing": "best_fit", "fill": "crop", "long_documents": "crop"},
+        {"packing": "best_fit", "fill": "crop", "overflow": "truncate"},
         {"packing": "pad", "document_start": "bos", "document_end": "none"},
         {"packing": "grouped"},
     ],
@@ -63,7 +63,7 @@ def test_loss_and_gradients_of_packed_rows_equal_those_of_separate_documents(pac
     if packing["packing"] == "pad":  # one document a row: nothing to keep apart
         strategy = Strategy(**packing)
     else:
-        strategy = Strategy(**packing, mask="document", positions=positions)
+        strategy = Strategy(**packing, mask="intra_document", positions=positions)
     rows = Rows(short_documents, strategy, LENGTH)
     batch = rows.__getitems__(list(range(len(rows))))
     together, apart = decoder(), decoder()
@@ -96,7 +96,7 @@ def test_loss_and_gradients_of_packed_rows_equal_those_of_separate_documents(pac
 
 @pytest.mark.parametrize("fill", ["pad", "crop"])
 def test_what_stands_in_another_document_or_in_padding_changes_no_counted_loss(fill, short_documents):
-    strategy = Strategy(packing="best_fit", fill=fill, mask="document")
+    strategy = Strategy(packing="best_fit", fill=fill, mask="intra_document")
     rows = Rows(short_documents, strategy, LENGTH)
     batch = rows.__getitems__(list(range(len(rows))))
     first = batch.doc_start == 0
@@ -123,7 +123,7 @@ def test_padding_has_no_part_in_the_masses_of_packed_rows(short_documents, tmp_p
     batch = monitor.packed.__getitems__(list(range(min(_PACKED_ROWS, len(monitor.packed)))))
     lengths = (batch.doc_start == 0).sum(1).tolist()
     assert min(lengths) < LENGTH - 5, "rows end in padding"
-    masses = [[] for _ in range(model.config.layers)]
+    masses = [[] for _ in range(model.config.n_layers)]
     with torch.no_grad():
         for tokens, length in zip(batch.tokens, lengths, strict=True):
             alone = model(tokens[None, :length], statistics=True).statistics

@@ -38,7 +38,7 @@ def test_fractions_are_shares_of_the_run():
 
 
 def test_decay_is_on_matrices_only():
-    model = Decoder(DecoderConfig(layers=1, d_model=8, heads=2, d_ff=8, sink="learned"), 300)
+    model = Decoder(DecoderConfig(n_layers=1, d_model=8, n_heads=2, d_ff=8, sink="learned"), 300)
     optimizer, _ = build_optimizer(model, OptimizerConfig(weight_decay=0.3), 10)
     decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
     names = {n: id(p) in decayed for n, p in model.named_parameters()}

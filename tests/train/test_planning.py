@@ -32,14 +32,14 @@ def study(tiny_store, tmp_path):
 @pytest.mark.parametrize(
     "shape",
     [
-        {"heads": 4, "d_ff": 20},
-        {"heads": 4, "kv_heads": 1, "head_dim": 6, "d_ff": 20, "tied": True},
-        {"heads": 2, "d_ff": 24, "sink": "learned"},
-        {"heads": 2, "d_ff": 24, "sink": "off_by_one"},
+        {"n_heads": 4, "d_ff": 20},
+        {"n_heads": 4, "n_kv_heads": 1, "head_dim": 6, "d_ff": 20, "tie_embeddings": True},
+        {"n_heads": 2, "d_ff": 24, "sink": "learned"},
+        {"n_heads": 2, "d_ff": 24, "sink": "off_by_one"},
     ],
 )
 def test_parameters_are_those_of_the_decoder(shape):
-    config = DecoderConfig(layers=3, d_model=16, **shape)
+    config = DecoderConfig(n_layers=3, d_model=16, **shape)
     assert Decoder.parameters_of(config, 50) == Decoder(config, 50).parameter_count()
 
 
@@ -47,13 +47,13 @@ def test_flops_are_those_of_the_matrix_products():
     """Counted by torch in the forward pass of a model whose attention is dense: T keys a query instead of T / 2."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    config, length = DecoderConfig(layers=2, d_model=32, heads=4, kv_heads=2, d_ff=48), 64
+    config, length = DecoderConfig(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48), 64
     decoder = Decoder(config, 100)
     decoder.implementation = "reference"
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         decoder(torch.zeros(1, length, dtype=torch.int64))
     half = planning.training_flops(config, 100, length, window=None)
-    dense = half + 12 * config.layers * config.heads * config.dim * length / 2
+    dense = half + 12 * config.n_layers * config.n_heads * config.dim * length / 2
     assert 3 * counter.get_total_flops() / length == pytest.approx(dense, rel=0.02)
     assert planning.training_flops(config, 100, length, window=8) < half
     assert planning.training_flops(config, 100, length, None, checkpointing=True) == pytest.approx(half * 4 / 3)

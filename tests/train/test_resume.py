@@ -50,8 +50,8 @@ def test_a_run_stopped_thrice_and_across_an_epoch_is_the_uninterrupted_run(fit, 
     assert tracked == list(range(len(points(whole))))
 
 
-@pytest.mark.parametrize("micro_batch", ["1", "2"])
-def test_a_run_resumed_with_other_micro_batches_sees_the_same_rows(fit, monkeypatch, capsys, micro_batch):
+@pytest.mark.parametrize("micro_batch_size", ["1", "2"])
+def test_a_run_resumed_with_other_micro_batches_sees_the_same_rows(fit, monkeypatch, capsys, micro_batch_size):
     from sinkbed.data.pack.batches import Rows
 
     seen = []
@@ -59,7 +59,7 @@ def test_a_run_resumed_with_other_micro_batches_sees_the_same_rows(fit, monkeypa
     monkeypatch.setattr(
         Rows, "__getitems__", lambda self, n: seen.extend((self.store.split, i) for i in n) or original(self, n)
     )
-    document = ("--data.strategy.mask", "document")  # targets that do not count make micro-batches unequal
+    document = ("--data.strategy.mask", "intra_document")  # targets that do not count make micro-batches unequal
     _, whole = fit(*document, run_dir="whole")
     expected = [i for split, i in seen if split == "train"]
     seen.clear()
@@ -70,7 +70,7 @@ def test_a_run_resumed_with_other_micro_batches_sees_the_same_rows(fit, monkeypa
     before = [i for split, i in seen if split == "train"]
     assert before[:28] == expected[:28]
     seen.clear()
-    cut = fit(*document, "--data.micro_batch", micro_batch, "--ckpt_path", "last", run_dir="cut")[1]
+    cut = fit(*document, "--data.micro_batch_size", micro_batch_size, "--ckpt_path", "last", run_dir="cut")[1]
     assert "micro-batches a step 1 -> " in capsys.readouterr().out
     assert [i for split, i in seen if split == "train"][:24] == expected[16:40]
     for ours, theirs in zip(points(cut), points(whole), strict=True):
@@ -82,9 +82,9 @@ def test_a_run_resumed_with_other_micro_batches_sees_the_same_rows(fit, monkeypa
 
 def test_the_loss_and_gradient_of_a_step_are_the_mean_over_its_targets(fit):
     # The last token of a document has no target: every row counts another number.
-    settings = ("--data.strategy.mask", "document")
+    settings = ("--data.strategy.mask", "intra_document")
     _, whole = fit(*settings, run_dir="whole")
-    _, parts = fit(*settings, "--data.micro_batch", "1", run_dir="parts")
+    _, parts = fit(*settings, "--data.micro_batch_size", "1", run_dir="parts")
     ours, theirs = (next(p for p in points(f) if "train/loss" in p) for f in (parts, whole))
     assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-6)
     assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=1e-5)
@@ -277,8 +277,10 @@ def test_a_fork_is_a_new_run_with_settings_of_its_own_that_names_its_parent(fit)
 def test_a_fork_into_another_model_is_refused(fit, capsys):
     _, parent = fit(run_dir="parent")
     checkpoint = str(parent / "checkpoints" / "step-0000003.ckpt")
-    status, folder = fit("--fork", checkpoint, "--model.decoder.layers", "3", run_dir="fork")
-    assert "--fork" in (message := refused(capsys, status)) and "model.decoder.layers: the checkpoint has 2" in message
+    status, folder = fit("--fork", checkpoint, "--model.decoder.n_layers", "3", run_dir="fork")
+    assert (
+        "--fork" in (message := refused(capsys, status)) and "model.decoder.n_layers: the checkpoint has 2" in message
+    )
     status, folder = fit("--fork", checkpoint, "--trainer.max_steps", "3", run_dir="fork")
     assert "above the checkpoint's step 3" in refused(capsys, status)
     assert not folder.exists()

@@ -147,7 +147,7 @@ def test_one_line_says_what_overrode_what(tmp_path):
     assert line == (
         f"settings that override others: trainer.max_steps 20 ({b}) over 10 ({a}); data.seed 2 (option) over 1 ({b})"
     )
-    assert overridden(["--config", a, "--model.optimizer.lr=0.01", "--data.strategy.mask", "document"]) == ""
+    assert overridden(["--config", a, "--model.optimizer.lr=0.01", "--data.strategy.mask", "intra_document"]) == ""
 
 
 @pytest.mark.parametrize(
@@ -577,7 +577,7 @@ def test_a_checkpoint_of_before_the_manifest_was_kept_is_still_taken(cut, fit):
         check_identity({**checkpoint, "sinkbed": {**ours, "manifest": "0"}}, ours)
 
 
-NO_BIT = {"data.micro_batch", "data.workers", "data.store", "model.activation_checkpointing"}
+NO_BIT = {"data.micro_batch_size", "data.workers", "data.store", "model.activation_checkpointing"}
 """Settings of model and data that no bit of a run depends on, but the order in which sums are rounded."""
 
 

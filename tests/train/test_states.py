@@ -176,7 +176,7 @@ def test_a_decoder_of_ours_is_observed_as_its_export_is(probe, tmp_path):
     from sinkbed.model.hf.llama import llama_config, to_llama
 
     torch.manual_seed(5)
-    config = DecoderConfig(layers=2, d_model=32, heads=4, kv_heads=2, d_ff=48, init_std=0.3)
+    config = DecoderConfig(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, init_std=0.3)
     decoder = Decoder(config, 96)
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**llama_config(decoder, bos_id=0, eos_id=1, context_length=64))
@@ -198,7 +198,7 @@ def test_a_decoder_of_ours_is_observed_as_its_export_is(probe, tmp_path):
 
 def test_a_secondary_sink_is_alike_or_opposite_to_the_first_token(probe):
     """Token 5 is BOS turned round, 6 BOS itself, 7 at a right angle."""
-    decoder = Decoder(DecoderConfig(layers=1, d_model=8, heads=2, d_ff=8), 96)
+    decoder = Decoder(DecoderConfig(n_layers=1, d_model=8, n_heads=2, d_ff=8), 96)
     with torch.no_grad():
         decoder.embedding.weight[0] = torch.tensor([1.0, 2, 1, 1, 1, 1, 1, 1])
         decoder.embedding.weight[5] = -2 * decoder.embedding.weight[0]
@@ -210,7 +210,7 @@ def test_a_secondary_sink_is_alike_or_opposite_to_the_first_token(probe):
 
 
 def test_measuring_leaves_the_model_as_it_was(probe):
-    decoder = Decoder(DecoderConfig(layers=2, d_model=32, heads=4, d_ff=48), 96).train()
+    decoder = Decoder(DecoderConfig(n_layers=2, d_model=32, n_heads=4, d_ff=48), 96).train()
     before = torch.get_rng_state()
     measure_states(decoder, excerpts_of(probe), 100)
     measure_gradients(decoder, excerpts_of(probe), 100)
@@ -222,7 +222,7 @@ def test_measuring_leaves_the_model_as_it_was(probe):
 def test_a_compiled_decoder_is_observed_too(probe):
     """torch.compile does not look for hooks that came after it."""
     torch.manual_seed(1)
-    decoder = Decoder(DecoderConfig(layers=2, d_model=32, heads=4, d_ff=48), 96)
+    decoder = Decoder(DecoderConfig(n_layers=2, d_model=32, n_heads=4, d_ff=48), 96)
     plain = measure_states(decoder, excerpts_of(probe), 1000)
     decoder.compile(backend="eager")
     with torch.no_grad():

@@ -171,8 +171,8 @@ def test_a_misspelt_key_is_found_before_any_arm_is_started(study, capsys):
     [
         ("data: {strategy: {window: 48}}", "window: found 48 with context_length 48, which limits nothing"),
         ("model: {optimizer: {warmup_steps: 11}}", "warm-up of 11 and cooldown of 0 steps do not fit"),
-        ("model: {clip_norm: -1}", "model.clip_norm: expected more than 0, found -1"),
-        ("data: {micro_batch: 3}", "data.global_batch=4: expected a multiple of micro_batch=3"),
+        ("model: {max_grad_norm: -1}", "model.max_grad_norm: expected more than 0, found -1"),
+        ("data: {micro_batch_size: 3}", "data.batch_size=4: expected a multiple of micro_batch_size=3"),
         ("trainer: {fast_dev_run: true}", "trainer.fast_dev_run: has no effect here"),
         ("model: {decoder: {layers: 1000000}}", "layers: expected at least 1 and at most 10000"),
         ("model: {decoder: {d_model: 100000000}}", "GB of memory of this machine"),
@@ -541,11 +541,11 @@ def test_an_arm_of_several_devices_is_a_command_of_its_own(study, monkeypatch):
 def test_settings_that_decide_nothing_make_no_other_arm(finished):
     config = finished.parent / "run.yaml"
     text = config.read_text().replace("checkpoint_every: 4", "checkpoint_every: 7\nwandb: {project: mine}")
-    config.write_text(text.replace("  global_batch: 4", "  global_batch: 4\n  workers: 1"))
+    config.write_text(text.replace("  batch_size: 4", "  batch_size: 4\n  workers: 1"))
     runs = plan(load_study(finished))
     assert runs[0].config["data"]["workers"] == 1 and runs[0].config["checkpoint_every"] == 7
     assert [r.status() for r in runs] == ["finished", "finished"]
-    config.write_text(text.replace("  global_batch: 4", "  global_batch: 4\n  micro_batch: 2"))
+    config.write_text(text.replace("  batch_size: 4", "  batch_size: 4\n  micro_batch_size: 2"))
     assert [r.status() for r in plan(load_study(finished))] == ["other", "other"], "it rounds otherwise"
 
 

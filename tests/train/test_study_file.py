@@ -30,10 +30,10 @@ def write(tmp_path):
 
 
 def test_settings_in_the_file_lie_over_the_base_and_files_beside_them(write, tmp_path):
-    (tmp_path / "wide.yaml").write_text("model: {decoder: {d_model: 64, heads: 4}}\n")
+    (tmp_path / "wide.yaml").write_text("model: {decoder: {d_model: 64, n_heads: 4}}\n")
     arms = {"a": ["wide.yaml", {"model": {"decoder": {"heads": 2}}}], "b": {"trainer": {"max_steps": 5}}}
     a, b = plan(load_study(write(arms=arms)))
-    ours = {"trainer": {"max_steps": 3}, "model": {"decoder": {"d_model": 64, "heads": 2}}}
+    ours = {"trainer": {"max_steps": 3}, "model": {"decoder": {"d_model": 64, "n_heads": 2}}}
     assert a.config == {**ours, "threads": 1}, "as many as an arm has cores"
     assert b.config == {"trainer": {"max_steps": 5}, "threads": 1}
 
@@ -157,7 +157,7 @@ def test_the_context_study_holds_the_tokens_of_a_step_constant():
     path = next(p for p in SHIPPED if p.stem == "context")
     for size in SIZES:
         runs = plan(load_study(path, size))
-        assert len({r.setting("data.context_length") * r.setting("data.global_batch") for r in runs}) == 1
+        assert len({r.setting("data.context_length") * r.setting("data.batch_size") for r in runs}) == 1
         assert len({r.setting("data.context_length") for r in runs}) >= 4
 
 

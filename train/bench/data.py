@@ -34,8 +34,8 @@ _BATCHES = 100  # a turn: many more than a worker holds ready
 PACKINGS: dict[str, dict[str, Any]] = {
     "concat": {},
     "best_fit": {"packing": "best_fit"},
-    "best_fit, fill: crop": {"packing": "best_fit", "fill": "crop", "long_documents": "crop"},
-    "best_fit, fill: repeat": {"packing": "best_fit", "fill": "repeat", "long_documents": "crop"},
+    "best_fit, fill: crop": {"packing": "best_fit", "fill": "crop", "overflow": "truncate"},
+    "best_fit, fill: repeat": {"packing": "best_fit", "fill": "repeat", "overflow": "truncate"},
     "grouped": {"packing": "grouped"},
     "pad": {"packing": "pad"},
 }
@@ -44,7 +44,7 @@ PACKINGS: dict[str, dict[str, Any]] = {
 def loader(rows: Rows, batch: int, workers: int) -> Callable[[], None]:
     """A turn of the loader that `sinkbed fit` trains from."""
     batches: DataLoader[Batch] = DataLoader(
-        rows, batch_sampler=RowSampler(micro_batch=batch), collate_fn=Rows.collate, num_workers=workers
+        rows, batch_sampler=RowSampler(micro_batch_size=batch), collate_fn=Rows.collate, num_workers=workers
     )
     stream = iter(batches)
 
@@ -60,7 +60,7 @@ def run_loader(arguments: Any) -> None:
     config = read_config(arguments.config)
     torch.manual_seed(0)
     data = config["data"]
-    B, T = data["global_batch"], data["context_length"]
+    B, T = data["batch_size"], data["context_length"]
     store = TokenStore.open(arguments.store or Path(data["store"]), "train")
     rows = Rows(store, Strategy(**data["strategy"]), T)
     vocab_size = store.manifest.vocab_size
@@ -89,7 +89,7 @@ def run_packing(arguments: Any) -> None:
     titles = {"plan": 8, "rows": 8, "both": 8, "padded": 10, "cropped": 10, "repeated": 10, "cut": 8}
     print(f"{'million tokens/s':24}" + "".join(f"{title:>{width}}" for title, width in titles.items()))
     for name, axes in PACKINGS.items():
-        apart: dict[str, Any] = {} if name == "pad" else {"mask": "document", "positions": "document"}
+        apart: dict[str, Any] = {} if name == "pad" else {"mask": "intra_document", "positions": "document"}
         strategy = Strategy(**axes, **apart)
         rows = Rows(store, strategy, T)
 

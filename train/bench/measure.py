@@ -251,7 +251,7 @@ def run(arguments: Any) -> int:
     )
     if {"eager", "modes"} & set(arguments.parts):
         print(
-            f"Llama: {shape.layers} layers, hidden {shape.hidden}, {shape.heads} heads, {shape.kv_heads} key heads, "
+            f"Llama: {shape.n_layers} layers, hidden {shape.hidden}, {shape.n_heads} heads, {shape.n_kv_heads} key heads, "
             f"ffn {shape.ffn}, vocabulary {shape.vocab_size:,}; {arguments.threads} threads",
             flush=True,
         )

@@ -78,7 +78,7 @@ def run(arguments: Any) -> int:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     shape = decoder_config(config)
-    B, T, V = config["data"]["global_batch"], config["data"]["context_length"], arguments.vocab_size
+    B, T, V = config["data"]["batch_size"], config["data"]["context_length"], arguments.vocab_size
     batch = random_batch(B, T, V)
 
     def peer(compiled: bool) -> Callable[[], None]:
@@ -87,11 +87,11 @@ def run(arguments: Any) -> int:
                 vocab_size=V,
                 hidden_size=shape.d_model,
                 intermediate_size=shape.d_ff,
-                num_hidden_layers=shape.layers,
-                num_attention_heads=shape.heads,
+                num_hidden_layers=shape.n_layers,
+                num_attention_heads=shape.n_heads,
                 num_key_value_heads=shape.key_heads,
                 head_dim=shape.dim,
-                tie_word_embeddings=shape.tied,
+                tie_word_embeddings=shape.tie_embeddings,
                 use_cache=False,
             )
         )
@@ -110,8 +110,8 @@ def run(arguments: Any) -> int:
     base = timings[0].median
     count = Decoder(shape, V).parameter_count()
     # 6 FLOP a parameter and token, without the embedding's lookup; attention 6·T·C a layer and token (causal).
-    lookup = 0 if shape.tied else V * shape.d_model
-    flops = 6 * (count - lookup + shape.layers * T * shape.heads * shape.dim) * B * T
+    lookup = 0 if shape.tie_embeddings else V * shape.d_model
+    flops = 6 * (count - lookup + shape.n_layers * T * shape.n_heads * shape.dim) * B * T
     ceiling = matmul_flops()
     print(f"{count:,} parameters, {B} rows of {T} tokens, {arguments.threads} threads, {arguments.repeats} steps each")
     print(f"{'':24}{'ms/step':>9}{'tokens/s':>10}{'vs HF':>7}{'of matmul peak':>16}")

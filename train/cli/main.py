@@ -144,6 +144,6 @@ def explain(error: Exception) -> str:
         reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
         return (
             f"there is not enough memory{reason}; what is saved is whole. Take a smaller model or batch: "
-            "data.micro_batch and measure.batch_tokens in a run, --batch_tokens in a probe"
+            "data.micro_batch_size and measure.batch_tokens in a run, --batch_tokens in a probe"
         )
     return str(error)

@@ -113,7 +113,7 @@ def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def key_lines(path: Path) -> dict[str, int]:
-    """The keys of a file that `read_yaml` reads, dotted (`model.decoder.layers`), with their lines."""
+    """The keys of a file that `read_yaml` reads, dotted (`model.decoder.n_layers`), with their lines."""
 
     def walk(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
         if isinstance(node, yaml.MappingNode):

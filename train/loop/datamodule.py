@@ -56,8 +56,8 @@ class TokenData(L.LightningDataModule):
         store: Path,
         context_length: int,
         strategy: Strategy,
-        global_batch: int,
-        micro_batch: int | None = None,
+        batch_size: int,
+        micro_batch_size: int | None = None,
         seed: int = 0,
         workers: int = 0,
         unique_rows: int | None = None,
@@ -68,21 +68,21 @@ class TokenData(L.LightningDataModule):
             store: folder of the token store (see `sinkbed prepare`).
             context_length: T, tokens a row.
             strategy: packing, first token, document start and end, mask, positions.
-            global_batch: rows an optimizer step, over all processes and micro-batches.
-            micro_batch: rows a forward pass in one process; null takes the global batch over the processes.
+            batch_size: rows an optimizer step, over all processes and micro-batches.
+            micro_batch_size: rows a forward pass in one process; null takes the global batch over the processes.
             seed: seed of the row order and of random first tokens; not of the model.
             workers: processes that build batches; 0 builds them in the training process.
             unique_rows: train on only so many rows, those of the first documents, again and again; null on all.
         """
         super().__init__()
-        for name, value in (("context_length", context_length), ("global_batch", global_batch)):
+        for name, value in (("context_length", context_length), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"data.{name}: expected at least 1, found {value}")
         self.store_path = store
         self.context_length = context_length
         self.strategy = strategy
-        self.global_batch = global_batch
-        self.micro_batch = micro_batch
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
         self.seed = seed
         self.workers = workers
         self.rows_at_start = 0
@@ -94,17 +94,17 @@ class TokenData(L.LightningDataModule):
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches an optimizer step. Raises ValueError where the batch sizes do not divide."""
-        return micro_batches(self.global_batch, self.micro_batch, world_size)
+        return micro_batches(self.batch_size, self.micro_batch_size, world_size)
 
     def rows_consumed(self) -> int:
         """Rows that optimizer steps have used so far: the state of the data."""
         steps = self.trainer.global_step if self.trainer is not None else self.steps_at_start
-        return self.rows_at_start + (steps - self.steps_at_start) * self.global_batch
+        return self.rows_at_start + (steps - self.steps_at_start) * self.batch_size
 
     def tokens_at(self, step: int) -> int:
         """Tokens seen after `step` optimizer steps of this run."""
         done = step - max(0, self.steps_at_start)
-        return self.tokens_at_start + done * self.global_batch * self.context_length
+        return self.tokens_at_start + done * self.batch_size * self.context_length
 
     def layout(self) -> dict[str, Any]:
         """What decides the tokens of row number r."""
@@ -135,9 +135,9 @@ class TokenData(L.LightningDataModule):
         assert trainer is not None
         if self.steps_at_start < 0:
             self.steps_at_start = trainer.global_step
-        sampler = RowSampler.for_global_batch(
-            self.global_batch,
-            micro_batch=self.global_batch // trainer.world_size // self.accumulation(trainer.world_size),
+        sampler = RowSampler.for_batch_size(
+            self.batch_size,
+            micro_batch_size=self.batch_size // trainer.world_size // self.accumulation(trainer.world_size),
             rows_consumed=self.rows_consumed(),
             world_size=trainer.world_size,
             rank=trainer.global_rank,

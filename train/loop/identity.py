@@ -17,10 +17,10 @@ from sinkbed.train.run import directory
 _CONFIG_KEYS = {
     "decoder": "model.decoder",
     "optimizer": "model.optimizer",
-    "clip_norm": "model.clip_norm",
+    "max_grad_norm": "model.max_grad_norm",
     "strategy": "data.strategy",
     "context_length": "data.context_length",
-    "global_batch": "data.global_batch",
+    "batch_size": "data.batch_size",
     "seed": "data.seed",
     "unique_rows": "data.unique_rows",
     "max_steps": "trainer.max_steps",

@@ -54,7 +54,7 @@ class SinkbedModule(L.LightningModule):
         self,
         decoder: DecoderConfig,
         optimizer: OptimizerConfig = _DEFAULT_OPTIMIZER,
-        clip_norm: float | None = 1.0,
+        max_grad_norm: float | None = 1.0,
         compile: bool = False,
         activation_checkpointing: bool = False,
         implementation: Implementation | None = None,
@@ -64,18 +64,18 @@ class SinkbedModule(L.LightningModule):
         Args:
             decoder: shape and parts of the decoder; the vocabulary comes from the token store.
             optimizer: the optimizer and its schedule.
-            clip_norm: the gradient's global norm is scaled down to this, more than 0; null never.
+            max_grad_norm: the gradient's global norm is scaled down to this, more than 0; null never.
             activation_checkpointing: compute each block again in the backward pass instead of keeping it; the same
                 bits in less memory.
             implementation: of the attention operator; null takes the device's own.
             compile: run the decoder through torch.compile (needs a C++ compiler on CPUs).
         """
         super().__init__()
-        if clip_norm is not None:
-            check_number("model.clip_norm", clip_norm, above=0)
+        if max_grad_norm is not None:
+            check_number("model.max_grad_norm", max_grad_norm, above=0)
         self.decoder_config = decoder
         self.optimizer_config = optimizer
-        self.clip_norm = clip_norm
+        self.max_grad_norm = max_grad_norm
         self.compile_decoder = compile
         self.activation_checkpointing = activation_checkpointing
         self.implementation = implementation
@@ -138,7 +138,7 @@ class SinkbedModule(L.LightningModule):
         else:
             local = torch.stack([torch.stack(self._losses).sum(), torch.stack(self._counts).sum().float()])
             sums = self.trainer.strategy.reduce(local, reduce_op="sum")
-            targets = self.data.global_batch * self.data.context_length
+            targets = self.data.batch_size * self.data.context_length
             # sums[0] is parts times the average that Lightning made of sum / micro-batch size.
             loss = sums[0] / self.parts * (targets / sums[1].clamp_min(1))
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
@@ -155,7 +155,7 @@ class SinkbedModule(L.LightningModule):
     ) -> None:
         """Clip the global norm, stop on a norm that is not finite, and log."""
         loss = self._normalise()
-        limit = float("inf") if self.clip_norm is None else self.clip_norm
+        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters(), limit, foreach=True))
         step = self.trainer.global_step + 1
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -248,12 +248,12 @@ class SinkbedModule(L.LightningModule):
             "manifest": manifest.digest,
             "strategy": dataclasses.asdict(data.strategy),
             "context_length": data.context_length,
-            "global_batch": data.global_batch,
+            "batch_size": data.batch_size,
             "seed": data.seed,
             "unique_rows": data.unique_rows,
             "seed_everything": int(os.environ.get("PL_GLOBAL_SEED", 0)),
             "optimizer": {**dataclasses.asdict(self.optimizer_config), "betas": list(self.optimizer_config.betas)},
-            "clip_norm": self.clip_norm,
+            "max_grad_norm": self.max_grad_norm,
             "max_steps": trainer.max_steps,
             "precision": str(trainer.precision),
             "micro_batches": trainer.accumulate_grad_batches,

@@ -39,13 +39,13 @@ def check_settings(config: Any) -> None:
         )
     strategy, measure = Strategy(**vars(data.strategy)), MeasureConfig(**vars(config.measure))
     check_number("data.context_length", data.context_length, least=2)
-    for name in ("global_batch", "micro_batch", "unique_rows"):
+    for name in ("batch_size", "micro_batch_size", "unique_rows"):
         if getattr(data, name) is not None:
             check_number(f"data.{name}", getattr(data, name), least=1)
     if isinstance(trainer.devices, int) and trainer.devices > 0:
-        micro_batches(data.global_batch, data.micro_batch, trainer.devices * trainer.num_nodes)
-    if config.model.clip_norm is not None:
-        check_number("model.clip_norm", config.model.clip_norm, above=0)
+        micro_batches(data.batch_size, data.micro_batch_size, trainer.devices * trainer.num_nodes)
+    if config.model.max_grad_norm is not None:
+        check_number("model.max_grad_norm", config.model.max_grad_norm, above=0)
     check_number("data.workers", data.workers, least=0)
     check_number("data.seed", data.seed, least=0, below=2**63)
     check_number("checkpoint_every", config.checkpoint_every, least=1)
@@ -77,13 +77,13 @@ def use_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
-def micro_batches(global_batch: int, micro_batch: int | None, processes: int) -> int:
+def micro_batches(batch_size: int, micro_batch_size: int | None, processes: int) -> int:
     """Forward passes of a process in an optimizer step. Raises ValueError where the batch sizes do not divide."""
-    per_process, rest = divmod(global_batch, processes)
-    micro = per_process if micro_batch is None else micro_batch
+    per_process, rest = divmod(batch_size, processes)
+    micro = per_process if micro_batch_size is None else micro_batch_size
     if rest or micro < 1 or per_process % micro:
         raise ValueError(
-            f"data.global_batch={global_batch}: expected a multiple of micro_batch={micro} times {processes} "
+            f"data.batch_size={batch_size}: expected a multiple of micro_batch_size={micro} times {processes} "
             "processes; change one of them"
         )
     return per_process // micro

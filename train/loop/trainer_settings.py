@@ -13,9 +13,9 @@ from sinkbed.train.config.arguments import ShortErrors
 
 # Trainer settings that this command sets itself, or that would end or repeat the endless walk over rows.
 _TRAINER_FIXED = {
-    "accumulate_grad_batches": (1, "data.micro_batch"),
-    "gradient_clip_val": (None, "model.clip_norm"),
-    "gradient_clip_algorithm": (None, "model.clip_norm"),
+    "accumulate_grad_batches": (1, "data.micro_batch_size"),
+    "gradient_clip_val": (None, "model.max_grad_norm"),
+    "gradient_clip_algorithm": (None, "model.max_grad_norm"),
     "max_epochs": (-1, "trainer.max_steps"),
     "min_epochs": (None, "trainer.max_steps"),
     "min_steps": (None, "trainer.max_steps"),

@@ -34,7 +34,7 @@ def strategy_mask(
         T,
         doc_start=doc_start,
         doc_end=doc_end,
-        document=strategy.mask == "document" if document is None else document,
+        document=strategy.mask == "intra_document" if document is None else document,
         window=strategy.window,
         shared_prefix=min(strategy.shared_prefix, T),
         prefix_lm=min(strategy.prefix_lm, T),

@@ -185,7 +185,7 @@ def measure_paths(model: Any, excerpts: Excerpts, batch_tokens: int) -> Paths:
     """The sum over causal paths of Theorem 3.2 (arXiv 2504.02732), as a product of matrices: no path is enumerated."""
     totals, done = Totals(), 0
     product = torch.empty(0)
-    heads = int(model.config.heads)
+    heads = int(model.config.n_heads)
 
     def attention(seen: LayerAttention) -> None:
         nonlocal product
@@ -210,6 +210,6 @@ def measure_paths(model: Any, excerpts: Excerpts, batch_tokens: int) -> Paths:
         share=totals.means("share", done),
         first=totals.means("first", done),
         sources=totals.means("sources", done),
-        log10_factor=int(model.config.layers) * math.log10(heads + 1 / heads),
+        log10_factor=int(model.config.n_layers) * math.log10(heads + 1 / heads),
     )
     return finite(paths, f"paths, mode {excerpts.mode}")

@@ -107,7 +107,7 @@ def measure(
 
     from sinkbed.model.observe import evaluating, input_device
 
-    shape = (model.config.layers, model.config.heads)
+    shape = (model.config.n_layers, model.config.n_heads)
     above = torch.zeros(len(EPSILONS), *shape, dtype=torch.float64)
     above_row, above_placed = torch.zeros_like(above), torch.zeros_like(above)
     totals, second = torch.zeros(4, *shape, dtype=torch.float64), 0

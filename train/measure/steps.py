@@ -209,7 +209,7 @@ class Measurement:
         checkpoint = load_checkpoint(path, option="the path")
         decoder, strategy = load_decoder(checkpoint)
         identity, step = checkpoint["sinkbed"], checkpoint["global_step"]
-        tokens = step * identity["global_batch"] * identity["context_length"]
+        tokens = step * identity["batch_size"] * identity["context_length"]
         point: dict[str, Any] = {"step": step, "tokens": tokens, "modes": {}}
         for mode in self.modes:
             c = self.config

@@ -76,7 +76,7 @@ def describe(strategy: dict[str, Any]) -> tuple[str, str]:
         mask += f", prefix LM {strategy['prefix_lm']}"
     packing = strategy.get("packing", "concat")
     if packing != "concat":
-        details = ["long ones cropped"] if strategy["long_documents"] == "crop" else []
+        details = ["long ones cropped"] if strategy["overflow"] == "truncate" else []
         details += {"pad": [], "crop": ["filled up by cropping"], "repeat": ["filled up by repeating"]}[
             strategy["fill"]
         ]

@@ -51,10 +51,10 @@ def training_flops(
     decoder: DecoderConfig, vocab_size: int, context_length: int, window: int | None, checkpointing: bool = False
 ) -> float:
     """FLOPs of one training token."""
-    looked_up = 0 if decoder.tied else vocab_size * decoder.d_model
+    looked_up = 0 if decoder.tie_embeddings else vocab_size * decoder.d_model
     keys = min(context_length / 2, window or context_length)
     products = 6 * (Decoder.parameters_of(decoder, vocab_size) - looked_up)
-    attention = 12 * decoder.layers * decoder.heads * decoder.dim * keys
+    attention = 12 * decoder.n_layers * decoder.n_heads * decoder.dim * keys
     return (products + attention) * (4 / 3 if checkpointing else 1)
 
 
@@ -73,12 +73,12 @@ def cost(study: StudyConfig, run: ArmRun) -> Cost:
         decoder = DecoderConfig(**run.setting("model.decoder", {}))
         optimizer = OptimizerConfig(**run.setting("model.optimizer", {}))
         steps, context = int(run.setting("trainer.max_steps")), int(run.setting("data.context_length"))
-        tokens = steps * int(run.setting("data.global_batch")) * context
+        tokens = steps * int(run.setting("data.batch_size")) * context
         if steps < 1:
             raise ValueError(f"trainer.max_steps {steps}: a study plans runs of a known length, at least 1")
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"arm {run.arm}: expected model.decoder, trainer.max_steps, data.context_length and data.global_batch; "
+            f"arm {run.arm}: expected model.decoder, trainer.max_steps, data.context_length and data.batch_size; "
             f"found {error}"
         ) from None
     vocab_size = vocabulary(study, run)

@@ -164,7 +164,7 @@ class SinkMonitor(L.Callback):
         if self.packed.layout.pads:  # padding is a document without a target
             start = batch.doc_start.long()
             real = torch.zeros_like(start).scatter_add_(1, start, batch.loss_mask.long()).gather(1, start) > 0
-        real = real[:, None, :].expand(-1, decoder.config.heads, -1)
+        real = real[:, None, :].expand(-1, decoder.config.n_heads, -1)
         later = real & (batch.doc_start < index)[:, None, :]
         values = {}
         if later.any():

@@ -101,7 +101,7 @@ class StateMonitor(L.Callback):
                 values[f"mixing/last_distance/{layer}/{mode}"] = rank.relative_last_distance[layer + 1]
             if differentiable:
                 few = Excerpts.of(probe, mode, module.data.strategy, c.sink_tokens, _JACOBIAN_DOCUMENTS)
-                last = [decoder.config.layers]
+                last = [decoder.config.n_layers]
                 jacobian = measure_jacobian(decoder, few, c.batch_tokens, directions=_DIRECTIONS, layers=last)
                 values[f"mixing/jacobian/{mode}"] = jacobian.others[-1]
         return values
