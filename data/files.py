@@ -59,7 +59,7 @@ def differences(found: Any, expected: Any, key: str = "") -> Iterator[tuple[str,
 def differing(found: Any, expected: Any) -> str:
     """The leaves in which two nested dicts differ, as a message shows them; the first four."""
     leaves = list(differences(found, expected))
-    listed = "; ".join(f"{key}: found {a!r}, expected {b!r}" for key, a, b in leaves[:4])
+    listed = "; ".join(f"{key}: got {a!r}, expected {b!r}" for key, a, b in leaves[:4])
     return listed + (f"; and {len(leaves) - 4} more" if len(leaves) > 4 else "")
 
 

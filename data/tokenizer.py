@@ -66,7 +66,7 @@ class Tokenizer:
         """One more than the largest id."""
         if getattr(backend.model, "dropout", None):
             raise ValueError(
-                f"tokenizer: found BPE dropout ({backend.model.dropout}), which encodes a text in another way each "
+                f"tokenizer: got BPE dropout ({backend.model.dropout}), which encodes a text in another way each "
                 "time, expected none; remove it from the tokenizer.json"
             )
         self._is_byte_level = '"type":"ByteLevel"' in json.dumps(
@@ -83,7 +83,7 @@ class Tokenizer:
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         if vocab_size < len(alphabet) + 2:
             raise ValueError(
-                f"vocab_size: found {vocab_size}, expected at least {len(alphabet) + 2} (256 bytes, {BOS} and {EOS})"
+                f"vocab_size: got {vocab_size}, expected at least {len(alphabet) + 2} (256 bytes, {BOS} and {EOS})"
             )
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -178,7 +178,7 @@ class Tokenizer:
             a, b = (_CANONICAL.normalize_str(t) for t in (text, kept))
             place = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
             raise ValueError(
-                f"tokenizer: expected one that keeps the text, found {a[place : place + 20]!r} turned into "
+                f"tokenizer: expected one that keeps the text, got {a[place : place + 20]!r} turned into "
                 f"{b[place : place + 20]!r}; use another tokenizer"
             )
         return kept
@@ -229,7 +229,7 @@ class Tokenizer:
         index = self.backend.token_to_id(token)
         if index is None:
             raise ValueError(
-                f"tokenizer: found no token {token!r} for {role}; name the token this vocabulary uses with "
+                f"tokenizer: got no token {token!r} for {role}; name the token this vocabulary uses with "
                 f"tokenizer.{role} (such as '<|endoftext|>')"
             )
         return index
@@ -245,7 +245,7 @@ class Tokenizer:
                 lossless = False
             if not lossless or int(self.token_bytes[ids].sum()) != len(kept.encode()):
                 raise ValueError(
-                    f"tokenizer: expected one that keeps every text, found {probe!r} turned into {self.decode(ids)!r}; "
+                    f"tokenizer: expected one that keeps every text, got {probe!r} turned into {self.decode(ids)!r}; "
                     "use a lossless one, such as those of GPT-2, GPT-NeoX, Llama 3 or Gemma, or one trained here"
                 )
 
@@ -259,7 +259,7 @@ def _panic_named() -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise ValueError(
-            f"tokenizer: expected one that gets through every text, found that it gave up ({error}); a pattern in its "
+            f"tokenizer: expected one that gets through every text, got that it gave up ({error}); a pattern in its "
             "tokenizer.json takes too long: use another tokenizer"
         ) from None
 

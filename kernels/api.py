@@ -96,7 +96,7 @@ def attention(
     _validate(q, k, v, sink_logit)
     mask = _fitting(mask, q)
     if statistics not in (False, True, "full"):
-        raise ValueError(f'statistics: expected False, True or "full", received {statistics!r}')
+        raise ValueError(f'statistics: expected False, True or "full", got {statistics!r}')
     scale = _checked_scale(scale, q)
     if normalizer is not None:
         if implementation != "reference" or sink_logit is not None:
@@ -150,10 +150,10 @@ def _fitting(mask: Mask | None, q: Tensor) -> Mask:
     B, _, T, _ = q.shape
     mask = Mask(rows=B, length=T) if mask is None else mask
     if (mask.rows, mask.length) != (B, T):
-        raise ValueError(f"mask: expected B={B}, T={T} as in q, received B={mask.rows}, T={mask.length}")
+        raise ValueError(f"mask: expected B={B}, T={T} as in q, got B={mask.rows}, T={mask.length}")
     for tensor in (mask.first_key, mask.end_key, mask.doc_start):
         if tensor is not None and tensor.device != q.device:
-            raise ValueError(f"mask: expected its tensors on {q.device} as q, received {tensor.device}")
+            raise ValueError(f"mask: expected its tensors on {q.device} as q, got {tensor.device}")
     return mask
 
 
@@ -161,45 +161,41 @@ def _choose(implementation: Implementation | None, device: torch.device) -> _Fun
     usable = available(device)
     chosen = usable[0] if implementation is None else implementation
     if implementation is None and chosen == "reference":
-        missing = (
-            "the package triton, found none" if device.type == "cuda" else f"q on a CPU or CUDA, received {device}"
-        )
+        missing = "the package triton, got none" if device.type == "cuda" else f"q on a CPU or CUDA, got {device}"
         raise ValueError(
             f"implementation: expected {missing}; implementation='reference' runs on any device, with the T×T matrix"
         )
     if chosen not in usable:
         known = "" if chosen in get_args(Implementation) else f" (known: {', '.join(get_args(Implementation))})"
-        raise ValueError(
-            f"implementation: expected one of {', '.join(usable)} on {device.type}, received {chosen!r}{known}"
-        )
+        raise ValueError(f"implementation: expected one of {', '.join(usable)} on {device.type}, got {chosen!r}{known}")
     return _IMPLEMENTATIONS[chosen]
 
 
 def _checked_scale(scale: float | None, q: Tensor) -> float:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale: expected a finite number above 0, received {scale}")
+        raise ValueError(f"scale: expected a finite number above 0, got {scale}")
     return scale
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, sink_logit: Tensor | None) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
-            raise ValueError(f"{name}: expected [B, H, T, D], received shape {list(x.shape)}")
+            raise ValueError(f"{name}: expected [B, H, T, D], got shape {list(x.shape)}")
         if x.dtype not in _DTYPES or x.dtype != q.dtype or x.device != q.device:
             raise ValueError(
                 f"{name}: expected a float dtype and device as q's ({q.dtype}, {q.device}), "
                 f"received {x.dtype}, {x.device}"
             )
         if 0 in x.shape:
-            raise ValueError(f"{name}: expected no empty dimension, received shape {list(x.shape)}")
+            raise ValueError(f"{name}: expected no empty dimension, got shape {list(x.shape)}")
     B, H, T, D = q.shape
     Hkv = k.shape[1]
     for name, x in (("k", k), ("v", v)):
         if tuple(x.shape) != (B, Hkv, T, D):
-            raise ValueError(f"{name}: expected [B={B}, Hkv={Hkv}, T={T}, D={D}] as q and k, received {list(x.shape)}")
+            raise ValueError(f"{name}: expected [B={B}, Hkv={Hkv}, T={T}, D={D}] as q and k, got {list(x.shape)}")
     if H % Hkv:
-        raise ValueError(f"k: expected a number of heads that divides q's {H}, received {Hkv}")
+        raise ValueError(f"k: expected a number of heads that divides q's {H}, got {Hkv}")
     if sink_logit is None:
         return
     if tuple(sink_logit.shape) != (H,) or sink_logit.device != q.device or sink_logit.dtype not in _DTYPES:

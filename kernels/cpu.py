@@ -153,8 +153,8 @@ def _backward_kernel(
     if sink_logit is None:
         return dq, dk, dv, q.new_empty(0)
     delta = (grad * output).sum(-1, dtype=lse.dtype)  # [B, H, T]
-    sink_mass = (sink_logit.to(lse.dtype)[None, :, None] - lse).exp()
-    return dq, dk, dv, -(sink_mass * delta).sum((0, 2)).to(sink_logit.dtype)
+    learned_sink_mass = (sink_logit.to(lse.dtype)[None, :, None] - lse).exp()
+    return dq, dk, dv, -(learned_sink_mass * delta).sum((0, 2)).to(sink_logit.dtype)
 
 
 @torch.library.register_fake("sinkbed::attention_torch_backward")
@@ -203,14 +203,14 @@ def _add_lse_gradient(
     masks = (bias, doc_start, sink_logit)
     _, _, weighted, _ = _attention_torch_backward(weight * q, q, k, k, mixed, lse, *masks, ctx.scale)
     if sink_logit is not None:
-        sink_mass = (sink_logit.to(lse.dtype)[None, :, None] - lse).exp()
-        dsink = dsink + (sink_mass * grad_lse).sum((0, 2)).to(dsink.dtype)
+        learned_sink_mass = (sink_logit.to(lse.dtype)[None, :, None] - lse).exp()
+        dsink = dsink + (learned_sink_mass * grad_lse).sum((0, 2)).to(dsink.dtype)
     return dq + weight * mixed, dk + weighted, dsink
 
 
 def _no_second_backward(ctx: Any, *_: Any) -> None:
     raise NotImplementedError(
-        "attention: expected one backward pass, found one through its gradients; implementation='reference' has those"
+        "attention: expected one backward pass, got one through its gradients; implementation='reference' has those"
     )
 
 
@@ -231,24 +231,24 @@ def _mass_on(k_first: Tensor, q: Tensor, lse: Tensor, scale: float) -> Tensor:
 def _statistics(
     q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float, sink_logit: Tensor | None, wanted: Wanted
 ) -> Statistics:
-    row_mass = _mass_on(k[:, :, :1], q, lse, scale)
-    document_mass = row_mass
+    first_key_mass = _mass_on(k[:, :, :1], q, lse, scale)
+    document_mass = first_key_mass
     if mask.doc_start is not None:
         index = mask.doc_start.long()[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
         document_mass = _mass_on(k.gather(2, index), q, lse, scale)
     if mask.first_key is not None:
         first_key = mask.first_key[:, None, :]
         if mask.shared_prefix == 0 or mask.shared_from > 0:
-            row_mass = row_mass.masked_fill(first_key > 0, 0.0)
+            first_key_mass = first_key_mass.masked_fill(first_key > 0, 0.0)
         if mask.doc_start is not None:
             start = mask.doc_start[:, None, :]
             shared = (start >= mask.shared_from) & (start < mask.shared_prefix)
             unseen = (first_key > start) & ~shared
             document_mass = document_mass.masked_fill(unseen, 0.0)
         else:
-            document_mass = row_mass
-    sink_mass = None if sink_logit is None else (sink_logit.to(lse.dtype)[None, :, None] - lse).exp()
-    found = Statistics(row_mass, document_mass, sink_mass)
+            document_mass = first_key_mass
+    learned_sink_mass = None if sink_logit is None else (sink_logit.to(lse.dtype)[None, :, None] - lse).exp()
+    found = Statistics(first_key_mass, document_mass, learned_sink_mass)
     if wanted == "full":
         largest, entropy = spread(q, k, lse, mask, scale, sink_logit)
         found = found._replace(max_probability=largest, entropy=entropy)

@@ -181,15 +181,15 @@ def _check_positions(name: str, tensor: Tensor, rows: int, length: int, device: 
     """Refuse what is not int32 [rows, length], on `device` where there is one."""
     if tuple(tensor.shape) != (rows, length) or tensor.dtype != torch.int32:
         raise ValueError(
-            f"{name}: expected int32 of shape [{rows}, {length}], received {tensor.dtype} of shape {list(tensor.shape)}"
+            f"{name}: expected int32 of shape [{rows}, {length}], got {tensor.dtype} of shape {list(tensor.shape)}"
         )
     if device is not None and tensor.device != device:
-        raise ValueError(f"{name}: expected the mask's tensors on one device, {device}, received {tensor.device}")
+        raise ValueError(f"{name}: expected the mask's tensors on one device, {device}, got {tensor.device}")
 
 
 def _check_setting(name: str, value: int, length: int) -> None:
     if not 0 <= value <= length:
-        raise ValueError(f"{name}: expected 0 to {length} (T), received {value}")
+        raise ValueError(f"{name}: expected 0 to {length} (T), got {value}")
 
 
 def _refuse(wrong: Tensor, name: str, rule: str) -> None:
@@ -237,13 +237,13 @@ def interval_mask(
         if bound is not None:
             _check_positions(name, bound, rows, length, doc_start.device if doc_start is not None else None)
     if document and doc_start is None:
-        raise ValueError("document: expected doc_start [B, T] with it, received None")
+        raise ValueError("document: expected doc_start [B, T] with it, got None")
     if window is not None and window < 1:
-        raise ValueError(f"window: expected at least 1, received {window}")
+        raise ValueError(f"window: expected at least 1, got {window}")
     _check_setting("prefix_lm", prefix_lm, length)
     _check_setting("shared_prefix", shared_prefix, length)
     if document and prefix_lm and doc_end is None:
-        raise ValueError("prefix_lm with document: expected doc_end [B, T], received None")
+        raise ValueError("prefix_lm with document: expected doc_end [B, T], got None")
     index = torch.arange(length, dtype=torch.int32, device=device).expand(rows, length)
     doc_start = None if doc_start is None else doc_start.contiguous()
 

@@ -55,19 +55,19 @@ def reference_attention(
     if not statistics:
         return output, lse, None
     with torch.no_grad():
-        row_mass = a[..., 0]
+        first_key_mass = a[..., 0]
         start = mask.doc_start
         if start is None:
-            document_mass = row_mass
+            document_mass = first_key_mass
         else:
             index = start.long()[:, None, :, None].expand(-1, a.shape[1], -1, 1)
             document_mass = a.gather(-1, index)[..., 0]
-        sink_mass = None if sink_logit is None else (sink_logit.to(lse.dtype)[None, :, None] - lse).exp()
-        found = Statistics(row_mass.detach(), document_mass.detach(), sink_mass)
+        learned_sink_mass = None if sink_logit is None else (sink_logit.to(lse.dtype)[None, :, None] - lse).exp()
+        found = Statistics(first_key_mass.detach(), document_mass.detach(), learned_sink_mass)
         if statistics == "full":
             entropy = torch.special.entr(a).sum(-1)
-            if sink_mass is not None:
-                entropy = entropy + torch.special.entr(sink_mass)
+            if learned_sink_mass is not None:
+                entropy = entropy + torch.special.entr(learned_sink_mass)
             found = found._replace(max_probability=a.amax(-1), entropy=entropy)
     return output, lse, found
 

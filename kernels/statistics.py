@@ -19,12 +19,12 @@ Wanted = bool | Literal["full"]
 class Statistics(NamedTuple):
     """What a forward pass learns of the sink, without the T×T matrix. All [B, H, T]."""
 
-    row_mass: Tensor
+    first_key_mass: Tensor
     """Attention mass on the key at row position 0; exactly 0 where the mask hides it."""
     document_mass: Tensor
     """Attention mass on the first key of the query's document (1 for a document's first query, by
     construction); exactly 0 where the mask hides it."""
-    sink_mass: Tensor | None
+    learned_sink_mass: Tensor | None
     """Attention mass on the learned sink logit; None without one."""
     max_probability: Tensor | None = None
     """"full": the largest mass on any one key; the learned sink is no key."""
@@ -60,9 +60,9 @@ def top_sinks(received: Tensor, mask: Mask, count: int = 8, min_queries: int = 1
     """
     B, _, T = received.shape
     if (mask.rows, mask.length) != (B, T):
-        raise ValueError(f"mask: expected B={B}, T={T} as in received, found B={mask.rows}, T={mask.length}")
+        raise ValueError(f"mask: expected B={B}, T={T} as in received, got B={mask.rows}, T={mask.length}")
     if not 1 <= count <= T:
-        raise ValueError(f"count: expected 1 to {T} (T), received {count}")
+        raise ValueError(f"count: expected 1 to {T} (T), got {count}")
     counts = mask.queries_per_key(received.device)[:, None, :] >= min_queries
     mean = mean_received(received, mask).float().masked_fill(~counts, -1.0)
     attention, positions = mean.topk(count, dim=-1)

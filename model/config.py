@@ -63,13 +63,14 @@ class DecoderConfig:
         for name in ("d_model", "n_heads", "d_ff"):
             check_number(name, getattr(self, name), least=1)
         if self.n_kv_heads is not None and (self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads):
-            raise ValueError(f"n_kv_heads: expected a divisor of n_heads={self.n_heads}, found {self.n_kv_heads}")
+            raise ValueError(f"n_kv_heads: expected a divisor of n_heads={self.n_heads}, got {self.n_kv_heads}")
         if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(
-                f"d_model: expected a multiple of n_heads={self.n_heads}, found {self.d_model}; change one, or set head_dim"
+                f"d_model: expected a multiple of n_heads={self.n_heads}, got {self.d_model}; change one of them, or set "
+                "head_dim"
             )
         if self.dim % 2 or self.dim < 2:
-            raise ValueError(f"head_dim: expected an even number (RoPE rotates pairs), found {self.dim}")
+            raise ValueError(f"head_dim: expected an even number (RoPE rotates pairs), got {self.dim}")
         for name in ("rope_theta", "norm_eps", "init_std"):
             check_number(name, getattr(self, name), above=0)
 

@@ -163,7 +163,7 @@ class Toy(torch.nn.Module, Normalizer):
     with observing(decoder, attention=seen.append):
         output = decoder(torch.arange(8)[None], statistics=True)
     weights = torch.cat([block for _, block in seen[1].blocks(3)], dim=2)
-    torch.testing.assert_close(weights[..., 0], output.statistics[1].row_mass)
+    torch.testing.assert_close(weights[..., 0], output.statistics[1].first_key_mass)
     torch.testing.assert_close(weights.sum(2), seen[1].received())
     assert not torch.allclose(weights.sum(-1), torch.ones(1))
 

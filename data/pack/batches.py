@@ -83,7 +83,7 @@ class Rows(Dataset[Batch]):
     ) -> None:
         strategy.check_context(context_length)
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed: found {seed!r}, expected an integer from 0 to 2**63 - 1")
+            raise ValueError(f"seed: got {seed!r}, expected an integer from 0 to 2**63 - 1")
         manifest = store.manifest
         strategy.check_vocabulary(manifest.vocab_size, manifest.special_ids, store.path)
         self.store = store
@@ -100,7 +100,7 @@ class Rows(Dataset[Batch]):
             )
         if unique_rows is not None and not 1 <= unique_rows <= self.layout.rows:
             raise ValueError(
-                f"unique_rows: found {unique_rows}, expected 1 to {self.layout.rows:,}, the rows of the split "
+                f"unique_rows: got {unique_rows}, expected 1 to {self.layout.rows:,}, the rows of the split "
                 f"{store.split!r}; null for all of them"
             )
         self.unique_rows = unique_rows
@@ -230,11 +230,11 @@ class RowSampler(Sampler[list[int]]):
         given = (rows_consumed, micro_batch_size, accumulate, world_size, rank)
         for (name, bound), value in zip(least.items(), given, strict=True):
             if value < bound:
-                raise ValueError(f"{name}: found {value}, expected at least {bound}")
+                raise ValueError(f"{name}: got {value}, expected at least {bound}")
         if rank >= world_size:
-            raise ValueError(f"rank: found {rank} with world_size {world_size}, expected 0 to {world_size - 1}")
+            raise ValueError(f"rank: got {rank} with world_size {world_size}, expected 0 to {world_size - 1}")
         if total_rows is not None and total_rows < 0:
-            raise ValueError(f"total_rows: found {total_rows}, expected at least 0, or None for no end")
+            raise ValueError(f"total_rows: got {total_rows}, expected at least 0, or None for no end")
         self.rows_consumed = rows_consumed
         self.micro_batch_size = micro_batch_size
         self.accumulate = accumulate
@@ -257,7 +257,7 @@ class RowSampler(Sampler[list[int]]):
         per_pass = micro_batch_size * world_size
         if per_pass < 1 or batch_size < 1 or batch_size % per_pass:
             raise ValueError(
-                f"batch_size: found {batch_size} rows, expected a positive multiple of micro_batch_size * world_size = "
+                f"batch_size: got {batch_size} rows, expected a positive multiple of micro_batch_size * world_size = "
                 f"{micro_batch_size} * {world_size}"
             )
         return cls(

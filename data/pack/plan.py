@@ -66,7 +66,7 @@ class Plan:
         self._recipe, self._offsets, self._path = recipe, offsets, path
         self._reader = pa.ipc.open_file(source)
         if self._reader.schema != _SCHEMA:
-            raise pa.ArrowInvalid(f"found the columns {self._reader.schema.names}")
+            raise pa.ArrowInvalid(f"got the columns {self._reader.schema.names}")
         counts = [self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)]
         self._first_row = np.cumsum([0, *counts], dtype=np.int64)
         self._windows: OrderedDict[int, tuple[Ints, Ints, Ints]] = OrderedDict()
@@ -103,7 +103,7 @@ class Plan:
                 raise self._damaged("other documents in its rows than the token store gives")
 
     def _damaged(self, what: object) -> ValueError:
-        return ValueError(f"{self._path or 'the layout of rows'} is damaged: found {what}; delete it, it is made again")
+        return ValueError(f"{self._path or 'the layout of rows'} is damaged: got {what}; delete it, it is made again")
 
     @property
     def rows(self) -> int:

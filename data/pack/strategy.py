@@ -95,13 +95,13 @@ class Strategy:
         packing = PACKINGS[self.packing]
         if packing.is_stream and self.overflow != "split":
             raise ValueError(
-                f"overflow: found {self.overflow!r} with packing {self.packing!r}, which cuts wherever a "
+                f"overflow: got {self.overflow!r} with packing {self.packing!r}, which cuts wherever a "
                 "row ends; expected another packing, or overflow: split"
             )
         for name in ("mask", "positions"):
             if not packing.shares_rows and getattr(self, name) == "document":
                 raise ValueError(
-                    f"{name}: found 'document' with packing {self.packing!r}, where a row holds one document and "
+                    f"{name}: got 'document' with packing {self.packing!r}, where a row holds one document and "
                     f"padding that nothing before it sees; expected {name}: {'causal' if name == 'mask' else 'row'}"
                 )
         if self.fill not in packing.fills:
@@ -114,12 +114,12 @@ class Strategy:
         _check_integer("prefix_lm", self.prefix_lm, 0)
         if self.shared_prefix and self.mask == "causal" and self.window is None:
             raise ValueError(
-                f"shared_prefix: found {self.shared_prefix} with mask 'causal' and no window, where every query "
+                f"shared_prefix: got {self.shared_prefix} with mask 'causal' and no window, where every query "
                 "sees those positions anyway; set mask: intra_document or a window, or shared_prefix: 0"
             )
         if self.prefix_lm == 1:
             raise ValueError(
-                "prefix_lm: found 1, which changes nothing (a single position sees itself under any mask); "
+                "prefix_lm: got 1, which changes nothing (a single position sees itself under any mask); "
                 "expected 0 or at least 2"
             )
 
@@ -127,11 +127,11 @@ class Strategy:
         if isinstance(self.first_token, list):
             if not self.first_token or self.first_token[-1] == "none":
                 raise ValueError(
-                    f"first_token: found {self.first_token}, expected a list that ends in a token to place, or none"
+                    f"first_token: got {self.first_token}, expected a list that ends in a token to place, or none"
                 )
             if len(self.first_token) == 1:
                 raise ValueError(
-                    f"first_token: found {self.first_token}, expected the token itself where a list would hold one"
+                    f"first_token: got {self.first_token}, expected the token itself where a list would hold one"
                 )
             for what in self.first_token:
                 _check_token("first_token", what, get_args(FirstToken))
@@ -140,12 +140,12 @@ class Strategy:
         share: Any = self.first_token_share
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             raise ValueError(
-                f"first_token_share: found {share!r}, expected more than 0 and at most 1; for no row at all set "
+                f"first_token_share: got {share!r}, expected more than 0 and at most 1; for no row at all set "
                 "first_token: none"
             )
         if share < 1 and not self.placed:
             raise ValueError(
-                f"first_token_share: found {share} with first_token 'none', which has nothing to share; set a "
+                f"first_token_share: got {share} with first_token 'none', which has nothing to share; set a "
                 "first_token, or first_token_share: 1"
             )
 
@@ -154,18 +154,18 @@ class Strategy:
         _check_integer("context_length", context_length, 2)
         if self.window is not None and self.window >= context_length:
             raise ValueError(
-                f"window: found {self.window} with context_length {context_length}, which limits nothing; "
+                f"window: got {self.window} with context_length {context_length}, which limits nothing; "
                 f"expected at most {context_length - 1}, or null for no window"
             )
         if len(self.leading) >= context_length:
             raise ValueError(
-                f"first_token: found {len(self.leading)} positions with context_length {context_length}; expected at "
+                f"first_token: got {len(self.leading)} positions with context_length {context_length}; expected at "
                 f"most {context_length - 1}, so that text is left"
             )
         for name in ("shared_prefix", "prefix_lm"):
             if getattr(self, name) >= context_length:
                 raise ValueError(
-                    f"{name}: found {getattr(self, name)} with context_length {context_length}; expected at "
+                    f"{name}: got {getattr(self, name)} with context_length {context_length}; expected at "
                     f"most {context_length - 1}, so that part of the row lies outside it"
                 )
 
@@ -179,16 +179,16 @@ class Strategy:
             for token in ids:
                 if isinstance(token, int) and token >= vocab_size:
                     raise ValueError(
-                        f"{name}: found id {token}, expected less than {vocab_size} (the vocabulary of {where})"
+                        f"{name}: got id {token}, expected less than {vocab_size} (the vocabulary of {where})"
                     )
         if "random" in self.leading and vocab_size <= len(special_ids):
-            raise ValueError("first_token: found 'random' with a vocabulary of special tokens only")
+            raise ValueError("first_token: got 'random' with a vocabulary of special tokens only")
 
 
 def _check_choice(name: str, found: object, choices: tuple[str, ...], extra: str = "") -> None:
     if not isinstance(found, str) or found not in choices:
         expected = ", ".join(map(repr, choices)) + (f" {extra}" if extra else "")
-        raise ValueError(f"{name}: found {found!r}, expected one of {expected}")
+        raise ValueError(f"{name}: got {found!r}, expected one of {expected}")
 
 
 def _check_token(name: str, found: object, choices: tuple[str, ...]) -> None:
@@ -201,4 +201,4 @@ def _check_token(name: str, found: object, choices: tuple[str, ...]) -> None:
 def _check_integer(name: str, found: object, least: int) -> None:
     # True is an int to Python; as a length or a token id it is a mistake in the config.
     if isinstance(found, bool) or not isinstance(found, int) or found < least:
-        raise ValueError(f"{name}: found {found!r}, expected an integer of at least {least}")
+        raise ValueError(f"{name}: got {found!r}, expected an integer of at least {least}")

@@ -213,7 +213,7 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
         # Around added tokens a normaliser sees pieces, which it may compose in another way.
         if tokenizer.backend.normalizer is None or not equivalent(tokenizer.decode(ids[index]), text):
             raise ValueError(
-                f"tokenizer: found a document of {expected[index]:,} bytes whose tokens stand for {sizes[index]:,} "
+                f"tokenizer: got a document of {expected[index]:,} bytes whose tokens stand for {sizes[index]:,} "
                 f"({text[:60]!r} …), expected one that loses nothing; use another tokenizer"
             )
     return Encoded(tokens, counts, sizes)

@@ -62,7 +62,7 @@ def prepare(
     """
     workers = available_cores() if workers is None else workers
     if workers < 1:
-        raise ValueError(f"workers: found {workers}, expected at least 1")
+        raise ValueError(f"workers: got {workers}, expected at least 1")
     out = Path(config.out)
     recipe = recipe_of(config)
     standing = (out / MANIFEST_NAME).exists()
@@ -132,12 +132,12 @@ def _fill(config: PrepareConfig, recipe: dict[str, Any], units: Units, workers: 
         left_out = documents.left_out + selected.left_out
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(left_out.items()))
         raise ValueError(
-            f"found no document that the config lets pass (left out: {reasons}); look at min_bytes and max_bytes"
+            f"got no document that the config lets pass (left out: {reasons}); look at min_bytes and max_bytes"
         )
     if not written["train"] or (config.validation_share and not written["validation"]):
         units.partial.discard()
         raise ValueError(
-            f"validation_share: found {config.validation_share}, which splits the corpus into "
+            f"validation_share: got {config.validation_share}, which splits the corpus into "
             f"{counted(written['train'], 'training document')} and "
             f"{counted(written['validation'], 'validation document')}; expected both to hold some: change it, or set "
             "it to 0"

@@ -47,13 +47,13 @@ class TokenizerConfig:
             if getattr(self, name) is not None:
                 mode = "a tokenizer that is loaded" if self.path else "a tokenizer that is trained"
                 raise ValueError(
-                    f"tokenizer.{name}: found {getattr(self, name)!r}, which {mode} ignores; remove it or "
+                    f"tokenizer.{name}: got {getattr(self, name)!r}, which {mode} ignores; remove it or "
                     f"{'remove' if self.path else 'set'} tokenizer.path"
                 )
         for name in ("vocab_size", "train_bytes", "train_documents"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"tokenizer.{name}: found {value}, expected at least 1")
+                raise ValueError(f"tokenizer.{name}: got {value}, expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,18 +85,18 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", os.path.expanduser(self.out))
         if not 0 <= self.validation_share < 1:
-            raise ValueError(f"validation_share: found {self.validation_share}, expected 0 or more and less than 1")
+            raise ValueError(f"validation_share: got {self.validation_share}, expected 0 or more and less than 1")
         if self.shard_bytes is not None and self.shard_bytes < 1:
-            raise ValueError(f"shard_bytes: found {self.shard_bytes}, expected at least 1")
+            raise ValueError(f"shard_bytes: got {self.shard_bytes}, expected at least 1")
         if self.min_bytes is not None and self.min_bytes < 2:
-            raise ValueError(f"min_bytes: found {self.min_bytes}, which leaves nothing out; expected at least 2")
+            raise ValueError(f"min_bytes: got {self.min_bytes}, which leaves nothing out; expected at least 2")
         if self.max_bytes is not None and self.max_bytes < (self.min_bytes or 1):
-            raise ValueError(f"max_bytes: found {self.max_bytes}, expected at least {self.min_bytes or 1}")
+            raise ValueError(f"max_bytes: got {self.max_bytes}, expected at least {self.min_bytes or 1}")
         if self.on_error not in get_args(OnError):
-            raise ValueError(f"on_error: found {self.on_error!r}, expected refuse or skip")
+            raise ValueError(f"on_error: got {self.on_error!r}, expected refuse or skip")
         if self.deduplicate and self.source.stopping_strategy == "all_exhausted":
             raise ValueError(
-                "deduplicate: found with source.stopping_strategy all_exhausted, whose repeated documents it would "
+                "deduplicate: got with source.stopping_strategy all_exhausted, whose repeated documents it would "
                 "leave out again; choose all_exhausted_without_replacement"
             )
 

@@ -44,7 +44,7 @@ def _place(tokenizer: Tokenizer, text: str, begin: int) -> int:
         return len(text)
     raise ValueError(
         f"tokenizer: expected a place to cut a document at least every {LONGEST:,} characters, so that memory is "
-        f"bounded, found none from character {begin:,} on ({text[begin : begin + 40]!r} …); leave such documents out "
+        f"bounded, got none from character {begin:,} on ({text[begin : begin + 40]!r} …); leave such documents out "
         "with max_bytes, or break their lines"
     )
 

@@ -183,7 +183,7 @@ def begun_recipe(folder: Path) -> dict[str, Any] | None:
                 return condensed(fields if name == RECIPE_NAME else fields["recipe"])
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(
-                    f"{folder / name}: expected what this unfinished token store is made from, found a damaged file "
+                    f"{folder / name}: expected what this unfinished token store is made from, got a damaged file "
                     f"({error}); remove {folder} to start over"
                 ) from None
     return None

@@ -45,7 +45,7 @@ class StoreWriter:
         self, out: Path | str, tokenizer: Tokenizer, *, shard_tokens: int = SHARD_TOKENS, replace: bool = False
     ) -> None:
         if shard_tokens < 1:
-            raise ValueError(f"shard_tokens: found {shard_tokens}, expected at least 1")
+            raise ValueError(f"shard_tokens: got {shard_tokens}, expected at least 1")
         self.tokenizer = tokenizer
         self.shard_tokens = shard_tokens
         self.dtype = token_dtype(tokenizer)

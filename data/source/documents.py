@@ -39,7 +39,7 @@ class Separator:
     def __post_init__(self) -> None:
         if not self.separator or self.separator in _CUTS:
             raise ValueError(
-                f"source.split.separator: expected a text that stands between documents, found {self.separator!r}"
+                f"source.split.separator: expected a text that stands between documents, got {self.separator!r}"
             )
 
 
@@ -87,9 +87,9 @@ class SingleSource:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise ValueError(f"source.kind: found {self.kind!r}, expected one of {', '.join(get_args(Kind))}")
+            raise ValueError(f"source.kind: got {self.kind!r}, expected one of {', '.join(get_args(Kind))}")
         if self.kind == "mixture" and not isinstance(self, Source):
-            raise ValueError("source.sources: found a mixture in a mixture, expected sources of the other kinds")
+            raise ValueError("source.sources: got a mixture in a mixture, expected sources of the other kinds")
         meant_for: dict[str, tuple[str, ...]] = {
             "parts": ("demo",),
             "files": _LOCAL,
@@ -103,35 +103,33 @@ class SingleSource:
         for field, kinds in meant_for.items():
             if getattr(self, field, None) and self.kind not in kinds:
                 raise ValueError(
-                    f"source.{field}: found {getattr(self, field)!r} with kind {self.kind!r}, which ignores it; "
+                    f"source.{field}: got {getattr(self, field)!r} with kind {self.kind!r}, which ignores it; "
                     f"it belongs to kind {' or '.join(kinds)}"
                 )
         if self.kind in _LOCAL and not self.files:
-            raise ValueError(f"source.files: found none with kind {self.kind!r}; expected paths or globs")
+            raise ValueError(f"source.files: got none with kind {self.kind!r}; expected paths or globs")
         if self.kind == "text" and not isinstance(self.split, Separator) and self.split not in (None, *_CUTS):
             raise ValueError(
-                f"source.split: expected {', '.join(_CUTS)} or {{separator: …}} with kind 'text', found {self.split!r}"
+                f"source.split: expected {', '.join(_CUTS)} or {{separator: …}} with kind 'text', got {self.split!r}"
             )
         if self.kind == "hub" and isinstance(self.split, Separator):
-            raise ValueError("source.split: expected the name of a split with kind 'hub', found a separator")
+            raise ValueError("source.split: expected the name of a split with kind 'hub', got a separator")
         if self.name:  # it may be a local folder
             object.__setattr__(self, "name", os.path.expanduser(self.name))
         if self.kind == "hub" and not self.name:
-            raise ValueError("source.name: found none with kind 'hub'; expected owner/name")
+            raise ValueError("source.name: got none with kind 'hub'; expected owner/name")
         if self.kind == "synthetic" and self.synthetic is None:
-            raise ValueError("source.synthetic: found none with kind 'synthetic'; expected a task and its parameters")
+            raise ValueError("source.synthetic: got none with kind 'synthetic'; expected a task and its parameters")
         unknown = [part for part in self.parts or () if part not in get_args(Part)]
         if unknown or self.parts == () or len(set(self.parts or ())) < len(self.parts or ()):
-            raise ValueError(
-                f"source.parts: found {list(self.parts or ())}, expected some of leads, speeches, each once"
-            )
+            raise ValueError(f"source.parts: got {list(self.parts or ())}, expected some of leads, speeches, each once")
         if self.shuffle_buffer is not None and not (self.streaming and self.shuffle_seed is not None):
             raise ValueError(
-                "source.shuffle_buffer: found without streaming and a shuffle_seed, where no buffer is used; "
+                "source.shuffle_buffer: got without streaming and a shuffle_seed, where no buffer is used; "
                 "remove it or set both"
             )
         if self.shuffle_buffer is not None and self.shuffle_buffer < 1:
-            raise ValueError(f"source.shuffle_buffer: found {self.shuffle_buffer}, expected at least 1")
+            raise ValueError(f"source.shuffle_buffer: got {self.shuffle_buffer}, expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,13 +151,13 @@ class Source(SingleSource):
             return
         if len(self.sources) < 2 or len(self.weights) != len(self.sources):
             raise ValueError(
-                f"source.weights: found {len(self.weights)} with {len(self.sources)} sources, expected two sources or "
+                f"source.weights: got {len(self.weights)} with {len(self.sources)} sources, expected two sources or "
                 "more and as many weights"
             )
         if min(self.weights) <= 0:
-            raise ValueError(f"source.weights: found {min(self.weights)}, expected each above 0")
+            raise ValueError(f"source.weights: got {min(self.weights)}, expected each above 0")
         if self.shuffle_seed is None:
-            raise ValueError("source.shuffle_seed: found none with kind 'mixture', whose draws need one; give a number")
+            raise ValueError("source.shuffle_seed: got none with kind 'mixture', whose draws need one; give a number")
 
 
 class Documents:
@@ -193,7 +191,7 @@ class Documents:
                     left_out[problems[index]] += 1
                 elif text is not None and not isinstance(text, str):
                     raise ValueError(
-                        f"{describe(self.source)}: found a value of type {type(text).__name__} in the column of the "
+                        f"{describe(self.source)}: got a value of type {type(text).__name__} in the column of the "
                         "text, expected text; name another column with source.column"
                     )
                 elif not text or text.isspace():
@@ -284,11 +282,11 @@ def _refuse_other_kind(path: str, kind: str) -> None:
         start = opened.read(5)
     start_from = "sinkbed prepare --config configs/data/local_{}.yaml --source.files " + shlex.quote(path)
     if start == b"%PDF-":
-        raise ValueError(f"{path}: expected {kind}, found a PDF; extract its text first, or leave it out")
+        raise ValueError(f"{path}: expected {kind}, got a PDF; extract its text first, or leave it out")
     if start.startswith(b"PAR1"):
-        raise ValueError(f"{path}: expected {kind}, found Parquet; use `{start_from.format('parquet')}`")
+        raise ValueError(f"{path}: expected {kind}, got Parquet; use `{start_from.format('parquet')}`")
     if kind == "text" and _end(path).startswith((".jsonl", ".ndjson")):
-        raise ValueError(f"{path}: expected text, found JSONL by its name; use `{start_from.format('jsonl')}`")
+        raise ValueError(f"{path}: expected text, got JSONL by its name; use `{start_from.format('jsonl')}`")
 
 
 def _inside(folder: Path) -> list[str]:
@@ -299,7 +297,7 @@ def _inside(folder: Path) -> list[str]:
     if len(ends) > 1:
         kinds = ", ".join(f"{count:,} {end or 'without an ending'}" for end, count in ends[:5])
         raise FileNotFoundError(
-            f"source.files: expected files of one kind below the folder {folder}, found {kinds}; give a glob such as "
+            f"source.files: expected files of one kind below the folder {folder}, got {kinds}; give a glob such as "
             f"{below + ends[0][0]!r}"
         )
     return files

@@ -102,7 +102,7 @@ def unreadable_named(source: SingleSource) -> Iterator[None]:
         ) from error
     except (ConnectionError, DatasetsError) as error:
         raise ValueError(
-            f"{describe(source)}: expected a data set that the hub or its cache gives, found {type(error).__name__} "
+            f"{describe(source)}: expected a data set that the hub or its cache gives, got {type(error).__name__} "
             f"({error}); check source.name, config and revision, the network and HF_HUB_OFFLINE, or give source.name a "
             "local folder laid out like it"
         ) from error
@@ -178,13 +178,13 @@ def _hub(source: SingleSource) -> Any:
         if "scripts are no longer supported" not in str(error):
             raise
         raise ValueError(
-            f"{describe(source)}: expected data files, found a data set that brings code of its own, which is "
+            f"{describe(source)}: expected data files, got a data set that brings code of its own, which is "
             f"never run ({error}); use a revision with Parquet files"
         ) from None
     files = builder.config.data_files
     if files and split not in files:
         raise ValueError(
-            f"{describe(source)}: found splits {', '.join(map(str, files))}, expected {split!r}; set source.split"
+            f"{describe(source)}: got splits {', '.join(map(str, files))}, expected {split!r}; set source.split"
         )
     format = "parquet" if isinstance(builder, Parquet) else "jsonl"
     if isinstance(builder, Parquet) or (isinstance(builder, Json) and builder.config.field is None):
@@ -203,14 +203,14 @@ def _columnar(source: SingleSource, builder: Any, split: str) -> Any:
         raise no_document(source)
     if column not in columns:
         raise ValueError(
-            f"{describe(source)}: found columns {', '.join(map(repr, columns))}, expected {column!r}; "
+            f"{describe(source)}: got columns {', '.join(map(repr, columns))}, expected {column!r}; "
             "name the one that holds the text with source.column"
         )
     dataset = dataset.select_columns([column])
     kind = (dataset.features or {}).get(column)
     if kind is not None and getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
         raise ValueError(
-            f"{describe(source)}: column {column!r}: found values of type {getattr(kind, 'dtype', kind)}, expected "
+            f"{describe(source)}: column {column!r}: got values of type {getattr(kind, 'dtype', kind)}, expected "
             "text; name another column with source.column"
         )
     return dataset if column == "text" else dataset.rename_column(column, "text")

@@ -75,17 +75,17 @@ class Synthetic:
 
     def __post_init__(self) -> None:
         if self.task not in get_args(Task):
-            raise ValueError(f"synthetic.task: found {self.task!r}, expected one of {', '.join(get_args(Task))}")
+            raise ValueError(f"synthetic.task: got {self.task!r}, expected one of {', '.join(get_args(Task))}")
         for name, tasks in _USED_BY.items():
             if getattr(self, name) is not None and self.task not in tasks:
                 raise ValueError(
-                    f"synthetic.{name}: found {getattr(self, name)!r} with task {self.task!r}, which ignores it; "
+                    f"synthetic.{name}: got {getattr(self, name)!r} with task {self.task!r}, which ignores it; "
                     f"it belongs to {' and '.join(tasks)}; remove it"
                 )
         _check_range("documents", self.documents, 1, None)
         _check_range("seed", self.seed, 0, None)
         if not isinstance(self.length, int) and len(self.length) != 2:
-            raise ValueError(f"synthetic.length: found {self.length!r}, expected a number or two, least and most")
+            raise ValueError(f"synthetic.length: got {self.length!r}, expected a number or two, least and most")
         least, most = self.lengths
         _check_range("length", least, 2, None)
         _check_range("length", most, least, None)
@@ -96,7 +96,7 @@ class Synthetic:
         if self.phrase is not None:
             _check_range("phrase", self.phrase, 1, least)
         if not 0 < self.chance < 1:
-            raise ValueError(f"synthetic.trigger_probability: found {self.chance}, expected more than 0, less than 1")
+            raise ValueError(f"synthetic.trigger_probability: got {self.chance}, expected more than 0, less than 1")
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -281,4 +281,4 @@ def _codes(alphabet: str) -> NDArray[np.uint8]:
 def _check_range(name: str, found: object, least: int, most: int | None) -> None:
     if isinstance(found, bool) or not isinstance(found, int) or found < least or (most is not None and found > most):
         expected = f"{least} to {most}" if most is not None else f"at least {least}"
-        raise ValueError(f"synthetic.{name}: found {found!r}, expected an integer, {expected}")
+        raise ValueError(f"synthetic.{name}: got {found!r}, expected an integer, {expected}")

@@ -116,7 +116,7 @@ class Manifest:
         except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
             fault = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
             raise ValueError(
-                f"{path}: expected an intact manifest of format {FORMAT}, found {fault}; copy it again or prepare the "
+                f"{path}: expected an intact manifest of format {FORMAT}, got {fault}; copy it again or prepare the "
                 "token store again with --force"
             ) from error
 

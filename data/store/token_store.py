@@ -66,7 +66,7 @@ class TokenStore:
         manifest = Manifest.read(path)
         if split not in manifest.splits:
             raise ValueError(
-                f"{path}: found splits {', '.join(manifest.splits)}, expected {split!r}; prepare the token store "
+                f"{path}: got splits {', '.join(manifest.splits)}, expected {split!r}; prepare the token store "
                 "with a validation_share above 0 to have a validation split"
             )
         tokenizer = path / TOKENIZER_NAME
@@ -76,7 +76,7 @@ class TokenStore:
         found = sha256_json(definition)
         if found != manifest.tokenizer_sha256:
             raise ValueError(
-                f"{tokenizer}: found sha256 {found[:12]}…, expected {manifest.tokenizer_sha256[:12]}… (the tokenizer "
+                f"{tokenizer}: got sha256 {found[:12]}…, expected {manifest.tokenizer_sha256[:12]}… (the tokenizer "
                 "the documents were encoded with); put that file back or prepare the token store again with --force"
             )
         _check_vocabulary(path, manifest, definition)
@@ -85,7 +85,7 @@ class TokenStore:
                 raise FileNotFoundError(f"{path / shard.file} is missing; prepare the token store again with --force")
             size = (path / shard.file).stat().st_size
             if size != shard.size:
-                raise cls._damaged_at(path, shard, f"found {size:,} bytes on disk, expected {shard.size:,}")
+                raise cls._damaged_at(path, shard, f"got {size:,} bytes on disk, expected {shard.size:,}")
         store = cls(path, split, manifest)
         for number in range(min(len(store.info.shards), _CHECKED_SHARDS)):
             store._shard(number)
@@ -156,7 +156,7 @@ class TokenStore:
         for shard in self.info.shards:
             found = sha256_file(self.path / shard.file)
             if found != shard.sha256:
-                raise self._damaged(shard, f"found sha256 {found[:12]}…, expected {shard.sha256[:12]}…")
+                raise self._damaged(shard, f"got sha256 {found[:12]}…, expected {shard.sha256[:12]}…")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (os.fspath(self.path.absolute()), self.split, self.digest)
@@ -176,11 +176,11 @@ class TokenStore:
         if len(offsets) != shard.documents + 1 or int(offsets[-1]) != shard.tokens or offsets[0] != 0:
             raise self._damaged(
                 shard,
-                f"found {len(offsets) - 1:,} documents and {int(offsets[-1]):,} tokens, "
+                f"got {len(offsets) - 1:,} documents and {int(offsets[-1]):,} tokens, "
                 f"expected {shard.documents:,} and {shard.tokens:,}",
             )
         if values.dtype != self.manifest.dtype:
-            raise self._damaged(shard, f"found tokens of type {values.dtype}, expected {self.manifest.dtype}")
+            raise self._damaged(shard, f"got tokens of type {values.dtype}, expected {self.manifest.dtype}")
         if len(self._mapped) >= _MAPPED_SHARDS:
             self._mapped.popitem(last=False)
         self._mapped[number] = offsets, values, os.stat(path).st_ino
@@ -193,7 +193,7 @@ class TokenStore:
         except FileNotFoundError:  # deleted or replaced: what is mapped stays
             return
         if now.st_ino == inode and now.st_size < shard.size:
-            raise self._damaged(shard, f"found {now.st_size:,} bytes on disk, expected {shard.size:,}")
+            raise self._damaged(shard, f"got {now.st_size:,} bytes on disk, expected {shard.size:,}")
 
     def _column(self, shard: ShardInfo, name: str) -> Any:
         try:
@@ -203,7 +203,7 @@ class TokenStore:
             column.validate(full=True)
             return column
         except (pa.ArrowException, LookupError, OSError, ValueError) as error:
-            raise self._damaged(shard, f"found no readable Arrow file ({error})") from error
+            raise self._damaged(shard, f"got no readable Arrow file ({error})") from error
 
     def _damaged(self, shard: ShardInfo, what: str) -> ValueError:
         return self._damaged_at(self.path, shard, what)
@@ -238,7 +238,7 @@ def _reopen(path: str, split: str, digest: str) -> TokenStore:
     store = TokenStore.open(path, split)
     if store.digest != digest:
         raise ValueError(
-            f"{path}: the token store was replaced while in use (split {split}: found {store.digest[:12]}…, "
+            f"{path}: the token store was replaced while in use (split {split}: got {store.digest[:12]}…, "
             f"expected {digest[:12]}…); start again with the present store"
         )
     return store

@@ -152,7 +152,7 @@ def compile_variant(variant: Variant, tiles: Tiles | None = None) -> Counts:
     Raises RuntimeError in Triton's interpreter, where nothing compiles, and whatever the compiler raises.
     """
     if triton_gpu.interpreted():
-        raise RuntimeError("compiling: expected a process without TRITON_INTERPRET, found one with it")
+        raise RuntimeError("compiling: expected a process without TRITON_INTERPRET, got one with it")
     chip = CHIPS[variant.arch]
     triton.runtime.driver.set_active(_Target(chip, 1 + list(CHIPS).index(variant.arch)))
     name = variant.kernel.split("+")[0]

@@ -187,8 +187,8 @@ def _load_interval(p_first, p_end, rows, T, HAS_FIRST: tl.constexpr, HAS_END: tl
 
 @triton.jit
 def forward_kernel(
-    q, k, v, o, lse, row_mass, document_mass, sink_mass, max_probability, entropy, first_key, end_key, doc_start,
-    doc_end, sink_logit, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
+    q, k, v, o, lse, first_key_mass, document_mass, learned_sink_mass, max_probability, entropy, first_key, end_key,
+    doc_start, doc_end, sink_logit, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
     H, G, T, D, shared_from, shared_to, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_SINK: tl.constexpr,
@@ -257,7 +257,7 @@ def forward_kernel(
     tl.store(lse + at, (b_max + tl.math.log2(b_sum)) * _LN2, mask=rows < T)
 
     if STATISTICS and HAS_SINK:
-        tl.store(sink_mass + at, b_p / b_sum, mask=rows < T)
+        tl.store(learned_sink_mass + at, b_p / b_sum, mask=rows < T)
     if FULL:
         # H = ln 2 · (log2 Σ 2^z − Σ 2^z z / Σ 2^z)
         tl.store(max_probability + at, tl.math.exp2(b_key_max - b_max) / b_sum, mask=rows < T)
@@ -295,7 +295,7 @@ def forward_kernel(
             shows_document = (b_first <= b_start) | ((b_start >= shared_from) & (b_start < shared_to))
             b_row = tl.where(shows_row, b_row, 0.0)
             b_document = tl.where(shows_document, b_document, 0.0)
-        tl.store(row_mass + at, b_row, mask=rows < T)
+        tl.store(first_key_mass + at, b_row, mask=rows < T)
         tl.store(document_mass + at, b_document, mask=rows < T)
 
 

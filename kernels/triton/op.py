@@ -43,8 +43,8 @@ torch.library.define(
     "sinkbed::attention_triton",
     "(Tensor q, Tensor k, Tensor v, Tensor? first_key, Tensor? end_key, Tensor? first_query, Tensor? last_query, "
     "Tensor? doc_start, Tensor? doc_end, Tensor? sink_logit, int shared_from, int shared_to, float scale, "
-    "bool statistics, bool full) -> (Tensor output, Tensor lse, Tensor row_mass, Tensor document_mass, "
-    "Tensor sink_mass, Tensor max_probability, Tensor entropy)",
+    "bool statistics, bool full) -> (Tensor output, Tensor lse, Tensor first_key_mass, Tensor document_mass, "
+    "Tensor learned_sink_mass, Tensor max_probability, Tensor entropy)",
 )
 torch.library.define(
     "sinkbed::attention_triton_backward",
@@ -166,8 +166,8 @@ def _backward_kernels(
     )  # fmt: skip
     if sink_logit is None:
         return dq, dk, dv, q.new_empty(0)
-    sink_mass = (sink_logit.float()[None, :, None] - lse).exp()
-    return dq, dk, dv, -(sink_mass * delta).sum((0, 2)).to(sink_logit.dtype)
+    learned_sink_mass = (sink_logit.float()[None, :, None] - lse).exp()
+    return dq, dk, dv, -(learned_sink_mass * delta).sum((0, 2)).to(sink_logit.dtype)
 
 
 @_on_its_device
@@ -239,7 +239,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: Any) -
 
 def _no_second_backward(ctx: Any, *_: Any) -> None:
     raise NotImplementedError(
-        "attention: expected one backward pass, found one through its gradients; implementation='reference' has those"
+        "attention: expected one backward pass, got one through its gradients; implementation='reference' has those"
     )
 
 
@@ -249,13 +249,11 @@ torch.library.register_autograd("sinkbed::attention_triton_backward", _no_second
 
 def _check(q: Tensor) -> None:
     if q.shape[-1] not in HEAD_DIMS:
-        raise ValueError(f"q: expected a head dim of {', '.join(map(str, HEAD_DIMS))}, received {q.shape[-1]}")
+        raise ValueError(f"q: expected a head dim of {', '.join(map(str, HEAD_DIMS))}, got {q.shape[-1]}")
     if q.dtype == torch.float64:
-        raise ValueError(
-            "q: expected float32, float16 or bfloat16, received torch.float64; use implementation='reference'"
-        )
+        raise ValueError("q: expected float32, float16 or bfloat16, got torch.float64; use implementation='reference'")
     if q.shape[2] > _LONGEST:
-        raise ValueError(f"q: expected a row of at most {_LONGEST:,} positions, received {q.shape[2]:,}")
+        raise ValueError(f"q: expected a row of at most {_LONGEST:,} positions, got {q.shape[2]:,}")
 
 
 def triton_attention(
@@ -266,16 +264,16 @@ def triton_attention(
     Raises ValueError for head dims other than HEAD_DIMS, for float64 and for rows of more than a million positions.
     """
     _check(q)
-    output, lse, row_mass, document_mass, sink_mass, max_probability, entropy = torch.ops.sinkbed.attention_triton(
+    output, lse, first_key_mass, document_mass, learned_sink_mass, *spread = torch.ops.sinkbed.attention_triton(
         q, k, v, mask.first_key, mask.end_key, mask.first_query, mask.last_query,
         mask.doc_start if statistics else None, mask.doc_end if statistics else None, sink_logit,
         *mask.shared, scale, bool(statistics), statistics == "full",
     )  # fmt: skip
     if not statistics:
         return output, lse, None
-    found = Statistics(row_mass, document_mass, None if sink_logit is None else sink_mass)
+    found = Statistics(first_key_mass, document_mass, None if sink_logit is None else learned_sink_mass)
     if statistics == "full":
-        found = found._replace(max_probability=max_probability, entropy=entropy)
+        found = found._replace(max_probability=spread[0], entropy=spread[1])
     return output, lse, found
 
 

@@ -88,7 +88,7 @@ class HFModel(nn.Module):
         lacking = sorted({*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])})
         if lacking:
             raise ValueError(
-                f"{name}: expected all weights of {type(model).__name__}, found {len(lacking)} of them missing or of "
+                f"{name}: expected all weights of {type(model).__name__}, got {len(lacking)} of them missing or of "
                 f"another shape: {', '.join(lacking[:5])}{', ...' if len(lacking) > 5 else ''}"
             )
         return found
@@ -100,7 +100,7 @@ class HFModel(nn.Module):
             import transformers  # noqa: F401
         except ImportError:
             raise ValueError(
-                "measuring a Hugging Face model needs the package transformers, found none; pip install -e .[hf]"
+                "measuring a Hugging Face model needs the package transformers, got none; pip install -e .[hf]"
             ) from None
         _check_packages(gguf, None)
         source = {key: value for key, value in (("revision", revision), ("gguf_file", gguf)) if value is not None}
@@ -117,12 +117,12 @@ class HFModel(nn.Module):
             found = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **given)
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{name}: expected a tokenizer beside the model, found: {reason}") from error
+            raise ValueError(f"{name}: expected a tokenizer beside the model, got: {reason}") from error
         if len(found.get_vocab()) <= len(found.all_special_ids):  # what transformers makes of a folder without files
-            raise ValueError(f"{name}: expected a tokenizer beside the model, found none (no tokenizer.json)")
+            raise ValueError(f"{name}: expected a tokenizer beside the model, got none (no tokenizer.json)")
         if not getattr(found, "is_fast", False):
             raise ValueError(
-                f"{name}: found a tokenizer of type {type(found).__name__} without a tokenizer.json, expected one of "
+                f"{name}: got a tokenizer of type {type(found).__name__} without a tokenizer.json, expected one of "
                 "the `tokenizers` library"
             )
         return found
@@ -136,7 +136,7 @@ class HFModel(nn.Module):
         ways = {getattr(module, "is_causal", None) for module in blocks.modules()}
         if False in ways and True not in ways:
             raise ValueError(
-                f"{name}: found an encoder ({self.model.config.model_type}), whose attention sees both directions, "
+                f"{name}: got an encoder ({self.model.config.model_type}), whose attention sees both directions, "
                 "expected a causal language model"
             )
 
@@ -147,8 +147,8 @@ class HFModel(nn.Module):
         kinds = [m for m in lists if all(any("att" in name.lower() for name, _ in b.named_modules()) for b in m)]
         if len(kinds) != 1:
             raise ValueError(
-                f"{type(self.model).__name__}: expected one list of {self.config.n_layers} layers with attention, whose "
-                f"hidden states can be observed, found {len(kinds)}"
+                f"{type(self.model).__name__}: expected one list of {self.config.n_layers} layers with attention, "
+                f"whose hidden states can be observed, got {len(kinds)}"
             )
         return kinds[0]
 
@@ -188,11 +188,11 @@ class HFModel(nn.Module):
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"{type(self.model).__name__}: expected a model that hands its mask on to its attention as it is, "
-                f"found a forward pass that fails on a sample of the mask's rows: {reason}"
+                f"got a forward pass that fails on a sample of the mask's rows: {reason}"
             ) from error
         if asked.layers != self.config.n_layers:
             raise ValueError(
-                f"{type(self.model).__name__}: found {asked.layers} layers whose attention can be observed, expected "
+                f"{type(self.model).__name__}: got {asked.layers} layers whose attention can be observed, expected "
                 f"{self.config.n_layers}; the others are no softmax attention, or bypass transformers' interface for it"
             )
         return DecoderOutput(logits, None, tuple(asked.found) if statistics else None)
@@ -207,7 +207,7 @@ def _check_packages(gguf: str | None, device_map: object) -> None:
         missing = [package for package in packages if find_spec(package) is None]
         if missing:
             raise ValueError(
-                f"{option}: needs the package{'s' if len(missing) > 1 else ''} {' and '.join(missing)}, found none; "
+                f"{option}: needs the package{'s' if len(missing) > 1 else ''} {' and '.join(missing)}, got none; "
                 "pip install -e .[hf]"
             )
 
@@ -227,7 +227,7 @@ def _check_config(name: str, source: dict[str, str]) -> Any:
         if kind is None or kind in transformers.CONFIG_MAPPING:
             raise _refusal(name, error) from error
         raise ValueError(
-            f"{name}: found a config.json with model_type {kind!r}, which transformers {transformers.__version__} does "
+            f"{name}: got a config.json with model_type {kind!r}, which transformers {transformers.__version__} does "
             "not have"
             + (
                 "; code that comes with a model is not run"
@@ -237,18 +237,18 @@ def _check_config(name: str, source: dict[str, str]) -> Any:
         ) from None
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{name}: found an encoder with a decoder ({config.model_type}), expected a causal language model"
+            f"{name}: got an encoder with a decoder ({config.model_type}), expected a causal language model"
         )
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
-            f"{name}: found a model of type {config.model_type}, which transformers does not have as a causal language "
+            f"{name}: got a model of type {config.model_type}, which transformers does not have as a causal language "
             "model, expected one that it has"
         )
     model_class: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if not model_class._supports_attention_backend:
         raise ValueError(
             f"{name}: expected a model whose layers call transformers' attention interface, as those of llama, gpt2 "
-            f"and gemma do, found {model_class.__name__}, whose layers do not (no attention, as Mamba and RWKV, "
+            f"and gemma do, got {model_class.__name__}, whose layers do not (no attention, as Mamba and RWKV, "
             "biases on the logits, as BLOOM and MPT, or attention of its own making); it cannot be measured"
         )
     if "gguf_file" in source:
@@ -268,7 +268,7 @@ def _check_gguf(name: str, source: dict[str, str]) -> None:
     scaled = sorted({kind for kind in kinds if kind != "none"} | {t.name for t in factors if (t.data != 1).any()})
     if scaled:
         raise ValueError(
-            f"{name}/{file}: found scaled rotary positions ({', '.join(scaled)}), which transformers does not read "
+            f"{name}/{file}: got scaled rotary positions ({', '.join(scaled)}), which transformers does not read "
             "from GGUF; measure the same model from safetensors"
         )
 
@@ -283,7 +283,7 @@ def _refusal(name: str, error: Exception) -> ValueError:
                 pass
         except SafetensorError as found:
             return ValueError(
-                f"{path}: expected whole weights, found a file that is cut off or damaged ({found}); copy it again"
+                f"{path}: expected whole weights, got a file that is cut off or damaged ({found}); copy it again"
             )
     reason = " ".join(str(error).split())[:300]
     kind = "folder" if Path(name).is_dir() else "name"

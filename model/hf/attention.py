@@ -146,7 +146,7 @@ def _check_own_mask(name: str, own: Tensor, length: int, window: int | None) -> 
     expected = [1, len(queries), length]
     if own.dtype != torch.bool or list(own.shape[1:]) != expected:
         raise ValueError(
-            f"{name}: found attention_mask of {own.dtype} and shape {list(own.shape)}, expected the one that "
+            f"{name}: got attention_mask of {own.dtype} and shape {list(own.shape)}, expected the one that "
             f"transformers makes for us, torch.bool of shape [B, {', '.join(map(str, expected))}]; a bias on the "
             "logits and a mask of the model's own making are not supported"
         )
@@ -159,7 +159,7 @@ def _check_own_mask(name: str, own: Tensor, length: int, window: int | None) -> 
         query = int(queries[differing][0])
         seen = "all keys up to its own" if window is None else f"the last {window} keys"
         raise ValueError(
-            f"{name}: found a mask whose query {query} of {length} sees other keys than expected, {seen}; chunks, "
+            f"{name}: got a mask whose query {query} of {length} sees other keys than expected, {seen}; chunks, "
             "blocks that see both ways, and windows that are told to the mask alone are not supported (a length within "
             "the first chunk or window may be)"
         )
@@ -187,16 +187,16 @@ def attend(
     assert asked is not None, "called outside of HFModel"
     name = type(module).__name__
     if is_causal is False or not getattr(module, "is_causal", True):
-        raise ValueError(f"{name}: found attention in both directions, expected a causal language model")
+        raise ValueError(f"{name}: got attention in both directions, expected a causal language model")
     if value.shape[-1] != key.shape[-1] or query.shape[2] != key.shape[2]:
         raise ValueError(
-            f"{name}: found queries {list(query.shape)}, keys {list(key.shape)} and values {list(value.shape)}, "
+            f"{name}: got queries {list(query.shape)}, keys {list(key.shape)} and values {list(value.shape)}, "
             "expected one length and one head dim"
         )
     unknown = sorted(key for key, given in others.items() if given is not None and key not in _HARMLESS)
     if unknown:
         raise ValueError(
-            f"{name}: found attention with {', '.join(unknown)}, expected none but a scale, a window, a soft cap or a "
+            f"{name}: got attention with {', '.join(unknown)}, expected none but a scale, a window, a soft cap or a "
             "sink logit"
         )
     if attention_mask is not None:
@@ -210,7 +210,7 @@ def attend(
         output, lse, found = out.output, out.lse, out.statistics
     else:
         if s_aux is not None:
-            raise ValueError(f"{name}: found a soft cap and a sink logit, which together are not supported")
+            raise ValueError(f"{name}: got a soft cap and a sink logit, which together are not supported")
         output, lse, found = _softcapped(query, key, value, mask, scale, softcap)
     if asked.observer is not None:
         asked.observer(LayerAttention(asked.layers, query, key, value, lse, mask, scale, softcap, found))

@@ -100,7 +100,7 @@ def from_llama(folder: Path) -> Decoder:
     config = decoder_config(folder)
     vocab_size = _read_json(folder / CONFIG).get("vocab_size")
     if not isinstance(vocab_size, int):
-        raise ValueError(f"{folder / CONFIG}: found vocab_size {vocab_size!r}, expected a number")
+        raise ValueError(f"{folder / CONFIG}: got vocab_size {vocab_size!r}, expected a number")
     with torch.device("meta"):
         decoder = Decoder(config, vocab_size)
     theirs = _read_weights(folder)
@@ -110,7 +110,7 @@ def from_llama(folder: Path) -> Decoder:
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise ValueError(
-                f"{folder}: expected weights of the shape that {CONFIG} gives, found {name} with "
+                f"{folder}: expected weights of the shape that {CONFIG} gives, got {name} with "
                 f"{found.get(name, 'no such tensor')} instead of {expected.get(name, 'none')}"
             )
     decoder.load_state_dict(ours, assign=True)
@@ -123,10 +123,10 @@ def decoder_config(folder: Path) -> DecoderConfig:
     """Our shape of a Hugging Face Llama. Raises FileNotFoundError, or ValueError for what ours cannot express."""
     path = folder / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a Hugging Face model folder, found no {CONFIG}")
+        raise FileNotFoundError(f"{path}: expected a Hugging Face model folder, got no {CONFIG}")
     found = _read_json(path)
     if found.get("model_type") != "llama":
-        raise ValueError(f"{path}: found model_type {found.get('model_type')!r}, expected 'llama'")
+        raise ValueError(f"{path}: got model_type {found.get('model_type')!r}, expected 'llama'")
     rope = found.get("rope_parameters") or {}
     scaling = found.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
     other = {name: found[name] for name, plain in _PLAIN.items() if found.get(name, plain) != plain}
@@ -134,7 +134,7 @@ def decoder_config(folder: Path) -> DecoderConfig:
         other["rope_scaling"] = scaling
     if other:
         listed = ", ".join(f"{name} = {value!r}" for name, value in other.items())
-        raise ValueError(f"{path}: found {listed}, which our decoder cannot express")
+        raise ValueError(f"{path}: got {listed}, which our decoder cannot express")
     try:
         return DecoderConfig(
             n_layers=found["num_hidden_layers"],
@@ -148,7 +148,7 @@ def decoder_config(folder: Path) -> DecoderConfig:
             tie_embeddings=found.get("tie_word_embeddings", False),
         )
     except KeyError as error:
-        raise ValueError(f"{path}: found no {error}, expected the config of a Llama") from None
+        raise ValueError(f"{path}: got no {error}, expected the config of a Llama") from None
 
 
 def _to_ours(theirs: dict[str, Tensor], config: DecoderConfig, folder: Path) -> dict[str, Tensor]:
@@ -156,7 +156,7 @@ def _to_ours(theirs: dict[str, Tensor], config: DecoderConfig, folder: Path) -> 
 
     def take(name: str) -> Tensor:
         if name not in left:
-            raise ValueError(f"{folder}: expected the tensor {name}, found none of that name")
+            raise ValueError(f"{folder}: expected the tensor {name}, got none of that name")
         return left.pop(name).float()
 
     state = {"embedding.weight": take("model.embed_tokens.weight"), "norm.weight": take("model.norm.weight")}
@@ -177,7 +177,7 @@ def _to_ours(theirs: dict[str, Tensor], config: DecoderConfig, folder: Path) -> 
         state[f"{here}feed_forward_norm.weight"] = take(f"{there}post_attention_layernorm.weight")
     left = {name: t for name, t in left.items() if not name.endswith("rotary_emb.inv_freq")}  # older exports keep it
     if left:
-        raise ValueError(f"{folder}: found {', '.join(sorted(left)[:3])}, which our decoder has no place for")
+        raise ValueError(f"{folder}: got {', '.join(sorted(left)[:3])}, which our decoder has no place for")
     return state
 
 
@@ -191,11 +191,11 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: expected weights in safetensors, found no such file")
+            raise FileNotFoundError(f"{file}: expected weights in safetensors, got no such file")
         try:
             state |= load_file(file)
         except SafetensorError as error:
-            raise ValueError(f"{file}: expected safetensors, found a damaged file ({error}); copy it again") from None
+            raise ValueError(f"{file}: expected safetensors, got a damaged file ({error}); copy it again") from None
     return state
 
 
@@ -203,9 +203,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected JSON, found a damaged file ({error})") from None
+        raise ValueError(f"{path}: expected JSON, got a damaged file ({error})") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
+        raise ValueError(f"{path}: expected a JSON object, got {type(found).__name__}")
     return found
 
 

@@ -284,9 +284,9 @@ def test_defaults_written_out_are_the_same_config(config: PrepareConfig) -> None
 def test_a_store_of_another_config_is_refused_with_what_differs(config: PrepareConfig) -> None:
     manifest = prepare(config, progress=False)
     other = dataclasses.replace(config, tokenizer=TokenizerConfig(vocab_size=280), validation_share=0.1)
-    with pytest.raises(ValueError, match=r"tokenizer.vocab_size: found 300, expected 280.*--force") as refused:
+    with pytest.raises(ValueError, match=r"tokenizer.vocab_size: got 300, expected 280.*--force") as refused:
         prepare(other, progress=False)
-    assert "validation_share: found 0.2, expected 0.1" in str(refused.value)
+    assert "validation_share: got 0.2, expected 0.1" in str(refused.value)
     assert TokenStore.open(config.out).manifest == manifest
     assert prepare(other, force=True, progress=False).vocab_size == 280
 
@@ -329,7 +329,7 @@ def test_the_manifest_does_not_grow_with_the_files_and_one_that_lists_them_is_th
     assert prepare(chosen, progress=False) == older, "the store of an earlier version stands"
     recipe["identity"] = {"files": listed[1:]}
     dataclasses.replace(older, fingerprint=sha256_json(recipe)).write(Path(chosen.out))
-    with pytest.raises(ValueError, match=r"identity\.files\.count: found 39, expected 40"):
+    with pytest.raises(ValueError, match=r"identity\.files\.count: got 39, expected 40"):
         prepare(chosen, progress=False)
 
 
@@ -409,7 +409,7 @@ def test_a_damaged_store_is_not_up_to_date(config: PrepareConfig) -> None:
 
 
 def test_a_share_that_leaves_a_split_empty_is_refused_and_leaves_nothing(config: PrepareConfig) -> None:
-    with pytest.raises(ValueError, match=r"validation_share: found 1e-09.*and 0 validation documents"):
+    with pytest.raises(ValueError, match=r"validation_share: got 1e-09.*and 0 validation documents"):
         prepare(dataclasses.replace(config, validation_share=1e-9), progress=False)
     with pytest.raises(ValueError, match=r"found no document that the config lets pass \(left out: .*300 too_short\)"):
         prepare(dataclasses.replace(config, min_bytes=10_000, tokenizer=loaded(config)), progress=False)
@@ -423,26 +423,26 @@ def test_a_share_that_leaves_a_split_empty_is_refused_and_leaves_nothing(config:
     [
         (
             lambda: TokenizerConfig(path="t.json", vocab_size=300),
-            "tokenizer.vocab_size: found 300, which a tokenizer that is loaded",
+            "tokenizer.vocab_size: got 300, which a tokenizer that is loaded",
         ),
-        (lambda: TokenizerConfig(bos="<s>"), "tokenizer.bos: found '<s>', which a tokenizer that is trained"),
-        (lambda: TokenizerConfig(train_bytes=0), "tokenizer.train_bytes: found 0"),
-        (lambda: PrepareConfig(source=Source(kind="demo"), min_bytes=1, out="x"), "min_bytes: found 1, which leaves"),
-        (lambda: PrepareConfig(source=Source(kind="demo"), max_bytes=0, out="x"), "max_bytes: found 0, expected"),
+        (lambda: TokenizerConfig(bos="<s>"), "tokenizer.bos: got '<s>', which a tokenizer that is trained"),
+        (lambda: TokenizerConfig(train_bytes=0), "tokenizer.train_bytes: got 0"),
+        (lambda: PrepareConfig(source=Source(kind="demo"), min_bytes=1, out="x"), "min_bytes: got 1, which leaves"),
+        (lambda: PrepareConfig(source=Source(kind="demo"), max_bytes=0, out="x"), "max_bytes: got 0, expected"),
         (
             lambda: PrepareConfig(source=Source(kind="demo"), min_bytes=9, max_bytes=8, out="x"),
-            "max_bytes: found 8, expected at least 9",
+            "max_bytes: got 8, expected at least 9",
         ),
-        (lambda: PrepareConfig(source=Source(kind="demo"), on_error="stop", out="x"), "on_error: found 'stop'"),  # type: ignore[arg-type]
+        (lambda: PrepareConfig(source=Source(kind="demo"), on_error="stop", out="x"), "on_error: got 'stop'"),  # type: ignore[arg-type]
         (
             lambda: PrepareConfig(source=repeating(), deduplicate=True, out="x"),
-            "deduplicate: found with source.stopping_strategy all_exhausted",
+            "deduplicate: got with source.stopping_strategy all_exhausted",
         ),
         (
             lambda: PrepareConfig(source=Source(kind="demo"), validation_share=1.0, out="x"),
-            "validation_share: found 1.0",
+            "validation_share: got 1.0",
         ),
-        (lambda: PrepareConfig(source=Source(kind="demo"), shard_bytes=0, out="x"), "shard_bytes: found 0"),
+        (lambda: PrepareConfig(source=Source(kind="demo"), shard_bytes=0, out="x"), "shard_bytes: got 0"),
     ],
 )
 def test_settings_outside_their_range_or_without_effect_are_refused(make: Any, message: str) -> None:

@@ -126,7 +126,7 @@ def test_a_missing_column_is_named_beside_those_found(streaming: bool, tmp_path:
 
 
 def test_values_that_are_no_text_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"part0\.jsonl, line 1: column 'id': found a value of type int"):
+    with pytest.raises(ValueError, match=r"part0\.jsonl, line 1: column 'id': got a value of type int"):
         list(Documents(changed(write_jsonl(tmp_path), column="id")))
 
 
@@ -143,7 +143,7 @@ def test_missing_files_and_empty_corpora_are_named(tmp_path: Path) -> None:
     ("kind", "message"),
     [
         ("parquet", r"broken\.data: could not be read as parquet.*check source\.kind"),
-        ("jsonl", r"broken\.data, line 2: found no JSON .*--on_error skip"),
+        ("jsonl", r"broken\.data, line 2: got no JSON .*--on_error skip"),
     ],
 )
 def test_a_file_of_another_format_is_named(kind: Any, message: str, streaming: bool, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_data_set_that_brings_its_own_code_is_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "csv"}, "source.kind: found 'csv'"),
+        ({"kind": "csv"}, "source.kind: got 'csv'"),
         ({"kind": "demo", "files": ("a",)}, "source.files: .* kind 'demo', which ignores it"),
         ({"kind": "demo", "streaming": True}, "source.streaming"),
         ({"kind": "jsonl", "files": ("a",), "split": "train"}, "source.split: .* belongs to kind text or hub"),
@@ -180,21 +180,21 @@ def test_a_data_set_that_brings_its_own_code_is_not_run(tmp_path: Path) -> None:
             "source.split: expected the name of a split",
         ),
         ({"kind": "text", "files": ("a",), "column": "x"}, "source.column"),
-        ({"kind": "jsonl"}, "source.files: found none"),
-        ({"kind": "hub"}, "source.name: found none"),
+        ({"kind": "jsonl"}, "source.files: got none"),
+        ({"kind": "hub"}, "source.name: got none"),
         ({"kind": "hub", "name": "a/b", "weights": (1.0,)}, "source.weights: .* belongs to kind mixture"),
-        ({"kind": "mixture"}, "source.weights: found 0 with 0 sources"),
+        ({"kind": "mixture"}, "source.weights: got 0 with 0 sources"),
         ({"kind": "mixture", "sources": (LINES, LINES), "weights": (1.0,)}, "found 1 with 2 sources"),
         ({"kind": "mixture", "sources": (LINES, LINES), "weights": (1.0, 0.0)}, "found 0.0, expected each above 0"),
         (
             {"kind": "mixture", "sources": (LINES, LINES), "weights": (1.0, 1.0), "shuffle_seed": None},
-            "source.shuffle_seed: found none with kind 'mixture'",
+            "source.shuffle_seed: got none with kind 'mixture'",
         ),
         ({"kind": "mixture", "name": "a/b", "sources": (LINES,) * 2, "weights": (1.0, 1.0)}, "source.name"),
         ({"kind": "demo", "parts": ("plays",)}, r"source.parts: found \['plays'\]"),
         ({"kind": "demo", "parts": ()}, r"source.parts: found \[\]"),
         ({"kind": "demo", "parts": ("leads", "leads")}, "each once"),
-        ({"kind": "jsonl", "files": ("a",), "shuffle_buffer": 5}, "source.shuffle_buffer: found without streaming"),
+        ({"kind": "jsonl", "files": ("a",), "shuffle_buffer": 5}, "source.shuffle_buffer: got without streaming"),
         ({"kind": "hub", "name": "a/b", "streaming": True, "shuffle_buffer": 0}, "found 0, expected at least 1"),
     ],
 )
@@ -255,8 +255,8 @@ def test_a_demo_package_that_is_not_installed_is_named_with_the_remedy(monkeypat
     [
         ("empty.jsonl", b"", "no document: look at .*empty"),
         ("blank.jsonl", b"\n\n", "no document: look at .*blank"),
-        ("bytes.jsonl", b'{"text": "\xff\xfe"}\n', "bytes.jsonl, line 1: found bytes that are no UTF-8"),
-        ("bytes.txt", b"\xff\xfe", "bytes.txt: found bytes that are no UTF-8"),
+        ("bytes.jsonl", b'{"text": "\xff\xfe"}\n', "bytes.jsonl, line 1: got bytes that are no UTF-8"),
+        ("bytes.txt", b"\xff\xfe", "bytes.txt: got bytes that are no UTF-8"),
         ("empty.txt", b"", r"no document: .*left out: 1 empty"),
         ("empty.parquet", b"", "empty.parquet: could not be read as parquet"),
     ],
@@ -332,7 +332,7 @@ def test_a_mixture_may_give_every_document_once_or_repeat_the_smaller_sources(tm
 
 
 def test_a_bad_record_of_a_mixture_is_refused_by_file_and_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"few\.jsonl, line 6: found no JSON"):
+    with pytest.raises(ValueError, match=r"few\.jsonl, line 6: got no JSON"):
         list(Documents(write_mixture(tmp_path)))
 
 
@@ -348,5 +348,5 @@ def test_a_missing_split_is_named_beside_those_found(tmp_path: Path) -> None:
 
 def test_parquet_that_is_read_as_lines_is_told_so(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["one"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet: expected jsonl, found Parquet; use `sinkbed prepare --config"):
+    with pytest.raises(ValueError, match=r"a\.parquet: expected jsonl, got Parquet; use `sinkbed prepare --config"):
         list(Documents(Source(kind="jsonl", files=str(tmp_path / "a.parquet"))))

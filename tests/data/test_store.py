@@ -152,7 +152,7 @@ def test_a_flipped_bit_is_named_by_verify(make_store: MakeStore) -> None:
     place = content.index(b"\x0b\x00\x0c\x00\x01\x01")
     content[place] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(ValueError, match=r"00002\.arrow is damaged: found sha256 .*--force"):
+    with pytest.raises(ValueError, match=r"00002\.arrow is damaged: got sha256 .*--force"):
         TokenStore.open(store.path).verify()
 
 
@@ -180,7 +180,7 @@ def test_offsets_that_fall_are_named(make_store: MakeStore) -> None:
     offsets = np.array([0, 3, 3, 4, 9, 9, 11, 12]).tobytes()
     assert content.count(offsets) == 1
     path.write_bytes(content.replace(offsets, np.array([0, 3, 3, 10, 9, 9, 11, 12]).tobytes()))
-    with pytest.raises(ValueError, match=r"00000\.arrow is damaged: found no readable Arrow file"):
+    with pytest.raises(ValueError, match=r"00000\.arrow is damaged: got no readable Arrow file"):
         TokenStore.open(store.path)
 
 
@@ -199,7 +199,7 @@ def test_a_shard_cut_short_under_a_reader_is_named_and_one_replaced_is_read_on(m
     store = make_store([[2 + i % 200 for i in range(50_000)]])
     os.truncate(store.path / "train" / "00000.arrow", 4096)
     for read in (lambda: store.gather(*everything), lambda: store.slice(0), lambda: store.offsets[:]):
-        with pytest.raises(ValueError, match=r"00000\.arrow is damaged: found 4,096 bytes on disk, expected 10"):
+        with pytest.raises(ValueError, match=r"00000\.arrow is damaged: got 4,096 bytes on disk, expected 10"):
             read()
 
 
@@ -207,7 +207,7 @@ def test_a_shard_that_is_no_arrow_file_is_named(make_store: MakeStore) -> None:
     path = make_store(DOCUMENTS).path
     shard = path / "train" / "00000.arrow"
     shard.write_bytes(b"x" * shard.stat().st_size)
-    with pytest.raises(ValueError, match=r"00000\.arrow is damaged: found no readable Arrow file"):
+    with pytest.raises(ValueError, match=r"00000\.arrow is damaged: got no readable Arrow file"):
         TokenStore.open(path)
 
 
@@ -244,8 +244,8 @@ CONTRADICTIONS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda m: m.update(bos_id=258), r"found bos_id, eos_id, special_ids \(258, 1, 0, 1\) outside a vocabulary of 258"),
     (lambda m: m.update(bos_id=True), "outside a vocabulary"),
     (lambda m: m.update(bos_id=2), r"found bos_id and eos_id \(2, 1\) outside special_ids \(0, 1\)"),
-    (lambda m: m.update(bos_id=1, eos_id=0), "bos_id: found 1, expected 0; eos_id: found 0, expected 1"),
-    (lambda m: m.update(vocab_size=259), r"vocab_size: found 259, expected 258 \(by tokenizer\.json\)"),
+    (lambda m: m.update(bos_id=1, eos_id=0), "bos_id: got 1, expected 0; eos_id: got 0, expected 1"),
+    (lambda m: m.update(vocab_size=259), r"vocab_size: got 259, expected 258 \(by tokenizer\.json\)"),
     (lambda m: m.update(special_ids=[0, 1, 7]), r"special_ids: found \(0, 1, 7\), expected \(0, 1\)"),
     (lambda m: m.update(dtype="uint32"), "found dtype uint32 for a vocabulary of 258"),
     (lambda m: m["recipe"].update(documents=8), "found a fingerprint that is not that of the recipe"),
@@ -272,7 +272,7 @@ def test_one_flipped_bit_anywhere_in_the_manifest_is_noticed(make_store: MakeSto
         flipped = bytearray(content)
         flipped[place] ^= 1 << place % 8
         path.write_bytes(flipped)
-        with pytest.raises(ValueError, match=r"manifest\.json: expected an intact manifest of format 2, found"):
+        with pytest.raises(ValueError, match=r"manifest\.json: expected an intact manifest of format 2, got"):
             Manifest.read(store.path)
     edited_numbers = content.replace(b'"bos_id": 0', b'"bos_id": 1').replace(b'"eos_id": 1', b'"eos_id": 0')
     path.write_bytes(edited_numbers)
@@ -318,11 +318,11 @@ def test_another_tokenizer_in_the_store_is_refused_but_its_layout_is_free(make_s
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "format 2, found JSONDecodeError"),
-        ("{}", "format 2, found KeyError: 'format'"),
-        ("[" * 10**5, "format 2, found RecursionError"),
-        ('{"format": 99}', "format 2, found format 99"),
-        ('{"format": 2}', "format 2, found KeyError: 'special_ids'"),
+        ("{", "format 2, got JSONDecodeError"),
+        ("{}", "format 2, got KeyError: 'format'"),
+        ("[" * 10**5, "format 2, got RecursionError"),
+        ('{"format": 99}', "format 2, got format 99"),
+        ('{"format": 2}', "format 2, got KeyError: 'special_ids'"),
     ],
 )
 def test_a_manifest_that_is_damaged_or_of_another_format_is_refused(

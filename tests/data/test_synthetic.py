@@ -190,19 +190,19 @@ def test_the_entropy_floor_is_the_mean_surprisal_of_the_documents(parameters: di
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"task": "copy"}, "synthetic.task: found 'copy', expected one of bigram_backcopy, trigger_averaging"),
-        ({"documents": 0}, "synthetic.documents: found 0, expected an integer, at least 1"),
-        ({"length": 1}, "synthetic.length: found 1"),
-        ({"length": (9, 8)}, "synthetic.length: found 8, expected an integer, at least 9"),
+        ({"task": "copy"}, "synthetic.task: got 'copy', expected one of bigram_backcopy, trigger_averaging"),
+        ({"documents": 0}, "synthetic.documents: got 0, expected an integer, at least 1"),
+        ({"length": 1}, "synthetic.length: got 1"),
+        ({"length": (9, 8)}, "synthetic.length: got 8, expected an integer, at least 9"),
         ({"length": (9, 10, 11)}, "synthetic.length: found .*expected a number or two"),
-        ({"symbols": 63}, "synthetic.symbols: found 63, expected an integer, 2 to 62"),
-        ({"task": "trigger_averaging", "symbols": 27}, "symbols: found 27, expected an integer, 2 to 26"),
-        ({"task": "bigram_backcopy", "triggers": 0}, "triggers: found 0, expected an integer, 1 to 10"),
+        ({"symbols": 63}, "synthetic.symbols: got 63, expected an integer, 2 to 62"),
+        ({"task": "trigger_averaging", "symbols": 27}, "symbols: got 27, expected an integer, 2 to 26"),
+        ({"task": "bigram_backcopy", "triggers": 0}, "triggers: got 0, expected an integer, 1 to 10"),
         ({"task": "trigger_averaging", "triggers": 2}, "'trigger_averaging', which ignores it; it belongs to bigram_b"),
-        ({"trigger_probability": 0.1}, "synthetic.trigger_probability: found 0.1 with task 'uniform', which ignores"),
-        ({"task": "bigram_backcopy", "trigger_probability": 1.0}, "trigger_probability: found 1.0"),
-        ({"phrase": 2}, "synthetic.phrase: found 2 with task 'uniform'"),
-        ({"task": "repeated", "phrase": 21}, "synthetic.phrase: found 21, expected an integer, 1 to 20"),
+        ({"trigger_probability": 0.1}, "synthetic.trigger_probability: got 0.1 with task 'uniform', which ignores"),
+        ({"task": "bigram_backcopy", "trigger_probability": 1.0}, "trigger_probability: got 1.0"),
+        ({"phrase": 2}, "synthetic.phrase: got 2 with task 'uniform'"),
+        ({"task": "repeated", "phrase": 21}, "synthetic.phrase: got 21, expected an integer, 1 to 20"),
         ({"seed": -1}, "synthetic.seed: found -1"),
     ],
 )
@@ -224,7 +224,7 @@ def test_a_synthetic_source_is_a_source_like_any_other(streaming: bool) -> None:
 
 def test_a_synthetic_source_needs_its_task_and_no_other_kind_takes_one() -> None:
     task = Synthetic(task="uniform", documents=5, length=20)
-    with pytest.raises(ValueError, match=r"source\.synthetic: found none"):
+    with pytest.raises(ValueError, match=r"source\.synthetic: got none"):
         Source(kind="synthetic")
     with pytest.raises(ValueError, match=r"source\.synthetic: found .* with kind 'jsonl', which ignores it"):
         Source(kind="jsonl", files="a", synthetic=task)

@@ -127,7 +127,7 @@ def test_one_token_may_serve_as_both_and_added_tokens_keep_their_bytes(tmp_path:
 
 
 def test_a_vocabulary_too_small_for_the_bytes_is_refused() -> None:
-    with pytest.raises(ValueError, match="vocab_size: found 257, expected at least 258"):
+    with pytest.raises(ValueError, match="vocab_size: got 257, expected at least 258"):
         Tokenizer.train(TEXTS, vocab_size=257)
 
 
@@ -275,7 +275,7 @@ def test_a_document_that_the_tokenizer_would_change_is_refused_or_left_out() -> 
         (gemma, "a \u2581", "'\u2581' turned into ' '"),
         (quoted, "a ``b", "'``b' turned into"),
     ):
-        with pytest.raises(ValueError, match=f"expected one that keeps the text, found {message}"):
+        with pytest.raises(ValueError, match=f"expected one that keeps the text, got {message}"):
             tokenizer.normalize(text)
         with pytest.raises(ValueError, match="leave such documents out with --on_error skip"):
             list(Selection([text], validation_share=0.0, normalize=tokenizer.normalize))
@@ -286,7 +286,7 @@ def test_a_document_that_the_tokenizer_would_change_is_refused_or_left_out() -> 
 def test_a_pattern_that_takes_for_ever_is_one_message(tmp_path: Path) -> None:
     bomb = pre_tokenizers.Split(Regex(r"(b+)+$"), "isolated")
     tokenizer = Tokenizer(_split(bomb, add_prefix_space=False)())
-    with pytest.raises(ValueError, match="expected one that gets through every text, found that it gave up"):
+    with pytest.raises(ValueError, match="expected one that gets through every text, got that it gave up"):
         tokenizer.encode_batch(["b" * 40 + "?"])
     definition = tokenizer.backend.to_str().replace('"normalizer":null', '"normalizer":' + "[" * 10**5)
     (tmp_path / "deep.json").write_text(definition)

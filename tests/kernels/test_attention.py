@@ -110,11 +110,11 @@ def test_masses_are_columns_of_the_attention_matrix():
     found = attention(q, k, v, mask, statistics=True, implementation="torch").statistics
     assert (start[0] > 0).any(), "the layout must have a document that starts inside the row"
     for i in range(16):
-        torch.testing.assert_close(found.row_mass[..., i], a[..., i, 0])
+        torch.testing.assert_close(found.first_key_mass[..., i], a[..., i, 0])
         torch.testing.assert_close(found.document_mass[..., i], a[..., i, start[0, i]])
     first_queries = start[0] == torch.arange(16)
     # With position 0 shared, a document's first query splits its mass between itself and position 0.
-    total = found.row_mass + found.document_mass
+    total = found.first_key_mass + found.document_mass
     torch.testing.assert_close(total[..., first_queries][..., 1:], torch.ones(1, 2, 2, dtype=torch.float64))
 
 
@@ -204,7 +204,7 @@ def test_long_rows_of_documents_are_computed_document_by_document(sink, monkeypa
         out = attention(q, k, v, mask, sink_logit=s, statistics=True, implementation=implementation)
         (out.output.sin().sum() + out.lse.cos().sum()).backward()
         found[implementation] = [out.output, out.lse, *out.statistics[:2], *(x.grad for x in (q, k, v))]
-        found[implementation] += [s.grad, out.statistics.sink_mass] if sink else []
+        found[implementation] += [s.grad, out.statistics.learned_sink_mass] if sink else []
     for ours, oracle in zip(found["torch"], found["reference"], strict=True):
         torch.testing.assert_close(ours, oracle)
     assert calls[:5] == [300, 1, 200, 99, 600] and not mask._bias
@@ -257,7 +257,7 @@ def test_off_by_one_is_a_sink_logit_of_zero():
     logits = (q @ k.transpose(-1, -2) * 8**-0.5).masked_fill(~mask.visible(), float("-inf"))
     expected = logits.exp() / (1 + logits.exp().sum(-1, keepdim=True))
     torch.testing.assert_close(out.output, expected @ v)
-    torch.testing.assert_close(out.statistics.sink_mass, 1 - expected.sum(-1))
+    torch.testing.assert_close(out.statistics.learned_sink_mass, 1 - expected.sum(-1))
 
 
 def test_a_rerun_is_bitwise_equal():
@@ -305,7 +305,7 @@ def test_odd_lengths(length):
     ours = attention(q, k, v, statistics=True)
     oracle = attention(q, k, v, statistics=True, implementation="reference")
     torch.testing.assert_close(ours.output, oracle.output)
-    torch.testing.assert_close(ours.statistics.row_mass, oracle.statistics.row_mass)
+    torch.testing.assert_close(ours.statistics.first_key_mass, oracle.statistics.first_key_mass)
 
 
 BAD = {
@@ -316,10 +316,10 @@ BAD = {
     "divides q's 3": lambda q, k, v: attention(q[:, :3], k, v),
     "sink_logit: expected a float dtype and shape [H=4]": lambda q, k, v: attention(q, k, v, sink_logit=torch.zeros(2)),
     "received torch.int64, [4]": lambda q, k, v: attention(q, k, v, sink_logit=torch.zeros(4, dtype=torch.int64)),
-    "scale: expected a finite number above 0, received nan": lambda q, k, v: attention(q, k, v, scale=float("nan")),
-    "scale: expected a finite number above 0, received 0": lambda q, k, v: attention(q, k, v, scale=0),
+    "scale: expected a finite number above 0, got nan": lambda q, k, v: attention(q, k, v, scale=float("nan")),
+    "scale: expected a finite number above 0, got 0": lambda q, k, v: attention(q, k, v, scale=0),
     "lse: expected a float dtype": lambda q, k, v: attention_received(q, k, torch.zeros(1, 4, 6, dtype=torch.int32)),
-    "mask: expected its tensors on cpu as q, received meta": lambda q, k, v: attention(
+    "mask: expected its tensors on cpu as q, got meta": lambda q, k, v: attention(
         q, k, v, Mask(rows=1, length=6, first_key=torch.zeros(1, 6, dtype=torch.int32, device="meta"))
     ),
     "mask: expected B=1, T=6": lambda q, k, v: attention(q, k, v, Mask(rows=1, length=7)),
@@ -338,12 +338,12 @@ BAD = {
     "doc_end: expected 1 to T": lambda q, k, v: interval_mask(
         1, 3, doc_start=positions(0, 0, 2), doc_end=positions(3, 3, 3), document=True, prefix_lm=3
     ),
-    "on one device, cpu, received meta": lambda q, k, v: Mask(
+    "on one device, cpu, got meta": lambda q, k, v: Mask(
         rows=1, length=3, first_key=positions(0, 0, 0), doc_start=positions(0, 0, 0).to("meta")
     ),
     "shared_prefix: expected 0 to 6 (T), received -5": lambda q, k, v: interval_mask(1, 6, shared_prefix=-5),
-    "shared_prefix: expected 0 to 6 (T), received 99": lambda q, k, v: interval_mask(1, 6, shared_prefix=99),
-    "prefix_lm: expected 0 to 6 (T), received 7": lambda q, k, v: interval_mask(1, 6, prefix_lm=7),
+    "shared_prefix: expected 0 to 6 (T), got 99": lambda q, k, v: interval_mask(1, 6, shared_prefix=99),
+    "prefix_lm: expected 0 to 6 (T), got 7": lambda q, k, v: interval_mask(1, 6, prefix_lm=7),
 }
 
 
@@ -362,11 +362,11 @@ def test_a_wrong_argument_is_refused_with_expected_and_received(message):
 
 def test_no_device_falls_back_to_the_reference(monkeypatch):
     x = torch.zeros(1, 1, 4, 8, device="meta")
-    with pytest.raises(ValueError, match=r"expected q on a CPU or CUDA, received meta; implementation='reference'"):
+    with pytest.raises(ValueError, match=r"expected q on a CPU or CUDA, got meta; implementation='reference'"):
         attention(x, x, x)
     assert attention(x, x, x, implementation="reference").output.device.type == "meta"
     monkeypatch.delitem(kernels.api._IMPLEMENTATIONS, "triton", raising=False)
-    with pytest.raises(ValueError, match="expected the package triton, found none"):
+    with pytest.raises(ValueError, match="expected the package triton, got none"):
         kernels.api._choose(None, torch.device("cuda"))
 
 
@@ -429,9 +429,9 @@ def test_statistics_mean_what_they_say(name):
             assert out.statistics.max_probability[0, h, i] == pytest.approx(float(p[:-1].max()), abs=1e-12)
             entropy = torch.distributions.Categorical(probs=p).entropy()
             assert out.statistics.entropy[0, h, i] == pytest.approx(float(entropy), abs=1e-9)
-            assert out.statistics.sink_mass[0, h, i] == pytest.approx(float(p[-1]), abs=1e-12)
+            assert out.statistics.learned_sink_mass[0, h, i] == pytest.approx(float(p[-1]), abs=1e-12)
     torch.testing.assert_close(received[0], columns)
-    torch.testing.assert_close(received.sum(-1), T - out.statistics.sink_mass.sum(-1))
+    torch.testing.assert_close(received.sum(-1), T - out.statistics.learned_sink_mass.sum(-1))
     assert torch.equal(mask.queries_per_key()[0], visible.sum(0))
     torch.testing.assert_close(mean_received(received, mask)[0], columns / visible.sum(0))
 

@@ -252,7 +252,7 @@ def test_the_command_checks_and_writes_what_it_is_asked_for(tmp_path, capsys):
 
 def test_wrong_requests_are_one_message(tmp_path, capsys):
     assert main(["kernels", "--check", str(tmp_path / "nowhere.csv")]) == 1
-    assert "expected a table of `sinkbed kernels --write`, found no file" in capsys.readouterr().err
+    assert "expected a table of `sinkbed kernels --write`, got no file" in capsys.readouterr().err
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     assert main(["kernels", "--check", str(tmp_path / "other.csv")]) == 1
     assert "found other columns" in capsys.readouterr().err

@@ -156,7 +156,7 @@ def test_offsets_beyond_32_bits_between_heads():
     last = [x.detach()[-1:].clone().requires_grad_() for x in (q, k, v)]
     alone = attention(*last, statistics=True)
     assert torch.equal(whole.output[-1:], alone.output)
-    assert torch.equal(whole.statistics.row_mass[-1:], alone.statistics.row_mass)
+    assert torch.equal(whole.statistics.first_key_mass[-1:], alone.statistics.first_key_mass)
     expected = torch.autograd.grad(alone.output, last, alone.output.detach())
     assert all(torch.equal(a[-1:], b) for a, b in zip(grads, expected, strict=True))
 
@@ -236,7 +236,7 @@ def test_a_launch_goes_to_the_tensors_device():
 
 def test_a_mask_of_the_host_is_refused():
     inputs = drawn(1, 1, 1, 6, 64, torch.bfloat16)
-    with pytest.raises(ValueError, match="mask: expected its tensors on cuda:0 as q, received cpu"):
+    with pytest.raises(ValueError, match="mask: expected its tensors on cuda:0 as q, got cpu"):
         attention(*inputs, interval_mask(1, 6, window=2))
 
 

@@ -223,7 +223,7 @@ def test_the_mass_is_exact_at_large_logits():
     q = q.detach() * 1000
     found = attention(*(x.float() for x in (q, k, v)), statistics=True, implementation="triton")
     expected = attention(*(x.float().double() for x in (q, k, v)), statistics=True, implementation="reference")
-    error = (found.statistics.row_mass.double() - expected.statistics.row_mass).abs().max()
+    error = (found.statistics.first_key_mass.double() - expected.statistics.first_key_mass).abs().max()
     assert found.lse.abs().max() > 1000
     assert error < 5e-4, "exp(logit − lse) of a float32 lse would drift further"
 
@@ -295,7 +295,7 @@ def test_a_stride_whose_offsets_leave_32_bits_is_copied():
 
 def test_a_row_longer_than_a_grid_is_refused():
     x = torch.zeros(1, 1, 1, 16).expand(1, 1, 65_535 * 16 + 1, 16)
-    with pytest.raises(ValueError, match="at most 1,048,560 positions, received 1,048,561"):
+    with pytest.raises(ValueError, match="at most 1,048,560 positions, got 1,048,561"):
         attention(x, x, x, implementation="triton")
 
 
@@ -355,8 +355,8 @@ def test_the_mass_on_the_sink_is_exact_at_large_logits():
     found = attention(q.float(), k.float(), v.float(), sink_logit=sink, statistics=True, implementation="triton")
     expected = attention(q, k, v, sink_logit=sink.double(), statistics=True, implementation="reference")
     drifting = (sink - found.lse).exp()
-    true = expected.statistics.sink_mass
-    errors = [float((x.double() - true).abs().max()) for x in (found.statistics.sink_mass, drifting)]
+    true = expected.statistics.learned_sink_mass
+    errors = [float((x.double() - true).abs().max()) for x in (found.statistics.learned_sink_mass, drifting)]
     assert found.lse.abs().max() > 1000 and true.max() > 0.01
     assert errors[0] < errors[1]
 
@@ -389,7 +389,7 @@ def test_torch_compile_sees_one_operator_and_breaks_no_graph():
     def function(q, k, v):
         out = attention(q * 2, k, v, mask, statistics=True, implementation="triton")
         received = attention_received(q * 2, k, out.lse, mask, implementation="triton")
-        return (out.output * 3).sum() + out.lse.sum(), (out.statistics.row_mass, received)
+        return (out.output * 3).sum() + out.lse.sum(), (out.statistics.first_key_mass, received)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     results = []
@@ -436,14 +436,14 @@ def test_a_decoder_on_the_kernels_equals_one_on_the_reference():
         out = decoder(tokens[:, :-1], None, mask, targets=tokens[:, 1:], statistics=True)
         out.loss.backward()
         results.append(
-            [out.loss.detach(), *(s.row_mass for s in out.statistics), *(p.grad for p in decoder.parameters())]
+            [out.loss.detach(), *(s.first_key_mass for s in out.statistics), *(p.grad for p in decoder.parameters())]
         )
     assert worst(*results) < 1e-5
 
 
 def test_what_the_kernels_cannot_do_is_refused():
     q, k, v = inputs(1, 2, 2, 8, 24, torch.float32)
-    with pytest.raises(ValueError, match="head dim of 16, 32, 64, 96, 128, received 24"):
+    with pytest.raises(ValueError, match="head dim of 16, 32, 64, 96, 128, got 24"):
         attention(q, k, v, implementation="triton")
     q, k, v = inputs(1, 2, 2, 8, 16, torch.float64)
     with pytest.raises(ValueError, match=r"received torch\.float64"):

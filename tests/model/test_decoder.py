@@ -95,7 +95,7 @@ def test_every_sink_option_trains_and_reports_its_mass(sink):
     tokens = torch.randint(50, (2, 8))
     out = model(tokens, statistics=True)
     out.logits.sum().backward()
-    masses = [s.sink_mass for s in out.statistics]
+    masses = [s.learned_sink_mass for s in out.statistics]
     assert len(masses) == 2
     if sink == "none":
         assert masses == [None, None]

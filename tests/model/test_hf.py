@@ -72,7 +72,7 @@ def test_logits_and_masses_equal_those_of_eager_attention(saved):
     assert len(found.statistics) == len(eager.attentions) == ours.config.n_layers == 2
     for statistics, matrix in zip(found.statistics, eager.attentions, strict=True):
         assert matrix.shape[1] == ours.config.n_heads
-        torch.testing.assert_close(statistics.row_mass, matrix[..., 0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(statistics.first_key_mass, matrix[..., 0], atol=1e-5, rtol=1e-4)
     if theirs.config.model_type in ("mistral", "gemma2", "gemma3_text", "gpt_oss"):
         assert any((m[:, :, -1, 0] == 0).all() for m in eager.attentions), "a window hides key 0 from the last query"
     if theirs.config.model_type == "gpt_oss":
@@ -125,7 +125,7 @@ def test_a_mask_of_ours_applies_in_every_layer(saved):
         third = interval_mask(1, 12, doc_start=start, doc_end=torch.full_like(start, 12), document=False)
         found = ours(tokens, mask=third, statistics=True)
         plain = ours(tokens, statistics=True)
-    assert all((s.row_mass[..., 1:] == 0).all() for s in a.statistics), "query 0 sees itself alone"
+    assert all((s.first_key_mass[..., 1:] == 0).all() for s in a.statistics), "query 0 sees itself alone"
     torch.testing.assert_close(found.logits, plain.logits, atol=1e-5, rtol=1e-5)
     for statistics in found.statistics:
         assert (statistics.document_mass[..., 3] > 0).any() and (statistics.document_mass[..., 3:] <= 1).all()
@@ -192,7 +192,7 @@ def test_a_bias_beside_the_mask_is_refused():
     q = torch.zeros(1, 2, 4, 8)
     with (
         asking(Pass(Mask(rows=1, length=4), statistics=True)),
-        pytest.raises(ValueError, match="Linear: found attention with position_bias, expected none but a scale"),
+        pytest.raises(ValueError, match="Linear: got attention with position_bias, expected none but a scale"),
     ):
         attend(torch.nn.Linear(1, 1), q, q, q, None, position_bias=torch.zeros(1))
 
@@ -231,7 +231,7 @@ def test_a_config_that_the_library_does_not_know_is_named(changes, message, tmp_
 SMALL = dict(**GQA, head_dim=8)
 OTHER_KEYS = "found a mask whose query 7 of .* sees other keys than expected"
 REFUSED = {
-    "a bias in the mask": ("Doge", GQA, 12, "DogeAttention: found attention_mask of torch.float32 and shape"),
+    "a bias in the mask": ("Doge", GQA, 12, "DogeAttention: got attention_mask of torch.float32 and shape"),
     "a bias in a mask that is sampled": ("Doge", GQA, 90, "DogeForCausalLM: expected a model that hands its mask on"),
     "chunks": (
         "Llama4Text", dict(**SMALL, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=7), 12,
@@ -277,7 +277,7 @@ def test_blocks_that_see_both_ways_are_refused(long, tmp_path, monkeypatch):
         modeling_llama, "create_causal_mask", lambda **given: original(**given, or_mask_function=prefix)
     )
     _, ours = from_family("Llama", GQA, tmp_path)
-    with pytest.raises(ValueError, match=r"LlamaAttention: found a mask whose query 0 of .* both ways"):
+    with pytest.raises(ValueError, match=r"LlamaAttention: got a mask whose query 0 of .* both ways"):
         ours(torch.randint(2, 96, (2, 90 if long else 12)))
 
 
@@ -289,7 +289,7 @@ def test_weights_that_the_files_lack_are_named(key, tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     full = weights.pop(key)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"expected all weights of LlamaForCausalLM, found 1 of them missing.*{key}"):
+    with pytest.raises(ValueError, match=f"expected all weights of LlamaForCausalLM, got 1 of them missing.*{key}"):
         HFModel.load(str(tmp_path))
     save_file({**weights, key: full[:-1].clone()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="mismatch"):
@@ -313,9 +313,7 @@ def test_a_folder_that_holds_no_model_or_a_damaged_one_is_named(saved, tmp_path)
     whole = weights.read_bytes()
     for length in (0, 1000, len(whole) - 4):
         weights.write_bytes(whole[:length])
-        with pytest.raises(
-            ValueError, match=r"model\.safetensors: expected whole weights, found a file that is cut off"
-        ):
+        with pytest.raises(ValueError, match=r"model\.safetensors: expected whole weights, got a file that is cut off"):
             HFModel.load(str(tmp_path))
     with pytest.raises(ValueError, match="expected a tokenizer beside the model"):
         HFModel.tokenizer(str(tmp_path))
@@ -428,7 +426,7 @@ def test_a_gguf_file_gives_the_logits_masses_and_tokens_of_the_model_that_it_hol
         expected, got = ours(tokens, statistics=True), found(tokens, statistics=True)
     torch.testing.assert_close(got.logits, expected.logits, atol=1e-4, rtol=1e-4)
     for a, b in zip(got.statistics, expected.statistics, strict=True):
-        torch.testing.assert_close(a.row_mass, b.row_mass, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(a.first_key_mass, b.first_key_mass, atol=1e-5, rtol=1e-5)
     tokenizer = HFModel.tokenizer(str(folder), gguf="model.gguf")
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
     ids = tokenizer("sink row é", add_special_tokens=False)["input_ids"]
@@ -448,7 +446,7 @@ def test_a_gguf_file_gives_the_logits_masses_and_tokens_of_the_model_that_it_hol
 def test_scaled_positions_which_transformers_would_drop_from_a_gguf_file_are_refused(options, what, gguf_source):
     theirs, _, folder = gguf_source
     write_gguf(folder / "model.gguf", theirs, **options)
-    with pytest.raises(ValueError, match=rf"model\.gguf: found scaled rotary positions \({what}\)"):
+    with pytest.raises(ValueError, match=rf"model\.gguf: got scaled rotary positions \({what}\)"):
         HFModel.load(str(folder), gguf="model.gguf")
 
 
@@ -469,10 +467,10 @@ def test_a_gguf_file_that_is_not_there_or_cut_off_is_one_message(gguf_source):
         (
             {"gguf": "model.gguf"},
             {"gguf", "accelerate"},
-            "gguf: needs the packages gguf and accelerate, found none; pip",
+            "gguf: needs the packages gguf and accelerate, got none; pip",
         ),
-        ({"gguf": "model.gguf"}, {"gguf"}, "gguf: needs the package gguf, found none; pip install"),
-        ({"device_map": "auto"}, {"accelerate"}, "device_map: needs the package accelerate, found none; pip install"),
+        ({"gguf": "model.gguf"}, {"gguf"}, "gguf: needs the package gguf, got none; pip install"),
+        ({"device_map": "auto"}, {"accelerate"}, "device_map: needs the package accelerate, got none; pip install"),
     ],
 )
 def test_a_package_that_is_missing_is_named(options, absent, message, monkeypatch, tmp_path):

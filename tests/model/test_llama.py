@@ -128,7 +128,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected weights in safetensors"):
         from_llama(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="expected a JSON object, found list"):
+    with pytest.raises(ValueError, match="expected a JSON object, got list"):
         from_llama(tmp_path)
 
 

@@ -132,7 +132,7 @@ def test_a_contender_that_loses_tokens_is_not_compared(monkeypatch, corpus):
         return bench_prepare.Turn(1.0, 99 if name == "Sinkbed" else 100, 0)
 
     monkeypatch.setattr(bench_prepare, "one_turn", measured)
-    with pytest.raises(ValueError, match="Sinkbed: expected 100 tokens, found 99"):
+    with pytest.raises(ValueError, match="Sinkbed: expected 100 tokens, got 99"):
         bench.run("bench", ["prepare", "--file", str(corpus), "--vocab_size", "300", "--repeats", "1"])
 
 
@@ -175,7 +175,7 @@ def test_ways_whose_masses_differ_are_not_compared():
         way: [bench_metering.Turn(1.0, 0, torch.full((1, 2, 3), 0.5 + i / 1000))]
         for i, way in enumerate(bench_metering.WAYS)
     }
-    with pytest.raises(ValueError, match=r"masses of both ways within 1e-05, found 1\.0e-03"):
+    with pytest.raises(ValueError, match=r"masses of both ways within 1e-05, got 1\.0e-03"):
         bench_metering.masses_differ(turns)
 
 

@@ -44,35 +44,35 @@ def test_the_version_is_shown(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fit", "--model.optimizr.lr", "3"], "--model.optimizr.lr: expected a known key, found none of that name; "
+        (["fit", "--model.optimizr.lr", "3"], "--model.optimizr.lr: expected a known key, got none of that name; "
          "did you mean model.optimizer.lr?"),
         (["fit", "--lr", "3"], "did you mean model.optimizer.lr?"),
         (["fit", "--rundir", "x"], "did you mean run_dir?"),
-        (["fit", "--model.decoder.n_layers", "three"], "model.decoder.n_layers: expected int, found 'three'"),
-        (["fit", "--data.strategy.mask", "docment"], "data.strategy.mask: expected one of 'causal', 'document', found"),
-        (["fit", "--data.micro_batch_size", "x"], "data.micro_batch_size: expected int or null, found 'x'"),
+        (["fit", "--model.decoder.n_layers", "three"], "model.decoder.n_layers: expected int, got 'three'"),
+        (["fit", "--data.strategy.mask", "docment"], "data.strategy.mask: expected one of 'causal', 'document', got"),
+        (["fit", "--data.micro_batch_size", "x"], "data.micro_batch_size: expected int or null, got 'x'"),
         (["fit", "--config", "max_grad_nrm.yaml"], "model.max_grad_nrm: expected a known key"),
         (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["fit", "nonsense"], "nonsense: expected options alone from here on, found a word"),
-        (["fit", "--threads"], "--threads: expected one value, found none"),
-        (["fit", "--model.optimizer.lr", "nan"], "model.optimizer.lr: expected a finite number, found 'nan'"),
-        (["fit", "--measure.eps", "0.3"], "--measure.eps: expected a known key, found none of that name; measure has"),
-        (["fit", "--config", "group.yaml"], "group.yaml, line 1: modle: expected a known key, found none of that name; "
+        (["fit", "nonsense"], "nonsense: expected options alone from here on, got a word"),
+        (["fit", "--threads"], "--threads: expected one value, got none"),
+        (["fit", "--model.optimizer.lr", "nan"], "model.optimizer.lr: expected a finite number, got 'nan'"),
+        (["fit", "--measure.eps", "0.3"], "--measure.eps: expected a known key, got none of that name; measure has"),
+        (["fit", "--config", "group.yaml"], "group.yaml, line 1: modle: expected a known key, got none of that name; "
          "did you mean model?"),
-        (["fit", "--config", "leaf.yaml"], "leaf.yaml, line 2: decoder: expected a known key, found none of that name; "
+        (["fit", "--config", "leaf.yaml"], "leaf.yaml, line 2: decoder: expected a known key, got none of that name; "
          "did you mean model.decoder?"),
-        (["fit", "--config", "empty.yaml"], "empty.yaml, line 1: model: expected keys below it, found none"),
+        (["fit", "--config", "empty.yaml"], "empty.yaml, line 1: model: expected keys below it, got none"),
         (["fit", "--config", "value.yaml"], "value.yaml, line 3: data.strategy.mask: expected one of 'causal', "
-         "'document', found 'documnet'; did you mean document?"),
-        (["report", "--sede", "1", "x"], "--sede: expected a known key, found none of that name; did you mean seeds?"),
+         "'document', got 'documnet'; did you mean document?"),
+        (["report", "--sede", "1", "x"], "--sede: expected a known key, got none of that name; did you mean seeds?"),
         (["study", "x", "--sz", "1"], "did you mean size?"),
         (["export", "x", "--ot", "y"], "did you mean out?"),
-        (["export", "x"], "expected a value for --out; found none"),
+        (["export", "x"], "expected a value for --out; got none"),
         (["validate", "x", "--document", "3"], "did you mean documents?"),
-        (["validate", "x", "--documents", "y"], "--documents: expected int, found 'y'"),
-        (["probe", "x", "--measure", "sink"], "'all', found 'sink'; did you mean sinks?"),
+        (["validate", "x", "--documents", "y"], "--documents: expected int, got 'y'"),
+        (["probe", "x", "--measure", "sink"], "'all', got 'sink'; did you mean sinks?"),
         (["generate", "a", "b"], "b: expected options alone from here on"),
-        (["generate", "x", "--mode", "random_first"], "--mode: expected one of 'as_trained', 'bos', 'text', found"),
+        (["generate", "x", "--mode", "random_first"], "--mode: expected one of 'as_trained', 'bos', 'text', got"),
         (["validate", "x", "--modes", "txt"], "found 'txt'; did you mean text?"),
         (["probe", "x", "--modes", "bso"], "found 'bso'; did you mean bos?"),
         (["bench", "trainng"], "found 'trainng'; did you mean training?"),
@@ -81,7 +81,7 @@ def test_the_version_is_shown(capsys):
         (["prepare", "--source.kind", "synthetic", "--source.synthetic.tsk", "x"], "tsk: expected a known key"),
         (["prepare", "--source.synthetic.length", "x"], "source.synthetic.length: expected int or tuple[int or int], "
          "found 'x'"),
-        (["prepare"], "expected a value for source.kind, out; found none"),
+        (["prepare"], "expected a value for source.kind, out; got none"),
     ],
 )  # fmt: skip
 def test_a_wrong_argument_is_one_short_message(arguments, message, capsys, tmp_path, monkeypatch):
@@ -108,16 +108,16 @@ def test_a_wrong_argument_is_one_short_message(arguments, message, capsys, tmp_p
     [
         ("data:\n  strategy: {masq: document}\n", [], "run.yaml, line 2: data.strategy.masq: expected a known key, "
          "found none of that name; did you mean data.strategy.mask?"),
-        ("threads: 1\nthreads: 2\n", [], "run.yaml, line 2: expected each key once, found 'threads'"),
+        ("threads: 1\nthreads: 2\n", [], "run.yaml, line 2: expected each key once, got 'threads'"),
         ("threads: 1\n", ["--trainr.max_steps", "3"], "did you mean trainer.max_steps?"),
-        ("model: {decoder: {layers: two}}\n", [], "run.yaml, line 1: model.decoder.n_layers: expected int, found 'two'"),
+        ("model: {decoder: {layers: two}}\n", [], "run.yaml, line 1: model.decoder.n_layers: expected int, got 'two'"),
         ("threads: 1\n", ["--config", str(ROOT / "configs/run/demo.yaml"), "--data.store", "nowhere"], "no token store "
          "at nowhere"),
-        ("model: {decoder: shape.yaml}\n", [], "line 1: model.decoder: expected keys below it, found 'shape.yaml'"),
+        ("model: {decoder: shape.yaml}\n", [], "line 1: model.decoder: expected keys below it, got 'shape.yaml'"),
         ("threads: 1\n", ["--config", str(ROOT / "configs/run/demo.yaml"), "--fork", "nowhere"], "--fork nowhere: "
-         "expected a run or its checkpoint, found nothing there"),
+         "expected a run or its checkpoint, got nothing there"),
         ("threads: 1\n", [], "expected a value for model.decoder.n_layers"),
-        ("", [], "expected YAML with keys, such as the files in configs/; found an empty file"),
+        ("", [], "expected YAML with keys, such as the files in configs/; got an empty file"),
     ],
 )  # fmt: skip
 def test_a_typo_is_answered_before_anything_heavy_is_imported(file, options, message, tmp_path):
@@ -138,7 +138,7 @@ def test_a_class_that_cannot_be_imported_is_named():
         "[list[Callback]]\n  Errors:\n    - Problem with given class_path 'foo.Bar':\n        No module named 'foo'\n"
         "    - Not a valid subclass of Callback\n  Given value type: <class 'list'>\n  Given value: [{}]"
     )
-    named = "trainer.callbacks: expected a class that can be imported, found foo.Bar: No module named 'foo'"
+    named = "trainer.callbacks: expected a class that can be imported, got foo.Bar: No module named 'foo'"
     assert rewritten(message, []) == named
 
 
@@ -192,7 +192,7 @@ def test_a_setting_that_a_synthetic_task_ignores_is_one_short_message(capsys, tm
     config = ["--config", str(ROOT / "configs/data/repeated.yaml"), "--out", str(tmp_path / "store")]
     assert main(["prepare", *config, "--source.synthetic.triggers", "3"]) == 1
     shown = capsys.readouterr().err
-    assert shown.startswith("sinkbed prepare: synthetic.triggers: found 3 with task 'repeated', which ignores it")
+    assert shown.startswith("sinkbed prepare: synthetic.triggers: got 3 with task 'repeated', which ignores it")
     assert shown.count("\n") == 1 and not (tmp_path / "store").exists()
 
 
@@ -291,7 +291,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
     ("error", "message"),
     [
         (OSError(5, "Input/output error", "runs/a/metrics.jsonl"), "runs/a/metrics.jsonl: expected a file or folder "
-         "that can be read and written, found: Input/output error (errno 5)"),
+         "that can be read and written, got: Input/output error (errno 5)"),
         (PermissionError(13, "Permission denied", "x"), "x: expected a file or folder that can be"),
         (MemoryError(), "there is not enough memory; what is saved is whole"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to "
@@ -328,4 +328,4 @@ def test_an_ascii_locale_changes_nothing(tmp_path):
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "sinkbed", "runs", str(tmp_path / "läufe ⟨bos⟩")]
     done = subprocess.run(command, capture_output=True, env=environment, cwd=tmp_path)
-    assert "läufe ⟨bos⟩: expected runs, found none" in done.stderr.decode(), done.stderr
+    assert "läufe ⟨bos⟩: expected runs, got none" in done.stderr.decode(), done.stderr

@@ -19,12 +19,12 @@ def result(arm, seed, rate, loss, *, gap=1.0, onset=None, first_token="bos", doc
     def mode(rate, loss):
         maps = {eps: [[rate]] for eps in ("0.2", "0.3", "0.5", "0.8")}
         return {
-            "rate": maps, "rate_row": maps, "mass": [[rate / 100]], "alpha": [[rate / 100]], "loss": loss,
+            "rate": maps, "rate_full": maps, "mass": [[rate / 100]], "alpha": [[rate / 100]], "loss": loss,
             "bits_per_byte": loss, "documents": 10, "tokens": 500,
             "rate_placed": None if placed is None else {"0.3": [[placed]]},
         }  # fmt: skip
 
-    points = [{"step": s, "train/tokens": 10**s, "sink/rate/0.3/bos": rate * s / 3} for s in range(4)]
+    points = [{"step": s, "train/tokens": 10**s, "sink/rate_eps0.3/bos": rate * s / 3} for s in range(4)]
     final = {
         "modes": {"bos": mode(rate, loss), "text": mode(rate / 10, loss + gap)},
         "onset_tokens": onset, "tokens": 1000, "parameters": 7, "sink_tokens": 64,
@@ -191,4 +191,4 @@ def test_all_numbers_are_in_files(tmp_path):
     write_parquet(results, rows, tmp_path)
     assert pq.read_table(tmp_path / "table.parquet").to_pylist() == rows
     curves = pq.read_table(tmp_path / "curves.parquet").to_pydict()
-    assert len(curves["arm"]) == 6 * 4 and curves["sink/rate/0.3/bos"][3] == pytest.approx(30)
+    assert len(curves["arm"]) == 6 * 4 and curves["sink/rate_eps0.3/bos"][3] == pytest.approx(30)

@@ -93,8 +93,8 @@ def test_the_tokenizer_puts_what_the_strategy_put_before_a_text(axes, bos, expec
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"window": 8, "shared_prefix": 1}, "data.strategy.shared_prefix: found 1 beside window 8"),
-        ({"prefix_lm": 4}, "data.strategy.prefix_lm: found 4"),
+        ({"window": 8, "shared_prefix": 1}, "data.strategy.shared_prefix: got 1 beside window 8"),
+        ({"prefix_lm": 4}, "data.strategy.prefix_lm: got 4"),
         ({"first_token": ["none", "bos"]}, "data.strategy.first_token: found .* past position 0"),
     ],
 )

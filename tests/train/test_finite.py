@@ -54,7 +54,7 @@ def with_token(probe: Probe, token: int) -> Probe:
 
 def test_four_documents_that_overflow_are_no_lower_sink_rate(overflowing, probe):
     assert measure(overflowing, with_token(probe, 2), "bos", STRATEGY, CONFIG).loss > 0
-    with pytest.raises(ValueError, match="measuring sinks, mode bos: expected finite numbers, found nan in mass"):
+    with pytest.raises(ValueError, match="measuring sinks, mode bos: expected finite numbers, got nan in mass"):
         measure(overflowing, with_token(probe, 39), "bos", STRATEGY, CONFIG)
 
 
@@ -65,7 +65,7 @@ def test_no_measure_gives_a_number_that_is_not_finite(what, overflowing, probe):
         return EXCERPT[what](overflowing, excerpts, 64)
 
     assert call(2) is not None
-    with pytest.raises(ValueError, match=f"measuring {what}, mode text: expected finite numbers, found (nan|inf) in"):
+    with pytest.raises(ValueError, match=f"measuring {what}, mode text: expected finite numbers, got (nan|inf) in"):
         call(39)
 
 
@@ -100,7 +100,7 @@ SMALLEST = {"n_layers": 1, "d_model": 8, "n_heads": 1, "d_ff": 8}
 def test_a_setting_that_is_not_finite_is_refused(config, required, names, worse):
     for name in names:
         for value in (*BAD, worse):
-            with pytest.raises(ValueError, match=rf"{name}: expected .*, found {value}"):
+            with pytest.raises(ValueError, match=rf"{name}: expected .*, got {value}"):
                 config(**required, **{name: value})
 
 

@@ -46,15 +46,15 @@ def test_a_run_leaves_everything_its_reader_needs(fit):
     training = [p for p in found if "train/loss" in p]
     assert [p["step"] for p in training] == list(range(1, 11))
     assert training[0]["train/loss"] > training[-1]["train/loss"], "the tiny model learns"
-    measured = [p for p in found if "sink/rate/0.3/bos" in p]
+    measured = [p for p in found if "sink/rate_eps0.3/bos" in p]
     assert [p["step"] for p in measured] == [0, 2, 4, 10]
     keys = set(measured[-1])
     for mode in ("bos", "text", "first_key_masked"):
         assert {f"val/loss/{mode}", f"val/bits_per_byte/{mode}", f"sink/mass/{mode}"} <= keys
-        assert {f"sink/rate/{e}/{mode}" for e in (0.2, 0.3, 0.5, 0.8)} <= keys
-        assert {f"sink/mass_by_layer/{layer}/{mode}" for layer in range(2)} <= keys
+        assert {f"sink/rate_eps{e}/{mode}" for e in (0.2, 0.3, 0.5, 0.8)} <= keys
+        assert {f"sink/mass/layer{layer}/{mode}" for layer in range(2)} <= keys
         assert torch.tensor(measured[-1][f"sink/heatmap/{mode}"]).shape == (2, 2)
-    assert {"sink/document_start_mass", "sink/row_start_mass"} <= keys
+    assert {"sink/packed_document_mass", "sink/packed_first_key_mass"} <= keys
     final = directory.read_json(folder / directory.MEASUREMENT)
     assert final["modes"]["bos"]["documents"] == 6, "all documents; the curves keep to the first three"
     assert 0 < final["seconds"]["training"] < 60
@@ -171,7 +171,7 @@ def test_resuming_with_other_figures_is_refused(fit, capsys, monkeypatch):
         fit()
     revive()
     message = refused(capsys, fit("--ckpt_path", "last", "--measure.live_documents", "2")[0])
-    assert "measure.live_documents: 3, found 2" in message
+    assert "measure.live_documents: 3, got 2" in message
     status, folder = fit("--ckpt_path", "last", "--measure.live_points", "9")
     assert status == 0 and points(folder)[-1]["step"] == 10
 
@@ -439,8 +439,8 @@ def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path, monkeypat
         (("--trainer.log_every_n_steps", "0"), "trainer.log_every_n_steps: expected at least 1"),
         (("--trainer.precision", "16-mixed"), "expected bf16-mixed"),
         (("--trainer.precision", "16"), "found 16, expected bf16-mixed"),
-        (("--trainer.accelerator", "cuda"), "trainer.accelerator: expected one that this machine has, found cuda"),
-        (("--trainer.devices", "x"), "trainer.devices: expected auto or a number, found 'x'"),
+        (("--trainer.accelerator", "cuda"), "trainer.accelerator: expected one that this machine has, got cuda"),
+        (("--trainer.devices", "x"), "trainer.devices: expected auto or a number, got 'x'"),
         (("--seed_everything", "-5"), "seed_everything: expected at least 0"),
         (("--ckpt_path", "lst"), "--ckpt_path lst: expected last, auto or a checkpoint of this run"),
         (("--trainer.use_distributed_sampler", "true"), "trainer.use_distributed_sampler: has no effect"),

@@ -75,7 +75,7 @@ def test_rates_masses_and_loss_equal_their_definitions(mode, probe, decoder, mon
         expected = 100 * (alpha > eps).double().mean(0)
         torch.testing.assert_close(torch.tensor(result.rate[str(eps)], dtype=torch.float64), expected)
         expected = 100 * (alpha_row > eps).double().mean(0)
-        torch.testing.assert_close(torch.tensor(result.rate_row[str(eps)], dtype=torch.float64), expected)
+        torch.testing.assert_close(torch.tensor(result.rate_full[str(eps)], dtype=torch.float64), expected)
     torch.testing.assert_close(torch.tensor(result.mass), torch.stack(masses).mean(0), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(torch.tensor(result.alpha), alpha.mean(0), atol=1e-6, rtol=1e-5)
     assert result.tokens == size
@@ -159,7 +159,7 @@ def test_a_token_placed_further_on_is_measured_there(window, probe, decoder, mon
         torch.testing.assert_close(torch.tensor(result.rate_placed[str(eps)], dtype=torch.float64), expected)
     assert max(max(row) for row in result.rate_placed["0.2"]) > 0, "some head is over a threshold"
     metrics = result.metrics("as_trained")
-    assert metrics["sink/rate_placed/0.2/as_trained"] > 0 and metrics["sink/mass_placed/as_trained"] > 0
+    assert metrics["sink/rate_placed_eps0.2/as_trained"] > 0 and metrics["sink/mass_placed/as_trained"] > 0
     plain = measure(decoder, probe, "text", strategy, CONFIG)
     assert plain.placed_key == 0 and plain.rate_placed is None
     assert not any("placed" in name for name in plain.metrics("text"))

@@ -128,7 +128,7 @@ def test_padding_has_no_part_in_the_masses_of_packed_rows(short_documents, tmp_p
         for tokens, length in zip(batch.tokens, lengths, strict=True):
             alone = model(tokens[None, :length], statistics=True).statistics
             for layer, statistics in enumerate(alone):
-                masses[layer].append(statistics.row_mass[0, :, 1:].flatten())
+                masses[layer].append(statistics.first_key_mass[0, :, 1:].flatten())
     expected = torch.stack([torch.cat(layer).mean() for layer in masses]).mean()
-    assert found["sink/document_start_mass"] == pytest.approx(float(expected), rel=1e-5)
-    assert found["sink/row_start_mass"] == pytest.approx(float(expected), rel=1e-5)
+    assert found["sink/packed_document_mass"] == pytest.approx(float(expected), rel=1e-5)
+    assert found["sink/packed_first_key_mass"] == pytest.approx(float(expected), rel=1e-5)

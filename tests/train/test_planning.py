@@ -143,7 +143,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_starts(study, capsy
     for option in ("--plan", "--quiet"):
         assert main(["study", str(study), option]) == 1
         said = capsys.readouterr()
-        assert "GB free for the checkpoints of 4 runs, found 1e-06 GB" in said.err
+        assert "GB free for the checkpoints of 4 runs, got 1e-06 GB" in said.err
         assert ("A study: 4 runs" in said.out) == (option == "--plan"), "the plan is printed all the same"
     assert not (study.parent / "deep" / "out" / "runs").exists()
 
@@ -153,7 +153,7 @@ def test_gpus_that_are_not_there_are_refused(study, capsys, monkeypatch):
     text = study.read_text()
     study.write_text(text + "gpus: 1\n")
     assert main(["study", str(study), "--quiet"]) == 1
-    assert "study.gpus: expected 1 for each arm, found 0 on this machine; use --ray" in capsys.readouterr().err
+    assert "study.gpus: expected 1 for each arm, got 0 on this machine; use --ray" in capsys.readouterr().err
     with monkeypatch.context() as small:
         small.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
         assert main(["study", str(study), "--quiet"]) == 1
@@ -171,7 +171,7 @@ def test_a_head_dim_that_the_gpu_kernels_do_not_take_is_refused(study, capsys):
     assert main(["study", str(study), "--plan"]) == 0
     study.write_text(text.replace("head_dim: 8}}", "head_dim: 8}}, trainer: {accelerator: auto}") + "gpus: 1\n")
     assert main(["study", str(study), "--plan"]) == 1
-    assert "arm all: head dim" in (error := capsys.readouterr().err) and "16, 32, 64, 96, 128; found 8" in error
+    assert "arm all: head dim" in (error := capsys.readouterr().err) and "16, 32, 64, 96, 128; got 8" in error
 
 
 def test_memory_that_is_too_small_is_refused(study, capsys, monkeypatch):

@@ -34,7 +34,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_the_last_line_tells_what_was_left_out(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--workers", "1"]) == 1
-    assert "corpus.jsonl, line 301: found no JSON" in capsys.readouterr().err
+    assert "corpus.jsonl, line 301: got no JSON" in capsys.readouterr().err
     assert main([*command, "--workers", "1", "--on_error", "skip"]) == 0
     printed = capsys.readouterr()
     assert "left out: 1 malformed" in printed.out and "MB/s" in printed.err and "tokens/s" in printed.err
@@ -147,7 +147,7 @@ def test_few_held_out_documents_are_told_when_a_store_is_made(
     for dry_run, number in ((["--dry_run"], "30"), ([], "0")):  # the dry run does not know which are long enough
         assert main([*command, *dry_run]) == 0
         out = capsys.readouterr().out
-        assert f"100 held-out documents of at least 64 tokens, found {number}; raise validation_share (now 0.1)" in out
+        assert f"100 held-out documents of at least 64 tokens, got {number}; raise validation_share (now 0.1)" in out
     lines = [json.dumps({"text": f"document {i} " + "with a few words " * 20}) for i in range(300)]
     (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
     assert main([*command, "--validation_share", "0.5", "--force"]) == 0
@@ -159,7 +159,7 @@ def test_the_beginning_of_a_key_is_no_key(command: list[str], capsys: pytest.Cap
     for option, meant in (("--source.file", "source.files"), ("--tokenizer.vocab", "tokenizer.vocab_size")):
         with pytest.raises(SystemExit):
             main([*command, option, "3"])
-        assert f"{option}: expected a known key, found none of that name; did you mean {meant}?" in (
+        assert f"{option}: expected a known key, got none of that name; did you mean {meant}?" in (
             capsys.readouterr().err
         )
 
@@ -185,4 +185,4 @@ def test_an_interrupted_preparation_says_what_is_kept(
 
 def test_workers_below_one_are_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--workers", "0"]) == 1
-    assert "--workers: found 0, expected at least 1" in capsys.readouterr().err
+    assert "--workers: got 0, expected at least 1" in capsys.readouterr().err

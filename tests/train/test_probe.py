@@ -83,28 +83,28 @@ def test_prompts_are_parted_at_line_feeds_alone(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "expected text to read, found none: give --prompts FILE, or --store"),
+        ([], "expected text to read, got none: give --prompts FILE, or --store"),
         (["--prompts", "nowhere.txt"], "--prompts: no file at nowhere.txt"),
         (["--store", "STORE", "--sink_tokens", "400"], "found 47 in the longest, cropped to --length 48"),
         (["--store", "STORE", "--bos", "<none>"], "found '<none>', which is no token of"),
-        (["--store", "STORE", "--sink_tokens", "16", "--keys", "0", "15"], "--keys: found 15, expected 0 to 14"),
+        (["--store", "STORE", "--sink_tokens", "16", "--keys", "0", "15"], "--keys: got 15, expected 0 to 14"),
         (["--store", "STORE", "--keys", "-1"], "--keys: found -1, expected 0 to 62"),
         (["--store", "STORE", "--length", "-4"], "--length: found -4, expected at least 2"),
-        (["--store", "STORE", "--length", "4096"], "--length: found 4096, expected at most 48"),
+        (["--store", "STORE", "--length", "4096"], "--length: got 4096, expected at most 48"),
         (
             ["--store", "STORE", "--measure", "rank", "--sink_tokens", "16", "--lengths", "47", "--length", "40"],
-            "--lengths: found 47, expected at most 39, the tokens of the longest document (cropped to --length 40",
+            "--lengths: got 47, expected at most 39, the tokens of the longest document (cropped to --length 40",
         ),
         (
             ["--store", "STORE", "--measure", "streaming", "--sink_tokens", "16", "--cache", "46"],
-            "cache: found 46 keys",
+            "cache: got 46 keys",
         ),
-        (["--store", "STORE", "--directions", "few"], "--directions: found 'few', expected exact, or a number"),
+        (["--store", "STORE", "--directions", "few"], "--directions: got 'few', expected exact, or a number"),
         (["--store", "STORE", "--lengths", "32"], "--lengths: expected a --measure that it applies to"),
-        (["--store", "STORE", "--measure", "rank", "--lengths", "48"], "--length: found 49, expected at most 48"),
+        (["--store", "STORE", "--measure", "rank", "--lengths", "48"], "--length: got 49, expected at most 48"),
         (["--store", "STORE", "--change", "a", "b"], "--change: expected --prompts, whose first text holds the word"),
-        (["--store", "STORE", "--checkpoints"], "--checkpoints: expected a run of ours, found"),
-        (["--store", "STORE", "--wandb"], "--wandb: expected a run of ours, found"),
+        (["--store", "STORE", "--checkpoints"], "--checkpoints: expected a run of ours, got"),
+        (["--store", "STORE", "--wandb"], "--wandb: expected a run of ours, got"),
     ],
 )
 def test_what_is_missing_is_named(options, message, exported, tiny_store, capsys):
@@ -192,15 +192,15 @@ def test_an_earlier_report_is_replaced_whole_or_not_at_all(run_dir, tmp_path, ca
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--out", "FILE"], "expected a folder, found a file"),
+        (["--out", "FILE"], "expected a folder, got a file"),
         (["--out", "OTHER"], "found other files; choose another folder"),
-        (["--json", "OTHER"], "expected a file, found a folder"),
+        (["--json", "OTHER"], "expected a file, got a folder"),
         (["--out", "FILE/x"], "which cannot be written to"),
         (["--measure", "streaming", "--modes", "first_key_masked"], "expected a mode besides first_key_masked"),
-        (["--measure", "rank", "--sink_tokens", "7"], "--sink_tokens: found 7, expected at least 8"),
-        (["--threads", "0"], "threads: expected at least 1, found 0"),
-        (["--cache", "0"], "--cache: found 0, expected at least 1"),
-        (["--prompts", "EMPTY"], "expected a document a line, found an empty file"),
+        (["--measure", "rank", "--sink_tokens", "7"], "--sink_tokens: got 7, expected at least 8"),
+        (["--threads", "0"], "threads: expected at least 1, got 0"),
+        (["--cache", "0"], "--cache: got 0, expected at least 1"),
+        (["--prompts", "EMPTY"], "expected a document a line, got an empty file"),
     ],
 )
 def test_what_cannot_be_written_or_read_is_refused_before_measuring(options, message, run_dir, tmp_path, capsys):
@@ -252,7 +252,7 @@ def test_all_checkpoints_of_a_run_are_measured(run_dir, tmp_path):
     last, whole = points[-1]["modes"]["bos"], found["sinks"]["natural"]["bos"]["0"]
     assert points[-1]["step"] == 10 and last["val/loss/bos"] == whole["loss"]
     assert points[0]["modes"]["bos"]["val/loss/bos"] > last["val/loss/bos"]
-    reached = [p["tokens"] for p in points if p["modes"]["bos"]["sink/rate/0.3/bos"] >= 10]
+    reached = [p["tokens"] for p in points if p["modes"]["bos"]["sink/rate_eps0.3/bos"] >= 10]
     assert found["checkpoints"]["onset_tokens"] == (reached[0] if reached else None)
 
 
@@ -412,7 +412,7 @@ def test_a_key_of_a_prefix_lm_is_refused(tmp_path, tiny_store, capsys):
     capsys.readouterr()
     assert main(["probe", str(tmp_path / "run"), "--sink_tokens", "16", "--keys", "0", "3"]) == 1
     captured = capsys.readouterr()
-    assert "--keys: found 3 for a prefix LM (strategy.prefix_lm=4)" in captured.err and not captured.out
+    assert "--keys: got 3 for a prefix LM (strategy.prefix_lm=4)" in captured.err and not captured.out
 
 
 TEXT = "sink bos row token mask head layer first key to the end: été, 漢."
@@ -567,7 +567,7 @@ def test_a_figure_that_is_not_finite_ends_a_probe_with_what_came_before(run_dir,
     monkeypatch.setattr(states, "measure_states", lambda *_: finite(float("nan"), "states"))
     out = tmp_path / "found.json"
     assert main(["probe", str(run_dir), *SHORT, "--json", str(out)]) == 1
-    assert "measuring states: expected finite numbers, found nan" in capsys.readouterr().err
+    assert "measuring states: expected finite numbers, got nan" in capsys.readouterr().err
     assert "sinks" in json.loads(out.read_text())
 
 

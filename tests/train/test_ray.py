@@ -55,7 +55,7 @@ def test_a_cluster_without_what_an_arm_asks_for_is_refused(cluster, tiny_store, 
     study = write_study(tmp_path, tiny_store, 10, "{one: []}")
     study.write_text(study.read_text() + "gpus: 2\n")
     assert main(["study", str(study), "--ray", cluster.address, "--quiet"]) == 1
-    assert "expected a node with 1 CPUs and 2 GPUs for an arm, found 1 CPUs, 1 GPUs" in capsys.readouterr().err
+    assert "expected a node with 1 CPUs and 2 GPUs for an arm, got 1 CPUs, 1 GPUs" in capsys.readouterr().err
 
 
 def test_arms_go_on_from_their_checkpoints_when_the_study_is_stopped_and_when_a_node_is_killed(
@@ -102,7 +102,7 @@ def test_arms_go_on_from_their_checkpoints_when_the_study_is_stopped_and_when_a_
     resumed = {arm: log.count("resuming") for arm, log in zip(both, logs(), strict=True)}
     assert sorted(resumed.values()) == [1, 2], "that of the killed node once more, that of the other node not"
     assert "unique_rows" in runs["broken"].reason(), "and it was tried once, then reported"
-    assert (runs["broken"].folder / LOG).read_text().count("unique_rows: found 1000000") == 1
+    assert (runs["broken"].folder / LOG).read_text().count("unique_rows: got 1000000") == 1
 
     lost = max(resumed, key=resumed.__getitem__)
     lr = [] if lost == "first" else ["--model.optimizer.lr", "5.0e-3"]

@@ -53,7 +53,7 @@ def cut(fit, monkeypatch):
 def test_weights_that_a_step_made_infinite_are_never_saved(fit, capsys):
     status, folder = fit("--model.optimizer.lr", "1e38")
     message = refused(capsys, status)
-    assert "step 1 (192 tokens): expected finite weights and moments, found embedding.weight" in message
+    assert "step 1 (192 tokens): expected finite weights and moments, got embedding.weight" in message
     assert "no step is saved" in message and directory.newest_checkpoint(folder) is None
 
 
@@ -351,7 +351,7 @@ def test_a_changed_wandb_id_does_not_make_a_second_run(fit, cut):
     path = cut() / directory.RUN
     known = directory.read_json(path)
     directory.write_json(path, {**known, "wandb_id": "f" + known["wandb_id"][1:] + "0"})
-    with pytest.warns(UserWarning, match=rf"expected the W&B id {known['wandb_id']}, found f\w+; taken from"):
+    with pytest.warns(UserWarning, match=rf"expected the W&B id {known['wandb_id']}, got f\w+; taken from"):
         assert fit("--ckpt_path", "last")[0] == 0
     assert directory.read_json(path)["wandb_id"] == known["wandb_id"]
 
@@ -442,14 +442,14 @@ def test_an_error_in_a_data_worker_is_one_message(fit, monkeypatch, capsys):
 
     def damaged(self, numbers):
         if self.store.split == "train" and torch.utils.data.get_worker_info() is not None and max(numbers) > 20:
-            raise ValueError("train/00000.arrow: expected rows, found none;\nprepare it again")
+            raise ValueError("train/00000.arrow: expected rows, got none;\nprepare it again")
         return original(self, numbers)
 
     monkeypatch.setattr(Rows, "__getitems__", damaged)
     began = time.monotonic()
     status, _ = fit("--data.workers", "2")
     message = refused(capsys, status)
-    assert "sinkbed fit: train/00000.arrow: expected rows, found none;\nprepare it again" in message
+    assert "sinkbed fit: train/00000.arrow: expected rows, got none;\nprepare it again" in message
     assert "Traceback" not in message and time.monotonic() - began < 30
 
 
@@ -467,7 +467,7 @@ def test_a_shard_that_becomes_shorter_under_a_run_is_one_message(fit, tiny_store
     for shard in store.glob("train/*.arrow"):
         os.truncate(shard, 0)
     assert job.finish(timeout=20) == [1]
-    assert "train/00000.arrow is damaged: found 0 bytes on disk" in job.output()
+    assert "train/00000.arrow is damaged: got 0 bytes on disk" in job.output()
     assert "Traceback" not in job.output() and job.output().count("sinkbed fit:") == 1
 
 
@@ -556,7 +556,7 @@ def test_another_bos_or_manifest_is_refused_with_both_values_and_the_own_copy_st
     assert "eos_id in the token store's manifest" in message
     assert (folder / directory.MANIFEST).read_bytes() == before
     # Of a checkpoint that says nothing of it the run's own copy of the manifest does.
-    with pytest.raises(ValueError, match=f"bos_id: found {manifest.eos_id}, expected {manifest.bos_id}"):
+    with pytest.raises(ValueError, match=f"bos_id: got {manifest.eos_id}, expected {manifest.bos_id}"):
         check_manifest(folder, Manifest.read(store))
     # The same documents made from elsewhere are the same store.
     moved = tmp_path / "moved"

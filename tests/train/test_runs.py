@@ -60,9 +60,9 @@ def test_a_run_that_is_written_to_is_running(folder):
 
 def test_a_folder_without_runs_is_told_so(tmp_path, capsys):
     assert main(["runs", str(tmp_path)]) == 1
-    assert f"{tmp_path}: expected runs, found none; start one" in capsys.readouterr().err
+    assert f"{tmp_path}: expected runs, got none; start one" in capsys.readouterr().err
     assert main(["runs", str(tmp_path / "none")]) == 1
-    assert "expected a folder with runs, found none there" in capsys.readouterr().err
+    assert "expected a folder with runs, got none there" in capsys.readouterr().err
 
 
 def test_a_run_writes_what_its_logits_say(folder, capsys):
@@ -95,8 +95,8 @@ def test_a_seed_decides_what_is_drawn_and_a_long_text_moves_its_window(folder, c
     ("options", "message"),
     [
         (["--mode", "text"], "--prompt: expected text for a model with no first token"),
-        (["--tokens", "0"], "--tokens: expected at least 1, found 0"),
-        (["--temperature", "nan"], "--temperature: expected at least 0, found nan"),
+        (["--tokens", "0"], "--tokens: expected at least 1, got 0"),
+        (["--temperature", "nan"], "--temperature: expected at least 0, got nan"),
     ],
 )
 def test_what_cannot_be_written_is_told_so(options, message, folder, capsys):

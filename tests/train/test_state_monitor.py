@@ -36,7 +36,7 @@ def live(fit):
 
 def test_states_and_mixing_are_logged_at_their_own_steps(live, tiny_store):
     found = points(live)
-    states = [p["step"] for p in found if "state/first_token_norm_ratio/0/bos" in p]
+    states = [p["step"] for p in found if "state/first_token_norm_ratio/layer0/bos" in p]
     mixing = [p["step"] for p in found if "mixing/jacobian/text" in p]
     assert states == CONFIG.steps(10, 3) == [0, 2, 4, 10] and mixing == CONFIG.steps(10, 2) == [0, 2, 10]
     assert all(p["train/tokens"] == p["step"] * 4 * 48 for p in found)
@@ -47,16 +47,16 @@ def test_states_and_mixing_are_logged_at_their_own_steps(live, tiny_store):
     for mode in ("bos", "text", "first_key_masked"):
         excerpts = Excerpts.of(probe, mode, strategy, 16, 8)
         expected = measure_states(decoder, excerpts, 4096).metrics(mode)
-        expected[f"state/gradient_ratio/1/{mode}"] = measure_gradients(decoder, excerpts, 4096).ratio[2]
+        expected[f"state/gradient_ratio/layer1/{mode}"] = measure_gradients(decoder, excerpts, 4096).ratio[2]
         expected[f"mixing/perturbation/{mode}"] = measure_perturbation(decoder, excerpts, 4096).spread[-1]
         rank = measure_rank(decoder, excerpts, 4096)["rest"]
-        expected[f"mixing/rank_distance/0/{mode}"] = rank.relative_distance[1]
+        expected[f"mixing/rank_distance/layer0/{mode}"] = rank.relative_distance[1]
         expected[f"mixing/paths_from_first_key/{mode}"] = measure_paths(decoder, excerpts, 4096).first[-1]
         few = Excerpts.of(probe, mode, strategy, 16, 2)
         expected[f"mixing/jacobian/{mode}"] = measure_jacobian(decoder, few, 4096, directions=8, layers=[2]).others[-1]
         for key, value in expected.items():
             assert last[key] == value, key
-    assert last["state/value_norm_ratio/1/bos"] > 0
+    assert last["state/value_norm_ratio/layer1/bos"] > 0
 
 
 def test_training_does_not_notice(live, fit):
@@ -100,7 +100,7 @@ def test_a_checkpoint_from_before_there_were_states_goes_on(fit):
     del state["figures"]["state_documents"]
     SinkMonitor(CONFIG, folder).load_state_dict(state)
     state["figures"]["documents"] = 7
-    with pytest.raises(ValueError, match=r"measure\.documents: 7, found 6"):
+    with pytest.raises(ValueError, match=r"measure\.documents: 7, got 6"):
         SinkMonitor(CONFIG, folder).load_state_dict(state)
 
 
@@ -108,7 +108,7 @@ def test_a_checkpoint_from_before_there_were_states_goes_on(fit):
     ("key", "value", "message"),
     [
         ("state_points", "-1", "measure.state_points: expected at least 0, found -1"),
-        ("state_documents", "0", "measure.state_documents: expected at least 1, found 0"),
+        ("state_documents", "0", "measure.state_documents: expected at least 1, got 0"),
     ],
 )
 def test_cadences_without_meaning_are_refused(key, value, message, fit, capsys):

@@ -231,7 +231,7 @@ def test_a_compiled_decoder_is_observed_too(probe):
 
 
 def test_documents_that_are_too_short_are_named(probe):
-    with pytest.raises(ValueError, match="at least 50 tokens, found 40"):
+    with pytest.raises(ValueError, match="at least 50 tokens, got 40"):
         excerpts_of(probe, tokens=50)
 
 

@@ -169,7 +169,7 @@ def test_a_misspelt_key_is_found_before_any_arm_is_started(study, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("data: {strategy: {window: 48}}", "window: found 48 with context_length 48, which limits nothing"),
+        ("data: {strategy: {window: 48}}", "window: got 48 with context_length 48, which limits nothing"),
         ("model: {optimizer: {warmup_steps: 11}}", "warm-up of 11 and cooldown of 0 steps do not fit"),
         ("model: {max_grad_norm: -1}", "model.max_grad_norm: expected more than 0, found -1"),
         ("data: {micro_batch_size: 3}", "data.batch_size=4: expected a multiple of micro_batch_size=3"),
@@ -247,7 +247,7 @@ def test_runs_and_folders_of_runs_can_be_reported(finished, fit, capsys, tmp_pat
     assert "found arm absent, seed 0 in both" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert main(["report", str(tmp_path / "empty")]) == 1
-    assert "expected at least one finished run, found none" in capsys.readouterr().err
+    assert "expected at least one finished run, got none" in capsys.readouterr().err
 
 
 def test_several_studies_make_one_page_of_the_seeds_that_are_finished(finished, capsys, tmp_path):
@@ -301,7 +301,7 @@ def test_several_studies_make_one_page_of_the_seeds_that_are_finished(finished, 
     assert main(["report", str(other), str(other), "--out", str(page)]) == 1
     assert "found two that are called other" in capsys.readouterr().err
     assert main(["report", str(empty), str(empty), "--out", str(page)]) == 1
-    assert "expected a study with a finished run, found none" in capsys.readouterr().err
+    assert "expected a study with a finished run, got none" in capsys.readouterr().err
 
 
 def test_an_arm_made_under_another_configuration_is_refused_unless_forced(finished, capsys):
@@ -336,16 +336,16 @@ def test_the_report_can_be_made_again_from_what_is_finished(finished):
         (("base: [run.yaml]", "base: [nowhere.yaml]"), "names nowhere.yaml"),
         (("  fixed: [bos.yaml]", "  ../fixed: [bos.yaml]"), "names a folder"),
         (("title:", "# "), "expected the key 'title'"),
-        (("workers: 2", "seeds: 0"), "seeds: expected a list of integers, found 0"),
-        (("workers: 2", "seeds: [a]"), "seeds: expected a list of integers, found ['a']"),
-        (("workers: 2", "workers: two"), "workers: expected an integer, found 'two'"),
+        (("workers: 2", "seeds: 0"), "seeds: expected a list of integers, got 0"),
+        (("workers: 2", "seeds: [a]"), "seeds: expected a list of integers, got ['a']"),
+        (("workers: 2", "workers: two"), "workers: expected an integer, got 'two'"),
         (("workers: 2", "workers: 0"), "study.workers: expected at least 1"),
         (("workers: 2", "seeds: [1, 1]"), "expected distinct seeds"),
         (("workers: 2", "workers: [}"), "expected YAML"),
         (("  fixed: {bos: [90.84, 2.69]}", "  fixd: {bos: [90.84, 2.69]}"), "published.fixd"),
         (("  fixed: {bos: [90.84, 2.69]}", "  fixed: {bos: [90.84]}"), "published.fixed"),
         (("base: [run.yaml]", "base: run.yaml"), "base: a list of configs"),
-        (("  absent: [none.yaml]", "  fixed: [none.yaml]"), "expected each key once, found 'fixed' here and in"),
+        (("  absent: [none.yaml]", "  fixed: [none.yaml]"), "expected each key once, got 'fixed' here and in"),
         (
             (
                 "workers: 2",
@@ -358,7 +358,7 @@ def test_the_report_can_be_made_again_from_what_is_finished(finished):
                 "workers: 2",
                 "effects: [{name: E, metric: loss, arm: fixed, expected: up, against: absent, mode: as_trained}]",
             ),
-            "mode that arm fixed is measured in (measure.modes: bos, text, first_key_masked); found as_trained",
+            "mode that arm fixed is measured in (measure.modes: bos, text, first_key_masked); got as_trained",
         ),
     ],
 )

@@ -44,7 +44,7 @@ def test_a_grid_is_the_product_of_its_axes_after_the_arms(write):
     names = ["plain", "lr-1e-3-causal", "lr-1e-3-document", "lr-2e-3-causal", "lr-2e-3-document"]
     assert [r.arm for r in runs] == names
     assert {k: v for k, v in runs[4].config.items() if k in "xyz"} == {"x": 2, "y": 2, "z": 3}
-    with pytest.raises(ValueError, match="a name of its own for each arm, found 'axis-1' twice"):
+    with pytest.raises(ValueError, match="a name of its own for each arm, got 'axis-1' twice"):
         load_study(write(grid={"axis": {1: {}, "axis-1": {}}}))
 
 
@@ -78,16 +78,16 @@ def test_a_tilde_is_the_home_folder(write, tmp_path, monkeypatch):
     [
         ({"grid": {"lr": 3}}, "grid.lr: expected a mapping"),
         ({"grid": {"a": {"x/y": {}}}}, "arm 'x/y': expected letters"),
-        ({"arms": {"a": [3]}}, "arm a: expected overlays, each a path or settings; found 3"),
+        ({"arms": {"a": [3]}}, "arm a: expected overlays, each a path or settings; got 3"),
         ({"arms": {"a": []}, "sizes": {"demo": {"titel": 1}}}, "unknown key 'titel'"),
         ({"arms": {"a": []}, "gpus": 1.5}, "gpus: expected 0, a share below 1 or a whole number"),
         ({"arms": {"a": []}, "gpus": "all"}, "gpus: expected a number"),
-        ({"arms": {"a": []}, "gpus": float("nan")}, "gpus: expected at least 0, found nan"),
-        ({"arms": {"a": []}, "title": True}, "title: expected text, found True; put it in quotes"),
+        ({"arms": {"a": []}, "gpus": float("nan")}, "gpus: expected at least 0, got nan"),
+        ({"arms": {"a": []}, "title": True}, "title: expected text, got True; put it in quotes"),
         ({"arms": {"a": []}, "published": {"a": {"bos": [float("inf"), 1]}}}, "published.a"),
         (
             {"grid": {x: {str(i): {} for i in range(47)} for x in "abc"}},
-            "grid: expected at most 1,000 arms, found 103,823",
+            "grid: expected at most 1,000 arms, got 103,823",
         ),
         ({"arms": {"a": []}, "effects": [{"name": "E", "arm": "a"}]}, "effect 'E': expected the key 'metric'"),
         ({"arms": {"a": []}, "published": {"a": {"bos": ["x", 1]}}}, "published.a"),
@@ -102,12 +102,12 @@ def test_a_wrong_key_is_named(write, keys, message):
     ("change", "message"),
     [
         ({"metric": "sinks"}, "metric: expected one of sink_rate_0.2"),
-        ({"expected": "more"}, "expected: one of up, down, none; found 'more'"),
+        ({"expected": "more"}, "expected: one of up, down, none; got 'more'"),
         ({"expected": "none"}, "tolerance: expected more than 0 with expected: none"),
-        ({"expected": "none", "tolerance": float("inf")}, "tolerance: expected at least 0, found inf"),
-        ({"tolerance": "x"}, "tolerance: expected at least 0, found 'x'"),
+        ({"expected": "none", "tolerance": float("inf")}, "tolerance: expected at least 0, got inf"),
+        ({"tolerance": "x"}, "tolerance: expected at least 0, got 'x'"),
         ({"tolerance": 1}, "tolerance: expected more than 0 with expected: none, and 0 otherwise"),
-        ({"against": "c"}, "expected an arm of the study, found 'c'"),
+        ({"against": "c"}, "expected an arm of the study, got 'c'"),
         ({"against": "a"}, "expected another arm or another mode to compare with"),
         ({"agianst": "b"}, "unknown key 'agianst'"),
     ],

@@ -90,7 +90,7 @@ def test_the_ranks_of_a_launcher_are_those_of_the_run(launched):
     del os.environ["RANK"]  # Lightning's own launcher, on one machine
     assert join(4, 1) == 1
     os.environ["WORLD_SIZE"] = "four"
-    with pytest.raises(ValueError, match="WORLD_SIZE: expected a whole number, found 'four'"):
+    with pytest.raises(ValueError, match="WORLD_SIZE: expected a whole number, got 'four'"):
         join(4, 1)
     leave(os.environ)
     os.environ |= {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}  # srun -n 2

@@ -242,7 +242,7 @@ def measure(case: Case, repeats: int) -> tuple[dict[str, tuple[Timing, Timing]],
         found = _tried(name, functools.partial(_values, contender, short.inputs()), absent)
         if found is not None and not (error := error_of(found, exact)) <= allowed:
             raise ValueError(f"bench attention: {name}: expected values within {allowed:.2e} of the float64 "
-                             f"reference, found {error:.2e} ({short})")  # fmt: skip
+                             f"reference, got {error:.2e} ({short})")  # fmt: skip
     del exact
     inputs = case.inputs()
     grad = torch.randn_like(inputs[0])

@@ -93,7 +93,7 @@ def _turn(way: str, shape: Llama, length: int, threads: int, logits: bool) -> Tu
     def work(given: Tensor) -> Tensor:
         if way == WAYS[0]:
             output = ours(given, statistics=True)
-            return torch.stack([s.row_mass[0] for s in output.statistics])
+            return torch.stack([s.first_key_mass[0] for s in output.statistics])
         output = model(given, output_attentions=True, use_cache=False)
         return torch.stack([matrix[0, ..., 0] for matrix in output.attentions])
 
@@ -148,7 +148,7 @@ def masses_differ(turns: dict[str, list[Turn]]) -> float:
     pairs = zip(turns[WAYS[0]], turns[WAYS[1]], strict=True)
     error = max(float((a.masses - b.masses).abs().max()) for a, b in pairs)
     if not error <= _ALIKE:
-        raise ValueError(f"bench metering: expected the masses of both ways within {_ALIKE:.0e}, found {error:.1e}")
+        raise ValueError(f"bench metering: expected the masses of both ways within {_ALIKE:.0e}, got {error:.1e}")
     return error
 
 
@@ -251,7 +251,7 @@ def run(arguments: Any) -> int:
     )
     if {"eager", "modes"} & set(arguments.parts):
         print(
-            f"Llama: {shape.n_layers} layers, hidden {shape.hidden}, {shape.n_heads} heads, {shape.n_kv_heads} key heads, "
+            f"Llama: {shape.layers} layers, hidden {shape.hidden}, {shape.heads} heads, {shape.kv_heads} key heads, "
             f"ffn {shape.ffn}, vocabulary {shape.vocab_size:,}; {arguments.threads} threads",
             flush=True,
         )

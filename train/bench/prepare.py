@@ -314,7 +314,7 @@ def _check_tokens(turns: dict[str, list[Turn]]) -> None:
     for name, found in turns.items():
         for turn in found:
             if not 0 < turn.tokens <= expected or (name in _LOSSLESS and turn.tokens != expected):
-                raise ValueError(f"bench prepare: {name}: expected {expected:,} tokens, found {turn.tokens:,}")
+                raise ValueError(f"bench prepare: {name}: expected {expected:,} tokens, got {turn.tokens:,}")
 
 
 def _print(turns: dict[str, list[Turn]], size: int, vocab_size: int, arguments: Any) -> None:

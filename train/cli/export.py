@@ -104,12 +104,12 @@ def first_id(strategy: Strategy, tokenizer: OurTokenizer, bos: str) -> int | Non
         if getattr(strategy, name):
             beside = f" beside window {strategy.window}" if name == "shared_prefix" else ""
             raise ValueError(
-                f"data.strategy.{name}: found {getattr(strategy, name)}{beside}, which neither Llama nor Mistral of "
+                f"data.strategy.{name}: got {getattr(strategy, name)}{beside}, which neither Llama nor Mistral of "
                 "Hugging Face can express"
             )
     if any(what != "none" for what in strategy.leading[1:]):
         raise ValueError(
-            f"data.strategy.first_token: found {strategy.first_token}, whose tokens past position 0 no tokenizer "
+            f"data.strategy.first_token: got {strategy.first_token}, whose tokens past position 0 no tokenizer "
             "places; only a first token can be exported"
         )
     if bos != "as_trained":

@@ -48,6 +48,6 @@ def check_values(command: str, argv: Sequence[str]) -> None:
     for key, kinds in (("ckpt_path", "last, auto or a checkpoint of this run"), ("fork", "a run or its checkpoint")):
         path = settings[key]
         if path not in (None, "last", "auto") and not Path(path).expanduser().exists():
-            raise FileNotFoundError(f"--{key} {path}: expected {kinds}, found nothing there")
+            raise FileNotFoundError(f"--{key} {path}: expected {kinds}, got nothing there")
     if settings.data.store is not None:
         Manifest.read(settings.data.store)

@@ -80,7 +80,7 @@ def continuation(subject: Subject, ids: list[int], mode: InferenceMode, argument
             device = input_device(subject.model)
             row = arrange(probe, mode, subject.strategy, [0], text, lengths, device=device)
             if row.tokens.shape[1] == 0:
-                raise ValueError("--prompt: expected text for a model with no first token of its own, found none")
+                raise ValueError("--prompt: expected text for a model with no first token of its own, got none")
             logits = subject.model(row.tokens, mask=row.mask).logits[0, -1].float().cpu()
             finite(float(logits.sum()), "logits")
             token = _drawn(logits, arguments.temperature, arguments.top_k, generator)

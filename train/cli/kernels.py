@@ -59,11 +59,11 @@ def compile_all(tasks: Sequence[Any], workers: int) -> list[dict[str, Any]]:
 def read_table(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
     """Lines of a stored table by variant. Raises FileNotFoundError or ValueError that names the file."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a table of `sinkbed kernels --write`, found no file")
+        raise FileNotFoundError(f"{path}: expected a table of `sinkbed kernels --write`, got no file")
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
     if not lines or not {*_KEYS, *_CHECKED} <= set(lines[0]):
-        raise ValueError(f"{path}: expected a table of `sinkbed kernels --write`, found other columns")
+        raise ValueError(f"{path}: expected a table of `sinkbed kernels --write`, got other columns")
     return {tuple(line[key] for key in _KEYS): line for line in lines}
 
 
@@ -76,40 +76,40 @@ def violations(found: Sequence[dict[str, Any]], baseline: dict[tuple[str, ...], 
         key = tuple(str(line[k]) for k in _KEYS)
         name = " ".join(key)
         if "error" in line:
-            messages.append(f"{name}: expected it to compile, found {line['error']}")
+            messages.append(f"{name}: expected it to compile, got {line['error']}")
             continue
         chip, stored = CHIPS[line["arch"]], baseline.get(key)
         if line["shared"] > chip.shared_block:
             messages.append(
-                f"{name}: expected at most {chip.shared_block} bytes of shared memory, found {line['shared']}"
+                f"{name}: expected at most {chip.shared_block} bytes of shared memory, got {line['shared']}"
             )
         if line["kernel"] != "delta":
             if line["matrix"] == 0:
-                messages.append(f"{name}: expected matrix instructions in the loop over full tiles, found none")
+                messages.append(f"{name}: expected matrix instructions in the loop over full tiles, got none")
             elif not 0 < line["full_loop"] < line["masked_loop"]:
                 messages.append(
-                    f"{name}: expected a loop over masked tiles longer than that over full tiles, found "
+                    f"{name}: expected a loop over masked tiles longer than that over full tiles, got "
                     f"{line['masked_loop']} and {line['full_loop']} instructions"
                 )
         if stored is None:
-            messages.append(f"{name}: expected a line in the baseline, found none; make it anew with --write")
+            messages.append(f"{name}: expected a line in the baseline, got none; make it anew with --write")
             continue
         if line["tiles"] != stored["tiles"]:
             messages.append(
-                f"{name}: expected the baseline's tiles {stored['tiles']}, found {line['tiles']}; "
+                f"{name}: expected the baseline's tiles {stored['tiles']}, got {line['tiles']}; "
                 "make it anew with --write"
             )
             continue
         if line["matrix"] > 0 and (line["unit"], line["matrix"]) != (stored["unit"], int(stored["matrix"])):
             messages.append(
-                f"{name}: expected {stored['matrix']} {stored['unit']} in the loop over full tiles, found "
+                f"{name}: expected {stored['matrix']} {stored['unit']} in the loop over full tiles, got "
                 f"{line['matrix']} {line['unit']}"
             )
         if line["spilled"] > int(stored["spilled"]):
-            messages.append(f"{name}: expected at most {stored['spilled']} spilled bytes, found {line['spilled']}")
+            messages.append(f"{name}: expected at most {stored['spilled']} spilled bytes, got {line['spilled']}")
         if line["full_loop"] > _GROWTH * int(stored["full_loop"]):
             messages.append(
-                f"{name}: expected at most {stored['full_loop']} instructions for a full tile (and 2 %), found "
+                f"{name}: expected at most {stored['full_loop']} instructions for a full tile (and 2 %), got "
                 f"{line['full_loop']}"
             )
     return messages
@@ -163,7 +163,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     from sinkbed.train.config.arguments import PlainParser
 
     if importlib.util.find_spec("triton") is None:
-        raise ValueError("kernels: expected the package triton, found none; pip install triton")
+        raise ValueError("kernels: expected the package triton, got none; pip install triton")
     from sinkbed.kernels.triton.aot import CHIPS, DTYPES, KERNELS, MASKS, is_stored
     from sinkbed.kernels.triton.tiles import HEAD_DIMS
 

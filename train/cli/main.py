@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] not in (*COMMANDS, "-h", "--help"):
         near = difflib.get_close_matches(argv[0], COMMANDS, n=1) if argv else ()
         meant = f"{argv[0]!r}; did you mean {near[0]}?" if near else repr(argv[0]) if argv else "nothing"
-        print(f"sinkbed: expected one of {', '.join(COMMANDS)}; found {meant}", file=sys.stderr)
+        print(f"sinkbed: expected one of {', '.join(COMMANDS)}; got {meant}", file=sys.stderr)
         print("sinkbed --help says what each is for", file=sys.stderr)
         return 2
     arguments, rest = build_parser().parse_known_args(argv[:1]), argv[1:]
@@ -137,7 +137,7 @@ def explain(error: Exception) -> str:
         )
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return (
-            f"{error.filename}: expected a file or folder that can be read and written, found: {error.strerror} "
+            f"{error.filename}: expected a file or folder that can be read and written, got: {error.strerror} "
             f"(errno {error.errno}); see to that, then run the same command again (fit: with --ckpt_path auto)"
         )
     if _out_of_memory(error):

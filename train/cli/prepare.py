@@ -46,7 +46,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     for name in ("config", "check"):
         built.pop(name, None)
     if workers is not None and workers < 1:
-        raise ValueError(f"--workers: found {workers}, expected at least 1")
+        raise ValueError(f"--workers: got {workers}, expected at least 1")
     wanted = PrepareConfig(**built)
     if dry_run:
         from sinkbed.data.prepare.estimate import estimate
@@ -81,7 +81,7 @@ def few_held_out(documents: float, share: float) -> str:
         return ""
     return (
         f"validation: a run measures {wanted.documents} held-out documents of at least {wanted.sink_tokens} tokens, "
-        f"found {documents:,.0f}; raise validation_share (now {share}), or lower measure.documents or "
+        f"got {documents:,.0f}; raise validation_share (now {share}), or lower measure.documents or "
         "measure.sink_tokens of the run\n"
     )
 

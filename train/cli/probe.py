@@ -79,7 +79,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         probe_report.check_out(arguments.out, arguments.force)
     if arguments.json is not None:
         if arguments.json.is_dir():
-            raise ValueError(f"--json {arguments.json}: expected a file, found a folder")
+            raise ValueError(f"--json {arguments.json}: expected a file, got a folder")
         probe_report.check_writable("--json", arguments.json)
     use_threads(arguments.threads)
     modes = check_modes(arguments.modes)
@@ -142,29 +142,29 @@ def _check_arguments(arguments: Any, measures: set[str]) -> None:
     for key in arguments.keys:
         if not 0 <= key < arguments.sink_tokens - 1:
             raise ValueError(
-                f"--keys: found {key}, expected 0 to {arguments.sink_tokens - 2}, so that a later query among the "
+                f"--keys: got {key}, expected 0 to {arguments.sink_tokens - 2}, so that a later query among the "
                 f"first --sink_tokens {arguments.sink_tokens} can look at it; give another key, or raise --sink_tokens"
             )
     if arguments.directions != "exact" and not (arguments.directions.isdigit() and int(arguments.directions) > 3):
-        raise ValueError(f"--directions: found {arguments.directions!r}, expected exact, or a number of at least 4")
+        raise ValueError(f"--directions: got {arguments.directions!r}, expected exact, or a number of at least 4")
     for name in ("mixing_documents", "jacobian_documents", "batch_tokens", "documents"):
         if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name}: found {getattr(arguments, name)}, expected at least 1")
+            raise ValueError(f"--{name}: got {getattr(arguments, name)}, expected at least 1")
     if arguments.length is not None and arguments.length < 2:
-        raise ValueError(f"--length: found {arguments.length}, expected at least 2 tokens")
+        raise ValueError(f"--length: got {arguments.length}, expected at least 2 tokens")
     for length in arguments.lengths:
         if length < 8:
-            raise ValueError(f"--lengths: found {length}, expected at least 8 tokens")
+            raise ValueError(f"--lengths: got {length}, expected at least 8 tokens")
     if arguments.cache is not None and arguments.cache < 1:
-        raise ValueError(f"--cache: found {arguments.cache}, expected at least 1 key")
+        raise ValueError(f"--cache: got {arguments.cache}, expected at least 1 key")
     if arguments.lengths and not measures & {"perturbation", "rank", "paths", "jacobian"}:
         raise ValueError(
-            "--lengths: expected a --measure that it applies to (perturbation, rank, paths, jacobian), found none"
+            "--lengths: expected a --measure that it applies to (perturbation, rank, paths, jacobian), got none"
         )
     if measures - {"sinks", "positions", "streaming"} and arguments.sink_tokens < 8:
-        raise ValueError(f"--sink_tokens: found {arguments.sink_tokens}, expected at least 8 for states and mixing")
+        raise ValueError(f"--sink_tokens: got {arguments.sink_tokens}, expected at least 8 for states and mixing")
     if arguments.change is not None and arguments.prompts is None:
-        raise ValueError("--change: expected --prompts, whose first text holds the word, found none")
+        raise ValueError("--change: expected --prompts, whose first text holds the word, got none")
 
 
 def _check_subject(subject: Subject, arguments: Any) -> None:
@@ -172,19 +172,19 @@ def _check_subject(subject: Subject, arguments: Any) -> None:
     prefix = subject.strategy.prefix_lm
     if prefix and any(arguments.keys):
         raise ValueError(
-            f"--keys: found {max(arguments.keys)} for a prefix LM (strategy.prefix_lm={prefix}), where only the first "
+            f"--keys: got {max(arguments.keys)} for a prefix LM (strategy.prefix_lm={prefix}), where only the first "
             "key is measured; expected 0, or leave --keys out"
         )
     length = max([arguments.length or 0, *(n + 1 for n in arguments.lengths)])
     if subject.longest is not None and length > subject.longest:
         raise ValueError(
-            f"--length: found {length}, expected at most {subject.longest}, the max_position_embeddings of "
+            f"--length: got {length}, expected at most {subject.longest}, the max_position_embeddings of "
             f"{subject.name}; lower it, or where the model computes its positions, raise that in a copy of its "
             "config.json"
         )
     for name in ("checkpoints", "wandb"):
         if getattr(arguments, name) and subject.run_dir is None:
-            raise ValueError(f"--{name}: expected a run of ours, found {subject.name}, a Hugging Face model")
+            raise ValueError(f"--{name}: expected a run of ours, got {subject.name}, a Hugging Face model")
 
 
 def _check_lengths(
@@ -198,7 +198,7 @@ def _check_lengths(
     longest = max(map(len, probe.documents))
     if arguments.lengths and max(arguments.lengths) > longest:
         raise ValueError(
-            f"--lengths: found {max(arguments.lengths)}, expected at most {longest}, the tokens of the longest "
+            f"--lengths: got {max(arguments.lengths)}, expected at most {longest}, the tokens of the longest "
             f"document (cropped to --length {limit} with room for BOS); give longer ones, or lower it"
         )
     if "streaming" in measures:

@@ -47,15 +47,15 @@ def run(command: str, argv: Sequence[str]) -> int:
     else:
         missing = [path for path in arguments.what if path not in folders]
         if missing:
-            raise FileNotFoundError(f"{missing[0]}: expected study files only, or folders only; found no folder")
+            raise FileNotFoundError(f"{missing[0]}: expected study files only, or folders only; got no folder")
         only = folders[0] if len(folders) == 1 else None
         if arguments.out is None and only and (only / "report").exists() and (only / "runs").exists():
             raise ValueError(
                 f"{only}: expected a study file, which makes a study's own report (sinkbed report FILE --out "
-                f"{only}), or another --out for one without effects; found the folder alone"
+                f"{only}), or another --out for one without effects; got the folder alone"
             )
         if arguments.out is None and len(folders) > 1:
-            raise ValueError("report: expected --out, the folder for the report of several folders; found none")
+            raise ValueError("report: expected --out, the folder for the report of several folders; got none")
         runs = [
             ArmRun(arm=arm, seed=seed, folder=path, names=(), config={}, settings={})
             for folder in folders
@@ -67,7 +67,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     for each in runs:
         if (each.arm, each.seed) in seen:
             raise ValueError(
-                f"report: expected one run of each arm and seed, found arm {each.arm}, seed {each.seed} in both "
+                f"report: expected one run of each arm and seed, got arm {each.arm}, seed {each.seed} in both "
                 f"{seen[each.arm, each.seed]} and {each.folder}; report the studies one by one"
             )
         seen[each.arm, each.seed] = each.folder
@@ -75,7 +75,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     if not finished:
         others = f" ({'; '.join(missing[:3])})" if missing else ""
         raise ValueError(
-            f"{', '.join(map(str, arguments.what))}: expected at least one finished run, found none in {study.out}"
+            f"{', '.join(map(str, arguments.what))}: expected at least one finished run, got none in {study.out}"
             f"{others}; name another folder with --out, or finish one with `sinkbed study` or `sinkbed fit`"
         )
     write_report(study, finished, results, missing)
@@ -89,7 +89,7 @@ def _digest(arguments: argparse.Namespace) -> int:
     from sinkbed.train.study.file import load_study
 
     if arguments.out is None:
-        raise ValueError("report: expected --out, the folder for the page of several studies; found none")
+        raise ValueError("report: expected --out, the folder for the page of several studies; got none")
     studies = []
     for path in arguments.what:
         study = load_study(path, arguments.size)
@@ -102,6 +102,6 @@ def _digest(arguments: argparse.Namespace) -> int:
         if results:
             studies.append((study, results))
     if not studies:
-        raise ValueError("report: expected a study with a finished run, found none; start one with `sinkbed study`")
+        raise ValueError("report: expected a study with a finished run, got none; start one with `sinkbed study`")
     print(f"page: {write_digest(studies, arguments.out)}")
     return 0

@@ -22,10 +22,10 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="where to look (default: runs)")
     folder = parser.parse_args(list(argv)).folder
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: expected a folder with runs, found none there; name another")
+        raise FileNotFoundError(f"{folder}: expected a folder with runs, got none there; name another")
     lines = [described(path, folder) for path in run_directories(folder)]
     if not lines:
-        raise FileNotFoundError(f"{folder}: expected runs, found none; start one with `sinkbed fit` or `sinkbed study`")
+        raise FileNotFoundError(f"{folder}: expected runs, got none; start one with `sinkbed fit` or `sinkbed study`")
 
     from rich.table import Table
 
@@ -75,7 +75,7 @@ def described(run_dir: Path, below: Path) -> dict[str, str]:
             "tokens": f"{last.get('train/tokens', 0):,}",
             "loss": _number(last.get("train/loss"), 3),
             "val. loss": _number(last.get(f"val/loss/{mode}"), 3),
-            "sink %": _number(last.get(f"sink/rate/0.3/{mode}"), 1),
+            "sink %": _number(last.get(f"sink/rate_eps0.3/{mode}"), 1),
         }
     except (OSError, ValueError) as error:
         return {"run": name, "state": "damaged", "error": str(error)}

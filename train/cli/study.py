@@ -81,6 +81,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     _prepare(study, arguments.quiet)
     runs = plan(study)  # of the token store that is there now
     lock = directory.lock(study.out)
+    directory.remove_temporaries(study.out)
     runner: Any
     try:
         _refuse_others(runs, arguments.force)
@@ -152,7 +153,7 @@ def _refuse_others(runs: Sequence[ArmRun], force: bool) -> None:
     other = [] if force else [r for r in runs if r.status() == "other"]
     if other:
         raise ValueError(
-            f"{other[0].folder}: expected a run of this configuration, found one of another "
+            f"{other[0].folder}: expected a run of this configuration, got one of another "
             f"({other[0].reason()}). Use --force to run such arms anew, or another --out to keep them"
         )
 
@@ -161,7 +162,7 @@ def _run_one(study: StudyConfig, arguments: argparse.Namespace) -> int:
     """Run one arm under one seed in this process, as a sweep's agent asks; finished ones are left as they are."""
     seed = study.seeds[0] if arguments.seed is None else arguments.seed
     if arguments.arm not in study.arms:
-        raise ValueError(f"--arm: expected one of {', '.join(study.arms)}; found {arguments.arm}")
+        raise ValueError(f"--arm: expected one of {', '.join(study.arms)}; got {arguments.arm}")
     from sinkbed.train.study.cost import check_fits
 
     study = dataclasses.replace(study, seeds=[seed], arms={arguments.arm: study.arms[arguments.arm]}, effects=[])

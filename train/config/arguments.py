@@ -49,7 +49,7 @@ def check_keys(program: str, argv: Sequence[str], keys: Collection[str]) -> None
         if option == "--config":
             path = Path(value or " ".join(argv[index + 1 : index + 2]))
             if not path.is_file():
-                refuse(program, f"--config {path}: expected a YAML file, found none there")
+                refuse(program, f"--config {path}: expected a YAML file, got none there")
             read_mapping(path)
             for complaint in wrong_keys(path, keys):
                 refuse(program, complaint)
@@ -119,21 +119,21 @@ def rewritten(message: str, keys: Collection[str]) -> str:
             option = found[1]
             if Path(option).exists():
                 return (
-                    f"{option}: found a file where an option was expected; give each config its own --config, and "
+                    f"{option}: got a file where an option was expected; give each config its own --config, and "
                     "quote a glob, so that the shell leaves it whole, or give a list: '[a.jsonl, b.jsonl]'"
                 )
             if pattern.startswith("unrecognized") and not option.startswith("-"):
-                return f"{option}: expected options alone from here on, found a word before which none stands"
+                return f"{option}: expected options alone from here on, got a word before which none stands"
             return unknown(option, keys)
     if found := re.search(r"Parser key \"([\w.]+)\":.*?Importing '([\w.]+)' is not allowed", message, re.DOTALL):
         return (
-            f"{found[1]}: expected plain values, or a callback of Lightning's that only looks, found the class "
+            f"{found[1]}: expected plain values, or a callback of Lightning's that only looks, got the class "
             f"{found[2]}; a class runs code: add --trust_config where you trust the file"
         )
     if found := re.search(_NEITHER, message, re.DOTALL):
         return " ".join(found[1].split())
     if found := re.search(_NO_CLASS, message, re.DOTALL):
-        return f"{found[1]}: expected a class that can be imported, found {found[2]}: {found[3]}"
+        return f"{found[1]}: expected a class that can be imported, got {found[2]}: {found[3]}"
     if found := re.search(_NO_TYPE, message, re.DOTALL):
         key, kinds, value = found.groups()
         if nested := re.fullmatch(r"NestedArg\(key='(\w+)', val='?(.*?)'?\)", value.strip()):
@@ -147,11 +147,11 @@ def rewritten(message: str, keys: Collection[str]) -> str:
     if found := re.search(r"argument (.*?): invalid (\w+) value: '?(.*?)'?$", message):
         return _expected(found[1], found[2], found[3])
     if found := re.search(r"argument (.*?): expected (\S+ arguments?)", message):
-        return f"{found[1]}: expected {found[2].replace('argument', 'value')}, found none"
+        return f"{found[1]}: expected {found[2].replace('argument', 'value')}, got none"
     if found := re.search(r"arguments are required: (.*)", message):
         missing = found[1].replace("fit.", "")
         start = ". Start from a --config, such as those in configs/" if "config" in keys else ""
-        return f"expected a value for {missing}; found none{start}"
+        return f"expected a value for {missing}; got none{start}"
     return " ".join(message.split())
 
 
@@ -161,7 +161,7 @@ def _expected(key: str, kind: str, value: str) -> str:
         kind = "a finite number"
     near = difflib.get_close_matches(value, re.findall(r"'(.*?)'", kind), n=1)
     meant = f"; did you mean {near[0]}?" if near else ""
-    return f"{key}: expected {kind}, found {value!r}{meant}"
+    return f"{key}: expected {kind}, got {value!r}{meant}"
 
 
 def _readable(kind: str) -> str:

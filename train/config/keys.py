@@ -131,7 +131,7 @@ def wrong_keys(path: Path, keys: Collection[str]) -> Iterator[str]:
     for key, value in leaves(read_mapping(path)):
         if key not in keys and any(other.startswith(f"{key}.") for other in keys):
             text = "none" if value is None else repr(str(value)[:60])
-            yield f"{path}, line {lines[key]}: {key}: expected keys below it, found {text}; give some or remove it"
+            yield f"{path}, line {lines[key]}: {key}: expected keys below it, got {text}; give some or remove it"
 
 
 def unknown(option: str, keys: Collection[str]) -> str:
@@ -149,7 +149,7 @@ def unknown(option: str, keys: Collection[str]) -> str:
     meant = f"; did you mean {near[0]}?" if near and near[0] != key else ""
     if not meant and of_group:
         meant = f"; {group} has {', '.join(name.removeprefix(f'{group}.') for name in of_group)}"
-    return f"{option}: expected a known key, found none of that name{meant}"
+    return f"{option}: expected a known key, got none of that name{meant}"
 
 
 def _same_leaf(key: str, keys: Collection[str]) -> list[str]:

@@ -34,12 +34,12 @@ class _PlainLoader(yaml.SafeLoader):
         first: dict[str, int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise _NotPlain("expected a name as the key, found a list or keys", key)
+                raise _NotPlain("expected a name as the key, got a list or keys", key)
             if key.tag == "tag:yaml.org,2002:merge":
                 continue
             if key.value in first:
                 raise _NotPlain(
-                    f"expected each key once, found {key.value!r} here and in line {first[key.value]}; remove one", key
+                    f"expected each key once, got {key.value!r} here and in line {first[key.value]}; remove one", key
                 )
             first[key.value] = key.start_mark.line + 1
             key.tag = "tag:yaml.org,2002:str"
@@ -49,7 +49,7 @@ class _PlainLoader(yaml.SafeLoader):
         number = super().construct_yaml_int(node)
         if _OTHER_BASE.fullmatch(node.value):
             raise _NotPlain(
-                f"expected a decimal number, found {node.value}, which YAML reads as {number}; write {number}, or put "
+                f"expected a decimal number, got {node.value}, which YAML reads as {number}; write {number}, or put "
                 "it in quotes",
                 node,
             )
@@ -77,7 +77,7 @@ def _count(node: yaml.Node, sizes: dict[int, int]) -> int:
         parts = [part for item in inside for part in (item if isinstance(item, tuple) else (item,))]
         sizes[id(node)] = 1 + sum(_count(part, sizes) for part in parts)
         if sizes[id(node)] > _MOST_NODES:
-            raise _NotPlain(f"expected at most {_MOST_NODES:,} values, found more once aliases are written out", node)
+            raise _NotPlain(f"expected at most {_MOST_NODES:,} values, got more once aliases are written out", node)
     return sizes[id(node)]
 
 
@@ -90,7 +90,7 @@ def read_yaml(path: Path) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        expected = "" if isinstance(error, _NotPlain) else "expected YAML of plain values, found: "
+        expected = "" if isinstance(error, _NotPlain) else "expected YAML of plain values, got: "
         raise ValueError(f"{where}: {expected}{problem}") from None
 
 
@@ -99,7 +99,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     content = read_yaml(path)
     if not isinstance(content, dict):
         text = "an empty file" if content is None else repr(str(content)[:60])
-        raise ValueError(f"{path}: expected YAML with keys, such as the files in configs/; found {text}")
+        raise ValueError(f"{path}: expected YAML with keys, such as the files in configs/; got {text}")
     return content
 
 

@@ -77,7 +77,7 @@ class TokenData(L.LightningDataModule):
         super().__init__()
         for name, value in (("context_length", context_length), ("batch_size", batch_size)):
             if value < 1:
-                raise ValueError(f"data.{name}: expected at least 1, found {value}")
+                raise ValueError(f"data.{name}: expected at least 1, got {value}")
         self.store_path = store
         self.context_length = context_length
         self.strategy = strategy

@@ -78,7 +78,7 @@ def check_manifest(run_dir: Path, manifest: Manifest) -> None:
         theirs, ours = ({name: m.to_dict()[name] for name in names} for m in (own, manifest))
         raise ValueError(
             f"resuming: expected the token store whose manifest the run has a copy of, {run_dir / directory.MANIFEST}, "
-            f"found another one at data.store: {differing(ours, theirs)}; give the run's own store, or make a new run"
+            f"got another one at data.store: {differing(ours, theirs)}; give the run's own store, or make a new run"
         )
 
 
@@ -89,7 +89,7 @@ def check_identity(checkpoint: dict[str, Any], ours: dict[str, Any], fork: bool 
     """
     theirs = checkpoint.get("sinkbed")
     if not isinstance(theirs, dict):
-        raise ValueError("the checkpoint: expected one written by sinkbed fit, found no `sinkbed` entry")
+        raise ValueError("the checkpoint: expected one written by sinkbed fit, got no `sinkbed` entry")
     theirs = {**theirs, "strategy": Strategy.completed(theirs.get("strategy") or {})}
     if not fork and _may_be_longer(theirs, ours, checkpoint["global_step"]):
         ours = {**ours, "max_steps": theirs["max_steps"]}
@@ -100,12 +100,12 @@ def check_identity(checkpoint: dict[str, Any], ours: dict[str, Any], fork: bool 
         for name, found, expected in differences(theirs.get(key), value, _CONFIG_KEYS.get(key, key))
     ]
     if pairs and fork:
-        raise ValueError(f"--fork: expected the checkpoint's own model and vocabulary, found {'; '.join(pairs)}")
+        raise ValueError(f"--fork: expected the checkpoint's own model and vocabulary, got {'; '.join(pairs)}")
     if pairs:
         only_length = len(pairs) == 1 and theirs.get("max_steps") != ours["max_steps"]
         why = "; a run can be made longer where optimizer.schedule is constant, before its cooldown" * only_length
         raise ValueError(
-            f"resuming: expected the run's own configuration, found {'; '.join(pairs)}{why}. Start from the "
+            f"resuming: expected the run's own configuration, got {'; '.join(pairs)}{why}. Start from the "
             "run's config.yaml, or make a new run of it: another run_dir, and --fork CHECKPOINT instead of --ckpt_path"
         )
 
@@ -136,14 +136,14 @@ def identify(
     try:
         known = directory.read_json(path) if path.exists() else saved
         if not isinstance(known, dict) or (path.exists() and not isinstance(known.get("wandb_id"), str)):
-            raise ValueError(f"{path}: expected a wandb_id, found none")
+            raise ValueError(f"{path}: expected a wandb_id, got none")
     except ValueError as error:
         known = saved
         messages.append(f"{error}; taken from the checkpoint, or made anew")
     ours, original = known.get("wandb_id"), saved.get("wandb_id")
     copied = known.get("copy_of") or {}  # which checkpoints that were copied too still name
     if original is not None and ours != original and copied.get("wandb_id") != original:
-        messages.append(f"{path}: expected the W&B id {original}, found {ours}; taken from the checkpoint")
+        messages.append(f"{path}: expected the W&B id {original}, got {ours}; taken from the checkpoint")
         known = {**known, "wandb_id": original}
     source = _original(folder, known)
     if source is not None:

@@ -203,7 +203,7 @@ class SinkbedModule(L.LightningModule):
         kept = "no step is saved" if saved is None else "the checkpoints before it are good"
         fork = ", from the beginning or with --fork from one of them (a resumed run keeps its settings)"
         return TrainingDiverged(
-            f"step {step} ({self.tokens_at(step):,} tokens): expected finite {expected}, found {actual}. Weights of "
+            f"step {step} ({self.tokens_at(step):,} tokens): expected finite {expected}, got {actual}. Weights of "
             f"this step are not saved and {kept}; start a new run with a lower model.optimizer.lr or a longer "
             f"warm-up{'' if saved is None else fork}"
         )

@@ -62,7 +62,7 @@ class OptimizerConfig:
                 )
         if (self.cooldown_steps or self.cooldown_fraction) and self.schedule != "constant":
             raise ValueError(
-                "optimizer.cooldown_steps and cooldown_fraction: have an effect with schedule constant only, found "
+                "optimizer.cooldown_steps and cooldown_fraction: have an effect with schedule constant only, got "
                 f"{self.schedule}; set them to 0"
             )
 

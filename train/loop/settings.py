@@ -34,7 +34,7 @@ def check_settings(config: Any) -> None:
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if trainer.accelerator == "cpu" and needed > there:
         raise ValueError(
-            f"model.decoder: expected at most the {there / 1e9:.3g} GB of memory of this machine, found weights, "
+            f"model.decoder: expected at most the {there / 1e9:.3g} GB of memory of this machine, got weights, "
             f"gradients and moments of {needed / 1e9:.3g} GB; make it smaller"
         )
     strategy, measure = Strategy(**vars(data.strategy)), MeasureConfig(**vars(config.measure))
@@ -54,7 +54,7 @@ def check_settings(config: Any) -> None:
         check_number("threads", config.threads, least=1)
     if trainer.max_steps is None or trainer.max_steps < 1:
         raise ValueError(
-            f"trainer.max_steps: expected at least 1 (the schedules need the end), found {trainer.max_steps}"
+            f"trainer.max_steps: expected at least 1 (the schedules need the end), got {trainer.max_steps}"
         )
     check_number("trainer.log_every_n_steps", trainer.log_every_n_steps or 0, least=1)
     optimizer.check_steps(trainer.max_steps)

@@ -143,7 +143,7 @@ class SinkbedCLI(LightningCLI):
         folder = run_dir / directory.CHECKPOINTS
         if last is not None and not config.ckpt_path:
             raise FileExistsError(
-                f"run_dir {run_dir}: expected a new folder, found a run. Resume it with --ckpt_path last, "
+                f"run_dir {run_dir}: expected a new folder, got a run. Resume it with --ckpt_path last, "
                 "or choose another --run_dir"
             )
         if config.ckpt_path == "auto":
@@ -151,7 +151,7 @@ class SinkbedCLI(LightningCLI):
         if config.ckpt_path == "last":
             if last is None:
                 raise FileNotFoundError(
-                    f"--ckpt_path last: expected a checkpoint in {folder}, found none; leave --ckpt_path out to start "
+                    f"--ckpt_path last: expected a checkpoint in {folder}, got none; leave --ckpt_path out to start "
                     "the run"
                 )
             config.ckpt_path = str(last)
@@ -211,7 +211,7 @@ class SinkbedCLI(LightningCLI):
         metrics.trainer = trainer
         if trainer.is_global_zero != (self.rank == 0):
             raise ValueError(
-                f"the first process of {trainer.world_size}: expected rank {trainer.global_rank}, found the "
+                f"the first process of {trainer.world_size}: expected rank {trainer.global_rank}, got the "
                 f"variables of rank {self.rank} in the environment; start the processes with torchrun or srun"
             )
         # The files come before the first measurement writes to them; checkpoints stay last.
@@ -234,7 +234,7 @@ class SinkbedCLI(LightningCLI):
         if self.parent is not None:
             if step >= trainer.max_steps:
                 raise ValueError(
-                    f"--fork: expected trainer.max_steps above the checkpoint's step {step}, found {trainer.max_steps}"
+                    f"--fork: expected trainer.max_steps above the checkpoint's step {step}, got {trainer.max_steps}"
                 )
             say(f"forking {self.parent['checkpoint']} at step {step}, to step {trainer.max_steps} in {run_dir}")
             return

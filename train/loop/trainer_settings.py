@@ -69,12 +69,12 @@ def check_trainer(trainer: Any) -> None:
     """Raise ValueError for a setting of the trainer that cannot work, with the one to set in its place."""
     if str(trainer.precision) in ("16", "16-mixed"):  # which Lightning takes for the same, and makes bf16 of on a CPU
         raise ValueError(
-            "trainer.precision: 16-mixed overflows to find its loss scale, which counts as diverged here; found "
+            "trainer.precision: 16-mixed overflows to find its loss scale, which counts as diverged here; got "
             f"{trainer.precision}, expected bf16-mixed, bf16-true or 32-true"
         )
     for name, (fixed, instead) in _TRAINER_FIXED.items():
         if trainer.get(name, fixed) not in (fixed, None):
-            raise ValueError(f"trainer.{name}: has no effect here, found {trainer.get(name)}; set {instead} instead")
+            raise ValueError(f"trainer.{name}: has no effect here, got {trainer.get(name)}; set {instead} instead")
 
 
 def expand_home(config: Any, *keys: str) -> None:
@@ -85,5 +85,5 @@ def expand_home(config: Any, *keys: str) -> None:
                 config[key] = type(config[key])(Path(config[key]).expanduser())
         except RuntimeError:
             raise ValueError(
-                f"{key}: expected a path, found {config[key]}, of a user without a home folder; write it out"
+                f"{key}: expected a path, got {config[key]}, of a user without a home folder; write it out"
             ) from None

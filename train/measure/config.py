@@ -49,13 +49,13 @@ class MeasureConfig:
         check_number("measure.onset_rate", self.onset_rate, above=0, most=100)
         if (self.state_points or self.mixing_points) and self.sink_tokens < 8:
             raise ValueError(
-                f"measure.sink_tokens: found {self.sink_tokens} with state_points or mixing_points, expected at least 8"
+                f"measure.sink_tokens: got {self.sink_tokens} with state_points or mixing_points, expected at least 8"
             )
         if self.sink_tokens < 2:
-            raise ValueError(f"measure.sink_tokens: expected at least 2, found {self.sink_tokens}")
+            raise ValueError(f"measure.sink_tokens: expected at least 2, got {self.sink_tokens}")
         if self.live_documents > self.documents:
             raise ValueError(
-                f"measure.live_documents: expected at most documents={self.documents}, found {self.live_documents}"
+                f"measure.live_documents: expected at most documents={self.documents}, got {self.live_documents}"
             )
         for name in ("modes", "live_modes"):
             if len(set(getattr(self, name))) != len(getattr(self, name)) or not getattr(self, name):
@@ -74,7 +74,7 @@ class MeasureConfig:
         last = max((i for i, what in enumerate(leading_tokens(mode, strategy)) if what != "none"), default=0)
         if last >= self.sink_tokens:
             raise ValueError(
-                f"strategy.first_token: found a token placed at position {last}, expected one before "
+                f"strategy.first_token: got a token placed at position {last}, expected one before "
                 f"measure.sink_tokens={self.sink_tokens}, so that every document of the probe reaches it"
             )
 

@@ -15,7 +15,7 @@ def finite(result: T, what: str) -> T:
     place = _not_finite(result, "")
     if place is not None:
         raise ValueError(
-            f"measuring {what}: expected finite numbers, found {place}; the model overflows or its weights are "
+            f"measuring {what}: expected finite numbers, got {place}; the model overflows or its weights are "
             "damaged. Measure it in float32 (probe: --dtype float32), or an earlier checkpoint"
         )
     return result

@@ -73,7 +73,7 @@ def measure_jacobian(
     Raises ValueError for too few directions.
     """
     if directions is not None and directions < 4:
-        raise ValueError(f"directions: expected at least 4, or all, found {directions}")
+        raise ValueError(f"directions: expected at least 4, or all, got {directions}")
     last = int(model.config.n_layers)
     if layers is None:
         layers = sorted({round((i + 1) * last / min(last, _LAYERS)) for i in range(min(last, _LAYERS))})

@@ -72,7 +72,7 @@ def check_model(arguments: Any) -> bool:
     if path.exists() and not (path / "config.json").is_file() and arguments.gguf is None:
         raise ValueError(
             f"{path}: expected a run directory (with {directory.CONFIG}), a checkpoint inside one, or a Hugging Face "
-            "folder (with config.json), found none of these"
+            "folder (with config.json), got none of these"
         )
     if not path.exists():
         _check_hub_name(path, arguments.model)
@@ -91,7 +91,7 @@ def _check_hub_name(path: Path, name: str) -> None:
     part = path.relative_to(there).parts[0]
     near = difflib.get_close_matches(part, [p.name for p in there.iterdir()], n=1)
     meant = f"; did you mean {there / near[0]}?" if near else ""
-    missing = f"{path}: expected a run directory, a checkpoint or a Hugging Face folder, found nothing there{meant}"
+    missing = f"{path}: expected a run directory, a checkpoint or a Hugging Face folder, got nothing there{meant}"
     if there != Path() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise FileNotFoundError(missing)
     try:
@@ -185,7 +185,7 @@ def _hugging_face(arguments: Any) -> Subject:
 
 def _token_id(found: int | None, token: str, where: object) -> int:
     if found is None:
-        raise ValueError(f"--bos: found {token!r}, which is no token of {where}; expected one of its vocabulary")
+        raise ValueError(f"--bos: got {token!r}, which is no token of {where}; expected one of its vocabulary")
     return found
 
 
@@ -195,7 +195,7 @@ def texts(arguments: Any, subject: Subject) -> Iterator[str]:
         yield from _prompts(arguments.prompts)
         return
     if subject.store is None:
-        raise ValueError("expected text to read, found none: give --prompts FILE, or --store with a token store")
+        raise ValueError("expected text to read, got none: give --prompts FILE, or --store with a token store")
     from sinkbed.data.store.token_store import TokenStore
 
     store = TokenStore.open(subject.store, "validation")
@@ -216,9 +216,9 @@ def _prompts(path: Path) -> Iterator[str]:
         # At line feeds alone: other separators, as U+2028, may be part of a text.
         lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {path}: expected UTF-8, found {error}") from None
+        raise ValueError(f"--prompts {path}: expected UTF-8, got {error}") from None
     if not any(line.strip() for line in lines):
-        raise ValueError(f"--prompts {path}: expected a document a line, found an empty file")
+        raise ValueError(f"--prompts {path}: expected a document a line, got an empty file")
     yield from (line for line in lines if line.strip())
 
 
@@ -243,10 +243,10 @@ def probe_of(subject: Subject, documents: Iterator[str], limit: int, config: Mea
         if len(chosen) == config.documents:
             break
     if not longest:
-        raise ValueError("the text: expected documents, found none that holds a token; give others with --prompts")
+        raise ValueError("the text: expected documents, got none that holds a token; give others with --prompts")
     if not chosen:
         raise ValueError(
-            f"--sink_tokens {config.sink_tokens}: expected documents of at least as many tokens, found {longest} in "
+            f"--sink_tokens {config.sink_tokens}: expected documents of at least as many tokens, got {longest} in "
             f"the longest, cropped to --length {limit} with room for BOS; give longer ones, or lower it"
         )
     return Probe(
@@ -266,17 +266,17 @@ def changed_prompt(subject: Subject, arguments: Any) -> tuple[list[int], list[in
     old, new = arguments.change
     prompt = next(texts(arguments, subject))
     if old not in prompt:
-        raise ValueError(f"--change: found no {old!r} in the first prompt, {prompt[:60]!r} …; expected a word of it")
+        raise ValueError(f"--change: got no {old!r} in the first prompt, {prompt[:60]!r} …; expected a word of it")
     before, after = subject.encode(prompt), subject.encode(prompt.replace(old, new, 1))
     if len(before) != len(after):
         raise ValueError(
-            f"--change: found {len(before)} tokens with {old!r} and {len(after)} with {new!r}, expected as many; "
+            f"--change: got {len(before)} tokens with {old!r} and {len(after)} with {new!r}, expected as many; "
             "choose a word of as many tokens"
         )
     before, after = before[: arguments.sink_tokens], after[: arguments.sink_tokens]
     if before == after:
         raise ValueError(
-            f"--change: found {old!r} past the first {arguments.sink_tokens} tokens of the prompt, expected it among "
+            f"--change: got {old!r} past the first {arguments.sink_tokens} tokens of the prompt, expected it among "
             "them; raise --sink_tokens"
         )
     return before, after
@@ -305,15 +305,13 @@ def _check_bytes(subject: Subject, ids: list[int]) -> None:
     """Refuse a tokenizer whose tokens do not make up their text byte by byte, which bits per byte rests on."""
     size = len(subject.token_bytes)
     if max(ids) >= size:
-        raise ValueError(
-            f"{subject.name}: found token {max(ids)} in the text, expected ids below {size}, its embeddings"
-        )
+        raise ValueError(f"{subject.name}: got token {max(ids)} in the text, expected ids below {size}, its embeddings")
     counted = sum(int(subject.token_bytes[index]) for index in ids)
     # What a second copy adds: decoders drop the space that they put before a text, but not one inside it.
     once, twice = (len(subject.decode(read).encode()) for read in (ids, ids + ids))
     if counted != twice - once:
         raise ValueError(
-            f"{subject.name}: found {counted} bytes in the tokens of a document and {twice - once} in its decoded "
+            f"{subject.name}: got {counted} bytes in the tokens of a document and {twice - once} in its decoded "
             "text, expected the same; this tokenizer's tokens cannot be told in bytes, which bits per byte needs "
             "(byte-level BPE and SentencePiece with ▁ can)"
         )

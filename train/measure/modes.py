@@ -28,7 +28,7 @@ def check_modes(names: Sequence[str]) -> tuple[InferenceMode, ...]:
     """Inference modes by name. Raises ValueError for a name that is none."""
     for name in names:
         if name not in MODES:
-            raise ValueError(f"inference mode: expected one of {', '.join(MODES)}; found {name!r}")
+            raise ValueError(f"inference mode: expected one of {', '.join(MODES)}; got {name!r}")
     return tuple(mode for name in names for mode in MODES if mode == name)
 
 

@@ -89,17 +89,17 @@ def check_cache(longest: int, cache: int, kept: Sequence[int], strategy: Strateg
     that holds more than the strategy's own window."""
     if strategy.window is not None and cache > strategy.window:
         raise ValueError(
-            f"cache: found {cache} keys for a model trained with a window of {strategy.window}, expected at most as "
+            f"cache: got {cache} keys for a model trained with a window of {strategy.window}, expected at most as "
             "many: a larger one would show it keys that it never saw"
         )
     if longest <= cache + 1:
         raise ValueError(
-            f"cache: found {cache} keys, expected fewer than the longest document has tokens ({longest}), less one; "
+            f"cache: got {cache} keys, expected fewer than the longest document has tokens ({longest}), less one; "
             "give longer documents, or a smaller cache"
         )
     for k in kept:
         if not 0 <= k < cache:
-            raise ValueError(f"kept first keys: found {k}, expected 0 to {cache - 1}, fewer than the cache of {cache}")
+            raise ValueError(f"kept first keys: got {k}, expected 0 to {cache - 1}, fewer than the cache of {cache}")
 
 
 def streaming(
@@ -130,7 +130,7 @@ def streaming(
         tokens = int(counts[cache:].sum())
         if not tokens:
             raise ValueError(
-                f"cache: expected documents with targets past {cache} keys, found none outside strategy.prefix_lm="
+                f"cache: expected documents with targets past {cache} keys, got none outside strategy.prefix_lm="
                 f"{strategy.prefix_lm}; give longer ones, or a smaller cache"
             )
         loss = float(sums[cache:].sum()) / tokens

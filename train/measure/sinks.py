@@ -36,13 +36,13 @@ class ModeResult:
 
     rate: dict[str, list[list[float]]]
     """eps -> [L][H] sink rate in % over the first `sink_tokens` queries."""
-    rate_row: dict[str, list[list[float]]]
+    rate_full: dict[str, list[list[float]]]
     """eps -> [L][H] sink rate in % over the whole (cropped) document."""
     mass: list[list[float]]
     """[L][H] mean mass on key 0 of queries 1.. over the first `sink_tokens`."""
     alpha: list[list[float]]
     """[L][H] mean alpha over the first `sink_tokens` queries, query 0 included."""
-    mass_row: list[list[float]]
+    mass_full: list[list[float]]
     """[L][H] as mass, over the whole document."""
     loss: float
     """Mean negative log-likelihood of the text's second and later tokens, nats per token."""
@@ -65,18 +65,18 @@ class ModeResult:
             f"val/loss/{mode}": self.loss,
             f"val/bits_per_byte/{mode}": self.bits_per_byte,
             f"sink/mass/{mode}": _mean(self.mass),
-            f"sink/mass_row/{mode}": _mean(self.mass_row),
+            f"sink/mass_full/{mode}": _mean(self.mass_full),
             f"sink/alpha/{mode}": _mean(self.alpha),
         }
         for eps in self.rate:
-            out[f"sink/rate/{eps}/{mode}"] = _mean(self.rate[eps])
-            out[f"sink/rate_row/{eps}/{mode}"] = _mean(self.rate_row[eps])
+            out[f"sink/rate_eps{eps}/{mode}"] = _mean(self.rate[eps])
+            out[f"sink/rate_full_eps{eps}/{mode}"] = _mean(self.rate_full[eps])
         for layer, heads in enumerate(self.mass):
-            out[f"sink/mass_by_layer/{layer}/{mode}"] = sum(heads) / len(heads)
+            out[f"sink/mass/layer{layer}/{mode}"] = sum(heads) / len(heads)
         if self.rate_placed is not None and self.mass_placed is not None:
             out[f"sink/mass_placed/{mode}"] = _mean(self.mass_placed)
             for eps in self.rate_placed:
-                out[f"sink/rate_placed/{eps}/{mode}"] = _mean(self.rate_placed[eps])
+                out[f"sink/rate_placed_eps{eps}/{mode}"] = _mean(self.rate_placed[eps])
         return out
 
 
@@ -121,7 +121,7 @@ def measure(
             if strategy.prefix_lm or second >= config.sink_tokens - 1:
                 second = 0  # no query is left to look at it
             row = arrange(probe, mode, strategy, rows, text, lengths, device=device, key=second)
-            alpha, alpha_row, mass, mass_row, placed, nll = _observe(
+            alpha, alpha_row, mass, mass_full, placed, nll = _observe(
                 model, row, text, lengths, config.sink_tokens, second
             )
             for e, eps in enumerate(EPSILONS):
@@ -129,27 +129,25 @@ def measure(
                 above_row[e] += (alpha_row > eps).sum(0)
                 above_placed[e] += (placed.mean(-1) > eps).sum(0)
             after = placed[..., 1:].mean(-1)
-            totals += torch.stack([alpha.sum(0), mass.sum(0), mass_row.sum(0), after.sum(0)])
+            totals += torch.stack([alpha.sum(0), mass.sum(0), mass_full.sum(0), after.sum(0)])
             counted = counted_targets(text, lengths, strategy)
             loss_sum += float(nll[counted].sum(dtype=torch.float64))
             byte_sum += int(probe.token_bytes[text[:, 1:][counted]].sum())
             token_sum += int(counted.sum())
             documents += len(lengths)
     if not token_sum:
-        raise ValueError(
-            f"measuring: expected documents longer than strategy.prefix_lm={strategy.prefix_lm}, found none"
-        )
-    alpha, mass, mass_row, mass_placed = (totals / documents).tolist()
+        raise ValueError(f"measuring: expected documents longer than strategy.prefix_lm={strategy.prefix_lm}, got none")
+    alpha, mass, mass_full, mass_placed = (totals / documents).tolist()
 
     def rates(counts: torch.Tensor) -> dict[str, list[list[float]]]:
         return {str(e): (100 * counts[i] / documents).tolist() for i, e in enumerate(EPSILONS)}
 
     result = ModeResult(
         rate=rates(above),
-        rate_row=rates(above_row),
+        rate_full=rates(above_row),
         mass=mass,
         alpha=alpha,
-        mass_row=mass_row,
+        mass_full=mass_full,
         loss=loss_sum / token_sum,
         bits_per_byte=loss_sum / math.log(2) / byte_sum,
         documents=documents,
@@ -171,7 +169,7 @@ def measurement_table(step: int, results: dict[InferenceMode, ModeResult], sink_
     for mode, result in results.items():
         m = result.metrics(mode)
         lines.append(
-            f"{MODE_LABELS[mode]:26}{m[f'sink/rate/0.3/{mode}']:12.1f}{m[f'sink/mass/{mode}']:11.3f}"
+            f"{MODE_LABELS[mode]:26}{m[f'sink/rate_eps0.3/{mode}']:12.1f}{m[f'sink/mass/{mode}']:11.3f}"
             f"{result.loss:8.3f}{result.bits_per_byte:11.3f}"
         )
     return "\n".join(lines)
@@ -188,7 +186,7 @@ def _observe(
     assert output.logits is not None and output.statistics is not None
     nll = target_nll(output.logits, row.slots, text).cpu()
     T = row.tokens.shape[1]
-    masses = torch.stack([s.row_mass for s in output.statistics], dim=1).float().cpu()  # [B, L, H, T]
+    masses = torch.stack([s.first_key_mass for s in output.statistics], dim=1).float().cpu()  # [B, L, H, T]
     head = masses[..., :sink_tokens]
     real = (torch.arange(T)[None, :] < (lengths + T - text.shape[1])[:, None])[:, None, None, :]  # no padding
     own = masses * real

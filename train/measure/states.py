@@ -80,11 +80,11 @@ class States:
         """The result under its metric keys."""
         out = {}
         for layer in range(1, len(self.norm_ratio)):
-            out[f"state/first_token_norm_ratio/{layer - 1}/{mode}"] = self.norm_ratio[layer]
-            out[f"state/max_activation/{layer - 1}/{mode}"] = self.max_activation[layer]
-            out[f"state/value_norm_ratio/{layer - 1}/{mode}"] = _mean(self.value_norm_ratio[layer - 1])
-            out[f"state/key_norm_ratio/{layer - 1}/{mode}"] = _mean(self.key_norm_ratio[layer - 1])
-            out[f"state/entropy/{layer - 1}/{mode}"] = _mean(self.entropy[layer - 1])
+            out[f"state/first_token_norm_ratio/layer{layer - 1}/{mode}"] = self.norm_ratio[layer]
+            out[f"state/max_activation/layer{layer - 1}/{mode}"] = self.max_activation[layer]
+            out[f"state/value_norm_ratio/layer{layer - 1}/{mode}"] = _mean(self.value_norm_ratio[layer - 1])
+            out[f"state/key_norm_ratio/layer{layer - 1}/{mode}"] = _mean(self.key_norm_ratio[layer - 1])
+            out[f"state/entropy/layer{layer - 1}/{mode}"] = _mean(self.entropy[layer - 1])
         return out
 
 
@@ -117,7 +117,7 @@ class Excerpts:
         if not rows:
             longest = max(map(len, probe.documents))
             raise ValueError(
-                f"expected documents of at least {tokens} tokens, found {longest} in the longest; give longer ones, "
+                f"expected documents of at least {tokens} tokens, got {longest} in the longest; give longer ones, "
                 "or lower the length"
             )
         text = torch.stack([probe.documents[i][:tokens] for i in rows])

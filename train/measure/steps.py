@@ -221,7 +221,7 @@ class Measurement:
 
     def _rate(self, point: dict[str, Any]) -> float:
         mode = self.modes[0]
-        return float(point["modes"][mode][f"sink/rate/0.3/{mode}"])
+        return float(point["modes"][mode][f"sink/rate_eps0.3/{mode}"])
 
 
 def cache_size(arguments: Any, subject: Subject, probe: Probe) -> int:

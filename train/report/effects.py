@@ -45,7 +45,7 @@ def figure(result: Result, metric: str, mode: str) -> float | None:
         onset = result.final["onset_tokens"]
         return None if onset is None else float(onset)
     if metric == "sink_rate_area":
-        return area(curve(result.points, f"sink/rate/0.3/{mode}"))
+        return area(curve(result.points, f"sink/rate_eps0.3/{mode}"))
     modes = result.final["modes"]
     if mode not in modes:
         return None
@@ -86,7 +86,7 @@ def check_measured(study: StudyConfig, runs: Sequence[ArmRun]) -> None:
             if mode not in modes and effect.metric != "onset_tokens":
                 raise ValueError(
                     f"effect {effect.name!r}: expected a mode that arm {arm} is measured in (measure.{key}: "
-                    f"{', '.join(modes)}); found {mode}"
+                    f"{', '.join(modes)}); got {mode}"
                 )
 
 

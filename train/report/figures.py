@@ -135,7 +135,7 @@ def _curves(results: Sequence[Result]) -> Figure:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(12, 4))
-    keys = ("sink/rate/0.3/{}", "sink/mass/{}", "val/loss/{}")
+    keys = ("sink/rate_eps0.3/{}", "sink/mass/{}", "val/loss/{}")
     titles = ("sink rate, % (eps 0.3)", "sink mass", "validation loss, nats per token")
     for axis, key, title in zip(axes, keys, titles, strict=True):
         for index, arm in enumerate(arms_of(results)):

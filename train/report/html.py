@@ -97,7 +97,7 @@ def write_page(
             for s in more
         ),
         "<h2>Sink rate while training</h2>",
-        _plot(_curves(results, "sink/rate/0.3/{}", "sink rate, % (eps 0.3)")),
+        _plot(_curves(results, "sink/rate_eps0.3/{}", "sink rate, % (eps 0.3)")),
         f"<figcaption>{_inputs(results)} Press a legend entry to hide an arm, press it twice to "
         "see it alone. Measured on fewer documents than the table.</figcaption>",
         "<h2>Sink mass while training</h2>",

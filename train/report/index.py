@@ -35,12 +35,12 @@ def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[Result]]], folder
     names = [study.source.stem if study.source else study.name for study, _ in studies]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ValueError(f"report: expected study files of different names, found two that are called {twice}")
+        raise ValueError(f"report: expected study files of different names, got two that are called {twice}")
     parts = _earlier(path)
     for name in names:
         if name not in parts and (folder / f"{name}.png").exists():
             raise FileExistsError(
-                f"{folder / f'{name}.png'}: expected none, or one of an earlier page of studies; found another file; "
+                f"{folder / f'{name}.png'}: expected none, or one of an earlier page of studies; got another file; "
                 "choose another --out"
             )
     read = {}
@@ -68,6 +68,7 @@ def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[Result]]], folder
         "",
         *(line for name in sorted(parts) for line in parts[name][1]),
     ]
+    directory.remove_temporaries(path.parent)
     directory.write_atomic(path, "\n".join(lines).rstrip() + "\n")
     return path
 
@@ -97,7 +98,7 @@ def _earlier(path: Path) -> dict[str, tuple[str, list[str]]]:
     text = path.read_text(errors="replace")
     if not text.startswith(TITLE):
         raise FileExistsError(
-            f"{path}: expected none, or an earlier page of studies; found another file; choose another --out"
+            f"{path}: expected none, or an earlier page of studies; got another file; choose another --out"
         )
     head, *sections = text.split("\n## ")
     found = {}

@@ -27,7 +27,7 @@ _Z = 1.959964
 def t_quantile(freedom: int) -> float:
     """Student's t at 97.5 % with so many degrees of freedom, to 4 decimals; raises ValueError below 1."""
     if freedom < 1:
-        raise ValueError(f"t quantile: expected at least 1 degree of freedom, found {freedom}")
+        raise ValueError(f"t quantile: expected at least 1 degree of freedom, got {freedom}")
     if freedom <= len(_T):
         return _T[freedom - 1]
     # Cornish and Fisher's expansion around the normal's (Abramowitz and Stegun, 26.7.5).
@@ -49,7 +49,7 @@ class Interval:
     def of(cls, values: Sequence[float]) -> Interval:
         """From the values of the runs. Raises ValueError where there is none."""
         if not values:
-            raise ValueError("interval: expected at least one value, found none")
+            raise ValueError("interval: expected at least one value, got none")
         if len(values) == 1:
             return cls(float(values[0]), math.nan, 1)
         half = t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))

@@ -70,16 +70,16 @@ def _record(folder: Path) -> dict[str, Any]:
 def check_out(folder: Path, force: bool) -> None:
     """Raise FileExistsError or ValueError, before anything is measured, for a folder that no report can go to."""
     if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"--out {folder}: expected a folder, found a file")
+        raise FileExistsError(f"--out {folder}: expected a folder, got a file")
     if folder.is_dir() and any(path for path in folder.iterdir() if not path.match(f".{RECORD}.*.partial")):
         if not (folder / RECORD).is_file():
             raise FileExistsError(
-                f"--out {folder}: expected a new folder, or the report of an earlier probe, found other files; choose "
+                f"--out {folder}: expected a new folder, or the report of an earlier probe, got other files; choose "
                 "another folder"
             )
         if not force and _UNFINISHED not in _record(folder):
             raise FileExistsError(
-                f"--out {folder}: found the report of an earlier probe; choose another folder, or --force to replace it"
+                f"--out {folder}: got the report of an earlier probe; choose another folder, or --force to replace it"
             )
     check_writable("--out", folder)
 
@@ -88,7 +88,7 @@ def check_writable(option: str, path: Path) -> None:
     """Raise ValueError where `path` cannot be written."""
     above = next(folder for folder in (path if path.is_dir() else path.parent, *path.parents) if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise ValueError(f"{option} {path}: expected a place to write to, found {above}, which cannot be written to")
+        raise ValueError(f"{option} {path}: expected a place to write to, got {above}, which cannot be written to")
 
 
 def _section(title: str, words: str, svg: str) -> str:
@@ -145,7 +145,7 @@ def log_to_wandb(found: Found, run_dir: Path, step: int) -> str:
         tracker = start_wandb(WandbConfig(**(config.get("wandb") or {})), run_dir, {})
         if tracker is None:
             raise ValueError(
-                f"--wandb: expected a run with W&B, found wandb.mode: disabled in {run_dir / directory.CONFIG}"
+                f"--wandb: expected a run with W&B, got wandb.mode: disabled in {run_dir / directory.CONFIG}"
             )
         row: dict[str, Any] = {"probe/step": step, "train/tokens": _tokens_of(run_dir, step), **scalars(found)}
         with plt.rc_context(dict(STYLE)):

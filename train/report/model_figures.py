@@ -322,7 +322,7 @@ def _checkpoint_figure(checkpoints: Found) -> Figure:
     points = checkpoints["points"]
     modes = list(points[0]["modes"])
     panels: tuple[tuple[str, Callable[[Found, str], float]], ...] = (
-        ("sink rate, % (eps 0.3)", lambda v, m: v[f"sink/rate/0.3/{m}"]),
+        ("sink rate, % (eps 0.3)", lambda v, m: v[f"sink/rate_eps0.3/{m}"]),
         ("sink mass", lambda v, m: v[f"sink/mass/{m}"]),
         ("loss, nats per token", lambda v, m: v[f"val/loss/{m}"]),
         ("largest ‖h₀‖ / ‖hₜ‖", lambda v, m: max(x for k, x in v.items() if k.startswith("state/first_token_norm"))),

@@ -271,10 +271,10 @@ def _checkpoint_table(checkpoints: Found) -> Table:
         for mode, values in point["modes"].items():
             last = max(int(k.split("/")[2]) for k in values if k.startswith("state/first_token_norm_ratio/"))
             rows.append((
-                point["step"], point["tokens"], MODE_LABELS[mode], values[f"sink/rate/0.3/{mode}"],
+                point["step"], point["tokens"], MODE_LABELS[mode], values[f"sink/rate_eps0.3/{mode}"],
                 values[f"sink/mass/{mode}"], values[f"val/loss/{mode}"],
-                max(values[f"state/first_token_norm_ratio/{layer}/{mode}"] for layer in range(last + 1)),
-                min(values[f"state/value_norm_ratio/{layer}/{mode}"] for layer in range(last + 1)),
+                max(values[f"state/first_token_norm_ratio/layer{layer}/{mode}"] for layer in range(last + 1)),
+                min(values[f"state/value_norm_ratio/layer{layer}/{mode}"] for layer in range(last + 1)),
             ))  # fmt: skip
     header = ("step", "tokens", "mode", "sink rate %", "sink mass", "loss", "largest ‖h₀‖/‖hₜ‖", "smallest ‖v₀‖/‖vₜ‖")
     rate, mode = checkpoints["onset_rate"], MODE_LABELS[checkpoints["onset_mode"]]

@@ -45,7 +45,7 @@ def load_result(folder: Path, arm: str, seed: int) -> Result:
     """Read one run directory. Raises FileNotFoundError or ValueError that names the file at fault."""
     for name in (directory.CONFIG, directory.MEASUREMENT):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: expected a finished run, found no such file")
+            raise FileNotFoundError(f"{folder / name}: expected a finished run, got no such file")
     directory.check_finished(folder)
     config = read_mapping(folder / directory.CONFIG)
     audit, run = (

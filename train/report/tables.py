@@ -303,7 +303,7 @@ def rows_of(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "seed": r.seed,
                 "mode": mode,
                 **rates,
-                "sink_rate_row_0.3": round(mean(found["rate_row"]["0.3"]), 4),
+                "sink_rate_row_0.3": round(mean(found["rate_full"]["0.3"]), 4),
                 "sink_mass": round(r.value(mode, "mass"), 6),
                 "sink_alpha": round(r.value(mode, "alpha"), 6),
                 "loss": round(found["loss"], 6),

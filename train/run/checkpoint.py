@@ -86,7 +86,7 @@ def load_checkpoint(
     """
     if not path.exists():
         there = ", ".join(sorted(p.name for p in path.parent.glob("step-*.ckpt"))) or "none"
-        raise FileNotFoundError(f"{path}: expected a checkpoint, found none of that name; there: {there}")
+        raise FileNotFoundError(f"{path}: expected a checkpoint, got none of that name; there: {there}")
     try:
         if path.is_dir():
             return _checked(load_sharded(path, verify) if tensors else read_meta(path, verify))
@@ -105,7 +105,7 @@ def load_checkpoint(
         ]
         remedy = f"take another one with {option} {path.parent / others[0]}" if others else "start the run anew"
         raise ValueError(
-            f"{path.resolve()}: expected a checkpoint of tensors and plain values, found a file that does not load "
+            f"{path.resolve()}: expected a checkpoint of tensors and plain values, got a file that does not load "
             f"({reason}); {remedy}"
         ) from None
 

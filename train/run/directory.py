@@ -46,7 +46,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     if link.is_symlink():
         other = "start the run anew" if highest is None else f"or go on from {highest}"
         raise FileNotFoundError(
-            f"{link}: expected the checkpoint that it names, {os.readlink(link)}, found none; put it back, {other}"
+            f"{link}: expected the checkpoint that it names, {os.readlink(link)}, got none; put it back, {other}"
         )
     return highest
 
@@ -55,7 +55,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first. Raises FileNotFoundError where there is none."""
     found = sorted((run_dir / CHECKPOINTS).glob("step-*.ckpt"))
     if not found:
-        raise FileNotFoundError(f"{run_dir / CHECKPOINTS}: expected checkpoints, found none")
+        raise FileNotFoundError(f"{run_dir / CHECKPOINTS}: expected checkpoints, got none")
     return found
 
 
@@ -90,7 +90,7 @@ def lock(folder: Path) -> Lock:
     training run forks do not inherit.
     """
     if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
-        raise ValueError(f"{folder}: expected a folder, or none yet, found a file or a link to nothing; choose another")
+        raise ValueError(f"{folder}: expected a folder, or none yet, got a file or a link to nothing; choose another")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / LOCK).open("w")
@@ -99,7 +99,7 @@ def lock(folder: Path) -> Lock:
     except (BlockingIOError, PermissionError):
         file.close()
         raise ValueError(
-            f"{folder}: expected a folder that nobody writes to, found a process that still does; wait for it, stop "
+            f"{folder}: expected a folder that nobody writes to, got a process that still does; wait for it, stop "
             "it, or choose another folder"
         ) from None
     except OSError:  # a file system without locks
@@ -182,7 +182,7 @@ def check_config(path: Path, content: bytes) -> None:
         return
     if first.removeprefix(_SEAL.encode()) != hashlib.sha256(rest).hexdigest().encode():
         raise ValueError(
-            f"{path}: expected the settings as the run wrote them, found others (the first line has their sha256); "
+            f"{path}: expected the settings as the run wrote them, got others (the first line has their sha256); "
             "restore the file or start from a copy of it. Changes are given as options, or remove the first line where "
             "they are meant"
         )
@@ -196,7 +196,7 @@ def write_json(path: Path, value: Any, *, seal: bool = True) -> None:
     try:
         write_atomic(path, json.dumps(sealed(value) if seal else value, indent=2, allow_nan=False) + "\n")
     except ValueError as error:
-        raise ValueError(f"{path}: not written, expected finite numbers, found one that is not ({error})") from None
+        raise ValueError(f"{path}: not written, expected finite numbers, got one that is not ({error})") from None
 
 
 def read_json(path: Path) -> Any:
@@ -204,7 +204,7 @@ def read_json(path: Path) -> Any:
     try:
         return unsealed(json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number))
     except (ValueError, RecursionError) as error:  # no JSON, no text, or not as it was written
-        raise ValueError(f"{path}: expected JSON as it was written, found {error}; restore or remove it") from None
+        raise ValueError(f"{path}: expected JSON as it was written, got {error}; restore or remove it") from None
 
 
 def _no_number(name: str) -> None:
@@ -235,7 +235,7 @@ def check_files(folder: Path, sums: dict[str, str], left: str, remedy: str) -> N
         path = folder / name
         if not path.is_file() or sha256_file(path) != digest:
             content = "another content" if path.is_file() else "none"
-            raise ValueError(f"{path}: expected the file as {left}, found {content}; {remedy}")
+            raise ValueError(f"{path}: expected the file as {left}, got {content}; {remedy}")
 
 
 def is_finished(folder: Path) -> bool:
@@ -260,7 +260,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
             except ValueError:
                 point = None
             if not isinstance(point, dict):
-                raise ValueError(f"{path}, line {number}: expected one JSON object, found {line[:60]!r}")
+                raise ValueError(f"{path}, line {number}: expected one JSON object, got {line[:60]!r}")
             yield point
 
 
@@ -277,7 +277,7 @@ def restore_metrics(path: Path, saved: str) -> str | None:
         return None
     if saved.encode().startswith(found):  # lost with the machine's power, which no write of ours waits for
         lines = found.count(b"\n")
-        return f"{path}: expected {counted(saved.count(chr(10)), 'point')}, found {lines}; restored from the checkpoint"
+        return f"{path}: expected {counted(saved.count(chr(10)), 'point')}, got {lines}; restored from the checkpoint"
     damaged = path.with_name(f"{path.name}.damaged")
     write_atomic(damaged, found)
     pairs = zip(found.splitlines(), saved.encode().splitlines(), strict=False)

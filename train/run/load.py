@@ -23,7 +23,7 @@ def load_decoder(checkpoint: dict[str, Any]) -> tuple[Decoder, Strategy]:
 
     identity = checkpoint.get("sinkbed")
     if identity is None:
-        raise ValueError("the checkpoint: expected one written by sinkbed fit, found no `sinkbed` entry")
+        raise ValueError("the checkpoint: expected one written by sinkbed fit, got no `sinkbed` entry")
     decoder = Decoder(DecoderConfig(**identity["decoder"]), identity["vocab_size"])
     prefix = "decoder."
     weights = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
@@ -40,12 +40,12 @@ def find_run(path: Path) -> tuple[Path, Path]:
     folder = path.parent.parent if chosen else path
     if not (folder / directory.CONFIG).is_file():
         raise FileNotFoundError(
-            f"{path}: expected a run directory or a checkpoint inside one, found no {folder / directory.CONFIG}"
+            f"{path}: expected a run directory or a checkpoint inside one, got no {folder / directory.CONFIG}"
         )
     directory.check_finished(folder)
     newest = path if chosen else directory.newest_checkpoint(folder)
     if newest is None:
-        raise FileNotFoundError(f"{path}: expected a run with a checkpoint, found one that has none yet")
+        raise FileNotFoundError(f"{path}: expected a run with a checkpoint, got one that has none yet")
     return newest, folder
 
 
@@ -68,6 +68,6 @@ def run_tokenizer(identity: dict[str, Any], store: Path | None) -> Tokenizer:
     if opened.manifest.tokenizer_sha256 != identity["tokenizer"]:
         raise ValueError(
             f"{opened.path}: expected the tokenizer that the checkpoint was trained with "
-            f"({identity['tokenizer'][:12]}), found {opened.manifest.tokenizer_sha256[:12]}; give its --store"
+            f"({identity['tokenizer'][:12]}), got {opened.manifest.tokenizer_sha256[:12]}; give its --store"
         )
     return opened.tokenizer()

@@ -45,10 +45,10 @@ class WandbConfig:
         if wrong or not 0 < len(self.project) <= _LONGEST_NAME:
             raise ValueError(
                 f"wandb.project: expected a name of 1 to {_LONGEST_NAME} characters, none of them / \\ # ? % :, "
-                f"found {self.project!r}"
+                f"got {self.project!r}"
             )
         if not all(tag.strip() for tag in self.tags):
-            raise ValueError(f"wandb.tags: expected tags that are not empty, found {self.tags}")
+            raise ValueError(f"wandb.tags: expected tags that are not empty, got {self.tags}")
 
 
 # What W&B takes; it refuses the run for more.

@@ -50,7 +50,7 @@ def devices_of(trainer: Any) -> int:
     accelerator = next((a for a in known if a.is_available()), None)
     if known and accelerator is None:
         raise ValueError(
-            f"trainer.accelerator: expected one that this machine has, found {trainer.accelerator}, for which torch "
+            f"trainer.accelerator: expected one that this machine has, got {trainer.accelerator}, for which torch "
             "sees no device; set auto or cpu, or install a torch that was built for the device"
         )
     if accelerator is None:  # refused by the trainer itself, or an object of the user's own
@@ -61,7 +61,7 @@ def devices_of(trainer: Any) -> int:
         devices = accelerator.parse_devices(trainer.devices)
     except (TypeError, ValueError, MisconfigurationException) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"trainer.devices: expected auto or a number, found {trainer.devices!r} ({reason})") from None
+        raise ValueError(f"trainer.devices: expected auto or a number, got {trainer.devices!r} ({reason})") from None
     return devices if isinstance(devices, int) else len(devices)
 
 
@@ -79,7 +79,7 @@ def join(devices: int, nodes: int) -> int:
     if started > 1 and started != devices * nodes:
         raise ValueError(
             f"trainer.devices × trainer.num_nodes: expected {launcher}={started}, the processes that a launcher has "
-            f"started, found {devices * nodes}; give --trainer.devices and --trainer.num_nodes of that launch, or, "
+            f"started, got {devices * nodes}; give --trainer.devices and --trainer.num_nodes of that launch, or, "
             f"where this process is alone and {launcher} is left in its environment, run it with env -u {launcher}"
         )
     if started == 1:
@@ -94,7 +94,7 @@ def join(devices: int, nodes: int) -> int:
         places = [own] if own in os.environ else [n for n in ("NODE_RANK", "LOCAL_RANK") if n in os.environ]
         if not places:
             raise ValueError(
-                f"{launcher}={started}: expected {own} beside it in the environment, found none; start the processes "
+                f"{launcher}={started}: expected {own} beside it in the environment, got none; start the processes "
                 f"with torchrun, with srun or by --trainer.devices alone, or unset {launcher}"
             )
         rank = max(_number(name) for name in places)
@@ -107,7 +107,7 @@ def join(devices: int, nodes: int) -> int:
 def _number(name: str) -> int:
     value = os.environ[name]
     if not value.isdecimal():
-        raise ValueError(f"the variable {name}: expected a whole number, found {value!r}; set it right or unset it")
+        raise ValueError(f"the variable {name}: expected a whole number, got {value!r}; set it right or unset it")
     return int(value)
 
 

@@ -22,4 +22,4 @@ def check_number(
         bounds += [f"more than {above:g}"] if above is not None else []
         bounds += [f"at most {most:g}"] if most < math.inf else []
         bounds += [f"less than {below:g}"] if below < math.inf else []
-        raise ValueError(f"{name}: expected {' and '.join(bounds) or 'a finite number'}, found {value!r}")
+        raise ValueError(f"{name}: expected {' and '.join(bounds) or 'a finite number'}, got {value!r}")

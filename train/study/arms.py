@@ -111,7 +111,7 @@ def plan(study: StudyConfig) -> list[ArmRun]:
             if not study.gpus:  # not by the machine's cores: the threads decide the bits of a result
                 config.setdefault("threads", study.cpus)
             if not isinstance(config.get("data", {}), dict):
-                raise ValueError(f"arm {arm}: data: expected keys, found {config['data']!r}")
+                raise ValueError(f"arm {arm}: data: expected keys, got {config['data']!r}")
             data = config.get("data") or {}
             if data.get("store"):
                 config["data"] = data = {**data, "store": os.path.expanduser(data["store"])}
@@ -147,7 +147,7 @@ def read_overlay(path: Path) -> dict[str, Any]:
     """A run config or overlay. Raises ValueError that names a file that is no mapping of keys."""
     content = read_mapping(path)
     if not isinstance(content.get("data", {}), dict):
-        raise ValueError(f"{path}: data: expected keys, found {content['data']!r}")
+        raise ValueError(f"{path}: data: expected keys, got {content['data']!r}")
     for complaint in wrong_keys(path, fit_keys()):
         raise ValueError(complaint)
     return content

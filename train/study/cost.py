@@ -79,7 +79,7 @@ def cost(study: StudyConfig, run: ArmRun) -> Cost:
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"arm {run.arm}: expected model.decoder, trainer.max_steps, data.context_length and data.batch_size; "
-            f"found {error}"
+            f"got {error}"
         ) from None
     vocab_size = vocabulary(study, run)
     each = training_flops(
@@ -232,7 +232,7 @@ def _check_disk(study: StudyConfig, runs: Sequence[ArmRun], costs: Sequence[Cost
     free = shutil.disk_usage(_existing(study.out)).free
     if needed > free:
         raise ValueError(
-            f"{study.out}: expected {gigabytes(needed)} free for the checkpoints of {len(runs)} runs, found "
+            f"{study.out}: expected {gigabytes(needed)} free for the checkpoints of {len(runs)} runs, got "
             f"{gigabytes(free)}; keep fewer of them (checkpoint_points in the base), or choose --out on another disk"
         )
 
@@ -254,7 +254,7 @@ def _check_devices(study: StudyConfig, runs: Sequence[ArmRun], costs: Sequence[C
     memory = _memory()
     if memory is not None and workers * (largest + PROCESS_BYTES) > memory:
         raise ValueError(
-            f"{workers} arms at a time: expected {gigabytes(workers * (largest + PROCESS_BYTES))} of memory, found "
+            f"{workers} arms at a time: expected {gigabytes(workers * (largest + PROCESS_BYTES))} of memory, got "
             f"{gigabytes(memory)}; use fewer --workers"
         )
 
@@ -269,7 +269,7 @@ def _check_head_dims(study: StudyConfig, runs: Sequence[ArmRun]) -> None:
         if (study.gpus or accelerator in ("gpu", "cuda")) and accelerator != "cpu" and dim not in HEAD_DIMS:
             raise ValueError(
                 f"arm {run.arm}: head dim (model.decoder.head_dim, or d_model / heads): expected one that the Triton "
-                f"kernels take, {', '.join(map(str, HEAD_DIMS))}; found {dim}"
+                f"kernels take, {', '.join(map(str, HEAD_DIMS))}; got {dim}"
             )
 
 

@@ -58,21 +58,21 @@ class Effect:
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
-            raise ValueError(f"effect {self.name!r}: metric: expected one of {', '.join(METRICS)}; found {self.metric}")
+            raise ValueError(f"effect {self.name!r}: metric: expected one of {', '.join(METRICS)}; got {self.metric}")
         try:
             check_modes([mode for mode in (self.mode, self.against_mode) if mode is not None])
         except ValueError as error:
             raise ValueError(f"effect {self.name!r}: {error}") from None
         if self.expected not in get_args(Expected):
-            raise ValueError(f"effect {self.name!r}: expected: one of up, down, none; found {self.expected!r}")
+            raise ValueError(f"effect {self.name!r}: expected: one of up, down, none; got {self.expected!r}")
         check_number(f"effect {self.name!r}: tolerance", self.tolerance, least=0)
         if (self.expected == "none") != (self.tolerance > 0):
             raise ValueError(
-                f"effect {self.name!r}: tolerance: expected more than 0 with expected: none, and 0 otherwise; found "
+                f"effect {self.name!r}: tolerance: expected more than 0 with expected: none, and 0 otherwise; got "
                 f"{self.tolerance} with {self.expected}"
             )
         if self.against in (None, self.arm) and self.against_mode in (None, self.mode):
-            raise ValueError(f"effect {self.name!r}: expected another arm or another mode to compare with, found none")
+            raise ValueError(f"effect {self.name!r}: expected another arm or another mode to compare with, got none")
 
     @property
     def other(self) -> tuple[str, str]:
@@ -118,19 +118,19 @@ class StudyConfig:
     def __post_init__(self) -> None:
         for name in ("base", "arms", "seeds"):
             if not getattr(self, name):
-                raise ValueError(f"study.{name}: expected at least one, found none")
+                raise ValueError(f"study.{name}: expected at least one, got none")
         if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"study.seeds: expected distinct seeds, found {self.seeds}")
+            raise ValueError(f"study.seeds: expected distinct seeds, got {self.seeds}")
         for name in ("workers", "cpus"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"study.{name}: expected at least 1, found {getattr(self, name)}")
+                raise ValueError(f"study.{name}: expected at least 1, got {getattr(self, name)}")
         check_number("study.gpus", self.gpus, least=0)
         if self.gpus > 1 and self.gpus != int(self.gpus):
-            raise ValueError(f"study.gpus: expected 0, a share below 1 or a whole number; found {self.gpus}")
+            raise ValueError(f"study.gpus: expected 0, a share below 1 or a whole number; got {self.gpus}")
         for effect in self.effects:
             missing = sorted({effect.arm, effect.other[0]} - set(self.arms))
             if missing:
-                raise ValueError(f"effect {effect.name!r}: expected an arm of the study, found {missing[0]!r}")
+                raise ValueError(f"effect {effect.name!r}: expected an arm of the study, got {missing[0]!r}")
 
     @property
     def name(self) -> str:
@@ -154,27 +154,27 @@ def load_study(path: Path, size: str | None = None) -> StudyConfig:
     if size is None and sizes:
         size = "demo" if "demo" in sizes else next(iter(sizes))
     if size is not None and size not in sizes:
-        raise ValueError(f"{path}: --size {size}: expected one of {', '.join(sizes) or 'none'}; found {size}")
+        raise ValueError(f"{path}: --size {size}: expected one of {', '.join(sizes) or 'none'}; got {size}")
     if size is not None:
         raw |= _mapping(path, f"sizes.{size}", sizes[size] or {}, _SIZE_KEYS)
     missing = [name for name in ("title", "base") if name not in raw]
     if "arms" not in raw and "grid" not in raw:
         missing.append("arms")
     if missing:
-        raise ValueError(f"{path}: expected the key {missing[0]!r}, found none")
+        raise ValueError(f"{path}: expected the key {missing[0]!r}, got none")
     raw.setdefault("out", f"runs/{path.stem}" + (f"-{size}" if size else ""))
     if not isinstance(raw["out"], str):
-        raise ValueError(f"{path}: out: expected a folder, found {raw['out']!r}")
+        raise ValueError(f"{path}: out: expected a folder, got {raw['out']!r}")
     for key in ("title", "question", "published_source"):
         if not isinstance(raw.get(key, ""), str):
-            raise ValueError(f"{path}: {key}: expected text, found {raw[key]!r}; put it in quotes")
+            raise ValueError(f"{path}: {key}: expected text, got {raw[key]!r}; put it in quotes")
     for key, kind, words in (("seeds", list, "a list of integers"), ("workers", int, "an integer"), ("cpus", int, "")):
         value = raw.get(key)
         items = value if isinstance(value, list) else [value]
         if value is not None and (not isinstance(value, kind) or not all(type(x) is int for x in items)):
-            raise ValueError(f"{path}: {key}: expected {words or 'an integer'}, found {value!r}")
+            raise ValueError(f"{path}: {key}: expected {words or 'an integer'}, got {value!r}")
     if type(raw.get("gpus", 0)) not in (int, float):
-        raise ValueError(f"{path}: gpus: expected a number, found {raw['gpus']!r}")
+        raise ValueError(f"{path}: gpus: expected a number, got {raw['gpus']!r}")
     arms = _arms(path, raw.get("arms") or {}) | _grid(path, raw.pop("grid", None) or {})
     _check_published(path, raw.get("published") or {}, arms)
     raw |= {
@@ -196,7 +196,7 @@ def load_study(path: Path, size: str | None = None) -> StudyConfig:
 def _mapping(path: Path, what: str, found: Any, known: tuple[str, ...] | None) -> dict[str, Any]:
     if not isinstance(found, dict):
         expected = f"keys {', '.join(known)}" if known else "a mapping"
-        raise ValueError(f"{path}: {what}: expected {expected}; found {type(found).__name__}")
+        raise ValueError(f"{path}: {what}: expected {expected}; got {type(found).__name__}")
     unknown = sorted(set(map(str, found)) - set(known or map(str, found)))
     if unknown:
         raise ValueError(f"{path}: unknown key {unknown[0]!r}; expected some of {', '.join(known or ())}")
@@ -205,7 +205,7 @@ def _mapping(path: Path, what: str, found: Any, known: tuple[str, ...] | None) -
 
 def _resolve(path: Path, value: Any) -> Path:
     if not isinstance(value, str):
-        raise ValueError(f"{path}: expected a path, found {value!r}")
+        raise ValueError(f"{path}: expected a path, got {value!r}")
     config = (path.parent / Path(value).expanduser()).resolve()
     if not config.is_file():
         raise FileNotFoundError(f"{path}: names {value}, but there is no file {config}")
@@ -215,17 +215,17 @@ def _resolve(path: Path, value: Any) -> Path:
 def _overlays(path: Path, what: str, found: Any) -> list[Overlay]:
     """Overlays of an arm, of the base or of a value on an axis: a list of paths and settings, or one by itself."""
     if what == "base" and not isinstance(found, list):
-        raise ValueError(f"{path}: base: a list of configs expected, found {found!r}")
+        raise ValueError(f"{path}: base: a list of configs expected, got {found!r}")
     items = found if isinstance(found, list) else [found]
     for item in items:
         if not isinstance(item, str | dict):
-            raise ValueError(f"{path}: {what}: expected overlays, each a path or settings; found {item!r}")
+            raise ValueError(f"{path}: {what}: expected overlays, each a path or settings; got {item!r}")
     return [item if isinstance(item, dict) else _resolve(path, item) for item in items]
 
 
 def _arms(path: Path, found: Any) -> dict[str, list[Overlay]]:
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: arms: expected a mapping of arm name to list of overlays, found {found!r}")
+        raise ValueError(f"{path}: arms: expected a mapping of arm name to list of overlays, got {found!r}")
     return {_name(path, name): _overlays(path, f"arm {name}", overlays) for name, overlays in found.items()}
 
 
@@ -246,12 +246,12 @@ def _grid(path: Path, found: Any) -> dict[str, list[Overlay]]:
             choices.append((named, _overlays(path, f"grid.{axis}.{value}", overlays)))
         axes.append(choices)
     if (count := math.prod(map(len, axes))) > _MOST_ARMS:
-        raise ValueError(f"{path}: grid: expected at most {_MOST_ARMS:,} arms, found {count:,}; take fewer values")
+        raise ValueError(f"{path}: grid: expected at most {_MOST_ARMS:,} arms, got {count:,}; take fewer values")
     arms: dict[str, list[Overlay]] = {}
     for chosen in itertools.product(*axes) if axes else ():
         name = _name(path, "-".join(named for named, _ in chosen))
         if name in arms:
-            raise ValueError(f"{path}: grid: expected a name of its own for each arm, found {name!r} twice")
+            raise ValueError(f"{path}: grid: expected a name of its own for each arm, got {name!r} twice")
         arms[name] = [overlay for _, overlays in chosen for overlay in overlays]
     return arms
 
@@ -263,7 +263,7 @@ def _check_published(path: Path, found: Any, arms: dict[str, Any]) -> None:
             isinstance(p, list) and len(p) == 2 and all(_numeric(x) for x in p) for p in pairs
         ):
             raise ValueError(
-                f"{path}: published.{arm}: expected an arm, and [sink metric, loss] for each mode; found {modes!r}"
+                f"{path}: published.{arm}: expected an arm, and [sink metric, loss] for each mode; got {modes!r}"
             )
 
 
@@ -276,7 +276,7 @@ def _effect(path: Path, found: Any) -> Effect:
     raw = _mapping(path, "effects", found, tuple(known))
     missing = [name for name in ("name", "metric", "arm", "expected") if name not in raw]
     if missing:
-        raise ValueError(f"{path}: effect {raw.get('name', raw)!r}: expected the key {missing[0]!r}, found none")
+        raise ValueError(f"{path}: effect {raw.get('name', raw)!r}: expected the key {missing[0]!r}, got none")
     try:
         return Effect(**raw)
     except (TypeError, ValueError) as error:

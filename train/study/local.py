@@ -44,7 +44,7 @@ def slots(study: StudyConfig) -> list[dict[str, str]]:
         places = [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups]
     if not places:
         raise ValueError(
-            f"study.gpus: expected {study.gpus:g} for each arm, found {len(gpus)} on this machine; use --ray ADDRESS "
+            f"study.gpus: expected {study.gpus:g} for each arm, got {len(gpus)} on this machine; use --ray ADDRESS "
             "for a cluster that has them, or another --size"
         )
     return places[: study.workers]

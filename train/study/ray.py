@@ -65,7 +65,7 @@ class RayRunner:
         try:
             import ray
         except ImportError:
-            raise ValueError("--ray: expected the package ray, found none; pip install -e '.[ray]'") from None
+            raise ValueError("--ray: expected the package ray, got none; pip install -e '.[ray]'") from None
         self.ray: Any = ray
         self.study = study
         self.runs = runs
@@ -81,11 +81,11 @@ class RayRunner:
                     runtime_env={"env_vars": variables},
                 )
             except ConnectionError as error:
-                raise ValueError(f"--ray {address}: expected a Ray cluster, found none ({error})") from None
+                raise ValueError(f"--ray {address}: expected a Ray cluster, got none ({error})") from None
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if not any(n.get("CPU", 0) >= study.cpus and n.get("GPU", 0) >= study.gpus for n in nodes):
             raise ValueError(
-                f"--ray {address}: expected a node with {study.cpus} CPUs and {study.gpus:g} GPUs for an arm, found "
+                f"--ray {address}: expected a node with {study.cpus} CPUs and {study.gpus:g} GPUs for an arm, got "
                 + ("; ".join(f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes) or "no node")
             )
 

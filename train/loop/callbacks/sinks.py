@@ -65,7 +65,7 @@ class SinkMonitor(L.Callback):
             theirs = state_dict["figures"].get(name, ours if name in _LATER else None)
             if theirs != ours:
                 raise ValueError(
-                    f"resuming: expected the run's own measure.{name}: {theirs}, found {ours}, which would mix two "
+                    f"resuming: expected the run's own measure.{name}: {theirs}, got {ours}, which would mix two "
                     "kinds of figures in one curve; leave it as it was and use `sinkbed validate` for other figures"
                 )
         self.onset_tokens = state_dict["onset_tokens"]
@@ -129,7 +129,7 @@ class SinkMonitor(L.Callback):
             values |= result.metrics(mode)
         values |= self._packed(module.decoder, module)
         tokens = module.tokens_at(step)
-        rate = values[f"sink/rate/0.3/{c.live_modes[0]}"]
+        rate = values[f"sink/rate_eps0.3/{c.live_modes[0]}"]
         if self.onset_tokens is None and rate >= c.onset_rate and step > 0:
             self.onset_tokens = tokens
         maps = {f"sink/heatmap/{m}": r.mass for m, r in results.items()}
@@ -169,10 +169,10 @@ class SinkMonitor(L.Callback):
         values = {}
         if later.any():
             document = torch.stack([s.document_mass[later].mean() for s in output.statistics]).mean()
-            values["sink/document_start_mass"] = float(document)
+            values["sink/packed_document_mass"] = float(document)
         if real[..., 1:].any():
-            row = torch.stack([s.row_mass[..., 1:][real[..., 1:]].mean() for s in output.statistics]).mean()
-            values["sink/row_start_mass"] = float(row)
+            row = torch.stack([s.first_key_mass[..., 1:][real[..., 1:]].mean() for s in output.statistics]).mean()
+            values["sink/packed_first_key_mass"] = float(row)
         return finite(values, "packed rows")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -84,7 +84,7 @@ class StateMonitor(L.Callback):
             if differentiable:
                 ratios = measure_gradients(decoder, excerpts, c.batch_tokens).ratio
                 values |= {
-                    f"state/gradient_ratio/{layer}/{mode}": ratios[layer + 1] for layer in range(len(ratios) - 1)
+                    f"state/gradient_ratio/layer{layer}/{mode}": ratios[layer + 1] for layer in range(len(ratios) - 1)
                 }
         if "mixing" in due:
             spread = measure_perturbation(decoder, excerpts, c.batch_tokens).spread
@@ -96,9 +96,9 @@ class StateMonitor(L.Callback):
                 f"mixing/path_sources/{mode}": paths.sources[-1],
             }
             for layer in range(len(spread) - 1):
-                values[f"mixing/rank_distance/{layer}/{mode}"] = rank.relative_distance[layer + 1]
-                values[f"mixing/effective_rank/{layer}/{mode}"] = rank.effective_rank[layer + 1]
-                values[f"mixing/last_distance/{layer}/{mode}"] = rank.relative_last_distance[layer + 1]
+                values[f"mixing/rank_distance/layer{layer}/{mode}"] = rank.relative_distance[layer + 1]
+                values[f"mixing/effective_rank/layer{layer}/{mode}"] = rank.effective_rank[layer + 1]
+                values[f"mixing/last_distance/layer{layer}/{mode}"] = rank.relative_last_distance[layer + 1]
             if differentiable:
                 few = Excerpts.of(probe, mode, module.data.strategy, c.sink_tokens, _JACOBIAN_DOCUMENTS)
                 last = [decoder.config.n_layers]
