@@ -139,7 +139,7 @@ def attention_received(
     if lse.shape != q.shape[:3] or lse.device != q.device or lse.dtype not in _DTYPES:
         raise ValueError(
             f"lse: expected a float dtype and shape {list(q.shape[:3])} on {q.device}, "
-            f"received {lse.dtype}, {list(lse.shape)} on {lse.device}"
+            f"got {lse.dtype}, {list(lse.shape)} on {lse.device}"
         )
     functions, scale = _choose(implementation, q.device), _checked_scale(scale, q)
     with torch.no_grad():
@@ -184,8 +184,7 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, sink_logit: Tensor | None) -> Non
             raise ValueError(f"{name}: expected [B, H, T, D], got shape {list(x.shape)}")
         if x.dtype not in _DTYPES or x.dtype != q.dtype or x.device != q.device:
             raise ValueError(
-                f"{name}: expected a float dtype and device as q's ({q.dtype}, {q.device}), "
-                f"received {x.dtype}, {x.device}"
+                f"{name}: expected a float dtype and device as q's ({q.dtype}, {q.device}), got {x.dtype}, {x.device}"
             )
         if 0 in x.shape:
             raise ValueError(f"{name}: expected no empty dimension, got shape {list(x.shape)}")
@@ -201,5 +200,5 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, sink_logit: Tensor | None) -> Non
     if tuple(sink_logit.shape) != (H,) or sink_logit.device != q.device or sink_logit.dtype not in _DTYPES:
         raise ValueError(
             f"sink_logit: expected a float dtype and shape [H={H}] on {q.device}, "
-            f"received {sink_logit.dtype}, {list(sink_logit.shape)} on {sink_logit.device}"
+            f"got {sink_logit.dtype}, {list(sink_logit.shape)} on {sink_logit.device}"
         )

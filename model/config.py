@@ -66,7 +66,7 @@ class DecoderConfig:
             raise ValueError(f"n_kv_heads: expected a divisor of n_heads={self.n_heads}, got {self.n_kv_heads}")
         if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(
-                f"d_model: expected a multiple of n_heads={self.n_heads}, got {self.d_model}; change one of them, or set "
+                f"d_model: expected a multiple of n_heads={self.n_heads}, got {self.d_model}; change one, or set "
                 "head_dim"
             )
         if self.dim % 2 or self.dim < 2:

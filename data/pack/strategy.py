@@ -7,7 +7,6 @@ that would change nothing is an error here, so that two arms of a study with dif
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -78,11 +77,6 @@ class Strategy:
         """Row positions that hold a token which is not of the text."""
         return tuple(i for i, what in enumerate(self.leading) if what != "none")
 
-    @staticmethod
-    def completed(saved: dict[str, Any]) -> dict[str, Any]:
-        """A strategy as it was saved, with the axes that came later at their defaults, under which nothing changed."""
-        return {**dataclasses.asdict(Strategy()), **saved}
-
     def __post_init__(self) -> None:
         PACKINGS.check(self.packing)
         _check_choice("overflow", self.overflow, get_args(Overflow))
@@ -98,11 +92,11 @@ class Strategy:
                 f"overflow: got {self.overflow!r} with packing {self.packing!r}, which cuts wherever a "
                 "row ends; expected another packing, or overflow: split"
             )
-        for name in ("mask", "positions"):
-            if not packing.shares_rows and getattr(self, name) == "document":
+        for name, value, other in (("mask", "intra_document", "causal"), ("positions", "document", "row")):
+            if not packing.shares_rows and getattr(self, name) == value:
                 raise ValueError(
-                    f"{name}: got 'document' with packing {self.packing!r}, where a row holds one document and "
-                    f"padding that nothing before it sees; expected {name}: {'causal' if name == 'mask' else 'row'}"
+                    f"{name}: got {value!r} with packing {self.packing!r}, where a row holds one document and padding "
+                    f"that nothing before it sees; expected {other}"
                 )
         if self.fill not in packing.fills:
             raise ValueError(

@@ -156,9 +156,9 @@ def test_a_bounded_sampler_ends_before_an_incomplete_global_batch() -> None:
     [
         ({"micro_batch_size": 0}, "micro_batch_size: got 0"),
         ({"micro_batch_size": 1, "accumulate": 0}, "accumulate: got 0"),
-        ({"micro_batch_size": 1, "rows_consumed": -1}, "rows_consumed: found -1"),
+        ({"micro_batch_size": 1, "rows_consumed": -1}, "rows_consumed: got -1"),
         ({"micro_batch_size": 1, "world_size": 2, "rank": 2}, "rank: got 2 with world_size 2"),
-        ({"micro_batch_size": 1, "total_rows": -1}, "total_rows: found -1"),
+        ({"micro_batch_size": 1, "total_rows": -1}, "total_rows: got -1"),
     ],
 )
 def test_numbers_outside_their_range_are_refused(settings: dict[str, int], message: str) -> None:

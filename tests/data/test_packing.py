@@ -53,7 +53,7 @@ STRATEGIES = [
     for first in ("none", "bos", 77)
     for start in ("none", "bos")
     for end in ("none", "eos")
-    for mask in ("causal", "document")
+    for mask in ("causal", "intra_document")
     for positions in ("row", "document")
 ] + [
     Strategy(prefix_lm=3),
@@ -93,7 +93,7 @@ def test_every_field_of_every_row_equals_the_oracle(
         first_token=st.sampled_from(["none", "bos", 9]),
         document_start=st.sampled_from(["none", "bos", "eos"]),
         document_end=st.sampled_from(["none", "bos", "eos"]),
-        mask=st.sampled_from(["causal", "document"]),
+        mask=st.sampled_from(["causal", "intra_document"]),
         positions=st.sampled_from(["row", "document"]),
         prefix_lm=st.sampled_from([0, 2, 3]),
     ),
@@ -299,7 +299,7 @@ def assert_planned_rows_equal_the_oracle(rows: Rows, documents: list[list[int]])
 
 @pytest.mark.parametrize("packing", PLANNED, ids=lambda axes: "-".join(axes.values()))
 @pytest.mark.parametrize("first", FIRST, ids=str)
-@pytest.mark.parametrize("mask", ["causal", "document"])
+@pytest.mark.parametrize("mask", ["causal", "intra_document"])
 def test_every_field_of_rows_of_whole_documents_equals_the_oracle(
     store_of_all_lengths: TokenStore,
     packing: dict[str, Any],
@@ -332,7 +332,7 @@ def test_every_field_of_rows_of_whole_documents_equals_the_oracle(
     first=st.sampled_from(FIRST),
     start=st.sampled_from(["none", "bos", 5]),
     end=st.sampled_from(["none", "eos"]),
-    mask=st.sampled_from(["causal", "document"]),
+    mask=st.sampled_from(["causal", "intra_document"]),
     positions=st.sampled_from(["row", "document"]),
     prefix_lm=st.sampled_from([0, 3]),
     length=st.integers(4, 12),
@@ -356,7 +356,7 @@ def test_any_layout_of_whole_documents_equals_the_oracle(
     packing=st.sampled_from([{}, *PLANNED]),
     first=st.sampled_from(FIRST),
     share=st.sampled_from([0.5, 1.0]),
-    mask=st.sampled_from(["causal", "document"]),
+    mask=st.sampled_from(["causal", "intra_document"]),
     length=st.integers(4, 12),
     seed=st.integers(0, 3),
 )

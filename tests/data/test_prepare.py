@@ -411,7 +411,7 @@ def test_a_damaged_store_is_not_up_to_date(config: PrepareConfig) -> None:
 def test_a_share_that_leaves_a_split_empty_is_refused_and_leaves_nothing(config: PrepareConfig) -> None:
     with pytest.raises(ValueError, match=r"validation_share: got 1e-09.*and 0 validation documents"):
         prepare(dataclasses.replace(config, validation_share=1e-9), progress=False)
-    with pytest.raises(ValueError, match=r"found no document that the config lets pass \(left out: .*300 too_short\)"):
+    with pytest.raises(ValueError, match=r"got no document that the config lets pass \(left out: .*300 too_short\)"):
         prepare(dataclasses.replace(config, min_bytes=10_000, tokenizer=loaded(config)), progress=False)
     assert list(Path(config.out).parent.iterdir()) == []
     manifest = prepare(dataclasses.replace(config, validation_share=0.0), progress=False)

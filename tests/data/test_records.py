@@ -90,7 +90,7 @@ BAD = {
     b'{"body": "a", "n": 1}': ("missing_column", r"line 2: got columns 'body', 'n', expected 'text'.*source\.column"),
     b"{}": ("missing_column", "line 2: got columns none"),
     b'{"text": 5}': ("not_text", "line 2: column 'text': got a value of type int"),
-    b'{"text": ["a"]}': ("not_text", "found a value of type list"),
+    b'{"text": ["a"]}': ("not_text", "got a value of type list"),
     b'{"text": null}': ("empty", ""),
     b'{"text": " \\n"}': ("empty", ""),
 }
@@ -354,7 +354,7 @@ def test_a_folder_is_all_files_below_it_where_they_are_of_one_kind(
     assert list(Documents(source)) == ["a.txt.gz", "c 1.5.txt.gz", "deep/b.txt.gz"]
     assert Documents(Source(kind="text", files="~/books/**/*.txt.gz")).count() == 3, "`~` is the home folder"
     (tmp_path / "books" / "readme.md").write_text("")
-    with pytest.raises(FileNotFoundError, match=r"found 3 \.txt\.gz, 1 \.md; give a glob such as") as refused:
+    with pytest.raises(FileNotFoundError, match=r"got 3 \.txt\.gz, 1 \.md; give a glob such as") as refused:
         Documents(source).count()
     [glob] = re.findall("such as '(.*)'", str(refused.value))
     assert Documents(Source(kind="text", files=glob)).count() == 3
@@ -362,8 +362,8 @@ def test_a_folder_is_all_files_below_it_where_they_are_of_one_kind(
 
 def test_files_of_another_kind_are_refused_before_they_are_read(tmp_path: Path) -> None:
     for name, content, message in (
-        ("a.txt", b"%PDF-1.7\n", "found a PDF; extract its text first"),
-        ("a.jsonl.gz", b"", "found JSONL by its name; use `sinkbed prepare --config configs/data/local_jsonl.yaml"),
+        ("a.txt", b"%PDF-1.7\n", "got a PDF; extract its text first"),
+        ("a.jsonl.gz", b"", "got JSONL by its name; use `sinkbed prepare --config configs/data/local_jsonl.yaml"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):

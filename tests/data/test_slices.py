@@ -121,7 +121,7 @@ def test_a_word_is_never_cut_and_one_beyond_all_bounds_is_refused(tokenizer: Tok
     text = "some words " * 30 + word + " and more" * 300
     assert any(word in part for part in slices(tokenizer, text))
     assert list(slices(tokenizer, word)) == [word]
-    with pytest.raises(ValueError, match=r"at least every 20,000 characters.*found none from character.*max_bytes"):
+    with pytest.raises(ValueError, match=r"at least every 20,000 characters.*got none from character.*max_bytes"):
         list(slices(tokenizer, "some words " * 100 + "x" * 21_000))
 
 

@@ -121,7 +121,7 @@ def test_empty_documents_are_skipped_and_counted_and_others_left_as_they_are(str
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_missing_column_is_named_beside_those_found(streaming: bool, tmp_path: Path) -> None:
     source = changed(write_jsonl(tmp_path), column="body", streaming=streaming)
-    with pytest.raises(ValueError, match=r"found columns 'text', 'id', expected 'body'.*source\.column"):
+    with pytest.raises(ValueError, match=r"got columns 'text', 'id', expected 'body'.*source\.column"):
         list(Documents(source))
 
 
@@ -184,18 +184,18 @@ def test_a_data_set_that_brings_its_own_code_is_not_run(tmp_path: Path) -> None:
         ({"kind": "hub"}, "source.name: got none"),
         ({"kind": "hub", "name": "a/b", "weights": (1.0,)}, "source.weights: .* belongs to kind mixture"),
         ({"kind": "mixture"}, "source.weights: got 0 with 0 sources"),
-        ({"kind": "mixture", "sources": (LINES, LINES), "weights": (1.0,)}, "found 1 with 2 sources"),
-        ({"kind": "mixture", "sources": (LINES, LINES), "weights": (1.0, 0.0)}, "found 0.0, expected each above 0"),
+        ({"kind": "mixture", "sources": (LINES, LINES), "weights": (1.0,)}, "got 1 with 2 sources"),
+        ({"kind": "mixture", "sources": (LINES, LINES), "weights": (1.0, 0.0)}, "got 0.0, expected each above 0"),
         (
             {"kind": "mixture", "sources": (LINES, LINES), "weights": (1.0, 1.0), "shuffle_seed": None},
             "source.shuffle_seed: got none with kind 'mixture'",
         ),
         ({"kind": "mixture", "name": "a/b", "sources": (LINES,) * 2, "weights": (1.0, 1.0)}, "source.name"),
-        ({"kind": "demo", "parts": ("plays",)}, r"source.parts: found \['plays'\]"),
-        ({"kind": "demo", "parts": ()}, r"source.parts: found \[\]"),
+        ({"kind": "demo", "parts": ("plays",)}, r"source.parts: got \['plays'\]"),
+        ({"kind": "demo", "parts": ()}, r"source.parts: got \[\]"),
         ({"kind": "demo", "parts": ("leads", "leads")}, "each once"),
         ({"kind": "jsonl", "files": ("a",), "shuffle_buffer": 5}, "source.shuffle_buffer: got without streaming"),
-        ({"kind": "hub", "name": "a/b", "streaming": True, "shuffle_buffer": 0}, "found 0, expected at least 1"),
+        ({"kind": "hub", "name": "a/b", "streaming": True, "shuffle_buffer": 0}, "got 0, expected at least 1"),
     ],
 )
 def test_settings_that_are_missing_or_without_effect_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -342,7 +342,7 @@ def test_the_identity_of_a_mixture_is_that_of_its_sources(tmp_path: Path) -> Non
 
 
 def test_a_missing_split_is_named_beside_those_found(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"found splits train, heldout, expected 'test'; set source\.split"):
+    with pytest.raises(ValueError, match=r"got splits train, heldout, expected 'test'; set source\.split"):
         list(Documents(changed(write_hub(tmp_path), split="test")))
 
 

@@ -139,7 +139,7 @@ def test_a_truncated_shard_is_named_when_opening(make_store: MakeStore) -> None:
     path = make_store(DOCUMENTS, shard_tokens=4).path
     shard = path / "train" / "00001.arrow"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"00001\.arrow is damaged: found .* bytes on disk.*--force"):
+    with pytest.raises(ValueError, match=r"00001\.arrow is damaged: got .* bytes on disk.*--force"):
         TokenStore.open(path)
 
 
@@ -232,23 +232,23 @@ def test_a_shard_with_other_counts_is_named(make_store: MakeStore) -> None:
         del manifest["checksum"]
 
     edited(path, edit)
-    with pytest.raises(ValueError, match="found 7 documents and 12 tokens, expected 7 and 13"):
+    with pytest.raises(ValueError, match="got 7 documents and 12 tokens, expected 7 and 13"):
         TokenStore.open(path)
 
 
 CONTRADICTIONS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-    (lambda m: shard(m).update(tokens=13), "found 12 tokens in split train, whose shards hold 13"),
-    (lambda m: m["splits"]["train"].update(documents=6), "found 6 documents in split train, whose shards hold 7"),
-    (lambda m: shard(m).update(file="/etc/passwd"), "found a shard outside the token store, '/etc/passwd'"),
-    (lambda m: shard(m).update(file="train/../../a"), "found a shard outside the token store"),
-    (lambda m: m.update(bos_id=258), r"found bos_id, eos_id, special_ids \(258, 1, 0, 1\) outside a vocabulary of 258"),
+    (lambda m: shard(m).update(tokens=13), "got 12 tokens in split train, whose shards hold 13"),
+    (lambda m: m["splits"]["train"].update(documents=6), "got 6 documents in split train, whose shards hold 7"),
+    (lambda m: shard(m).update(file="/etc/passwd"), "got a shard outside the token store, '/etc/passwd'"),
+    (lambda m: shard(m).update(file="train/../../a"), "got a shard outside the token store"),
+    (lambda m: m.update(bos_id=258), r"got bos_id, eos_id, special_ids \(258, 1, 0, 1\) outside a vocabulary of 258"),
     (lambda m: m.update(bos_id=True), "outside a vocabulary"),
-    (lambda m: m.update(bos_id=2), r"found bos_id and eos_id \(2, 1\) outside special_ids \(0, 1\)"),
+    (lambda m: m.update(bos_id=2), r"got bos_id and eos_id \(2, 1\) outside special_ids \(0, 1\)"),
     (lambda m: m.update(bos_id=1, eos_id=0), "bos_id: got 1, expected 0; eos_id: got 0, expected 1"),
     (lambda m: m.update(vocab_size=259), r"vocab_size: got 259, expected 258 \(by tokenizer\.json\)"),
-    (lambda m: m.update(special_ids=[0, 1, 7]), r"special_ids: found \(0, 1, 7\), expected \(0, 1\)"),
-    (lambda m: m.update(dtype="uint32"), "found dtype uint32 for a vocabulary of 258"),
-    (lambda m: m["recipe"].update(documents=8), "found a fingerprint that is not that of the recipe"),
+    (lambda m: m.update(special_ids=[0, 1, 7]), r"special_ids: got \(0, 1, 7\), expected \(0, 1\)"),
+    (lambda m: m.update(dtype="uint32"), "got dtype uint32 for a vocabulary of 258"),
+    (lambda m: m["recipe"].update(documents=8), "got a fingerprint that is not that of the recipe"),
 ]
 
 
@@ -290,7 +290,7 @@ def test_the_digest_tells_apart_what_a_run_would_see_and_nothing_else(make_store
 
 def test_a_missing_shard_split_tokenizer_or_store_is_named(make_store: MakeStore, tmp_path: Path) -> None:
     store = make_store(DOCUMENTS)
-    with pytest.raises(ValueError, match="found splits train, expected 'validation'"):
+    with pytest.raises(ValueError, match="got splits train, expected 'validation'"):
         TokenStore.open(store.path, "validation")
     with pytest.raises(FileNotFoundError, match=r"no token store at .*sinkbed prepare"):
         TokenStore.open(tmp_path)

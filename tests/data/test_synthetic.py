@@ -194,7 +194,7 @@ def test_the_entropy_floor_is_the_mean_surprisal_of_the_documents(parameters: di
         ({"documents": 0}, "synthetic.documents: got 0, expected an integer, at least 1"),
         ({"length": 1}, "synthetic.length: got 1"),
         ({"length": (9, 8)}, "synthetic.length: got 8, expected an integer, at least 9"),
-        ({"length": (9, 10, 11)}, "synthetic.length: found .*expected a number or two"),
+        ({"length": (9, 10, 11)}, "synthetic.length: got .*expected a number or two"),
         ({"symbols": 63}, "synthetic.symbols: got 63, expected an integer, 2 to 62"),
         ({"task": "trigger_averaging", "symbols": 27}, "symbols: got 27, expected an integer, 2 to 26"),
         ({"task": "bigram_backcopy", "triggers": 0}, "triggers: got 0, expected an integer, 1 to 10"),
@@ -203,7 +203,7 @@ def test_the_entropy_floor_is_the_mean_surprisal_of_the_documents(parameters: di
         ({"task": "bigram_backcopy", "trigger_probability": 1.0}, "trigger_probability: got 1.0"),
         ({"phrase": 2}, "synthetic.phrase: got 2 with task 'uniform'"),
         ({"task": "repeated", "phrase": 21}, "synthetic.phrase: got 21, expected an integer, 1 to 20"),
-        ({"seed": -1}, "synthetic.seed: found -1"),
+        ({"seed": -1}, "synthetic.seed: got -1"),
     ],
 )
 def test_settings_out_of_range_or_without_effect_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -226,7 +226,7 @@ def test_a_synthetic_source_needs_its_task_and_no_other_kind_takes_one() -> None
     task = Synthetic(task="uniform", documents=5, length=20)
     with pytest.raises(ValueError, match=r"source\.synthetic: got none"):
         Source(kind="synthetic")
-    with pytest.raises(ValueError, match=r"source\.synthetic: found .* with kind 'jsonl', which ignores it"):
+    with pytest.raises(ValueError, match=r"source\.synthetic: got .* with kind 'jsonl', which ignores it"):
         Source(kind="jsonl", files="a", synthetic=task)
     assert "generator" in identity(Source(kind="synthetic", synthetic=task))
 

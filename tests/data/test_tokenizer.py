@@ -256,7 +256,7 @@ LOSING = {
 
 @pytest.mark.parametrize("make", LOSING.values(), ids=LOSING.keys())
 def test_a_tokenizer_that_loses_text_is_refused(make: Callable[[], tokenizers.Tokenizer]) -> None:
-    with pytest.raises(ValueError, match=r"expected one that keeps every text, found .* turned into"):
+    with pytest.raises(ValueError, match=r"expected one that keeps every text, got .* turned into"):
         Tokenizer(make())
 
 
@@ -310,5 +310,5 @@ def test_a_tokenizer_that_encodes_at_random_is_refused(tmp_path: Path) -> None:
     definition = json.loads((tmp_path / "t.json").read_text())
     definition["model"]["dropout"] = 0.3
     (tmp_path / "t.json").write_text(json.dumps(definition))
-    with pytest.raises(ValueError, match=r"found BPE dropout \(0\.3"):
+    with pytest.raises(ValueError, match=r"got BPE dropout \(0\.3"):
         Tokenizer.load(tmp_path / "t.json")

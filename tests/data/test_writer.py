@@ -104,7 +104,7 @@ def test_a_store_is_replaced_only_when_told_and_never_by_a_failure(tmp_path: Pat
     with StoreWriter(out, tokenizer) as writer:
         fill(writer, documents=1)
         writer.finish(recipe={})
-    with pytest.raises(FileExistsError, match=r"found a token store.*--force"), StoreWriter(out, tokenizer):
+    with pytest.raises(FileExistsError, match=r"got a token store.*--force"), StoreWriter(out, tokenizer):
         pass
     with pytest.raises(RuntimeError), StoreWriter(out, tokenizer, replace=True) as writer:
         fill(writer)

@@ -315,7 +315,7 @@ BAD = {
     "q: expected no empty": lambda q, k, v: attention(*(x[:, :, :0] for x in (q, k, v))),
     "divides q's 3": lambda q, k, v: attention(q[:, :3], k, v),
     "sink_logit: expected a float dtype and shape [H=4]": lambda q, k, v: attention(q, k, v, sink_logit=torch.zeros(2)),
-    "received torch.int64, [4]": lambda q, k, v: attention(q, k, v, sink_logit=torch.zeros(4, dtype=torch.int64)),
+    "got torch.int64, [4]": lambda q, k, v: attention(q, k, v, sink_logit=torch.zeros(4, dtype=torch.int64)),
     "scale: expected a finite number above 0, got nan": lambda q, k, v: attention(q, k, v, scale=float("nan")),
     "scale: expected a finite number above 0, got 0": lambda q, k, v: attention(q, k, v, scale=0),
     "lse: expected a float dtype": lambda q, k, v: attention_received(q, k, torch.zeros(1, 4, 6, dtype=torch.int32)),
@@ -341,7 +341,7 @@ BAD = {
     "on one device, cpu, got meta": lambda q, k, v: Mask(
         rows=1, length=3, first_key=positions(0, 0, 0), doc_start=positions(0, 0, 0).to("meta")
     ),
-    "shared_prefix: expected 0 to 6 (T), received -5": lambda q, k, v: interval_mask(1, 6, shared_prefix=-5),
+    "shared_prefix: expected 0 to 6 (T), got -5": lambda q, k, v: interval_mask(1, 6, shared_prefix=-5),
     "shared_prefix: expected 0 to 6 (T), got 99": lambda q, k, v: interval_mask(1, 6, shared_prefix=99),
     "prefix_lm: expected 0 to 6 (T), got 7": lambda q, k, v: interval_mask(1, 6, prefix_lm=7),
 }
@@ -357,7 +357,7 @@ def test_a_wrong_argument_is_refused_with_expected_and_received(message):
     with pytest.raises(ValueError) as refused:
         BAD[message](q, k, v)
     assert message in str(refused.value)
-    assert "received" in str(refused.value) or "breaks" in str(refused.value)
+    assert "got" in str(refused.value) or "breaks" in str(refused.value)
 
 
 def test_no_device_falls_back_to_the_reference(monkeypatch):
@@ -459,7 +459,7 @@ def test_top_sinks_finds_the_keys_that_draw_attention():
 
 def test_wrong_requests_are_refused():
     q, k, v = inputs(1, 2, 1, 6, 8)
-    with pytest.raises(ValueError, match='expected False, True or "full", received'):
+    with pytest.raises(ValueError, match='expected False, True or "full", got'):
         attention(q, k, v, statistics="fool")
     with pytest.raises(ValueError, match=r"lse: expected a float dtype and shape \[1, 2, 6\]"):
         attention_received(q, k, torch.zeros(1, 2, 5))

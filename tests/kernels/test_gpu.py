@@ -16,7 +16,7 @@ LENGTHS = [130, 1, 63, 250, 300, 17]  # T 761: no multiple of a tile
 
 
 def values(implementation, dtype, mask, inputs, sink=None, wanted="full"):
-    """Output, lse, statistics, attention received, gradients."""
+    """Output, lse, statistics, attention got, gradients."""
     q, k, v = (x.to(dtype).requires_grad_() for x in inputs)
     logit = None if sink is None else sink.to(dtype, copy=True).requires_grad_()
     out = attention(q, k, v, mask, sink_logit=logit, statistics=wanted, implementation=implementation)

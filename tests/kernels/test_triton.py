@@ -29,7 +29,7 @@ def unwritten_outputs_are_nan():
 def small_tiles(m=16, n=16):
     from sinkbed.kernels.triton.tiles import Tiles, override
 
-    override.update(dict.fromkeys(("forward", "dq", "dkv", "received"), Tiles(m, n, 4, 1)))
+    override.update(dict.fromkeys(("forward", "dq", "dkv", "got"), Tiles(m, n, 4, 1)))
 
 
 @pytest.fixture(autouse=True)
@@ -182,7 +182,7 @@ def test_bfloat16_errs_no_more_than_an_ordinary_low_precision_run(rounded_bfloat
 
 def test_a_rerun_is_bitwise_equal_and_strides_do_not_matter():
     first, second = (run("triton", torch.float32, None, 1, 4, 2, 33, 16) for _ in range(2))
-    assert len(first) == 10, "output, lse, statistics, attention received and gradients"
+    assert len(first) == 10, "output, lse, statistics, attention got and gradients"
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     q, k, v = (x.detach() for x in inputs(1, 4, 2, 33, 16, torch.float32))
     apart = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
@@ -446,5 +446,5 @@ def test_what_the_kernels_cannot_do_is_refused():
     with pytest.raises(ValueError, match="head dim of 16, 32, 64, 96, 128, got 24"):
         attention(q, k, v, implementation="triton")
     q, k, v = inputs(1, 2, 2, 8, 16, torch.float64)
-    with pytest.raises(ValueError, match=r"received torch\.float64"):
+    with pytest.raises(ValueError, match=r"got torch\.float64"):
         attention(q, k, v, implementation="triton")

@@ -110,8 +110,8 @@ def test_every_sink_option_trains_and_reports_its_mass(sink):
     ("change", "message"),
     [
         (dict(n_heads=5, n_kv_heads=None), "d_model: expected a multiple of n_heads=5"),
-        (dict(kv_heads=3), "kv_heads: expected a divisor of heads=4"),
-        (dict(layers=0), "layers: expected at least 1"),
+        (dict(n_kv_heads=3), "n_kv_heads: expected a divisor of n_heads=4"),
+        (dict(n_layers=0), "n_layers: expected at least 1"),
         (dict(head_dim=7), "head_dim: expected an even number"),
         (dict(init_std=0), "init_std: expected more than 0"),
     ],

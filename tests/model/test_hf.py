@@ -145,7 +145,7 @@ def test_a_window_narrows_any_mask(hide):
 @pytest.mark.parametrize("kind", ["Bloom", "Mpt", "Falcon", "XGLM", "GPTNeo", "Mamba", "Mamba2", "Rwkv", "Jamba"])
 def test_a_model_whose_layers_bypass_the_interface_is_refused_before_its_weights_are_read(kind, tmp_path):
     getattr(transformers, f"{kind}Config")().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"call transformers' attention interface, .* found {kind}.*ForCausalLM"):
+    with pytest.raises(ValueError, match=f"call transformers' attention interface, .* got {kind}.*ForCausalLM"):
         HFModel.load(str(tmp_path))
 
 
@@ -155,18 +155,18 @@ def test_a_model_some_of_whose_layers_are_no_attention_is_refused(tmp_path):
     )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model = HFModel.load(str(tmp_path))
-    with pytest.raises(ValueError, match="found 1 layers whose attention can be observed, expected 3"):
+    with pytest.raises(ValueError, match="got 1 layers whose attention can be observed, expected 3"):
         model(torch.randint(96, (1, 8)))
 
 
 SHAPE = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-BOTH_WAYS = r"found an encoder \(bert\), whose attention sees both directions, expected a causal language model"
-TWO_PARTS = r"found an encoder with a decoder \({}\), expected a causal language model"
+BOTH_WAYS = r"got an encoder \(bert\), whose attention sees both directions, expected a causal language model"
+TWO_PARTS = r"got an encoder with a decoder \({}\), expected a causal language model"
 NOT_OURS = {
     "an encoder": ("BertForMaskedLM", "BertConfig", SHAPE, BOTH_WAYS),
     "an encoder without a head": ("BertModel", "BertConfig", SHAPE, BOTH_WAYS),
     "an encoder that is never causal": (
-        "ModernBertForMaskedLM", "ModernBertConfig", dict(**SHAPE, pad_token_id=0), "found a model of type modernbert",
+        "ModernBertForMaskedLM", "ModernBertConfig", dict(**SHAPE, pad_token_id=0), "got a model of type modernbert",
     ),
     "T5": (
         "T5ForConditionalGeneration", "T5Config",
@@ -211,7 +211,7 @@ def test_attention_in_both_directions_is_refused_in_the_pass_too():
     [
         (
             {"model_type": "llamma"},
-            "found a config.json with model_type 'llamma', which transformers .* a newer release",
+            "got a config.json with model_type 'llamma', which transformers .* a newer release",
         ),
         (
             {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"}},
@@ -229,7 +229,7 @@ def test_a_config_that_the_library_does_not_know_is_named(changes, message, tmp_
 
 
 SMALL = dict(**GQA, head_dim=8)
-OTHER_KEYS = "found a mask whose query 7 of .* sees other keys than expected"
+OTHER_KEYS = "got a mask whose query 7 of .* sees other keys than expected"
 REFUSED = {
     "a bias in the mask": ("Doge", GQA, 12, "DogeAttention: got attention_mask of torch.float32 and shape"),
     "a bias in a mask that is sampled": ("Doge", GQA, 90, "DogeForCausalLM: expected a model that hands its mask on"),

@@ -32,10 +32,10 @@ def logits(model, tokens):
 
 
 SHAPES = [
-    dict(kv_heads=1),
-    dict(kv_heads=4, tied=True),
+    dict(n_kv_heads=1),
+    dict(n_kv_heads=4, tie_embeddings=True),
     dict(head_dim=16, rope_theta=500.0, norm_eps=1e-3),
-    dict(kv_heads=2, tied=True, head_dim=6),
+    dict(n_kv_heads=2, tie_embeddings=True, head_dim=6),
 ]
 
 
@@ -96,14 +96,14 @@ def test_a_sink_logit_is_refused(sink):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "found model_type 'gpt2', expected 'llama'"),
-        ({"attention_bias": True}, "found attention_bias = True, which our decoder cannot express"),
-        ({"hidden_act": "gelu"}, "found hidden_act = 'gelu'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "found rope_scaling = "),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "found rope_scaling = "),
+        ({"model_type": "gpt2"}, "got model_type 'gpt2', expected 'llama'"),
+        ({"attention_bias": True}, "got attention_bias = True, which our decoder cannot express"),
+        ({"hidden_act": "gelu"}, "got hidden_act = 'gelu'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "got rope_scaling = "),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "got rope_scaling = "),
         ({"num_hidden_layers": 3}, "expected the tensor model.layers.2"),
-        ({"num_hidden_layers": 1}, "found model.layers.1.*no place for"),
-        ({"intermediate_size": 64}, "found blocks.0.feed_forward"),
+        ({"num_hidden_layers": 1}, "got model.layers.1.*no place for"),
+        ({"intermediate_size": 64}, "got blocks.0.feed_forward"),
         ({"hidden_size": None}, "hidden_size"),
     ],
 )
@@ -116,7 +116,7 @@ def test_what_our_decoder_cannot_express_or_what_does_not_fit_is_named(change, m
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"found no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"got no config\.json"):
         from_llama(tmp_path)
     write(small(), tmp_path)
     weights = tmp_path / "model.safetensors"

@@ -33,7 +33,7 @@ def test_help_imports_nothing_heavy():
 def test_an_unknown_command_is_refused(capsys):
     assert main(["studdy"]) == 2
     message = capsys.readouterr().err
-    assert "found 'studdy'; did you mean study?" in message and "prepare, fit" in message
+    assert "got 'studdy'; did you mean study?" in message and "prepare, fit" in message
 
 
 def test_the_version_is_shown(capsys):
@@ -73,14 +73,14 @@ def test_the_version_is_shown(capsys):
         (["probe", "x", "--measure", "sink"], "'all', got 'sink'; did you mean sinks?"),
         (["generate", "a", "b"], "b: expected options alone from here on"),
         (["generate", "x", "--mode", "random_first"], "--mode: expected one of 'as_trained', 'bos', 'text', got"),
-        (["validate", "x", "--modes", "txt"], "found 'txt'; did you mean text?"),
-        (["probe", "x", "--modes", "bso"], "found 'bso'; did you mean bos?"),
-        (["bench", "trainng"], "found 'trainng'; did you mean training?"),
+        (["validate", "x", "--modes", "txt"], "got 'txt'; did you mean text?"),
+        (["probe", "x", "--modes", "bso"], "got 'bso'; did you mean bos?"),
+        (["bench", "trainng"], "got 'trainng'; did you mean training?"),
         (["prepare", "--source.kind", "jsn"], "source.kind: expected one of 'demo', 'jsonl'"),
         (["prepare", "--source.fils", "x"], "did you mean source.files?"),
         (["prepare", "--source.kind", "synthetic", "--source.synthetic.tsk", "x"], "tsk: expected a known key"),
         (["prepare", "--source.synthetic.length", "x"], "source.synthetic.length: expected int or tuple[int or int], "
-         "found 'x'"),
+         "got 'x'"),
         (["prepare"], "expected a value for source.kind, out; got none"),
     ],
 )  # fmt: skip
@@ -88,7 +88,7 @@ def test_a_wrong_argument_is_one_short_message(arguments, message, capsys, tmp_p
     monkeypatch.chdir(tmp_path)
     files = {
         "max_grad_nrm": "model: {max_grad_nrm: 1.0}\n", "group": "modle: {max_grad_norm: 1.0}\n", "empty": "model:\n",
-        "leaf": "threads: 1\ndecoder: {layers: 2}\n", "value": "data:\n  strategy:\n    mask: documnet\n",
+        "leaf": "threads: 1\ndecoder: {n_layers: 2}\n", "value": "data:\n  strategy:\n    mask: documnet\n",
     }  # fmt: skip
     for name, text in files.items():
         Path(f"{name}.yaml").write_text(text)
@@ -107,10 +107,10 @@ def test_a_wrong_argument_is_one_short_message(arguments, message, capsys, tmp_p
     ("file", "options", "message"),
     [
         ("data:\n  strategy: {masq: document}\n", [], "run.yaml, line 2: data.strategy.masq: expected a known key, "
-         "found none of that name; did you mean data.strategy.mask?"),
+         "got none of that name; did you mean data.strategy.mask?"),
         ("threads: 1\nthreads: 2\n", [], "run.yaml, line 2: expected each key once, got 'threads'"),
         ("threads: 1\n", ["--trainr.max_steps", "3"], "did you mean trainer.max_steps?"),
-        ("model: {decoder: {layers: two}}\n", [], "run.yaml, line 1: model.decoder.n_layers: expected int, got 'two'"),
+        ("model: {decoder: {n_layers: two}}\n", [], "line 1: model.decoder.n_layers: expected int, got 'two'"),
         ("threads: 1\n", ["--config", str(ROOT / "configs/run/demo.yaml"), "--data.store", "nowhere"], "no token store "
          "at nowhere"),
         ("model: {decoder: shape.yaml}\n", [], "line 1: model.decoder: expected keys below it, got 'shape.yaml'"),

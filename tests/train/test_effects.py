@@ -1,6 +1,7 @@
 """Expected effects against results made up for the purpose, and the tables that say what became of them."""
 
 import csv
+import dataclasses
 import io
 
 import pyarrow.parquet as pq
@@ -29,7 +30,7 @@ def result(arm, seed, rate, loss, *, gap=1.0, onset=None, first_token="bos", doc
         "modes": {"bos": mode(rate, loss), "text": mode(rate / 10, loss + gap)},
         "onset_tokens": onset, "tokens": 1000, "parameters": 7, "sink_tokens": 64,
     }  # fmt: skip
-    strategy = Strategy.completed({"first_token": first_token})
+    strategy = dataclasses.asdict(Strategy(first_token=first_token))
     return Result(arm, seed, strategy, 128, points, final, documents)
 
 
@@ -146,7 +147,9 @@ def test_heat_maps_of_arms_measured_at_other_tokens_share_a_slider():
         points = [
             {"step": t, "train/tokens": t, "sink/mass/bos": t / 1000, "sink/heatmap/bos": [[t / 1000]]} for t in times
         ]
-        return Result(name, 0, Strategy.completed({"first_token": "bos"}), 128, points, result(name, 0, 30, 3.0).final)
+        return Result(
+            name, 0, dataclasses.asdict(Strategy(first_token="bos")), 128, points, result(name, 0, 30, 3.0).final
+        )
 
     figure = _heatmaps([arm("few", (0, 100, 200)), arm("many", (0, 10, 90, 110, 190, 250))])
     assert [frame.name for frame in figure.frames] == ["0", "100", "200", "250"]

@@ -95,7 +95,7 @@ def test_the_tokenizer_puts_what_the_strategy_put_before_a_text(axes, bos, expec
     [
         ({"window": 8, "shared_prefix": 1}, "data.strategy.shared_prefix: got 1 beside window 8"),
         ({"prefix_lm": 4}, "data.strategy.prefix_lm: got 4"),
-        ({"first_token": ["none", "bos"]}, "data.strategy.first_token: found .* past position 0"),
+        ({"first_token": ["none", "bos"]}, "data.strategy.first_token: got .* past position 0"),
     ],
 )
 def test_what_llama_cannot_express_is_refused(axes, message, tiny_store):

@@ -34,8 +34,12 @@ def test_a_flipped_bit_is_named_by_every_reader(run, command, name, tmp_path, ca
     assert not (tmp_path / "out").exists() and not (copy / "report").exists()
 
 
-def test_a_run_of_an_earlier_version_kept_no_digests_and_is_read(run, tmp_path):
+@pytest.mark.parametrize("command", ["report", "validate", "export", "probe"])
+def test_a_run_of_another_version_is_refused_with_its_name(command, run, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    directory.note(copy, finished=True)
-    assert main(["report", str(copy)]) == 0
+    record = directory.read_json(copy / directory.RUN)
+    directory.write_json(copy / directory.RUN, {key: value for key, value in record.items() if key != "format"})
+    out = ["--out", str(tmp_path / "out")] if command == "export" else []
+    assert main([command, str(copy), *out]) == 1
+    assert f"{copy}: expected format {directory.FORMAT} of runs and checkpoints, got none" in capsys.readouterr().err

@@ -70,15 +70,15 @@ def test_no_measure_gives_a_number_that_is_not_finite(what, overflowing, probe):
 
 
 def test_no_loss_is_given_that_is_not_finite(overflowing, probe):
-    with pytest.raises(ValueError, match=r"loss by position, mode text: .* found nan in \[\d\]\.loss"):
+    with pytest.raises(ValueError, match=r"loss by position, mode text: .* got nan in \[\d\]\.loss"):
         perplexity.by_position(overflowing, with_token(probe, 39), "text", STRATEGY, 64)
-    with pytest.raises(ValueError, match=r"streaming, mode text: .* found nan in \[0\]\.loss"):
+    with pytest.raises(ValueError, match=r"streaming, mode text: .* got nan in \[0\]\.loss"):
         perplexity.streaming(overflowing, with_token(probe, 39), "text", STRATEGY, 64, cache=8, kept=[0, 1])
 
 
 def test_the_place_of_the_number_is_named():
     assert finite({"a": [1.0, 2], "b": ("x", None)}, "it") == {"a": [1.0, 2], "b": ("x", None)}
-    with pytest.raises(ValueError, match=r"found inf in a\.b\[1\]"):
+    with pytest.raises(ValueError, match=r"got inf in a\.b\[1\]"):
         finite({"a": {"b": [0.0, math.inf]}}, "it")
 
 

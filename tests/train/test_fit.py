@@ -335,13 +335,13 @@ def test_a_used_run_directory_is_refused_and_left_alone(fit, capsys):
     _, folder = fit()
     before = (folder / directory.METRICS).read_bytes()
     message = refused(capsys, fit()[0])
-    assert "found a run" in message and "--ckpt_path last" in message
+    assert "got a run" in message and "--ckpt_path last" in message
     assert (folder / directory.METRICS).read_bytes() == before
 
 
 def test_resuming_what_never_started_is_refused(fit, capsys):
     message = refused(capsys, fit("--ckpt_path", "last")[0])
-    assert "found none" in message and "leave --ckpt_path out" in message
+    assert "got none" in message and "leave --ckpt_path out" in message
 
 
 def test_resuming_another_strategy_is_refused_with_both_values_and_changes_nothing(fit, capsys):
@@ -438,7 +438,7 @@ def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path, monkeypat
         (("--threads", "0"), "threads: expected at least 1"),
         (("--trainer.log_every_n_steps", "0"), "trainer.log_every_n_steps: expected at least 1"),
         (("--trainer.precision", "16-mixed"), "expected bf16-mixed"),
-        (("--trainer.precision", "16"), "found 16, expected bf16-mixed"),
+        (("--trainer.precision", "16"), "got 16, expected bf16-mixed"),
         (("--trainer.accelerator", "cuda"), "trainer.accelerator: expected one that this machine has, got cuda"),
         (("--trainer.devices", "x"), "trainer.devices: expected auto or a number, got 'x'"),
         (("--seed_everything", "-5"), "seed_everything: expected at least 0"),

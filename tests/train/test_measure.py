@@ -228,7 +228,7 @@ class Given(torch.nn.Module):
         """attention: [N, L, H, T, T], row i of a document that begins with token i."""
         super().__init__()
         self.attention, self.weight = attention, torch.nn.Parameter(torch.zeros(1))
-        self.config = SimpleNamespace(layers=attention.shape[1], heads=attention.shape[2])
+        self.config = SimpleNamespace(n_layers=attention.shape[1], n_heads=attention.shape[2])
 
     def forward(self, tokens, positions=None, mask=None, *, statistics=False):
         found = self.attention[tokens[:, 0]]  # [B, L, H, T, T]

@@ -158,7 +158,7 @@ def test_gpus_that_are_not_there_are_refused(study, capsys, monkeypatch):
         small.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
         assert main(["study", str(study), "--quiet"]) == 1
         error = capsys.readouterr().err
-        assert "found 0 on this machine" in error and "GB free for the checkpoints" in error, "all that is too small"
+        assert "got 0 on this machine" in error and "GB free for the checkpoints" in error, "all that is too small"
     study.write_text(text.replace("[run.yaml]", "[run.yaml, {trainer: {accelerator: gpu}}]"))
     assert main(["study", str(study), "--quiet"]) == 1
     assert "asks for a GPU (trainer.accelerator), and the study gives its arms none" in capsys.readouterr().err

@@ -85,11 +85,11 @@ def test_prompts_are_parted_at_line_feeds_alone(tmp_path):
     [
         ([], "expected text to read, got none: give --prompts FILE, or --store"),
         (["--prompts", "nowhere.txt"], "--prompts: no file at nowhere.txt"),
-        (["--store", "STORE", "--sink_tokens", "400"], "found 47 in the longest, cropped to --length 48"),
-        (["--store", "STORE", "--bos", "<none>"], "found '<none>', which is no token of"),
+        (["--store", "STORE", "--sink_tokens", "400"], "got 47 in the longest, cropped to --length 48"),
+        (["--store", "STORE", "--bos", "<none>"], "got '<none>', which is no token of"),
         (["--store", "STORE", "--sink_tokens", "16", "--keys", "0", "15"], "--keys: got 15, expected 0 to 14"),
-        (["--store", "STORE", "--keys", "-1"], "--keys: found -1, expected 0 to 62"),
-        (["--store", "STORE", "--length", "-4"], "--length: found -4, expected at least 2"),
+        (["--store", "STORE", "--keys", "-1"], "--keys: got -1, expected 0 to 62"),
+        (["--store", "STORE", "--length", "-4"], "--length: got -4, expected at least 2"),
         (["--store", "STORE", "--length", "4096"], "--length: got 4096, expected at most 48"),
         (
             ["--store", "STORE", "--measure", "rank", "--sink_tokens", "16", "--lengths", "47", "--length", "40"],
@@ -182,7 +182,7 @@ def test_an_earlier_report_is_replaced_whole_or_not_at_all(run_dir, tmp_path, ca
     capsys.readouterr()
     assert main(probing) == 1
     captured = capsys.readouterr()
-    assert "found the report of an earlier probe; choose another folder, or --force" in captured.err
+    assert "got the report of an earlier probe; choose another folder, or --force" in captured.err
     assert not captured.out and (out / "probe.json").read_bytes() == before
     assert main([*probing, "--force"]) == 0
     left = {path.name for path in out.iterdir()}
@@ -193,7 +193,7 @@ def test_an_earlier_report_is_replaced_whole_or_not_at_all(run_dir, tmp_path, ca
     ("options", "message"),
     [
         (["--out", "FILE"], "expected a folder, got a file"),
-        (["--out", "OTHER"], "found other files; choose another folder"),
+        (["--out", "OTHER"], "got other files; choose another folder"),
         (["--json", "OTHER"], "expected a file, got a folder"),
         (["--out", "FILE/x"], "which cannot be written to"),
         (["--measure", "streaming", "--modes", "first_key_masked"], "expected a mode besides first_key_masked"),
@@ -232,7 +232,7 @@ def test_a_word_is_changed_in_a_prompt(exported, tmp_path, capsys):
     assert at > 0 and modes["bos"]["change"][0][at] > 0 and modes["bos"]["change"][0][:at] == [0.0] * at
     assert modes["bos"]["change"][-1][-1] > 0, "the last token feels it"
     for old, new, message in (
-        ("nowhere", "there", "found no 'nowhere' in the first prompt"),
+        ("nowhere", "there", "got no 'nowhere' in the first prompt"),
         (",", ", or not", "tokens with ',' and"),
         (".", "!", "past the first 16 tokens"),
     ):

@@ -107,7 +107,7 @@ def test_a_checkpoint_from_before_there_were_states_goes_on(fit):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("state_points", "-1", "measure.state_points: expected at least 0, found -1"),
+        ("state_points", "-1", "measure.state_points: expected at least 0, got -1"),
         ("state_documents", "0", "measure.state_documents: expected at least 1, got 0"),
     ],
 )

@@ -171,10 +171,10 @@ def test_a_misspelt_key_is_found_before_any_arm_is_started(study, capsys):
     [
         ("data: {strategy: {window: 48}}", "window: got 48 with context_length 48, which limits nothing"),
         ("model: {optimizer: {warmup_steps: 11}}", "warm-up of 11 and cooldown of 0 steps do not fit"),
-        ("model: {max_grad_norm: -1}", "model.max_grad_norm: expected more than 0, found -1"),
+        ("model: {max_grad_norm: -1}", "model.max_grad_norm: expected more than 0, got -1"),
         ("data: {micro_batch_size: 3}", "data.batch_size=4: expected a multiple of micro_batch_size=3"),
         ("trainer: {fast_dev_run: true}", "trainer.fast_dev_run: has no effect here"),
-        ("model: {decoder: {layers: 1000000}}", "layers: expected at least 1 and at most 10000"),
+        ("model: {decoder: {n_layers: 1000000}}", "n_layers: expected at least 1 and at most 10000"),
         ("model: {decoder: {d_model: 100000000}}", "GB of memory of this machine"),
     ],
 )
@@ -244,7 +244,7 @@ def test_runs_and_folders_of_runs_can_be_reported(finished, fit, capsys, tmp_pat
     assert "expected --out" in capsys.readouterr().err
     copy = shutil.copytree(out, tmp_path / "copy")
     assert main(["report", str(out), str(copy), "--out", str(tmp_path / "twice")]) == 1
-    assert "found arm absent, seed 0 in both" in capsys.readouterr().err
+    assert "got arm absent, seed 0 in both" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert main(["report", str(tmp_path / "empty")]) == 1
     assert "expected at least one finished run, got none" in capsys.readouterr().err
@@ -296,10 +296,10 @@ def test_several_studies_make_one_page_of_the_seeds_that_are_finished(finished, 
         mine.parent.mkdir()
         mine.write_text("mine\n")
         assert main(["report", *files, "--out", str(mine.parent)]) == 1
-        assert "found another file" in capsys.readouterr().err
+        assert "got another file" in capsys.readouterr().err
         assert mine.read_text() == "mine\n" and list(mine.parent.iterdir()) == [mine]
     assert main(["report", str(other), str(other), "--out", str(page)]) == 1
-    assert "found two that are called other" in capsys.readouterr().err
+    assert "got two that are called other" in capsys.readouterr().err
     assert main(["report", str(empty), str(empty), "--out", str(page)]) == 1
     assert "expected a study with a finished run, got none" in capsys.readouterr().err
 
@@ -384,7 +384,7 @@ def test_a_comment_in_an_overlay_makes_no_other_arm(finished):
 def test_a_study_that_runs_is_not_run_a_second_time(study, capsys):
     with locked(study.parent / "out"):
         assert main(["study", str(study), "--quiet"]) == 1
-        assert "found a process that still does" in capsys.readouterr().err
+        assert "got a process that still does" in capsys.readouterr().err
 
 
 @contextlib.contextmanager
@@ -402,7 +402,7 @@ def test_forcing_a_study_that_runs_clears_nothing(finished, capsys):
     out = finished.parent / "out"
     with locked(out):
         assert main(["study", str(finished), "--quiet", "--force"]) == 1
-    assert "found a process that still does" in capsys.readouterr().err
+    assert "got a process that still does" in capsys.readouterr().err
     assert (out / "runs" / "absent-seed0" / directory.MEASUREMENT).exists()
 
 

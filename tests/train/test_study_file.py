@@ -31,7 +31,7 @@ def write(tmp_path):
 
 def test_settings_in_the_file_lie_over_the_base_and_files_beside_them(write, tmp_path):
     (tmp_path / "wide.yaml").write_text("model: {decoder: {d_model: 64, n_heads: 4}}\n")
-    arms = {"a": ["wide.yaml", {"model": {"decoder": {"heads": 2}}}], "b": {"trainer": {"max_steps": 5}}}
+    arms = {"a": ["wide.yaml", {"model": {"decoder": {"n_heads": 2}}}], "b": {"trainer": {"max_steps": 5}}}
     a, b = plan(load_study(write(arms=arms)))
     ours = {"trainer": {"max_steps": 3}, "model": {"decoder": {"d_model": 64, "n_heads": 2}}}
     assert a.config == {**ours, "threads": 1}, "as many as an arm has cores"
@@ -168,7 +168,7 @@ def test_the_arms_of_one_width_in_the_heads_study_have_as_many_parameters():
         at_width: dict[int, set[int]] = {}
         for run in plan(study):
             shape = run.setting("model.decoder")
-            if shape["heads"] * shape["head_dim"] == shape["d_model"]:
+            if shape["n_heads"] * shape["head_dim"] == shape["d_model"]:
                 at_width.setdefault(shape["head_dim"], set()).add(cost(study, run).parameters)
         assert len(at_width) >= 3 and len(set.union(*at_width.values())) == 1
 

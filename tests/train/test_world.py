@@ -80,7 +80,7 @@ def test_another_number_of_processes_than_the_trainer_asks_for_is_refused(fit, l
     launched(variables)
     status, folder = fit()
     message = refused(capsys, status)
-    assert f"expected {named}" in message and "found 1;" in message and "env -u" in message
+    assert f"expected {named}" in message and "got 1;" in message and "env -u" in message
     assert not folder.exists()
 
 

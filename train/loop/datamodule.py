@@ -108,14 +108,13 @@ class TokenData(L.LightningDataModule):
 
     def layout(self) -> dict[str, Any]:
         """What decides the tokens of row number r."""
-        found = {
+        return {
             "documents": self.store.info.digest,
             "strategy": dataclasses.asdict(self.strategy),
             "context_length": self.context_length,
             "seed": self.seed,
+            "unique_rows": self.unique_rows,
         }
-        # A key of its own only where it is set: checkpoints made before there was one stay as they are.
-        return found if self.unique_rows is None else found | {"unique_rows": self.unique_rows}
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
@@ -124,8 +123,7 @@ class TokenData(L.LightningDataModule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From the checkpoint, before the loader is made. A fork may have other rows; it begins with their first."""
-        layout = {**state["layout"], "strategy": Strategy.completed(state["layout"]["strategy"])}
-        self.rows_at_start = state["rows_consumed"] if layout == self.layout() else 0
+        self.rows_at_start = state["rows_consumed"] if state["layout"] == self.layout() else 0
         self.tokens_at_start = state["tokens"]
         self.steps_at_start = -1  # set by the loader, once the trainer knows its step
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from sinkbed.data.files import differences, differing
-from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.store.manifest import Manifest
 from sinkbed.train.loop.optim import OptimizerConfig, learning_rate_factor
 from sinkbed.train.run import directory
@@ -40,10 +39,6 @@ _MAY_CHANGE = ("store", "micro_batches", "processes", "arithmetic")
 
 # What a fork may not change either: without it the weights have no meaning.
 _FORK = ("format", "decoder", "vocab_size", "tokenizer", "bos_id", "eos_id")
-
-
-# Not in checkpoints of 0.1.0 before this was kept; there the run's own copy of the manifest says it.
-_LATER = ("bos_id", "eos_id", "manifest")
 
 
 def _may_be_longer(theirs: dict[str, Any], ours: dict[str, Any], step: int) -> bool:
@@ -90,13 +85,12 @@ def check_identity(checkpoint: dict[str, Any], ours: dict[str, Any], fork: bool 
     theirs = checkpoint.get("sinkbed")
     if not isinstance(theirs, dict):
         raise ValueError("the checkpoint: expected one written by sinkbed fit, got no `sinkbed` entry")
-    theirs = {**theirs, "strategy": Strategy.completed(theirs.get("strategy") or {})}
     if not fork and _may_be_longer(theirs, ours, checkpoint["global_step"]):
         ours = {**ours, "max_steps": theirs["max_steps"]}
     pairs = [
         f"{name}: the checkpoint has {found!r}, this configuration {expected!r}"
         for key, value in ours.items()
-        if (key in _FORK if fork else key not in _MAY_CHANGE) and (key in theirs or key not in _LATER)
+        if (key in _FORK if fork else key not in _MAY_CHANGE)
         for name, found, expected in differences(theirs.get(key), value, _CONFIG_KEYS.get(key, key))
     ]
     if pairs and fork:
@@ -155,7 +149,7 @@ def identify(
     if anew or "wandb_id" not in known:
         known = {"wandb_id": secrets.token_hex(4)}
     known = {k: v for k, v in known.items() if k != "finished"} | ({} if parent is None else {"parent": parent})
-    known |= {"folder": str(folder.resolve()), "place": _place(folder)}
+    known |= {"format": directory.FORMAT, "folder": str(folder.resolve()), "place": _place(folder)}
     earlier = saved.get("made_by", [])  # whose steps are kept; not those that a restart makes again
     known["sessions"] = [*known.get("sessions", ()), session]
     known["made_by"] = earlier if made in earlier else [*earlier, made]

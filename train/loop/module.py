@@ -22,6 +22,7 @@ from sinkbed.train.loop.fsdp import FSDP2Strategy, shard
 from sinkbed.train.loop.identity import check_identity
 from sinkbed.train.loop.optim import OptimizerConfig, build_optimizer, learning_rate_factor
 from sinkbed.train.measure.masks import strategy_mask
+from sinkbed.train.run import directory
 from sinkbed.train.run.metrics import record
 
 
@@ -237,7 +238,7 @@ class SinkbedModule(L.LightningModule):
         """What a checkpoint must share with the run that resumes it, and what `validate` rebuilds it from."""
         manifest = data.store.manifest
         return {
-            "format": 3,
+            "format": directory.FORMAT,
             "decoder": dataclasses.asdict(self.decoder_config),
             "vocab_size": manifest.vocab_size,
             "tokenizer": manifest.tokenizer_sha256,

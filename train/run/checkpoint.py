@@ -89,13 +89,14 @@ def load_checkpoint(
         raise FileNotFoundError(f"{path}: expected a checkpoint, got none of that name; there: {there}")
     try:
         if path.is_dir():
-            return _checked(load_sharded(path, verify) if tensors else read_meta(path, verify))
-        if verify:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise ValueError(f"checksum of {damaged.partition('/')[2]}")
-        return _checked(torch.load(path, map_location="cpu", weights_only=True, mmap=not tensors))
+            loaded = _checked(load_sharded(path, verify) if tensors else read_meta(path, verify))
+        else:
+            if verify:
+                with zipfile.ZipFile(path) as archive:
+                    damaged = archive.testzip()
+                if damaged is not None:
+                    raise ValueError(f"checksum of {damaged.partition('/')[2]}")
+            loaded = _checked(torch.load(path, map_location="cpu", weights_only=True, mmap=not tensors))
     except (PermissionError, MemoryError):
         raise
     except Exception as error:
@@ -108,6 +109,9 @@ def load_checkpoint(
             f"{path.resolve()}: expected a checkpoint of tensors and plain values, got a file that does not load "
             f"({reason}); {remedy}"
         ) from None
+    if isinstance(loaded.get("sinkbed"), dict):
+        directory.check_format(path, loaded["sinkbed"].get("format"))
+    return loaded
 
 
 _PARTS = {"global_step": int, "state_dict": dict, "optimizer_states": list, "lr_schedulers": list, "loops": dict,

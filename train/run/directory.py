@@ -30,6 +30,8 @@ METRICS, MEASUREMENT, RUN, CHECKPOINTS = "metrics.jsonl", "measurement.json", "r
 
 
 LAST, LOCK = "last.ckpt", ".lock"
+FORMAT = 4
+"""Of run directories and checkpoints; those of another one are refused."""
 CHECKSUMS = "checksums.json"
 """In a folder of which every file counts: the sha256 of each."""
 
@@ -223,10 +225,23 @@ def mark_finished(folder: Path) -> None:
 
 def check_finished(folder: Path) -> None:
     """Raise ValueError that names a file of a finished run which is not as the run left it."""
-    finished = read_json(folder / RUN).get("finished") if (folder / RUN).is_file() else None
-    if isinstance(finished, dict):  # earlier versions kept none
+    if not (folder / RUN).is_file():
+        return
+    record = read_json(folder / RUN)
+    check_format(folder, record.get("format"))
+    if "finished" in record:
         remedy = "restore it from a copy, or resume the run from a checkpoint before its last with --ckpt_path"
-        check_files(folder, finished, f"the run left it at its end ({RUN} has its sha256)", remedy)
+        check_files(folder, record["finished"], f"the run left it at its end ({RUN} has its sha256)", remedy)
+
+
+def check_format(path: Path, found: object) -> None:
+    """Raise ValueError for a run or a checkpoint that another version of sinkbed wrote."""
+    if found != FORMAT:
+        written = f"format {found}" if isinstance(found, int) else "none"
+        raise ValueError(
+            f"{path}: expected format {FORMAT} of runs and checkpoints, got {written}, which another version of "
+            "sinkbed wrote (0.1 had other names of settings); use that version with it, or train it anew"
+        )
 
 
 def check_files(folder: Path, sums: dict[str, str], left: str, remedy: str) -> None:

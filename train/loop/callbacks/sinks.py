@@ -27,8 +27,6 @@ from sinkbed.train.run.metrics import record
 from sinkbed.train.run.wandb import Tracker
 
 _PACKED_ROWS = 4
-_LATER = ("state_documents",)
-"""Settings that checkpoints of before do not have, and had no figures to decide."""
 _Results = dict[InferenceMode, ModeResult]
 
 
@@ -62,7 +60,7 @@ class SinkMonitor(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the checkpoint. Raises ValueError where one curve would hold figures of two kinds."""
         for name, ours in self._figures().items():
-            theirs = state_dict["figures"].get(name, ours if name in _LATER else None)
+            theirs = state_dict["figures"].get(name)
             if theirs != ours:
                 raise ValueError(
                     f"resuming: expected the run's own measure.{name}: {theirs}, got {ours}, which would mix two "
