@@ -142,7 +142,7 @@ TINY = ["--layers", "2", "--hidden", "16", "--heads", "2", "--kv_heads", "1", "-
 def test_measuring_is_compared_with_eager_attention_on_the_same_model(capsys, fit):
     sizes = [*TINY, "--length", "256", "--documents", "3", "--tokens", "16", "--decoder_vocab_size", "60"]
     options = ["--config", str(fit.config), "--repeats", "1", "--threads", "1", "--draws", "3", "--directions", "8"]
-    assert main(["bench", "metering", *sizes, *options]) == 0
+    assert main(["bench", "measure", *sizes, *options]) == 0
     output = capsys.readouterr().out
     lines = {line[:34].strip(): line[34:].split() for line in output.splitlines()}
     for logits in ("no logits", "logits too"):
@@ -164,7 +164,7 @@ def test_the_sampled_jacobian_of_a_run_is_compared_with_its_exact_one(capsys, fi
     capsys.readouterr()
     options = ["--run", str(fit.config.parent / "run"), "--tokens", "16", "--jacobian_documents", "2"]
     # All directions of the width are the exact Jacobian, whatever the draw.
-    assert main(["bench", "metering", "--parts", "jacobian", *options, "--directions", "32", "--draws", "1"]) == 0
+    assert main(["bench", "measure", "--parts", "jacobian", *options, "--directions", "32", "--draws", "1"]) == 0
     output = capsys.readouterr().out
     assert "run, step 10: 2 documents of 16 tokens, 32 of 32 directions" in output
     assert [line.split()[2:] for line in output.splitlines() if "%" in line] == [["0.0%", "0.0%", "0.0%"]] * 2

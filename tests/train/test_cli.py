@@ -142,7 +142,7 @@ def test_a_class_that_cannot_be_imported_is_named():
     assert rewritten(message, []) == named
 
 
-def test_the_keys_that_are_checked_are_those_of_the_parser(monkeypatch):
+def test_the_keys_that_are_checked_are_those_of_the_parser(monkeypatch, tiny_store):
     from sinkbed.train.config.arguments import known_keys
     from sinkbed.train.config.keys import fit_keys
     from sinkbed.train.loop import trainer as fit
@@ -155,7 +155,7 @@ def test_the_keys_that_are_checked_are_those_of_the_parser(monkeypatch):
 
     monkeypatch.setattr(fit.SinkbedCLI, "before_instantiate_classes", keep)
     with pytest.raises(Parsed) as caught:
-        main(["fit", "--config", str(ROOT / "configs/run/demo.yaml")])
+        main(["fit", "--config", str(ROOT / "configs/run/demo.yaml"), "--data.store", str(tiny_store)])
     [keys] = caught.value.args
     groups = {key[:at] for key in fit_keys() for at in range(len(key)) if key[at] == "."}
     others = {key for key in keys if not key.endswith(".help")} - groups - set(fit_keys())

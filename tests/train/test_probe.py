@@ -589,7 +589,7 @@ def test_a_report_whose_writer_was_killed_can_be_made_again_and_is_never_of_two_
             raise Killed
         write(path, content)
 
-    monkeypatch.setattr(probe_report.rundir, "write_atomic", killed)
+    monkeypatch.setattr(probe_report.directory, "write_atomic", killed)
     with pytest.raises(Killed):
         main([*arguments, "--force", "--documents", "2"])
     left = {path.name for path in (tmp_path / "report").iterdir()}

@@ -31,7 +31,7 @@ def test_every_run_has_a_line(folder, capsys):
     assert main(["runs", str(folder)]) == 0
     captured = capsys.readouterr()
     assert captured.out.count("damaged") == 2 and captured.out.count("study/runs/a") == 1
-    assert captured.err.startswith("damaged: ") and "config.yaml: expected keys" in captured.err
+    assert captured.err.startswith("damaged: ") and "config.yaml: expected YAML with keys" in captured.err
     line = described(folder / "study/runs/a", folder)
     points = [json.loads(line) for line in (folder / "study/runs/a" / directory.METRICS).read_text().splitlines()]
     losses = [point["train/loss"] for point in points if "train/loss" in point]

@@ -142,19 +142,19 @@ def test_a_finished_arm_is_not_run_again_and_an_interrupted_one_resumes(finished
 
 def test_an_arm_that_fails_is_reported_and_does_not_stop_the_rest(study, capsys):
     study.write_text(study.read_text().replace("absent: [none.yaml]", "absent: [broken.yaml]"))
-    (study.parent / "broken.yaml").write_text("data: {unique_rows: 1000000}\n")
+    (study.parent / "broken.yaml").write_text("model: {optimizer: {lr: 1.0e+38}}\n")
     assert main(["study", str(study), "--quiet"]) == 1
     error = capsys.readouterr().err
-    assert "absent-seed0 failed" in error and "unique_rows" in error and "fit.log" in error
+    assert "absent-seed0 failed" in error and "expected finite" in error and "fit.log" in error
     assert {r["arm"] for r in table(study)} == {"fixed"}
-    assert "unique_rows" in (study.parent / "out" / "report" / "index.html").read_text()
+    assert "expected finite" in (study.parent / "out" / "report" / "index.html").read_text()
     assert main(["study", str(study), "--plan"]) == 0
-    assert re.search(r"failed +\S+absent-seed0  \(exit status 1: .*unique_rows", capsys.readouterr().out)
+    assert re.search(r"failed +\S+absent-seed0  \(exit status 1: .*expected finite", capsys.readouterr().out)
     assert main(["report", str(study)]) == 0
     assert "not in the report: absent-seed0 (failed: exit status 1" in capsys.readouterr().out
-    (study.parent / "broken.yaml").write_text("data: {unique_rows: 8}\n")
+    (study.parent / "broken.yaml").write_text("model: {optimizer: {lr: 1.0e-3}}\n")
     assert main(["study", str(study), "--quiet"]) == 1, "another configuration now"
-    assert "data.unique_rows was 1000000, is 8" in capsys.readouterr().err
+    assert "model.optimizer.lr was 1e+38, is 0.001" in capsys.readouterr().err
 
 
 def test_a_misspelt_key_is_found_before_any_arm_is_started(study, capsys):

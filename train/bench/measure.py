@@ -1,4 +1,4 @@
-"""`sinkbed bench metering`: what it costs to measure a model, and how true the sampled Jacobian is.
+"""`sinkbed bench measure`: what it costs to measure a model, and how true the sampled Jacobian is.
 
 `eager`: sink masses of a Llama of transformers by our operator, against the common way, eager attention that returns
 every T×T matrix, of which column 0 is taken. Their masses are compared. Each turn runs in a new process; memory is the
@@ -148,7 +148,7 @@ def masses_differ(turns: dict[str, list[Turn]]) -> float:
     pairs = zip(turns[WAYS[0]], turns[WAYS[1]], strict=True)
     error = max(float((a.masses - b.masses).abs().max()) for a, b in pairs)
     if not error <= _ALIKE:
-        raise ValueError(f"bench metering: expected the masses of both ways within {_ALIKE:.0e}, got {error:.1e}")
+        raise ValueError(f"bench measure: expected the masses of both ways within {_ALIKE:.0e}, got {error:.1e}")
     return error
 
 
@@ -239,7 +239,7 @@ def run(arguments: Any) -> int:
     from importlib.util import find_spec
 
     if find_spec("transformers") is None:
-        raise ValueError("bench metering: the peer is missing; pip install -e '.[bench]'")
+        raise ValueError("bench measure: the peer is missing; pip install -e '.[bench]'")
     torch.set_num_threads(arguments.threads)
     shape = Llama(
         layers=arguments.layers,

@@ -67,7 +67,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         "--long_line", type=int, metavar="MB", help="instead: so much text in one line, against the same as many"
     )
     five.add_argument("--folder", type=Path, help="where temporary files go (default: the system's)")
-    six = benches.add_parser("metering", help="measuring a model: against eager attention, and the sampled Jacobian")
+    six = benches.add_parser("measure", help="measuring a model: against eager attention, and the sampled Jacobian")
     kinds = ("eager", "modes", "jacobian")
     six.add_argument("--parts", nargs="+", choices=kinds, default=kinds)
     six.add_argument("--layers", type=int, default=30, help="of the Llama; eager keeps 4·heads·T² bytes a layer")

@@ -33,7 +33,7 @@ COMMANDS = {
     ),
     "bench": (
         "sinkbed.train.cli.bench",
-        "ratios against named peers: training, attention, metering, data, prepare, checkpoint",
+        "ratios against named peers: training, attention, measure, data, prepare, checkpoint",
     ),
 }
 
