@@ -1,6 +1,10 @@
 """The rooms of the house: which there are, and that imports go down only."""
 
 import ast
+import os
+import shutil
+import subprocess
+import sys
 import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -92,3 +96,27 @@ def test_imports_go_down_only(name):
 
 def test_no_module_imports_itself_over_any_number_of_others():
     TopologicalSorter({module: IMPORTS[module] & MODULES.keys() for module in MODULES}).prepare()
+
+
+@pytest.mark.parametrize("installed", ["editable", "from a wheel"])
+def test_it_is_used_from_a_folder_with_packages_of_the_same_names(installed, tmp_path):
+    environment = dict(os.environ)
+    if installed == "from a wheel":
+        checkout = tmp_path / "checkout"
+        shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".*", "build", "runs", "stores", "*.egg-info"))
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+        subprocess.run([*pip, "--target", str(tmp_path / "site"), str(checkout)], check=True, capture_output=True)
+        assert (tmp_path / "site/sinkbed/kernels/triton/baseline.csv").is_file()
+        environment["PYTHONPATH"] = str(tmp_path / "site")
+    work = tmp_path / "work"
+    (work / "data").mkdir(parents=True)
+    for name in ("data/__init__.py", "train.py", "model.py", "kernels.py", "wandb.py"):
+        (work / name).write_text("raise SystemExit('the wrong module')\n")
+    code = "from sinkbed.data import TokenStore; import sinkbed; print(sinkbed.__file__)"
+    for command, expected in (
+        (["-m", "sinkbed", "fit", "--help"], "--data.strategy.packing"),
+        (["-m", "sinkbed", "kernels", "--help"], "--arch"),
+        (["-P", "-c", code], str(tmp_path if installed == "from a wheel" else ROOT)),
+    ):
+        done = subprocess.run([sys.executable, *command], cwd=work, env=environment, capture_output=True, text=True)
+        assert expected in done.stdout, (command, done.stderr)

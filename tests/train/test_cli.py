@@ -270,7 +270,7 @@ def test_a_glob_that_the_shell_has_expanded_is_told_so(tmp_path, capsys):
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
-    """As in `sinkbed study FILE --plan | head -1`."""
+    """As in `sinkbed study FILE --dry_run | head -1`."""
     read, write = os.pipe()
     os.close(read)
     command = [

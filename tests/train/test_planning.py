@@ -60,7 +60,7 @@ def test_flops_are_those_of_the_matrix_products():
 
 
 def test_a_plan_says_what_it_takes_and_runs_nothing(study, capsys):
-    assert main(["study", str(study), "--plan"]) == 0
+    assert main(["study", str(study), "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "A study: 4 runs" in out and "2 new" in out
     assert "3,840" in out and "7,680" in out, "tokens: 10 steps × 4 rows × 48, under two seeds; and all"
@@ -78,13 +78,13 @@ def test_a_plan_says_what_it_takes_and_runs_nothing(study, capsys):
 def test_a_plan_refuses_what_the_token_store_that_is_there_is_too_small_for(study, setting, message, capsys):
     """Regression: it was planned as if there were enough, and every run of the arm failed."""
     study.write_text(study.read_text().replace("all: []", f"all: [], long: [{{{setting}}}]"))
-    assert main(["study", str(study), "--plan"]) == 1
+    assert main(["study", str(study), "--dry_run"]) == 1
     assert message in capsys.readouterr().err
 
 
 def test_a_plan_says_which_vocabulary_it_takes_a_store_to_have(study, capsys):
     study.write_text(study.read_text().replace("all: []", "all: [{data: {store: stores/misspelt}}]"))
-    assert main(["study", str(study), "--plan"]) == 0
+    assert main(["study", str(study), "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "Token store stores/misspelt is not there yet" in out and "vocabulary is taken to be 32,768" in out
 
@@ -92,7 +92,7 @@ def test_a_plan_says_which_vocabulary_it_takes_a_store_to_have(study, capsys):
 def test_the_rate_of_a_core_is_measured_once_there_are_arms(study, capsys):
     assert main(["study", str(study), "--quiet", "--seeds", "0"]) == 0
     capsys.readouterr()
-    assert main(["study", str(study), "--plan"]) == 0
+    assert main(["study", str(study), "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "measured in the arms that are finished" in out and "1 finished, 1 new" in out and "not finished" in out
     loaded = load_study(study)
@@ -140,11 +140,11 @@ def test_what_cannot_fit_or_is_no_config_is_refused_before_preparing(study, tiny
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_starts(study, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    for option in ("--plan", "--quiet"):
+    for option in ("--dry_run", "--quiet"):
         assert main(["study", str(study), option]) == 1
         said = capsys.readouterr()
         assert "GB free for the checkpoints of 4 runs, got 1e-06 GB" in said.err
-        assert ("A study: 4 runs" in said.out) == (option == "--plan"), "the plan is printed all the same"
+        assert ("A study: 4 runs" in said.out) == (option == "--dry_run"), "the plan is printed all the same"
     assert not (study.parent / "deep" / "out" / "runs").exists()
 
 
@@ -168,9 +168,9 @@ def test_a_head_dim_that_the_gpu_kernels_do_not_take_is_refused(study, capsys):
     """By what is asked for, so that a machine without a GPU says it too, and one with CPU arms never."""
     text = study.read_text().replace("[run.yaml]", "[run.yaml, {model: {decoder: {head_dim: 8}}}]")
     study.write_text(text)
-    assert main(["study", str(study), "--plan"]) == 0
+    assert main(["study", str(study), "--dry_run"]) == 0
     study.write_text(text.replace("head_dim: 8}}", "head_dim: 8}}, trainer: {accelerator: auto}") + "gpus: 1\n")
-    assert main(["study", str(study), "--plan"]) == 1
+    assert main(["study", str(study), "--dry_run"]) == 1
     assert "arm all: head dim" in (error := capsys.readouterr().err) and "16, 32, 64, 96, 128; got 8" in error
 
 
@@ -178,7 +178,7 @@ def test_memory_that_is_too_small_is_refused(study, capsys, monkeypatch):
     monkeypatch.setattr(planning, "_memory", lambda: 1_000_000_000)
     assert main(["study", str(study), "--quiet", "--workers", "4"]) == 1
     assert "4 arms at a time: expected" in capsys.readouterr().err
-    assert main(["study", str(study), "--plan", "--workers", "1"]) == 0
+    assert main(["study", str(study), "--dry_run", "--workers", "1"]) == 0
 
 
 @pytest.mark.parametrize(

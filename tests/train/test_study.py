@@ -148,7 +148,7 @@ def test_an_arm_that_fails_is_reported_and_does_not_stop_the_rest(study, capsys)
     assert "absent-seed0 failed" in error and "expected finite" in error and "fit.log" in error
     assert {r["arm"] for r in table(study)} == {"fixed"}
     assert "expected finite" in (study.parent / "out" / "report" / "index.html").read_text()
-    assert main(["study", str(study), "--plan"]) == 0
+    assert main(["study", str(study), "--dry_run"]) == 0
     assert re.search(r"failed +\S+absent-seed0  \(exit status 1: .*expected finite", capsys.readouterr().out)
     assert main(["report", str(study)]) == 0
     assert "not in the report: absent-seed0 (failed: exit status 1" in capsys.readouterr().out
@@ -159,7 +159,7 @@ def test_an_arm_that_fails_is_reported_and_does_not_stop_the_rest(study, capsys)
 
 def test_a_misspelt_key_is_found_before_any_arm_is_started(study, capsys):
     (study.parent / "none.yaml").write_text("data: {strategy: {first_tokn: none}}\n")
-    for option in ("--plan", "--quiet"):
+    for option in ("--dry_run", "--quiet"):
         assert main(["study", str(study), option]) == 1
         error = capsys.readouterr().err
         assert "none.yaml, line 1: data.strategy.first_tokn: expected a known key" in error and "first_token?" in error
@@ -180,7 +180,7 @@ def test_a_misspelt_key_is_found_before_any_arm_is_started(study, capsys):
 )
 def test_what_fit_would_refuse_is_refused_before_any_arm_is_started(study, capsys, settings, message):
     (study.parent / "none.yaml").write_text(f"{settings}\n")
-    assert main(["study", str(study), "--plan"]) == 1
+    assert main(["study", str(study), "--dry_run"]) == 1
     error = capsys.readouterr().err
     assert "arm absent: " in error and message in error and "none.yaml" in error
 

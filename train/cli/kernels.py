@@ -15,7 +15,7 @@ from typing import Any
 from sinkbed.plain_text import console, csv_of
 from sinkbed.train.run.directory import write_atomic
 
-BASELINE = Path(__file__).resolve().parents[2] / "kernels" / "compiled.csv"
+BASELINE = Path(__file__).resolve().parents[2] / "kernels" / "triton" / "baseline.csv"
 _KEYS = ("arch", "kernel", "mask", "dtype", "head_dim")
 _CHECKED = ("tiles", "spilled", "unit", "matrix", "full_loop")
 _GROWTH = 1.02  # of a loop over full tiles, before a check fails

@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"sinkbed {command}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # who reads what is printed has seen enough: `sinkbed study FILE --plan | head`
+    except BrokenPipeError:  # who reads what is printed has seen enough: `sinkbed study FILE --dry_run | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:

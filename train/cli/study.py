@@ -34,7 +34,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds (default: the file's)")
     parser.add_argument("--out", type=Path, help="folder of the study (default: the file's)")
     parser.add_argument(
-        "--plan", action="store_true", help="arms, tokens, FLOPs, hours and disk, and whether it fits; runs nothing"
+        "--dry_run", action="store_true", help="arms, tokens, FLOPs, hours and disk, and whether it fits; runs nothing"
     )
     parser.add_argument("--force", action="store_true", help="run anew what was made under another configuration")
     parser.add_argument("--quiet", action="store_true", help="no progress display")
@@ -73,10 +73,10 @@ def run(command: str, argv: Sequence[str]) -> int:
 
     check_measured(study, runs)
 
-    if arguments.plan:
+    if arguments.dry_run:
         print_plan(study, runs)
     check_fits(study, runs, cluster=arguments.ray is not None)  # before hours of preparing, too
-    if arguments.plan:
+    if arguments.dry_run:
         return 0
     _prepare(study, arguments.quiet)
     runs = plan(study)  # of the token store that is there now
