@@ -17,7 +17,7 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	rm -rf build/types && mkdir -p build/types/sinkbed
-	cd build/types/sinkbed && ln -s $(addprefix ../../../,data kernels model train train/sinkbed/__init__.py train/sinkbed/__main__.py) .
+	cd build/types/sinkbed && ln -s $(addprefix ../../../,data kernels model train $(wildcard train/sinkbed/*.py)) .
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev ## training step against Hugging Face's Llama; run it on an idle machine

@@ -248,11 +248,11 @@ def _statistics(
         else:
             document_mass = first_key_mass
     learned_sink_mass = None if sink_logit is None else (sink_logit.to(lse.dtype)[None, :, None] - lse).exp()
-    found = Statistics(first_key_mass, document_mass, learned_sink_mass)
+    measured = Statistics(first_key_mass, document_mass, learned_sink_mass)
     if wanted == "full":
         largest, entropy = spread(q, k, lse, mask, scale, sink_logit)
-        found = found._replace(max_probability=largest, entropy=entropy)
-    return found
+        measured = measured._replace(max_probability=largest, entropy=entropy)
+    return measured
 
 
 def torch_attention(

@@ -63,13 +63,13 @@ def reference_attention(
             index = start.long()[:, None, :, None].expand(-1, a.shape[1], -1, 1)
             document_mass = a.gather(-1, index)[..., 0]
         learned_sink_mass = None if sink_logit is None else (sink_logit.to(lse.dtype)[None, :, None] - lse).exp()
-        found = Statistics(first_key_mass.detach(), document_mass.detach(), learned_sink_mass)
+        measured = Statistics(first_key_mass.detach(), document_mass.detach(), learned_sink_mass)
         if statistics == "full":
             entropy = torch.special.entr(a).sum(-1)
             if learned_sink_mass is not None:
                 entropy = entropy + torch.special.entr(learned_sink_mass)
-            found = found._replace(max_probability=a.amax(-1), entropy=entropy)
-    return output, lse, found
+            measured = measured._replace(max_probability=a.amax(-1), entropy=entropy)
+    return output, lse, measured
 
 
 def reference_received(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float) -> Tensor:

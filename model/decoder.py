@@ -43,7 +43,7 @@ class Block(nn.Module):
         implementation: Implementation | None,
     ) -> tuple[Tensor, Statistics | None]:
         """x [B, T, C] -> [B, T, C]."""
-        mixed, found = self.attention(
+        mixed, layer_statistics = self.attention(
             self.attention_norm(x),
             prepared,
             mask,
@@ -51,7 +51,7 @@ class Block(nn.Module):
             implementation=implementation,
         )
         x = x + mixed
-        return x + self.feed_forward(self.feed_forward_norm(x)), found
+        return x + self.feed_forward(self.feed_forward_norm(x)), layer_statistics
 
 
 class DecoderOutput(NamedTuple):
@@ -117,15 +117,15 @@ class Decoder(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         prepared = self.position.prepare(positions)
         x = self.position.embed(self.embedding(tokens), positions)
-        found: list[Statistics] = []
+        per_layer: list[Statistics] = []
         again = self.checkpoint_activations and torch.is_grad_enabled()
         for block in self.blocks:
             call = partial(checkpoint, block, use_reentrant=False) if again else block
             x, layer = call(x, prepared, mask, statistics=statistics, implementation=self.implementation)
             if layer is not None:
-                found.append(layer)
+                per_layer.append(layer)
         x = self.norm(x)
-        seen = tuple(found) if statistics else None
+        seen = tuple(per_layer) if statistics else None
         if targets is None:
             return DecoderOutput(self.head(x), None, seen)
         loss = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten())

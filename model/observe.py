@@ -111,18 +111,18 @@ def _hidden_hooks(blocks: nn.ModuleList, hidden: Hidden) -> Iterator[Any]:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not args:  # given by its name
             (name,) = (name for name in ("hidden_states", "x") if name in kwargs)
-            found = hidden(0, kwargs[name])
-            return None if found is None else (args, {**kwargs, name: found})
-        found = hidden(0, args[0])
-        return None if found is None else ((found, *args[1:]), kwargs)
+            replaced = hidden(0, kwargs[name])
+            return None if replaced is None else (args, {**kwargs, name: replaced})
+        replaced = hidden(0, args[0])
+        return None if replaced is None else ((replaced, *args[1:]), kwargs)
 
     def after(layer: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             whole = isinstance(output, Tensor)
-            found = hidden(layer, output if whole else output[0])
-            if found is None:
+            replaced = hidden(layer, output if whole else output[0])
+            if replaced is None:
                 return None
-            return found if whole else (found, *output[1:])
+            return replaced if whole else (replaced, *output[1:])
 
         return hook
 

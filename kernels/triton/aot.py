@@ -213,7 +213,7 @@ def _count(kernel: Any, options: dict[str, Any], chip: Chip) -> Counts:
     spilled, reloaded = spilled_bytes(lines)
     full, masked = tile_loops(lines)
     code = instructions_of(lines)
-    units = [found[1] for line in code[slice(*full) if full else slice(None)] if (found := _MATRIX.match(line))]
+    units = [match[1] for line in code[slice(*full) if full else slice(None)] if (match := _MATRIX.match(line))]
     return Counts(
         tiles=f"{options.get('BLOCK_M')}x{options.get('BLOCK_N', '')} w{warps} s{kernel.metadata.num_stages}",
         registers=registers,
@@ -254,10 +254,10 @@ def roofline(chip: Chip, kernel: str, tiles: str, full_loop: int, head_dim: int)
     """
     # FLOP a query, key and channel.
     products = {"forward": 4, "dq": 6, "dkv": 8, "received": 2}.get(kernel.split("+")[0])
-    found = re.match(r"(\d+)x(\d+) w(\d+)", tiles)
-    if chip.peak is None or products is None or found is None or full_loop == 0:
+    shape = re.match(r"(\d+)x(\d+) w(\d+)", tiles)
+    if chip.peak is None or products is None or shape is None or full_loop == 0:
         return None
-    queries, keys, warps = map(int, found.groups())
+    queries, keys, warps = map(int, shape.groups())
     matrix = products * queries * keys * head_dim / chip.peak[1]
     issue = full_loop * warps / 4  # schedulers
     exponentials = queries * keys / 16
@@ -304,10 +304,10 @@ def _amd(kernel: Any) -> tuple[int, list[str]]:
 def spilled_bytes(lines: list[str]) -> tuple[int, int]:
     """Bytes that a lane stores in and loads from memory of its own, as `ptxas -v` counts them."""
     total = {True: 0, False: 0}
-    for found in filter(None, map(_LOCAL.match, lines)):
-        bits = re.search(r"\.[SU]?(8|16|64|128)\b", found["width"])
-        words = re.search(r"dwordx(\d)", found["width"])
-        total[bool(found["store"])] += int(bits[1]) // 8 if bits else 4 * int(words[1]) if words else 4
+    for access in filter(None, map(_LOCAL.match, lines)):
+        bits = re.search(r"\.[SU]?(8|16|64|128)\b", access["width"])
+        words = re.search(r"dwordx(\d)", access["width"])
+        total[bool(access["store"])] += int(bits[1]) // 8 if bits else 4 * int(words[1]) if words else 4
     return total[True], total[False]
 
 
@@ -319,7 +319,7 @@ def instructions_of(lines: list[str]) -> list[str]:
 def loops_of(lines: list[str]) -> list[tuple[int, int]]:
     """Innermost loops as (start, end) in instructions: from the target of a backward branch to the branch."""
     position, at = {}, 0
-    found: list[tuple[int, int]] = []
+    loops: list[tuple[int, int]] = []
     for line in lines:
         if line.endswith(":"):
             position[line[:-1]] = at
@@ -327,8 +327,8 @@ def loops_of(lines: list[str]) -> list[tuple[int, int]]:
         at += 1
         branch = re.search(r"\b(?:BRA|s_c?branch)\S*\s.*?(\.L\w+)", line)
         if branch and branch[1] in position:
-            found.append((position[branch[1]], at))
-    return [a for a in found if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in found)]
+            loops.append((position[branch[1]], at))
+    return [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
 
 
 def tile_loops(lines: list[str]) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:

@@ -93,8 +93,8 @@ def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def _empty_like(x: Tensor) -> Tensor:
     """Unwritten memory laid out as x [B, H, T, D], or contiguous where D would not be."""
-    found = torch.empty_like(x)
-    return found if found.stride(-1) == 1 else x.new_empty(x.shape)
+    copy = torch.empty_like(x)
+    return copy if copy.stride(-1) == 1 else x.new_empty(x.shape)
 
 
 def _outputs(q: Tensor, statistics: bool, full: bool, sink: bool) -> tuple[Tensor, ...]:
@@ -221,10 +221,10 @@ def _(q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, first_key, end_key, first_query, last_query, _, _, sink_logit, *settings, _, _ = inputs
-    o, lse, *found = output
+    o, lse, *others = output
     ctx.save_for_backward(q, k, v, o, lse, first_key, end_key, first_query, last_query, sink_logit)
     ctx.settings = settings  # shared_from, shared_to, scale
-    ctx.mark_non_differentiable(*found)
+    ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
 
 
@@ -271,16 +271,16 @@ def triton_attention(
     )  # fmt: skip
     if not statistics:
         return output, lse, None
-    found = Statistics(first_key_mass, document_mass, None if sink_logit is None else learned_sink_mass)
+    measured = Statistics(first_key_mass, document_mass, None if sink_logit is None else learned_sink_mass)
     if statistics == "full":
-        found = found._replace(max_probability=spread[0], entropy=spread[1])
-    return output, lse, found
+        measured = measured._replace(max_probability=spread[0], entropy=spread[1])
+    return output, lse, measured
 
 
 def triton_received(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float) -> Tensor:
     """Column sums by the Triton kernel; shapes as in `kernels.api.attention_received`. Raises as `triton_attention`."""
     _check(q)
-    found = torch.ops.sinkbed.attention_received_triton(
+    received = torch.ops.sinkbed.attention_received_triton(
         q, k, lse.float(), mask.first_query, mask.last_query, *mask.shared, scale
     )
-    return found.to(lse.dtype)
+    return received.to(lse.dtype)

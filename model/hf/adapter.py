@@ -82,8 +82,8 @@ class HFModel(nn.Module):
             )
         except Exception as error:  # the library raises whatever its parts do
             raise _refusal(name, error) from error
-        found = cls(model.eval())
-        found._check_direction(name)
+        adapter = cls(model.eval())
+        adapter._check_direction(name)
         # What the files lack would be drawn at random. Tied weights that they leave out are not among these.
         lacking = sorted({*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])})
         if lacking:
@@ -91,7 +91,7 @@ class HFModel(nn.Module):
                 f"{name}: expected all weights of {type(model).__name__}, got {len(lacking)} of them missing or of "
                 f"another shape: {', '.join(lacking[:5])}{', ...' if len(lacking) > 5 else ''}"
             )
-        return found
+        return adapter
 
     @staticmethod
     def checked_config(name: str, *, revision: str | None = None, gguf: str | None = None) -> Any:
@@ -114,18 +114,20 @@ class HFModel(nn.Module):
         options = {"revision": revision, "gguf_file": gguf}
         given = {key: value for key, value in options.items() if value is not None}
         try:
-            found = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **given)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **given)
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{name}: expected a tokenizer beside the model, got: {reason}") from error
-        if len(found.get_vocab()) <= len(found.all_special_ids):  # what transformers makes of a folder without files
+        if len(tokenizer.get_vocab()) <= len(
+            tokenizer.all_special_ids
+        ):  # what transformers makes of a folder without files
             raise ValueError(f"{name}: expected a tokenizer beside the model, got none (no tokenizer.json)")
-        if not getattr(found, "is_fast", False):
+        if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
-                f"{name}: got a tokenizer of type {type(found).__name__} without a tokenizer.json, expected one of "
+                f"{name}: got a tokenizer of type {type(tokenizer).__name__} without a tokenizer.json, expected one of "
                 "the `tokenizers` library"
             )
-        return found
+        return tokenizer
 
     def _check_direction(self, name: str) -> None:
         """Refuse an encoder by what its layers say of themselves; `attend` refuses it by what they ask for."""
@@ -195,7 +197,7 @@ class HFModel(nn.Module):
                 f"{type(self.model).__name__}: got {asked.layers} layers whose attention can be observed, expected "
                 f"{self.config.n_layers}; the others are no softmax attention, or bypass transformers' interface for it"
             )
-        return DecoderOutput(logits, None, tuple(asked.found) if statistics else None)
+        return DecoderOutput(logits, None, tuple(asked.per_layer) if statistics else None)
 
 
 def _check_packages(gguf: str | None, device_map: object) -> None:
@@ -264,7 +266,7 @@ def _check_gguf(name: str, source: dict[str, str]) -> None:
     file = source["gguf_file"]
     reader = gguf.GGUFReader(str(cached_file(name, file, revision=source.get("revision"))))
     factors = [tensor for tensor in reader.tensors if tensor.name.startswith("rope_f")]
-    kinds = [str(found.contents()) for key, found in reader.fields.items() if key.endswith(".rope.scaling.type")]
+    kinds = [str(field.contents()) for key, field in reader.fields.items() if key.endswith(".rope.scaling.type")]
     scaled = sorted({kind for kind in kinds if kind != "none"} | {t.name for t in factors if (t.data != 1).any()})
     if scaled:
         raise ValueError(
@@ -281,9 +283,9 @@ def _refusal(name: str, error: Exception) -> ValueError:
         try:
             with safe_open(path, framework="pt"):
                 pass
-        except SafetensorError as found:
+        except SafetensorError as damage:
             return ValueError(
-                f"{path}: expected whole weights, got a file that is cut off or damaged ({found}); copy it again"
+                f"{path}: expected whole weights, got a file that is cut off or damaged ({damage}); copy it again"
             )
     reason = " ".join(str(error).split())[:300]
     kind = "folder" if Path(name).is_dir() else "name"

@@ -41,7 +41,7 @@ class Pass:
     mask: Mask
     statistics: bool
     windows: dict[tuple[int | None, torch.device], Mask] = field(default_factory=dict)
-    found: list[Statistics] = field(default_factory=list)
+    per_layer: list[Statistics] = field(default_factory=list)
     layers: int = 0
     observer: Attentions | None = None
     sampled: bool = False
@@ -135,9 +135,9 @@ def sampled_mask(
 
     # Left out where it is plain, the mask would be indistinguishable from that of a model which builds none.
     others |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    found = sdpa_mask(batch_size, len(queries), kv_length, mask_function=of_sample, device=device, **others)
-    assert found is not None, "no mask is left out"
-    return found
+    mask = sdpa_mask(batch_size, len(queries), kv_length, mask_function=of_sample, device=device, **others)
+    assert mask is not None, "no mask is left out"
+    return mask
 
 
 def _check_own_mask(name: str, own: Tensor, length: int, window: int | None) -> None:
@@ -203,20 +203,20 @@ def attend(
         _check_own_mask(name, attention_mask, query.shape[2], sliding_window)
     mask = asked.within(sliding_window, query.device)
     query, key = query.to(value.dtype), key.to(value.dtype)
-    found: Statistics | None
+    layer_statistics: Statistics | None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if softcap is None:
         out = attention(query, key, value, mask, scale=scale, sink_logit=s_aux, statistics=asked.statistics)
-        output, lse, found = out.output, out.lse, out.statistics
+        output, lse, layer_statistics = out.output, out.lse, out.statistics
     else:
         if s_aux is not None:
             raise ValueError(f"{name}: got a soft cap and a sink logit, which together are not supported")
-        output, lse, found = _softcapped(query, key, value, mask, scale, softcap)
+        output, lse, layer_statistics = _softcapped(query, key, value, mask, scale, softcap)
     if asked.observer is not None:
-        asked.observer(LayerAttention(asked.layers, query, key, value, lse, mask, scale, softcap, found))
+        asked.observer(LayerAttention(asked.layers, query, key, value, lse, mask, scale, softcap, layer_statistics))
     asked.layers += 1
-    if found is not None and asked.statistics:
-        asked.found.append(Statistics(*(None if s is None else s.cpu() for s in found)))  # type: ignore[arg-type]
+    if layer_statistics is not None and asked.statistics:
+        asked.per_layer.append(Statistics(*(None if s is None else s.cpu() for s in layer_statistics)))  # type: ignore[arg-type]
     return output.transpose(1, 2).contiguous(), None
 
 

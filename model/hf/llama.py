@@ -106,12 +106,12 @@ def from_llama(folder: Path) -> Decoder:
     theirs = _read_weights(folder)
     ours = _to_ours(theirs, config, folder)
     expected = {name: tuple(t.shape) for name, t in decoder.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in ours.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
+    shapes = {name: tuple(t.shape) for name, t in ours.items()}
+    for name in sorted(expected.keys() | shapes.keys()):
+        if expected.get(name) != shapes.get(name):
             raise ValueError(
                 f"{folder}: expected weights of the shape that {CONFIG} gives, got {name} with "
-                f"{found.get(name, 'no such tensor')} instead of {expected.get(name, 'none')}"
+                f"{shapes.get(name, 'no such tensor')} instead of {expected.get(name, 'none')}"
             )
     decoder.load_state_dict(ours, assign=True)
     if config.tie_embeddings:
@@ -124,12 +124,12 @@ def decoder_config(folder: Path) -> DecoderConfig:
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a Hugging Face model folder, got no {CONFIG}")
-    found = _read_json(path)
-    if found.get("model_type") != "llama":
-        raise ValueError(f"{path}: got model_type {found.get('model_type')!r}, expected 'llama'")
-    rope = found.get("rope_parameters") or {}
-    scaling = found.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
-    other = {name: found[name] for name, plain in _PLAIN.items() if found.get(name, plain) != plain}
+    fields = _read_json(path)
+    if fields.get("model_type") != "llama":
+        raise ValueError(f"{path}: got model_type {fields.get('model_type')!r}, expected 'llama'")
+    rope = fields.get("rope_parameters") or {}
+    scaling = fields.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
+    other = {name: fields[name] for name, plain in _PLAIN.items() if fields.get(name, plain) != plain}
     if scaling:
         other["rope_scaling"] = scaling
     if other:
@@ -137,15 +137,15 @@ def decoder_config(folder: Path) -> DecoderConfig:
         raise ValueError(f"{path}: got {listed}, which our decoder cannot express")
     try:
         return DecoderConfig(
-            n_layers=found["num_hidden_layers"],
-            d_model=found["hidden_size"],
-            n_heads=found["num_attention_heads"],
-            n_kv_heads=found.get("num_key_value_heads") or found["num_attention_heads"],
-            head_dim=found.get("head_dim"),
-            d_ff=found["intermediate_size"],
-            rope_theta=float(found.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
-            norm_eps=found.get("rms_norm_eps", 1e-6),
-            tie_embeddings=found.get("tie_word_embeddings", False),
+            n_layers=fields["num_hidden_layers"],
+            d_model=fields["hidden_size"],
+            n_heads=fields["num_attention_heads"],
+            n_kv_heads=fields.get("num_key_value_heads") or fields["num_attention_heads"],
+            head_dim=fields.get("head_dim"),
+            d_ff=fields["intermediate_size"],
+            rope_theta=float(fields.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
+            norm_eps=fields.get("rms_norm_eps", 1e-6),
+            tie_embeddings=fields.get("tie_word_embeddings", False),
         )
     except KeyError as error:
         raise ValueError(f"{path}: got no {error}, expected the config of a Llama") from None
@@ -201,12 +201,12 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected JSON, got a damaged file ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(found).__name__}")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def _halves(weight: Tensor, dim: int) -> Tensor:

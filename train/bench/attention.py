@@ -208,9 +208,9 @@ def _reference(case: Case, dtype: torch.dtype) -> list[Tensor]:
     return _values(lambda q, k, v: attention(q, k, v, mask, implementation="reference").output, inputs)
 
 
-def error_of(found: list[Tensor], exact: list[Tensor]) -> float:
+def error_of(values: list[Tensor], exact: list[Tensor]) -> float:
     """Largest deviation of any tensor from the exact one, relative to its largest value; NaN where any is NaN."""
-    errors = [(a - b).abs().max() / b.abs().max().clamp_min(1e-6) for a, b in zip(found, exact, strict=True)]
+    errors = [(a - b).abs().max() / b.abs().max().clamp_min(1e-6) for a, b in zip(values, exact, strict=True)]
     return float(torch.stack(errors).max())
 
 
@@ -239,8 +239,8 @@ def measure(case: Case, repeats: int) -> tuple[dict[str, tuple[Timing, Timing]],
         if isinstance(contender, str):
             absent[name] = contender
             continue
-        found = _tried(name, functools.partial(_values, contender, short.inputs()), absent)
-        if found is not None and not (error := error_of(found, exact)) <= allowed:
+        values = _tried(name, functools.partial(_values, contender, short.inputs()), absent)
+        if values is not None and not (error := error_of(values, exact)) <= allowed:
             raise ValueError(f"bench attention: {name}: expected values within {allowed:.2e} of the float64 "
                              f"reference, got {error:.2e} ({short})")  # fmt: skip
     del exact
@@ -326,20 +326,20 @@ def run(arguments: Any) -> int:
 
 def _rows(case: Case, timings: dict[str, tuple[Timing, Timing]], ceiling: float) -> list[dict[str, Any]]:
     """One record a contender and pass; ratios are to ours without statistics."""
-    found = []
+    measurements = []
     for number, (kind, work) in enumerate((("forward", 1.0), ("forward + backward", 1.0 + _BACKWARD))):
         ours = timings["Sinkbed"][number].median
         for name, pair in timings.items():
             seconds = pair[number].median
             speed = case.flops() * work / seconds
-            found.append(
+            measurements.append(
                 {
                     "layout": case.layout, "T": case.length, "D": case.dim, "pass": kind, "contender": name,
                     "ms": round(seconds * 1e3, 4), "ratio": round(seconds / ours, 3),
                     "tflops": round(speed / 1e12, 5), "of_peak": round(speed / ceiling, 4) if ceiling else "",
                 }
             )  # fmt: skip
-    return found
+    return measurements
 
 
 def _table(case: Case, rows: list[dict[str, Any]]) -> str:

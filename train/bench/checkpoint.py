@@ -63,13 +63,13 @@ def resuming(config: Path, repeats: int) -> None:
         whole = Path(temporary) / "whole"
         log = (Path(temporary) / "log").open("w")
 
-        def until(folder: Path, found: Any, *extra: str) -> float:
+        def until(folder: Path, is_there: Any, *extra: str) -> float:
             began = time.perf_counter()
             process = subprocess.Popen(
                 [*command, *quiet, "--run_dir", str(folder), *extra], env=environment, stdout=log, stderr=log
             )
             try:
-                while not found() and process.poll() is None:
+                while not is_there() and process.poll() is None:
                     time.sleep(0.005)
                 seconds = time.perf_counter() - began
                 if process.poll() is not None:
@@ -83,8 +83,8 @@ def resuming(config: Path, repeats: int) -> None:
         steps = read_config(config)["trainer"]["max_steps"]
         enough = steps // 3
         until(whole, lambda: any(int(p.stem[5:]) > enough for p in checkpoints.glob("step-*.ckpt")))
-        found = sorted(checkpoints.glob("step-*.ckpt"))
-        chosen = [found[0], found[-1]]
+        paths = sorted(checkpoints.glob("step-*.ckpt"))
+        chosen = [paths[0], paths[-1]]
         seconds: dict[str, list[float]] = {path.name: [] for path in chosen}
         for _ in range(repeats):
             for path in chosen:

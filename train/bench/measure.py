@@ -133,8 +133,8 @@ def eager(shape: Llama, arguments: Any) -> None:
             for way in WAYS:  # in turn, so that whatever else the machine does falls on both alike
                 turns[way].append(one_turn(way, shape, arguments, logits))
         error = masses_differ(turns)
-        seconds = {way: statistics.median(turn.seconds for turn in found) for way, found in turns.items()}
-        peaks = {way: max(turn.peak_bytes for turn in found) for way, found in turns.items()}
+        seconds = {way: statistics.median(turn.seconds for turn in of_way) for way, of_way in turns.items()}
+        peaks = {way: max(turn.peak_bytes for turn in of_way) for way, of_way in turns.items()}
         base, least = seconds[WAYS[0]], peaks[WAYS[0]]
         for way in WAYS:
             memory = f"{peaks[way] / 1e6:20,.0f}{peaks[way] / least:8.2f}" if least else f"{'unknown':>20}"
@@ -180,8 +180,8 @@ def modes(shape: Llama, arguments: Any) -> None:
 
         timings = interleave({mode: step(mode) for mode in MODES}, arguments.repeats, warmup=0)
         count = sum(parameter.numel() for parameter in model.parameters())
-        found = "".join(f"{timing.median:18.2f}" for timing in timings)
-        print(f"{name:24}{count:13,}{found}{sum(timing.median for timing in timings):8.2f}", flush=True)
+        columns = "".join(f"{timing.median:18.2f}" for timing in timings)
+        print(f"{name:24}{count:13,}{columns}{sum(timing.median for timing in timings):8.2f}", flush=True)
 
 
 def jacobian(arguments: Any) -> None:
@@ -198,10 +198,10 @@ def jacobian(arguments: Any) -> None:
     errors, predicted, seconds = [], [], []
     for seed in range(arguments.draws):
         began = time.perf_counter()
-        found = measure_jacobian(model, excerpts, size, directions=arguments.directions, seed=seed)
+        sampled = measure_jacobian(model, excerpts, size, directions=arguments.directions, seed=seed)
         seconds.append(time.perf_counter() - began)
-        errors.append([abs(a / b - 1) for a, b in zip(found.others, exact.others, strict=True)])
-        predicted.append([a / b for a, b in zip(found.others_error, found.others, strict=True)])
+        errors.append([abs(a / b - 1) for a, b in zip(sampled.others, exact.others, strict=True)])
+        predicted.append([a / b for a, b in zip(sampled.others_error, sampled.others, strict=True)])
     print(
         f"Jacobian of {name}: {len(excerpts.rows)} documents of {arguments.tokens} tokens, {arguments.directions} of "
         f"{exact.directions} directions, {arguments.draws} draws"

@@ -31,7 +31,7 @@ def interleave(contenders: dict[str, Callable[[], Any]], repeats: int, warmup: i
             step()
             if turn >= warmup:
                 seconds[name].append(time.perf_counter() - began)
-    return [Timing(name, found) for name, found in seconds.items()]
+    return [Timing(name, steps) for name, steps in seconds.items()]
 
 
 def matmul_flops() -> float:

@@ -122,8 +122,8 @@ def run(arguments: Any) -> int:
     if arguments.profile:
         from torch.profiler import profile
 
-        with profile() as found:
+        with profile() as profiler:
             for _ in range(5):
                 contenders["Sinkbed"]()
-        print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=45))
+        print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=45))
     return 0

@@ -67,12 +67,12 @@ def read_table(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
     return {tuple(line[key] for key in _KEYS): line for line in lines}
 
 
-def violations(found: Sequence[dict[str, Any]], baseline: dict[tuple[str, ...], dict[str, str]]) -> list[str]:
+def violations(lines: Sequence[dict[str, Any]], baseline: dict[tuple[str, ...], dict[str, str]]) -> list[str]:
     """What a table does worse than a stored one, a message each."""
     from sinkbed.kernels.triton.aot import CHIPS
 
     messages = []
-    for line in found:
+    for line in lines:
         key = tuple(str(line[k]) for k in _KEYS)
         name = " ".join(key)
         if "error" in line:

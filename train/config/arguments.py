@@ -115,8 +115,8 @@ def known_keys(parser: Any) -> list[str]:
 def rewritten(message: str, keys: Collection[str]) -> str:
     """jsonargparse's message in our words, with the nearest key where one is unknown."""
     for pattern in _UNKNOWN:
-        if found := re.search(pattern, message):
-            option = found[1]
+        if match := re.search(pattern, message):
+            option = match[1]
             if Path(option).exists():
                 return (
                     f"{option}: got a file where an option was expected; give each config its own --config, and "
@@ -125,31 +125,31 @@ def rewritten(message: str, keys: Collection[str]) -> str:
             if pattern.startswith("unrecognized") and not option.startswith("-"):
                 return f"{option}: expected options alone from here on, got a word before which none stands"
             return unknown(option, keys)
-    if found := re.search(r"Parser key \"([\w.]+)\":.*?Importing '([\w.]+)' is not allowed", message, re.DOTALL):
+    if match := re.search(r"Parser key \"([\w.]+)\":.*?Importing '([\w.]+)' is not allowed", message, re.DOTALL):
         return (
-            f"{found[1]}: expected plain values, or a callback of Lightning's that only looks, got the class "
-            f"{found[2]}; a class runs code: add --trust_config where you trust the file"
+            f"{match[1]}: expected plain values, or a callback of Lightning's that only looks, got the class "
+            f"{match[2]}; a class runs code: add --trust_config where you trust the file"
         )
-    if found := re.search(_NEITHER, message, re.DOTALL):
-        return " ".join(found[1].split())
-    if found := re.search(_NO_CLASS, message, re.DOTALL):
-        return f"{found[1]}: expected a class that can be imported, got {found[2]}: {found[3]}"
-    if found := re.search(_NO_TYPE, message, re.DOTALL):
-        key, kinds, value = found.groups()
+    if match := re.search(_NEITHER, message, re.DOTALL):
+        return " ".join(match[1].split())
+    if match := re.search(_NO_CLASS, message, re.DOTALL):
+        return f"{match[1]}: expected a class that can be imported, got {match[2]}: {match[3]}"
+    if match := re.search(_NO_TYPE, message, re.DOTALL):
+        key, kinds, value = match.groups()
         if nested := re.fullmatch(r"NestedArg\(key='(\w+)', val='?(.*?)'?\)", value.strip()):
             key, value = f"{key}.{nested[1]}", nested[2]
         return _expected(key, _readable(kinds).replace(", ", " or "), value)
-    if found := re.search(_WRONG_TYPE, message, re.DOTALL):
-        key, kind, value, other = found.groups()
+    if match := re.search(_WRONG_TYPE, message, re.DOTALL):
+        key, kind, value, other = match.groups()
         return f"{key}: {' '.join(other.split())}" if kind is None else _expected(key, _readable(kind), value)
-    if found := re.search(r"argument (.*?): invalid choice: '?(.*?)'? \(choose from (.*)\)", message):
-        return _expected(found[1], f"one of {found[3]}", found[2])
-    if found := re.search(r"argument (.*?): invalid (\w+) value: '?(.*?)'?$", message):
-        return _expected(found[1], found[2], found[3])
-    if found := re.search(r"argument (.*?): expected (\S+ arguments?)", message):
-        return f"{found[1]}: expected {found[2].replace('argument', 'value')}, got none"
-    if found := re.search(r"arguments are required: (.*)", message):
-        missing = found[1].replace("fit.", "")
+    if match := re.search(r"argument (.*?): invalid choice: '?(.*?)'? \(choose from (.*)\)", message):
+        return _expected(match[1], f"one of {match[3]}", match[2])
+    if match := re.search(r"argument (.*?): invalid (\w+) value: '?(.*?)'?$", message):
+        return _expected(match[1], match[2], match[3])
+    if match := re.search(r"argument (.*?): expected (\S+ arguments?)", message):
+        return f"{match[1]}: expected {match[2].replace('argument', 'value')}, got none"
+    if match := re.search(r"arguments are required: (.*)", message):
+        missing = match[1].replace("fit.", "")
         start = ". Start from a --config, such as those in configs/" if "config" in keys else ""
         return f"expected a value for {missing}; got none{start}"
     return " ".join(message.split())

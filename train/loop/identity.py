@@ -88,10 +88,10 @@ def check_identity(checkpoint: dict[str, Any], ours: dict[str, Any], fork: bool 
     if not fork and _may_be_longer(theirs, ours, checkpoint["global_step"]):
         ours = {**ours, "max_steps": theirs["max_steps"]}
     pairs = [
-        f"{name}: the checkpoint has {found!r}, this configuration {expected!r}"
+        f"{name}: the checkpoint has {saved_value!r}, this configuration {own_value!r}"
         for key, value in ours.items()
         if (key in _FORK if fork else key not in _MAY_CHANGE)
-        for name, found, expected in differences(theirs.get(key), value, _CONFIG_KEYS.get(key, key))
+        for name, saved_value, own_value in differences(theirs.get(key), value, _CONFIG_KEYS.get(key, key))
     ]
     if pairs and fork:
         raise ValueError(f"--fork: expected the checkpoint's own model and vocabulary, got {'; '.join(pairs)}")

@@ -55,10 +55,10 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first. Raises FileNotFoundError where there is none."""
-    found = sorted((run_dir / CHECKPOINTS).glob("step-*.ckpt"))
-    if not found:
+    saved = sorted((run_dir / CHECKPOINTS).glob("step-*.ckpt"))
+    if not saved:
         raise FileNotFoundError(f"{run_dir / CHECKPOINTS}: expected checkpoints, got none")
-    return found
+    return saved
 
 
 def kept_steps(points: int, max_steps: int) -> set[int]:
@@ -234,10 +234,10 @@ def check_finished(folder: Path) -> None:
         check_files(folder, record["finished"], f"the run left it at its end ({RUN} has its sha256)", remedy)
 
 
-def check_format(path: Path, found: object) -> None:
+def check_format(path: Path, version: object) -> None:
     """Raise ValueError for a run or a checkpoint that another version of sinkbed wrote."""
-    if found != FORMAT:
-        written = f"format {found}" if isinstance(found, int) else "none"
+    if version != FORMAT:
+        written = f"format {version}" if isinstance(version, int) else "none"
         raise ValueError(
             f"{path}: expected format {FORMAT} of runs and checkpoints, got {written}, which another version of "
             "sinkbed wrote (0.1 had other names of settings); use that version with it, or train it anew"
@@ -285,17 +285,17 @@ def restore_metrics(path: Path, saved: str) -> str | None:
     Points that differ from the saved ones were damaged: the file is kept beside as `.damaged`.
     Returns what there is to tell the user, None where there is nothing.
     """
-    found = path.read_bytes() if path.exists() else b""
-    if found != saved.encode():
+    content = path.read_bytes() if path.exists() else b""
+    if content != saved.encode():
         write_atomic(path, saved)
-    if found.startswith(saved.encode()):
+    if content.startswith(saved.encode()):
         return None
-    if saved.encode().startswith(found):  # lost with the machine's power, which no write of ours waits for
-        lines = found.count(b"\n")
+    if saved.encode().startswith(content):  # lost with the machine's power, which no write of ours waits for
+        lines = content.count(b"\n")
         return f"{path}: expected {counted(saved.count(chr(10)), 'point')}, got {lines}; restored from the checkpoint"
     damaged = path.with_name(f"{path.name}.damaged")
-    write_atomic(damaged, found)
-    pairs = zip(found.splitlines(), saved.encode().splitlines(), strict=False)
+    write_atomic(damaged, content)
+    pairs = zip(content.splitlines(), saved.encode().splitlines(), strict=False)
     line = next((number for number, (ours, theirs) in enumerate(pairs, 1) if ours != theirs), None)
     what = f"line {line} is not as the checkpoint saved it" if line else "points that the checkpoint saved are missing"
     return f"{path}: damaged, {what}; restored from the checkpoint, the old file is {damaged.name}"

@@ -74,9 +74,9 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> str:
     return f"{listed}; the bits {'may' if set(differing) <= {'commit', 'changed'} else 'will'} differ"
 
 
-def describe(found: Iterable[dict[str, Any]], silent: int = 0) -> str:
+def describe(records: Iterable[dict[str, Any]], silent: int = 0) -> str:
     """One sentence on what made runs; empty where none of them says. `silent`: how many do not."""
-    makers = "; and by ".join(dict.fromkeys(map(_maker, found)))
+    makers = "; and by ".join(dict.fromkeys(map(_maker, records)))
     if not makers:
         return ""
     rest = f" ({silent} run{'s say' if silent > 1 else ' says'} nothing of it, being of an earlier version)"

@@ -74,10 +74,10 @@ class ArmRun:
 
     def setting(self, key: str, default: Any = None) -> Any:
         """A setting by its dotted key; `default` where the arm leaves it to the run's own default."""
-        found: Any = self.config
+        value: Any = self.config
         for part in key.split("."):
-            found = found.get(part) if isinstance(found, dict) else None
-        return default if found is None else found
+            value = value.get(part) if isinstance(value, dict) else None
+        return default if value is None else value
 
     @property
     def can_be_forked(self) -> bool:

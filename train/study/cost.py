@@ -161,14 +161,14 @@ def gigabytes(size: float) -> str:
 
 def _new_stores(study: StudyConfig, runs: Sequence[ArmRun]) -> dict[str, tuple[int, int]]:
     """Token stores that are not there yet, with the bytes of what their longest arm reads once, and the vocabulary."""
-    found: dict[str, tuple[int, int]] = {}
+    stores: dict[str, tuple[int, int]] = {}
     for run in runs:
         store = run.setting("data.store")
         if store and not (Path(store) / directory.MANIFEST).is_file():
             size = vocabulary(study, run)
             read = (2 if size <= 65_536 else 4) * cost(study, run).tokens
-            found[store] = max(found.get(store, (0, size)), (read, size))
-    return found
+            stores[store] = max(stores.get(store, (0, size)), (read, size))
+    return stores
 
 
 def _stores(study: StudyConfig, runs: Sequence[ArmRun]) -> list[str]:

@@ -183,7 +183,7 @@ def load_study(path: Path, size: str | None = None) -> StudyConfig:
         "arms": arms,
         "prepare": _resolve(path, raw["prepare"]) if raw.get("prepare") else None,
         "published": raw.get("published") or {},
-        "effects": [_effect(path, found) for found in raw.get("effects") or []],
+        "effects": [_effect(path, value) for found in raw.get("effects") or []],
         "size": size or "",
         "source": path,
     }
@@ -193,14 +193,14 @@ def load_study(path: Path, size: str | None = None) -> StudyConfig:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _mapping(path: Path, what: str, found: Any, known: tuple[str, ...] | None) -> dict[str, Any]:
-    if not isinstance(found, dict):
+def _mapping(path: Path, what: str, value: Any, known: tuple[str, ...] | None) -> dict[str, Any]:
+    if not isinstance(value, dict):
         expected = f"keys {', '.join(known)}" if known else "a mapping"
-        raise ValueError(f"{path}: {what}: expected {expected}; got {type(found).__name__}")
-    unknown = sorted(set(map(str, found)) - set(known or map(str, found)))
+        raise ValueError(f"{path}: {what}: expected {expected}; got {type(value).__name__}")
+    unknown = sorted(set(map(str, value)) - set(known or map(str, value)))
     if unknown:
         raise ValueError(f"{path}: unknown key {unknown[0]!r}; expected some of {', '.join(known or ())}")
-    return dict(found)
+    return dict(value)
 
 
 def _resolve(path: Path, value: Any) -> Path:
@@ -212,21 +212,21 @@ def _resolve(path: Path, value: Any) -> Path:
     return config
 
 
-def _overlays(path: Path, what: str, found: Any) -> list[Overlay]:
+def _overlays(path: Path, what: str, value: Any) -> list[Overlay]:
     """Overlays of an arm, of the base or of a value on an axis: a list of paths and settings, or one by itself."""
-    if what == "base" and not isinstance(found, list):
-        raise ValueError(f"{path}: base: a list of configs expected, got {found!r}")
-    items = found if isinstance(found, list) else [found]
+    if what == "base" and not isinstance(value, list):
+        raise ValueError(f"{path}: base: a list of configs expected, got {value!r}")
+    items = value if isinstance(value, list) else [value]
     for item in items:
         if not isinstance(item, str | dict):
             raise ValueError(f"{path}: {what}: expected overlays, each a path or settings; got {item!r}")
     return [item if isinstance(item, dict) else _resolve(path, item) for item in items]
 
 
-def _arms(path: Path, found: Any) -> dict[str, list[Overlay]]:
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: arms: expected a mapping of arm name to list of overlays, got {found!r}")
-    return {_name(path, name): _overlays(path, f"arm {name}", overlays) for name, overlays in found.items()}
+def _arms(path: Path, value: Any) -> dict[str, list[Overlay]]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: arms: expected a mapping of arm name to list of overlays, got {value!r}")
+    return {_name(path, name): _overlays(path, f"arm {name}", overlays) for name, overlays in value.items()}
 
 
 def _name(path: Path, name: Any) -> str:
@@ -235,11 +235,11 @@ def _name(path: Path, name: Any) -> str:
     return name
 
 
-def _grid(path: Path, found: Any) -> dict[str, list[Overlay]]:
+def _grid(path: Path, value: Any) -> dict[str, list[Overlay]]:
     """The product of the axes, the last one fastest: `lr: {1e-3: …}` gives the arm lr-1e-3, `mask: {causal: …}` the arm
     causal."""
     axes: list[list[tuple[str, list[Overlay]]]] = []
-    for axis, values in _mapping(path, "grid", found, None).items():
+    for axis, values in _mapping(path, "grid", value, None).items():
         choices = []
         for value, overlays in _mapping(path, f"grid.{axis}", values, None).items():
             named = f"{axis}-{value}" if str(value)[:1].isdigit() else str(value)
@@ -256,8 +256,8 @@ def _grid(path: Path, found: Any) -> dict[str, list[Overlay]]:
     return arms
 
 
-def _check_published(path: Path, found: Any, arms: dict[str, Any]) -> None:
-    for arm, modes in _mapping(path, "published", found, None).items():
+def _check_published(path: Path, value: Any, arms: dict[str, Any]) -> None:
+    for arm, modes in _mapping(path, "published", value, None).items():
         pairs = modes.values() if isinstance(modes, dict) else [modes]
         if arm not in arms or not all(
             isinstance(p, list) and len(p) == 2 and all(_numeric(x) for x in p) for p in pairs
@@ -271,9 +271,9 @@ def _numeric(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))
 
 
-def _effect(path: Path, found: Any) -> Effect:
+def _effect(path: Path, value: Any) -> Effect:
     known = {f.name: f for f in dataclasses.fields(Effect)}
-    raw = _mapping(path, "effects", found, tuple(known))
+    raw = _mapping(path, "effects", value, tuple(known))
     missing = [name for name in ("name", "metric", "arm", "expected") if name not in raw]
     if missing:
         raise ValueError(f"{path}: effect {raw.get('name', raw)!r}: expected the key {missing[0]!r}, got none")

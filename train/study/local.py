@@ -150,7 +150,7 @@ def watch(runs: Sequence[ArmRun], finished_before: int, done: Callable[[], int],
 
 def _progress_of(runs: Sequence[ArmRun]) -> list[str]:
     """A word on each arm that is running: those with points and no measurement yet."""
-    found = []
+    lines = []
     for folder in (r.folder for r in runs):
         path: Path = folder / directory.METRICS
         if (folder / directory.MEASUREMENT).exists() or not path.exists():
@@ -162,5 +162,5 @@ def _progress_of(runs: Sequence[ArmRun]) -> list[str]:
         except (OSError, ValueError):
             continue
         loss = last.get("train/loss")
-        found.append(f"{folder.name}: step {last.get('step', 0)}" + (f" loss {loss:.2f}" if loss else ""))
-    return found
+        lines.append(f"{folder.name}: step {last.get('step', 0)}" + (f" loss {loss:.2f}" if loss else ""))
+    return lines
