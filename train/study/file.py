@@ -183,7 +183,7 @@ def load_study(path: Path, size: str | None = None) -> StudyConfig:
         "arms": arms,
         "prepare": _resolve(path, raw["prepare"]) if raw.get("prepare") else None,
         "published": raw.get("published") or {},
-        "effects": [_effect(path, value) for found in raw.get("effects") or []],
+        "effects": [_effect(path, value) for value in raw.get("effects") or []],
         "size": size or "",
         "source": path,
     }
