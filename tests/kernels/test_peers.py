@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sinkbed.train.bench import attention as bench_attention
-from sinkbed.train.bench.attention import Case, error_of, measure
+from sinkbed.train.bench.attention import error_of, measure
+from sinkbed.train.bench.attention_peers import Case
 from sinkbed.train.cli.main import main
 
 
@@ -94,7 +95,7 @@ def test_sdpa_shares_key_heads_instead_of_copying_them(monkeypatch):
     calls = []
     sdpa = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
-        bench_attention.F, "scaled_dot_product_attention",
+        torch.nn.functional, "scaled_dot_product_attention",
         lambda q, k, v, **options: calls.append((k.shape[1], options["enable_gqa"])) or sdpa(q, k, v, **options),
     )  # fmt: skip
     one = case(layout="causal")

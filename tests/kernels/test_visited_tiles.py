@@ -136,7 +136,7 @@ def test_any_mask(lengths, window, document, shared, prefix, hide, blocks):
 def test_no_more_than_flex_attentions_block_mask(layout):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    from sinkbed.train.bench.attention import Case
+    from sinkbed.train.bench.attention_peers import Case
 
     T = 2048
     case = Case(

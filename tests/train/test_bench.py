@@ -9,7 +9,7 @@ import torch
 from sinkbed.train.bench import attention as bench_attention
 from sinkbed.train.bench import measure as bench_metering
 from sinkbed.train.bench import prepare as bench_prepare
-from sinkbed.train.bench.attention import Case
+from sinkbed.train.bench.attention_peers import Case
 from sinkbed.train.bench.data import PACKINGS
 from sinkbed.train.cli import bench
 from sinkbed.train.cli.main import main
