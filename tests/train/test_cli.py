@@ -49,7 +49,7 @@ def test_the_version_is_shown(capsys):
         (["fit", "--lr", "3"], "did you mean model.optimizer.lr?"),
         (["fit", "--rundir", "x"], "did you mean run_dir?"),
         (["fit", "--model.decoder.n_layers", "three"], "model.decoder.n_layers: expected int, got 'three'"),
-        (["fit", "--data.strategy.mask", "docment"], "data.strategy.mask: expected one of 'causal', 'document', got"),
+        (["fit", "--data.strategy.mask", "docment"], "data.strategy.mask: expected one of 'causal', 'intra_document'"),
         (["fit", "--data.micro_batch_size", "x"], "data.micro_batch_size: expected int or null, got 'x'"),
         (["fit", "--config", "max_grad_nrm.yaml"], "model.max_grad_nrm: expected a known key"),
         (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -63,7 +63,7 @@ def test_the_version_is_shown(capsys):
          "did you mean model.decoder?"),
         (["fit", "--config", "empty.yaml"], "empty.yaml, line 1: model: expected keys below it, got none"),
         (["fit", "--config", "value.yaml"], "value.yaml, line 3: data.strategy.mask: expected one of 'causal', "
-         "'document', got 'documnet'; did you mean document?"),
+         "'intra_document', got 'documnet'; did you mean intra_document?"),
         (["report", "--sede", "1", "x"], "--sede: expected a known key, got none of that name; did you mean seeds?"),
         (["study", "x", "--sz", "1"], "did you mean size?"),
         (["export", "x", "--ot", "y"], "did you mean out?"),

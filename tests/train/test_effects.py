@@ -30,7 +30,7 @@ def result(arm, seed, rate, loss, *, gap=1.0, onset=None, first_token="bos", doc
         "modes": {"bos": mode(rate, loss), "text": mode(rate / 10, loss + gap)},
         "onset_tokens": onset, "tokens": 1000, "parameters": 7, "sink_tokens": 64,
     }  # fmt: skip
-    strategy = dataclasses.asdict(Strategy(first_token=first_token))
+    strategy = {**dataclasses.asdict(Strategy()), "first_token": first_token}
     return Result(arm, seed, strategy, 128, points, final, documents)
 
 

@@ -89,21 +89,6 @@ def test_a_resumed_run_makes_the_same_points(live, fit):
     assert status == 0 and without_speed(live) == whole
 
 
-def test_a_checkpoint_from_before_there_were_states_goes_on(fit):
-    """Its figures name no `state_documents`."""
-    from sinkbed.train.loop.callbacks.sinks import SinkMonitor
-    from sinkbed.train.run.checkpoint import load_checkpoint
-
-    status, folder = fit("--wandb.mode", "disabled")
-    assert status == 0
-    state = load_checkpoint(folder / "checkpoints" / "step-0000003.ckpt", option="the path")["callbacks"]["SinkMonitor"]
-    del state["figures"]["state_documents"]
-    SinkMonitor(CONFIG, folder).load_state_dict(state)
-    state["figures"]["documents"] = 7
-    with pytest.raises(ValueError, match=r"measure\.documents: 7, got 6"):
-        SinkMonitor(CONFIG, folder).load_state_dict(state)
-
-
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

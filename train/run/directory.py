@@ -229,7 +229,7 @@ def check_finished(folder: Path) -> None:
         return
     record = read_json(folder / RUN)
     check_format(folder, record.get("format"))
-    if "finished" in record:
+    if isinstance(record.get("finished"), dict):  # else damaged, or not finished
         remedy = "restore it from a copy, or resume the run from a checkpoint before its last with --ckpt_path"
         check_files(folder, record["finished"], f"the run left it at its end ({RUN} has its sha256)", remedy)
 
