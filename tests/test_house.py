@@ -16,7 +16,7 @@ SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setup
 DATA = ["data", "data.source", "data.store", "data.prepare", "data.pack", "data.pack.methods"]
 PARTS = ["model.positions", "model.norms", "model.feed_forward"]
 BELOW = [*DATA, "kernels", "kernels.normalizers", "kernels.triton", "model", "model.hf", *PARTS]
-BELOW_LOOP = [*BELOW, "train.run", "train.config", "train.measure"]
+BELOW_LOOP = [*BELOW, "train.run", "train.config", "train.measure", "train.measure.measures"]
 MAY_IMPORT = {
     "": [],  # `sinkbed` itself, which every room may import
     "data": [],
@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "model.hf": ["kernels", "model"],
     "train.run": BELOW,
     "train.config": [*BELOW, "train.run"],
-    "train.measure": [*BELOW, "train.run", "train.config"],
+    "train.measure": [*BELOW, "train.run", "train.config", "train.measure.measures"],
+    "train.measure.measures": [*BELOW, "train.measure"],
     "train.loop": [*BELOW_LOOP, "train.loop.callbacks", "train.loop.optimizers"],
     "train.loop.optimizers": ["train.loop"],
     "train.loop.callbacks": [*BELOW_LOOP, "train.loop"],

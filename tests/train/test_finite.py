@@ -9,10 +9,12 @@ from sinkbed.data.pack.strategy import Strategy
 from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.train.loop.module import SinkbedModule
 from sinkbed.train.loop.optim import OptimizerConfig
-from sinkbed.train.measure import jacobian, mixing, perplexity, states
+from sinkbed.train.measure import perplexity
 from sinkbed.train.measure.config import MeasureConfig
+from sinkbed.train.measure.excerpts import Excerpts
 from sinkbed.train.measure.finite import finite
 from sinkbed.train.measure.heldout import Probe
+from sinkbed.train.measure.measures import MEASURES
 from sinkbed.train.measure.sinks import measure
 
 
@@ -35,14 +37,6 @@ def overflowing():
 
 CONFIG = MeasureConfig(documents=10, live_documents=1, sink_tokens=16)
 STRATEGY = Strategy(first_token="bos")
-EXCERPT = {
-    "states": states.measure_states,
-    "gradients": states.measure_gradients,
-    "perturbation": mixing.measure_perturbation,
-    "rank": mixing.measure_rank,
-    "paths": mixing.measure_paths,
-    "the Jacobian": jacobian.measure_jacobian,
-}
 
 
 def with_token(probe: Probe, token: int) -> Probe:
@@ -58,14 +52,14 @@ def test_four_documents_that_overflow_are_no_lower_sink_rate(overflowing, probe)
         measure(overflowing, with_token(probe, 39), "bos", STRATEGY, CONFIG)
 
 
-@pytest.mark.parametrize("what", EXCERPT)
-def test_no_measure_gives_a_number_that_is_not_finite(what, overflowing, probe):
+@pytest.mark.parametrize("name", MEASURES.names)
+def test_no_measure_gives_a_number_that_is_not_finite(name, overflowing, probe):
     def call(token: int) -> object:
-        excerpts = states.Excerpts.of(with_token(probe, token), "text", STRATEGY, 16, 10)
-        return EXCERPT[what](overflowing, excerpts, 64)
+        excerpts = Excerpts.of(with_token(probe, token), "text", STRATEGY, 16, 10)
+        return MEASURES[name].measure(overflowing, excerpts, 64)
 
     assert call(2) is not None
-    with pytest.raises(ValueError, match=f"measuring {what}, mode text: expected finite numbers, got (nan|inf) in"):
+    with pytest.raises(ValueError, match=f"measuring {name}, mode text: expected finite numbers, got (nan|inf) in"):
         call(39)
 
 

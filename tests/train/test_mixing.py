@@ -14,11 +14,13 @@ from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.model.observe import observing
 from sinkbed.train.measure import perplexity
 from sinkbed.train.measure.config import MeasureConfig
+from sinkbed.train.measure.excerpts import Excerpts
 from sinkbed.train.measure.heldout import Probe
-from sinkbed.train.measure.jacobian import measure_jacobian
-from sinkbed.train.measure.mixing import measure_paths, measure_perturbation, measure_rank
+from sinkbed.train.measure.measures.jacobian import measure_jacobian
+from sinkbed.train.measure.measures.paths import measure_paths
+from sinkbed.train.measure.measures.perturbation import measure_perturbation
+from sinkbed.train.measure.measures.rank import measure_rank
 from sinkbed.train.measure.sinks import measure
-from sinkbed.train.measure.states import Excerpts
 
 FIXED = Strategy(first_token="bos")
 N, C, L, H = 14, 16, 3, 2  # tokens of text, width, layers, heads
@@ -184,7 +186,7 @@ def whole_jacobian(decoder, tokens, layer):
 
 def test_the_exact_jacobian_is_torchs(decoder, probe):
     excerpts = excerpts_of(probe, count=2)
-    found = measure_jacobian(decoder, excerpts, batch_tokens=60, directions=None)
+    found = measure_jacobian(decoder, excerpts, batch_tokens=60, directions="exact")
     assert found.layers == [1, 2, 3] and found.directions == C
     for index, layer in enumerate(found.layers):
         whole = torch.stack([whole_jacobian(decoder, with_bos(t[None]), layer) for t in excerpts.text])
@@ -203,7 +205,7 @@ def test_random_directions_estimate_the_exact_norm_within_their_error(probe, dir
     torch.manual_seed(0)
     decoder = Decoder(DecoderConfig(n_layers=2, d_model=32, n_heads=2, d_ff=48, init_std=0.4), 60)
     excerpts = excerpts_of(probe, count=1)
-    exact = torch.tensor(measure_jacobian(decoder, excerpts, 2000, directions=None).norm)
+    exact = torch.tensor(measure_jacobian(decoder, excerpts, 2000, directions="exact").norm)
     drawn = [measure_jacobian(decoder, excerpts, 2000, directions=directions, seed=seed) for seed in range(40)]
     norms = torch.tensor([d.norm for d in drawn])
     kept = exact > 1e-3
@@ -225,7 +227,7 @@ def test_random_directions_estimate_the_exact_norm_within_their_error(probe, dir
 
 
 def test_a_hidden_first_key_has_no_influence(decoder, probe):
-    found = measure_jacobian(decoder, excerpts_of(probe, "first_key_masked", count=2), 500, directions=None)
+    found = measure_jacobian(decoder, excerpts_of(probe, "first_key_masked", count=2), 500, directions="exact")
     assert all(layer[0] == 0 for layer in found.norm) and all(layer[1] > 0 for layer in found.norm)
 
 

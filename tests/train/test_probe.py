@@ -1,5 +1,6 @@
 """`sinkbed probe`: the figures of `validate` for our runs, and the same through Hugging Face."""
 
+import dataclasses
 import json
 import shutil
 import time
@@ -561,10 +562,11 @@ def test_a_probe_that_is_interrupted_while_it_draws_has_its_numbers(run_dir, tmp
 
 
 def test_a_figure_that_is_not_finite_ends_a_probe_with_what_came_before(run_dir, tmp_path, monkeypatch, capsys):
-    from sinkbed.train.measure import states
     from sinkbed.train.measure.finite import finite
+    from sinkbed.train.measure.measures import MEASURES
 
-    monkeypatch.setattr(states, "measure_states", lambda *_: finite(float("nan"), "states"))
+    broken = dataclasses.replace(MEASURES["states"], measure=lambda *_: finite(float("nan"), "states"))
+    monkeypatch.setitem(MEASURES._variants, "states", broken)
     out = tmp_path / "found.json"
     assert main(["probe", str(run_dir), *SHORT, "--json", str(out)]) == 1
     assert "measuring states: expected finite numbers, got nan" in capsys.readouterr().err

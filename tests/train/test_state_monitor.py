@@ -9,10 +9,15 @@ import pytest
 
 from sinkbed.data.store.token_store import TokenStore
 from sinkbed.train.measure.config import MeasureConfig
+from sinkbed.train.measure.excerpts import Excerpts
 from sinkbed.train.measure.heldout import Probe
-from sinkbed.train.measure.jacobian import measure_jacobian
-from sinkbed.train.measure.mixing import measure_paths, measure_perturbation, measure_rank
-from sinkbed.train.measure.states import Excerpts, measure_gradients, measure_states
+from sinkbed.train.measure.measures import MEASURES
+from sinkbed.train.measure.measures.gradients import measure_gradients
+from sinkbed.train.measure.measures.jacobian import measure_jacobian
+from sinkbed.train.measure.measures.paths import measure_paths
+from sinkbed.train.measure.measures.perturbation import measure_perturbation
+from sinkbed.train.measure.measures.rank import measure_rank
+from sinkbed.train.measure.measures.states import measure_states
 from sinkbed.train.run.load import load_decoder, open_run
 
 LIVE = ["--wandb.mode", "disabled", "--measure.state_points", "3", "--measure.mixing_points", "2"]
@@ -46,14 +51,17 @@ def test_states_and_mixing_are_logged_at_their_own_steps(live, tiny_store):
     last = [p for p in found if p["step"] == 10 and "mixing/jacobian/bos" in p][-1]
     for mode in ("bos", "text", "first_key_masked"):
         excerpts = Excerpts.of(probe, mode, strategy, 16, 8)
-        expected = measure_states(decoder, excerpts, 4096).metrics(mode)
+        expected = MEASURES["states"].metrics(measure_states(decoder, excerpts, 4096), mode)
+        assert f"state/entropy/layer1/{mode}" in expected
         expected[f"state/gradient_ratio/layer1/{mode}"] = measure_gradients(decoder, excerpts, 4096).ratio[2]
         expected[f"mixing/perturbation/{mode}"] = measure_perturbation(decoder, excerpts, 4096).spread[-1]
         rank = measure_rank(decoder, excerpts, 4096)["rest"]
         expected[f"mixing/rank_distance/layer0/{mode}"] = rank.relative_distance[1]
         expected[f"mixing/paths_from_first_key/{mode}"] = measure_paths(decoder, excerpts, 4096).first[-1]
         few = Excerpts.of(probe, mode, strategy, 16, 2)
-        expected[f"mixing/jacobian/{mode}"] = measure_jacobian(decoder, few, 4096, directions=8, layers=[2]).others[-1]
+        expected[f"mixing/jacobian/{mode}"] = measure_jacobian(decoder, few, 4096, directions=8, most_layers=1).others[
+            -1
+        ]
         for key, value in expected.items():
             assert last[key] == value, key
     assert last["state/value_norm_ratio/layer1/bos"] > 0

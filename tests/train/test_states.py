@@ -7,9 +7,11 @@ from sinkbed.data.pack.strategy import Strategy
 from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.model.hf.adapter import HFModel
 from sinkbed.model.observe import observing
+from sinkbed.train.measure.excerpts import Excerpts, hidden_states
 from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.inputs import target_nll
-from sinkbed.train.measure.states import Excerpts, hidden_states, measure_gradients, measure_states, strongest_head
+from sinkbed.train.measure.measures.gradients import measure_gradients
+from sinkbed.train.measure.measures.states import measure_states, strongest_head
 
 transformers = pytest.importorskip("transformers")
 T = 24  # tokens of text

@@ -186,14 +186,14 @@ def modes(shape: Llama, arguments: Any) -> None:
 
 def jacobian(arguments: Any) -> None:
     """Deviation of `Jacobian.others` from the exact one at each layer, over draws; seconds of both."""
-    from sinkbed.train.measure.jacobian import measure_jacobian
-    from sinkbed.train.measure.states import Excerpts
+    from sinkbed.train.measure.excerpts import Excerpts
+    from sinkbed.train.measure.measures.jacobian import measure_jacobian
 
     model, probe, strategy, name = _subject(arguments)
     excerpts = Excerpts.of(probe, "bos", strategy, arguments.tokens, arguments.jacobian_documents)
     size = MeasureConfig().batch_tokens
     began = time.perf_counter()
-    exact = measure_jacobian(model, excerpts, size, directions=None)
+    exact = measure_jacobian(model, excerpts, size, directions="exact")
     exact_seconds = time.perf_counter() - began
     errors, predicted, seconds = [], [], []
     for seed in range(arguments.draws):

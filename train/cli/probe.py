@@ -5,6 +5,7 @@ What is measured is chosen by --measure; `sinks` alone is the default, as the ot
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sinkbed.plain_text import counted
 from sinkbed.progress import loading
+from sinkbed.train.measure.measures import MEASURES, measures
 from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.run import directory
 
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
     from sinkbed.train.measure.modes import InferenceMode
 
 Input = Literal["natural", "random", "repeated"]
-Measure = Literal["sinks", "states", "gradients", "perturbation", "rank", "paths", "jacobian", "positions", "streaming"]
+OTHERS = ("sinks", "positions", "streaming")
+"""What is measured of a whole model; the measures of its layers are `MEASURES`."""
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -41,13 +44,13 @@ def run(command: str, argv: Sequence[str]) -> int:
     text.add_argument("--modes", nargs="+", choices=inputs, default=inputs[:3], help="inference modes")
     text.add_argument("--bos", help="token that serves as BOS (default: the tokenizer's)")
     what = parser.add_argument_group("what is measured")
-    what.add_argument("--measure", nargs="+", choices=[*get_args(Measure), "all"], default=["sinks"])
+    what.add_argument("--measure", nargs="+", choices=[*OTHERS, *MEASURES.names, "all"], default=["sinks"])
     what.add_argument("--sink_tokens", type=int, default=64, help="T of the sink rate, tokens of states and mixing")
     what.add_argument("--keys", type=int, nargs="+", default=[0], help="row positions k whose sink rate is wanted")
     what.add_argument("--mixing_documents", type=int, default=16, help="documents of states and mixing")
     what.add_argument("--lengths", type=int, nargs="+", default=[], help="mixing at these numbers of tokens too")
     what.add_argument("--change", nargs=2, metavar=("OLD", "NEW"), help="perturbation: this word in the first prompt")
-    what.add_argument("--directions", default="16", help="jacobian: directions a document, or exact")
+    what.add_argument("--directions", type=_directions, default=16, help="jacobian: directions a document, or exact")
     what.add_argument("--jacobian_documents", type=int, default=8, help="documents of the jacobian")
     what.add_argument("--cache", type=int, help="streaming: keys (default: a quarter of the longest document)")
     what.add_argument("--kept", type=int, nargs="+", default=[0, 1, 2, 4], help="streaming: first keys kept")
@@ -83,20 +86,20 @@ def run(command: str, argv: Sequence[str]) -> int:
         probe_report.check_writable("--json", arguments.json)
     use_threads(arguments.threads)
     modes = check_modes(arguments.modes)
-    measures = set(get_args(Measure)) if "all" in arguments.measure else set(arguments.measure)
+    names = {*OTHERS, *MEASURES.names} if "all" in arguments.measure else set(arguments.measure)
     config = MeasureConfig(
         documents=arguments.documents,
         live_documents=1,
         sink_tokens=arguments.sink_tokens,
         batch_tokens=arguments.batch_tokens,
     )
-    _check_arguments(arguments, measures)
+    _check_arguments(arguments, names)
     subject = load(arguments)
     _check_subject(subject, arguments)
     limit = arguments.length or min(512, subject.context_length or 512)
     natural = probe_of(subject, texts(arguments, subject), limit, config)
     _check_bos(subject, modes)
-    _check_lengths(subject, natural, limit, modes, measures, arguments)
+    _check_lengths(subject, natural, limit, modes, names, arguments)
     print(f"{subject.name}: {counted(len(natural.documents), 'document')}, T = {config.sink_tokens}, eps 0.3")
     longest = max([limit, *(n + 1 for n in arguments.lengths)])
     if subject.context_length is not None and longest > subject.context_length:
@@ -108,7 +111,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         "versions": {name: metadata.version(name) for name in ("sinkbed", "torch")},
     }
     measurement = Measurement(subject, natural, modes, config, arguments)
-    measurement.plan(measures)
+    measurement.plan(names)
     try:
         measurement.steps.run()
     except (Exception, KeyboardInterrupt) as error:
@@ -138,15 +141,19 @@ def _write(result: dict[str, Any], arguments: Any) -> None:
         print(f"report: {page} (also probe.json, *.csv, *.png and *.svg beside it)")
 
 
-def _check_arguments(arguments: Any, measures: set[str]) -> None:
+def _directions(text: str) -> int | str:
+    if text == "exact" or (text.isdigit() and int(text) > 3):
+        return text if text == "exact" else int(text)
+    raise argparse.ArgumentTypeError(f"expected exact, or a number of at least 4, got {text!r}")
+
+
+def _check_arguments(arguments: Any, names: set[str]) -> None:
     for key in arguments.keys:
         if not 0 <= key < arguments.sink_tokens - 1:
             raise ValueError(
                 f"--keys: got {key}, expected 0 to {arguments.sink_tokens - 2}, so that a later query among the "
                 f"first --sink_tokens {arguments.sink_tokens} can look at it; give another key, or raise --sink_tokens"
             )
-    if arguments.directions != "exact" and not (arguments.directions.isdigit() and int(arguments.directions) > 3):
-        raise ValueError(f"--directions: got {arguments.directions!r}, expected exact, or a number of at least 4")
     for name in ("mixing_documents", "jacobian_documents", "batch_tokens", "documents"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name}: got {getattr(arguments, name)}, expected at least 1")
@@ -157,11 +164,11 @@ def _check_arguments(arguments: Any, measures: set[str]) -> None:
             raise ValueError(f"--lengths: got {length}, expected at least 8 tokens")
     if arguments.cache is not None and arguments.cache < 1:
         raise ValueError(f"--cache: got {arguments.cache}, expected at least 1 key")
-    if arguments.lengths and not measures & {"perturbation", "rank", "paths", "jacobian"}:
+    if arguments.lengths and not names & measures("mixing").keys():
         raise ValueError(
-            "--lengths: expected a --measure that it applies to (perturbation, rank, paths, jacobian), got none"
+            f"--lengths: expected a --measure that it applies to ({', '.join(measures('mixing'))}), got none"
         )
-    if measures - {"sinks", "positions", "streaming"} and arguments.sink_tokens < 8:
+    if names.difference(OTHERS) and arguments.sink_tokens < 8:
         raise ValueError(f"--sink_tokens: got {arguments.sink_tokens}, expected at least 8 for states and mixing")
     if arguments.change is not None and arguments.prompts is None:
         raise ValueError("--change: expected --prompts, whose first text holds the word, got none")
@@ -188,7 +195,7 @@ def _check_subject(subject: Subject, arguments: Any) -> None:
 
 
 def _check_lengths(
-    subject: Subject, probe: Probe, limit: int, modes: Sequence[str], measures: set[str], arguments: Any
+    subject: Subject, probe: Probe, limit: int, modes: Sequence[str], names: set[str], arguments: Any
 ) -> None:
     """Refuse, before anything is measured, what the documents are too short for."""
     from sinkbed.train.measure.model import changed_prompt
@@ -201,7 +208,7 @@ def _check_lengths(
             f"--lengths: got {max(arguments.lengths)}, expected at most {longest}, the tokens of the longest "
             f"document (cropped to --length {limit} with room for BOS); give longer ones, or lower it"
         )
-    if "streaming" in measures:
+    if "streaming" in names:
         if not any(mode != "first_key_masked" for mode in modes):
             raise ValueError("--measure streaming: expected a mode besides first_key_masked, which hides what is kept")
         check_cache(longest, cache_size(arguments, subject, probe), arguments.kept, subject.strategy)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sinkbed.plain_text import visible
 from sinkbed.progress import Steps
-from sinkbed.train.measure import jacobian, mixing, perplexity, states
+from sinkbed.train.measure import perplexity
 from sinkbed.train.measure.config import MeasureConfig
+from sinkbed.train.measure.excerpts import Excerpts
 from sinkbed.train.measure.heldout import Probe
+from sinkbed.train.measure.measures import MEASURES, Measure, measures, plain
+from sinkbed.train.measure.measures.perturbation import measure_perturbation
+from sinkbed.train.measure.measures.states import strongest_head
 from sinkbed.train.measure.model import Subject, artificial, changed_prompt
 from sinkbed.train.measure.modes import InferenceMode
-from sinkbed.train.measure.sinks import ModeResult, measure
+from sinkbed.train.measure.sinks import ModeResult
+from sinkbed.train.measure.sinks import measure as measure_sinks
 from sinkbed.train.run import directory
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 class Measurement:
@@ -36,18 +38,18 @@ class Measurement:
         """measure -> mode -> its figures. `sinks`: input -> mode -> key; `by_length`: length -> measure -> mode."""
         self.steps = Steps()
 
-    def plan(self, measures: set[str]) -> None:
+    def plan(self, names: set[str]) -> None:
         """Add the steps of these measures."""
-        if "sinks" in measures:
+        if "sinks" in names:
             self._sinks()
-        self._states(measures)
-        self._mixing(measures, self.arguments.sink_tokens, self.result)
+        chosen = {name: measure for name, measure in measures("states", "mixing").items() if name in names}
+        self._layers(chosen, self.arguments.sink_tokens, self.result)
+        mixing = {name: measure for name, measure in chosen.items() if measure.group == "mixing"}
         for length in sorted(set(self.arguments.lengths)):
-            of_length: dict[str, Any] = {}
-            self._mixing(measures, length, of_length, ("by_length", str(length)))
+            self._layers(mixing, length, {}, str(length))
         if self.arguments.change is not None:
             self._changed_word()
-        self._perplexities(measures)
+        self._perplexities(names)
         if self.arguments.checkpoints:
             self._along()
 
@@ -64,7 +66,7 @@ class Measurement:
                         from tqdm import tqdm
 
                         subject = self.subject
-                        measured = measure(subject.model, probe, mode, subject.strategy, self.config, key=key)
+                        measured = measure_sinks(subject.model, probe, mode, subject.strategy, self.config, key=key)
                         if "sinks" not in self.result:
                             tqdm.write(header)
                         of_kind = self.result.setdefault("sinks", {}).setdefault(kind, {})
@@ -74,73 +76,44 @@ class Measurement:
                     of_key = f", key {key}" if key else ""
                     self.steps.add(f"sinks, {kind} input, mode {mode}{of_key}", len(probe.documents), step)
 
-    def _excerpts(self, mode: InferenceMode, tokens: int, documents: int) -> states.Excerpts:
-        return states.Excerpts.of(self.natural, mode, self.subject.strategy, tokens, documents)
-
-    def _states(self, measures: set[str]) -> None:
-        size = self.arguments.batch_tokens
+    def _layers(self, chosen: dict[str, Measure], tokens: int, into: dict[str, Any], length: str = "") -> None:
+        """Measure layer by layer at so many tokens; a result of a `length` of its own is in `by_length`."""
         for mode in self.modes:
-            excerpts = self._excerpts(mode, self.arguments.sink_tokens, self.arguments.mixing_documents)
+            for name, measure in chosen.items():
+                documents = getattr(self.arguments, measure.documents)
+                excerpts = Excerpts.of(self.natural, mode, self.subject.strategy, tokens, documents)
 
-            def of_states(mode: InferenceMode = mode, excerpts: states.Excerpts = excerpts) -> None:
-                self._keep("states", mode, states.measure_states(self.subject.model, excerpts, size))
-                first = next(iter(self.result.get("map", {}).values()), None)  # the head of the first mode
-                head = None if first is None else (first["layer"], first["head"])
-                self._keep("map", mode, states.strongest_head(self.subject.model, excerpts, head=head))
-                self._name_tokens(mode)
+                def step(
+                    name: str = name, mode: str = mode, measure: Measure = measure, excerpts: Excerpts = excerpts
+                ) -> None:
+                    a = self.arguments
+                    options = {option: getattr(a, option) for option in measure.options}
+                    result = measure.measure(self.subject.model, excerpts, a.batch_tokens, **options)
+                    into.setdefault(name, {})[mode] = plain(result)
+                    if length:
+                        self.result.setdefault("by_length", {})[length] = into
+                    if name == "states":
+                        self._strongest(mode, excerpts)
 
-            def of_gradients(mode: InferenceMode = mode, excerpts: states.Excerpts = excerpts) -> None:
-                self._keep("gradients", mode, states.measure_gradients(self.subject.model, excerpts, size))
+                at = f", {length} tokens" if length else ""
+                self.steps.add(f"{name}, mode {mode}{at}", len(excerpts.rows), step)
 
-            for name, step in (("states", of_states), ("gradients", of_gradients)):
-                if name in measures:
-                    self.steps.add(f"{name}, mode {mode}", len(excerpts.rows), step)
-
-    def _keep(self, name: str, mode: str, value: Any) -> None:
-        self.result.setdefault(name, {})[mode] = _plain(value)
-
-    def _name_tokens(self, mode: str) -> None:
-        """Put the text of token ids beside them."""
-        measured, strongest = self.result["states"][mode], self.result["map"][mode]
+    def _strongest(self, mode: str, excerpts: Excerpts) -> None:
+        """Draw the strongest head, the same one in every mode, and put the text of token ids beside them."""
+        first = next(iter(self.result.get("map", {}).values()), None)
+        head = None if first is None else (first["layer"], first["head"])
+        strongest, measured = strongest_head(self.subject.model, excerpts, head=head), self.result["states"][mode]
         for line in (*measured["strongest_token"], *measured["massive"]):
             line["text"] = self._text(line["token"])
-        strongest["text"] = [self._text(token) for token in strongest["tokens"]]
+        self._keep("map", mode, {**strongest, "text": [self._text(token) for token in strongest["tokens"]]})
+
+    def _keep(self, name: str, mode: str, value: Any) -> None:
+        self.result.setdefault(name, {})[mode] = plain(value)
 
     def _text(self, token: int) -> str:
         subject = self.subject
         special = {subject.bos_id: "⟨bos⟩", subject.eos_id: "⟨eos⟩"} if subject.bos_id != subject.eos_id else {}
         return special.get(token) or visible(subject.decode([token]))
-
-    def _mixing(
-        self, measures: set[str], tokens: int, into: dict[str, Any], place: tuple[str, str] | None = None
-    ) -> None:
-        """Put the mixing at so many tokens into a result, and that in `place` once it holds something."""
-        a, model, size = self.arguments, lambda: self.subject.model, self.arguments.batch_tokens
-        directions = None if a.directions == "exact" else int(a.directions)
-        calls: dict[str, Callable[[states.Excerpts], Any]] = {
-            "perturbation": lambda e: mixing.measure_perturbation(model(), e, size),
-            "rank": lambda e: mixing.measure_rank(model(), e, size),
-            "paths": lambda e: mixing.measure_paths(model(), e, size),
-            "jacobian": lambda e: jacobian.measure_jacobian(model(), e, size, directions=directions),
-        }
-        for mode in self.modes:
-            for name, call in calls.items():
-                if name not in measures:
-                    continue
-                few = a.jacobian_documents if name == "jacobian" else a.mixing_documents
-                excerpts = self._excerpts(mode, tokens, few)
-
-                def step(
-                    name: str = name,
-                    mode: str = mode,
-                    call: Callable[[states.Excerpts], Any] = call,
-                    excerpts: states.Excerpts = excerpts,
-                ) -> None:
-                    into.setdefault(name, {})[mode] = _plain(call(excerpts))
-                    if place is not None:
-                        self.result.setdefault(place[0], {})[place[1]] = into
-
-                self.steps.add(f"{name}, mode {mode}, {tokens} tokens", len(excerpts.rows), step)
 
     def _changed_word(self) -> None:
         """The perturbation of the paper's Figure 2: one word of the first prompt in place of another."""
@@ -153,15 +126,15 @@ class Measurement:
         for mode in self.modes:
 
             def step(mode: InferenceMode = mode) -> None:
-                excerpts = states.Excerpts.of(probe, mode, self.subject.strategy, len(before), 1)
-                perturbation = mixing.measure_perturbation(
+                excerpts = Excerpts.of(probe, mode, self.subject.strategy, len(before), 1)
+                perturbation = measure_perturbation(
                     self.subject.model, excerpts, self.arguments.batch_tokens, changed=torch.tensor([after])
                 )
-                self.result.setdefault("change", {**changed, "modes": {}})["modes"][mode] = _plain(perturbation)
+                self.result.setdefault("change", {**changed, "modes": {}})["modes"][mode] = plain(perturbation)
 
             self.steps.add(f"a changed word, mode {mode}", 1, step)
 
-    def _perplexities(self, measures: set[str]) -> None:
+    def _perplexities(self, names: set[str]) -> None:
         subject, natural, size = self.subject, self.natural, self.arguments.batch_tokens
         cache = cache_size(self.arguments, subject, natural)
         for mode in self.modes:
@@ -177,9 +150,9 @@ class Measurement:
                 self._keep("streaming", mode, lines)
 
             documents = len(natural.documents)
-            if "positions" in measures:
+            if "positions" in names:
                 self.steps.add(f"loss by position, mode {mode}", documents, by_position)
-            if "streaming" in measures and mode != "first_key_masked":  # hides what is to be kept
+            if "streaming" in names and mode != "first_key_masked":  # hides what is to be kept
                 passes = 1 + len(self.arguments.kept)
                 self.steps.add(f"streaming, mode {mode}", passes * documents, streaming)
 
@@ -213,10 +186,11 @@ class Measurement:
         point: dict[str, Any] = {"step": step, "tokens": tokens, "modes": {}}
         for mode in self.modes:
             c = self.config
-            excerpts = states.Excerpts.of(self.natural, mode, strategy, c.sink_tokens, c.documents)
-            measured = states.measure_states(decoder, excerpts, c.batch_tokens)
-            sinks = measure(decoder, self.natural, mode, strategy, c)
-            point["modes"][mode] = sinks.metrics(mode) | measured.metrics(mode)
+            excerpts = Excerpts.of(self.natural, mode, strategy, c.sink_tokens, c.documents)
+            states = MEASURES["states"]
+            measured = states.measure(decoder, excerpts, c.batch_tokens)
+            sinks = measure_sinks(decoder, self.natural, mode, strategy, c)
+            point["modes"][mode] = sinks.metrics(mode) | states.metrics(measured, mode)
         return point
 
     def _rate(self, point: dict[str, Any]) -> float:
@@ -229,15 +203,6 @@ def cache_size(arguments: Any, subject: Subject, probe: Probe) -> int:
     if arguments.cache is not None:
         return int(arguments.cache)
     return min(max(map(len, probe.documents)) // 4, subject.strategy.window or 10**9)
-
-
-def _plain(value: Any) -> Any:
-    """A result as JSON has it."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    if isinstance(value, dict):
-        return {key: _plain(inside) for key, inside in value.items()}
-    return [_plain(inside) for inside in value] if isinstance(value, list) else value
 
 
 def _line(kind: str, mode: str, key: int, result: ModeResult) -> str:

@@ -1,55 +1,49 @@
-"""Figures of what `sinkbed probe` found, drawn once for a paper (PNG, SVG), the page and W&B."""
+"""Figures of what `sinkbed probe` measured, drawn once for a paper (PNG, SVG), the page and W&B."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sinkbed.train.measure.measures import Column, Group, Layers
 from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.figures import COLOURS, drawable, mass_scale
-from sinkbed.train.report.model_tables import (
-    MIXING,
-    MIXING_NOTE,
-    STATES,
-    STATES_NOTE,
-    Column,
-    Found,
-    depth_of,
-    modes_of,
-)
+from sinkbed.train.report.model_tables import Measured, columns_of, last_layer, modes_of, note_of
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 
-def figures(found: Found) -> Iterator[tuple[str, str, str, Figure]]:
+def figures(measured: Measured) -> Iterator[tuple[str, str, str, Figure]]:
     """(file name, title, caption, figure) of everything that was measured."""
-    if "sinks" in found and "natural" in found["sinks"]:
+    if "sinks" in measured and "natural" in measured["sinks"]:
         yield (
             "sink_heads",
             "Where the sink sits",
             "Mean attention on the first key, layers down, heads across.",
-            _heads_figure(found["sinks"]["natural"]),
+            _heads_figure(measured["sinks"]["natural"]),
         )
-    if "map" in found:
+    if "map" in measured:
         yield (
             "attention",
             "The strongest sink head",
             "Attention of the head with most mass on the first key in the first mode, and of the same head in the "
             "others; first document, queries down, keys across. Colours go by the square root.",
-            _map_figure(found["map"]),
+            _map_figure(measured["map"]),
         )
-    if "states" in found:
+    if "states" in measured:
         yield (
             "norms",
             "Norms of the hidden states",
             "‖h‖ by position in the row; a line a layer, dark to bright with depth (in: what the first block reads).",
-            _norm_figure(found["states"]),
+            _norm_figure(measured["states"]),
         )
-        yield ("states", "The first token against the others", STATES_NOTE, _panels(found, STATES))
-    if "change" in found:
-        change = found["change"]
+    if columns_of(measured, "states"):
+        yield ("states", "The first token against the others", note_of(measured, "states"), _panels(measured, "states"))
+    if "change" in measured:
+        change = measured["change"]
         yield (
             "change",
             f"One word changed: {change['old']} → {change['new']}",
@@ -57,40 +51,45 @@ def figures(found: Found) -> Iterator[tuple[str, str, str, Figure]]:
             "(after Figure 2 of arXiv 2504.02732).",
             _change_figure(change["modes"], change["text"]),
         )
-    if "perturbation" in found:
+    if "perturbation" in measured:
         yield (
             "perturbation",
             "How far a changed token reaches",
             "Change of the hidden states over their mean norm after one token was replaced; mean over documents, "
             "layers up, text tokens across, on one scale; colours go by the square root.",
-            _change_figure(found["perturbation"], None, "relative"),
+            _change_figure(measured["perturbation"], None, "relative"),
         )
-    if modes_of(found) and {"perturbation", "rank", "paths", "jacobian"} & set(found):
-        yield ("mixing", "Mixing by depth", MIXING_NOTE, _panels(found, MIXING))
-    if "by_length" in found:
-        yield ("by_length", "Mixing by context length", "The last layer's figures.", _length_figure(found))
-    if "positions" in found:
+    if columns_of(measured, "mixing"):
+        yield ("mixing", "Mixing by depth", note_of(measured, "mixing"), _panels(measured, "mixing"))
+    if "by_length" in measured:
+        yield (
+            "by_length",
+            "Mixing by context length",
+            "The last layer's figures.",
+            _length_figure(measured["by_length"]),
+        )
+    if "positions" in measured:
         yield (
             "positions",
             "Perplexity by position in the document",
             "Of the targets at these positions; perplexity on a logarithmic axis.",
-            _position_figure(found["positions"]),
+            _position_figure(measured["positions"]),
         )
-    if "streaming" in found:
+    if "streaming" in measured:
         yield (
             "streaming",
             "With a cache of keys",
             "Loss when a query sees the first k keys and the last ones of a cache of constant size; dashed: the keys "
             "seen in training.",
-            _streaming_figure(found["streaming"]),
+            _streaming_figure(measured["streaming"]),
         )
-    if "checkpoints" in found:
+    if "checkpoints" in measured:
         yield (
             "checkpoints",
             "Along the run's checkpoints",
             "Tokens on a logarithmic axis but for the start. Norm ratio: the largest over layers; value ratio: the "
             "smallest.",
-            _checkpoint_figure(found["checkpoints"]),
+            _checkpoint_figure(measured["checkpoints"]),
         )
 
 
@@ -106,29 +105,29 @@ def _style(mode: str) -> str:
     return "o--" if mode in _DASHED else "o-"
 
 
-def _heads_figure(modes: Found) -> Figure:
+def _heads_figure(modes: Measured) -> Figure:
     import matplotlib.pyplot as plt
 
-    shown = [m for m in modes if m != "first_key_masked"] or list(modes)
-    maps = {m: next(iter(modes[m].values()))["mass"] for m in shown}
-    layers, heads = len(maps[shown[0]]), len(maps[shown[0]][0])
+    visible = [m for m in modes if m != "first_key_masked"] or list(modes)
+    maps = {m: next(iter(modes[m].values()))["mass"] for m in visible}
+    layers, heads = len(maps[visible[0]]), len(maps[visible[0]][0])
     figure, axes = plt.subplots(
-        1, len(shown), figsize=(min(14, 1 + len(shown) * max(2.6, 0.28 * heads)), max(2.0, 1 + 0.22 * layers)),
+        1, len(visible), figsize=(min(14, 1 + len(visible) * max(2.6, 0.28 * heads)), max(2.0, 1 + 0.22 * layers)),
         squeeze=False,
     )  # fmt: skip
     scale = mass_scale(list(maps.values()))
     image: Any = None
-    for axis, mode in zip(axes[0], shown, strict=True):
+    for axis, mode in zip(axes[0], visible, strict=True):
         image = axis.imshow(maps[mode], vmin=0, vmax=scale, cmap="inferno", aspect="auto")
         axis.set_title(MODE_LABELS[mode])
-        _whole(axis.xaxis, axis.yaxis)
+        _whole_ticks(axis.xaxis, axis.yaxis)
         axis.set_xlabel("head")
     axes[0][0].set_ylabel("layer")
     figure.colorbar(image, ax=axes, label="sink mass")
     return figure
 
 
-def _whole(*axes: Axis) -> None:
+def _whole_ticks(*axes: Axis) -> None:
     """Ticks at whole numbers; −1 is what the first block reads."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -137,18 +136,18 @@ def _whole(*axes: Axis) -> None:
         axis.set_major_formatter(FuncFormatter(lambda at, _: "in" if at == -1 else f"{at:g}"))
 
 
-def _map_figure(modes: Found) -> Figure:
+def _map_figure(modes: Measured) -> Figure:
     import matplotlib.pyplot as plt
     from matplotlib.colors import PowerNorm
 
-    shown = [m for m in modes if m != "first_key_masked"] or list(modes)
-    figure, axes = plt.subplots(1, len(shown), figsize=(5.4 * len(shown), 5.2), squeeze=False)
+    visible = [m for m in modes if m != "first_key_masked"] or list(modes)
+    figure, axes = plt.subplots(1, len(visible), figsize=(5.4 * len(visible), 5.2), squeeze=False)
     image: Any = None
-    for axis, mode in zip(axes[0], shown, strict=True):
-        found = modes[mode]
-        image = axis.imshow(found["attention"], norm=PowerNorm(0.5, 0, 1), cmap="inferno")
-        axis.set_title(f"{MODE_LABELS[mode]}: layer {found['layer']}, head {found['head']}")
-        labels = [_visible(text) for text in found["text"]]
+    for axis, mode in zip(axes[0], visible, strict=True):
+        strongest = modes[mode]
+        image = axis.imshow(strongest["attention"], norm=PowerNorm(0.5, 0, 1), cmap="inferno")
+        axis.set_title(f"{MODE_LABELS[mode]}: layer {strongest['layer']}, head {strongest['head']}")
+        labels = [_visible(text) for text in strongest["text"]]
         axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
         axis.set_yticks(range(len(labels)), labels, fontsize=6)
     figure.colorbar(image, ax=axes, shrink=0.7, label="attention")
@@ -157,11 +156,11 @@ def _map_figure(modes: Found) -> Figure:
 
 def _visible(text: str) -> str:
     """A token as a label: no control characters, no dollar that would begin a formula."""
-    shown = "".join(c if c.isprintable() and c != "\N{REPLACEMENT CHARACTER}" else "·" for c in text)
-    return drawable(shown.strip()[:14])[:18].replace("$", r"\$") or "␣"
+    printable = "".join(c if c.isprintable() and c != "\N{REPLACEMENT CHARACTER}" else "·" for c in text)
+    return drawable(printable.strip()[:14])[:18].replace("$", r"\$") or "␣"
 
 
-def _norm_figure(modes: Found) -> Figure:
+def _norm_figure(modes: Measured) -> Figure:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(modes), figsize=(3.6 * len(modes) + 0.6, 3.2), sharey=True, squeeze=False)
@@ -180,7 +179,7 @@ def _norm_figure(modes: Found) -> Figure:
     depth = len(next(iter(modes.values()))["norm"]) - 1
     scale = matplotlib.cm.ScalarMappable(Normalize(-1, depth - 1), "viridis")
     bar = figure.colorbar(scale, ax=axes, label="layer")
-    _whole(bar.ax.yaxis)
+    _whole_ticks(bar.ax.yaxis)
     return figure
 
 
@@ -196,34 +195,42 @@ def _grid(count: int) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _panels(found: Found, columns: Sequence[Column]) -> Figure:
+def _panels(measured: Measured, group: Group) -> Figure:
     """A small plot against depth for each column, a line a mode."""
     from matplotlib.ticker import MaxNLocator
 
-    shown = [c for c in columns if c.measure in found and not c.title.startswith("±")]
-    figure, axes = _grid(len(shown))
-    for axis, (name, _, title, read) in zip(axes.flat, shown, strict=False):
-        highest, lowest = 0.0, float("inf")
-        for mode, measured in found[name].items():
-            layers = [x for x in range(depth_of(found, mode) + 1) if read(measured, x) is not None]
-            values = [float(read(measured, x) or 0) for x in layers]
-            at = [x - 1 for x in layers]
+    columns = _drawn(measured, group)
+    figure, axes = _grid(len(columns))
+    for axis, (name, column) in zip(axes.flat, columns, strict=False):
+        drawn: list[float] = []
+        for mode, result in measured[name].items():
+            at, values = _points(column.values(result))
             axis.plot(at, values, _style(mode), markersize=3, color=_colour(mode), linewidth=1.2)
-            if name == "jacobian" or (name == "perturbation" and "across" in measured):
-                where = measured["layers"].index if name == "jacobian" else int
-                errors = [measured["across"][where(x)] for x in layers]
+            if column.error:
+                _, errors = _points(column.read(result, column.error))
                 axis.errorbar(at, values, yerr=errors, fmt="none", ecolor=_colour(mode), capsize=2, linewidth=0.8)
-            highest, lowest = max(highest, *values), min(lowest, *values)
-        axis.set_title(title)
-        _whole(axis.xaxis)
-        if lowest > 0 and highest / lowest > 50:
+            drawn += values
+        axis.set_title(column.title)
+        _whole_ticks(axis.xaxis)
+        if min(drawn) > 0 and max(drawn) / min(drawn) > 50:
             axis.set_yscale("log")
         else:
             axis.yaxis.set_major_locator(MaxNLocator(4))
     for axis in axes[-1]:
         axis.set_xlabel("layer")
-    _mode_legend(figure, modes_of(found))
+    _mode_legend(figure, modes_of(measured, group))
     return figure
+
+
+def _drawn(measured: Measured, group: Group) -> list[tuple[str, Column]]:
+    """What a group's panels are of: errors are drawn with what they are of."""
+    return [(name, column) for name, column in columns_of(measured, group) if not column.title.startswith("±")]
+
+
+def _points(values: Layers) -> tuple[list[int], list[float]]:
+    """Layers, −1 for what the first block reads, and their values."""
+    points = [(layer - 1, value) for layer, value in enumerate(values) if value is not None]
+    return [layer for layer, _ in points], [value for _, value in points]
 
 
 def _mode_legend(figure: Figure, modes: Sequence[str]) -> None:
@@ -235,7 +242,7 @@ def _mode_legend(figure: Figure, modes: Sequence[str]) -> None:
     figure.legend(handles=handles, loc="outside upper left", ncols=len(modes))
 
 
-def _change_figure(modes: Found, labels: Sequence[str] | None, key: str = "change") -> Figure:
+def _change_figure(modes: Measured, labels: Sequence[str] | None, key: str = "change") -> Figure:
     import matplotlib.pyplot as plt
     from matplotlib.colors import PowerNorm
 
@@ -252,7 +259,7 @@ def _change_figure(modes: Found, labels: Sequence[str] | None, key: str = "chang
         )
         axis.set_title(MODE_LABELS[mode], loc="left")
         axis.set_ylabel("layer")
-        _whole(axis.yaxis)
+        _whole_ticks(axis.yaxis)
     if labels is not None:
         axes[-1, 0].set_xticks(range(len(labels)), [_visible(t) for t in labels], rotation=90, fontsize=7)
     else:
@@ -261,18 +268,17 @@ def _change_figure(modes: Found, labels: Sequence[str] | None, key: str = "chang
     return figure
 
 
-def _length_figure(found: Found) -> Figure:
-
-    measures = next(iter(found["by_length"].values()))
-    shown = [c for c in MIXING if c.measure in measures and not c.title.startswith("±")]
-    figure, axes = _grid(len(shown))
-    modes = list(dict.fromkeys(mode for of in measures.values() for mode in of))
-    lengths = [int(length) for length in found["by_length"]]
-    for axis, (name, _, title, read) in zip(axes.flat, shown, strict=False):
+def _length_figure(by_length: Measured) -> Figure:
+    measured = next(iter(by_length.values()))
+    columns, modes = _drawn(measured, "mixing"), modes_of(measured, "mixing")
+    figure, axes = _grid(len(columns))
+    lengths = [int(length) for length in by_length]
+    for axis, (name, column) in zip(axes.flat, columns, strict=False):
         for mode in modes:
-            values = [read(of[name][mode], depth_of(of, mode)) for of in found["by_length"].values()]
-            axis.plot(lengths, values, _style(mode), markersize=3, color=_colour(mode), linewidth=1.2)
-        axis.set_title(title)
+            values = [last_layer(of_length, name, column, mode) for of_length in by_length.values()]
+            points = [math.nan if value is None else value for value in values]  # of a probe that was interrupted
+            axis.plot(lengths, points, _style(mode), markersize=3, color=_colour(mode), linewidth=1.2)
+        axis.set_title(column.title)
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [str(length) for length in lengths])
     for axis in axes[-1]:
@@ -281,7 +287,7 @@ def _length_figure(found: Found) -> Figure:
     return figure
 
 
-def _position_figure(positions: Found) -> Figure:
+def _position_figure(positions: Measured) -> Figure:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.5, 3.6))
@@ -297,7 +303,7 @@ def _position_figure(positions: Found) -> Figure:
     return figure
 
 
-def _streaming_figure(streaming: Found) -> Figure:
+def _streaming_figure(streaming: Measured) -> Figure:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.5, 3.4))
@@ -316,12 +322,12 @@ def _streaming_figure(streaming: Found) -> Figure:
     return figure
 
 
-def _checkpoint_figure(checkpoints: Found) -> Figure:
+def _checkpoint_figure(checkpoints: Measured) -> Figure:
     import matplotlib.pyplot as plt
 
     points = checkpoints["points"]
     modes = list(points[0]["modes"])
-    panels: tuple[tuple[str, Callable[[Found, str], float]], ...] = (
+    panels: tuple[tuple[str, Callable[[Measured, str], float]], ...] = (
         ("sink rate, % (eps 0.3)", lambda v, m: v[f"sink/rate_eps0.3/{m}"]),
         ("sink mass", lambda v, m: v[f"sink/mass/{m}"]),
         ("loss, nats per token", lambda v, m: v[f"val/loss/{m}"]),

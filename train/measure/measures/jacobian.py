@@ -11,19 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sinkbed.kernels import Mask
 from sinkbed.model.observe import evaluating, input_device, observing
+from sinkbed.train.measure.excerpts import Excerpts, hidden_states
 from sinkbed.train.measure.finite import finite
 from sinkbed.train.measure.inputs import Arranged
-from sinkbed.train.measure.states import Excerpts, hidden_states
-
-_LAYERS = 8
-"""Layers at most whose Jacobian is taken."""
+from sinkbed.train.measure.measures import MEASURES, Column, Layers, Measure
 
 
 def _step(dtype: torch.dtype) -> float:
@@ -37,7 +35,7 @@ class Jacobian:
     """Frobenius norm of ∂v_j^(l) / ∂v_i^(0) for the last token j of a row, mean over documents."""
 
     layers: list[int]
-    """The l measured: at most eight, evenly spaced, the last among them."""
+    """The l measured: evenly spaced, the last among them."""
     norm: list[list[float]]
     """[layers][T] for each source i."""
     error: list[list[float]]
@@ -59,53 +57,53 @@ def measure_jacobian(
     excerpts: Excerpts,
     batch_tokens: int,
     *,
-    directions: int | None = 16,
-    layers: Sequence[int] | None = None,
+    directions: int | Literal["exact"] = 16,
+    most_layers: int = 8,
     seed: int = 0,
 ) -> Jacobian:
     """Norms of the Jacobian of the last token of each document.
 
     Args:
-        directions: vector-Jacobian products a document and layer, at least 4; None, or as many as the model is wide:
-            exact. Drawn anew for each document, from generators of their own.
-        layers: the l to measure, 1 to L; None: see `Jacobian.layers`.
+        directions: vector-Jacobian products a document and layer, at least 4; exact too where they are as many as the
+            model is wide. Drawn anew for each document, from generators of their own.
+        most_layers: measured at most.
 
     Raises ValueError for too few directions.
     """
-    if directions is not None and directions < 4:
-        raise ValueError(f"directions: expected at least 4, or all, got {directions}")
+    if directions != "exact" and directions < 4:
+        raise ValueError(f"directions: expected at least 4, or exact, got {directions}")
     last = int(model.config.n_layers)
-    if layers is None:
-        layers = sorted({round((i + 1) * last / min(last, _LAYERS)) for i in range(min(last, _LAYERS))})
+    count = min(last, most_layers)
+    layers = sorted({round((i + 1) * last / count) for i in range(count)})
     device, width = input_device(model), 0
     norms, errors, others, others_errors, spectral = [], [], [], [], []
     with evaluating(model):
         for number in range(len(excerpts.rows)):
             _, row = excerpts.batch(slice(number, number + 1), device)
             generator = torch.Generator().manual_seed(seed * 1_000_003 + excerpts.rows[number])
-            found = _document(model, row, layers, batch_tokens, directions, generator)
-            width = found.width
-            norm, error = found.norms()
+            document = _document(model, row, layers, batch_tokens, directions, generator)
+            width = document.width
+            norm, error = document.norms()
             norms.append(norm)
             errors.append(error)
             sources = row.slots[(row.slots > 0) & (row.slots < row.tokens.shape[1] - 1)].cpu()
             others.append(norm[:, sources].mean(-1))
-            others_errors.append(found.mean_error(sources, norm))
-            if found.spectral is not None:
-                spectral.append(found.spectral)
-    count = len(norms)
-    across = torch.stack(others).std(0) / math.sqrt(count) if count > 1 else torch.zeros(len(layers))
+            others_errors.append(document.mean_error(sources, norm))
+            if document.spectral is not None:
+                spectral.append(document.spectral)
+    documents = len(norms)
+    across = torch.stack(others).std(0) / math.sqrt(documents) if documents > 1 else torch.zeros(len(layers))
     jacobian = Jacobian(
-        layers=list(layers),
+        layers=layers,
         norm=torch.stack(norms).mean(0).tolist(),
-        error=(torch.stack(errors).square().sum(0).sqrt() / count).tolist(),
+        error=(torch.stack(errors).square().sum(0).sqrt() / documents).tolist(),
         others=torch.stack(others).mean(0).tolist(),
-        others_error=(torch.stack(others_errors).square().sum(0).sqrt() / count).tolist(),
+        others_error=(torch.stack(others_errors).square().sum(0).sqrt() / documents).tolist(),
         across=across.tolist(),
         spectral=torch.stack(spectral).mean(0).tolist() if spectral else None,
-        directions=width if directions is None else min(directions, width),
+        directions=width if directions == "exact" else min(directions, width),
     )
-    return finite(jacobian, f"the Jacobian, mode {excerpts.mode}")
+    return finite(jacobian, f"jacobian, mode {excerpts.mode}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,18 +144,18 @@ def _document(
     row: Arranged,
     layers: Sequence[int],
     batch_tokens: int,
-    directions: int | None,
+    directions: int | Literal["exact"],
     generator: torch.Generator,
 ) -> _Document:
     size = max(1, batch_tokens // row.tokens.shape[1])
     with torch.no_grad():
         source = hidden_states(model, row)[0][0].detach()
     width = source.shape[-1]
-    if directions is None or directions >= width:
+    if directions == "exact" or directions >= width:
         every = torch.eye(width).expand(len(layers), -1, -1)
-        squares, gradients = _products(model, row, layers, every, size, keep=directions is None)
+        squares, gradients = _products(model, row, layers, every, size, keep=directions == "exact")
         spectral = None
-        if directions is None:
+        if directions == "exact":
             spectral = torch.stack([torch.linalg.matrix_norm(g.transpose(0, 1), ord=2) for g in gradients])
         return _Document(squares.sum(1), None, 0, width, spectral)
     known = directions // 2
@@ -187,15 +185,15 @@ def _span(
     for part in noise.split(size):
         ends = []
         for sign in (1, -1):
-            found: list[Tensor] = []
+            end: list[Tensor] = []
 
-            def moved(layer: int, h: Tensor, by: Tensor = sign * part, found: list[Tensor] = found) -> Tensor | None:
-                found.append(h[:, -1].float().cpu())
+            def moved(layer: int, h: Tensor, by: Tensor = sign * part, end: list[Tensor] = end) -> Tensor | None:
+                end.append(h[:, -1].float().cpu())
                 return h + by if layer == 0 else None
 
             with torch.no_grad(), observing(model, hidden=moved):
                 model(row.tokens.expand(len(part), -1), mask=_repeated(row.mask, len(part)))
-            ends.append(found)
+            ends.append(end)
         for index, layer in enumerate(layers):
             moves[index].append(ends[0][layer] - ends[1][layer])
     return torch.stack([torch.linalg.qr(torch.cat(m).T).Q for m in moves])
@@ -235,3 +233,27 @@ def _repeated(mask: Mask | None, rows: int) -> Mask | None:
         if getattr(mask, name) is not None
     }
     return replace(mask, rows=rows, **wide)
+
+
+def _sparse(result: Any, key: str) -> Layers:
+    values = dict(zip(result["layers"], result[key], strict=True))
+    return [values.get(layer) for layer in range(result["layers"][-1] + 1)]
+
+
+MEASURES.register("jacobian")(
+    Measure(
+        group="mixing",
+        measure=measure_jacobian,
+        columns=(
+            Column("others", "‖∂v_last/∂vᵢ‖", "mixing/jacobian/{mode}", _sparse, error="across"),
+            Column("others_error", "± directions", read=_sparse),
+            Column("across", "± documents", read=_sparse),
+        ),
+        note="‖∂v_last/∂vᵢ‖: Frobenius norm, mean over the text tokens i before the last.",
+        options=("directions",),
+        documents="jacobian_documents",
+        live={"directions": 8, "most_layers": 1},
+        live_documents=2,
+        differentiates=True,
+    )
+)

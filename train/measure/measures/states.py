@@ -1,33 +1,23 @@
-"""States around the sink: what is unlike the others about the first token, layer by layer.
-
-Hidden states are numbered from 0, what the first block reads, to L, what the last block writes (before the final norm).
-Every document is cropped to the same length, so that no padding takes part; a figure is a mean over documents unless
-it says otherwise. Nothing of size T×T is kept, and of a layer only a few numbers a token.
+"""States around the sink: what is unlike the others about the first token.
 
 Sources: norms and cosines of the first token, arXiv 2410.10781; massive activations, 2402.17762; value drain,
-2410.13835; kurtosis, 2504.20966; secondary sinks, 2512.22213; gradient at the first token, 2603.17771.
+2410.13835; kurtosis, 2504.20966; secondary sinks, 2512.22213.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sinkbed.kernels import mean_received, top_sinks
 from sinkbed.model.observe import LayerAttention, evaluating, input_device, observing
-from sinkbed.progress import documents_read
+from sinkbed.train.measure.excerpts import Excerpts, Totals
 from sinkbed.train.measure.finite import finite
-from sinkbed.train.measure.heldout import Probe
-from sinkbed.train.measure.inputs import Arranged, arrange, counted_targets, target_nll
-from sinkbed.train.measure.modes import InferenceMode
-
-if TYPE_CHECKING:
-    from sinkbed.data.pack.strategy import Strategy
+from sinkbed.train.measure.measures import MEASURES, Column, Measure, of_heads
 
 _ALIKE = 0.9
 """|cos| with the first token's hidden state from which a token counts as a secondary sink."""
@@ -76,88 +66,11 @@ class States:
     strongest_token: list[dict[str, Any]]
     """The same by token id and whether it stands first: token, first, share."""
 
-    def metrics(self, mode: str) -> dict[str, float]:
-        """The result under its metric keys."""
-        out = {}
-        for layer in range(1, len(self.norm_ratio)):
-            out[f"state/first_token_norm_ratio/layer{layer - 1}/{mode}"] = self.norm_ratio[layer]
-            out[f"state/max_activation/layer{layer - 1}/{mode}"] = self.max_activation[layer]
-            out[f"state/value_norm_ratio/layer{layer - 1}/{mode}"] = _mean(self.value_norm_ratio[layer - 1])
-            out[f"state/key_norm_ratio/layer{layer - 1}/{mode}"] = _mean(self.key_norm_ratio[layer - 1])
-            out[f"state/entropy/layer{layer - 1}/{mode}"] = _mean(self.entropy[layer - 1])
-        return out
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gradients:
-    """Gradient of a document's summed loss with respect to the hidden states (arXiv 2603.17771)."""
-
-    norm: list[list[float]]
-    """[L+1][T] norm of the gradient at h_t."""
-    ratio: list[float]
-    """[L+1] at h_0 over the mean of the others."""
-
-
-@dataclass(frozen=True, eq=False)
-class Excerpts:
-    """Documents cropped to one length, as a model reads them in an inference mode."""
-
-    probe: Probe
-    mode: InferenceMode
-    strategy: Strategy
-    rows: tuple[int, ...]
-    """Numbers of the documents."""
-    text: Tensor
-    """[N, n] their first n token ids."""
-
-    @classmethod
-    def of(cls, probe: Probe, mode: InferenceMode, strategy: Strategy, tokens: int, count: int) -> Excerpts:
-        """The first `count` documents that have `tokens` tokens. Raises ValueError where there is none."""
-        rows = [i for i, document in enumerate(probe.documents) if len(document) >= tokens][:count]
-        if not rows:
-            longest = max(map(len, probe.documents))
-            raise ValueError(
-                f"expected documents of at least {tokens} tokens, got {longest} in the longest; give longer ones, "
-                "or lower the length"
-            )
-        text = torch.stack([probe.documents[i][:tokens] for i in rows])
-        return cls(probe, mode, strategy, tuple(rows), text)
-
-    def batches(self, device: torch.device, batch_tokens: int) -> Iterator[tuple[Tensor, Arranged]]:
-        """Text [B, n] and the rows it is in."""
-        size = max(1, batch_tokens // (self.text.shape[1] + 1))
-        for at in range(0, len(self.rows), size):
-            yield self.batch(slice(at, at + size), device)
-            documents_read(len(self.rows[at : at + size]))
-
-    def batch(self, chosen: slice, device: torch.device) -> tuple[Tensor, Arranged]:
-        """Text [B, n] of some of the documents, and the rows it is in."""
-        text = self.text[chosen]
-        lengths = torch.full((len(text),), text.shape[1])
-        return text, arrange(self.probe, self.mode, self.strategy, self.rows[chosen], text, lengths, device=device)
-
-
-class Totals:
-    """Sums over documents of a quantity per layer; layers may come from several devices."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, dict[int, Tensor]] = {}
-
-    def add(self, name: str, layer: int, values: Tensor) -> None:
-        """values [B, ...], summed over B."""
-        total = values.detach().double().sum(0).cpu()
-        of_name = self.sums.setdefault(name, {})
-        of_name[layer] = of_name[layer] + total if layer in of_name else total
-
-    def means(self, name: str, count: int) -> Any:
-        """[layers][...] as nested lists."""
-        return [(total / count).tolist() for _, total in sorted(self.sums[name].items())]
-
 
 @torch.no_grad()
 def measure_states(model: Any, excerpts: Excerpts, batch_tokens: int) -> States:
     """Measure a model on documents in one inference mode; see `States`."""
-    totals = Totals()
+    totals = Totals(len(excerpts.rows))
     massive: dict[int, dict[str, int | float]] = {}
     positions: Counter[int] = Counter()
     tokens_seen: Counter[tuple[int, bool]] = Counter()
@@ -226,7 +139,7 @@ def measure_states(model: Any, excerpts: Excerpts, batch_tokens: int) -> States:
             {"token": token, "first": first, "share": count / heads}
             for (token, first), count in tokens_seen.most_common(_TOP)
         ],
-        **{name: totals.means(name, done) for name in names},
+        **{name: totals.means(name) for name in names},
     )
     return finite(states, f"states, mode {excerpts.mode}")
 
@@ -259,37 +172,25 @@ def strongest_head(
     return finite(best, f"the strongest head, mode {excerpts.mode}") | {"tokens": row.tokens[0, :tokens].tolist()}
 
 
-def measure_gradients(model: Any, excerpts: Excerpts, batch_tokens: int) -> Gradients:
-    """Gradients of the loss at each token's hidden states; leaves the gradients of the weights alone."""
-    totals, done = Totals(), 0
-    with evaluating(model):
-        for text, row in excerpts.batches(input_device(model), batch_tokens):
-            states, logits = hidden_states(model, row)
-            counted = counted_targets(text, torch.full((len(text),), text.shape[1]), excerpts.strategy)
-            loss = target_nll(logits, row.slots, text)[counted.to(logits.device)].sum()
-            for layer, gradient in enumerate(torch.autograd.grad(loss, states)):
-                norms = gradient.float().norm(dim=-1)
-                totals.add("norm", layer, norms)
-                totals.add("ratio", layer, norms[:, 0] / norms[:, 1:].mean(-1))
-            done += len(text)
-    gradients = Gradients(norm=totals.means("norm", done), ratio=totals.means("ratio", done))
-    return finite(gradients, f"gradients, mode {excerpts.mode}")
-
-
-def hidden_states(model: Any, row: Arranged) -> tuple[list[Tensor], Tensor]:
-    """The hidden states [B, T, C] of layers 0 to L with their graph, from a leaf at layer 0, and the logits."""
-    states: list[Tensor] = []
-
-    def keep(layer: int, h: Tensor) -> Tensor | None:
-        if layer == 0:
-            h = h.detach().requires_grad_()
-        states.append(h)
-        return h if layer == 0 else None
-
-    with torch.enable_grad(), observing(model, hidden=keep):
-        logits = model(row.tokens, mask=row.mask).logits
-    return states, logits
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+MEASURES.register("states")(
+    Measure(
+        group="states",
+        measure=measure_states,
+        columns=(
+            Column("norm_ratio", "‖h₀‖ / ‖hₜ‖", "state/first_token_norm_ratio/layer{layer}/{mode}"),
+            Column("max_activation", "max |h|", "state/max_activation/layer{layer}/{mode}"),
+            Column("max_over_median", "max / median"),
+            Column("kurtosis_first", "kurtosis h₀"),
+            Column("kurtosis", "kurtosis hₜ"),
+            Column("secondary_share", "|cos(hₜ, h₀)| > 0.9"),
+            Column("key_norm_ratio", "‖k₀‖ / ‖kₜ‖", "state/key_norm_ratio/layer{layer}/{mode}", of_heads),
+            Column("value_norm_ratio", "‖v₀‖ / ‖vₜ‖", "state/value_norm_ratio/layer{layer}/{mode}", of_heads),
+            Column("cosine_first", "cos(qₜ, k₀)", read=of_heads),
+            Column("cosine_others", "cos(qₜ, kₛ)", read=of_heads),
+            Column("entropy", "entropy", "state/entropy/layer{layer}/{mode}", of_heads),
+        ),
+        note="max, median: of |h| over all tokens, the first included, and channels. |cos(hₜ, h₀)| > 0.9: share of "
+        "secondary sinks. Kurtosis: of a token's channels, 3 for a normal distribution. Entropy: of a query's "
+        "attention, nats.",
+    )
+)

@@ -1,0 +1,52 @@
+"""The gradient of the loss at the first token's hidden states against that at the others' (arXiv 2603.17771)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sinkbed.model.observe import evaluating, input_device
+from sinkbed.train.measure.excerpts import Excerpts, Totals, hidden_states
+from sinkbed.train.measure.finite import finite
+from sinkbed.train.measure.inputs import counted_targets, target_nll
+from sinkbed.train.measure.measures import MEASURES, Column, Measure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """Gradient of a document's summed loss with respect to the hidden states (arXiv 2603.17771)."""
+
+    norm: list[list[float]]
+    """[L+1][T] norm of the gradient at h_t."""
+    ratio: list[float]
+    """[L+1] at h_0 over the mean of the others."""
+
+
+def measure_gradients(model: Any, excerpts: Excerpts, batch_tokens: int) -> Gradients:
+    """Gradients of the loss at each token's hidden states; leaves the gradients of the weights alone."""
+    totals = Totals(len(excerpts.rows))
+    with evaluating(model):
+        for text, row in excerpts.batches(input_device(model), batch_tokens):
+            states, logits = hidden_states(model, row)
+            counted = counted_targets(text, torch.full((len(text),), text.shape[1]), excerpts.strategy)
+            loss = target_nll(logits, row.slots, text)[counted.to(logits.device)].sum()
+            for layer, gradient in enumerate(torch.autograd.grad(loss, states)):
+                norms = gradient.float().norm(dim=-1)
+                totals.add("norm", layer, norms)
+                totals.add("ratio", layer, norms[:, 0] / norms[:, 1:].mean(-1))
+    gradients = Gradients(norm=totals.means("norm"), ratio=totals.means("ratio"))
+    return finite(gradients, f"gradients, mode {excerpts.mode}")
+
+
+MEASURES.register("gradients")(
+    Measure(
+        group="states",
+        measure=measure_gradients,
+        columns=(Column("ratio", "‖∂h₀‖ / ‖∂hₜ‖", "state/gradient_ratio/layer{layer}/{mode}"),),
+        note="‖∂h₀‖/‖∂hₜ‖: gradient of the loss; 0 where no counted target depends on the first token's state, as "
+        "after the last attention.",
+        differentiates=True,
+    )
+)
