@@ -1,6 +1,9 @@
 """A new variant is one file: each test writes a toy one, and uses it through the public interface alone."""
 
 import importlib.util
+import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +16,11 @@ from sinkbed.data.store.token_store import TokenStore
 from sinkbed.data.tokenizer import Tokenizer
 from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.model.observe import observing
+from sinkbed.train.cli.main import main
 from sinkbed.train.loop.optim import OptimizerConfig, build_optimizer
 from sinkbed.train.loop.settings import training_bytes
+from sinkbed.train.measure.measures import MEASURES
+from tests.train.conftest import write_run_config
 
 
 @pytest.fixture
@@ -173,3 +179,61 @@ def test_a_name_that_is_none_names_those_there_are(key):
     for choice in ("rop", {}, {"rop": {}}, {"rope": {}, "rms": {}}):
         with pytest.raises(ValueError, match=f"model.decoder.{key}: expected one of .*(rope|rms|swiglu)"):
             DecoderConfig(n_layers=1, d_model=8, n_heads=1, d_ff=8, **{key: choice})
+
+
+TOY = """
+from sinkbed.train.measure.excerpts import Totals
+from sinkbed.train.measure.measures import MEASURES, Column, Measure
+
+def measure_size(model, excerpts, batch_tokens):
+    totals = Totals(len(excerpts.rows))
+    excerpts.read(model, batch_tokens, hidden=lambda layer, h: totals.add("size", layer, h.abs().mean((1, 2))))
+    return {"size": totals.means("size")}
+
+MEASURES.register("toy")(
+    Measure(
+        group="mixing",
+        measure=measure_size,
+        columns=(Column("size", "mean |h|", "mixing/toy/layer{layer}/{mode}"),),
+        note="A toy.",
+    )
+)
+"""
+
+
+def test_a_measure(add, tiny_store, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(MEASURES, "_variants", {**MEASURES._variants})
+    add(TOY)
+    run = tmp_path / "run"
+    config = write_run_config(tmp_path / "run.yaml", tiny_store)
+    fitting = ["fit", "--config", str(config), "--wandb.mode", "disabled", "--measure.mixing_points", "2"]
+    assert main([*fitting, "--measure.live_modes", "[bos]"]) == 0
+    points = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    live = [p["mixing/toy/layer1/bos"] for p in points if "mixing/toy/layer1/bos" in p]
+    assert [p["step"] for p in points if "mixing/toy/layer0/bos" in p] == [0, 2, 10] and len({*live}) == 3
+    probing = [
+        "probe",
+        str(run),
+        "--measure",
+        "toy",
+        "--sink_tokens",
+        "16",
+        "--lengths",
+        "8",
+        "--mixing_documents",
+        "8",
+    ]
+    assert main([*probing, "--modes", "bos", "--out", str(tmp_path / "report")]) == 0
+    header, *rows = (tmp_path / "report" / "mixing-bos.csv").read_text().splitlines()
+    assert header == "layer,toy/size" and [row.split(",")[0] for row in rows] == ["input", "0", "1"]
+    printed = capsys.readouterr().out
+    assert "mean |h|" in printed and "A toy." in printed and "Mixing in the last layer by context length" in printed
+    assert {"mixing.png", "by_length.svg"} <= {path.name for path in (tmp_path / "report").iterdir()}
+
+
+def test_every_metric_of_a_measure_is_documented():
+    text = Path("train/README.md").read_text()
+    for name in MEASURES.names:
+        assert MEASURES[name].columns, name
+        for column in MEASURES[name].columns:
+            assert not column.log or re.search(rf"`{column.log.split('/{')[0].split('/layer')[0]}/", text), column

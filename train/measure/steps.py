@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from sinkbed.plain_text import visible
 from sinkbed.progress import Steps
@@ -12,7 +12,7 @@ from sinkbed.train.measure import perplexity
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.excerpts import Excerpts
 from sinkbed.train.measure.heldout import Probe
-from sinkbed.train.measure.measures import MEASURES, Measure, measures, plain
+from sinkbed.train.measure.measures import MEASURES, Group, Measure, measures, plain
 from sinkbed.train.measure.measures.perturbation import measure_perturbation
 from sinkbed.train.measure.measures.states import strongest_head
 from sinkbed.train.measure.model import Subject, artificial, changed_prompt
@@ -42,11 +42,10 @@ class Measurement:
         """Add the steps of these measures."""
         if "sinks" in names:
             self._sinks()
-        chosen = {name: measure for name, measure in measures("states", "mixing").items() if name in names}
-        self._layers(chosen, self.arguments.sink_tokens, self.result)
-        mixing = {name: measure for name, measure in chosen.items() if measure.group == "mixing"}
+        for group in get_args(Group):
+            self._layers(names, group, self.arguments.sink_tokens, self.result)
         for length in sorted(set(self.arguments.lengths)):
-            self._layers(mixing, length, {}, str(length))
+            self._layers(names, "mixing", length, {}, str(length))
         if self.arguments.change is not None:
             self._changed_word()
         self._perplexities(names)
@@ -76,8 +75,9 @@ class Measurement:
                     of_key = f", key {key}" if key else ""
                     self.steps.add(f"sinks, {kind} input, mode {mode}{of_key}", len(probe.documents), step)
 
-    def _layers(self, chosen: dict[str, Measure], tokens: int, into: dict[str, Any], length: str = "") -> None:
+    def _layers(self, names: set[str], group: Group, tokens: int, into: dict[str, Any], length: str = "") -> None:
         """Measure layer by layer at so many tokens; a result of a `length` of its own is in `by_length`."""
+        chosen = {name: measure for name, measure in measures(group).items() if name in names}
         for mode in self.modes:
             for name, measure in chosen.items():
                 documents = getattr(self.arguments, measure.documents)

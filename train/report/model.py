@@ -1,4 +1,4 @@
-"""Writing what `sinkbed probe` found: CSV, figures, one HTML page that holds them all, and a point in W&B."""
+"""Writing what `sinkbed probe` measured: CSV, figures, one HTML page that holds them all, and a point in W&B."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.report.figures import STYLE
 from sinkbed.train.report.html import document, table
 from sinkbed.train.report.model_figures import figures
-from sinkbed.train.report.model_tables import Found, scalars, tables
+from sinkbed.train.report.model_tables import Measured, scalars, tables
 from sinkbed.train.run import directory
 
 RECORD = "probe.json"
 _UNFINISHED = "being_written"
 
 
-def write(found: Found, folder: Path) -> Path:
+def write(measured: Measured, folder: Path) -> Path:
     """Write probe.json, a CSV a table, the figures as PNG and SVG, and index.html; returns the page.
 
     An earlier report is removed before the first file of this one is written, so that a folder never holds figures of
@@ -35,18 +35,18 @@ def write(found: Found, folder: Path) -> Path:
 
     earlier = _record(folder).get("files", [])
     directory.write_json(
-        folder / RECORD, {**found, _UNFINISHED: True, "files": earlier}
+        folder / RECORD, {**measured, _UNFINISHED: True, "files": earlier}
     )  # before figures take their time
     for name in earlier:
         if Path(name).name == name:
             (folder / name).unlink(missing_ok=True)
     directory.remove_temporaries(folder)
     files: dict[str, str | bytes] = {}
-    for t in tables(found):
+    for t in tables(measured):
         files[f"{t.name}.csv"] = csv_text(t.keys or t.header, t.rows)
     parts = []
     with plt.rc_context({**STYLE, "svg.fonttype": "path", "svg.hashsalt": "sinkbed"}):
-        for name, title, words, figure in figures(found):
+        for name, title, words, figure in figures(measured):
             vector = io.BytesIO()
             figure.savefig(vector, format="svg", metadata={"Date": None})
             raster = io.BytesIO()
@@ -54,11 +54,11 @@ def write(found: Found, folder: Path) -> Path:
             plt.close(figure)
             files |= {f"{name}.svg": vector.getvalue(), f"{name}.png": raster.getvalue()}
             parts.append(_section(title, words, vector.getvalue().decode()))
-    files["index.html"] = _page(found, parts)
-    directory.write_json(folder / RECORD, {**found, _UNFINISHED: True, "files": sorted(files)})
+    files["index.html"] = _page(measured, parts)
+    directory.write_json(folder / RECORD, {**measured, _UNFINISHED: True, "files": sorted(files)})
     for name, content in files.items():
         directory.write_atomic(folder / name, content)
-    directory.write_json(folder / RECORD, {**found, "files": sorted(files)})
+    directory.write_json(folder / RECORD, {**measured, "files": sorted(files)})
     return folder / "index.html"
 
 
@@ -101,11 +101,11 @@ def _section(title: str, words: str, svg: str) -> str:
     )
 
 
-def _page(found: Found, figures: Sequence[str]) -> str:
-    settings = found["settings"]
-    origin = counted(found["documents"], "prompt" if settings["prompts"] else "held-out document")
+def _page(measured: Measured, figures: Sequence[str]) -> str:
+    settings = measured["settings"]
+    origin = counted(measured["documents"], "prompt" if settings["prompts"] else "held-out document")
     origin += f" of {settings['prompts']}" if settings["prompts"] else ""
-    T, few = settings["sink_tokens"], min(found["documents"], settings["mixing_documents"])
+    T, few = settings["sink_tokens"], min(measured["documents"], settings["mixing_documents"])
     intro = (
         f"{origin}. Sink rates: T = {T}. States and mixing: the first {T} tokens of "
         f"the first {few} of them (Jacobian: of {min(few, settings['jacobian_documents'])}, directions: "
@@ -113,19 +113,19 @@ def _page(found: Found, figures: Sequence[str]) -> str:
     )
     body = [f'<p class="note">{html.escape(intro)}</p>', *figures]
     notes = set()
-    for t in tables(found):
+    for t in tables(measured):
         body.append(f"<h2>{html.escape(t.title)}</h2>")
         body.append(table(t.header, t.cells()))
         if t.note and t.note not in notes:
             body.append(f'<p class="note">{html.escape(t.note)}</p>')
             notes.add(t.note)
     given = [(name, str(value)) for name, value in settings.items() if value not in (None, [], False)]
-    body += ["<h2>Settings</h2>", table(("option", "value"), [*given, *found["versions"].items()])]
-    ending = f" (incomplete: {found['incomplete']})" if "incomplete" in found else ""
-    return document(f"Probe of {found['model']}{ending}", body)
+    body += ["<h2>Settings</h2>", table(("option", "value"), [*given, *measured["versions"].items()])]
+    ending = f" (incomplete: {measured['incomplete']})" if "incomplete" in measured else ""
+    return document(f"Probe of {measured['model']}{ending}", body)
 
 
-def log_to_wandb(found: Found, run_dir: Path, step: int) -> str:
+def log_to_wandb(measured: Measured, run_dir: Path, step: int) -> str:
     """Log figures, tables and numbers as one more point of the run's W&B history; returns a line that says where.
 
     metrics.jsonl, the record of training, is left as it is.
@@ -147,14 +147,14 @@ def log_to_wandb(found: Found, run_dir: Path, step: int) -> str:
             raise ValueError(
                 f"--wandb: expected a run with W&B, got wandb.mode: disabled in {run_dir / directory.CONFIG}"
             )
-        row: dict[str, Any] = {"probe/step": step, "train/tokens": _tokens_of(run_dir, step), **scalars(found)}
+        row: dict[str, Any] = {"probe/step": step, "train/tokens": _tokens_of(run_dir, step), **scalars(measured)}
         with plt.rc_context(dict(STYLE)):
-            for name, _, words, figure in figures(found):
+            for name, _, words, figure in figures(measured):
                 raster = io.BytesIO()
                 figure.savefig(raster, format="png", dpi=140)
                 plt.close(figure)
                 row[f"probe/figure/{name}"] = wandb.Image(Image.open(raster), caption=words)
-        for t in tables(found):
+        for t in tables(measured):
             row[f"probe/table/{t.name}"] = wandb.Table(columns=list(t.header), data=t.cells())
         tracker.log_beside(row)
         where = (

@@ -90,9 +90,9 @@ class Measure:
 
 
 def measures(*groups: Group) -> dict[str, Measure]:
-    """By name, those of some groups."""
+    """By name, those of one group after those of another."""
     every = {name: MEASURES[name] for name in MEASURES.names}
-    return {name: measure for name, measure in every.items() if measure.group in groups}
+    return {name: measure for group in groups for name, measure in every.items() if measure.group == group}
 
 
 def plain(value: Any) -> Any:
