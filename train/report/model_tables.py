@@ -47,19 +47,13 @@ def _cell(value: str | float | int | None) -> str:
     return fixed(value, 3 if size < 10 else 2 if size < 100 else 1)
 
 
-LINES = {
-    "states": "A layer's line has the hidden states h that it writes and the attention inside it; input: what the "
-    "first layer reads. Layers and heads count from 0. Subscript 0: the first token of the row; t: mean over the "
-    "others; s: mean over the tokens 1 to t.",
-    "mixing": "±: standard errors, over documents and of the directions drawn.",
-}
-"""What the lines of a group's table are."""
-
-
 def note_of(measured: Measured, group: Group) -> str:
     """What is in a group's table."""
-    notes = (measure.note for name, measure in measures(group).items() if name in measured)
-    return " ".join((LINES[group], *notes))
+    lines = (
+        "A layer's line has the hidden states h that it writes and the attention inside it; input: what the first "
+        "layer reads. Layers and heads count from 0."
+    )
+    return " ".join((lines, *(measure.note for name, measure in measures(group).items() if name in measured)))
 
 
 def columns_of(measured: Measured, *groups: Group) -> list[tuple[str, Column]]:

@@ -59,11 +59,11 @@ class SinkMonitor(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the checkpoint. Raises ValueError where one curve would hold figures of two kinds."""
-        for name, ours in self._figures().items():
-            theirs = state_dict["figures"].get(name)
-            if theirs != ours:
+        for name, value in self._figures().items():
+            earlier = state_dict["figures"].get(name)
+            if earlier != value:
                 raise ValueError(
-                    f"resuming: expected the run's own measure.{name}: {theirs}, got {ours}, which would mix two "
+                    f"resuming: expected the run's own measure.{name}: {earlier}, got {value}, which would mix two "
                     "kinds of figures in one curve; leave it as it was and use `sinkbed validate` for other figures"
                 )
         self.onset_tokens = state_dict["onset_tokens"]

@@ -45,8 +45,8 @@ MEASURES.register("gradients")(
         group="states",
         measure=measure_gradients,
         columns=(Column("ratio", "‖∂h₀‖ / ‖∂hₜ‖", "state/gradient_ratio/layer{layer}/{mode}"),),
-        note="‖∂h₀‖/‖∂hₜ‖: gradient of the loss; 0 where no counted target depends on the first token's state, as "
-        "after the last attention.",
+        note="‖∂h₀‖/‖∂hₜ‖: gradient of the loss, at the first token over the mean of the others; 0 where no counted "
+        "target depends on the first token's state, as after the last attention.",
         differentiates=True,
     )
 )

@@ -249,7 +249,8 @@ MEASURES.register("jacobian")(
             Column("others_error", "± directions", read=_sparse),
             Column("across", "± documents", read=_sparse),
         ),
-        note="‖∂v_last/∂vᵢ‖: Frobenius norm, mean over the text tokens i before the last.",
+        note="‖∂v_last/∂vᵢ‖: Frobenius norm, mean over the text tokens i before the last. ±: standard errors, over "
+        "documents and of the directions drawn.",
         options=("directions",),
         documents="jacobian_documents",
         live={"directions": 8, "most_layers": 1},

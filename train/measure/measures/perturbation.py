@@ -103,6 +103,6 @@ MEASURES.register("perturbation")(
             Column("across", "± documents"),
         ),
         note="Perturbation spread: one token of the text (position n/4) replaced, mean change of the hidden states "
-        "after it over their norm.",
+        "after it over their norm. ±: standard error over documents.",
     )
 )

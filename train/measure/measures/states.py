@@ -189,7 +189,8 @@ MEASURES.register("states")(
             Column("cosine_others", "cos(qₜ, kₛ)", read=of_heads),
             Column("entropy", "entropy", "state/entropy/layer{layer}/{mode}", of_heads),
         ),
-        note="max, median: of |h| over all tokens, the first included, and channels. |cos(hₜ, h₀)| > 0.9: share of "
+        note="Subscript 0: the first token of the row; t: mean over the others; s: mean over the tokens 1 to t. max, "
+        "median: of |h| over all tokens, the first included, and channels. |cos(hₜ, h₀)| > 0.9: share of "
         "secondary sinks. Kurtosis: of a token's channels, 3 for a normal distribution. Entropy: of a query's "
         "attention, nats.",
     )
