@@ -205,8 +205,8 @@ def flipped(name, before, number):
 @pytest.fixture
 def tables_only(monkeypatch):
     """Reports without their drawings, which are of the same numbers."""
-    monkeypatch.setattr("sinkbed.train.report.figures.write_figures", lambda *_: None)
-    monkeypatch.setattr("sinkbed.train.report.html.write_page", lambda *_: None)
+    monkeypatch.setattr("sinkbed.train.report.figures.study_figures", lambda *_: {})
+    monkeypatch.setattr("sinkbed.train.report.html.page", lambda *_: "")
 
 
 FOLDERS = ("store", ".begun.partial", "stopped", "finished", "study", "probe", "export")

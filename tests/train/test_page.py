@@ -49,7 +49,7 @@ def page(request, browser, page_file):
     found.on("request", lambda made: asked.append(made.url))
     found.context.set_offline(True)
     found.goto(page_file.as_uri())
-    found.wait_for_function("document.querySelectorAll('.plotly-graph-div .main-svg').length >= 4")
+    found.wait_for_function("document.querySelectorAll('.plotly-graph-div .main-svg').length >= 3")
     yield found
     assert wrong == []
     assert [url for url in asked if not url.startswith(("file://", "data:", "blob:"))] == []
@@ -80,7 +80,7 @@ def test_it_fits_the_window_and_can_be_read(page):
     plots = page.evaluate(
         "[...document.querySelectorAll('.plotly-graph-div')].map(e => e.getBoundingClientRect().width)"
     )
-    assert len(plots) == 4 and all(0.6 * width <= found <= width for found in plots)
+    assert len(plots) == 3 and all(0.6 * width <= found <= width for found in plots)
 
 
 def test_a_legend_entry_hides_and_shows_an_arm_with_its_interval(page):
@@ -99,11 +99,11 @@ def test_a_legend_entry_hides_and_shows_an_arm_with_its_interval(page):
 
 
 def test_the_slider_moves_the_heat_maps_through_training(page):
-    maps = "document.querySelectorAll('.plotly-graph-div')[3]"
+    maps = "document.querySelectorAll('.plotly-graph-div')[2]"
     last = page.evaluate(f"JSON.stringify([...{maps}._fullData.map(t => t.z)])")
     steps = page.evaluate(f"{maps}._fullLayout.sliders[0].steps.map(s => s.label)")
     assert len(steps) >= 3
-    rail = page.locator(".plotly-graph-div").nth(3).locator(".slider-rail-touch-rect")
+    rail = page.locator(".plotly-graph-div").nth(2).locator(".slider-rail-touch-rect")
     rail.scroll_into_view_if_needed()
     box = rail.bounding_box()
     page.mouse.click(box["x"] + 3, box["y"] + box["height"] / 2)

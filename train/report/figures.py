@@ -1,25 +1,24 @@
-"""Figures of a study as PNG: the picture of the result, curves, heat maps, losses."""
+"""Figures of a study: the picture of the result, curves, heat maps, losses."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.intervals import Interval
 from sinkbed.train.report.result import Result
-from sinkbed.train.run.directory import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which readers with colour-blindness tell apart; one an arm, by order.
 COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#7A7A7A", "#000000")
-MODE_COLOURS = {"bos": "#0072B2", "text": "#D55E00", "first_key_masked": "#7A7A7A"}
+MODE_COLOURS = {mode: COLOURS[n] for mode, n in zip(MODE_LABELS, (0, 2, 6, 3, 5), strict=True)}
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -27,6 +26,8 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": 10,
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "sinkbed",
 }
 
 
@@ -68,30 +69,34 @@ def number_of_runs(results: Sequence[Result]) -> str:
     return {True: "one run an arm", False: "some arms ran once"}[max(counts) == 1] if min(counts) == 1 else ""
 
 
-def write_figures(results: Sequence[Result], folder: Path) -> None:
-    """Write result.png, curves.png, heatmaps.png and loss.png."""
-    write_result(results, folder / "result.png")
-    for name, draw in (("curves", _curves), ("heatmaps", _heatmaps), ("loss", _losses)):
-        _write(draw, results, folder / f"{name}.png")
-
-
-def write_result(results: Sequence[Result], path: Path) -> None:
-    """Write the picture of the result: sink rate in both modes, and what removing the first token costs."""
-    _write(_result, results, path)
-
-
-def _write(draw: Callable[[Sequence[Result]], Figure], results: Sequence[Result], path: Path) -> None:
+@contextmanager
+def drawing() -> Iterator[None]:
+    """matplotlib without a window, in the style of all our figures."""
     import matplotlib
 
     matplotlib.use("Agg")
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def image(figure: Figure, kind: Literal["png", "svg"] = "png") -> bytes:
+    """A figure as a file, the same bytes each time; inside `drawing`."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=140, metadata={"Date": None} if kind == "svg" else None)
+    return buffer.getvalue()
+
+
+def study_figures(results: Sequence[Result], *names: str, kind: Literal["png", "svg"] = "png") -> dict[str, bytes]:
+    """File name -> figure: the result, curves, heat maps and losses, or those named."""
     import matplotlib.pyplot as plt
 
-    with plt.rc_context(dict(STYLE)):
-        figure = draw(results)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=140)
-        plt.close(figure)
-    write_atomic(path, buffer.getvalue())
+    files = {}
+    with drawing():
+        for name, draw in _FIGURES.items():
+            if not names or name in names:
+                files[f"{name}.{kind}"] = image(draw(results), kind)
+                plt.close()
+    return files
 
 
 def _result(results: Sequence[Result]) -> Figure:
@@ -103,15 +108,15 @@ def _result(results: Sequence[Result]) -> Figure:
     arms = arms_of(results)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 0.42 * len(arms) + 1.5), sharey=True)
     modes = {m for r in results for m in r.final["modes"]}
-    shown = [*(m for m in ("bos", "as_trained") if m in modes)][:1] + [m for m in ("text",) if m in modes]
-    runs = f" ({found})" if (found := number_of_runs(results)) else ""
+    inputs = [*(m for m in ("bos", "as_trained") if m in modes)][:1] + [m for m in ("text",) if m in modes]
+    runs = f" ({few})" if (few := number_of_runs(results)) else ""
     for row, arm in enumerate(arms):
         of_arm = [r for r in results if r.arm == arm]
-        for offset, mode in zip((-0.18, 0.18), shown, strict=False):
+        for offset, mode in zip((-0.18, 0.18), inputs, strict=False):
             values = [r.value(mode, "0.3") for r in of_arm if mode in r.final["modes"]]
             if values:
                 label = MODE_LABELS[mode] if row == 0 else None
-                left.barh(row + offset, fmean(values), 0.34, color=MODE_COLOURS.get(mode, "#0072B2"), label=label)
+                left.barh(row + offset, fmean(values), 0.34, color=MODE_COLOURS[mode], label=label)
                 if len(values) > 1:
                     left.plot(values, [row + offset] * len(values), "|", color="black", markersize=6)
         gaps = list(figures(results, arm, "loss_gap", "text").values())
@@ -190,25 +195,34 @@ def _heatmaps(results: Sequence[Result]) -> Figure:
 def _losses(results: Sequence[Result]) -> Figure:
     import matplotlib.pyplot as plt
 
-    arms = arms_of(results)
-    modes = common_modes(results)
+    arms, modes = arms_of(results), common_modes(results)
     figure, axis = plt.subplots(figsize=(8, 0.42 * len(arms) + 1.3))
     height = 0.8 / len(modes)
     for index, mode in enumerate(modes):
-        for row, arm in enumerate(arms):
-            values = [r.value(mode, "loss") for r in results if r.arm == arm]
-            axis.barh(
-                row + (index - (len(modes) - 1) / 2) * height,
-                fmean(values),
-                height * 0.9,
-                color=MODE_COLOURS.get(mode, "#009E73"),
-                label=MODE_LABELS[mode] if row == 0 else None,
-            )
-    lowest = min(r.value(m, "loss") for r in results for m in modes)
-    axis.set_xlim(left=0.9 * lowest)
+        means = [Interval.of([r.value(mode, "loss") for r in results if r.arm == arm]) for arm in arms]
+        rows = [row + (index - (len(modes) - 1) / 2) * height for row in range(len(arms))]
+        axis.barh(
+            rows,
+            [v.mean for v in means],
+            height * 0.9,
+            xerr=[v.half if v.count > 1 else 0 for v in means] if any(v.count > 1 for v in means) else None,
+            error_kw={"elinewidth": 0.8},
+            color=MODE_COLOURS[mode],
+            label=MODE_LABELS[mode],
+        )
+    losses = [r.value(m, "loss") for r in results for m in modes]
+    axis.set_xlim(0.9 * min(losses), max(losses) + 0.05 * min(losses))
     axis.set_yticks(range(len(arms)), [drawable(arm) for arm in arms])
     axis.invert_yaxis()
-    runs = f"; {found}" if (found := number_of_runs(results)) else ""
+    runs = f"; {few}" if (few := number_of_runs(results)) else ""
     axis.set_xlabel(f"validation loss, nats per token (axis does not start at 0{runs})")
     figure.legend(loc="outside upper right", ncols=3)
     return figure
+
+
+_FIGURES: dict[str, Callable[[Sequence[Result]], Figure]] = {
+    "result": _result,
+    "curves": _curves,
+    "heatmaps": _heatmaps,
+    "loss": _losses,
+}

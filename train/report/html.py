@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sinkbed.train.measure.modes import MODE_LABELS
-from sinkbed.train.report.figures import COLOURS, arms_of, common_modes, curve, live_modes, mass_scale, number_of_runs
+from sinkbed.train.report.figures import COLOURS, arms_of, curve, live_modes, mass_scale, number_of_runs, study_figures
 from sinkbed.train.report.intervals import Interval
 from sinkbed.train.report.result import Result
 from sinkbed.train.report.tables import Section, SummaryRow, rows_of, table_of
-from sinkbed.train.run.directory import write_atomic
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -73,16 +72,15 @@ _LAYOUT: dict[str, Any] = {
 }
 
 
-def write_page(
+def page(
     study: StudyConfig,
     results: Sequence[Result],
     summary: Sequence[SummaryRow],
     note: str,
     more: Sequence[Section],
     missing: Sequence[str],
-    path: Path,
-) -> None:
-    """Write the page. The only script besides plotly's is the table's sorting."""
+) -> str:
+    """The page. The only script besides plotly's is the table's sorting."""
     from plotly.offline import get_plotlyjs
 
     parts = [
@@ -102,8 +100,7 @@ def write_page(
         "see it alone. Measured on fewer documents than the table.</figcaption>",
         "<h2>Sink mass while training</h2>",
         _plot(_curves(results, "sink/mass/{}", "mean attention on key 0")),
-        "<h2>Validation loss per inference mode</h2>",
-        _plot(_losses(results)),
+        drawn("Validation loss per inference mode", *study_figures(results, "loss", kind="svg").values()),
         "<h2>Where the sink sits</h2>",
         _plot(_heatmaps(results)),
         "<figcaption>Mean attention on key 0, layers down, heads across, first seed; from left to right: "
@@ -112,7 +109,7 @@ def write_page(
         "<h2>Every measurement</h2>",
         table(tuple(rows_of(results)[0]), [tuple(map(_text, row.values())) for row in rows_of(results)]),
     ]
-    write_atomic(path, document(study.title, parts, get_plotlyjs()))
+    return document(study.title, parts, get_plotlyjs())
 
 
 def document(title: str, parts: Sequence[str], library: str = "") -> str:
@@ -138,11 +135,21 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "fig
     )
 
 
-def _plot(figure: go.Figure) -> str:
-    drawn = figure.to_html(
-        full_html=False, include_plotlyjs=False, auto_play=False, config={"responsive": True, "displaylogo": False}
+def drawn(title: str, svg: bytes, words: str = "") -> str:
+    """A drawing under a heading."""
+    text = svg.decode()
+    drawing = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL).replace(
+        "<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1
     )
-    return f"<figure>{drawn}</figure>"
+    return (
+        f"<h2>{html.escape(title)}</h2><figure><div class='drawing'>{drawing}</div>"
+        f"<figcaption>{html.escape(words)}</figcaption></figure>"
+    )
+
+
+def _plot(figure: go.Figure) -> str:
+    config = {"responsive": True, "displaylogo": False}
+    return f"<figure>{figure.to_html(config, auto_play=False, include_plotlyjs=False, full_html=False)}</figure>"
 
 
 def _curves(results: Sequence[Result], key: str, title: str) -> go.Figure:
@@ -192,44 +199,10 @@ def _band(tokens: Sequence[int], values: Sequence[Interval], arm: str, colour: s
 def _inputs(results: Sequence[Result]) -> str:
     """What the lines and shades of the curves are."""
     lines = zip(("Solid", "Dashed"), live_modes(results), strict=False)
-    told = " ".join(f"{line}: {MODE_LABELS[mode]}." for line, mode in lines)
+    inputs = " ".join(f"{line}: {MODE_LABELS[mode]}." for line, mode in lines)
     runs = number_of_runs(results)
     shade = "Shaded: 95 % interval of the mean of the solid line." if runs != "one run an arm" else ""
-    return f"{told} {shade} {runs.capitalize() + ': no interval.' if runs else ''}"
-
-
-def _losses(results: Sequence[Result]) -> go.Figure:
-    import plotly.graph_objects as go
-
-    arms = arms_of(results)
-    colours = {"bos": "#0072B2", "text": "#D55E00", "first_key_masked": "#7A7A7A"}
-    figure = go.Figure()
-    for mode in common_modes(results):
-        found = [Interval.of([r.value(mode, "loss") for r in results if r.arm == arm]) for arm in arms]
-        figure.add_bar(
-            x=[v.mean for v in found],
-            y=arms,
-            orientation="h",
-            name=MODE_LABELS[mode],
-            marker_color=colours.get(mode),
-            error_x={
-                "array": [0 if v.count == 1 else v.half for v in found],
-                "visible": any(v.count > 1 for v in found),
-            },
-            hovertemplate="%{y}<br>%{x:.3f} nats<extra>" + MODE_LABELS[mode] + "</extra>",
-        )
-    lowest = min(r.value(m, "loss") for r in results for m in common_modes(results))
-    highest = max(r.value(m, "loss") for r in results for m in common_modes(results))
-    # Above the plot, where a narrow screen may break it into lines.
-    legend = {"orientation": "h", "yref": "container", "yanchor": "top", "y": 1, "x": 0}
-    layout = {**_LAYOUT, "legend": legend, "margin": {**_LAYOUT["margin"], "t": 90}}
-    runs = f"; {told}" if (told := number_of_runs(results)) else ""
-    figure.update_layout(
-        **layout, height=80 * len(arms) + 190, xaxis_title=f"nats per token (does not start at 0{runs})"
-    )
-    figure.update_xaxes(range=[0.9 * lowest, highest + 0.05 * lowest])
-    figure.update_yaxes(autorange="reversed", automargin=True)
-    return figure
+    return f"{inputs} {shade} {runs.capitalize() + ': no interval.' if runs else ''}"
 
 
 def _has_map(result: Result, mode: str) -> bool:

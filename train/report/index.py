@@ -29,7 +29,7 @@ def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[Result]]], folder
     Raises ValueError where two studies have one name, and FileExistsError where the folder has files of these names
     that are not of such a page. Nothing is written before all is read.
     """
-    from sinkbed.train.report.figures import write_result
+    from sinkbed.train.report.figures import study_figures
 
     path = folder / NAME
     names = [study.source.stem if study.source else study.name for study, _ in studies]
@@ -43,13 +43,11 @@ def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[Result]]], folder
                 f"{folder / f'{name}.png'}: expected none, or one of an earlier page of studies; got another file; "
                 "choose another --out"
             )
-    read = {}
+    files: dict[str, str | bytes] = {}
     for name, (study, results) in zip(names, studies, strict=True):
-        read[name] = results
-        found = check(results, study.effects, study.published)
-        parts[name] = (_index(name, study.title, counts(found)), _section(study, name, results, found))
-    for name, results in read.items():
-        write_result(results, folder / f"{name}.png")
+        effects = check(results, study.effects, study.published)
+        parts[name] = (_index(name, study.title, counts(effects)), _section(study, name, results, effects))
+        files[f"{name}.png"] = study_figures(results, "result")["result.png"]
     lines = [
         TITLE,
         "",
@@ -68,8 +66,7 @@ def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[Result]]], folder
         "",
         *(line for name in sorted(parts) for line in parts[name][1]),
     ]
-    directory.remove_temporaries(path.parent)
-    directory.write_atomic(path, "\n".join(lines).rstrip() + "\n")
+    directory.write_files(folder, {**files, NAME: "\n".join(lines).rstrip() + "\n"})
     return path
 
 
@@ -81,11 +78,11 @@ def _index(name: str, title: str, verdicts: str) -> str:
 
 def _total(lines: Iterable[str]) -> str:
     """The counts of verdicts of all lines of the list together."""
-    found: Counter[str] = Counter()
+    total: Counter[str] = Counter()
     for line in lines:
         for count, verdict in re.findall(r"(\d+) ([a-z: ]+)", line.split("|")[-2]):
-            found[verdict.strip()] += int(count)
-    return ", ".join(f"{count} {verdict}" for verdict, count in found.most_common()) or "no effects"
+            total[verdict.strip()] += int(count)
+    return ", ".join(f"{count} {verdict}" for verdict, count in total.most_common()) or "no effects"
 
 
 def _earlier(path: Path) -> dict[str, tuple[str, list[str]]]:
@@ -101,27 +98,27 @@ def _earlier(path: Path) -> dict[str, tuple[str, list[str]]]:
             f"{path}: expected none, or an earlier page of studies; got another file; choose another --out"
         )
     head, *sections = text.split("\n## ")
-    found = {}
+    earlier = {}
     for section in sections:
         name = section.splitlines()[0]
         [index] = [line for line in head.splitlines() if line.startswith(f"| [{name}](")]
-        found[name] = (index, [*f"## {section}".rstrip().splitlines(), ""])
-    return found
+        earlier[name] = (index, [*f"## {section}".rstrip().splitlines(), ""])
+    return earlier
 
 
-def counts(found: Sequence[Found]) -> str:
+def counts(effects: Sequence[Found]) -> str:
     """How many effects came to which verdict."""
-    verdicts = [item.verdict for item in found]
+    verdicts = [item.verdict for item in effects]
     return ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
 
 
-def _section(study: StudyConfig, name: str, results: Sequence[Result], found: Sequence[Found]) -> list[str]:
+def _section(study: StudyConfig, name: str, results: Sequence[Result], effects: Sequence[Found]) -> list[str]:
     seconds = sum(sum(r.final["seconds"].values()) for r in results)
     title = markdown(study.title)
     lines = [f"## {name}", "", f"**{title}** {markdown(study.question)}".rstrip(), ""]
     lines += [f"![{title}]({quote(name)}.png)", ""]
-    if found:
-        lines += [*markdown_table(*_effects(found)), ""]
+    if effects:
+        lines += [*markdown_table(*_effects(effects)), ""]
     lines += [*markdown_table(*_arms(results)), ""]
     published = f"Published: {study.published_source}" if study.published else ""
     notes = (definitions(results), circumstances(results), published, made_by(results))
@@ -137,14 +134,14 @@ def _section(study: StudyConfig, name: str, results: Sequence[Result], found: Se
 def _command(study: StudyConfig, results: Sequence[Result]) -> str:
     seeds = sorted({r.seed for r in results})
     size = f" --size {study.size}" if study.size not in ("", "demo") else ""
-    given = "" if seeds == sorted(study.seeds) else f" --seeds {' '.join(map(str, seeds))}"
-    return f"sinkbed study {study.source}{size}{given}"
+    chosen = "" if seeds == sorted(study.seeds) else f" --seeds {' '.join(map(str, seeds))}"
+    return f"sinkbed study {study.source}{size}{chosen}"
 
 
-def _effects(found: Sequence[Found]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def _effects(effects: Sequence[Found]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and cells; columns that no effect fills are left out."""
     lines = []
-    for item in found:
+    for item in effects:
         cells = item.columns()
         lines.append(
             {
@@ -176,7 +173,7 @@ def _arms(results: Sequence[Result]) -> tuple[tuple[str, ...], list[tuple[str, .
     for arm in arms:
         values = [(mode, metric, list(figures(results, arm, metric, mode).values())) for metric, mode in columns]
         # An arm that is trained on the text alone has been measured on it once.
-        gaps = [figure for mode, metric, found in values if metric == "loss_gap" for figure in found]
+        gaps = [figure for mode, metric, each in values if metric == "loss_gap" for figure in each]
         same = first != "bos" and bool(gaps) and not any(gaps)
         cells.append(
             (arm, *("" if same and mode == "text" else spread(v, DIGITS.get(metric, 1)) for mode, metric, v in values))

@@ -5,15 +5,14 @@ from __future__ import annotations
 import html
 import io
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sinkbed.plain_text import counted, csv_text
 from sinkbed.train.config.yaml_files import read_mapping
-from sinkbed.train.report.figures import STYLE
-from sinkbed.train.report.html import document, table
+from sinkbed.train.report.figures import drawing, image
+from sinkbed.train.report.html import document, drawn, table
 from sinkbed.train.report.model_figures import figures
 from sinkbed.train.report.model_tables import Measured, scalars, tables
 from sinkbed.train.run import directory
@@ -28,37 +27,25 @@ def write(measured: Measured, folder: Path) -> Path:
     An earlier report is removed before the first file of this one is written, so that a folder never holds figures of
     two measurements. probe.json comes first and last: it says what a writer that is killed left unfinished.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     earlier = _record(folder).get("files", [])
-    directory.write_json(
-        folder / RECORD, {**measured, _UNFINISHED: True, "files": earlier}
-    )  # before figures take their time
+    record = folder / RECORD
+    directory.write_json(record, {**measured, _UNFINISHED: True, "files": earlier})  # before figures take their time
     for name in earlier:
         if Path(name).name == name:
             (folder / name).unlink(missing_ok=True)
-    directory.remove_temporaries(folder)
-    files: dict[str, str | bytes] = {}
-    for t in tables(measured):
-        files[f"{t.name}.csv"] = csv_text(t.keys or t.header, t.rows)
+    files: dict[str, str | bytes] = {f"{t.name}.csv": csv_text(t.keys or t.header, t.rows) for t in tables(measured)}
     parts = []
-    with plt.rc_context({**STYLE, "svg.fonttype": "path", "svg.hashsalt": "sinkbed"}):
+    with drawing():
         for name, title, words, figure in figures(measured):
-            vector = io.BytesIO()
-            figure.savefig(vector, format="svg", metadata={"Date": None})
-            raster = io.BytesIO()
-            figure.savefig(raster, format="png", dpi=140)
+            files |= {f"{name}.svg": (svg := image(figure, "svg")), f"{name}.png": image(figure)}
+            parts.append(drawn(title, svg, words))
             plt.close(figure)
-            files |= {f"{name}.svg": vector.getvalue(), f"{name}.png": raster.getvalue()}
-            parts.append(_section(title, words, vector.getvalue().decode()))
     files["index.html"] = _page(measured, parts)
-    directory.write_json(folder / RECORD, {**measured, _UNFINISHED: True, "files": sorted(files)})
-    for name, content in files.items():
-        directory.write_atomic(folder / name, content)
-    directory.write_json(folder / RECORD, {**measured, "files": sorted(files)})
+    directory.write_json(record, {**measured, _UNFINISHED: True, "files": sorted(files)})
+    directory.write_files(folder, files)
+    directory.write_json(record, {**measured, "files": sorted(files)})
     return folder / "index.html"
 
 
@@ -91,16 +78,6 @@ def check_writable(option: str, path: Path) -> None:
         raise ValueError(f"{option} {path}: expected a place to write to, got {above}, which cannot be written to")
 
 
-def _section(title: str, words: str, svg: str) -> str:
-    drawing = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL).replace(
-        "<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1
-    )
-    return (
-        f"<h2>{html.escape(title)}</h2><figure><div class='drawing'>{drawing}</div>"
-        f"<figcaption>{html.escape(words)}</figcaption></figure>"
-    )
-
-
 def _page(measured: Measured, figures: Sequence[str]) -> str:
     settings = measured["settings"]
     origin = counted(measured["documents"], "prompt" if settings["prompts"] else "held-out document")
@@ -119,8 +96,8 @@ def _page(measured: Measured, figures: Sequence[str]) -> str:
         if t.note and t.note not in notes:
             body.append(f'<p class="note">{html.escape(t.note)}</p>')
             notes.add(t.note)
-    given = [(name, str(value)) for name, value in settings.items() if value not in (None, [], False)]
-    body += ["<h2>Settings</h2>", table(("option", "value"), [*given, *measured["versions"].items()])]
+    options = [(name, str(value)) for name, value in settings.items() if value not in (None, [], False)]
+    body += ["<h2>Settings</h2>", table(("option", "value"), [*options, *measured["versions"].items()])]
     ending = f" (incomplete: {measured['incomplete']})" if "incomplete" in measured else ""
     return document(f"Probe of {measured['model']}{ending}", body)
 
@@ -130,16 +107,13 @@ def log_to_wandb(measured: Measured, run_dir: Path, step: int) -> str:
 
     metrics.jsonl, the record of training, is left as it is.
     """
-    import matplotlib
+    import matplotlib.pyplot as plt
     import wandb
     from PIL import Image
 
     from sinkbed.train.run.wandb import WandbConfig, finish_wandb, start_wandb
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    held = directory.lock(run_dir)
+    lock = directory.lock(run_dir)
     try:
         config = read_mapping(run_dir / directory.CONFIG)
         tracker = start_wandb(WandbConfig(**(config.get("wandb") or {})), run_dir, {})
@@ -148,12 +122,10 @@ def log_to_wandb(measured: Measured, run_dir: Path, step: int) -> str:
                 f"--wandb: expected a run with W&B, got wandb.mode: disabled in {run_dir / directory.CONFIG}"
             )
         row: dict[str, Any] = {"probe/step": step, "train/tokens": _tokens_of(run_dir, step), **scalars(measured)}
-        with plt.rc_context(dict(STYLE)):
+        with drawing():
             for name, _, words, figure in figures(measured):
-                raster = io.BytesIO()
-                figure.savefig(raster, format="png", dpi=140)
+                row[f"probe/figure/{name}"] = wandb.Image(Image.open(io.BytesIO(image(figure))), caption=words)
                 plt.close(figure)
-                row[f"probe/figure/{name}"] = wandb.Image(Image.open(raster), caption=words)
         for t in tables(measured):
             row[f"probe/table/{t.name}"] = wandb.Table(columns=list(t.header), data=t.cells())
         tracker.log_beside(row)
@@ -163,7 +135,7 @@ def log_to_wandb(measured: Measured, run_dir: Path, step: int) -> str:
         )
         finish_wandb(0)
     finally:
-        held.close()
+        lock.close()
     return f"logged to {where}"
 
 

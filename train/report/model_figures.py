@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from sinkbed.train.measure.measures import Column, Group, Layers
 from sinkbed.train.measure.modes import MODE_LABELS
-from sinkbed.train.report.figures import COLOURS, drawable, mass_scale
+from sinkbed.train.report.figures import MODE_COLOURS, drawable, mass_scale
 from sinkbed.train.report.model_tables import Measured, columns_of, last_layer, modes_of, note_of
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
@@ -93,16 +94,14 @@ def figures(measured: Measured) -> Iterator[tuple[str, str, str, Figure]]:
         )
 
 
-def _colour(mode: str) -> str:
-    return COLOURS[{"bos": 0, "text": 2, "first_key_masked": 6, "random_first": 3, "as_trained": 5}[mode]]
-
-
 # Where modes often fall on one another: with rotary positions, key 0 masked and no BOS are the same.
 _DASHED = ("first_key_masked",)
 
 
-def _style(mode: str) -> str:
-    return "o--" if mode in _DASHED else "o-"
+def _line(axis: Axes, at: Sequence[float], values: Sequence[float], mode: str) -> None:
+    """Values of a mode, under its name."""
+    style = "o--" if mode in _DASHED else "o-"
+    axis.plot(at, values, style, markersize=3, color=MODE_COLOURS[mode], linewidth=1.2, label=MODE_LABELS[mode])
 
 
 def _heads_figure(modes: Measured) -> Figure:
@@ -205,10 +204,10 @@ def _panels(measured: Measured, group: Group) -> Figure:
         drawn: list[float] = []
         for mode, result in measured[name].items():
             at, values = _points(column.values(result))
-            axis.plot(at, values, _style(mode), markersize=3, color=_colour(mode), linewidth=1.2)
+            _line(axis, at, values, mode)
             if column.error:
                 _, errors = _points(column.read(result, column.error))
-                axis.errorbar(at, values, yerr=errors, fmt="none", ecolor=_colour(mode), capsize=2, linewidth=0.8)
+                axis.errorbar(at, values, yerr=errors, fmt="none", ecolor=MODE_COLOURS[mode], capsize=2, linewidth=0.8)
             drawn += values
         axis.set_title(column.title)
         _whole_ticks(axis.xaxis)
@@ -218,7 +217,7 @@ def _panels(measured: Measured, group: Group) -> Figure:
             axis.yaxis.set_major_locator(MaxNLocator(4))
     for axis in axes[-1]:
         axis.set_xlabel("layer")
-    _mode_legend(figure, modes_of(measured, group))
+    _mode_legend(figure)
     return figure
 
 
@@ -233,13 +232,10 @@ def _points(values: Layers) -> tuple[list[int], list[float]]:
     return [layer for layer, _ in points], [value for _, value in points]
 
 
-def _mode_legend(figure: Figure, modes: Sequence[str]) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], color=_colour(m), marker="o", markersize=3, label=MODE_LABELS[m]) for m in modes]
-    for mode, handle in zip(modes, handles, strict=True):
-        handle.set_linestyle("--" if mode in _DASHED else "-")
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(modes))
+def _mode_legend(figure: Figure) -> None:
+    """A line a mode, whatever the number of plots that it is in."""
+    lines = {label: line for axis in figure.axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(lines.values()), list(lines), loc="outside upper left", ncols=len(lines))
 
 
 def _change_figure(modes: Measured, labels: Sequence[str] | None, key: str = "change") -> Figure:
@@ -277,13 +273,13 @@ def _length_figure(by_length: Measured) -> Figure:
         for mode in modes:
             values = [last_layer(of_length, name, column, mode) for of_length in by_length.values()]
             points = [math.nan if value is None else value for value in values]  # of a probe that was interrupted
-            axis.plot(lengths, points, _style(mode), markersize=3, color=_colour(mode), linewidth=1.2)
+            _line(axis, lengths, points, mode)
         axis.set_title(column.title)
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [str(length) for length in lengths])
     for axis in axes[-1]:
         axis.set_xlabel("tokens")
-    _mode_legend(figure, modes)
+    _mode_legend(figure)
     return figure
 
 
@@ -293,7 +289,9 @@ def _position_figure(positions: Measured) -> Figure:
     figure, axis = plt.subplots(figsize=(6.5, 3.6))
     for mode, spans in positions.items():
         values = [s["perplexity"] for s in spans]
-        axis.plot(range(len(spans)), values, _style(mode), markersize=4, color=_colour(mode), label=MODE_LABELS[mode])
+        axis.plot(
+            range(len(spans)), values, _style(mode), markersize=4, color=MODE_COLOURS[mode], label=MODE_LABELS[mode]
+        )
     spans = next(iter(positions.values()))
     axis.set_xticks(range(len(spans)), [f"{s['start']}–{s['end'] - 1}" for s in spans])
     axis.set_yscale("log")
@@ -311,8 +309,8 @@ def _streaming_figure(streaming: Measured) -> Figure:
     for index, (mode, lines) in enumerate(streaming.items()):
         cached = [line for line in lines if line["cached"]]
         at = [i + (index - (len(modes) - 1) / 2) * 0.8 / len(modes) for i in range(len(cached))]
-        axis.bar(at, [s["loss"] for s in cached], 0.76 / len(modes), color=_colour(mode), label=MODE_LABELS[mode])
-        axis.axhline(lines[0]["loss"], color=_colour(mode), linestyle="--", linewidth=1)
+        axis.bar(at, [s["loss"] for s in cached], 0.76 / len(modes), color=MODE_COLOURS[mode], label=MODE_LABELS[mode])
+        axis.axhline(lines[0]["loss"], color=MODE_COLOURS[mode], linestyle="--", linewidth=1)
         axis.set_xticks(range(len(cached)), [f"{s['kept']} + {s['window']}" for s in cached])
     losses = [s["loss"] for lines in streaming.values() for s in lines]
     axis.set_ylim(0.9 * min(losses), max(losses) * 1.03)
@@ -340,10 +338,15 @@ def _checkpoint_figure(checkpoints: Measured) -> Figure:
         for mode in modes:
             values = [read(p["modes"][mode], mode) for p in points]
             axis.plot(
-                [p["tokens"] for p in points], values, _style(mode), markersize=3, color=_colour(mode), linewidth=1.2
+                [p["tokens"] for p in points],
+                values,
+                _style(mode),
+                markersize=3,
+                color=MODE_COLOURS[mode],
+                linewidth=1.2,
             )
         axis.set_xscale("symlog", linthresh=least)
         axis.set_title(title)
         axis.set_xlabel("tokens seen")
-    _mode_legend(figure, modes)
+    _mode_legend(figure)
     return figure

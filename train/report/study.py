@@ -8,22 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sinkbed.plain_text import console, markdown, markdown_table, visible
+from sinkbed.plain_text import console, csv_of, markdown, markdown_table, visible
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.report.result import Result, load_result
 from sinkbed.train.report.tables import (
+    COLUMNS,
     STRATEGY,
     Section,
     SummaryRow,
     caption,
     effects_csv,
+    parquet,
     rows_of,
     sections,
     summarise,
     table_of,
-    to_csv,
     verdicts,
-    write_parquet,
 )
 from sinkbed.train.run import directory
 
@@ -79,33 +79,30 @@ def write_report(
         track: send the tables to W&B too, as a run of the study's group.
     """
     from sinkbed.train.report.effects import check
-    from sinkbed.train.report.figures import write_figures
-    from sinkbed.train.report.html import write_page
+    from sinkbed.train.report.figures import study_figures
+    from sinkbed.train.report.html import page
 
     tell_missing(missing)
     folder = study.out / "report"
-    folder.mkdir(parents=True, exist_ok=True)
-    directory.remove_temporaries(folder)
     note = caption(results, study.published_source if study.published else "")
     absent = [f"Not in it: {what}." for what in missing]
-    summary, rows, found = (
-        summarise(results, study.published),
-        rows_of(results),
-        check(results, study.effects, study.published),
-    )
-    more = sections(results, found)
-    directory.write_atomic(folder / "table.csv", to_csv(rows))
-    directory.write_atomic(folder / "table.md", to_markdown(study.title, summary, "\n\n".join([note, *absent]), more))
-    if found:
-        directory.write_atomic(folder / "effects.csv", effects_csv(found))
-    else:
+    summary, rows = summarise(results, study.published), rows_of(results)
+    effects = check(results, study.effects, study.published)
+    more = sections(results, effects)
+    files: dict[str, str | bytes] = {
+        "table.csv": csv_of(rows, COLUMNS),
+        "table.md": to_markdown(study.title, summary, "\n\n".join([note, *absent]), more),
+        **({"effects.csv": effects_csv(effects)} if effects else {}),
+        **parquet(results, rows),
+        **study_figures(results),
+        "index.html": page(study, results, summary, note, more, absent),
+    }
+    directory.write_files(folder, files)
+    if not effects:
         (folder / "effects.csv").unlink(missing_ok=True)
-    write_parquet(results, rows, folder)
-    write_figures(results, folder)
-    write_page(study, results, summary, note, more, absent, folder / "index.html")
     print_table(study.title, summary, note)
-    if found:
-        print("\n".join(verdicts(found)))
+    if effects:
+        print("\n".join(verdicts(effects)))
     seconds = [r.final["seconds"] for r in results]
     training = sum(s["training"] for s in seconds)
     measuring = sum(s["measuring_live"] + s["measuring_final"] for s in seconds)
@@ -114,8 +111,8 @@ def write_report(
         from sinkbed.train.study.sweep import log_summary
 
         header, cells = table_of(summary)
-        shown = [dict(zip(header, line, strict=True)) for line in cells]
-        log_summary(study, runs, {"table": shown, "effects": [item.record() for item in found], "runs": rows})
+        table = [dict(zip(header, line, strict=True)) for line in cells]
+        log_summary(study, runs, {"table": table, "effects": [item.record() for item in effects], "runs": rows})
     print(f"report: {folder / 'index.html'} (also table.csv, table.md, *.parquet, *.png beside it)")
     return folder
 
@@ -125,15 +122,15 @@ def of_all_seeds(study: StudyConfig) -> list[ArmRun]:
     from sinkbed.train.study.arms import plan
 
     more = {seed for _, _, seed in load_folder(study.out)} - set(study.seeds)
-    found = plan(dataclasses.replace(study, seeds=[*study.seeds, *sorted(more)]))
-    done = {r.seed for r in found if r.status() == "finished"}
-    return [r for r in found if r.seed in done or r.seed in study.seeds]
+    runs = plan(dataclasses.replace(study, seeds=[*study.seeds, *sorted(more)]))
+    done = {r.seed for r in runs if r.status() == "finished"}
+    return [r for r in runs if r.seed in done or r.seed in study.seeds]
 
 
 def load_folder(folder: Path) -> list[tuple[Path, str, int]]:
     """(run directory, arm, seed) of the finished runs of a folder: a run, a study, or a folder of runs."""
     below = (folder, *sorted(folder.glob("*/")), *sorted(folder.glob("runs/*/")))
-    found = []
+    runs = []
     for path in below:
         if (path / directory.MEASUREMENT).is_file() and (path / directory.CONFIG).is_file():
             arm, seed = path.name, 0
@@ -141,8 +138,8 @@ def load_folder(folder: Path) -> list[tuple[Path, str, int]]:
                 seed = read_mapping(path / directory.CONFIG)["data"]["seed"]
                 record = directory.read_json(path / "arm.json") if (path / "arm.json").is_file() else {}
                 arm, seed = record.get("arm", arm), record.get("seed", seed)
-            found.append((path, arm, seed))
-    return found
+            runs.append((path, arm, seed))
+    return runs
 
 
 def split_finished(runs: Sequence[ArmRun]) -> tuple[list[ArmRun], list[Result], list[str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sinkbed.plain_text import csv_of
@@ -22,7 +21,6 @@ from sinkbed.train.report.effects import (
 )
 from sinkbed.train.report.intervals import Interval, paired
 from sinkbed.train.report.result import Result, describe, mean, spread
-from sinkbed.train.run.directory import write_atomic
 
 if TYPE_CHECKING:
     from sinkbed.train.study.file import Published
@@ -324,18 +322,13 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 6)
 
 
-def to_csv(rows: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
-    """table.csv, or another table of its kind."""
-    return csv_of(rows, columns)
-
-
-def effects_csv(found: Sequence[Found]) -> str:
+def effects_csv(effects: Sequence[Found]) -> str:
     """effects.csv."""
-    rows = [item.record() for item in found]
-    return to_csv(rows, tuple(rows[0]))
+    rows = [item.record() for item in effects]
+    return csv_of(rows, tuple(rows[0]))
 
 
-def write_parquet(results: Sequence[Result], rows: Sequence[dict[str, Any]], folder: Path) -> None:
+def parquet(results: Sequence[Result], rows: Sequence[dict[str, Any]]) -> dict[str, bytes]:
     """table.parquet, the rows of table.csv, and curves.parquet, every number measured or logged during training."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -347,7 +340,9 @@ def write_parquet(results: Sequence[Result], rows: Sequence[dict[str, Any]], fol
     ]
     names = list(dict.fromkeys(name for point in points for name in point))
     curves = [{name: point.get(name) for name in names} for point in points]
+    files = {}
     for name, content in (("table", list(rows)), ("curves", curves)):
         buffer = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(content), buffer)
-        write_atomic(folder / f"{name}.parquet", buffer.getvalue().to_pybytes())
+        files[f"{name}.parquet"] = buffer.getvalue().to_pybytes()
+    return files

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -151,6 +151,13 @@ def remove_temporaries(folder: Path) -> None:
     """Remove what a kill in the middle of `write_atomic` left in a folder that no other process writes to."""
     for path in folder.glob(".*.partial"):
         path.unlink()
+
+
+def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    """Write files by name, each whole or not at all, to a folder that no other process writes to."""
+    remove_temporaries(folder)
+    for name, content in files.items():
+        write_atomic(folder / name, content)
 
 
 class _Dumper(yaml.SafeDumper):
