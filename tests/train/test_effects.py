@@ -121,7 +121,6 @@ def test_onsets_are_of_the_runs_that_reached_one():
 def test_a_token_placed_at_position_0_is_measured_at_key_0():
     assert figure(result("a", 0, 30, 3, placed=70), "sink_rate_placed", "bos") == 70
     assert figure(result("a", 0, 30, 3), "sink_rate_placed", "bos") == 30
-    assert figure(result("a", 0, 30, 3, first_token=["bos", "none"]), "sink_rate_placed", "bos") == 30
     for other in ("none", "random", ["none", "bos"], ["bos", "bos"]):
         assert figure(result("a", 0, 30, 3, first_token=other), "sink_rate_placed", "bos") is None
     assert figure(result("a", 0, 30, 3), "sink_rate_placed", "text") is None, "the text places none"

@@ -100,7 +100,7 @@ def page(
         "see it alone. Measured on fewer documents than the table.</figcaption>",
         "<h2>Sink mass while training</h2>",
         _plot(_curves(results, "sink/mass/{}", "mean attention on key 0")),
-        drawn("Validation loss per inference mode", *study_figures(results, "loss", kind="svg").values()),
+        drawn("Validation loss per inference mode", study_figures(results, "loss", kind="svg")["loss.svg"]),
         "<h2>Where the sink sits</h2>",
         _plot(_heatmaps(results)),
         "<figcaption>Mean attention on key 0, layers down, heads across, first seed; from left to right: "

@@ -289,9 +289,7 @@ def _position_figure(positions: Measured) -> Figure:
     figure, axis = plt.subplots(figsize=(6.5, 3.6))
     for mode, spans in positions.items():
         values = [s["perplexity"] for s in spans]
-        axis.plot(
-            range(len(spans)), values, _style(mode), markersize=4, color=MODE_COLOURS[mode], label=MODE_LABELS[mode]
-        )
+        _line(axis, range(len(spans)), values, mode)
     spans = next(iter(positions.values()))
     axis.set_xticks(range(len(spans)), [f"{s['start']}–{s['end'] - 1}" for s in spans])
     axis.set_yscale("log")
@@ -337,14 +335,7 @@ def _checkpoint_figure(checkpoints: Measured) -> Figure:
     for axis, (title, read) in zip(axes, panels, strict=True):
         for mode in modes:
             values = [read(p["modes"][mode], mode) for p in points]
-            axis.plot(
-                [p["tokens"] for p in points],
-                values,
-                _style(mode),
-                markersize=3,
-                color=MODE_COLOURS[mode],
-                linewidth=1.2,
-            )
+            _line(axis, [p["tokens"] for p in points], values, mode)
         axis.set_xscale("symlog", linthresh=least)
         axis.set_title(title)
         axis.set_xlabel("tokens seen")
