@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sinkbed.plain_text import counted
 from sinkbed.progress import loading
+from sinkbed.ranges import check_number
 from sinkbed.train.measure.measures import MEASURES, measures
 from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.run import directory
@@ -151,25 +152,28 @@ def _check_arguments(arguments: Any, names: set[str]) -> None:
     for key in arguments.keys:
         if not 0 <= key < arguments.sink_tokens - 1:
             raise ValueError(
-                f"--keys: got {key}, expected 0 to {arguments.sink_tokens - 2}, so that a later query among the "
-                f"first --sink_tokens {arguments.sink_tokens} can look at it; give another key, or raise --sink_tokens"
+                f"--keys: expected 0 to {arguments.sink_tokens - 2}, got {key}, so that a later query among the first "
+                f"--sink_tokens {arguments.sink_tokens} can look at it; give another key, or raise --sink_tokens"
             )
-    for name in ("mixing_documents", "jacobian_documents", "batch_tokens", "documents"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name}: got {getattr(arguments, name)}, expected at least 1")
-    if arguments.length is not None and arguments.length < 2:
-        raise ValueError(f"--length: got {arguments.length}, expected at least 2 tokens")
+    at_least = {
+        "mixing_documents": 1,
+        "jacobian_documents": 1,
+        "batch_tokens": 1,
+        "documents": 1,
+        "length": 2,
+        "cache": 1,
+    }
+    for name, least in at_least.items():
+        if getattr(arguments, name) is not None:
+            check_number(f"--{name}", getattr(arguments, name), least=least)
     for length in arguments.lengths:
-        if length < 8:
-            raise ValueError(f"--lengths: got {length}, expected at least 8 tokens")
-    if arguments.cache is not None and arguments.cache < 1:
-        raise ValueError(f"--cache: got {arguments.cache}, expected at least 1 key")
+        check_number("--lengths", length, least=8)
     if arguments.lengths and not names & measures("mixing").keys():
         raise ValueError(
             f"--lengths: expected a --measure that it applies to ({', '.join(measures('mixing'))}), got none"
         )
     if names.difference(OTHERS) and arguments.sink_tokens < 8:
-        raise ValueError(f"--sink_tokens: got {arguments.sink_tokens}, expected at least 8 for states and mixing")
+        raise ValueError(f"--sink_tokens: expected at least 8 for states and mixing, got {arguments.sink_tokens}")
     if arguments.change is not None and arguments.prompts is None:
         raise ValueError("--change: expected --prompts, whose first text holds the word, got none")
 
@@ -179,14 +183,14 @@ def _check_subject(subject: Subject, arguments: Any) -> None:
     prefix = subject.strategy.prefix_lm
     if prefix and any(arguments.keys):
         raise ValueError(
-            f"--keys: got {max(arguments.keys)} for a prefix LM (strategy.prefix_lm={prefix}), where only the first "
-            "key is measured; expected 0, or leave --keys out"
+            f"--keys: expected 0 for a prefix LM (strategy.prefix_lm={prefix}), where only the first key is measured, "
+            f"got {max(arguments.keys)}; leave --keys out"
         )
     length = max([arguments.length or 0, *(n + 1 for n in arguments.lengths)])
     if subject.longest is not None and length > subject.longest:
         raise ValueError(
-            f"--length: got {length}, expected at most {subject.longest}, the max_position_embeddings of "
-            f"{subject.name}; lower it, or where the model computes its positions, raise that in a copy of its "
+            f"--length: expected at most {subject.longest}, the max_position_embeddings of {subject.name}, got "
+            f"{length}; lower it, or where the model computes its positions, raise that in a copy of its "
             "config.json"
         )
     for name in ("checkpoints", "wandb"):
@@ -205,8 +209,8 @@ def _check_lengths(
     longest = max(map(len, probe.documents))
     if arguments.lengths and max(arguments.lengths) > longest:
         raise ValueError(
-            f"--lengths: got {max(arguments.lengths)}, expected at most {longest}, the tokens of the longest "
-            f"document (cropped to --length {limit} with room for BOS); give longer ones, or lower it"
+            f"--lengths: expected at most {longest}, the tokens of the longest document (cropped to --length {limit} "
+            f"with room for BOS), got {max(arguments.lengths)}; give longer ones, or lower it"
         )
     if "streaming" in names:
         if not any(mode != "first_key_masked" for mode in modes):

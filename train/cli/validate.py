@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from sinkbed.plain_text import counted
 from sinkbed.train.config.yaml_files import read_mapping
+from sinkbed.train.measure.model import of_run
 from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.run import directory
-from sinkbed.train.run.load import load_decoder, open_run, run_tokenizer
 
 if TYPE_CHECKING:
     from sinkbed.train.measure.modes import InferenceMode
@@ -31,7 +31,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, help="also write every figure, per layer and head, to this file")
     arguments = parser.parse_args(list(argv))
 
-    checkpoint, folder = open_run(arguments.run)  # first: a path that is none is answered before torch is imported
+    subject = of_run(arguments.run, arguments.store)
+    assert subject.run_dir is not None and subject.store is not None and subject.context_length is not None
     from sinkbed.data.store.token_store import TokenStore
     from sinkbed.progress import Steps
     from sinkbed.train.loop.settings import use_threads
@@ -40,7 +41,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     from sinkbed.train.measure.modes import check_modes
     from sinkbed.train.measure.sinks import measure, measurement_table
 
-    config = read_mapping(folder / directory.CONFIG)
+    config = read_mapping(subject.run_dir / directory.CONFIG)
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["measure"].items()}
     if arguments.documents is not None:
         settings |= {"documents": arguments.documents, "live_documents": 1}
@@ -48,22 +49,19 @@ def run(command: str, argv: Sequence[str]) -> int:
         settings |= {"modes": check_modes(arguments.modes)}
     measuring = MeasureConfig(**settings)
     use_threads(arguments.threads)
-    decoder, strategy = load_decoder(checkpoint)
-    identity = checkpoint["sinkbed"]
-    run_tokenizer(identity, arguments.store)
-    store = TokenStore.open(arguments.store or Path(identity["store"]), "validation")
+    store = TokenStore.open(subject.store, "validation")
     store.verify()
-    probe = Probe.from_store(store, identity["context_length"], measuring)
+    probe = Probe.from_store(store, subject.context_length, measuring)
     results: dict[InferenceMode, ModeResult] = {}
     steps = Steps()
     for mode in measuring.modes:
 
         def step(mode: InferenceMode = mode) -> None:
-            results[mode] = measure(decoder, probe, mode, strategy, measuring)
+            results[mode] = measure(subject.model, probe, mode, subject.strategy, measuring)
 
         steps.add(f"sinks, mode {mode}", len(probe.documents), step)
     steps.run()
-    print(measurement_table(checkpoint["global_step"], results, measuring.sink_tokens))
+    print(measurement_table(subject.step, results, measuring.sink_tokens))
     if len(probe.documents) < measuring.documents:
         print(
             f"asked for {counted(measuring.documents, 'document')}; the validation split has {len(probe.documents)} of "

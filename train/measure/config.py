@@ -49,7 +49,7 @@ class MeasureConfig:
         check_number("measure.onset_rate", self.onset_rate, above=0, most=100)
         if (self.state_points or self.mixing_points) and self.sink_tokens < 8:
             raise ValueError(
-                f"measure.sink_tokens: got {self.sink_tokens} with state_points or mixing_points, expected at least 8"
+                f"measure.sink_tokens: expected at least 8 with state_points or mixing_points, got {self.sink_tokens}"
             )
         if self.sink_tokens < 2:
             raise ValueError(f"measure.sink_tokens: expected at least 2, got {self.sink_tokens}")
@@ -74,8 +74,8 @@ class MeasureConfig:
         last = max((i for i, what in enumerate(leading_tokens(mode, strategy)) if what != "none"), default=0)
         if last >= self.sink_tokens:
             raise ValueError(
-                f"strategy.first_token: got a token placed at position {last}, expected one before "
-                f"measure.sink_tokens={self.sink_tokens}, so that every document of the probe reaches it"
+                f"strategy.first_token: expected tokens placed before measure.sink_tokens={self.sink_tokens}, so that "
+                f"every document of the probe reaches them, got one at position {last}"
             )
 
     def steps(self, max_steps: int, points: int | None = None) -> list[int]:

@@ -82,7 +82,9 @@ def check_model(arguments: Any) -> bool:
 def load(arguments: Any) -> Subject:
     """The model that `arguments.model` names, its weights not yet read if it is one of Hugging Face. Raises as
     `check_model`, and ValueError for files that are damaged or no causal language model."""
-    return _ours(Path(arguments.model), arguments) if check_model(arguments) else _hugging_face(arguments)
+    if check_model(arguments):
+        return of_run(Path(arguments.model), arguments.store, arguments.bos)
+    return _hugging_face(arguments)
 
 
 def _check_hub_name(path: Path, name: str) -> None:
@@ -112,21 +114,24 @@ def _check_hub_name(path: Path, name: str) -> None:
         ) from None
 
 
-def _ours(path: Path, arguments: Any) -> Subject:
+def of_run(path: Path, store: Path | None, bos: str | None = None) -> Subject:
+    """A run of ours, or one of its checkpoints.
+
+    Args:
+        store: where its text is; None: the token store that it was trained on.
+        bos: token that serves as BOS; None: the tokenizer's.
+    """
     from sinkbed.train.run.load import load_decoder, open_run, run_tokenizer
 
     checkpoint, run_dir = open_run(path)
     decoder, strategy = load_decoder(checkpoint)
     identity = checkpoint["sinkbed"]
-    tokenizer = run_tokenizer(identity, arguments.store)
-    bos = tokenizer.bos_id
-    if arguments.bos is not None:
-        bos = _token_id(tokenizer.backend.token_to_id(arguments.bos), arguments.bos, path)
+    tokenizer = run_tokenizer(identity, store)
     return Subject(
         name=f"{path}, step {checkpoint['global_step']}",
         load_model=lambda: decoder,
         strategy=strategy,
-        bos_id=bos,
+        bos_id=tokenizer.bos_id if bos is None else _token_id(tokenizer.backend.token_to_id(bos), bos, path),
         eos_id=tokenizer.eos_id,
         special_ids=frozenset(tokenizer.special_ids),
         encode=tokenizer.encode,
@@ -134,7 +139,7 @@ def _ours(path: Path, arguments: Any) -> Subject:
         token_bytes=tokenizer.token_bytes,
         context_length=identity["context_length"],
         longest=None,
-        store=arguments.store or Path(identity["store"]),
+        store=store or Path(identity["store"]),
         run_dir=run_dir,
         step=checkpoint["global_step"],
     )
@@ -159,8 +164,8 @@ def _hugging_face(arguments: Any) -> Subject:
     tokenizer = HFModel.tokenizer(name, **where)
     bos = tokenizer.bos_token_id
     if arguments.bos is not None:
-        found = tokenizer.convert_tokens_to_ids(arguments.bos)
-        bos = _token_id(None if found == tokenizer.unk_token_id else found, arguments.bos, name)
+        token = tokenizer.convert_tokens_to_ids(arguments.bos)
+        bos = _token_id(None if token == tokenizer.unk_token_id else token, arguments.bos, name)
     size, context_length = config.vocab_size, getattr(config, "max_position_embeddings", None)
 
     def load_model() -> HFModel:
@@ -183,10 +188,10 @@ def _hugging_face(arguments: Any) -> Subject:
     )
 
 
-def _token_id(found: int | None, token: str, where: object) -> int:
-    if found is None:
-        raise ValueError(f"--bos: got {token!r}, which is no token of {where}; expected one of its vocabulary")
-    return found
+def _token_id(token_id: int | None, token: str, where: object) -> int:
+    if token_id is None:
+        raise ValueError(f"--bos: expected a token of the vocabulary of {where}, got {token!r}")
+    return token_id
 
 
 def texts(arguments: Any, subject: Subject) -> Iterator[str]:
@@ -234,11 +239,11 @@ def probe_of(subject: Subject, documents: Iterator[str], limit: int, config: Mea
 
     chosen, longest = [], 0
     for text in documents:
-        whole = subject.encode(text)
-        ids = whole[: limit - 1]
+        every = subject.encode(text)
+        ids = every[: limit - 1]
         longest = max(longest, len(ids))
         if len(ids) >= config.sink_tokens:
-            _check_bytes(subject, whole)
+            _check_bytes(subject, every)
             chosen.append(torch.tensor(ids))
         if len(chosen) == config.documents:
             break
@@ -266,17 +271,17 @@ def changed_prompt(subject: Subject, arguments: Any) -> tuple[list[int], list[in
     old, new = arguments.change
     prompt = next(texts(arguments, subject))
     if old not in prompt:
-        raise ValueError(f"--change: got no {old!r} in the first prompt, {prompt[:60]!r} …; expected a word of it")
+        raise ValueError(f"--change: expected a word of the first prompt, {prompt[:60]!r} …, got {old!r}")
     before, after = subject.encode(prompt), subject.encode(prompt.replace(old, new, 1))
     if len(before) != len(after):
         raise ValueError(
-            f"--change: got {len(before)} tokens with {old!r} and {len(after)} with {new!r}, expected as many; "
+            f"--change: expected as many tokens, got {len(before)} with {old!r} and {len(after)} with {new!r}; "
             "choose a word of as many tokens"
         )
     before, after = before[: arguments.sink_tokens], after[: arguments.sink_tokens]
     if before == after:
         raise ValueError(
-            f"--change: got {old!r} past the first {arguments.sink_tokens} tokens of the prompt, expected it among "
+            f"--change: expected a word among the first {arguments.sink_tokens} tokens of the prompt, got {old!r} past "
             "them; raise --sink_tokens"
         )
     return before, after
@@ -305,7 +310,7 @@ def _check_bytes(subject: Subject, ids: list[int]) -> None:
     """Refuse a tokenizer whose tokens do not make up their text byte by byte, which bits per byte rests on."""
     size = len(subject.token_bytes)
     if max(ids) >= size:
-        raise ValueError(f"{subject.name}: got token {max(ids)} in the text, expected ids below {size}, its embeddings")
+        raise ValueError(f"{subject.name}: expected token ids below {size}, its embeddings, got {max(ids)} in the text")
     counted = sum(int(subject.token_bytes[index]) for index in ids)
     # What a second copy adds: decoders drop the space that they put before a text, but not one inside it.
     once, twice = (len(subject.decode(read).encode()) for read in (ids, ids + ids))

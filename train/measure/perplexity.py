@@ -89,17 +89,17 @@ def check_cache(longest: int, cache: int, kept: Sequence[int], strategy: Strateg
     that holds more than the strategy's own window."""
     if strategy.window is not None and cache > strategy.window:
         raise ValueError(
-            f"cache: got {cache} keys for a model trained with a window of {strategy.window}, expected at most as "
-            "many: a larger one would show it keys that it never saw"
+            f"cache: expected at most {strategy.window} keys, the window that the model was trained with, got {cache}, "
+            "which would show it keys that it never saw"
         )
     if longest <= cache + 1:
         raise ValueError(
-            f"cache: got {cache} keys, expected fewer than the longest document has tokens ({longest}), less one; "
+            f"cache: expected fewer keys than the longest document has tokens ({longest}), less one, got {cache}; "
             "give longer documents, or a smaller cache"
         )
     for k in kept:
         if not 0 <= k < cache:
-            raise ValueError(f"kept first keys: got {k}, expected 0 to {cache - 1}, fewer than the cache of {cache}")
+            raise ValueError(f"kept first keys: expected 0 to {cache - 1}, fewer than the cache of {cache}, got {k}")
 
 
 def streaming(

@@ -72,8 +72,8 @@ def reference_mode(modes: Iterable[str]) -> str | None:
 
 def figures(results: Sequence[Result], arm: str, metric: str, mode: str) -> dict[int, float]:
     """Seed -> figure of an arm, where there is one."""
-    found = {r.seed: figure(r, metric, mode) for r in results if r.arm == arm}
-    return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
+    values = {r.seed: figure(r, metric, mode) for r in results if r.arm == arm}
+    return {seed: value for seed, value in values.items() if value is not None and math.isfinite(value)}
 
 
 def check_measured(study: StudyConfig, runs: Sequence[ArmRun]) -> None:
@@ -91,7 +91,7 @@ def check_measured(study: StudyConfig, runs: Sequence[ArmRun]) -> None:
 
 
 @dataclass(frozen=True)
-class Found:
+class Outcome:
     """What became of an expected effect."""
 
     effect: Effect
@@ -178,9 +178,9 @@ def signed(value: float, digits: int) -> str:
     return text if text.startswith("−") or float(text) == 0 else f"+{text}"
 
 
-def check(results: Sequence[Result], effects: Sequence[Effect], published: Published) -> list[Found]:
+def check(results: Sequence[Result], effects: Sequence[Effect], published: Published) -> list[Outcome]:
     """Every expected effect against what the runs gave, by differences of the same seeds."""
-    found = []
+    outcomes = []
     for effect in effects:
         arm, mode = effect.other
         ours = figures(results, effect.arm, effect.metric, effect.mode)
@@ -188,8 +188,8 @@ def check(results: Sequence[Result], effects: Sequence[Effect], published: Publi
         both = same_documents(results, effect.arm, arm)
         both = both and same_targets(results, effect.metric, (effect.arm, effect.mode), (arm, mode))
         difference = paired(ours, theirs) if both else None
-        found.append(
-            Found(
+        outcomes.append(
+            Outcome(
                 effect,
                 Interval.of(list(ours.values())) if ours else None,
                 Interval.of(list(theirs.values())) if theirs else None,
@@ -198,12 +198,12 @@ def check(results: Sequence[Result], effects: Sequence[Effect], published: Publi
                 _named(verdict(difference, effect.expected, effect.tolerance), effect),
             )
         )
-    return found
+    return outcomes
 
 
-def _named(found: str, effect: Effect) -> str:
+def _named(verdict: str, effect: Effect) -> str:
     """A verdict; what nobody has published cannot be reproduced."""
-    return found if effect.source else found.replace("reproduced", "as expected")
+    return verdict if effect.source else verdict.replace("reproduced", "as expected")
 
 
 def same_targets(results: Sequence[Result], metric: str, *cells: tuple[str, str]) -> bool:
@@ -213,13 +213,13 @@ def same_targets(results: Sequence[Result], metric: str, *cells: tuple[str, str]
     """
     if metric not in ("loss", "bits_per_byte", "loss_gap"):
         return True
-    found = {
+    documents = {
         r.final["modes"][mode]["tokens"]
         for r in results
         for arm, mode in cells
         if r.arm == arm and mode in r.final["modes"]
     }
-    return len(found) <= 1
+    return len(documents) <= 1
 
 
 def same_documents(results: Sequence[Result], *arms: str) -> bool:

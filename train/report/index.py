@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from sinkbed.plain_text import markdown, markdown_table
 from sinkbed.train.measure.modes import MODE_LABELS
-from sinkbed.train.report.effects import DIGITS, LABELS, Found, check, figures, reference_mode
+from sinkbed.train.report.effects import DIGITS, LABELS, Outcome, check, figures, reference_mode
 from sinkbed.train.report.result import Result, spread
 from sinkbed.train.report.tables import circumstances, definitions, made_by
 from sinkbed.train.run import directory
@@ -106,13 +106,13 @@ def _earlier(path: Path) -> dict[str, tuple[str, list[str]]]:
     return earlier
 
 
-def counts(effects: Sequence[Found]) -> str:
+def counts(effects: Sequence[Outcome]) -> str:
     """How many effects came to which verdict."""
     verdicts = [item.verdict for item in effects]
     return ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
 
 
-def _section(study: StudyConfig, name: str, results: Sequence[Result], effects: Sequence[Found]) -> list[str]:
+def _section(study: StudyConfig, name: str, results: Sequence[Result], effects: Sequence[Outcome]) -> list[str]:
     seconds = sum(sum(r.final["seconds"].values()) for r in results)
     title = markdown(study.title)
     lines = [f"## {name}", "", f"**{title}** {markdown(study.question)}".rstrip(), ""]
@@ -138,7 +138,7 @@ def _command(study: StudyConfig, results: Sequence[Result]) -> str:
     return f"sinkbed study {study.source}{size}{chosen}"
 
 
-def _effects(effects: Sequence[Found]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def _effects(effects: Sequence[Outcome]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and cells; columns that no effect fills are left out."""
     lines = []
     for item in effects:

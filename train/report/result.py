@@ -30,10 +30,10 @@ class Result:
 
     def value(self, mode: str, key: str) -> float:
         """A figure of the final measurement: `loss`, `bits_per_byte`, `mass`, or an eps for a sink rate."""
-        found = self.final["modes"][mode]
-        if key in found["rate"]:
-            return mean(found["rate"][key])
-        value = found[key]
+        measured = self.final["modes"][mode]
+        if key in measured["rate"]:
+            return mean(measured["rate"][key])
+        value = measured[key]
         return float(value) if isinstance(value, int | float) else mean(value)
 
 
@@ -104,11 +104,11 @@ def fixed(value: float, digits: int) -> str:
     return (text.lstrip("-") if float(text) == 0 else text).replace("-", "−")
 
 
-def spread(found: Interval | Sequence[float] | None, digits: int, *, sign: bool = False) -> str:
+def spread(figures: Interval | Sequence[float] | None, digits: int, *, sign: bool = False) -> str:
     """Mean and the half-width of its 95 % interval; of one run, that it is one."""
-    if found is None or (not isinstance(found, Interval) and not found):
+    if figures is None or (not isinstance(figures, Interval) and not figures):
         return ""
-    interval = found if isinstance(found, Interval) else Interval.of(found)
+    interval = figures if isinstance(figures, Interval) else Interval.of(figures)
     mean = fixed(interval.mean, digits)
     if sign and not mean.startswith("−") and float(mean) != 0:
         mean = f"+{mean}"

@@ -12,7 +12,6 @@ from sinkbed.plain_text import console, csv_of, markdown, markdown_table, visibl
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.report.result import Result, load_result
 from sinkbed.train.report.tables import (
-    COLUMNS,
     STRATEGY,
     Section,
     SummaryRow,
@@ -90,7 +89,7 @@ def write_report(
     effects = check(results, study.effects, study.published)
     more = sections(results, effects)
     files: dict[str, str | bytes] = {
-        "table.csv": csv_of(rows, COLUMNS),
+        "table.csv": csv_of(rows, tuple(rows[0])),
         "table.md": to_markdown(study.title, summary, "\n\n".join([note, *absent]), more),
         **({"effects.csv": effects_csv(effects)} if effects else {}),
         **parquet(results, rows),

@@ -12,7 +12,7 @@ from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.effects import (
     DIGITS,
     LABELS,
-    Found,
+    Outcome,
     figure,
     figures,
     reference_mode,
@@ -85,7 +85,7 @@ def summarise(results: Sequence[Result], published: Published) -> list[SummaryRo
         of_arm = [r for r in results if r.arm == arm]
         mask, bos = describe(of_arm[0].strategy)
         for mode in of_arm[0].final["modes"]:
-            theirs = published.get(arm, {}).get(mode)
+            reported = published.get(arm, {}).get(mode)
             reference = reference_mode(of_arm[0].final["modes"])
             gap = list(figures(results, arm, "loss_gap", mode).values()) if mode != reference else []
             rows.append(
@@ -98,7 +98,7 @@ def summarise(results: Sequence[Result], published: Published) -> list[SummaryRo
                     mass=spread([r.value(mode, "mass") for r in of_arm], 3),
                     loss=spread([r.value(mode, "loss") for r in of_arm], 3),
                     gap=spread(gap, 3),
-                    published=" / ".join("–" if x is None else f"{x:.2f}" for x in theirs) if theirs else "",
+                    published=" / ".join("–" if x is None else f"{x:.2f}" for x in reported) if reported else "",
                 )
             )
     return rows
@@ -161,21 +161,21 @@ def made_by(results: Sequence[Result]) -> str:
     return describe_provenance([made for r in results for made in r.made_by], sum(not r.made_by for r in results))
 
 
-def sections(results: Sequence[Result], found: Sequence[Found]) -> list[Section]:
+def sections(results: Sequence[Result], effects: Sequence[Outcome]) -> list[Section]:
     """Effects, arms and differences, each where there is something to say."""
-    parts = [_effects(found)] if found else []
+    parts = [_effects(effects)] if effects else []
     parts.append(_arms(results))
     pairs = _pairs(results)
     return parts + ([pairs] if pairs is not None else [])
 
 
-def _effects(found: Sequence[Found]) -> Section:
-    lines = [item.columns() for item in found]
+def _effects(effects: Sequence[Outcome]) -> Section:
+    lines = [item.columns() for item in effects]
     # What is read first, on a narrow screen too.
     first = ("effect", "verdict", "figure", "difference", "expected")
     order = (*first, *(name for name in lines[0] if name not in first))
     header = tuple(name for name in order if any(line[name] for line in lines))
-    counts = {v: sum(item.verdict == v for item in found) for v in dict.fromkeys(item.verdict for item in found)}
+    counts = {v: sum(item.verdict == v for item in effects) for v in dict.fromkeys(item.verdict for item in effects)}
     return Section(
         "Expected effects",
         header,
@@ -230,91 +230,70 @@ def _pairs(results: Sequence[Result]) -> Section | None:
     for a, b in itertools.combinations(arms, 2):
         if not same_documents(results, a, b):
             continue
-        found = [
+        differences = [
             paired(values[a, c], values[b, c]) if same_targets(results, c[0], (a, c[1]), (b, c[1])) else None
             for c in columns
         ]
-        marked = [_marked(item, DIGITS.get(metric, 1)) for item, (metric, _) in zip(found, columns, strict=True)]
-        lines.append((any(item.exceeds_noise() for item in found if item), (a, b, *marked)))
-    shown = [line for _, line in lines]
+        marked = [_marked(item, DIGITS.get(metric, 1)) for item, (metric, _) in zip(differences, columns, strict=True)]
+        lines.append((any(item.exceeds_noise() for item in differences if item), (a, b, *marked)))
+    cells = [line for _, line in lines]
     left_out = ""
-    if len(shown) > _MOST_PAIRS:
-        shown = [line for beyond, line in lines if beyond]
-        left_out = f" Of {len(lines)} pairs, the {len(shown)} that have a difference beyond the noise are listed."
+    if len(cells) > _MOST_PAIRS:
+        cells = [line for beyond, line in lines if beyond]
+        left_out = f" Of {len(lines)} pairs, the {len(cells)} that have a difference beyond the noise are listed."
     header = ("arm", "minus", *(f"{LABELS[metric]}, {MODE_LABELS[mode]}" for metric, mode in columns))
     return Section(
         "Differences of arms",
         header,
-        shown,
+        cells,
         "Mean difference of arms on the same documents (one store), paired by seed, ± half-width of its 95 % interval. "
         "*: the interval leaves 0 out; of twenty differences that are none, one does so by chance. Losses and gaps "
         f"over other targets (a prefix LM's, another context's) are not compared.{left_out}",
     )
 
 
-def _marked(found: Interval | None, digits: int) -> str:
-    return spread(found, digits, sign=True) + (" *" if found is not None and found.exceeds_noise() else "")
+def _marked(difference: Interval | None, digits: int) -> str:
+    star = " *" if difference is not None and difference.exceeds_noise() else ""
+    return spread(difference, digits, sign=True) + star
 
 
-def verdicts(found: Sequence[Found]) -> list[str]:
+def verdicts(effects: Sequence[Outcome]) -> list[str]:
     """The effects for a terminal, a line each."""
-    width = max(len(item.verdict) for item in found)
+    width = max(len(item.verdict) for item in effects)
     lines = []
-    for item in found:
+    for item in effects:
         cells = item.columns()
         unit = "" if not cells["difference"] else f": {cells['figure']} {cells['difference']}"
         lines.append(f"{item.verdict:{width}}  {item.effect.name}{unit} (expected {cells['expected']})")
     return lines
 
 
-COLUMNS = (
-    "arm",
-    "seed",
-    "mode",
-    "sink_rate_0.2",
-    "sink_rate_0.3",
-    "sink_rate_0.5",
-    "sink_rate_0.8",
-    "sink_rate_row_0.3",
-    "sink_mass",
-    "sink_alpha",
-    "loss",
-    "bits_per_byte",
-    "loss_gap",
-    "sink_rate_placed",
-    "sink_rate_area",
-    "onset_tokens",
-    "tokens",
-    "parameters",
-    "context_length",
-)
-
-
 def rows_of(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """One row per arm, seed and mode, with the columns of table.csv."""
+    """A row of table.csv for each arm, seed and mode."""
     rows = []
     for r in results:
-        for mode, found in r.final["modes"].items():
-            rates = {f"sink_rate_{eps}": round(mean(map_), 4) for eps, map_ in found["rate"].items()}
-            row = {
-                "arm": r.arm,
-                "seed": r.seed,
-                "mode": mode,
-                **rates,
-                "sink_rate_row_0.3": round(mean(found["rate_full"]["0.3"]), 4),
-                "sink_mass": round(r.value(mode, "mass"), 6),
-                "sink_alpha": round(r.value(mode, "alpha"), 6),
-                "loss": round(found["loss"], 6),
-                "bits_per_byte": round(found["bits_per_byte"], 6),
-                "loss_gap": _rounded(figure(r, "loss_gap", mode)),
-                "sink_rate_placed": _rounded(figure(r, "sink_rate_placed", mode)),
-                "sink_rate_area": _rounded(figure(r, "sink_rate_area", mode)),
-                "onset_tokens": r.final["onset_tokens"],
-                "tokens": r.final["tokens"],
-                "parameters": r.final["parameters"],
-                "context_length": r.context_length,
-            }
-            rows.append({name: row[name] for name in COLUMNS})
+        for mode, measured in r.final["modes"].items():
+            rates = {f"sink_rate_{eps}": round(mean(map_), 4) for eps, map_ in measured["rate"].items()}
+            rows.append(
+                {
+                    "arm": r.arm,
+                    "seed": r.seed,
+                    "mode": mode,
+                    **rates,
+                    "sink_rate_row_0.3": round(mean(measured["rate_full"]["0.3"]), 4),
+                    "sink_mass": round(r.value(mode, "mass"), 6),
+                    "sink_alpha": round(r.value(mode, "alpha"), 6),
+                    "loss": round(measured["loss"], 6),
+                    "bits_per_byte": round(measured["bits_per_byte"], 6),
+                    "loss_gap": _rounded(figure(r, "loss_gap", mode)),
+                    "sink_rate_placed": _rounded(figure(r, "sink_rate_placed", mode)),
+                    "sink_rate_area": _rounded(figure(r, "sink_rate_area", mode)),
+                    "onset_tokens": r.final["onset_tokens"],
+                    "tokens": r.final["tokens"],
+                    "parameters": r.final["parameters"],
+                    "context_length": r.context_length,
+                }
+            )
     return rows
 
 
@@ -322,7 +301,7 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 6)
 
 
-def effects_csv(effects: Sequence[Found]) -> str:
+def effects_csv(effects: Sequence[Outcome]) -> str:
     """effects.csv."""
     rows = [item.record() for item in effects]
     return csv_of(rows, tuple(rows[0]))
