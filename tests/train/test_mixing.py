@@ -266,9 +266,9 @@ def test_a_cache_is_a_window_beside_the_first_keys(decoder, probe):
 @pytest.mark.parametrize(
     ("cache", "kept", "window", "message"),
     [
-        (29, [0], None, "fewer than the longest"),
+        (29, [0], None, "fewer keys than the longest"),
         (6, [6], None, "expected 0 to 5"),
-        (6, [0], 4, "trained with a window of 4, expected at most"),
+        (6, [0], 4, "expected at most 4 keys, the window"),
     ],
 )
 def test_a_cache_that_is_none_is_refused(decoder, probe, cache, kept, window, message):

@@ -155,17 +155,9 @@ def _check_arguments(arguments: Any, names: set[str]) -> None:
                 f"--keys: expected 0 to {arguments.sink_tokens - 2}, got {key}, so that a later query among the first "
                 f"--sink_tokens {arguments.sink_tokens} can look at it; give another key, or raise --sink_tokens"
             )
-    at_least = {
-        "mixing_documents": 1,
-        "jacobian_documents": 1,
-        "batch_tokens": 1,
-        "documents": 1,
-        "length": 2,
-        "cache": 1,
-    }
-    for name, least in at_least.items():
+    for name in ("mixing_documents", "jacobian_documents", "batch_tokens", "documents", "length", "cache"):
         if getattr(arguments, name) is not None:
-            check_number(f"--{name}", getattr(arguments, name), least=least)
+            check_number(f"--{name}", getattr(arguments, name), least=2 if name == "length" else 1)
     for length in arguments.lengths:
         check_number("--lengths", length, least=8)
     if arguments.lengths and not names & measures("mixing").keys():

@@ -9,13 +9,9 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sinkbed.train.config.arguments import PlainParser
 from sinkbed.train.report.study import load_folder, of_all_seeds, split_finished, tell_missing, write_report
-
-if TYPE_CHECKING:
-    pass
 
 
 def run(command: str, argv: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.figures import COLOURS, arms_of, curve, live_modes, mass_scale, number_of_runs, study_figures
 from sinkbed.train.report.intervals import Interval
 from sinkbed.train.report.result import Result
-from sinkbed.train.report.tables import Section, SummaryRow, rows_of, table_of
+from sinkbed.train.report.tables import Line, Section, rows_of, table_of
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -75,7 +75,7 @@ _LAYOUT: dict[str, Any] = {
 def page(
     study: StudyConfig,
     results: Sequence[Result],
-    summary: Sequence[SummaryRow],
+    summary: Sequence[Line],
     note: str,
     more: Sequence[Section],
     missing: Sequence[str],

@@ -13,7 +13,7 @@ from sinkbed.plain_text import markdown, markdown_table
 from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.effects import DIGITS, LABELS, Outcome, check, figures, reference_mode
 from sinkbed.train.report.result import Result, spread
-from sinkbed.train.report.tables import circumstances, definitions, made_by
+from sinkbed.train.report.tables import circumstances, definitions, filled, made_by
 from sinkbed.train.run import directory
 
 if TYPE_CHECKING:
@@ -139,23 +139,16 @@ def _command(study: StudyConfig, results: Sequence[Result]) -> str:
 
 
 def _effects(effects: Sequence[Outcome]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and cells; columns that no effect fills are left out."""
     lines = []
     for item in effects:
         cells = item.columns()
-        lines.append(
-            {
-                "expected effect": cells["effect"],
-                "of": item.subtraction,
-                "difference": f"{cells['figure']}: {cells['difference']}" if cells["difference"] else "",
-                "expected": cells["expected"],
-                "published": cells["published"],
-                "verdict": cells["verdict"],
-                "source": cells["source"],
-            }
-        )
-    header = tuple(name for name in lines[0] if any(line[name] for line in lines))
-    return header, [tuple(line[name] for name in header) for line in lines]
+        lines.append({
+            "expected effect": cells["effect"],
+            "of": item.subtraction,
+            "difference": f"{cells['figure']}: {cells['difference']}" if cells["difference"] else "",
+            **{name: cells[name] for name in ("expected", "published", "verdict", "source")},
+        })  # fmt: skip
+    return filled(lines)
 
 
 def _arms(results: Sequence[Result]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -13,13 +13,14 @@ from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.report.result import Result, load_result
 from sinkbed.train.report.tables import (
     STRATEGY,
+    Line,
     Section,
-    SummaryRow,
     caption,
     effects_csv,
     parquet,
     rows_of,
     sections,
+    strategies_of,
     summarise,
     table_of,
     verdicts,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from sinkbed.train.study.file import StudyConfig
 
 
-def to_markdown(title: str, summary: Sequence[SummaryRow], note: str, more: Sequence[Section] = ()) -> str:
+def to_markdown(title: str, summary: Sequence[Line], note: str, more: Sequence[Section] = ()) -> str:
     """table.md: the result, its note, then the other tables under headings, as a paper's appendix takes them."""
     lines = [f"# {markdown(title)}", "", *markdown_table(*table_of(summary)), "", markdown(note), ""]
     for section in more:
@@ -40,25 +41,25 @@ def to_markdown(title: str, summary: Sequence[SummaryRow], note: str, more: Sequ
     return "\n".join(lines)
 
 
-def print_table(title: str, summary: Sequence[SummaryRow], note: str) -> None:
+def print_table(title: str, summary: Sequence[Line], note: str) -> None:
     """The table in the terminal; an arm's name, mask and BOS stand once, on its first line."""
     from rich.table import Table
 
     table = Table(title=visible(title), caption=note, caption_justify="left", title_justify="left")
     header, lines = table_of(summary)
-    if len({(r.mask, r.bos) for r in summary}) == len({r.arm for r in summary}) > 1:  # told apart without the name
+    if len(strategies_of(summary)) == len({line["arm"] for line in summary}) > 1:  # told apart without the name
         header, lines = header[1:], [line[1:] for line in lines]
     words = sum(name in ("arm", "input", *STRATEGY) for name in header)
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index < words else "right")
     before = None
-    for row, line in zip(summary, lines, strict=True):
+    for arm, line in zip([line["arm"] for line in summary], lines, strict=True):
         cells = list(line)
-        if row.arm == before:
+        if arm == before:
             cells[: words - 1] = [""] * (words - 1)
         elif before is not None:
             table.add_section()
-        before = row.arm
+        before = arm
         table.add_row(*cells)
     console(170).print(table)
 

@@ -41,67 +41,47 @@ class Section:
 STRATEGY = ("mask in training", "BOS in training")
 
 
-@dataclass(frozen=True)
-class SummaryRow:
-    """One line of the study's table: an arm in a mode, over its seeds."""
-
-    arm: str
-    mask: str
-    bos: str
-    mode: str
-    rate: str
-    mass: str
-    loss: str
-    gap: str
-    published: str
-
-    def columns(self) -> dict[str, str]:
-        """Header -> cell."""
-        return {
-            "arm": self.arm,
-            "mask in training": self.mask,
-            "BOS in training": self.bos,
-            "input": MODE_LABELS[self.mode],
-            "sink rate %": self.rate,
-            "sink mass": self.mass,
-            "loss": self.loss,
-            "loss gap": self.gap,
-            "published: sink % / loss": self.published,
-        }
+Line = dict[str, str]
+"""Header -> cell."""
 
 
-def table_of(summary: Sequence[SummaryRow]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and cells, without the columns that no line has anything for, and the strategy's where all share it."""
-    lines = [row.columns() for row in summary]
-    shared = STRATEGY if len({r.arm for r in summary}) > 1 and len({(r.mask, r.bos) for r in summary}) == 1 else ()
-    header = tuple(name for name in lines[0] if any(line[name] for line in lines) and name not in shared)
+def filled(lines: Sequence[Line]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and cells, without the columns that no line has anything for."""
+    header = tuple(name for name in lines[0] if any(line[name] for line in lines))
     return header, [tuple(line[name] for name in header) for line in lines]
 
 
-def summarise(results: Sequence[Result], published: Published) -> list[SummaryRow]:
-    """The study's table, arms in their order."""
-    rows = []
+def strategies_of(summary: Sequence[Line]) -> set[tuple[str, ...]]:
+    """The different strategies of the lines."""
+    return {tuple(line[name] for name in STRATEGY) for line in summary}
+
+
+def table_of(summary: Sequence[Line]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and cells, without the strategy's where all arms share it."""
+    shared = STRATEGY if len({line["arm"] for line in summary}) > 1 and len(strategies_of(summary)) == 1 else ()
+    return filled([{name: cell for name, cell in line.items() if name not in shared} for line in summary])
+
+
+def summarise(results: Sequence[Result], published: Published) -> list[Line]:
+    """The study's table, a line for an arm in a mode over its seeds, arms in their order."""
+    lines = []
     for arm in dict.fromkeys(r.arm for r in results):
         of_arm = [r for r in results if r.arm == arm]
-        mask, bos = describe(of_arm[0].strategy)
         for mode in of_arm[0].final["modes"]:
-            reported = published.get(arm, {}).get(mode)
+            reported = published.get(arm, {}).get(mode, ())
             reference = reference_mode(of_arm[0].final["modes"])
             gap = list(figures(results, arm, "loss_gap", mode).values()) if mode != reference else []
-            rows.append(
-                SummaryRow(
-                    arm=arm,
-                    mask=mask,
-                    bos=bos,
-                    mode=mode,
-                    rate=spread([r.value(mode, "0.3") for r in of_arm], 1),
-                    mass=spread([r.value(mode, "mass") for r in of_arm], 3),
-                    loss=spread([r.value(mode, "loss") for r in of_arm], 3),
-                    gap=spread(gap, 3),
-                    published=" / ".join("–" if x is None else f"{x:.2f}" for x in reported) if reported else "",
-                )
-            )
-    return rows
+            lines.append({
+                "arm": arm,
+                **dict(zip(STRATEGY, describe(of_arm[0].strategy), strict=True)),
+                "input": MODE_LABELS[mode],
+                "sink rate %": spread([r.value(mode, "0.3") for r in of_arm], 1),
+                "sink mass": spread([r.value(mode, "mass") for r in of_arm], 3),
+                "loss": spread([r.value(mode, "loss") for r in of_arm], 3),
+                "loss gap": spread(gap, 3),
+                "published: sink % / loss": " / ".join("–" if x is None else f"{x:.2f}" for x in reported),
+            })  # fmt: skip
+    return lines
 
 
 def _span(values: Sequence[int]) -> str:
@@ -173,13 +153,12 @@ def _effects(effects: Sequence[Outcome]) -> Section:
     lines = [item.columns() for item in effects]
     # What is read first, on a narrow screen too.
     first = ("effect", "verdict", "figure", "difference", "expected")
-    order = (*first, *(name for name in lines[0] if name not in first))
-    header = tuple(name for name in order if any(line[name] for line in lines))
+    header, cells = filled([{name: line[name] for name in dict.fromkeys((*first, *line))} for line in lines])
     counts = {v: sum(item.verdict == v for item in effects) for v in dict.fromkeys(item.verdict for item in effects)}
     return Section(
         "Expected effects",
         header,
-        [tuple(line[name] for name in header) for line in lines],
+        cells,
         f"{'; '.join(f'{count} {verdict}' for verdict, count in counts.items())}. A verdict is on the mean difference "
         "of arms on the same documents (one store), paired by seed. Reproduced: its 95 % interval lies on the expected "
         "side of 0 (for the same: inside the tolerance). Not reproduced: it lies on another side. Within noise: it "
