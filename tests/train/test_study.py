@@ -115,7 +115,7 @@ def test_the_page_needs_no_network_and_escapes_what_users_wrote(finished):
     links.feed(page)
     assert links.found == []
     assert "A study &lt;of&gt; two arms" in page and "<of>" not in page
-    assert page.count("plotly-graph-div") == 4
+    assert page.count("plotly-graph-div") == 3
     assert len(re.findall(r"<tr><td>", page)) == 6 + 2 + 6, "the result, the arms, every measurement"
 
 
