@@ -132,9 +132,7 @@ def test_as_trained_puts_the_token_that_the_strategy_fixes(probe):
 
 def test_a_token_placed_beyond_the_documents_of_the_probe_is_refused(probe, decoder):
     strategy = Strategy(first_token=[*["none"] * 16, "bos"])
-    with pytest.raises(
-        ValueError, match=r"placed before measure\.sink_tokens=16, .* got one at position 16"
-    ):
+    with pytest.raises(ValueError, match=r"placed before measure\.sink_tokens=16, .* got one at position 16"):
         measure(decoder, probe, "as_trained", strategy, CONFIG)
 
 
