@@ -232,7 +232,7 @@ def test_a_word_is_changed_in_a_prompt(exported, tmp_path, capsys):
     assert modes["bos"]["change"][-1][-1] > 0, "the last token feels it"
     for old, new, message in (
         ("nowhere", "there", "--change: expected a word of the first prompt"),
-        (",", ", or not", "tokens with ',' and"),
+        (",", ", or not", "expected as many tokens, got"),
         (".", "!", "past the first 16 tokens"),
     ):
         capsys.readouterr()
