@@ -233,7 +233,7 @@ def test_a_word_is_changed_in_a_prompt(exported, tmp_path, capsys):
     for old, new, message in (
         ("nowhere", "there", "--change: expected a word of the first prompt"),
         (",", ", or not", "expected as many tokens, got"),
-        (".", "!", "past the first 16 tokens"),
+        (".", "!", "expected a word among the first 16 tokens"),
     ):
         capsys.readouterr()
         assert change(old, new) == 1
