@@ -130,7 +130,7 @@ class Tokenizer:
 
         Args:
             list_control: False: control tokens stand in the vocabulary alone, so that nobody who loads the file
-                makes one of them from text. `data.store.read_definition` puts `control_tokens` back.
+                makes one of them from text. `store.token_store.read_definition` puts `control_tokens` back.
         """
         definition = json.loads(self.backend.to_str())
         if not list_control:

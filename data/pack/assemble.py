@@ -1,6 +1,6 @@
 """Packing: pieces of documents to rows of tokens, targets and boundaries; all rows of a batch at once.
 
-`data.layout` says which pieces stand in a row. Here they become arrays: markers and placed tokens are put in,
+`layout` says which pieces stand in a row. Here they become arrays: markers and placed tokens are put in,
 text is read from the store, padding fills up. Text flows around placed tokens. A placed token predicts the text
 that follows it, belongs to the document it stands before, and is never a target.
 
@@ -27,7 +27,7 @@ _SHARE_KEY = 0x54A8E
 
 
 class Row(NamedTuple):
-    """N rows; every array is [N, T] (see `data.batches.Batch` for the meaning of each)."""
+    """N rows; every array is [N, T] (see `batches.Batch` for the meaning of each)."""
 
     tokens: NDArray[np.int64]
     targets: NDArray[np.int64]

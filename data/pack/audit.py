@@ -2,7 +2,7 @@
 
 Saved with every run, so that arms of a study can be compared for what they changed and, by
 `document_order`, for what they share. No token is read: one pass over the pieces that stand in the rows of
-the first epoch, in parts of bounded memory, in the notation of `data.layout` and `data.packing`.
+the first epoch, in parts of bounded memory, in the notation of `layout` and `assemble`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ tokens, and no token is counted twice. A row drawn without the first token (`fir
 tokens before it in its place; under a causal mask it counts the same targets.
 
 `Planned`. Every other packing: rows hold whole documents, or pieces of n tokens of those that are longer, as
-`data.plan` laid them out. A token is counted where the token before it in its document stands, in that row; the
+`plan` laid them out. A token is counted where the token before it in its document stands, in that row; the
 first of a document where anything precedes it in the row (under a document mask: a first token). A row may end in
 padding, which is a document of its own that nothing else sees.
 

@@ -1,6 +1,6 @@
 """Strategy: how documents become rows and what a query may see. Every axis is independent of the others.
 
-A strategy is plain data. `data.layout` and `data.packing` read the axes that decide the tokens and boundaries
+A strategy is plain data. `layout` and `assemble` read the axes that decide the tokens and boundaries
 of a row; whoever builds the attention mask reads `mask`, `window`, `shared_prefix` and `prefix_lm`. A setting
 that would change nothing is an error here, so that two arms of a study with different strategies really differ.
 """

@@ -3,8 +3,8 @@
 The readers of `datasets` give up on a whole file at its first malformed line, and hold all files to the schema of
 the first, turning numbers of later ones into text. This one is a builder of `datasets` like its own (so
 streaming, shuffling, the cache and the hub are the library's), but reads record by record, keeps the text
-alone, holds each file to text by itself, and passes on what is wrong instead of raising: `data.sources` decides
-whether to refuse or to leave it out.
+alone, holds each file to text by itself, and passes on what is wrong instead of raising: `documents`
+decides whether to refuse or to leave it out.
 
 Compression is told by the end of a file's name: .gz, .bz2, .xz, .zst.
 """
@@ -28,8 +28,6 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.builder import Key
-
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 _TABLE_BYTES = 1 << 20  # of text in a table handed to `datasets`; bounds memory and latency
 _READ_VERSION = "3"  # part of the cache's name: raise it when the same files give other records

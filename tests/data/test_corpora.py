@@ -16,7 +16,9 @@ import yaml
 from datasets import config as datasets_config
 from jsonargparse import ArgumentParser
 
-from sinkbed.data.prepare.prepare import PrepareConfig, prepare, split_of
+from sinkbed.data.prepare.config import PrepareConfig
+from sinkbed.data.prepare.prepare import prepare
+from sinkbed.data.source.selection import split_of
 from sinkbed.data.store.token_store import TokenStore
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"

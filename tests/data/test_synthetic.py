@@ -17,8 +17,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sinkbed.data.prepare.prepare import PrepareConfig, TokenizerConfig, prepare
-from sinkbed.data.source.documents import Documents, Source, identity
+from sinkbed.data.prepare.config import PrepareConfig, TokenizerConfig
+from sinkbed.data.prepare.prepare import prepare
+from sinkbed.data.prepare.recipe import source_identity
+from sinkbed.data.source.config import Source
+from sinkbed.data.source.documents import Documents
 from sinkbed.data.source.synthetic import SYMBOLS, TRIGGERS, Synthetic, bigram, entropy_floor, synthetic_documents
 from sinkbed.data.store.token_store import TokenStore
 
@@ -228,7 +231,7 @@ def test_a_synthetic_source_needs_its_task_and_no_other_kind_takes_one() -> None
         Source(kind="synthetic")
     with pytest.raises(ValueError, match=r"source\.synthetic: got .* with kind 'jsonl', which ignores it"):
         Source(kind="jsonl", files="a", synthetic=task)
-    assert "generator" in identity(Source(kind="synthetic", synthetic=task))
+    assert "generator" in source_identity(Source(kind="synthetic", synthetic=task))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sinkbed.data.prepare.writer import DiskFullError, StoreWriter
+from sinkbed.data.prepare.staging import DiskFullError
+from sinkbed.data.prepare.writer import StoreWriter
 from sinkbed.data.store.token_store import TokenStore
 from sinkbed.data.tokenizer import Tokenizer
 

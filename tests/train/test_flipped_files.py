@@ -15,7 +15,7 @@ import shutil
 import pytest
 import yaml
 
-from sinkbed.data.prepare.units import Units
+from sinkbed.data.prepare.chunks import Chunks
 from sinkbed.train.cli.main import main
 from sinkbed.train.run.checkpoint import load_checkpoint
 from sinkbed.train.run.wandb_files import read_wandb_file
@@ -77,14 +77,14 @@ def made(tmp_path_factory):
             file.write(json.dumps({"text": f"{i}: {text}."}) + "\n")
     assert call(root, "first")[0] == 0
     with pytest.MonkeyPatch.context() as patch:
-        finish = Units.finish
+        finish = Chunks.finish
 
         def finish_two(self, number, gathered):
             if number == 2:
                 raise Killed
             finish(self, number, gathered)
 
-        patch.setattr(Units, "finish", finish_two)
+        patch.setattr(Chunks, "finish", finish_two)
         with pytest.raises(Killed):
             call(root, "begun")
     config = write_run_config(root.parent / "run.yaml", root / "store")

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sinkbed.data.prepare.partial import DiskFullError
-from sinkbed.data.prepare.units import Gathered, Units
+from sinkbed.data.prepare.chunks import Chunks, Gathered
+from sinkbed.data.prepare.staging import DiskFullError
 from sinkbed.data.store.manifest import Manifest
 from sinkbed.train.cli.main import main
 
@@ -167,17 +167,17 @@ def test_the_beginning_of_a_key_is_no_key(command: list[str], capsys: pytest.Cap
 def test_an_interrupted_preparation_says_what_is_kept(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = Units.finish
+    real = Chunks.finish
 
-    def finish(units: Units, number: int, gathered: Gathered) -> None:
+    def finish(chunks: Chunks, number: int, gathered: Gathered) -> None:
         if number == 1:
             raise KeyboardInterrupt
-        real(units, number, gathered)
+        real(chunks, number, gathered)
 
-    monkeypatch.setattr(Units, "finish", finish)
+    monkeypatch.setattr(Chunks, "finish", finish)
     command += ["--on_error", "skip", "--workers", "1", "--shard_bytes", "4000", "--quiet"]
     assert main(command) == 130
-    kept = f"interrupted; 1 finished unit kept in {tmp_path}/.store.partial: run it again to go on"
+    kept = f"interrupted; 1 finished chunk kept in {tmp_path}/.store.partial: run it again to go on"
     assert kept in capsys.readouterr().err
     monkeypatch.undo()
     assert main(command) == 0

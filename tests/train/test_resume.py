@@ -211,8 +211,9 @@ def test_points_of_another_cadence_reach_wandb(fit, monkeypatch):
 
 @pytest.mark.parametrize("change", ["documents", "vocabulary"])
 def test_resuming_on_another_token_store_is_refused(fit, tiny_store, tmp_path, capsys, monkeypatch, change):
-    from sinkbed.data.prepare.prepare import PrepareConfig, TokenizerConfig, prepare
-    from sinkbed.data.source.documents import Source
+    from sinkbed.data.prepare.config import PrepareConfig, TokenizerConfig
+    from sinkbed.data.prepare.prepare import prepare
+    from sinkbed.data.source.config import Source
 
     revive = kill_at(monkeypatch, 7)
     with pytest.raises(Killed):

@@ -17,8 +17,9 @@ import torch.distributed.checkpoint as dcp
 import yaml
 
 from sinkbed.data.files import sha256_file
-from sinkbed.data.prepare.prepare import PrepareConfig, TokenizerConfig, prepare
-from sinkbed.data.source.documents import Source
+from sinkbed.data.prepare.config import PrepareConfig, TokenizerConfig
+from sinkbed.data.prepare.prepare import prepare
+from sinkbed.data.source.config import Source
 from sinkbed.data.store.manifest import Manifest
 from sinkbed.train.cli.main import main
 from sinkbed.train.config.overrides import overridden

@@ -154,21 +154,21 @@ def run_memory(arguments: Any) -> None:
 
 def generate(path: Path, tokens: int) -> None:
     """A token store of random 16-bit tokens in documents of 500 on average, log-normal."""
-    from sinkbed.data.prepare.partial import PartialStore
+    from sinkbed.data.prepare.staging import StagingFolder
     from sinkbed.data.prepare.writer import manifest_of, shard_name
     from sinkbed.data.tokenizer import Tokenizer
 
     generator, tokenizer = np.random.default_rng(0), Tokenizer.train([], vocab_size=258)
     shards: list[ShardInfo] = []
-    with PartialStore(path) as partial:
+    with StagingFolder(path) as staging:
         while tokens > 0:
             lengths = 1 + generator.lognormal(5.7, 1.0, _SHARD_DOCUMENTS).astype(np.int64)
             lengths = lengths[: np.searchsorted(np.cumsum(lengths), tokens) + 1]
             text = generator.integers(2, 258, size=int(lengths.sum()), dtype=np.uint16)
-            shards.append(partial.write_shard(shard_name("train", len(shards)), text, lengths, lengths))
+            shards.append(staging.write_shard(shard_name("train", len(shards)), text, lengths, lengths))
             tokens -= len(text)
-        partial.write_tokenizer(tokenizer)
-        partial.publish(manifest_of({"generated": True}, tokenizer, {"train": shards}, {}))
+        staging.write_tokenizer(tokenizer)
+        staging.publish(manifest_of({"generated": True}, tokenizer, {"train": shards}, {}))
 
 
 def read_store(path: Path, packing: Any, arguments: Any, sender: Any) -> None:

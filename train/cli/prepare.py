@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Parse and prepare, estimate or check."""
-    from sinkbed.data.prepare.prepare import PrepareConfig, prepare
+    from sinkbed.data.prepare.config import PrepareConfig
+    from sinkbed.data.prepare.prepare import prepare
     from sinkbed.train.config.arguments import ShortParser, check_keys, known_keys, rewritten
 
     if "--check" in argv:
@@ -62,7 +63,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         manifest = prepare(wanted, force=force, progress=not quiet, workers=workers)
     except KeyboardInterrupt:
         folder = Path(wanted.out).with_name(f".{Path(wanted.out).name}.partial")
-        kept = counted(len(list(folder.glob("units/*.json"))), "finished unit")
+        kept = counted(len(list(folder.glob("chunks/*.json"))), "finished chunk")
         print(f"sinkbed {command}: interrupted; {kept} kept in {folder}: run it again to go on", file=sys.stderr)
         return 130
     if not quiet:

@@ -1,14 +1,14 @@
-"""Units: what a preparation has finished, kept beside the shards so that a killed one can be gone on with.
+"""Chunks: what a preparation has finished, kept beside the shards so that a killed one can be gone on with.
 
-A unit is a run of documents cut by their sizes alone (`data.selection.batches`); it becomes one shard per
+A chunk is a run of documents cut by their sizes alone (`selection.batches`); it becomes one shard per
 split. Its record is written after its shards, so a record means that they are whole:
 
     .NAME.partial/
         recipe.json          what is being made; another recipe is refused
-        tokenizer.json       trained once; its checksum in units/tokenizer.sha256
-        units/00000.json     shards of the unit (sizes, sha256, counts), and a digest of its documents
+        tokenizer.json       trained once; its checksum in chunks/tokenizer.sha256
+        chunks/00000.json     shards of the chunk (sizes, sha256, counts), and a digest of its documents
 
-Going on means reading the source again, which is cheap beside encoding it, and skipping the units that have
+Going on means reading the source again, which is cheap beside encoding it, and skipping the chunks that have
 a record; the digest tells when the source no longer gives the documents it gave.
 """
 
@@ -26,72 +26,72 @@ from numpy.typing import NDArray
 
 from sinkbed.data.files import differing, sealed, sha256_file, unsealed, write_json
 from sinkbed.data.prepare.encoding import Encoded
-from sinkbed.data.prepare.partial import PartialStore, flush
 from sinkbed.data.prepare.recipe import condensed
+from sinkbed.data.prepare.staging import StagingFolder, flush
 from sinkbed.data.prepare.writer import shard_name
 from sinkbed.data.source.selection import Batch
 from sinkbed.data.store.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, ShardInfo
 from sinkbed.data.tokenizer import Tokenizer
 
 RECIPE_NAME = "recipe.json"
-UNITS_NAME = "units"
+CHUNKS_NAME = "chunks"
 _TOKENIZER_SUM = "tokenizer.sha256"
-FORGOTTEN = (RECIPE_NAME, UNITS_NAME)
+FORGOTTEN = (RECIPE_NAME, CHUNKS_NAME)
 """What is no part of a finished token store."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Unit:
-    """A finished unit."""
+class Chunk:
+    """A finished chunk."""
 
     shards: dict[str, ShardInfo]
-    """By split, for the splits it has documents of; `file` is numbered by unit."""
+    """By split, for the splits it has documents of; `file` is numbered by chunk."""
     digest: str
     """sha256 over the hashes of its documents, in order."""
 
 
-class Units:
-    """The finished units of a partial store.
+class Chunks:
+    """The finished chunks of a partial store.
 
-    Raises ValueError where the folder holds units of another recipe.
+    Raises ValueError where the folder holds chunks of another recipe.
     """
 
-    def __init__(self, partial: PartialStore, recipe: dict[str, Any], *, start_over: bool = False) -> None:
-        self.partial = partial
-        self.folder = partial.folder / UNITS_NAME
-        found = None if start_over else begun_recipe(partial.folder)
+    def __init__(self, staging: StagingFolder, recipe: dict[str, Any], *, start_over: bool = False) -> None:
+        self.staging = staging
+        self.folder = staging.folder / CHUNKS_NAME
+        found = None if start_over else begun_recipe(staging.folder)
         if found is not None and found != recipe:
             raise ValueError(
-                f"{partial.folder} holds an unfinished token store of another config ({differing(found, recipe)}); "
+                f"{staging.folder} holds an unfinished token store of another config ({differing(found, recipe)}); "
                 "finish it with that config, start over with `sinkbed prepare --force`, or choose another --out"
             )
-        with partial.full_disk_named():
+        with staging.full_disk_named():
             if found is None:
-                partial.clear()
-                write_json(partial.folder / RECIPE_NAME, sealed(recipe))
+                staging.clear()
+                write_json(staging.folder / RECIPE_NAME, sealed(recipe))
             self.folder.mkdir(exist_ok=True)
-        self.finished: dict[int, Unit] = {}
+        self.finished: dict[int, Chunk] = {}
         for path in sorted(self.folder.glob("*.json")):
-            unit = _read(path)
-            # The disk may have lost what a crash of the machine overtook; such a unit is made again.
-            if unit is not None and all(self._is_whole(shard) for shard in unit.shards.values()):
-                self.finished[int(path.stem)] = unit
+            chunk = _read(path)
+            # The disk may have lost what a crash of the machine overtook; such a chunk is made again.
+            if chunk is not None and all(self._is_whole(shard) for shard in chunk.shards.values()):
+                self.finished[int(path.stem)] = chunk
 
     def published(self) -> Manifest | None:
         """The manifest, where all is written and only the last renaming was missed."""
-        if not (self.partial.folder / MANIFEST_NAME).is_file():
+        if not (self.staging.folder / MANIFEST_NAME).is_file():
             return None
-        return self.partial.publish(Manifest.read(self.partial.folder), FORGOTTEN)
+        return self.staging.publish(Manifest.read(self.staging.folder), FORGOTTEN)
 
     def write_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Write the tokenizer, then its checksum."""
-        self.partial.write_tokenizer(tokenizer)
-        with self.partial.full_disk_named():
-            write_json(self.folder / _TOKENIZER_SUM, sha256_file(self.partial.folder / TOKENIZER_NAME))
+        self.staging.write_tokenizer(tokenizer)
+        with self.staging.full_disk_named():
+            write_json(self.folder / _TOKENIZER_SUM, sha256_file(self.staging.folder / TOKENIZER_NAME))
 
     def kept_tokenizer(self) -> Tokenizer | None:
         """The tokenizer that was written, None before. Raises ValueError for one that is damaged."""
-        path, record = self.partial.folder / TOKENIZER_NAME, self.folder / _TOKENIZER_SUM
+        path, record = self.staging.folder / TOKENIZER_NAME, self.folder / _TOKENIZER_SUM
         if not path.is_file():
             return None
         try:
@@ -100,46 +100,46 @@ class Units:
             return Tokenizer.load_trained(path)
         except ValueError as error:
             raise ValueError(
-                f"{self.partial.folder}: the tokenizer of this unfinished token store is damaged ({error}); remove "
+                f"{self.staging.folder}: the tokenizer of this unfinished token store is damaged ({error}); remove "
                 "that folder to start over"
             ) from None
 
     def finish(self, number: int, gathered: Gathered) -> None:
-        """Write the shards of a unit, then its record."""
+        """Write the shards of a chunk, then its record."""
         shards = {
-            split: self.partial.write_shard(shard_name(split, number), *gathered.columns(split))
+            split: self.staging.write_shard(shard_name(split, number), *gathered.columns(split))
             for split in gathered.splits()
         }
-        unit = Unit(shards=shards, digest=gathered.digest())
-        with self.partial.full_disk_named():
-            write_json(self.folder / f"{number:05d}.json", sealed(dataclasses.asdict(unit)))
+        chunk = Chunk(shards=shards, digest=gathered.digest())
+        with self.staging.full_disk_named():
+            write_json(self.folder / f"{number:05d}.json", sealed(dataclasses.asdict(chunk)))
             flush(self.folder)
-        self.finished[number] = unit
+        self.finished[number] = chunk
 
     def compare(self, number: int, gathered: Gathered) -> None:
-        """Check that a finished unit was made of the documents that were gathered, else raise ValueError."""
+        """Check that a finished chunk was made of the documents that were gathered, else raise ValueError."""
         if gathered.digest() != self.finished[number].digest:
             raise ValueError(
-                f"{self.partial.folder}: the source no longer gives the documents of unit {number} that it gave when "
-                "the unit was made; pin its revision or put its files back, or remove that folder to start over"
+                f"{self.staging.folder}: the source no longer gives the documents of chunk {number} that it gave when "
+                "the chunk was made; pin its revision or put its files back, or remove that folder to start over"
             )
 
     def shards(self) -> dict[str, list[ShardInfo]]:
-        """By split, in order. A split skips the number of a unit that has no document of it."""
+        """By split, in order. A split skips the number of a chunk that has no document of it."""
         gathered: dict[str, list[ShardInfo]] = {}
         for split in ("train", "validation"):
-            infos = [unit.shards[split] for _, unit in sorted(self.finished.items()) if split in unit.shards]
+            infos = [chunk.shards[split] for _, chunk in sorted(self.finished.items()) if split in chunk.shards]
             if infos:
                 gathered[split] = infos
         return gathered
 
     def _is_whole(self, shard: ShardInfo) -> bool:
-        path = self.partial.folder / shard.file
+        path = self.staging.folder / shard.file
         return path.is_file() and path.stat().st_size == shard.size and sha256_file(path) == shard.sha256
 
 
 class Gathered:
-    """The documents of the unit at hand, as they come."""
+    """The documents of the chunk at hand, as they come."""
 
     def __init__(self) -> None:
         self._batches: list[tuple[Encoded, dict[str, NDArray[np.bool_]]]] = []
@@ -166,7 +166,7 @@ class Gathered:
             tokens.append(encoded.tokens if every else encoded.tokens[np.repeat(of_split, encoded.counts)])
             counts.append(encoded.counts[of_split])
             sizes.append(encoded.sizes[of_split])
-        # A long document is a unit of one batch, of whose tokens there need be no copy.
+        # A long document is a chunk of one batch, of whose tokens there need be no copy.
         return tokens[0] if len(tokens) == 1 else np.concatenate(tokens), np.concatenate(counts), np.concatenate(sizes)
 
     def digest(self) -> str:
@@ -193,11 +193,11 @@ def _read_json(path: Path) -> Any:
     return unsealed(json.loads(path.read_text(encoding="utf-8")))
 
 
-def _read(path: Path) -> Unit | None:
-    """The record of a unit; None where it is damaged."""
+def _read(path: Path) -> Chunk | None:
+    """The record of a chunk; None where it is damaged."""
     try:
         fields = _read_json(path)
         shards = {split: ShardInfo(**shard) for split, shard in fields["shards"].items()}
-        return Unit(shards=shards, digest=fields["digest"])
+        return Chunk(shards=shards, digest=fields["digest"])
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

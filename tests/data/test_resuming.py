@@ -17,10 +17,11 @@ import pytest
 from datasets import config as datasets_config
 
 from sinkbed.data.prepare import recipe
-from sinkbed.data.prepare import units as units_module
-from sinkbed.data.prepare.prepare import PrepareConfig, TokenizerConfig, prepare
-from sinkbed.data.prepare.writer import DiskFullError
-from sinkbed.data.source.documents import Source
+from sinkbed.data.prepare.chunks import Chunks
+from sinkbed.data.prepare.config import PrepareConfig, TokenizerConfig
+from sinkbed.data.prepare.prepare import prepare
+from sinkbed.data.prepare.staging import DiskFullError
+from sinkbed.data.source.config import Source
 from sinkbed.data.store.token_store import TokenStore
 from sinkbed.data.tokenizer import Tokenizer
 
@@ -116,7 +117,7 @@ def test_every_second_write_being_the_last_still_comes_to_an_end(
     prepare(whole, progress=False, workers=1)
     stops = 0
     while True:
-        stopping.update(count=0, at=9)  # a unit takes at most eight
+        stopping.update(count=0, at=9)  # a chunk takes at most eight
         try:
             prepare(config, progress=False, workers=1)
             break
@@ -132,8 +133,9 @@ def test_a_run_killed_again_and_again_goes_on_to_the_same_bytes_by_any_number_of
     """Real processes and SIGKILL: before the first shard, while shards are written, before the last renaming."""
     script = """
 import json, os, signal, sys
-from sinkbed.data.prepare.prepare import PrepareConfig, TokenizerConfig, prepare
-from sinkbed.data.source.documents import Source
+from sinkbed.data.prepare.config import PrepareConfig, TokenizerConfig
+from sinkbed.data.prepare.prepare import prepare
+from sinkbed.data.source.config import Source
 from sinkbed.data.source import selection
 selection._BATCH_DOCUMENTS = 8
 fields, left, workers = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -156,7 +158,7 @@ prepare(PrepareConfig(**fields), progress=False, workers=workers)
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
         assert done.returncode == (-signal.SIGKILL if left else 0), done.stderr
-        finished.append(len(list((partial_of(config) / "units").glob("*.json"))) if left else -1)
+        finished.append(len(list((partial_of(config) / "chunks").glob("*.json"))) if left else -1)
         assert (not left) == Path(config.out).exists()
     assert finished[0] == finished[1] == 0 < finished[2] < finished[3]
     whole = elsewhere(config, "whole")
@@ -164,17 +166,17 @@ prepare(PrepareConfig(**fields), progress=False, workers=workers)
     assert contents(config.out) == contents(whole.out)
 
 
-def stop_after(config: PrepareConfig, units: int, force: bool = False) -> None:
-    """Leave a partial store with so many finished units."""
-    real = units_module.Units.finish
+def stop_after(config: PrepareConfig, chunks: int, force: bool = False) -> None:
+    """Leave a partial store with so many finished chunks."""
+    real = Chunks.finish
 
     def finish(self: Any, number: int, gathered: Any) -> None:
-        if number == units:
+        if number == chunks:
             raise Stop
         real(self, number, gathered)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(units_module.Units, "finish", finish)
+        patch.setattr(Chunks, "finish", finish)
         with pytest.raises(Stop):
             prepare(config, progress=False, workers=1, force=force)
 
@@ -213,7 +215,7 @@ def test_an_unfinished_store_of_another_config_is_refused_with_what_differs(conf
     other = dataclasses.replace(config, min_bytes=5)
     with pytest.raises(ValueError, match=r"unfinished token store of another config \(min_bytes: got None, expected 5"):
         prepare(other, progress=False, workers=1)
-    assert len(list((partial_of(config) / "units").glob("*.json"))) == 2, "a refusal loses nothing"
+    assert len(list((partial_of(config) / "chunks").glob("*.json"))) == 2, "a refusal loses nothing"
     assert prepare(other, progress=False, workers=1, force=True).recipe["min_bytes"] == 5
 
 
@@ -232,13 +234,13 @@ def test_a_source_that_changed_in_between_is_noticed(config: PrepareConfig, monk
     path = Path(config.source.patterns[0])
     lines = path.read_text().splitlines()
     for changed, message in (
-        ([lines[0].replace("0", "9"), *lines[1:]], "no longer gives the documents of unit"),
+        ([lines[0].replace("0", "9"), *lines[1:]], "no longer gives the documents of chunk"),
         (lines[:20], "gives fewer documents|no longer gives the documents"),
     ):
         path.write_text("\n".join(changed))
         with pytest.raises(ValueError, match=message):
             prepare(config, progress=False, workers=1)
-        assert len(list((partial_of(config) / "units").glob("*.json"))) == 3
+        assert len(list((partial_of(config) / "chunks").glob("*.json"))) == 3
     path.write_text("\n".join(lines))
     prepare(config, progress=False, workers=1)
 
@@ -262,7 +264,7 @@ def test_a_full_disk_keeps_the_finished_shards_and_says_how_to_go_on(
             DiskFullError, match=r"finished are kept in .*\.partial; free space.*the same command again"
         ):
             prepare(config, progress=False, workers=1)
-    assert list((partial_of(config) / "units").glob("*.json")) and not list(partial_of(config).rglob("*.arrow.part"))
+    assert list((partial_of(config) / "chunks").glob("*.json")) and not list(partial_of(config).rglob("*.arrow.part"))
     prepare(config, progress=False, workers=1)
     assert contents(config.out) == contents(whole.out)
 
@@ -270,14 +272,14 @@ def test_a_full_disk_keeps_the_finished_shards_and_says_how_to_go_on(
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"shards": {"train": {}}, "digest": ""}'])
 def test_a_unit_whose_record_is_damaged_is_made_again(config: PrepareConfig, content: str) -> None:
     expected = contents_of_a_whole_run(config)
-    stop_after_units(config, 3)
-    (partial_of(config) / "units" / "00001.json").write_text(content)
+    stop_after(config, 3)
+    (partial_of(config) / "chunks" / "00001.json").write_text(content)
     prepare(config, progress=False, workers=1)
     assert contents(config.out) == expected
 
 
 def test_a_damaged_recipe_is_named_with_the_remedy(config: PrepareConfig) -> None:
-    stop_after_units(config, 2)
+    stop_after(config, 2)
     (partial_of(config) / "recipe.json").write_text("{")
     with pytest.raises(ValueError, match=r"recipe\.json: expected .*damaged file.*remove .* to start over"):
         prepare(config, progress=False, workers=1)
@@ -298,7 +300,7 @@ def test_a_forced_replacement_stopped_while_publishing_goes_on(
 
     with monkeypatch.context() as patch:
         if moment == "before the sweep":
-            patch.setattr("sinkbed.data.prepare.partial.sweep", stop)
+            patch.setattr("sinkbed.data.prepare.staging.sweep", stop)
         else:
             rename, calls = os.rename, []
 
@@ -322,21 +324,3 @@ def contents_of_a_whole_run(config: PrepareConfig) -> dict[str, bytes]:
     whole = elsewhere(config, "whole")
     prepare(whole, progress=False, workers=1)
     return contents(whole.out)
-
-
-def stop_after_units(config: PrepareConfig, count: int) -> None:
-    """Leave a partial store with that many finished units."""
-
-    class Stop(BaseException):
-        pass
-
-    finish = units_module.Units.finish
-
-    def some(self: Any, number: int, gathered: Any) -> None:
-        if number == count:
-            raise Stop
-        finish(self, number, gathered)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(units_module.Units, "finish", some)
-        prepare(config, progress=False, workers=1)

@@ -31,7 +31,7 @@ class DiskFullError(OSError):
     """No space or quota left; the message says what became of the token store and what to do."""
 
 
-class PartialStore:
+class StagingFolder:
     """The folder `.NAME.partial` beside `out`, in which a token store grows. A context manager: locked while open.
 
     What stands in it is whole: each file is written beside its place, flushed, then renamed.
