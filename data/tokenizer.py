@@ -125,8 +125,8 @@ class Tokenizer:
             raise ValueError(f"tokenizer: it lacks id {bos_id} (bos) or {eos_id} (eos); it is of another vocabulary")
         return cls(backend, bos=bos, eos=eos)
 
-    def save(self, path: Path | str, *, list_control: bool = True) -> None:
-        """Write the tokenizer as JSON, readable by `tokenizers` and `transformers`.
+    def to_json(self, *, list_control: bool = True) -> str:
+        """The tokenizer as `tokenizers` and `transformers` read it.
 
         Args:
             list_control: False: control tokens stand in the vocabulary alone, so that nobody who loads the file
@@ -136,7 +136,11 @@ class Tokenizer:
         if not list_control:
             definition["model"]["vocab"] |= {token["content"]: token["id"] for token in self.control_tokens}
             definition["added_tokens"] = [t for t in definition["added_tokens"] if t["id"] not in self.special_ids]
-        Path(path).write_text(json.dumps(definition, ensure_ascii=False, indent=2), encoding="utf-8")
+        return json.dumps(definition, ensure_ascii=False, indent=2)
+
+    def save(self, path: Path | str) -> None:
+        """Write the tokenizer as JSON."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @cached_property
     def control_tokens(self) -> tuple[dict[str, Any], ...]:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sinkbed.data.files import sha256_json
+from sinkbed.data.files import replacing, sha256_json
 from sinkbed.data.pack.methods import PACKINGS, Ints, Items, Laid, Packing
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.store.offsets import Offsets
@@ -78,7 +78,8 @@ class Plan:
         try:
             for attempt in range(2):
                 if attempt or not path.is_file():
-                    _write(path, recipe, offsets)
+                    with replacing(path) as file:  # others do the same and agree
+                        _make(file, recipe, offsets)
                 try:
                     return cls(recipe, offsets, pa.memory_map(os.fspath(path)), path)
                 except (pa.ArrowException, LookupError, OSError, ValueError) as error:
@@ -149,20 +150,6 @@ class Plan:
         if len(self._windows) > _MAPPED_WINDOWS:
             self._windows.popitem(last=False)
         return self._windows[window]
-
-
-def _write(path: Path, recipe: Recipe, offsets: Offsets) -> None:
-    """Make the plan under a name of this process's own, then give it its name: others do the same and agree."""
-    path.parent.mkdir(exist_ok=True, parents=True)
-    aside = path.with_name(f".{path.stem}.{os.urandom(8).hex()}")
-    try:
-        with open(aside, "xb") as file:
-            _make(file, recipe, offsets)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _make(sink: Any, recipe: Recipe, offsets: Offsets) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sinkbed.data.files import differing, sealed, sha256_file, unsealed, write_json
+from sinkbed.data.files import differing, load_json, sha256_file, write_atomic, write_json
 from sinkbed.data.prepare.encoding import Encoded
 from sinkbed.data.prepare.recipe import condensed
-from sinkbed.data.prepare.staging import StagingFolder, flush
+from sinkbed.data.prepare.staging import StagingFolder
 from sinkbed.data.prepare.writer import shard_name
 from sinkbed.data.source.selection import Batch
 from sinkbed.data.store.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, ShardInfo
@@ -68,7 +67,7 @@ class Chunks:
         with staging.full_disk_named():
             if found is None:
                 staging.clear()
-                write_json(staging.folder / RECIPE_NAME, sealed(recipe))
+                write_json(staging.folder / RECIPE_NAME, recipe)
             self.folder.mkdir(exist_ok=True)
         self.finished: dict[int, Chunk] = {}
         for path in sorted(self.folder.glob("*.json")):
@@ -87,7 +86,7 @@ class Chunks:
         """Write the tokenizer, then its checksum."""
         self.staging.write_tokenizer(tokenizer)
         with self.staging.full_disk_named():
-            write_json(self.folder / _TOKENIZER_SUM, sha256_file(self.staging.folder / TOKENIZER_NAME))
+            write_atomic(self.folder / _TOKENIZER_SUM, sha256_file(self.staging.folder / TOKENIZER_NAME))
 
     def kept_tokenizer(self) -> Tokenizer | None:
         """The tokenizer that was written, None before. Raises ValueError for one that is damaged."""
@@ -112,8 +111,7 @@ class Chunks:
         }
         chunk = Chunk(shards=shards, digest=gathered.digest())
         with self.staging.full_disk_named():
-            write_json(self.folder / f"{number:05d}.json", sealed(dataclasses.asdict(chunk)))
-            flush(self.folder)
+            write_json(self.folder / f"{number:05d}.json", dataclasses.asdict(chunk))
         self.finished[number] = chunk
 
     def compare(self, number: int, gathered: Gathered) -> None:
@@ -179,7 +177,7 @@ def begun_recipe(folder: Path) -> dict[str, Any] | None:
     for name in (RECIPE_NAME, MANIFEST_NAME):
         if (folder / name).is_file():
             try:
-                fields = _read_json(folder / name)
+                fields = load_json(folder / name)
                 return condensed(fields if name == RECIPE_NAME else fields["recipe"])
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(
@@ -189,14 +187,10 @@ def begun_recipe(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _read_json(path: Path) -> Any:
-    return unsealed(json.loads(path.read_text(encoding="utf-8")))
-
-
 def _read(path: Path) -> Chunk | None:
     """The record of a chunk; None where it is damaged."""
     try:
-        fields = _read_json(path)
+        fields = load_json(path)
         shards = {split: ShardInfo(**shard) for split, shard in fields["shards"].items()}
         return Chunk(shards=shards, digest=fields["digest"])
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from sinkbed.data.files import remove_temporaries, replacing, sync_folder, write_atomic
 from sinkbed.data.store.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, ShardInfo
 from sinkbed.data.tokenizer import Tokenizer
 
@@ -68,6 +69,8 @@ class StagingFolder:
             raise BlockingIOError(
                 errno.EWOULDBLOCK, f"another process has just finished {self.out}; run the same command again"
             )
+        for folder in (self.folder, *self.folder.glob("*/")):
+            remove_temporaries(folder)
         return self
 
     def __exit__(
@@ -97,28 +100,16 @@ class StagingFolder:
             sizes: [documents] UTF-8 bytes of each document.
         """
         path = self.folder / name
-        aside = path.with_name(path.name + ".part")
         with self.full_disk_named():
-            path.parent.mkdir(exist_ok=True)
-            try:
-                size, sha256 = _write_arrow(aside, tokens, counts, sizes)
-            except OSError:
-                aside.unlink(missing_ok=True)  # room for what the user does next
-                raise
-            os.replace(aside, path)
-            flush(path.parent)
+            size, sha256 = _write_arrow(path, tokens, counts, sizes)
         return ShardInfo(
             file=name, size=size, sha256=sha256, documents=len(counts), tokens=len(tokens), bytes=int(sizes.sum())
         )
 
     def write_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Write `tokenizer.json`, durably; its control tokens go into the manifest."""
-        path = self.folder / TOKENIZER_NAME
-        aside = path.with_name(path.name + ".part")
         with self.full_disk_named():
-            tokenizer.save(aside, list_control=False)
-            flush(aside)
-            os.replace(aside, path)
+            write_atomic(self.folder / TOKENIZER_NAME, tokenizer.to_json(list_control=False))
 
     def publish(self, manifest: Manifest, forget: Sequence[str] = ()) -> Manifest:
         """Write the manifest, and give the token store its name.
@@ -129,13 +120,12 @@ class StagingFolder:
         """
         with self.full_disk_named():
             manifest.write(self.folder)
-            flush(self.folder)
             for name in forget:
                 remove(self.folder / name)
-            flush(self.folder)
+            sync_folder(self.folder)
             self._rename()
         # The store stands. Its name is made durable before what it replaces goes.
-        flush(self.out.parent)
+        sync_folder(self.out.parent)
         sweep(self.out)
         return manifest
 
@@ -201,12 +191,10 @@ def _write_arrow(
     offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
     lists = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(tokens))
     batch = pa.record_batch([lists, pa.array(sizes, pa.int64())], names=["tokens", "bytes"])
-    with open(path, "wb") as file:
+    with replacing(path) as file:
         hashing = _Hashing(file)
         with pa.ipc.new_file(pa.PythonFile(hashing, "w"), batch.schema) as writer:
             writer.write_batch(batch)
-        file.flush()
-        os.fsync(file.fileno())
     return hashing.size, hashing.hexdigest()
 
 
@@ -241,15 +229,6 @@ def sweep(out: Path) -> None:
     out = Path(os.path.abspath(out))
     (out / LOCK_NAME).unlink(missing_ok=True)
     remove(_previous(out))
-
-
-def flush(path: Path) -> None:
-    """fsync a file or folder, so that the rename that follows never precedes the contents."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove(path: Path) -> None:

@@ -25,7 +25,7 @@ PACKINGS: list[dict[str, Any]] = [
     {"packing": packing, "overflow": long, "fill": fill}
     for packing, fills in (("best_fit", ("pad", "crop", "repeat")), ("pad", ("pad",)), ("grouped", ("pad",)))
     for fill in fills
-    for long in ("split", "crop")
+    for long in ("split", "truncate")
 ]
 
 

@@ -229,7 +229,7 @@ def test_a_forced_replacement_that_was_stopped_is_gone_on_with(config: PrepareCo
 
 
 def test_a_source_that_changed_in_between_is_noticed(config: PrepareConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "identity", lambda _: {"name": "a hub data set without a revision"})
+    monkeypatch.setattr(recipe, "source_identity", lambda _: {"name": "a hub data set without a revision"})
     stop_after(config, 3)
     path = Path(config.source.patterns[0])
     lines = path.read_text().splitlines()
@@ -264,7 +264,7 @@ def test_a_full_disk_keeps_the_finished_shards_and_says_how_to_go_on(
             DiskFullError, match=r"finished are kept in .*\.partial; free space.*the same command again"
         ):
             prepare(config, progress=False, workers=1)
-    assert list((partial_of(config) / "chunks").glob("*.json")) and not list(partial_of(config).rglob("*.arrow.part"))
+    assert list((partial_of(config) / "chunks").glob("*.json")) and not list(partial_of(config).rglob(".*.partial"))
     prepare(config, progress=False, workers=1)
     assert contents(config.out) == contents(whole.out)
 

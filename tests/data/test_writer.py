@@ -96,8 +96,8 @@ def test_a_full_disk_at_any_moment_gives_one_message_and_leaves_nothing(
             # The last flush comes after the rename: the store is complete, and stays.
             assert TokenStore.open(out).documents == 6
             break
-    # 8 shards and each time their folder, tokenizer, manifest, and twice the folder of the store.
-    assert failures == 20
+    # Each of 8 shards, tokenizer and manifest with its folder, and the folder of the store once more.
+    assert failures == 21
 
 
 def test_a_store_is_replaced_only_when_told_and_never_by_a_failure(tmp_path: Path, tokenizer: Tokenizer) -> None:

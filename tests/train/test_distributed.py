@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from sinkbed.data.files import write_json
 from sinkbed.train.cli.main import main
 from sinkbed.train.run import directory
 from sinkbed.train.run.checkpoint import load_checkpoint
@@ -164,7 +165,7 @@ def test_the_index_of_a_sharded_checkpoint_cannot_run_code(runs, tmp_path, trap)
     shutil.copytree(runs / "fsdp2_sharded" / "checkpoints" / "step-0000010.ckpt", folder)
     (folder / ".metadata").write_bytes(content)
     sums = directory.read_json(folder / "checksums.json") | {".metadata": hashlib.sha256(content).hexdigest()}
-    directory.write_json(folder / "checksums.json", sums)
+    write_json(folder / "checksums.json", sums)
     with pytest.raises(ValueError, match=r"mkdir in \.metadata"):
         load_checkpoint(folder)
     assert not os.path.exists(made)
@@ -178,7 +179,7 @@ def test_a_sharded_checkpoint_stays_inside_its_folder(runs, tmp_path):
     name = next(path.name for path in parts(folder) if path.suffix == ".distcp")
     shutil.copy(folder / name, tmp_path / name)
     sums = directory.read_json(folder / "checksums.json")
-    directory.write_json(folder / "checksums.json", {f"../{name}" if n == name else n: v for n, v in sums.items()})
+    write_json(folder / "checksums.json", {f"../{name}" if n == name else n: v for n, v in sums.items()})
     with pytest.raises(ValueError, match=rf"checksum of \.\./{name}"):
         load_checkpoint(folder)
 

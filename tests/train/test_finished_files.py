@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from sinkbed.data.files import write_json
 from sinkbed.train.cli.main import main
 from sinkbed.train.run import directory
 from tests.train.conftest import write_run_config
@@ -39,7 +40,7 @@ def test_a_run_of_another_version_is_refused_with_its_name(command, run, tmp_pat
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     record = directory.read_json(copy / directory.RUN)
-    directory.write_json(copy / directory.RUN, {key: value for key, value in record.items() if key != "format"})
+    write_json(copy / directory.RUN, {key: value for key, value in record.items() if key != "format"})
     out = ["--out", str(tmp_path / "out")] if command == "export" else []
     assert main([command, str(copy), *out]) == 1
     assert f"{copy}: expected format {directory.FORMAT} of runs and checkpoints, got none" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from sinkbed.data.files import write_json
 from sinkbed.data.prepare.prepare import available_cores
 from sinkbed.train.cli.main import main
 from sinkbed.train.loop.module import SinkbedModule
@@ -418,10 +419,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(fit,
 
 def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
-    directory.write_json(path, {"old": 1})
+    write_json(path, {"old": 1})
     monkeypatch.setattr(directory.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     with pytest.raises(OSError):
-        directory.write_json(path, {"new": 2})
+        write_json(path, {"new": 2})
     assert directory.read_json(path) == {"old": 1}
     assert list(tmp_path.iterdir()) == [path]
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 
-from sinkbed.data.files import sha256_file
+from sinkbed.data.files import sha256_file, write_atomic, write_json
 from sinkbed.data.prepare.config import PrepareConfig, TokenizerConfig
 from sinkbed.data.prepare.prepare import prepare
 from sinkbed.data.source.config import Source
@@ -82,7 +82,7 @@ def test_what_is_named_good_is_finite(fit, capsys, monkeypatch, what):
 
 def test_no_file_of_a_run_holds_a_number_that_json_has_not(tmp_path):
     with pytest.raises(ValueError, match=r"x\.json: not written, expected finite numbers"):
-        directory.write_json(tmp_path / "x.json", {"modes": [{"loss": float("nan")}]})
+        write_json(tmp_path / "x.json", {"modes": [{"loss": float("nan")}]})
     assert not list(tmp_path.iterdir())
     from sinkbed.train.run.metrics import MetricsFile, record
 
@@ -217,7 +217,7 @@ def test_files_are_as_open_as_the_umask_says(tmp_path):
     for mask, mode in ((0o077, 0o600), (0o027, 0o640), (0o002, 0o664)):
         before = os.umask(mask)
         try:
-            directory.write_atomic(tmp_path / "x", "x")
+            write_atomic(tmp_path / "x", "x")
         finally:
             os.umask(before)
         assert (tmp_path / "x").stat().st_mode & 0o777 == mode
@@ -264,7 +264,7 @@ def test_which_of_two_run_directories_is_the_copy_is_known_in_either_order(tmp_p
     shutil.rmtree(tmp_path / "c")
     (tmp_path / "e").rename(tmp_path / "c")
     record = directory.read_json(tmp_path / "c" / directory.RUN) | {"folder": str(tmp_path / "c")}
-    directory.write_json(tmp_path / "c" / directory.RUN, record)
+    write_json(tmp_path / "c" / directory.RUN, record)
     assert started("c") == first
 
 
@@ -351,7 +351,7 @@ def test_every_bit_of_a_segment_is_looked_at(cut, tmp_path):
 def test_a_changed_wandb_id_does_not_make_a_second_run(fit, cut):
     path = cut() / directory.RUN
     known = directory.read_json(path)
-    directory.write_json(path, {**known, "wandb_id": "f" + known["wandb_id"][1:] + "0"})
+    write_json(path, {**known, "wandb_id": "f" + known["wandb_id"][1:] + "0"})
     with pytest.warns(UserWarning, match=rf"expected the W&B id {known['wandb_id']}, got f\w+; taken from"):
         assert fit("--ckpt_path", "last")[0] == 0
     assert directory.read_json(path)["wandb_id"] == known["wandb_id"]
@@ -507,7 +507,7 @@ def sharded(tmp_path):
 
 def seal(path):
     sums = {p.name: sha256_file(p) for p in path.iterdir() if p.name != "checksums.json"}
-    directory.write_json(path / "checksums.json", sums)
+    write_json(path / "checksums.json", sums)
     return sums
 
 
@@ -515,10 +515,10 @@ def test_a_sharded_checkpoint_is_under_checksums_as_a_whole(sharded):
     assert load_checkpoint(sharded)["state_dict"]["w"].tolist() == list(range(8))
     sums = seal(sharded)
     for missing in sums:
-        directory.write_json(sharded / "checksums.json", {k: v for k, v in sums.items() if k != missing})
+        write_json(sharded / "checksums.json", {k: v for k, v in sums.items() if k != missing})
         with pytest.raises(ValueError, match=f"checksum of {missing}"):
             load_checkpoint(sharded)
-    directory.write_json(sharded / "checksums.json", {})
+    write_json(sharded / "checksums.json", {})
     with pytest.raises(ValueError, match="checksum of"):
         load_checkpoint(sharded)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from sinkbed.data.files import remove_temporaries
 from sinkbed.plain_text import markdown, markdown_table
 from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.effects import DIGITS, LABELS, Found, check, figures, reference_mode
@@ -68,7 +69,7 @@ def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[Result]]], folder
         "",
         *(line for name in sorted(parts) for line in parts[name][1]),
     ]
-    directory.remove_temporaries(path.parent)
+    remove_temporaries(path.parent)
     directory.write_atomic(path, "\n".join(lines).rstrip() + "\n")
     return path
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sinkbed.data.files import remove_temporaries
 from sinkbed.plain_text import counted, csv_text
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.report.figures import STYLE
@@ -40,7 +41,7 @@ def write(found: Found, folder: Path) -> Path:
     for name in earlier:
         if Path(name).name == name:
             (folder / name).unlink(missing_ok=True)
-    directory.remove_temporaries(folder)
+    remove_temporaries(folder)
     files: dict[str, str | bytes] = {}
     for t in tables(found):
         files[f"{t.name}.csv"] = csv_text(t.keys or t.header, t.rows)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sinkbed.data.files import remove_temporaries
 from sinkbed.plain_text import console, markdown, markdown_table, visible
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.report.result import Result, load_result
@@ -85,7 +86,7 @@ def write_report(
     tell_missing(missing)
     folder = study.out / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    directory.remove_temporaries(folder)
+    remove_temporaries(folder)
     note = caption(results, study.published_source if study.published else "")
     absent = [f"Not in it: {what}." for what in missing]
     summary, rows, found = (
