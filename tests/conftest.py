@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`pytest tests/train/test_faults.py --kills 200` is the long form of the fault tests."""
+    """`pytest tests/train/loop/test_faults.py --kills 200` is the long form of the fault tests."""
     parser.addoption("--kills", type=int, default=8, help="random kills of training runs, over all of them")
 
 
