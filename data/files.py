@@ -103,19 +103,19 @@ def unsealed(value: Any) -> Any:
     return fields
 
 
-def differences(found: Any, expected: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, found, expected) of every leaf in which two nested dicts differ; None stands for an absent one."""
-    if isinstance(found, dict) and isinstance(expected, dict):
-        for name in dict.fromkeys((*found, *expected)):
-            yield from differences(found.get(name), expected.get(name), f"{key}.{name}" if key else str(name))
-    elif found != expected:
-        yield key, found, expected
+def differences(actual: Any, expected: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, actual, expected) of every leaf in which two nested dicts differ; None stands for an absent one."""
+    if isinstance(actual, dict) and isinstance(expected, dict):
+        for name in dict.fromkeys((*actual, *expected)):
+            yield from differences(actual.get(name), expected.get(name), f"{key}.{name}" if key else str(name))
+    elif actual != expected:
+        yield key, actual, expected
 
 
-def differing(found: Any, expected: Any) -> str:
+def differing(actual: Any, expected: Any) -> str:
     """The leaves in which two nested dicts differ, as a message shows them; the first four."""
-    leaves = list(differences(found, expected))
-    listed = "; ".join(f"{key}: got {a!r}, expected {b!r}" for key, a, b in leaves[:4])
+    leaves = list(differences(actual, expected))
+    listed = "; ".join(f"{key}: expected {b!r}, got {a!r}" for key, a, b in leaves[:4])
     return listed + (f"; and {len(leaves) - 4} more" if len(leaves) > 4 else "")
 
 

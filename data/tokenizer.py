@@ -66,8 +66,8 @@ class Tokenizer:
         """One more than the largest id."""
         if getattr(backend.model, "dropout", None):
             raise ValueError(
-                f"tokenizer: got BPE dropout ({backend.model.dropout}), which encodes a text in another way each "
-                "time, expected none; remove it from the tokenizer.json"
+                "tokenizer: expected no BPE dropout, which encodes a text in another way each time, got "
+                f"{backend.model.dropout}; remove it from the tokenizer.json"
             )
         self._is_byte_level = '"type":"ByteLevel"' in json.dumps(
             json.loads(backend.to_str())["decoder"], separators=(",", ":")
@@ -83,7 +83,7 @@ class Tokenizer:
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         if vocab_size < len(alphabet) + 2:
             raise ValueError(
-                f"vocab_size: got {vocab_size}, expected at least {len(alphabet) + 2} (256 bytes, {BOS} and {EOS})"
+                f"vocab_size: expected at least {len(alphabet) + 2} (256 bytes, {BOS} and {EOS}), got {vocab_size}"
             )
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -233,7 +233,7 @@ class Tokenizer:
         index = self.backend.token_to_id(token)
         if index is None:
             raise ValueError(
-                f"tokenizer: got no token {token!r} for {role}; name the token this vocabulary uses with "
+                f"tokenizer: expected a token {token!r} for {role}, got none; name the token this vocabulary uses with "
                 f"tokenizer.{role} (such as '<|endoftext|>')"
             )
         return index

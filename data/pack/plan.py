@@ -36,7 +36,7 @@ _SCHEMA = pa.schema([(name, pa.large_list(pa.int64())) for name in ("documents",
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class PlanSettings:
     """All that decides a plan."""
 
     strategy: Strategy
@@ -62,26 +62,28 @@ class Recipe:
 class Plan:
     """The rows of a split, read window by window from its file or from memory."""
 
-    def __init__(self, recipe: Recipe, offsets: Offsets, source: pa.NativeFile, path: Path | None = None) -> None:
-        self._recipe, self._offsets, self._path = recipe, offsets, path
+    def __init__(
+        self, settings: PlanSettings, offsets: Offsets, source: pa.NativeFile, path: Path | None = None
+    ) -> None:
+        self._settings, self._offsets, self._path = settings, offsets, path
         self._reader = pa.ipc.open_file(source)
         if self._reader.schema != _SCHEMA:
-            raise pa.ArrowInvalid(f"got the columns {self._reader.schema.names}")
+            raise pa.ArrowInvalid(f"columns {self._reader.schema.names}")
         counts = [self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)]
         self._first_row = np.cumsum([0, *counts], dtype=np.int64)
         self._windows: OrderedDict[int, tuple[Ints, Ints, Ints]] = OrderedDict()
 
     @classmethod
-    def load(cls, recipe: Recipe, offsets: Offsets, folder: Path, digest: str) -> Plan:
+    def load(cls, settings: PlanSettings, offsets: Offsets, folder: Path, digest: str) -> Plan:
         """The plan of the split with this digest: mapped from `folder`, where it is made first if need be."""
-        path = folder / f"{recipe.key(digest)}.arrow"
+        path = folder / f"{settings.key(digest)}.arrow"
         try:
             for attempt in range(2):
                 if attempt or not path.is_file():
                     with replacing(path) as file:  # others do the same and agree
-                        _make(file, recipe, offsets)
+                        _make(file, settings, offsets)
                 try:
-                    return cls(recipe, offsets, pa.memory_map(os.fspath(path)), path)
+                    return cls(settings, offsets, pa.memory_map(os.fspath(path)), path)
                 except (pa.ArrowException, LookupError, OSError, ValueError) as error:
                     if getattr(error, "errno", None):
                         raise  # else damaged: what it held can be made again
@@ -92,14 +94,14 @@ class Plan:
                 stacklevel=2,
             )
         sink = pa.BufferOutputStream()
-        _make(sink, recipe, offsets)
-        return cls(recipe, offsets, pa.BufferReader(sink.getvalue()))
+        _make(sink, settings, offsets)
+        return cls(settings, offsets, pa.BufferReader(sink.getvalue()))
 
     def verify(self) -> None:
         """Lay out everything again and compare. Raises ValueError that names a damaged file."""
         for number, (start, stop) in enumerate(windows(self._offsets)):
-            items = items_of(self._offsets, start, stop, self._recipe)
-            expected = _columns(items, self._recipe.packing.lay_out(items, self._recipe.room))
+            items = items_of(self._offsets, start, stop, self._settings)
+            expected = _columns(items, self._settings.packing.lay_out(items, self._settings.room))
             if not all(np.array_equal(a, b) for a, b in zip(self._window(number), expected, strict=True)):
                 raise self._damaged("other documents in its rows than the token store gives")
 
@@ -152,14 +154,14 @@ class Plan:
         return self._windows[window]
 
 
-def _make(sink: Any, recipe: Recipe, offsets: Offsets) -> None:
+def _make(sink: Any, settings: PlanSettings, offsets: Offsets) -> None:
     from tqdm import tqdm
 
     bar = tqdm(total=offsets.tokens, desc="packing", unit=" tokens", unit_scale=True, delay=5.0)
     with pa.ipc.new_file(sink, _SCHEMA) as writer, bar:
         for start, stop in windows(offsets):
-            items = items_of(offsets, start, stop, recipe)
-            edges, *values = _columns(items, recipe.packing.lay_out(items, recipe.room))
+            items = items_of(offsets, start, stop, settings)
+            edges, *values = _columns(items, settings.packing.lay_out(items, settings.room))
             columns = [pa.LargeListArray.from_arrays(pa.array(edges), pa.array(column)) for column in values]
             writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
             bar.update(int(offsets[np.array([start, stop])] @ [-1, 1]))
@@ -182,11 +184,11 @@ def windows(offsets: Offsets) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def items_of(offsets: Offsets, start: int, stop: int, recipe: Recipe) -> Items:
+def items_of(offsets: Offsets, start: int, stop: int, settings: PlanSettings) -> Items:
     """The items of documents `start` to `stop`."""
-    lengths = np.diff(offsets[start : stop + 1]) + recipe.extras
-    room, document = recipe.room, np.arange(start, stop)
-    if recipe.strategy.overflow == "truncate":
+    lengths = np.diff(offsets[start : stop + 1]) + settings.extras
+    room, document = settings.room, np.arange(start, stop)
+    if settings.strategy.overflow == "truncate":
         kept = lengths > 0
         document, lengths = document[kept], lengths[kept]
         return Items(document, np.zeros_like(document), np.minimum(lengths, room))

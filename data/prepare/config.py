@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, get_args
 from sinkbed.data.source.config import OnError, Source
 from sinkbed.data.source.documents import Documents
 from sinkbed.data.source.selection import Selection
+from sinkbed.ranges import check_choice, check_number
 
 if TYPE_CHECKING:
     from sinkbed.data.tokenizer import Tokenizer
@@ -44,13 +45,12 @@ class TokenizerConfig:
             if getattr(self, name) is not None:
                 mode = "a tokenizer that is loaded" if self.path else "a tokenizer that is trained"
                 raise ValueError(
-                    f"tokenizer.{name}: got {getattr(self, name)!r}, which {mode} ignores; remove it or "
-                    f"{'remove' if self.path else 'set'} tokenizer.path"
+                    f"tokenizer.{name}: expected none with {mode}, which ignores it, got {getattr(self, name)!r}; "
+                    f"remove it or {'remove' if self.path else 'set'} tokenizer.path"
                 )
         for name in ("vocab_size", "train_bytes", "train_documents"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"tokenizer.{name}: got {value}, expected at least 1")
+            if (value := getattr(self, name)) is not None:
+                check_number(f"tokenizer.{name}", value, least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,20 +81,16 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", os.path.expanduser(self.out))
-        if not 0 <= self.validation_share < 1:
-            raise ValueError(f"validation_share: got {self.validation_share}, expected 0 or more and less than 1")
-        if self.shard_bytes is not None and self.shard_bytes < 1:
-            raise ValueError(f"shard_bytes: got {self.shard_bytes}, expected at least 1")
-        if self.min_bytes is not None and self.min_bytes < 2:
-            raise ValueError(f"min_bytes: got {self.min_bytes}, which leaves nothing out; expected at least 2")
-        if self.max_bytes is not None and self.max_bytes < (self.min_bytes or 1):
-            raise ValueError(f"max_bytes: got {self.max_bytes}, expected at least {self.min_bytes or 1}")
-        if self.on_error not in get_args(OnError):
-            raise ValueError(f"on_error: got {self.on_error!r}, expected refuse or skip")
+        check_number("validation_share", self.validation_share, least=0, below=1)
+        # No document is empty, so that a min_bytes of 1 would leave nothing out.
+        for name, least in (("shard_bytes", 1), ("min_bytes", 2), ("max_bytes", self.min_bytes or 1)):
+            if (value := getattr(self, name)) is not None:
+                check_number(name, value, least=least)
+        check_choice("on_error", self.on_error, get_args(OnError))
         if self.deduplicate and self.source.stopping_strategy == "all_exhausted":
             raise ValueError(
-                "deduplicate: got with source.stopping_strategy all_exhausted, whose repeated documents it would "
-                "leave out again; choose all_exhausted_without_replacement"
+                "deduplicate: expected false with source.stopping_strategy all_exhausted, whose repeated documents it "
+                "would leave out again, got true; choose all_exhausted_without_replacement"
             )
 
     def select(self, documents: Documents, tokenizer: Tokenizer | None = None) -> Selection:

@@ -213,8 +213,8 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
         # Around added tokens a normaliser sees pieces, which it may compose in another way.
         if tokenizer.backend.normalizer is None or not equivalent(tokenizer.decode(ids[index]), text):
             raise ValueError(
-                f"tokenizer: got a document of {expected[index]:,} bytes whose tokens stand for {sizes[index]:,} "
-                f"({text[:60]!r} …), expected one that loses nothing; use another tokenizer"
+                f"tokenizer: expected tokens that stand for the {expected[index]:,} bytes of a document "
+                f"({text[:60]!r} …), got {sizes[index]:,}; use another tokenizer"
             )
     return Encoded(tokens, counts, sizes)
 

@@ -27,6 +27,7 @@ from sinkbed.data.source.documents import Documents
 from sinkbed.data.source.selection import batches
 from sinkbed.data.store.manifest import MANIFEST_NAME, Manifest
 from sinkbed.plain_text import counted
+from sinkbed.ranges import check_number
 
 if TYPE_CHECKING:
     from sinkbed.data.prepare.chunks import Chunks
@@ -51,8 +52,7 @@ def prepare(
     `encoding.WorkerDiedError`.
     """
     workers = available_cores() if workers is None else workers
-    if workers < 1:
-        raise ValueError(f"workers: got {workers}, expected at least 1")
+    check_number("workers", workers, least=1)
     out = Path(config.out)
     recipe = recipe_of(config)
     standing = (out / MANIFEST_NAME).exists()
@@ -122,15 +122,15 @@ def _fill(config: PrepareConfig, recipe: dict[str, Any], chunks: Chunks, workers
         left_out = documents.left_out + selected.left_out
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(left_out.items()))
         raise ValueError(
-            f"got no document that the config lets pass (left out: {reasons}); look at min_bytes and max_bytes"
+            f"source: expected documents that the config lets pass, got none (left out: {reasons}); look at min_bytes "
+            "and max_bytes"
         )
     if not written["train"] or (config.validation_share and not written["validation"]):
         chunks.staging.discard()
         raise ValueError(
-            f"validation_share: got {config.validation_share}, which splits the corpus into "
-            f"{counted(written['train'], 'training document')} and "
-            f"{counted(written['validation'], 'validation document')}; expected both to hold some: change it, or set "
-            "it to 0"
+            f"validation_share: expected a share that leaves documents in both splits, got {config.validation_share}, "
+            f"which makes {counted(written['train'], 'training document')} and "
+            f"{counted(written['validation'], 'validation document')}; change it, or set it to 0"
         )
     left_out = documents.left_out + selected.left_out
     return chunks.staging.publish(manifest_of(recipe, tokenizer, shards, left_out), FORGOTTEN)

@@ -211,12 +211,11 @@ def _refuse_taken(out: Path, replace: bool) -> None:
         return
     # Only a token store is ever replaced: --force with a mistyped folder must not delete it.
     if not (out / MANIFEST_NAME).is_file():
-        raise FileExistsError(
-            f"{out}: got something that is no token store, expected nothing or a token store; choose another --out"
-        )
+        raise FileExistsError(f"{out}: expected nothing or a token store, got something else; choose another --out")
     if not replace:
         raise FileExistsError(
-            f"{out}: got a token store; choose another --out, or replace it with `sinkbed prepare --force`"
+            f"{out}: expected nothing, got a token store; choose another --out, or replace it with `sinkbed prepare "
+            "--force`"
         )
 
 

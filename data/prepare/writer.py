@@ -19,6 +19,7 @@ from sinkbed.data.prepare.encoding import token_dtype
 from sinkbed.data.prepare.staging import StagingFolder
 from sinkbed.data.store.manifest import Manifest, ShardInfo, SplitInfo
 from sinkbed.data.tokenizer import Tokenizer
+from sinkbed.ranges import check_number
 
 SHARD_TOKENS = 2**26
 
@@ -42,8 +43,7 @@ class StoreWriter:
     def __init__(
         self, out: Path | str, tokenizer: Tokenizer, *, shard_tokens: int = SHARD_TOKENS, replace: bool = False
     ) -> None:
-        if shard_tokens < 1:
-            raise ValueError(f"shard_tokens: got {shard_tokens}, expected at least 1")
+        check_number("shard_tokens", shard_tokens, least=1)
         self.tokenizer = tokenizer
         self.shard_tokens = shard_tokens
         self.dtype = token_dtype(tokenizer)
@@ -69,12 +69,13 @@ class StoreWriter:
         array = np.asarray(tokens, dtype=np.int64)
         if array.size and (array.min() < 0 or array.max() >= self.tokenizer.vocab_size):
             raise ValueError(
-                f"document with token ids {array.min()} to {array.max()}: expected 0 to {self.tokenizer.vocab_size - 1}"
+                f"document: expected token ids from 0 to {self.tokenizer.vocab_size - 1}, got {array.min()} to "
+                f"{array.max()}"
             )
         if any((array == special).any() for special in self.tokenizer.special_ids):
             raise ValueError(
-                f"document with a special token ({self.tokenizer.special_ids}): expected text only; the strategy "
-                "adds special tokens when rows are made"
+                f"document: expected text only, got a special token ({self.tokenizer.special_ids}); the strategy adds "
+                "them when rows are made"
             )
         pending = self._pending.setdefault(split, _Pending())
         if pending.arrays and pending.tokens + array.size > self.shard_tokens:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from sinkbed.data.source.synthetic import Synthetic
+from sinkbed.ranges import check_choice, check_number
 
 Kind = Literal["demo", "jsonl", "parquet", "text", "hub", "synthetic", "mixture"]
 Part = Literal["leads", "speeches"]
@@ -74,10 +75,9 @@ class SingleSource:
         return (self.files,) if isinstance(self.files, str) else tuple(self.files)
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"source.kind: got {self.kind!r}, expected one of {', '.join(get_args(Kind))}")
+        check_choice("source.kind", self.kind, get_args(Kind))
         if self.kind == "mixture" and not isinstance(self, Source):
-            raise ValueError("source.sources: got a mixture in a mixture, expected sources of the other kinds")
+            raise ValueError("source.sources: expected sources of the other kinds, got a mixture in a mixture")
         meant_for: dict[str, tuple[str, ...]] = {
             "parts": ("demo",),
             "files": _LOCAL,
@@ -91,11 +91,11 @@ class SingleSource:
         for field, kinds in meant_for.items():
             if getattr(self, field, None) and self.kind not in kinds:
                 raise ValueError(
-                    f"source.{field}: got {getattr(self, field)!r} with kind {self.kind!r}, which ignores it; "
-                    f"it belongs to kind {' or '.join(kinds)}"
+                    f"source.{field}: expected none with kind {self.kind}, which ignores it, got "
+                    f"{getattr(self, field)!r}; it belongs to kind {' or '.join(kinds)}"
                 )
         if self.kind in _LOCAL and not self.files:
-            raise ValueError(f"source.files: got none with kind {self.kind!r}; expected paths or globs")
+            raise ValueError(f"source.files: expected paths or globs with kind {self.kind}, got none")
         if self.kind == "text" and not isinstance(self.split, Separator) and self.split not in (None, *_CUTS):
             raise ValueError(
                 f"source.split: expected {', '.join(_CUTS)} or {{separator: …}} with kind 'text', got {self.split!r}"
@@ -105,19 +105,19 @@ class SingleSource:
         if self.name:  # it may be a local folder
             object.__setattr__(self, "name", os.path.expanduser(self.name))
         if self.kind == "hub" and not self.name:
-            raise ValueError("source.name: got none with kind 'hub'; expected owner/name")
+            raise ValueError("source.name: expected owner/name with kind hub, got none")
         if self.kind == "synthetic" and self.synthetic is None:
-            raise ValueError("source.synthetic: got none with kind 'synthetic'; expected a task and its parameters")
+            raise ValueError("source.synthetic: expected a task and its parameters with kind synthetic, got none")
         unknown = [part for part in self.parts or () if part not in get_args(Part)]
         if unknown or self.parts == () or len(set(self.parts or ())) < len(self.parts or ()):
-            raise ValueError(f"source.parts: got {list(self.parts or ())}, expected some of leads, speeches, each once")
+            raise ValueError(f"source.parts: expected leads, speeches or both, each once, got {list(self.parts or ())}")
         if self.shuffle_buffer is not None and not (self.streaming and self.shuffle_seed is not None):
             raise ValueError(
-                "source.shuffle_buffer: got without streaming and a shuffle_seed, where no buffer is used; "
-                "remove it or set both"
+                "source.shuffle_buffer: expected none without streaming and a shuffle_seed, where no buffer is used, "
+                f"got {self.shuffle_buffer}; remove it or set both"
             )
-        if self.shuffle_buffer is not None and self.shuffle_buffer < 1:
-            raise ValueError(f"source.shuffle_buffer: got {self.shuffle_buffer}, expected at least 1")
+        if self.shuffle_buffer is not None:
+            check_number("source.shuffle_buffer", self.shuffle_buffer, least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,13 +139,13 @@ class Source(SingleSource):
             return
         if len(self.sources) < 2 or len(self.weights) != len(self.sources):
             raise ValueError(
-                f"source.weights: got {len(self.weights)} with {len(self.sources)} sources, expected two sources or "
-                "more and as many weights"
+                "source.weights: expected two sources or more and as many weights, got "
+                f"{len(self.sources)} and {len(self.weights)}"
             )
-        if min(self.weights) <= 0:
-            raise ValueError(f"source.weights: got {min(self.weights)}, expected each above 0")
+        for weight in self.weights:
+            check_number("source.weights", weight, above=0)
         if self.shuffle_seed is None:
-            raise ValueError("source.shuffle_seed: got none with kind 'mixture', whose draws need one; give a number")
+            raise ValueError("source.shuffle_seed: expected a number with kind mixture, whose draws need one, got none")
 
 
 def describe(source: SingleSource) -> str:

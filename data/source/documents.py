@@ -46,8 +46,8 @@ class Documents:
                     left_out[problems[index]] += 1
                 elif text is not None and not isinstance(text, str):
                     raise ValueError(
-                        f"{describe(self.source)}: got a value of type {type(text).__name__} in the column of the "
-                        "text, expected text; name another column with source.column"
+                        f"{describe(self.source)}: expected text in the column of the text, got a value of type "
+                        f"{type(text).__name__}; name another column with source.column"
                     )
                 elif not text or text.isspace():
                     left_out["empty"] += 1

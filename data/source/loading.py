@@ -182,7 +182,7 @@ def _hub(source: SingleSource) -> Any:
     files = builder.config.data_files
     if files and split not in files:
         raise ValueError(
-            f"{describe(source)}: got splits {', '.join(map(str, files))}, expected {split!r}; set source.split"
+            f"{describe(source)}: expected a split {split!r}, got {', '.join(map(str, files))}; set source.split"
         )
     format = "parquet" if isinstance(builder, Parquet) else "jsonl"
     if isinstance(builder, Parquet) or (isinstance(builder, Json) and builder.config.field is None):
@@ -201,15 +201,15 @@ def _columnar(source: SingleSource, builder: Any, split: str) -> Any:
         raise _no_document(source)
     if column not in columns:
         raise ValueError(
-            f"{describe(source)}: got columns {', '.join(map(repr, columns))}, expected {column!r}; "
-            "name the one that holds the text with source.column"
+            f"{describe(source)}: expected a column {column!r}, got {', '.join(map(repr, columns))}; name the one that "
+            "holds the text with source.column"
         )
     dataset = dataset.select_columns([column])
     kind = (dataset.features or {}).get(column)
     if kind is not None and getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
         raise ValueError(
-            f"{describe(source)}: column {column!r}: got values of type {getattr(kind, 'dtype', kind)}, expected "
-            "text; name another column with source.column"
+            f"{describe(source)}: column {column!r}: expected text, got values of type "
+            f"{getattr(kind, 'dtype', kind)}; name another column with source.column"
         )
     return dataset if column == "text" else dataset.rename_column(column, "text")
 

@@ -129,7 +129,7 @@ def test_one_token_may_serve_as_both_and_added_tokens_keep_their_bytes(tmp_path:
 
 
 def test_a_vocabulary_too_small_for_the_bytes_is_refused() -> None:
-    with pytest.raises(ValueError, match="vocab_size: got 257, expected at least 258"):
+    with pytest.raises(ValueError, match=r"vocab_size: expected at least 258 .* got 257"):
         Tokenizer.train(TEXTS, vocab_size=257)
 
 
@@ -140,7 +140,7 @@ def test_a_missing_file_a_file_that_is_none_and_a_missing_special_are_named(tmp_
     with pytest.raises(ValueError, match=r"other\.json is no tokenizer"):
         Tokenizer.load(tmp_path / "other.json")
     trained.save(tmp_path / "tokenizer.json")
-    with pytest.raises(ValueError, match=r"no token '<s>' for bos.*tokenizer\.bos"):
+    with pytest.raises(ValueError, match=r"expected a token '<s>' for bos.*tokenizer\.bos"):
         Tokenizer.load(tmp_path / "tokenizer.json", bos="<s>")
 
 
@@ -299,5 +299,5 @@ def test_a_tokenizer_that_encodes_at_random_is_refused(tmp_path: Path) -> None:
     definition = json.loads((tmp_path / "t.json").read_text())
     definition["model"]["dropout"] = 0.3
     (tmp_path / "t.json").write_text(json.dumps(definition))
-    with pytest.raises(ValueError, match=r"got BPE dropout \(0\.3"):
+    with pytest.raises(ValueError, match=r"expected no BPE dropout.* got 0\.3"):
         Tokenizer.load(tmp_path / "t.json")

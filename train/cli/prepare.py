@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sinkbed.plain_text import counted
+from sinkbed.ranges import check_number
 from sinkbed.train.run.directory import MANIFEST
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     force, quiet, workers, dry_run = (built.pop(name) for name in ("force", "quiet", "workers", "dry_run"))
     for name in ("config", "check"):
         built.pop(name, None)
-    if workers is not None and workers < 1:
-        raise ValueError(f"--workers: got {workers}, expected at least 1")
+    if workers is not None:
+        check_number("--workers", workers, least=1)
     wanted = PrepareConfig(**built)
     if dry_run:
         from sinkbed.data.prepare.estimate import estimate

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sinkbed.data.pack import plan as plan_module
 from sinkbed.data.pack.methods import best_fit as best_fit_module
 from sinkbed.data.pack.methods.best_fit import best_fit
-from sinkbed.data.pack.plan import Plan, Recipe, items_of, windows
+from sinkbed.data.pack.plan import Plan, PlanSettings, items_of, windows
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.store.offsets import Offsets
 from tests.support.oracle import laid_out
@@ -50,10 +50,12 @@ def test_a_plan_is_that_of_the_packing_done_one_document_after_the_other(
 ) -> None:
     strategy = Strategy(**packing, document_start=start, document_end=end)
     extras = (start != "none") + (end != "none")
-    recipe = Recipe(strategy=strategy, room=room, extras=extras)
+    plan_settings = PlanSettings(strategy=strategy, room=room, extras=extras)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(best_fit_module, "_WAITING", waiting)
-        laid = recipe.packing.lay_out(items := items_of(Offsets.of(lengths), 0, len(lengths), recipe), recipe.room)
+        laid = plan_settings.packing.lay_out(
+            items := items_of(Offsets.of(lengths), 0, len(lengths), plan_settings), plan_settings.room
+        )
         expected = laid_out([[2] * size for size in lengths], strategy, room, waiting)
     edges = np.concatenate([[0], np.cumsum(laid.held)]).tolist()
     repeated = np.broadcast_to(laid.repeated, laid.piece.shape)
@@ -97,8 +99,8 @@ def test_windows_hold_every_document_once_and_are_bounded(lengths: list[int]) ->
 
 
 @pytest.fixture
-def recipe() -> Recipe:
-    return Recipe(strategy=Strategy(packing="best_fit"), room=8, extras=1)
+def plan_settings() -> PlanSettings:
+    return PlanSettings(strategy=Strategy(packing="best_fit"), room=8, extras=1)
 
 
 @pytest.fixture
@@ -107,17 +109,17 @@ def offsets() -> Offsets:
 
 
 def test_a_plan_of_several_windows_is_that_of_each_by_itself(
-    recipe: Recipe, offsets: Offsets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan_settings: PlanSettings, offsets: Offsets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_module, "_WINDOW_TOKENS", 30)
     monkeypatch.setattr(plan_module, "_MAPPED_WINDOWS", 2)
-    plan = Plan.load(recipe, offsets, tmp_path, "digest")
+    plan = Plan.load(plan_settings, offsets, tmp_path, "digest")
     parts = list(windows(offsets))
     assert len(parts) > 3
     expected = []
     for start, stop in parts:
-        items = items_of(offsets, start, stop, recipe)
-        laid = recipe.packing.lay_out(items, recipe.room)
+        items = items_of(offsets, start, stop, plan_settings)
+        laid = plan_settings.packing.lay_out(items, plan_settings.room)
         edges = np.concatenate([[0], np.cumsum(laid.held)])
         for a, b in itertools.pairwise(edges):
             expected.append([(int(items.document[i]), int(items.begin[i])) for i in laid.piece[a:b]])
@@ -125,42 +127,44 @@ def test_a_plan_of_several_windows_is_that_of_each_by_itself(
     backwards = np.arange(plan.rows)[::-1]
     assert plan.read(backwards)[0].tolist() == [len(row) for row in expected[::-1]]
     every = Counter(pair for row in expected for pair in row)
-    whole = items_of(offsets, 0, offsets.documents, recipe)
+    whole = items_of(offsets, 0, offsets.documents, plan_settings)
     assert every == Counter(zip(whole.document.tolist(), whole.begin.tolist(), strict=True))
 
 
 def test_a_plan_is_made_once_and_read_by_arrow(
-    recipe: Recipe, offsets: Offsets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan_settings: PlanSettings, offsets: Offsets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = rows_of(Plan.load(recipe, offsets, tmp_path / "packing", "digest"))
+    first = rows_of(Plan.load(plan_settings, offsets, tmp_path / "packing", "digest"))
     [path] = (tmp_path / "packing").iterdir()
     monkeypatch.setattr(plan_module, "_make", lambda *_: pytest.fail("made it again"))
-    assert rows_of(Plan.load(recipe, offsets, tmp_path / "packing", "digest")) == first
+    assert rows_of(Plan.load(plan_settings, offsets, tmp_path / "packing", "digest")) == first
     import pyarrow as pa
 
     table = pa.ipc.open_file(path).read_all()
     assert table["documents"].to_pylist() == [[document for document, _ in row] for row in first]
 
 
-def test_what_decides_a_plan_is_in_its_name(recipe: Recipe) -> None:
+def test_what_decides_a_plan_is_in_its_name(plan_settings: PlanSettings) -> None:
     others = [
-        Recipe(strategy=Strategy(packing="grouped"), room=8, extras=1),
-        Recipe(strategy=Strategy(packing="best_fit", overflow="truncate"), room=8, extras=1),
-        Recipe(strategy=Strategy(packing="best_fit", fill="repeat"), room=8, extras=1),
-        Recipe(strategy=Strategy(packing="best_fit"), room=9, extras=1),
-        Recipe(strategy=Strategy(packing="best_fit"), room=8, extras=2),
+        PlanSettings(strategy=Strategy(packing="grouped"), room=8, extras=1),
+        PlanSettings(strategy=Strategy(packing="best_fit", overflow="truncate"), room=8, extras=1),
+        PlanSettings(strategy=Strategy(packing="best_fit", fill="repeat"), room=8, extras=1),
+        PlanSettings(strategy=Strategy(packing="best_fit"), room=9, extras=1),
+        PlanSettings(strategy=Strategy(packing="best_fit"), room=8, extras=2),
     ]
-    names = {one.key("digest") for one in (recipe, *others)} | {recipe.key("other")}
+    names = {one.key("digest") for one in (plan_settings, *others)} | {plan_settings.key("other")}
     assert len(names) == len(others) + 2
-    same = Recipe(strategy=Strategy(packing="best_fit", mask="intra_document", first_token="random"), room=8, extras=1)
-    assert same.key("digest") == recipe.key("digest"), "the mask and what a first token is move no document"
+    same = PlanSettings(
+        strategy=Strategy(packing="best_fit", mask="intra_document", first_token="random"), room=8, extras=1
+    )
+    assert same.key("digest") == plan_settings.key("digest"), "the mask and what a first token is move no document"
 
 
 @pytest.mark.parametrize("trouble", ["folder", "full"])
 def test_a_plan_that_cannot_be_kept_is_made_in_memory_with_a_warning_and_leaves_nothing(
-    recipe: Recipe, offsets: Offsets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+    plan_settings: PlanSettings, offsets: Offsets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
-    expected = rows_of(Plan.load(recipe, offsets, tmp_path / "good", "digest"))
+    expected = rows_of(Plan.load(plan_settings, offsets, tmp_path / "good", "digest"))
     folder = tmp_path / "packing"
     if trouble == "folder":
         folder.write_text("a file where the folder should be")
@@ -171,14 +175,14 @@ def test_a_plan_that_cannot_be_kept_is_made_in_memory_with_a_warning_and_leaves_
 
         monkeypatch.setattr(os, "fsync", refuse)
     with pytest.warns(UserWarning, match=r"could not be kept .*Make that folder writable"):
-        plan = Plan.load(recipe, offsets, folder, "digest")
+        plan = Plan.load(plan_settings, offsets, folder, "digest")
     assert rows_of(plan) == expected
     plan.verify()
     assert folder.is_file() or list(folder.iterdir()) == []
 
 
-def test_a_damaged_plan_is_made_again_or_named(recipe: Recipe, offsets: Offsets, tmp_path: Path) -> None:
-    plan = Plan.load(recipe, offsets, tmp_path, "digest")
+def test_a_damaged_plan_is_made_again_or_named(plan_settings: PlanSettings, offsets: Offsets, tmp_path: Path) -> None:
+    plan = Plan.load(plan_settings, offsets, tmp_path, "digest")
     plan.verify()
     expected = rows_of(plan)
     [path] = tmp_path.iterdir()
@@ -191,26 +195,26 @@ def test_a_damaged_plan_is_made_again_or_named(recipe: Recipe, offsets: Offsets,
     }
     for what, damaged in broken.items():
         path.write_bytes(damaged)
-        assert rows_of(Plan.load(recipe, offsets, tmp_path, "digest")) == expected, what
+        assert rows_of(Plan.load(plan_settings, offsets, tmp_path, "digest")) == expected, what
         assert path.read_bytes() == content
     # A flipped bit leaves a readable file: document 1 becomes document 0.
     place = content.index((1).to_bytes(8, "little") + (1).to_bytes(8, "little"))
     path.write_bytes(content[:place] + bytes([0]) + content[place + 1 :])
     with pytest.raises(ValueError, match=rf"{path.name} is damaged.*delete it, it is made again"):
-        Plan.load(recipe, offsets, tmp_path, "digest").verify()
+        Plan.load(plan_settings, offsets, tmp_path, "digest").verify()
 
 
 def test_a_flipped_byte_in_a_plan_is_made_again_named_or_told_by_verify(
-    recipe: Recipe, offsets: Offsets, tmp_path: Path
+    plan_settings: PlanSettings, offsets: Offsets, tmp_path: Path
 ) -> None:
-    expected = rows_of(Plan.load(recipe, offsets, tmp_path, "digest"))
+    expected = rows_of(Plan.load(plan_settings, offsets, tmp_path, "digest"))
     [path] = tmp_path.iterdir()
     content = path.read_bytes()
     named = 0
     for place in range(0, len(content), 3):
         path.write_bytes(content[:place] + bytes([content[place] ^ 0x81]) + content[place + 1 :])
         try:
-            plan = Plan.load(recipe, offsets, tmp_path, "digest")
+            plan = Plan.load(plan_settings, offsets, tmp_path, "digest")
             if rows_of(plan) != expected:
                 plan.verify()
                 pytest.fail(f"other rows with byte {place} flipped")
@@ -222,8 +226,8 @@ def test_a_flipped_byte_in_a_plan_is_made_again_named_or_told_by_verify(
 
 def test_items_of_a_document_that_fits_a_row_exactly_are_one() -> None:
     offsets = Offsets.of([7, 8, 15, 16])
-    recipe = Recipe(strategy=Strategy(packing="best_fit"), room=8, extras=1)
-    items = items_of(offsets, 0, 4, recipe)
+    plan_settings = PlanSettings(strategy=Strategy(packing="best_fit"), room=8, extras=1)
+    items = items_of(offsets, 0, 4, plan_settings)
     assert list(zip(items.document.tolist(), items.begin.tolist(), items.length.tolist(), strict=True)) == [
         (0, 0, 8),
         (1, 0, 8),

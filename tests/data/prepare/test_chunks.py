@@ -212,7 +212,7 @@ def test_a_finished_shard_that_was_damaged_since_is_made_again(config: PrepareCo
 def test_an_unfinished_store_of_another_config_is_refused_with_what_differs(config: PrepareConfig) -> None:
     stop_after(config, 2)
     other = dataclasses.replace(config, min_bytes=5)
-    with pytest.raises(ValueError, match=r"unfinished token store of another config \(min_bytes: got None, expected 5"):
+    with pytest.raises(ValueError, match=r"unfinished token store of another config \(min_bytes: expected 5, got None"):
         prepare(other, progress=False, workers=1)
     assert len(list((partial_of(config) / "chunks").glob("*.json"))) == 2, "a refusal loses nothing"
     assert prepare(other, progress=False, workers=1, force=True).recipe["min_bytes"] == 5

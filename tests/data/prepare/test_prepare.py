@@ -223,7 +223,7 @@ def test_every_reason_for_leaving_out_is_counted_in_the_manifest(config: Prepare
         file.write("\n" + "\n".join(['{"text": "tiny"}', json.dumps({"text": TEXTS[3]}), "{", '{"text": 3}', "{}"]))
         file.write("\n" + json.dumps({"text": "long " * 90}))
     strict = dataclasses.replace(config, min_bytes=5, max_bytes=200, deduplicate=True)
-    with pytest.raises(ValueError, match=r"corpus\.jsonl, line 30[4-6]: found"):
+    with pytest.raises(ValueError, match=r"corpus\.jsonl, line 30[4-6]: expected"):
         prepare(strict, progress=False)
     assert list(Path(config.out).parent.iterdir()) == [], "nothing of it is of use to another config"
     manifest = prepare(dataclasses.replace(strict, on_error="skip"), progress=False)
@@ -286,9 +286,9 @@ def test_defaults_written_out_are_the_same_config(config: PrepareConfig) -> None
 def test_a_store_of_another_config_is_refused_with_what_differs(config: PrepareConfig) -> None:
     manifest = prepare(config, progress=False)
     other = dataclasses.replace(config, tokenizer=TokenizerConfig(vocab_size=280), validation_share=0.1)
-    with pytest.raises(ValueError, match=r"tokenizer.vocab_size: got 300, expected 280.*--force") as refused:
+    with pytest.raises(ValueError, match=r"tokenizer.vocab_size: expected 280, got 300.*--force") as refused:
         prepare(other, progress=False)
-    assert "validation_share: got 0.2, expected 0.1" in str(refused.value)
+    assert "validation_share: expected 0.1, got 0.2" in str(refused.value)
     assert TokenStore.open(config.out).manifest == manifest
     assert prepare(other, force=True, progress=False).vocab_size == 280
 
@@ -298,12 +298,12 @@ def test_a_changed_source_file_or_tokenizer_file_is_noticed(config: PrepareConfi
     config = dataclasses.replace(config, tokenizer=TokenizerConfig(path=str(tmp_path / "t.json")))
     assert prepare(config, progress=False).vocab_size == 270
     Tokenizer.train(TEXTS, vocab_size=271).save(tmp_path / "t.json")
-    with pytest.raises(ValueError, match=r"tokenizer\.sha256: found"):
+    with pytest.raises(ValueError, match=r"tokenizer\.sha256: expected"):
         prepare(config, progress=False)
     Tokenizer.train(TEXTS, vocab_size=270).save(tmp_path / "t.json")
     prepare(config, progress=False)
     write_corpus(tmp_path, TEXTS[:-1])
-    with pytest.raises(ValueError, match=r"identity\.files\.size: found"):
+    with pytest.raises(ValueError, match=r"identity\.files\.size: expected"):
         prepare(config, progress=False)
 
 
@@ -331,7 +331,7 @@ def test_the_manifest_does_not_grow_with_the_files_and_one_that_lists_them_is_th
     assert prepare(chosen, progress=False) == older, "the store of an earlier version stands"
     recipe["identity"] = {"files": listed[1:]}
     dataclasses.replace(older, fingerprint=sha256_json(recipe)).write(Path(chosen.out))
-    with pytest.raises(ValueError, match=r"identity\.files\.count: got 39, expected 40"):
+    with pytest.raises(ValueError, match=r"identity\.files\.count: expected 40, got 39"):
         prepare(chosen, progress=False)
 
 
@@ -412,9 +412,12 @@ def test_a_damaged_store_is_not_up_to_date(config: PrepareConfig) -> None:
 
 
 def test_a_share_that_leaves_a_split_empty_is_refused_and_leaves_nothing(config: PrepareConfig) -> None:
-    with pytest.raises(ValueError, match=r"validation_share: got 1e-09.*and 0 validation documents"):
+    with pytest.raises(ValueError, match=r"validation_share: expected a share.* got 1e-09.*and 0 validation documents"):
         prepare(dataclasses.replace(config, validation_share=1e-9), progress=False)
-    with pytest.raises(ValueError, match=r"got no document that the config lets pass \(left out: .*300 too_short\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"source: expected documents that the config lets pass, got none \(left out: .*300 too_short\)",
+    ):
         prepare(dataclasses.replace(config, min_bytes=10_000, tokenizer=loaded(config)), progress=False)
     assert list(Path(config.out).parent.iterdir()) == []
     manifest = prepare(dataclasses.replace(config, validation_share=0.0), progress=False)
@@ -426,26 +429,38 @@ def test_a_share_that_leaves_a_split_empty_is_refused_and_leaves_nothing(config:
     [
         (
             lambda: TokenizerConfig(path="t.json", vocab_size=300),
-            "tokenizer.vocab_size: got 300, which a tokenizer that is loaded",
+            "tokenizer.vocab_size: expected none with a tokenizer that is loaded",
         ),
-        (lambda: TokenizerConfig(bos="<s>"), "tokenizer.bos: got '<s>', which a tokenizer that is trained"),
-        (lambda: TokenizerConfig(train_bytes=0), "tokenizer.train_bytes: got 0"),
-        (lambda: PrepareConfig(source=Source(kind="demo"), min_bytes=1, out="x"), "min_bytes: got 1, which leaves"),
-        (lambda: PrepareConfig(source=Source(kind="demo"), max_bytes=0, out="x"), "max_bytes: got 0, expected"),
+        (lambda: TokenizerConfig(bos="<s>"), "tokenizer.bos: expected none with a tokenizer that is trained"),
+        (lambda: TokenizerConfig(train_bytes=0), "tokenizer.train_bytes: expected at least 1, got 0"),
+        (
+            lambda: PrepareConfig(source=Source(kind="demo"), min_bytes=1, out="x"),
+            "min_bytes: expected at least 2, got 1",
+        ),
+        (
+            lambda: PrepareConfig(source=Source(kind="demo"), max_bytes=0, out="x"),
+            "max_bytes: expected at least 1, got 0",
+        ),
         (
             lambda: PrepareConfig(source=Source(kind="demo"), min_bytes=9, max_bytes=8, out="x"),
-            "max_bytes: got 8, expected at least 9",
+            "max_bytes: expected at least 9, got 8",
         ),
-        (lambda: PrepareConfig(source=Source(kind="demo"), on_error="stop", out="x"), "on_error: got 'stop'"),  # type: ignore[arg-type]
+        (
+            lambda: PrepareConfig(source=Source(kind="demo"), on_error="stop", out="x"),
+            "on_error: expected one of refuse, skip, got 'stop'",
+        ),  # type: ignore[arg-type]
         (
             lambda: PrepareConfig(source=repeating(), deduplicate=True, out="x"),
-            "deduplicate: got with source.stopping_strategy all_exhausted",
+            "deduplicate: expected false with source.stopping_strategy all_exhausted",
         ),
         (
             lambda: PrepareConfig(source=Source(kind="demo"), validation_share=1.0, out="x"),
-            "validation_share: got 1.0",
+            "validation_share: expected .*, got 1.0",
         ),
-        (lambda: PrepareConfig(source=Source(kind="demo"), shard_bytes=0, out="x"), "shard_bytes: got 0"),
+        (
+            lambda: PrepareConfig(source=Source(kind="demo"), shard_bytes=0, out="x"),
+            "shard_bytes: expected at least 1, got 0",
+        ),
     ],
 )
 def test_settings_outside_their_range_or_without_effect_are_refused(make: Any, message: str) -> None:

@@ -106,7 +106,10 @@ def test_a_store_is_replaced_only_when_told_and_never_by_a_failure(tmp_path: Pat
     with StoreWriter(out, tokenizer) as writer:
         fill(writer, documents=1)
         writer.finish(recipe={})
-    with pytest.raises(FileExistsError, match=r"got a token store.*--force"), StoreWriter(out, tokenizer):
+    with (
+        pytest.raises(FileExistsError, match=r"expected nothing, got a token store.*--force"),
+        StoreWriter(out, tokenizer),
+    ):
         pass
     with pytest.raises(RuntimeError), StoreWriter(out, tokenizer, replace=True) as writer:
         fill(writer)
@@ -121,7 +124,7 @@ def test_a_store_is_replaced_only_when_told_and_never_by_a_failure(tmp_path: Pat
 
 def test_a_folder_that_is_no_store_is_never_replaced(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="no token store"), StoreWriter(tmp_path, tokenizer, replace=True):
+    with pytest.raises(FileExistsError, match="got something else"), StoreWriter(tmp_path, tokenizer, replace=True):
         pass
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
@@ -137,7 +140,7 @@ def test_two_writers_of_one_store_do_not_mix(tmp_path: Path, tokenizer: Tokenize
 
 
 @pytest.mark.parametrize(
-    ("tokens", "message"), [([2, 258], "expected 0 to 257"), ([-1], "expected 0 to 257"), ([5, 1], "special token")]
+    ("tokens", "message"), [([2, 258], "from 0 to 257"), ([-1], "from 0 to 257"), ([5, 1], "special token")]
 )
 def test_ids_outside_the_vocabulary_and_special_tokens_are_refused(
     tmp_path: Path, tokenizer: Tokenizer, tokens: list[int], message: str

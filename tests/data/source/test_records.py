@@ -83,15 +83,15 @@ def test_a_compressed_file_cut_short_is_named_and_gives_what_it_holds_when_skipp
 
 
 BAD = {
-    b'{"text": ': ("malformed", "line 2: got no JSON"),
-    b"[1, 2]": ("malformed", "line 2: got a JSON list, expected an object"),
-    b'"text"': ("malformed", "line 2: got a JSON str"),
-    b"[" * 100_000: ("malformed", "line 2: got no JSON"),
-    b'{"text": "\xff\xfe"}': ("encoding", "line 2: got bytes that are no UTF-8"),
-    b'{"text": "half \\ud800"}': ("encoding", "line 2: got text that UTF-8 cannot hold"),
-    b'{"body": "a", "n": 1}': ("missing_column", r"line 2: got columns 'body', 'n', expected 'text'.*source\.column"),
-    b"{}": ("missing_column", "line 2: got columns none"),
-    b'{"text": 5}': ("not_text", "line 2: column 'text': got a value of type int"),
+    b'{"text": ': ("malformed", "line 2: expected JSON, got"),
+    b"[1, 2]": ("malformed", "line 2: expected a JSON object, got a list"),
+    b'"text"': ("malformed", "line 2: expected a JSON object, got a str"),
+    b"[" * 100_000: ("malformed", "line 2: expected JSON, got"),
+    b'{"text": "\xff\xfe"}': ("encoding", "line 2: expected UTF-8"),
+    b'{"text": "half \\ud800"}': ("encoding", "line 2: expected text that UTF-8 can hold"),
+    b'{"body": "a", "n": 1}': ("missing_column", r"line 2: expected a column 'text', got 'body', 'n'.*source\.column"),
+    b"{}": ("missing_column", "line 2: expected a column 'text', got none"),
+    b'{"text": 5}': ("not_text", "line 2: column 'text': expected text, got a value of type int"),
     b'{"text": ["a"]}': ("not_text", "got a value of type list"),
     b'{"text": null}': ("empty", ""),
     b'{"text": " \\n"}': ("empty", ""),
@@ -118,7 +118,7 @@ def test_text_that_is_no_utf8_is_left_out_by_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("été".encode("latin-1"))
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfabc\r\n")
     source = Source(kind="text", files=str(tmp_path / "*.txt"), shuffle_seed=None)
-    with pytest.raises(ValueError, match=r"a\.txt: got bytes that are no UTF-8"):
+    with pytest.raises(ValueError, match=r"a\.txt: expected UTF-8"):
         list(Documents(source))
     documents = Documents(source, on_error="skip")
     assert list(documents) == ["abc\r\n"], "the byte order mark is no text, the line end is"
@@ -196,7 +196,7 @@ def test_a_later_parquet_file_is_held_to_text_and_named(values: list[Any], kind:
     where = {"files": f"{folder}/*"} if kind == "parquet" else {"name": str(folder)}
     documents = both(
         Source(kind=kind, shuffle_seed=None, **where),
-        rf"{folder}/train-1\.parquet: column 'text': got values of type .*, expected text.*--on_error skip",
+        rf"{folder}/train-1\.parquet: column 'text': expected text, got values of type .*--on_error skip",
     )
     assert list(documents) == ["one"]
     assert documents.left_out == {"empty": 1, "not_text": 1, "missing_column": 1}
@@ -206,7 +206,7 @@ def test_a_json_array_of_the_hub_is_held_to_text_record_by_record(tmp_path: Path
     (tmp_path / "a.json").write_text(json.dumps([{"text": "one"}, {"text": "two", "n": 1}], indent=2))
     (tmp_path / "b.json").write_text(json.dumps([{"text": 7}, {"text": "three"}]))
     source = Source(kind="hub", name=str(tmp_path), shuffle_seed=None)
-    documents = both(source, rf"{tmp_path}/b\.json, record 1: column 'text': got a value of type int")
+    documents = both(source, rf"{tmp_path}/b\.json, record 1: column 'text': expected text, got a value of type int")
     assert list(documents) == ["one", "two", "three"] and documents.left_out == {"not_text": 1}
 
 
@@ -244,7 +244,7 @@ def test_bytes_in_parquet_that_are_no_utf8_are_named_by_record(tmp_path: Path) -
     pq.write_table(table, tmp_path / "a.parquet")
     documents = both(
         Source(kind="parquet", files=str(tmp_path / "a.parquet"), shuffle_seed=None),
-        rf"{tmp_path}/a\.parquet, record 1: got bytes that are no UTF-8",
+        rf"{tmp_path}/a\.parquet, record 1: expected UTF-8",
     )
     assert list(documents) == ["good", "more"] and documents.left_out == {"encoding": 1}
 
@@ -277,7 +277,7 @@ def test_a_damaged_parquet_file_is_named_or_left_out(tmp_path: Path) -> None:
 def test_a_long_number_beside_the_text_is_no_fault(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one", "n": N}\n{"text": N}\n'.replace("N", "7" * 5000))
     source = Source(kind="jsonl", files=str(tmp_path / "a.jsonl"), shuffle_seed=None)
-    documents = both(source, rf"{tmp_path}/a\.jsonl, line 2: column 'text': got a value of type int")
+    documents = both(source, rf"{tmp_path}/a\.jsonl, line 2: column 'text': expected text, got a value of type int")
     assert list(documents) == ["one"]
 
 
@@ -339,7 +339,7 @@ def test_a_paragraph_is_the_same_document_wherever_it_stands_and_however_lines_e
 def test_a_bad_document_of_a_text_is_named_by_its_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"good\n\xff\ngood\n")
     source = Source(kind="text", files=str(tmp_path / "a.txt"), split="line", shuffle_seed=None)
-    documents = both(source, rf"{tmp_path}/a\.txt, line 2: got bytes that are no UTF-8")
+    documents = both(source, rf"{tmp_path}/a\.txt, line 2: expected UTF-8")
     assert list(documents) == ["good", "good"]
 
 

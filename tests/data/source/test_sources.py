@@ -124,12 +124,12 @@ def test_empty_documents_are_skipped_and_counted_and_others_left_as_they_are(str
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_missing_column_is_named_beside_those_found(streaming: bool, tmp_path: Path) -> None:
     source = changed(write_jsonl(tmp_path), column="body", streaming=streaming)
-    with pytest.raises(ValueError, match=r"got columns 'text', 'id', expected 'body'.*source\.column"):
+    with pytest.raises(ValueError, match=r"expected a column 'body', got 'text', 'id'.*source\.column"):
         list(Documents(source))
 
 
 def test_values_that_are_no_text_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"part0\.jsonl, line 1: column 'id': got a value of type int"):
+    with pytest.raises(ValueError, match=r"part0\.jsonl, line 1: column 'id': expected text, got a value of type int"):
         list(Documents(changed(write_jsonl(tmp_path), column="id")))
 
 
@@ -146,7 +146,7 @@ def test_missing_files_and_empty_corpora_are_named(tmp_path: Path) -> None:
     ("kind", "message"),
     [
         ("parquet", r"broken\.data: could not be read as parquet.*check source\.kind"),
-        ("jsonl", r"broken\.data, line 2: got no JSON .*--on_error skip"),
+        ("jsonl", r"broken\.data, line 2: expected JSON, got .*--on_error skip"),
     ],
 )
 def test_a_file_of_another_format_is_named(kind: Any, message: str, streaming: bool, tmp_path: Path) -> None:
@@ -170,8 +170,8 @@ def test_a_data_set_that_brings_its_own_code_is_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "csv"}, "source.kind: got 'csv'"),
-        ({"kind": "demo", "files": ("a",)}, "source.files: .* kind 'demo', which ignores it"),
+        ({"kind": "csv"}, "source.kind: expected one of .*, got 'csv'"),
+        ({"kind": "demo", "files": ("a",)}, "source.files: expected none with kind demo, which ignores it"),
         ({"kind": "demo", "streaming": True}, "source.streaming"),
         ({"kind": "jsonl", "files": ("a",), "split": "train"}, "source.split: .* belongs to kind text or hub"),
         (
@@ -183,22 +183,31 @@ def test_a_data_set_that_brings_its_own_code_is_not_run(tmp_path: Path) -> None:
             "source.split: expected the name of a split",
         ),
         ({"kind": "text", "files": ("a",), "column": "x"}, "source.column"),
-        ({"kind": "jsonl"}, "source.files: got none"),
-        ({"kind": "hub"}, "source.name: got none"),
+        ({"kind": "jsonl"}, "source.files: expected paths or globs"),
+        ({"kind": "hub"}, "source.name: expected owner/name"),
         ({"kind": "hub", "name": "a/b", "weights": (1.0,)}, "source.weights: .* belongs to kind mixture"),
-        ({"kind": "mixture"}, "source.weights: got 0 with 0 sources"),
-        ({"kind": "mixture", "sources": (LINES, LINES), "weights": (1.0,)}, "got 1 with 2 sources"),
-        ({"kind": "mixture", "sources": (LINES, LINES), "weights": (1.0, 0.0)}, "got 0.0, expected each above 0"),
+        ({"kind": "mixture"}, "source.weights: expected two sources or more and as many weights, got 0 and 0"),
+        ({"kind": "mixture", "sources": (LINES, LINES), "weights": (1.0,)}, "as many weights, got 2 and 1"),
+        (
+            {"kind": "mixture", "sources": (LINES, LINES), "weights": (1.0, 0.0)},
+            "source.weights: expected more than 0, got 0.0",
+        ),
         (
             {"kind": "mixture", "sources": (LINES, LINES), "weights": (1.0, 1.0), "shuffle_seed": None},
-            "source.shuffle_seed: got none with kind 'mixture'",
+            "source.shuffle_seed: expected a number with kind mixture",
         ),
         ({"kind": "mixture", "name": "a/b", "sources": (LINES,) * 2, "weights": (1.0, 1.0)}, "source.name"),
-        ({"kind": "demo", "parts": ("plays",)}, r"source.parts: got \['plays'\]"),
-        ({"kind": "demo", "parts": ()}, r"source.parts: got \[\]"),
+        ({"kind": "demo", "parts": ("plays",)}, r"source.parts: expected .* got \['plays'\]"),
+        ({"kind": "demo", "parts": ()}, r"source.parts: expected .* got \[\]"),
         ({"kind": "demo", "parts": ("leads", "leads")}, "each once"),
-        ({"kind": "jsonl", "files": ("a",), "shuffle_buffer": 5}, "source.shuffle_buffer: got without streaming"),
-        ({"kind": "hub", "name": "a/b", "streaming": True, "shuffle_buffer": 0}, "got 0, expected at least 1"),
+        (
+            {"kind": "jsonl", "files": ("a",), "shuffle_buffer": 5},
+            "source.shuffle_buffer: expected none without streaming",
+        ),
+        (
+            {"kind": "hub", "name": "a/b", "streaming": True, "shuffle_buffer": 0},
+            "shuffle_buffer: expected at least 1, got 0",
+        ),
     ],
 )
 def test_settings_that_are_missing_or_without_effect_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -259,8 +268,8 @@ def test_a_demo_package_that_is_not_installed_is_named_with_the_remedy(monkeypat
     [
         ("empty.jsonl", b"", "no document: look at .*empty"),
         ("blank.jsonl", b"\n\n", "no document: look at .*blank"),
-        ("bytes.jsonl", b'{"text": "\xff\xfe"}\n', "bytes.jsonl, line 1: got bytes that are no UTF-8"),
-        ("bytes.txt", b"\xff\xfe", "bytes.txt: got bytes that are no UTF-8"),
+        ("bytes.jsonl", b'{"text": "\xff\xfe"}\n', "bytes.jsonl, line 1: expected UTF-8"),
+        ("bytes.txt", b"\xff\xfe", "bytes.txt: expected UTF-8"),
         ("empty.txt", b"", r"no document: .*left out: 1 empty"),
         ("empty.parquet", b"", "empty.parquet: could not be read as parquet"),
     ],
@@ -336,7 +345,7 @@ def test_a_mixture_may_give_every_document_once_or_repeat_the_smaller_sources(tm
 
 
 def test_a_bad_record_of_a_mixture_is_refused_by_file_and_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"few\.jsonl, line 6: got no JSON"):
+    with pytest.raises(ValueError, match=r"few\.jsonl, line 6: expected JSON"):
         list(Documents(write_mixture(tmp_path)))
 
 
@@ -346,7 +355,7 @@ def test_the_identity_of_a_mixture_is_that_of_its_sources(tmp_path: Path) -> Non
 
 
 def test_a_missing_split_is_named_beside_those_found(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"got splits train, heldout, expected 'test'; set source\.split"):
+    with pytest.raises(ValueError, match=r"expected a split 'test', got train, heldout; set source\.split"):
         list(Documents(changed(write_hub(tmp_path), split="test")))
 
 

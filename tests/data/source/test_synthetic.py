@@ -193,20 +193,38 @@ def test_the_entropy_floor_is_the_mean_surprisal_of_the_documents(parameters: di
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"task": "copy"}, "synthetic.task: got 'copy', expected one of bigram_backcopy, trigger_averaging"),
-        ({"documents": 0}, "synthetic.documents: got 0, expected an integer, at least 1"),
-        ({"length": 1}, "synthetic.length: got 1"),
-        ({"length": (9, 8)}, "synthetic.length: got 8, expected an integer, at least 9"),
-        ({"length": (9, 10, 11)}, "synthetic.length: got .*expected a number or two"),
-        ({"symbols": 63}, "synthetic.symbols: got 63, expected an integer, 2 to 62"),
-        ({"task": "trigger_averaging", "symbols": 27}, "symbols: got 27, expected an integer, 2 to 26"),
-        ({"task": "bigram_backcopy", "triggers": 0}, "triggers: got 0, expected an integer, 1 to 10"),
-        ({"task": "trigger_averaging", "triggers": 2}, "'trigger_averaging', which ignores it; it belongs to bigram_b"),
-        ({"trigger_probability": 0.1}, "synthetic.trigger_probability: got 0.1 with task 'uniform', which ignores"),
-        ({"task": "bigram_backcopy", "trigger_probability": 1.0}, "trigger_probability: got 1.0"),
-        ({"phrase": 2}, "synthetic.phrase: got 2 with task 'uniform'"),
-        ({"task": "repeated", "phrase": 21}, "synthetic.phrase: got 21, expected an integer, 1 to 20"),
-        ({"seed": -1}, "synthetic.seed: got -1"),
+        ({"task": "copy"}, "synthetic.task: expected one of bigram_backcopy, trigger_averaging.*, got 'copy'"),
+        ({"documents": 0}, "synthetic.documents: expected an integer of at least 1, got 0"),
+        ({"length": 1}, "synthetic.length: expected an integer of at least 2, got 1"),
+        ({"length": (9, 8)}, "synthetic.length: expected an integer of at least 9, got 8"),
+        ({"length": (9, 10, 11)}, "synthetic.length: expected a number or two"),
+        ({"symbols": 63}, "synthetic.symbols: expected an integer of at least 2 and at most 62, got 63"),
+        (
+            {"task": "trigger_averaging", "symbols": 27},
+            "symbols: expected an integer of at least 2 and at most 26, got 27",
+        ),
+        (
+            {"task": "bigram_backcopy", "triggers": 0},
+            "triggers: expected an integer of at least 1 and at most 10, got 0",
+        ),
+        (
+            {"task": "trigger_averaging", "triggers": 2},
+            "trigger_averaging, which ignores it, got 2; it belongs to bigram_b",
+        ),
+        (
+            {"trigger_probability": 0.1},
+            "synthetic.trigger_probability: expected none with task uniform, which ignores it, got 0.1",
+        ),
+        (
+            {"task": "bigram_backcopy", "trigger_probability": 1.0},
+            "trigger_probability: expected more than 0 and less than 1, got 1.0",
+        ),
+        ({"phrase": 2}, "synthetic.phrase: expected none with task uniform, .* got 2"),
+        (
+            {"task": "repeated", "phrase": 21},
+            "synthetic.phrase: expected an integer of at least 1 and at most 20, got 21",
+        ),
+        ({"seed": -1}, "synthetic.seed: expected an integer of at least 0, got -1"),
     ],
 )
 def test_settings_out_of_range_or_without_effect_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -227,9 +245,9 @@ def test_a_synthetic_source_is_a_source_like_any_other(streaming: bool) -> None:
 
 def test_a_synthetic_source_needs_its_task_and_no_other_kind_takes_one() -> None:
     task = Synthetic(task="uniform", documents=5, length=20)
-    with pytest.raises(ValueError, match=r"source\.synthetic: got none"):
+    with pytest.raises(ValueError, match=r"source\.synthetic: expected a task"):
         Source(kind="synthetic")
-    with pytest.raises(ValueError, match=r"source\.synthetic: got .* with kind 'jsonl', which ignores it"):
+    with pytest.raises(ValueError, match=r"source\.synthetic: expected none with kind jsonl, which ignores it"):
         Source(kind="jsonl", files="a", synthetic=task)
     assert "generator" in source_identity(Source(kind="synthetic", synthetic=task))
 

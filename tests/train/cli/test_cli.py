@@ -191,7 +191,9 @@ def test_a_setting_that_a_synthetic_task_ignores_is_one_short_message(capsys, tm
     config = ["--config", str(ROOT / "configs/data/repeated.yaml"), "--out", str(tmp_path / "store")]
     assert main(["prepare", *config, "--source.synthetic.triggers", "3"]) == 1
     shown = capsys.readouterr().err
-    assert shown.startswith("sinkbed prepare: synthetic.triggers: got 3 with task 'repeated', which ignores it")
+    assert shown.startswith(
+        "sinkbed prepare: synthetic.triggers: expected none with task repeated, which ignores it, got 3"
+    )
     assert shown.count("\n") == 1 and not (tmp_path / "store").exists()
 
 

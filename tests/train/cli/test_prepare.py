@@ -35,7 +35,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_the_last_line_tells_what_was_left_out(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--workers", "1"]) == 1
-    assert "corpus.jsonl, line 301: got no JSON" in capsys.readouterr().err
+    assert "corpus.jsonl, line 301: expected JSON" in capsys.readouterr().err
     assert main([*command, "--workers", "1", "--on_error", "skip"]) == 0
     printed = capsys.readouterr()
     assert "left out: 1 malformed" in printed.out and "MB/s" in printed.err and "tokens/s" in printed.err
@@ -185,4 +185,4 @@ def test_an_interrupted_preparation_says_what_is_kept(
 
 def test_workers_below_one_are_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--workers", "0"]) == 1
-    assert "--workers: got 0, expected at least 1" in capsys.readouterr().err
+    assert "--workers: expected at least 1, got 0" in capsys.readouterr().err
