@@ -1,12 +1,16 @@
 """A tiny run through the real command line."""
 
+import contextlib
+import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sinkbed.train.cli.main import main
-from tests.support.runs import seal, write_run_config
+from tests.support.runs import Killed, kill_at, seal, write_run_config
+from tests.support.studies import write_study
 
 
 @pytest.fixture
@@ -34,3 +38,41 @@ def sharded(tmp_path):
     torch.save({**parts, "callbacks": {}}, path / "meta.ckpt")
     seal(path)
     return path
+
+
+@pytest.fixture
+def cut(fit, monkeypatch):
+    """A run killed at step 7, its newest checkpoint that of step 4."""
+
+    def call(*extra):
+        revive = kill_at(monkeypatch, 7)
+        with pytest.raises(Killed):
+            fit(*extra)
+        revive()
+        return fit.config.parent / "run"
+
+    return call
+
+
+@pytest.fixture
+def study(tiny_store, tmp_path):
+    """A study that has not run."""
+    return write_study(tmp_path, tiny_store)
+
+
+@pytest.fixture(scope="session")
+def _run_once(tiny_store, tmp_path_factory):
+    path = write_study(tmp_path_factory.mktemp("study"), tiny_store)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(["study", str(path), "--quiet"]) == 0
+    return path, printed.getvalue()
+
+
+@pytest.fixture
+def finished(_run_once, study):
+    """The same study, run; each test has its own copy."""
+    shutil.copytree(_run_once[0].parent / "out", study.parent / "out")
+    # Its configs name this copy's folders; contents decide what an arm is, so they must be those of the run.
+    shutil.copy(_run_once[0].parent / "run.yaml", study.parent / "run.yaml")
+    return study

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from sinkbed.data.pack.audit import audit
 from sinkbed.data.pack.batches import Batch, Rows, RowSampler
-from sinkbed.data.pack.plan import Recipe, items_of
+from sinkbed.data.pack.plan import PlanSettings, items_of
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.store.manifest import ShardInfo
 from sinkbed.data.store.token_store import TokenStore
@@ -98,7 +98,7 @@ def run_packing(arguments: Any) -> None:
                 rows.__getitems__(range(batch * B, (batch + 1) * B))
 
         def plan(strategy: Strategy = strategy) -> None:
-            recipe = Recipe(strategy=strategy, room=T, extras=1)
+            recipe = PlanSettings(strategy=strategy, room=T, extras=1)
             recipe.packing.lay_out(items_of(store.offsets, 0, store.documents, recipe), recipe.room)
 
         contenders: dict[str, Callable[[], Any]] = {"rows": make}
