@@ -74,6 +74,7 @@ def test_few_unique_rows_are_those_of_the_first_documents_in_an_order_of_each_ep
         Rows(store, Strategy(), 16, unique_rows=len(every) + 1)
 
 
+@pytest.mark.slow
 def test_workers_started_afresh_read_the_same_rows(store: TokenStore) -> None:
     rows = Rows(store, Strategy(first_token="random"), 16)
     sampler = RowSampler(micro_batch_size=3, total_rows=2 * len(rows))

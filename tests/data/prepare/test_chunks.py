@@ -126,6 +126,7 @@ def test_every_second_write_being_the_last_still_comes_to_an_end(
     assert stops > 4 and contents(config.out) == contents(whole.out)
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_goes_on_to_the_same_bytes_by_any_number_of_processes(
     config: PrepareConfig,
 ) -> None:

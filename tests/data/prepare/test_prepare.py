@@ -379,6 +379,7 @@ def test_a_copy_in_a_cache_is_told_of_once_and_foreign_bars_are_off(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_an_ascii_locale_gives_the_same_store(config: PrepareConfig, tmp_path: Path) -> None:
     (tmp_path / "été").mkdir()
     source = Source(kind="jsonl", files=str(write_corpus(tmp_path / "été", TEXTS, "ü.jsonl")), streaming=True)

@@ -21,6 +21,8 @@ from sinkbed.train.run.checkpoint import load_checkpoint
 from sinkbed.train.run.wandb_files import read_wandb_file
 from tests.support.runs import Killed, content, equal, kill_at, points, training_state, write_run_config
 
+pytestmark = pytest.mark.slow
+
 # What reads a file, by its place; the first pattern that fits counts. Empty: nothing of ours does.
 READERS = {
     "*/wandb/*/run-*.wandb": "resume",

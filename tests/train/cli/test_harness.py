@@ -17,6 +17,8 @@ from sinkbed.train.run import directory
 from tests.support.processes import FORKSERVER
 from tests.support.runs import content, equal, points, training_state, write_run_config
 
+pytestmark = pytest.mark.slow
+
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink", "os.chmod")
 
 

@@ -17,6 +17,8 @@ from sinkbed.train.run.wandb_files import read_wandb_file
 from tests.support.processes import Job, slurm, torchrun
 from tests.support.runs import points
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("one", "ddp", "fsdp2", "fsdp2_sharded")
 # Under the document mask micro-batches and processes differ in the targets that count.
 SETTINGS = ("--data.strategy.mask", "intra_document", "--data.micro_batch_size", "1")

@@ -58,6 +58,7 @@ def wait_for_partial(folder, job, deadline):
     return False
 
 
+@pytest.mark.slow
 def test_runs_killed_at_random_moments_end_as_the_uninterrupted_run(fit, start, request):
     """SIGKILL at any moment, while a checkpoint is being written, and now and then a polite signal."""
     kills, draw = request.config.getoption("--kills"), random.Random(0)

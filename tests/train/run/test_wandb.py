@@ -16,6 +16,8 @@ from tests.support.processes import Job
 from tests.support.runs import points
 from tests.support.wandb_server import serving
 
+pytestmark = pytest.mark.slow
+
 LONG = ("--trainer.max_steps", "60", "--checkpoint_every", "10", "--checkpoint_points", "2", "--wandb.group", "study")
 
 

@@ -144,6 +144,7 @@ FitProcess(sys.argv[3:], Path(sys.argv[2]), {}, fork=sys.argv[1] == "forked").wa
         ("started", ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.workers", "1"], 5),
     ],
 )
+@pytest.mark.slow
 def test_nothing_outlives_a_study_that_is_killed(fit, tmp_path, kind, options, least):
     """Not the arm, not its data workers, not W&B's process, not the second process of an arm on two devices."""
     mark = f"SINKBED_TEST={tmp_path}"

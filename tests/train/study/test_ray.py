@@ -14,6 +14,8 @@ from sinkbed.train.study.arms import LOG, environment, plan
 from sinkbed.train.study.file import load_study
 from tests.support.runs import write_run_config
 
+pytestmark = pytest.mark.slow
+
 ray = pytest.importorskip("ray")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
