@@ -86,7 +86,7 @@ class Plan:
                     return cls(settings, offsets, pa.memory_map(os.fspath(path)), path)
                 except (pa.ArrowException, LookupError, OSError, ValueError) as error:
                     if getattr(error, "errno", None):
-                        raise  # else damaged: what it held can be made again
+                        raise  # else damaged: what it had can be made again
         except OSError as error:  # a read-only or a full disk
             warnings.warn(
                 f"{path}: the layout of rows could not be kept ({error}); every process lays it out anew, in its own "
@@ -119,22 +119,22 @@ class Plan:
         The first token of a document that `fill` repeats is given as -1.
         """
         windows = np.searchsorted(self._first_row, index, side="right") - 1
-        held = np.empty(len(index), dtype=np.int64)
+        per_row = np.empty(len(index), dtype=np.int64)
         first = np.empty(len(index), dtype=np.int64)
         for window in np.unique(windows).tolist():
             chosen = np.flatnonzero(windows == window)
             edges, place = self._window(window)[0], index[chosen] - self._first_row[window]
             first[chosen] = edges[place]
-            held[chosen] = edges[place + 1] - edges[place]
+            per_row[chosen] = edges[place + 1] - edges[place]
         # Piece by piece: where it stands in its window.
-        place = np.arange(int(held.sum())) + np.repeat(first - np.cumsum(held) + held, held)
-        owner = np.repeat(windows, held)
+        place = np.arange(int(per_row.sum())) + np.repeat(first - np.cumsum(per_row) + per_row, per_row)
+        owner = np.repeat(windows, per_row)
         documents, begins = np.empty_like(place), np.empty_like(place)
         for window in np.unique(windows).tolist():
             chosen = np.flatnonzero(owner == window)
             _, document, begin = self._window(window)
             documents[chosen], begins[chosen] = document[place[chosen]], begin[place[chosen]]
-        return held, documents, begins
+        return per_row, documents, begins
 
     def _window(self, window: int) -> tuple[Ints, Ints, Ints]:
         if window in self._windows:
@@ -145,10 +145,13 @@ class Plan:
             batch.validate(full=True)
         except pa.ArrowException as error:
             raise self._damaged(error) from None
-        found = tuple(array.to_numpy() for array in (batch[0].offsets, batch[0].values, batch[1].values))
-        if len(found[1]) != len(found[2]) or not ((found[1] >= 0) & (found[1] < self._offsets.documents)).all():
+        window_arrays = tuple(array.to_numpy() for array in (batch[0].offsets, batch[0].values, batch[1].values))
+        if (
+            len(window_arrays[1]) != len(window_arrays[2])
+            or not ((window_arrays[1] >= 0) & (window_arrays[1] < self._offsets.documents)).all()
+        ):
             raise self._damaged("documents that the token store does not have")
-        self._windows[window] = found  # type: ignore[assignment]
+        self._windows[window] = window_arrays  # type: ignore[assignment]
         if len(self._windows) > _MAPPED_WINDOWS:
             self._windows.popitem(last=False)
         return self._windows[window]
@@ -169,7 +172,7 @@ def _make(sink: Any, settings: PlanSettings, offsets: Offsets) -> None:
 
 def _columns(items: Items, laid: Laid) -> tuple[Ints, Ints, Ints]:
     """What is kept of a window: pieces before each row [R + 1], and of each piece document and first token [P]."""
-    edges = np.concatenate([[0], np.cumsum(laid.held)])
+    edges = np.concatenate([[0], np.cumsum(laid.per_row)])
     return edges, items.document[laid.piece], np.where(laid.repeated, -1, items.begin[laid.piece])
 
 

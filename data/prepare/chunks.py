@@ -58,14 +58,14 @@ class Chunks:
     def __init__(self, staging: StagingFolder, recipe: dict[str, Any], *, start_over: bool = False) -> None:
         self.staging = staging
         self.folder = staging.folder / CHUNKS_NAME
-        found = None if start_over else begun_recipe(staging.folder)
-        if found is not None and found != recipe:
+        begun = None if start_over else begun_recipe(staging.folder)
+        if begun is not None and begun != recipe:
             raise ValueError(
-                f"{staging.folder} holds an unfinished token store of another config ({differing(found, recipe)}); "
+                f"{staging.folder} holds an unfinished token store of another config ({differing(begun, recipe)}); "
                 "finish it with that config, start over with `sinkbed prepare --force`, or choose another --out"
             )
         with staging.full_disk_named():
-            if found is None:
+            if begun is None:
                 staging.clear()
                 write_json(staging.folder / RECIPE_NAME, recipe)
             self.folder.mkdir(exist_ok=True)

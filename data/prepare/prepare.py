@@ -185,8 +185,8 @@ def _training_texts(config: PrepareConfig, documents: Documents) -> Iterator[str
     for document in config.select(documents):
         if document.split != "train":
             continue
-        whole = document.size <= limit
-        yield document.text if whole else document.text[:limit].encode()[:limit].decode(errors="ignore")
+        fits = document.size <= limit
+        yield document.text if fits else document.text[:limit].encode()[:limit].decode(errors="ignore")
         budget -= document.size
         count += 1
         if budget <= 0 or count == config.tokenizer.train_documents:

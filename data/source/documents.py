@@ -35,7 +35,7 @@ class Documents:
 
     def __iter__(self) -> Iterator[str]:
         left_out = self.left_out = Counter()
-        found = 0
+        count = 0
         for batch in self._record_batches():
             texts = batch["text"]
             problems = batch.get("problem")
@@ -52,9 +52,9 @@ class Documents:
                 elif not text or text.isspace():
                     left_out["empty"] += 1
                 else:
-                    found += 1
+                    count += 1
                     yield text
-        if not found:
+        if not count:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "no record"
             raise ValueError(f"the source holds no document: look at {describe(self.source)} (left out: {reasons})")
 

@@ -57,7 +57,7 @@ def test_a_plan_is_that_of_the_packing_done_one_document_after_the_other(
             items := items_of(Offsets.of(lengths), 0, len(lengths), plan_settings), plan_settings.room
         )
         expected = laid_out([[2] * size for size in lengths], strategy, room, waiting)
-    edges = np.concatenate([[0], np.cumsum(laid.held)]).tolist()
+    edges = np.concatenate([[0], np.cumsum(laid.per_row)]).tolist()
     repeated = np.broadcast_to(laid.repeated, laid.piece.shape)
     found = [
         [
@@ -120,7 +120,7 @@ def test_a_plan_of_several_windows_is_that_of_each_by_itself(
     for start, stop in parts:
         items = items_of(offsets, start, stop, plan_settings)
         laid = plan_settings.packing.lay_out(items, plan_settings.room)
-        edges = np.concatenate([[0], np.cumsum(laid.held)])
+        edges = np.concatenate([[0], np.cumsum(laid.per_row)])
         for a, b in itertools.pairwise(edges):
             expected.append([(int(items.document[i]), int(items.begin[i])) for i in laid.piece[a:b]])
     assert rows_of(plan) == expected
