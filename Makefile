@@ -3,12 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test test-all lint types bench clean
 
 demo: $(VENV)/.demo ## train and measure the demo study, print its table, write runs/demo/report
 	$(BIN)/sinkbed study configs/study/packing.yaml --seeds 0 --out runs/demo
 
-test: $(VENV)/.dev ## all tests
+test: $(VENV)/.dev ## the tests, but for those that are long and rarely break
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+
+test-all: $(VENV)/.dev ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev

@@ -5,23 +5,79 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _CHECKSUM = "checksum"
 """Key of a sealed JSON object that holds the sha256 of all its other keys."""
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all: beside its place, flushed to the disk, then renamed."""
-    aside = path.with_name(path.name + ".part")
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which takes the place of `path` at the end: a reader, or a crash, sees the old or the new whole.
+
+    On an error the old one stays, and nothing else.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with temporary.open("xb") as file:  # readable to whom the user's umask says
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:  # one of writing names no file
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+def write_atomic(path: Path, content: str | bytes | memoryview) -> None:
+    """Replace `path` by `content`, whole or not at all."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, value: Any, *, seal: bool = True) -> None:
+    """Write JSON atomically, indented; a record of ours, an object, with a checksum that `load_json` compares (`seal`).
+
+    Raises ValueError for nan and infinite numbers, which JSON does not have.
+    """
+    try:
+        text = json.dumps(sealed(value) if seal else value, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: not written, expected finite numbers, got one that is not ({error})") from None
+    write_atomic(path, (text + "\n").encode(errors="backslashreplace"))  # half a character, as JSON escapes it
+
+
+def load_json(path: Path) -> Any:
+    """Read JSON, and compare its checksum. Raises ValueError, or RecursionError, for what is damaged."""
+    return unsealed(json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_number))
+
+
+def refuse_number(name: str) -> None:
+    """What `json` is to make of `NaN` and `Infinity`."""
+    raise ValueError(f"{name}, which is no number that JSON has")
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk too: a rename before this may be undone by a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a kill in the middle of `replacing` left in a folder that no other process writes to."""
+    for path in folder.glob(".*.partial"):
+        path.unlink()
 
 
 def canonical_json(value: Any) -> bytes:
@@ -47,19 +103,19 @@ def unsealed(value: Any) -> Any:
     return fields
 
 
-def differences(found: Any, expected: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, found, expected) of every leaf in which two nested dicts differ; None stands for an absent one."""
-    if isinstance(found, dict) and isinstance(expected, dict):
-        for name in dict.fromkeys((*found, *expected)):
-            yield from differences(found.get(name), expected.get(name), f"{key}.{name}" if key else str(name))
-    elif found != expected:
-        yield key, found, expected
+def differences(actual: Any, expected: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, actual, expected) of every leaf in which two nested dicts differ; None stands for an absent one."""
+    if isinstance(actual, dict) and isinstance(expected, dict):
+        for name in dict.fromkeys((*actual, *expected)):
+            yield from differences(actual.get(name), expected.get(name), f"{key}.{name}" if key else str(name))
+    elif actual != expected:
+        yield key, actual, expected
 
 
-def differing(found: Any, expected: Any) -> str:
+def differing(actual: Any, expected: Any) -> str:
     """The leaves in which two nested dicts differ, as a message shows them; the first four."""
-    leaves = list(differences(found, expected))
-    listed = "; ".join(f"{key}: got {a!r}, expected {b!r}" for key, a, b in leaves[:4])
+    leaves = list(differences(actual, expected))
+    listed = "; ".join(f"{key}: expected {b!r}, got {a!r}" for key, a, b in leaves[:4])
     return listed + (f"; and {len(leaves) - 4} more" if len(leaves) > 4 else "")
 
 
@@ -72,3 +128,10 @@ def sha256_file(path: Path) -> str:
     """sha256 of a file's bytes, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    """Write files by name, each whole or not at all, to a folder that no other process writes to."""
+    remove_temporaries(folder)
+    for name, content in files.items():
+        write_atomic(folder / name, content)

@@ -43,7 +43,7 @@ def permute(index: ArrayLike, size: int, *, seed: int, epoch: ArrayLike) -> NDAr
     """
     flat = np.atleast_1d(np.asarray(index, dtype=np.int64))
     if size < 1 or (flat.size and (flat.min() < 0 or flat.max() >= size)):
-        raise ValueError(f"index: got {flat.min()} to {flat.max()}, expected 0 to {size - 1}")
+        raise ValueError(f"index: expected 0 to {size - 1}, got {flat.min()} to {flat.max()}")
     half_bits = max(1, (int(size - 1).bit_length() + 1) // 2)
     epochs = np.broadcast_to(np.asarray(epoch, dtype=np.int64), flat.shape)
     value = _feistel(flat.astype(np.uint64), half_bits, seed, epochs)

@@ -66,8 +66,8 @@ class Tokenizer:
         """One more than the largest id."""
         if getattr(backend.model, "dropout", None):
             raise ValueError(
-                f"tokenizer: got BPE dropout ({backend.model.dropout}), which encodes a text in another way each "
-                "time, expected none; remove it from the tokenizer.json"
+                "tokenizer: expected no BPE dropout, which encodes a text in another way each time, got "
+                f"{backend.model.dropout}; remove it from the tokenizer.json"
             )
         self._is_byte_level = '"type":"ByteLevel"' in json.dumps(
             json.loads(backend.to_str())["decoder"], separators=(",", ":")
@@ -83,7 +83,7 @@ class Tokenizer:
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         if vocab_size < len(alphabet) + 2:
             raise ValueError(
-                f"vocab_size: got {vocab_size}, expected at least {len(alphabet) + 2} (256 bytes, {BOS} and {EOS})"
+                f"vocab_size: expected at least {len(alphabet) + 2} (256 bytes, {BOS} and {EOS}), got {vocab_size}"
             )
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -125,18 +125,22 @@ class Tokenizer:
             raise ValueError(f"tokenizer: it lacks id {bos_id} (bos) or {eos_id} (eos); it is of another vocabulary")
         return cls(backend, bos=bos, eos=eos)
 
-    def save(self, path: Path | str, *, list_control: bool = True) -> None:
-        """Write the tokenizer as JSON, readable by `tokenizers` and `transformers`.
+    def to_json(self, *, list_control: bool = True) -> str:
+        """The tokenizer as `tokenizers` and `transformers` read it.
 
         Args:
             list_control: False: control tokens stand in the vocabulary alone, so that nobody who loads the file
-                makes one of them from text. `data.store.read_definition` puts `control_tokens` back.
+                makes one of them from text. `store.token_store.read_definition` puts `control_tokens` back.
         """
         definition = json.loads(self.backend.to_str())
         if not list_control:
             definition["model"]["vocab"] |= {token["content"]: token["id"] for token in self.control_tokens}
             definition["added_tokens"] = [t for t in definition["added_tokens"] if t["id"] not in self.special_ids]
-        Path(path).write_text(json.dumps(definition, ensure_ascii=False, indent=2), encoding="utf-8")
+        return json.dumps(definition, ensure_ascii=False, indent=2)
+
+    def save(self, path: Path | str) -> None:
+        """Write the tokenizer as JSON."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @cached_property
     def control_tokens(self) -> tuple[dict[str, Any], ...]:
@@ -229,7 +233,7 @@ class Tokenizer:
         index = self.backend.token_to_id(token)
         if index is None:
             raise ValueError(
-                f"tokenizer: got no token {token!r} for {role}; name the token this vocabulary uses with "
+                f"tokenizer: expected a token {token!r} for {role}, got none; name the token this vocabulary uses with "
                 f"tokenizer.{role} (such as '<|endoftext|>')"
             )
         return index

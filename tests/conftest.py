@@ -24,15 +24,16 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`pytest tests/train/test_faults.py --kills 200` is the long form of the fault tests."""
+    """`pytest tests/train/loop/test_faults.py --kills 200` is the long form of the fault tests."""
     parser.addoption("--kills", type=int, default=8, help="random kills of training runs, over all of them")
 
 
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A token store of 400 short generated documents, vocabulary 300."""
-    from sinkbed.data.prepare.prepare import PrepareConfig, TokenizerConfig, prepare
-    from sinkbed.data.source.documents import Source
+    from sinkbed.data.prepare.config import PrepareConfig, TokenizerConfig
+    from sinkbed.data.prepare.prepare import prepare
+    from sinkbed.data.source.config import Source
 
     folder = tmp_path_factory.mktemp("tiny")
     words = ["sink", "bos", "row", "token", "mask", "head", "layer", "mass", "first", "key"]

@@ -98,7 +98,7 @@ def feed_forward(config):
 def test_a_packing(add, tmp_path):
     add("""
 import numpy as np
-from sinkbed.data.pack.methods import PACKINGS, Laid, Packing
+from sinkbed.data.pack.methods import Laid, PACKINGS, Packing
 
 @PACKINGS.register("toy")
 class Toy(Packing):

@@ -1,6 +1,6 @@
 """Packing: pieces of documents to rows of tokens, targets and boundaries; all rows of a batch at once.
 
-`data.layout` says which pieces stand in a row. Here they become arrays: markers and placed tokens are put in,
+`layout` says which pieces stand in a row. Here they become arrays: markers and placed tokens are put in,
 text is read from the store, padding fills up. Text flows around placed tokens. A placed token predicts the text
 that follows it, belongs to the document it stands before, and is never a target.
 
@@ -27,7 +27,7 @@ _SHARE_KEY = 0x54A8E
 
 
 class Row(NamedTuple):
-    """N rows; every array is [N, T] (see `data.batches.Batch` for the meaning of each)."""
+    """N rows; every array is [N, T] (see `batches.Batch` for the meaning of each)."""
 
     tokens: NDArray[np.int64]
     targets: NDArray[np.int64]
@@ -80,7 +80,7 @@ def places(pieces: Pieces) -> NDArray[np.int64]:
     return before - before[opens][pieces.row]
 
 
-def _held(pieces: Pieces) -> NDArray[np.int64]:
+def _sizes(pieces: Pieces) -> NDArray[np.int64]:
     """[N] tokens of content in each row, the target beyond its end included."""
     return np.bincount(pieces.row, pieces.end - pieces.begin, minlength=len(pieces.inputs)).astype(np.int64)
 
@@ -94,13 +94,13 @@ def _content(
     text_end = np.minimum(pieces.end - start, pieces.length - start - end)
     text = gather(layout.offsets[pieces.document] + text_begin, np.maximum(text_end - text_begin, 0))
 
-    held, rows = _held(pieces), len(pieces.inputs)
+    sizes, rows = _sizes(pieces), len(pieces.inputs)
     first = pieces.row * width + at  # in the flattened content
     last = first + pieces.end - pieces.begin - 1
     content = np.full(rows * width, padding_id, dtype=text.dtype)  # narrow until it is copied to its places
     is_text = np.ones(rows * width, dtype=np.bool_)
-    if (held < width).any():
-        is_text.reshape(rows, width)[np.arange(width) >= held[:, None]] = False
+    if (sizes < width).any():
+        is_text.reshape(rows, width)[np.arange(width) >= sizes[:, None]] = False
     for marker, places in (
         (layout.start_id, first[pieces.begin == 0]),
         (layout.end_id, last[pieces.end == pieces.length]),
@@ -129,19 +129,19 @@ def loss_mask(layout: Layout, pieces: Pieces, at: NDArray[np.int64], placed: tup
     Args:
         at: [P] the pieces' columns of content; placed: row positions of placed tokens, in rows that have them.
     """
-    strategy, held = layout.strategy, _held(pieces)
+    strategy, sizes = layout.strategy, _sizes(pieces)
     slots = np.delete(np.arange(layout.context_length), placed)
     columns = np.arange(len(slots) + 1)
-    counted = np.ones((len(held), len(columns)), dtype=np.bool_)
-    if (held < len(columns)).any():
-        counted &= columns < held[:, None]
+    counted = np.ones((len(sizes), len(columns)), dtype=np.bool_)
+    if (sizes < len(columns)).any():
+        counted &= columns < sizes[:, None]
     # Where a piece begins, its document does, unless it opens the row; another document precedes, or a placed token.
     after_placed = np.isin(np.append(slots, layout.context_length) - 1, placed)
     precedes = (at == 0) | after_placed[at] | (strategy.mask == "causal")
     begins = (pieces.begin == 0) | ((at == 0) & layout.counts_resumed)
     counted[pieces.row, at] &= precedes & begins
     if not layout.counts_beyond:
-        beyond = np.flatnonzero(held > pieces.inputs)
+        beyond = np.flatnonzero(sizes > pieces.inputs)
         counted[beyond, pieces.inputs[beyond]] = False
     if not placed and strategy.placed:
         opens = pieces.context + (strategy.opening == "none")

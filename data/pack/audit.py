@@ -2,7 +2,7 @@
 
 Saved with every run, so that arms of a study can be compared for what they changed and, by
 `document_order`, for what they share. No token is read: one pass over the pieces that stand in the rows of
-the first epoch, in parts of bounded memory, in the notation of `data.layout` and `data.packing`.
+the first epoch, in parts of bounded memory, in the notation of `layout` and `assemble`.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def audit(rows: Rows) -> dict[str, Any]:
         led = rows.led(index, np.zeros_like(index))
         placed += int(led.sum()) * len(rows.strategy.placed)
         for kind in (True, False):
-            if (some := index[led == kind]).size:
-                _count_contents(c, rows, some, kind)
+            if (of_kind := index[led == kind]).size:
+                _count_contents(c, rows, of_kind, kind)
     read = c.inputs - c.repeated
     # Of a part of the rows, what the others hold is not cropped but left for another run.
     whole = rows.unique_rows is None
@@ -106,9 +106,9 @@ def _count_structure(c: _Counts, layout: Layout, index: NDArray[np.int64]) -> No
     pieces = layout.pieces(index)
     at = places(pieces)
     seen = at < pieces.inputs[pieces.row]
-    held = np.bincount(pieces.row[seen], minlength=len(index))
-    c.documents += int(held.sum())
-    c.most = max(c.most, int(held.max()))
+    per_row = np.bincount(pieces.row[seen], minlength=len(index))
+    c.documents += int(per_row.sum())
+    c.most = max(c.most, int(per_row.max()))
     begins = pieces.begin == 0
     c.opened += int((begins & (at == 0)).sum())
     c.begun += int((seen & begins & ~pieces.repeated).sum())

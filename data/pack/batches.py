@@ -24,10 +24,11 @@ from sinkbed.data.order import permute
 from sinkbed.data.pack.assemble import Row, has_first_token, pack, random_tokens
 from sinkbed.data.pack.layout import Concat, Layout, Planned
 from sinkbed.data.pack.methods import PACKINGS
-from sinkbed.data.pack.plan import Plan, Recipe
+from sinkbed.data.pack.plan import Plan, PlanSettings
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.store.token_store import TokenStore
 from sinkbed.plain_text import counted
+from sinkbed.ranges import check_number
 
 _BLOCK = 1024
 
@@ -82,8 +83,7 @@ class Rows(Dataset[Batch]):
         unique_rows: int | None = None,
     ) -> None:
         strategy.check_context(context_length)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed: got {seed!r}, expected an integer from 0 to 2**63 - 1")
+        check_number("seed", seed, least=0, below=2**63, integer=True)
         manifest = store.manifest
         strategy.check_vocabulary(manifest.vocab_size, manifest.special_ids, store.path)
         self.store = store
@@ -100,8 +100,8 @@ class Rows(Dataset[Batch]):
             )
         if unique_rows is not None and not 1 <= unique_rows <= self.layout.rows:
             raise ValueError(
-                f"unique_rows: got {unique_rows}, expected 1 to {self.layout.rows:,}, the rows of the split "
-                f"{store.split!r}; null for all of them"
+                f"unique_rows: expected 1 to {self.layout.rows:,}, the rows of the split {store.split!r}, got "
+                f"{unique_rows}; null for all of them"
             )
         self.unique_rows = unique_rows
 
@@ -196,9 +196,9 @@ class Rows(Dataset[Batch]):
         if PACKINGS[strategy.packing].is_stream:
             return Concat(**common)
         room = self.context_length - len(strategy.placed)
-        recipe = Recipe(strategy=strategy, room=room, extras=(start is not None) + (end is not None))
+        settings = PlanSettings(strategy=strategy, room=room, extras=(start is not None) + (end is not None))
         return Planned(
-            plan=Plan.load(recipe, store.offsets, store.path / "packing" / store.split, store.digest), **common
+            plan=Plan.load(settings, store.offsets, store.path / "packing" / store.split, store.digest), **common
         )
 
 
@@ -226,15 +226,13 @@ class RowSampler(Sampler[list[int]]):
         rank: int = 0,
         total_rows: int | None = None,
     ) -> None:
-        least = {"rows_consumed": 0, "micro_batch_size": 1, "accumulate": 1, "world_size": 1, "rank": 0}
-        given = (rows_consumed, micro_batch_size, accumulate, world_size, rank)
-        for (name, bound), value in zip(least.items(), given, strict=True):
-            if value < bound:
-                raise ValueError(f"{name}: got {value}, expected at least {bound}")
-        if rank >= world_size:
-            raise ValueError(f"rank: got {rank} with world_size {world_size}, expected 0 to {world_size - 1}")
-        if total_rows is not None and total_rows < 0:
-            raise ValueError(f"total_rows: got {total_rows}, expected at least 0, or None for no end")
+        check_number("rows_consumed", rows_consumed, least=0)
+        check_number("micro_batch_size", micro_batch_size, least=1)
+        check_number("accumulate", accumulate, least=1)
+        check_number("world_size", world_size, least=1)
+        check_number("rank", rank, least=0, below=world_size)
+        if total_rows is not None:
+            check_number("total_rows", total_rows, least=0)
         self.rows_consumed = rows_consumed
         self.micro_batch_size = micro_batch_size
         self.accumulate = accumulate
@@ -257,8 +255,8 @@ class RowSampler(Sampler[list[int]]):
         per_pass = micro_batch_size * world_size
         if per_pass < 1 or batch_size < 1 or batch_size % per_pass:
             raise ValueError(
-                f"batch_size: got {batch_size} rows, expected a positive multiple of micro_batch_size * world_size = "
-                f"{micro_batch_size} * {world_size}"
+                f"batch_size: expected a positive multiple of micro_batch_size * world_size = {micro_batch_size} * "
+                f"{world_size} rows, got {batch_size}"
             )
         return cls(
             rows_consumed=rows_consumed,

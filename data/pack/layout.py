@@ -24,7 +24,7 @@ tokens, and no token is counted twice. A row drawn without the first token (`fir
 tokens before it in its place; under a causal mask it counts the same targets.
 
 `Planned`. Every other packing: rows hold whole documents, or pieces of n tokens of those that are longer, as
-`data.plan` laid them out. A token is counted where the token before it in its document stands, in that row; the
+`plan` laid them out. A token is counted where the token before it in its document stands, in that row; the
 first of a document where anything precedes it in the row (under a document mask: a first token). A row may end in
 padding, which is a document of its own that nothing else sees.
 
@@ -155,9 +155,9 @@ class Concat(Layout):
         context = np.minimum(0 if led else self.context_length - self.room, opens)
         begin, beyond = opens - context, opens + self.room + 1  # the last one is a target only
         head, tail = self.offsets.find(np.concatenate([begin, beyond - 1]), self.extras).reshape(2, -1)
-        held = tail - head + 1
-        row = np.repeat(np.arange(len(index)), held)
-        document = np.arange(len(row)) + (head - np.cumsum(held) + held)[row]
+        per_row = tail - head + 1
+        row = np.repeat(np.arange(len(index)), per_row)
+        document = np.arange(len(row)) + (head - np.cumsum(per_row) + per_row)[row]
         starts, ends = self.bounds(document)
         first, last = np.maximum(starts, begin[row]), np.minimum(ends, beyond[row])
         kept = last > first  # documents without a single token hold no position
@@ -207,14 +207,14 @@ class Planned(Layout):
 
     def pieces(self, index: Ints, led: bool = True) -> Pieces:
         """See `Layout.pieces`. Rows without their first token begin with the same piece."""
-        held, document, begin = self.plan.read(index)
+        per_row, document, begin = self.plan.read(index)
         repeated, begin = begin < 0, np.maximum(begin, 0)
-        row = np.repeat(np.arange(len(index)), held)
+        row = np.repeat(np.arange(len(index)), per_row)
         starts, ends = self.bounds(document)
         length, room = ends - starts, self.room
         size = np.minimum(length - begin, room)
         filled = np.cumsum(size)
-        last = np.cumsum(held) - 1
+        last = np.cumsum(per_row) - 1
         before = np.concatenate([[0], filled[last[:-1]]])
         over = np.maximum(filled[last] - before - room, 0)  # what fills up a row is cropped at its end
         size[last] -= over

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sinkbed.data.files import sha256_json
+from sinkbed.data.files import replacing, sha256_json
 from sinkbed.data.pack.methods import PACKINGS, Ints, Items, Laid, Packing
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.store.offsets import Offsets
@@ -36,7 +36,7 @@ _SCHEMA = pa.schema([(name, pa.large_list(pa.int64())) for name in ("documents",
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class PlanSettings:
     """All that decides a plan."""
 
     strategy: Strategy
@@ -62,28 +62,31 @@ class Recipe:
 class Plan:
     """The rows of a split, read window by window from its file or from memory."""
 
-    def __init__(self, recipe: Recipe, offsets: Offsets, source: pa.NativeFile, path: Path | None = None) -> None:
-        self._recipe, self._offsets, self._path = recipe, offsets, path
+    def __init__(
+        self, settings: PlanSettings, offsets: Offsets, source: pa.NativeFile, path: Path | None = None
+    ) -> None:
+        self._settings, self._offsets, self._path = settings, offsets, path
         self._reader = pa.ipc.open_file(source)
         if self._reader.schema != _SCHEMA:
-            raise pa.ArrowInvalid(f"got the columns {self._reader.schema.names}")
+            raise pa.ArrowInvalid(f"columns {self._reader.schema.names}")
         counts = [self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)]
         self._first_row = np.cumsum([0, *counts], dtype=np.int64)
         self._windows: OrderedDict[int, tuple[Ints, Ints, Ints]] = OrderedDict()
 
     @classmethod
-    def load(cls, recipe: Recipe, offsets: Offsets, folder: Path, digest: str) -> Plan:
+    def load(cls, settings: PlanSettings, offsets: Offsets, folder: Path, digest: str) -> Plan:
         """The plan of the split with this digest: mapped from `folder`, where it is made first if need be."""
-        path = folder / f"{recipe.key(digest)}.arrow"
+        path = folder / f"{settings.key(digest)}.arrow"
         try:
             for attempt in range(2):
                 if attempt or not path.is_file():
-                    _write(path, recipe, offsets)
+                    with replacing(path) as file:  # others do the same and agree
+                        _make(file, settings, offsets)
                 try:
-                    return cls(recipe, offsets, pa.memory_map(os.fspath(path)), path)
+                    return cls(settings, offsets, pa.memory_map(os.fspath(path)), path)
                 except (pa.ArrowException, LookupError, OSError, ValueError) as error:
                     if getattr(error, "errno", None):
-                        raise  # else damaged: what it held can be made again
+                        raise  # else damaged: what it had can be made again
         except OSError as error:  # a read-only or a full disk
             warnings.warn(
                 f"{path}: the layout of rows could not be kept ({error}); every process lays it out anew, in its own "
@@ -91,14 +94,14 @@ class Plan:
                 stacklevel=2,
             )
         sink = pa.BufferOutputStream()
-        _make(sink, recipe, offsets)
-        return cls(recipe, offsets, pa.BufferReader(sink.getvalue()))
+        _make(sink, settings, offsets)
+        return cls(settings, offsets, pa.BufferReader(sink.getvalue()))
 
     def verify(self) -> None:
         """Lay out everything again and compare. Raises ValueError that names a damaged file."""
         for number, (start, stop) in enumerate(windows(self._offsets)):
-            items = items_of(self._offsets, start, stop, self._recipe)
-            expected = _columns(items, self._recipe.packing.lay_out(items, self._recipe.room))
+            items = items_of(self._offsets, start, stop, self._settings)
+            expected = _columns(items, self._settings.packing.lay_out(items, self._settings.room))
             if not all(np.array_equal(a, b) for a, b in zip(self._window(number), expected, strict=True)):
                 raise self._damaged("other documents in its rows than the token store gives")
 
@@ -116,22 +119,22 @@ class Plan:
         The first token of a document that `fill` repeats is given as -1.
         """
         windows = np.searchsorted(self._first_row, index, side="right") - 1
-        held = np.empty(len(index), dtype=np.int64)
+        per_row = np.empty(len(index), dtype=np.int64)
         first = np.empty(len(index), dtype=np.int64)
         for window in np.unique(windows).tolist():
             chosen = np.flatnonzero(windows == window)
             edges, place = self._window(window)[0], index[chosen] - self._first_row[window]
             first[chosen] = edges[place]
-            held[chosen] = edges[place + 1] - edges[place]
+            per_row[chosen] = edges[place + 1] - edges[place]
         # Piece by piece: where it stands in its window.
-        place = np.arange(int(held.sum())) + np.repeat(first - np.cumsum(held) + held, held)
-        owner = np.repeat(windows, held)
+        place = np.arange(int(per_row.sum())) + np.repeat(first - np.cumsum(per_row) + per_row, per_row)
+        owner = np.repeat(windows, per_row)
         documents, begins = np.empty_like(place), np.empty_like(place)
         for window in np.unique(windows).tolist():
             chosen = np.flatnonzero(owner == window)
             _, document, begin = self._window(window)
             documents[chosen], begins[chosen] = document[place[chosen]], begin[place[chosen]]
-        return held, documents, begins
+        return per_row, documents, begins
 
     def _window(self, window: int) -> tuple[Ints, Ints, Ints]:
         if window in self._windows:
@@ -142,37 +145,26 @@ class Plan:
             batch.validate(full=True)
         except pa.ArrowException as error:
             raise self._damaged(error) from None
-        found = tuple(array.to_numpy() for array in (batch[0].offsets, batch[0].values, batch[1].values))
-        if len(found[1]) != len(found[2]) or not ((found[1] >= 0) & (found[1] < self._offsets.documents)).all():
+        window_arrays = tuple(array.to_numpy() for array in (batch[0].offsets, batch[0].values, batch[1].values))
+        if (
+            len(window_arrays[1]) != len(window_arrays[2])
+            or not ((window_arrays[1] >= 0) & (window_arrays[1] < self._offsets.documents)).all()
+        ):
             raise self._damaged("documents that the token store does not have")
-        self._windows[window] = found  # type: ignore[assignment]
+        self._windows[window] = window_arrays  # type: ignore[assignment]
         if len(self._windows) > _MAPPED_WINDOWS:
             self._windows.popitem(last=False)
         return self._windows[window]
 
 
-def _write(path: Path, recipe: Recipe, offsets: Offsets) -> None:
-    """Make the plan under a name of this process's own, then give it its name: others do the same and agree."""
-    path.parent.mkdir(exist_ok=True, parents=True)
-    aside = path.with_name(f".{path.stem}.{os.urandom(8).hex()}")
-    try:
-        with open(aside, "xb") as file:
-            _make(file, recipe, offsets)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _make(sink: Any, recipe: Recipe, offsets: Offsets) -> None:
+def _make(sink: Any, settings: PlanSettings, offsets: Offsets) -> None:
     from tqdm import tqdm
 
     bar = tqdm(total=offsets.tokens, desc="packing", unit=" tokens", unit_scale=True, delay=5.0)
     with pa.ipc.new_file(sink, _SCHEMA) as writer, bar:
         for start, stop in windows(offsets):
-            items = items_of(offsets, start, stop, recipe)
-            edges, *values = _columns(items, recipe.packing.lay_out(items, recipe.room))
+            items = items_of(offsets, start, stop, settings)
+            edges, *values = _columns(items, settings.packing.lay_out(items, settings.room))
             columns = [pa.LargeListArray.from_arrays(pa.array(edges), pa.array(column)) for column in values]
             writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
             bar.update(int(offsets[np.array([start, stop])] @ [-1, 1]))
@@ -180,7 +172,7 @@ def _make(sink: Any, recipe: Recipe, offsets: Offsets) -> None:
 
 def _columns(items: Items, laid: Laid) -> tuple[Ints, Ints, Ints]:
     """What is kept of a window: pieces before each row [R + 1], and of each piece document and first token [P]."""
-    edges = np.concatenate([[0], np.cumsum(laid.held)])
+    edges = np.concatenate([[0], np.cumsum(laid.per_row)])
     return edges, items.document[laid.piece], np.where(laid.repeated, -1, items.begin[laid.piece])
 
 
@@ -195,11 +187,11 @@ def windows(offsets: Offsets) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def items_of(offsets: Offsets, start: int, stop: int, recipe: Recipe) -> Items:
+def items_of(offsets: Offsets, start: int, stop: int, settings: PlanSettings) -> Items:
     """The items of documents `start` to `stop`."""
-    lengths = np.diff(offsets[start : stop + 1]) + recipe.extras
-    room, document = recipe.room, np.arange(start, stop)
-    if recipe.strategy.overflow == "truncate":
+    lengths = np.diff(offsets[start : stop + 1]) + settings.extras
+    room, document = settings.room, np.arange(start, stop)
+    if settings.strategy.overflow == "truncate":
         kept = lengths > 0
         document, lengths = document[kept], lengths[kept]
         return Items(document, np.zeros_like(document), np.minimum(lengths, room))

@@ -1,6 +1,6 @@
 """Strategy: how documents become rows and what a query may see. Every axis is independent of the others.
 
-A strategy is plain data. `data.layout` and `data.packing` read the axes that decide the tokens and boundaries
+A strategy is plain data. `layout` and `assemble` read the axes that decide the tokens and boundaries
 of a row; whoever builds the attention mask reads `mask`, `window`, `shared_prefix` and `prefix_lm`. A setting
 that would change nothing is an error here, so that two arms of a study with different strategies really differ.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from sinkbed.data.pack.methods import PACKINGS
+from sinkbed.ranges import check_choice, check_number
 from sinkbed.registry import Choice
 
 FirstToken = Literal["bos", "none", "random"]
@@ -79,88 +80,83 @@ class Strategy:
 
     def __post_init__(self) -> None:
         PACKINGS.check(self.packing)
-        _check_choice("overflow", self.overflow, get_args(Overflow))
-        _check_choice("fill", self.fill, get_args(Fill))
-        _check_choice("mask", self.mask, get_args(MaskKind))
-        _check_choice("positions", self.positions, get_args(Positions))
+        check_choice("overflow", self.overflow, get_args(Overflow))
+        check_choice("fill", self.fill, get_args(Fill))
+        check_choice("mask", self.mask, get_args(MaskKind))
+        check_choice("positions", self.positions, get_args(Positions))
         for name in ("document_start", "document_end"):
             _check_token(name, getattr(self, name), get_args(Marker))
         self._check_first_token()
         packing = PACKINGS[self.packing]
         if packing.is_stream and self.overflow != "split":
             raise ValueError(
-                f"overflow: got {self.overflow!r} with packing {self.packing!r}, which cuts wherever a "
-                "row ends; expected another packing, or overflow: split"
+                f"overflow: expected split with packing {self.packing!r}, which cuts wherever a row ends, got "
+                f"{self.overflow!r}"
             )
         for name, value, other in (("mask", "intra_document", "causal"), ("positions", "document", "row")):
             if not packing.shares_rows and getattr(self, name) == value:
                 raise ValueError(
-                    f"{name}: got {value!r} with packing {self.packing!r}, where a row holds one document and padding "
-                    f"that nothing before it sees; expected {other}"
+                    f"{name}: expected {other} with packing {self.packing!r}, where a row holds one document and "
+                    f"padding that nothing before it sees, got {value!r}"
                 )
         if self.fill not in packing.fills:
             raise ValueError(
                 f"fill: expected {' or '.join(packing.fills)}, all that packing {self.packing!r} has, got {self.fill!r}"
             )
         if self.window is not None:
-            _check_integer("window", self.window, 1)
-        _check_integer("shared_prefix", self.shared_prefix, 0)
-        _check_integer("prefix_lm", self.prefix_lm, 0)
+            check_number("window", self.window, least=1, integer=True)
+        check_number("shared_prefix", self.shared_prefix, least=0, integer=True)
+        check_number("prefix_lm", self.prefix_lm, least=0, integer=True)
         if self.shared_prefix and self.mask == "causal" and self.window is None:
             raise ValueError(
-                f"shared_prefix: got {self.shared_prefix} with mask 'causal' and no window, where every query "
-                "sees those positions anyway; set mask: intra_document or a window, or shared_prefix: 0"
+                "shared_prefix: expected 0 with mask causal and no window, where every query sees those positions "
+                f"anyway, got {self.shared_prefix}; set mask: intra_document or a window"
             )
         if self.prefix_lm == 1:
             raise ValueError(
-                "prefix_lm: got 1, which changes nothing (a single position sees itself under any mask); "
-                "expected 0 or at least 2"
+                "prefix_lm: expected 0 or at least 2, got 1, which changes nothing: a single position sees itself "
+                "under any mask"
             )
 
     def _check_first_token(self) -> None:
         if isinstance(self.first_token, list):
             if not self.first_token or self.first_token[-1] == "none":
                 raise ValueError(
-                    f"first_token: got {self.first_token}, expected a list that ends in a token to place, or none"
+                    f"first_token: expected a list that ends in a token to place, or none, got {self.first_token}"
                 )
             if len(self.first_token) == 1:
                 raise ValueError(
-                    f"first_token: got {self.first_token}, expected the token itself where a list would hold one"
+                    f"first_token: expected the token itself where a list would hold one, got {self.first_token}"
                 )
             for what in self.first_token:
                 _check_token("first_token", what, get_args(FirstToken))
         else:
             _check_token("first_token", self.first_token, get_args(FirstToken))
-        share: Any = self.first_token_share
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        check_number("first_token_share", self.first_token_share, above=0, most=1)
+        if self.first_token_share < 1 and not self.placed:
             raise ValueError(
-                f"first_token_share: got {share!r}, expected more than 0 and at most 1; for no row at all set "
-                "first_token: none"
-            )
-        if share < 1 and not self.placed:
-            raise ValueError(
-                f"first_token_share: got {share} with first_token 'none', which has nothing to share; set a "
-                "first_token, or first_token_share: 1"
+                "first_token_share: expected 1 with first_token none, which has nothing to share, got "
+                f"{self.first_token_share}; set a first_token"
             )
 
     def check_context(self, context_length: int) -> None:
         """Raise ValueError where an axis does not fit, or does nothing, in rows of `context_length` tokens."""
-        _check_integer("context_length", context_length, 2)
+        check_number("context_length", context_length, least=2, integer=True)
         if self.window is not None and self.window >= context_length:
             raise ValueError(
-                f"window: got {self.window} with context_length {context_length}, which limits nothing; "
-                f"expected at most {context_length - 1}, or null for no window"
+                f"window: expected at most {context_length - 1} with context_length {context_length}, got "
+                f"{self.window}, which limits nothing; null for no window"
             )
         if len(self.leading) >= context_length:
             raise ValueError(
-                f"first_token: got {len(self.leading)} positions with context_length {context_length}; expected at "
-                f"most {context_length - 1}, so that text is left"
+                f"first_token: expected at most {context_length - 1} positions with context_length {context_length}, "
+                f"so that text is left, got {len(self.leading)}"
             )
         for name in ("shared_prefix", "prefix_lm"):
             if getattr(self, name) >= context_length:
                 raise ValueError(
-                    f"{name}: got {getattr(self, name)} with context_length {context_length}; expected at "
-                    f"most {context_length - 1}, so that part of the row lies outside it"
+                    f"{name}: expected at most {context_length - 1} with context_length {context_length}, so that part "
+                    f"of the row lies outside it, got {getattr(self, name)}"
                 )
 
     def check_vocabulary(self, vocab_size: int, special_ids: tuple[int, ...], where: object) -> None:
@@ -173,26 +169,14 @@ class Strategy:
             for token in ids:
                 if isinstance(token, int) and token >= vocab_size:
                     raise ValueError(
-                        f"{name}: got id {token}, expected less than {vocab_size} (the vocabulary of {where})"
+                        f"{name}: expected an id less than {vocab_size} (the vocabulary of {where}), got {token}"
                     )
         if "random" in self.leading and vocab_size <= len(special_ids):
-            raise ValueError("first_token: got 'random' with a vocabulary of special tokens only")
+            raise ValueError("first_token: expected no random one with a vocabulary of special tokens only, got random")
 
 
-def _check_choice(name: str, found: object, choices: tuple[str, ...], extra: str = "") -> None:
-    if not isinstance(found, str) or found not in choices:
-        expected = ", ".join(map(repr, choices)) + (f" {extra}" if extra else "")
-        raise ValueError(f"{name}: got {found!r}, expected one of {expected}")
-
-
-def _check_token(name: str, found: object, choices: tuple[str, ...]) -> None:
-    if isinstance(found, str):
-        _check_choice(name, found, choices, "or a token id")
+def _check_token(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if isinstance(value, str):
+        check_choice(name, value, (*choices, "a token id"))
     else:
-        _check_integer(name, found, 0)
-
-
-def _check_integer(name: str, found: object, least: int) -> None:
-    # True is an int to Python; as a length or a token id it is a mistake in the config.
-    if isinstance(found, bool) or not isinstance(found, int) or found < least:
-        raise ValueError(f"{name}: got {found!r}, expected an integer of at least {least}")
+        check_number(name, value, least=0, integer=True)

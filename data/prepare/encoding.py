@@ -79,7 +79,7 @@ class Encoder:
         done: Sequence[int] | set[int] = (),
         seen: Callable[[Encoded], None] = lambda _: None,
     ) -> Iterator[tuple[Batch, Encoded | None]]:
-        """Each batch with its tokens, in order; None for the batches of units that are `done`.
+        """Each batch with its tokens, in order; None for the batches of chunks that are `done`.
 
         Args:
             seen: is told of the tokens as they come, in smaller parts where documents are long.
@@ -102,7 +102,7 @@ class Encoder:
 
         try:
             for batch in batches:
-                for part in self._parts(batch, encode=batch.unit not in done):
+                for part in self._parts(batch, encode=batch.chunk not in done):
                     pending.append(self._submit(part))
                     # One at work in each process, and enough waiting to last while a shard is written.
                     while len(pending) > 4 * self._workers:
@@ -213,8 +213,8 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
         # Around added tokens a normaliser sees pieces, which it may compose in another way.
         if tokenizer.backend.normalizer is None or not equivalent(tokenizer.decode(ids[index]), text):
             raise ValueError(
-                f"tokenizer: got a document of {expected[index]:,} bytes whose tokens stand for {sizes[index]:,} "
-                f"({text[:60]!r} …), expected one that loses nothing; use another tokenizer"
+                f"tokenizer: expected tokens that stand for the {expected[index]:,} bytes of a document "
+                f"({text[:60]!r} …), got {sizes[index]:,}; use another tokenizer"
             )
     return Encoded(tokens, counts, sizes)
 

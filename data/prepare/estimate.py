@@ -1,4 +1,4 @@
-"""What preparing a config would give and take, from a bounded sample (`data.sampling`); nothing is written.
+"""What preparing a config would give and take, from a bounded sample (`sampling`); nothing is written.
 
 Local files are sampled all over, and what is inferred from the sample comes with a range. Of Parquet and the demo
 corpus the number of records is known, of a hub data set where its card tells. A mixture that ends with the
@@ -18,10 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
+from sinkbed.data.prepare.config import TRAIN_BYTES, PrepareConfig
 from sinkbed.data.prepare.prepare import available_cores, make_tokenizer
-from sinkbed.data.prepare.recipe import TRAIN_BYTES, PrepareConfig, recipe_of, selection
+from sinkbed.data.prepare.recipe import recipe_of
 from sinkbed.data.prepare.sampling import Sample, Stretch, streamed
-from sinkbed.data.source.documents import Documents, Source
+from sinkbed.data.source.config import Source
+from sinkbed.data.source.documents import Documents
 from sinkbed.data.source.selection import batches
 
 SAMPLE_BYTES = 8_000_000
@@ -65,7 +67,7 @@ def estimate(config: PrepareConfig, *, workers: int | None = None, sample_bytes:
     sample = Sample(config, sample_bytes)
     read_seconds = time.perf_counter() - began
     reading = _Stretches(config.source, sample.stretches)
-    chosen = selection(config, reading)
+    chosen = config.select(reading)
     # A selection takes one text after the other: the stretch that is read is that of the document it gives.
     documents, owners = [], []
     for document in chosen:
@@ -169,11 +171,11 @@ class _Fixed(Documents):
 
 def _finished_bytes(config: PrepareConfig) -> int:
     """Bytes of text that a stopped run of this config has encoded."""
-    from sinkbed.data.prepare.units import UNITS_NAME, begun_recipe
+    from sinkbed.data.prepare.chunks import CHUNKS_NAME, begun_recipe
 
     out = Path(config.out)
     folder = out.parent / f".{out.name}.partial"
     if begun_recipe(folder) != recipe_of(config):
         return 0
-    units = (json.loads(path.read_text(encoding="utf-8")) for path in (folder / UNITS_NAME).glob("*.json"))
-    return sum(shard["bytes"] for unit in units for shard in unit["shards"].values())
+    chunks = (json.loads(path.read_text(encoding="utf-8")) for path in (folder / CHUNKS_NAME).glob("*.json"))
+    return sum(shard["bytes"] for chunk in chunks for shard in chunk["shards"].values())

@@ -1,9 +1,9 @@
 """Prepare: documents -> tokenizer -> token store, in one call that is safe to repeat.
 
-One process reads the documents in their order, selects them and cuts them into units and batches
-(`data.selection`); others encode the batches (`data.encoding`); each unit becomes a shard per split and a
-record that it is done (`data.units`). Nothing in the store depends on the number of processes, nor on how
-often the work was stopped: called again, it goes on after the last unit that was finished. The tokenizer is
+One process reads the documents in their order, selects them and cuts them into chunks and batches
+(`source.selection`); others encode the batches (`encoding`); each chunk becomes a shard per split and a
+record that it is done (`chunks`). Nothing in the store depends on the number of processes, nor on how
+often the work was stopped: called again, it goes on after the last chunk that was finished. The tokenizer is
 trained on documents of the training split only, once.
 
 A store records what it was made from, down to the sha256 of local files. Called again with the same
@@ -21,27 +21,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sinkbed.data.files import differing
-from sinkbed.data.prepare.recipe import (
-    SHARD_BYTES,
-    TRAIN_BYTES,
-    VOCAB_SIZE,
-    PrepareConfig,
-    TokenizerConfig,
-    condensed,
-    recipe_of,
-    selection,
-)
+from sinkbed.data.prepare.config import SHARD_BYTES, TRAIN_BYTES, VOCAB_SIZE, PrepareConfig
+from sinkbed.data.prepare.recipe import condensed, recipe_of
 from sinkbed.data.source.documents import Documents
-from sinkbed.data.source.selection import batches, split_of
+from sinkbed.data.source.selection import batches
 from sinkbed.data.store.manifest import MANIFEST_NAME, Manifest
 from sinkbed.plain_text import counted
+from sinkbed.ranges import check_number
 
 if TYPE_CHECKING:
+    from sinkbed.data.prepare.chunks import Chunks
     from sinkbed.data.prepare.encoding import Encoded
-    from sinkbed.data.prepare.units import Units
     from sinkbed.data.tokenizer import Tokenizer
-
-__all__ = ["PrepareConfig", "TokenizerConfig", "prepare", "split_of"]
 
 
 def prepare(
@@ -57,35 +48,34 @@ def prepare(
 
     Raises FileNotFoundError for missing sources, FileExistsError where `out` is taken by something that is
     no token store, ValueError for an unfit source or tokenizer and where `out` holds a store made, or begun,
-    from another config, `data.partial.DiskFullError` when there is no space left,
-    `data.encoding.WorkerDiedError`.
+    from another config, `staging.DiskFullError` when there is no space left,
+    `encoding.WorkerDiedError`.
     """
     workers = available_cores() if workers is None else workers
-    if workers < 1:
-        raise ValueError(f"workers: got {workers}, expected at least 1")
+    check_number("workers", workers, least=1)
     out = Path(config.out)
     recipe = recipe_of(config)
     standing = (out / MANIFEST_NAME).exists()
     if not force and standing:
         return _up_to_date(out, recipe)
 
-    from sinkbed.data.prepare.partial import PartialStore
-    from sinkbed.data.prepare.units import Units, begun_recipe
+    from sinkbed.data.prepare.chunks import Chunks, begun_recipe
+    from sinkbed.data.prepare.staging import StagingFolder
 
-    with PartialStore(out, replace=force, keeps=True) as partial:
+    with StagingFolder(out, replace=force, keeps=True) as staging:
         # A forced run that was stopped is forced again to go on; it starts over where nothing needs the force.
-        begun = begun_recipe(partial.folder)
-        needless = not standing and not (partial.folder / MANIFEST_NAME).is_file()
-        units = Units(partial, recipe, start_over=force and (needless or begun not in (None, recipe)))
-        manifest = units.published()
+        begun = begun_recipe(staging.folder)
+        needless = not standing and not (staging.folder / MANIFEST_NAME).is_file()
+        chunks = Chunks(staging, recipe, start_over=force and (needless or begun not in (None, recipe)))
+        manifest = chunks.published()
         if manifest is not None:
             return manifest
         try:
-            return _fill(config, recipe, units, workers, progress)
+            return _fill(config, recipe, chunks, workers, progress)
         except (ValueError, FileNotFoundError):
             # The config has to change: nothing of this one is worth keeping.
-            if not units.finished:
-                partial.discard()
+            if not chunks.finished:
+                staging.discard()
             raise
 
 
@@ -94,18 +84,18 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _fill(config: PrepareConfig, recipe: dict[str, Any], units: Units, workers: int, progress: bool) -> Manifest:
-    """Make the units that are missing, then the store."""
+def _fill(config: PrepareConfig, recipe: dict[str, Any], chunks: Chunks, workers: int, progress: bool) -> Manifest:
+    """Make the chunks that are missing, then the store."""
+    from sinkbed.data.prepare.chunks import FORGOTTEN, Gathered
     from sinkbed.data.prepare.encoding import Encoder
-    from sinkbed.data.prepare.units import FORGOTTEN, Gathered
     from sinkbed.data.prepare.writer import manifest_of
 
     documents = Documents(config.source, on_error=config.on_error)
-    tokenizer = _kept_tokenizer(config, documents, units, progress)
-    selected = selection(config, documents, tokenizer)
+    tokenizer = _kept_tokenizer(config, documents, chunks, progress)
+    selected = config.select(documents, tokenizer)
     gathered = Gathered()
     read = 0
-    done = set(units.finished)
+    done = set(chunks.finished)
     cut = batches(selected, config.shard_bytes or SHARD_BYTES)
     with _Bar("encoding", progress, documents.count()) as bar, Encoder(tokenizer, workers) as encoder:
         for batch, encoded in encoder.map(cut, done, bar.encoded):
@@ -113,42 +103,42 @@ def _fill(config: PrepareConfig, recipe: dict[str, Any], units: Units, workers: 
             bar.advance(len(batch.documents))
             if not batch.last:
                 continue
-            if batch.unit in done:
-                units.compare(batch.unit, gathered)
+            if batch.chunk in done:
+                chunks.compare(batch.chunk, gathered)
             else:
-                units.finish(batch.unit, gathered)
+                chunks.finish(batch.chunk, gathered)
             gathered = Gathered()
-            read = batch.unit + 1
-    unread = [number for number in units.finished if number >= read]
+            read = batch.chunk + 1
+    unread = [number for number in chunks.finished if number >= read]
     if unread:
         raise ValueError(
-            f"{units.partial.folder}: the source gives fewer documents than when unit {unread[0]} was made; pin its "
+            f"{chunks.staging.folder}: the source gives fewer documents than when chunk {unread[0]} was made; pin its "
             "revision or put its files back, or remove that folder to start over"
         )
-    shards = units.shards()
+    shards = chunks.shards()
     written = {split: sum(shard.documents for shard in shards.get(split, ())) for split in ("train", "validation")}
     if not any(written.values()):
-        units.partial.discard()
+        chunks.staging.discard()
         left_out = documents.left_out + selected.left_out
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(left_out.items()))
         raise ValueError(
-            f"got no document that the config lets pass (left out: {reasons}); look at min_bytes and max_bytes"
+            f"source: expected documents that the config lets pass, got none (left out: {reasons}); look at min_bytes "
+            "and max_bytes"
         )
     if not written["train"] or (config.validation_share and not written["validation"]):
-        units.partial.discard()
+        chunks.staging.discard()
         raise ValueError(
-            f"validation_share: got {config.validation_share}, which splits the corpus into "
-            f"{counted(written['train'], 'training document')} and "
-            f"{counted(written['validation'], 'validation document')}; expected both to hold some: change it, or set "
-            "it to 0"
+            f"validation_share: expected a share that leaves documents in both splits, got {config.validation_share}, "
+            f"which makes {counted(written['train'], 'training document')} and "
+            f"{counted(written['validation'], 'validation document')}; change it, or set it to 0"
         )
     left_out = documents.left_out + selected.left_out
-    return units.partial.publish(manifest_of(recipe, tokenizer, shards, left_out), FORGOTTEN)
+    return chunks.staging.publish(manifest_of(recipe, tokenizer, shards, left_out), FORGOTTEN)
 
 
 def _up_to_date(out: Path, recipe: dict[str, Any]) -> Manifest:
     """The manifest at `out` if its store is whole and was made from `recipe`; else ValueError."""
-    from sinkbed.data.prepare.partial import sweep
+    from sinkbed.data.prepare.staging import sweep
     from sinkbed.data.store.token_store import TokenStore
 
     manifest = Manifest.read(out)
@@ -163,13 +153,13 @@ def _up_to_date(out: Path, recipe: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def _kept_tokenizer(config: PrepareConfig, documents: Documents, units: Units, progress: bool) -> Tokenizer:
+def _kept_tokenizer(config: PrepareConfig, documents: Documents, chunks: Chunks, progress: bool) -> Tokenizer:
     """The tokenizer that was written before, else a new one, written."""
     chosen = config.tokenizer
-    if not chosen.path and (kept := units.kept_tokenizer()) is not None:
+    if not chosen.path and (kept := chunks.kept_tokenizer()) is not None:
         return kept
     tokenizer = make_tokenizer(config, documents, progress)
-    units.write_tokenizer(tokenizer)
+    chunks.write_tokenizer(tokenizer)
     return tokenizer
 
 
@@ -192,11 +182,11 @@ def _training_texts(config: PrepareConfig, documents: Documents) -> Iterator[str
     """
     budget = limit = config.tokenizer.train_bytes or TRAIN_BYTES
     count = 0
-    for document in selection(config, documents):
+    for document in config.select(documents):
         if document.split != "train":
             continue
-        whole = document.size <= limit
-        yield document.text if whole else document.text[:limit].encode()[:limit].decode(errors="ignore")
+        fits = document.size <= limit
+        yield document.text if fits else document.text[:limit].encode()[:limit].decode(errors="ignore")
         budget -= document.size
         count += 1
         if budget <= 0 or count == config.tokenizer.train_documents:

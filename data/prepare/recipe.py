@@ -1,117 +1,20 @@
-"""Recipe: all that decides the bytes of a token store, as a config and as JSON to compare."""
+"""The recipe of a token store: all that decides its bytes, as JSON to compare. Its manifest holds it."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, get_args
+from pathlib import Path
+from typing import Any
 
-from sinkbed.data.files import sha256_file
-from sinkbed.data.source.documents import Documents, OnError, Source, digest_of, identity
-from sinkbed.data.source.selection import Selection
+from sinkbed.data.files import sha256_file, sha256_json
+from sinkbed.data.prepare.config import SHARD_BYTES, TRAIN_BYTES, VOCAB_SIZE, PrepareConfig
+from sinkbed.data.source.config import SingleSource, Source
+from sinkbed.data.source.demo import demo_versions
+from sinkbed.data.source.local_files import local_files
+from sinkbed.data.source.synthetic import GENERATOR_VERSION
 from sinkbed.data.store.manifest import FORMAT
-
-if TYPE_CHECKING:
-    from sinkbed.data.tokenizer import Tokenizer
-
-VOCAB_SIZE = 32_768
-TRAIN_BYTES = 4_000_000
-SHARD_BYTES = 2**28
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """A tokenizer to train, or one to load. Raises ValueError for settings that contradict each other."""
-
-    path: str | None = None
-    """A `tokenizer.json` to load, or a folder of `transformers` with one. None: train a byte-level BPE."""
-    vocab_size: int | None = None
-    """Training: tokens in the vocabulary at most, with 256 bytes, `<bos>` and `<eos>`. None: 32,768."""
-    train_bytes: int | None = None
-    """Training: stop reading documents after this many UTF-8 bytes; of one document no more are read. None:
-    4,000,000."""
-    train_documents: int | None = None
-    """Training: stop reading after this many documents. None: no limit."""
-    bos: str | None = None
-    """Loading: the token that serves as BOS. None: what the folder's configuration names, else `<bos>`."""
-    eos: str | None = None
-    """Loading: the token that serves as EOS. None: what the folder's configuration names, else `<eos>`."""
-
-    def __post_init__(self) -> None:
-        if self.path is not None:
-            object.__setattr__(self, "path", os.path.expanduser(self.path))
-        unused = ("vocab_size", "train_bytes", "train_documents") if self.path else ("bos", "eos")
-        for name in unused:
-            if getattr(self, name) is not None:
-                mode = "a tokenizer that is loaded" if self.path else "a tokenizer that is trained"
-                raise ValueError(
-                    f"tokenizer.{name}: got {getattr(self, name)!r}, which {mode} ignores; remove it or "
-                    f"{'remove' if self.path else 'set'} tokenizer.path"
-                )
-        for name in ("vocab_size", "train_bytes", "train_documents"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"tokenizer.{name}: got {value}, expected at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
-    """All that decides a token store. Raises ValueError for values outside their range."""
-
-    source: Source
-    """Where documents come from."""
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    """Trained on the training split, or loaded."""
-    validation_share: float = 0.02
-    """Share of documents held out, by a hash of their text. 0: no validation split."""
-    on_error: OnError = "refuse"
-    """A record that is no document (malformed, not UTF-8, without the column, not text): `refuse` the source
-    with a message that names it, or `skip` it; the manifest counts what was left out. Empty documents are
-    always left out."""
-    min_bytes: int | None = None
-    """Leave out documents of fewer UTF-8 bytes. None: no limit."""
-    max_bytes: int | None = None
-    """Leave out documents of more UTF-8 bytes. None: no limit."""
-    deduplicate: bool = False
-    """Keep only the first of documents with equal text."""
-    shard_bytes: int | None = None
-    """UTF-8 bytes of text per shard at most, over all splits; one shard is held in memory while preparing,
-    and is what a killed run may lose. None: 268,435,456."""
-    out: str
-    """Folder of the token store."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "out", os.path.expanduser(self.out))
-        if not 0 <= self.validation_share < 1:
-            raise ValueError(f"validation_share: got {self.validation_share}, expected 0 or more and less than 1")
-        if self.shard_bytes is not None and self.shard_bytes < 1:
-            raise ValueError(f"shard_bytes: got {self.shard_bytes}, expected at least 1")
-        if self.min_bytes is not None and self.min_bytes < 2:
-            raise ValueError(f"min_bytes: got {self.min_bytes}, which leaves nothing out; expected at least 2")
-        if self.max_bytes is not None and self.max_bytes < (self.min_bytes or 1):
-            raise ValueError(f"max_bytes: got {self.max_bytes}, expected at least {self.min_bytes or 1}")
-        if self.on_error not in get_args(OnError):
-            raise ValueError(f"on_error: got {self.on_error!r}, expected refuse or skip")
-        if self.deduplicate and self.source.stopping_strategy == "all_exhausted":
-            raise ValueError(
-                "deduplicate: got with source.stopping_strategy all_exhausted, whose repeated documents it would "
-                "leave out again; choose all_exhausted_without_replacement"
-            )
-
-
-def selection(config: PrepareConfig, documents: Documents, tokenizer: Tokenizer | None = None) -> Selection:
-    """The documents of a source that go into the store; without a tokenizer, as one without a normaliser has them."""
-    return Selection(
-        documents,
-        validation_share=config.validation_share,
-        min_bytes=config.min_bytes,
-        max_bytes=config.max_bytes,
-        deduplicate=config.deduplicate,
-        normalize=tokenizer.normalize if tokenizer is not None and tokenizer.may_change_text else None,
-        skip_changed=config.on_error == "skip",
-    )
 
 
 def recipe_of(config: PrepareConfig) -> dict[str, Any]:
@@ -143,7 +46,7 @@ def recipe_of(config: PrepareConfig) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "source": source,
-        "identity": identity(config.source),
+        "identity": source_identity(config.source),
         "tokenizer": tokenizer,
         "validation_share": config.validation_share,
         "on_error": config.on_error,
@@ -162,3 +65,30 @@ def condensed(recipe: dict[str, Any]) -> dict[str, Any]:
         for part in identity.get("sources", [identity])
     ]
     return {**recipe, "identity": {"sources": digested} if "sources" in identity else digested[0]}
+
+
+def source_identity(source: SingleSource) -> dict[str, Any]:
+    """What tells one state of a source from another: a digest of its files, or package versions.
+
+    A hub data set is identified by what the config says of it; only a pinned revision makes that exact. A
+    synthetic task is what its parameters say under one version of the generator.
+    Raises FileNotFoundError for missing files or packages.
+    """
+    if isinstance(source, Source) and source.kind == "mixture":
+        return {"sources": [source_identity(part) for part in source.sources]}
+    if source.kind == "demo":
+        return {"packages": demo_versions(source.parts)}
+    if source.kind == "hub":
+        return {"name": source.name, "revision": source.revision}
+    if source.kind == "synthetic":
+        return {"generator": GENERATOR_VERSION}
+    paths = [Path(path) for path in local_files(source)]
+    files = [{"name": path.name, "size": path.stat().st_size, "sha256": sha256_file(path)} for path in paths]
+    return {"files": digest_of(files)}
+
+
+def digest_of(files: list[dict[str, Any]]) -> dict[str, Any]:
+    """Files in short, however many: count, bytes, and one sha256 over the names, sizes and sha256 of all."""
+    size = sum(file["size"] for file in files)
+    names = [{**file, "name": os.fsencode(file["name"]).decode("latin-1")} for file in files]  # names need be no UTF-8
+    return {"count": len(files), "size": size, "sha256": sha256_json(names)}

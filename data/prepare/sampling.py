@@ -22,9 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
-from sinkbed.data.prepare.recipe import PrepareConfig
-from sinkbed.data.source.documents import Documents, Separator, SingleSource, Source, local_files
-from sinkbed.data.source.records import COMPRESSED, Record, cut, decoded, read_records
+from sinkbed.data.prepare.config import PrepareConfig
+from sinkbed.data.source.config import Separator, SingleSource, Source
+from sinkbed.data.source.documents import Documents
+from sinkbed.data.source.local_files import COMPRESSED, local_files
+from sinkbed.data.source.records import Record, cut, decoded, read_records
 
 S = TypeVar("S", bound=SingleSource)
 

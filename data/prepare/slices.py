@@ -1,9 +1,9 @@
-"""Slices: a long document in parts whose tokens, joined, are those of the whole.
+"""Slices: a long document in parts whose tokens, joined, are those of the uncut.
 
 Encoding takes some 200 bytes of memory for each byte of a text, so a document is encoded in slices. It is cut
 where nothing that the tokenizer does reaches across: where a word of its pre-tokenizer begins, or, without
 one, between two characters that stand side by side in no token of the vocabulary. The tokens of the
-neighbourhood have to be the same, cut or whole, which tells of tokens added by hand.
+neighbourhood have to be the same, cut or uncut, which tells of tokens added by hand.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def _place(tokenizer: Tokenizer, text: str, begin: int) -> int:
     for middle in range(begin + SLICE, min(begin + LONGEST, len(text)), _CONTEXT):
         first = middle - _CONTEXT
         window = text[first : middle + _CONTEXT]
-        whole = None
+        uncut = None
         for place in _candidates(tokenizer, window):
-            whole = whole or tokenizer.encode(window)
-            if tokenizer.encode(window[:place]) + tokenizer.encode(window[place:]) == whole:
+            uncut = uncut or tokenizer.encode(window)
+            if tokenizer.encode(window[:place]) + tokenizer.encode(window[place:]) == uncut:
                 return first + place
     if len(text) - begin <= LONGEST:
         return len(text)

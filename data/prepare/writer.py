@@ -1,7 +1,7 @@
 """Writing a token store from documents at hand, in one go. Memory: one shard per split.
 
-`data.prepare` does it from a source, by many processes, and goes on where it was stopped; both write into a
-`data.partial.PartialStore`.
+`prepare` does it from a source, by many processes, and goes on where it was stopped; both write into a
+`staging.StagingFolder`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from sinkbed.data.files import sha256_json
 from sinkbed.data.prepare.encoding import token_dtype
-from sinkbed.data.prepare.partial import DiskFullError, PartialStore
+from sinkbed.data.prepare.staging import StagingFolder
 from sinkbed.data.store.manifest import Manifest, ShardInfo, SplitInfo
 from sinkbed.data.tokenizer import Tokenizer
-
-__all__ = ["DiskFullError", "StoreWriter"]
+from sinkbed.ranges import check_number
 
 SHARD_TOKENS = 2**26
 
@@ -38,45 +37,45 @@ class StoreWriter:
         shard_tokens: a shard is closed before it would hold more; a longer document has one of its own.
         replace: take the place of a token store already at `out`.
 
-    Raises as `PartialStore`.
+    Raises as `StagingFolder`.
     """
 
     def __init__(
         self, out: Path | str, tokenizer: Tokenizer, *, shard_tokens: int = SHARD_TOKENS, replace: bool = False
     ) -> None:
-        if shard_tokens < 1:
-            raise ValueError(f"shard_tokens: got {shard_tokens}, expected at least 1")
+        check_number("shard_tokens", shard_tokens, least=1)
         self.tokenizer = tokenizer
         self.shard_tokens = shard_tokens
         self.dtype = token_dtype(tokenizer)
-        self._partial = PartialStore(out, replace=replace)
+        self._staging = StagingFolder(out, replace=replace)
         self._pending: dict[str, _Pending] = {}
         self._shards: dict[str, list[ShardInfo]] = {}
         self._finished = False
 
     def __enter__(self) -> Self:
-        self._partial.__enter__()
-        self._partial.clear()
+        self._staging.__enter__()
+        self._staging.clear()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self._finished:
-            self._partial.discard()
-        self._partial.__exit__(kind, error, trace)
+            self._staging.discard()
+        self._staging.__exit__(kind, error, trace)
 
     def add(self, split: str, tokens: Sequence[int] | NDArray[np.integer], byte_count: int) -> None:
         """Append a document. Raises ValueError for an id that the vocabulary lacks or reserves as special."""
         array = np.asarray(tokens, dtype=np.int64)
         if array.size and (array.min() < 0 or array.max() >= self.tokenizer.vocab_size):
             raise ValueError(
-                f"document with token ids {array.min()} to {array.max()}: expected 0 to {self.tokenizer.vocab_size - 1}"
+                f"document: expected token ids from 0 to {self.tokenizer.vocab_size - 1}, got {array.min()} to "
+                f"{array.max()}"
             )
         if any((array == special).any() for special in self.tokenizer.special_ids):
             raise ValueError(
-                f"document with a special token ({self.tokenizer.special_ids}): expected text only; the strategy "
-                "adds special tokens when rows are made"
+                f"document: expected text only, got a special token ({self.tokenizer.special_ids}); the strategy adds "
+                "them when rows are made"
             )
         pending = self._pending.setdefault(split, _Pending())
         if pending.arrays and pending.tokens + array.size > self.shard_tokens:
@@ -88,8 +87,8 @@ class StoreWriter:
         for split, pending in self._pending.items():
             if pending.arrays:
                 self._close_shard(split)
-        self._partial.write_tokenizer(self.tokenizer)
-        manifest = self._partial.publish(manifest_of(recipe, self.tokenizer, self._shards, left_out or {}))
+        self._staging.write_tokenizer(self.tokenizer)
+        manifest = self._staging.publish(manifest_of(recipe, self.tokenizer, self._shards, left_out or {}))
         self._finished = True
         return manifest
 
@@ -99,7 +98,7 @@ class StoreWriter:
         counts = np.array([array.size for array in pending.arrays], dtype=np.int64)
         sizes = np.array(pending.byte_counts, dtype=np.int64)
         name = shard_name(split, len(shards))
-        shards.append(self._partial.write_shard(name, np.concatenate(pending.arrays), counts, sizes))
+        shards.append(self._staging.write_shard(name, np.concatenate(pending.arrays), counts, sizes))
         pending.clear()
 
 

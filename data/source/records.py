@@ -3,8 +3,8 @@
 The readers of `datasets` give up on a whole file at its first malformed line, and hold all files to the schema of
 the first, turning numbers of later ones into text. This one is a builder of `datasets` like its own (so
 streaming, shuffling, the cache and the hub are the library's), but reads record by record, keeps the text
-alone, holds each file to text by itself, and passes on what is wrong instead of raising: `data.sources` decides
-whether to refuse or to leave it out.
+alone, holds each file to text by itself, and passes on what is wrong instead of raising: `documents`
+decides whether to refuse or to leave it out.
 
 Compression is told by the end of a file's name: .gz, .bz2, .xz, .zst.
 """
@@ -28,8 +28,6 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.builder import Key
-
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 _TABLE_BYTES = 1 << 20  # of text in a table handed to `datasets`; bounds memory and latency
 _READ_VERSION = "3"  # part of the cache's name: raise it when the same files give other records
@@ -248,7 +246,7 @@ def decoded(content: bytes, where: str, marked: bool = True) -> Record:
     try:
         return Record(content.decode("utf-8-sig" if marked else "utf-8"))
     except UnicodeDecodeError as error:
-        return Record(None, "encoding", f"{where}: got bytes that are no UTF-8 ({error})")
+        return Record(None, "encoding", f"{where}: expected UTF-8, got other bytes ({error})")
 
 
 def _loads(content: bytes) -> Any:
@@ -266,10 +264,10 @@ def _parsed(line: bytes, where: str, column: str) -> Record:
     try:
         record = _loads(line)
     except UnicodeDecodeError as error:
-        return Record(None, "encoding", f"{where}: got bytes that are no UTF-8 ({error})")
+        return Record(None, "encoding", f"{where}: expected UTF-8, got other bytes ({error})")
     except (ValueError, RecursionError) as error:
         start = line[:_SHOWN].decode(errors="replace").strip()
-        return Record(None, "malformed", f"{where}: got no JSON ({error}) in {start!r}")
+        return Record(None, "malformed", f"{where}: expected JSON, got {start!r} ({error})")
     return _text_of(record, where, column)
 
 
@@ -290,7 +288,7 @@ def _array(content: bytes, name: str, column: str) -> Iterator[Record]:
 
 def _text_of(record: Any, where: str, column: str) -> Record:
     if not isinstance(record, dict):
-        return Record(None, "malformed", f"{where}: got a JSON {type(record).__name__}, expected an object")
+        return Record(None, "malformed", f"{where}: expected a JSON object, got a {type(record).__name__}")
     if column not in record:
         return _missing(record, where, column)
     text = record[column]
@@ -302,18 +300,18 @@ def _text_of(record: Any, where: str, column: str) -> Record:
         try:
             text.encode()
         except UnicodeEncodeError as error:  # "\ud800" is JSON, and half a character
-            return Record(None, "encoding", f"{where}: got text that UTF-8 cannot hold ({error})")
+            return Record(None, "encoding", f"{where}: expected text that UTF-8 can hold, got other ({error})")
     return Record(text)
 
 
 def _missing(columns: Iterable[str], where: str, column: str) -> Record:
     named = ", ".join(map(repr, columns)) or "none"
-    message = f"{where}: got columns {named}, expected {column!r}; name the one that holds the text with source.column"
+    message = f"{where}: expected a column {column!r}, got {named}; name the one that holds the text with source.column"
     return Record(None, "missing_column", message)
 
 
 def _not_text(where: str, column: str, what: str) -> Record:
-    message = f"{where}: column {column!r}: got {what}, expected text; name another column with source.column"
+    message = f"{where}: column {column!r}: expected text, got {what}; name another column with source.column"
     return Record(None, "not_text", message)
 
 

@@ -34,13 +34,13 @@ class Document(NamedTuple):
 
 @dataclass
 class Batch:
-    """Documents that are encoded together, all of one unit."""
+    """Documents that are encoded together, all of one chunk."""
 
-    unit: int
-    """A unit is what one shard per split holds."""
+    chunk: int
+    """A chunk is what one shard per split holds."""
     documents: list[Document] = field(default_factory=list)
     last: bool = False
-    """Whether the unit ends with this batch."""
+    """Whether the chunk ends with this batch."""
 
 
 class Selection:
@@ -132,23 +132,23 @@ class Seen:
 
 
 def batches(documents: Iterable[Document], shard_bytes: int) -> Iterator[Batch]:
-    """Cut documents into units of at most `shard_bytes` UTF-8 bytes, and those into batches.
+    """Cut documents into chunks of at most `shard_bytes` UTF-8 bytes, and those into batches.
 
-    A longer document is a unit by itself.
+    A longer document is a chunk by itself.
     """
     batch = Batch(0)
-    size = unit_size = 0
+    size = chunk_size = 0
     for document in documents:
-        if batch.documents and unit_size + document.size > shard_bytes:
+        if batch.documents and chunk_size + document.size > shard_bytes:
             batch.last = True
             yield batch
-            batch, size, unit_size = Batch(batch.unit + 1), 0, 0
+            batch, size, chunk_size = Batch(batch.chunk + 1), 0, 0
         elif len(batch.documents) == _BATCH_DOCUMENTS or size >= _BATCH_BYTES:
             yield batch
-            batch, size = Batch(batch.unit), 0
+            batch, size = Batch(batch.chunk), 0
         batch.documents.append(document)
         size += document.size
-        unit_size += document.size
+        chunk_size += document.size
     if batch.documents:
         batch.last = True
         yield batch

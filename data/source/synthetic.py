@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sinkbed.data.order import hash_words
+from sinkbed.ranges import check_choice, check_number
 
 Task = Literal["bigram_backcopy", "trigger_averaging", "uniform", "repeated"]
 
@@ -74,29 +75,29 @@ class Synthetic:
     """Another seed, other documents of the same task; the bigram is the same for every seed."""
 
     def __post_init__(self) -> None:
-        if self.task not in get_args(Task):
-            raise ValueError(f"synthetic.task: got {self.task!r}, expected one of {', '.join(get_args(Task))}")
+        check_choice("synthetic.task", self.task, get_args(Task))
         for name, tasks in _USED_BY.items():
             if getattr(self, name) is not None and self.task not in tasks:
                 raise ValueError(
-                    f"synthetic.{name}: got {getattr(self, name)!r} with task {self.task!r}, which ignores it; "
-                    f"it belongs to {' and '.join(tasks)}; remove it"
+                    f"synthetic.{name}: expected none with task {self.task}, which ignores it, got "
+                    f"{getattr(self, name)!r}; it belongs to {' and '.join(tasks)}"
                 )
-        _check_range("documents", self.documents, 1, None)
-        _check_range("seed", self.seed, 0, None)
         if not isinstance(self.length, int) and len(self.length) != 2:
-            raise ValueError(f"synthetic.length: got {self.length!r}, expected a number or two, least and most")
+            raise ValueError(f"synthetic.length: expected a number or two, least and most, got {self.length!r}")
         least, most = self.lengths
-        _check_range("length", least, 2, None)
-        _check_range("length", most, least, None)
-        _check_range("symbols", self.symbol_count, 2, _LETTERS if self.task == "trigger_averaging" else len(SYMBOLS))
-        _check_range("triggers", self.trigger_count, 0, len(TRIGGERS))
-        if self.triggers is not None:
-            _check_range("triggers", self.triggers, 1, len(TRIGGERS))
-        if self.phrase is not None:
-            _check_range("phrase", self.phrase, 1, least)
-        if not 0 < self.chance < 1:
-            raise ValueError(f"synthetic.trigger_probability: got {self.chance}, expected more than 0, less than 1")
+        values = _LETTERS if self.task == "trigger_averaging" else len(SYMBOLS)
+        for name, value, low, high in (
+            ("documents", self.documents, 1, math.inf),
+            ("seed", self.seed, 0, math.inf),
+            ("length", least, 2, math.inf),
+            ("length", most, least, math.inf),
+            ("symbols", self.symbol_count, 2, values),
+            ("triggers", self.triggers, 1, len(TRIGGERS)),
+            ("phrase", self.phrase, 1, least),
+        ):
+            if value is not None:
+                check_number(f"synthetic.{name}", value, least=low, most=high, integer=True)
+        check_number("synthetic.trigger_probability", self.chance, above=0, below=1)
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -276,9 +277,3 @@ def _uniform(*words: ArrayLike) -> NDArray[np.float64]:
 
 def _codes(alphabet: str) -> NDArray[np.uint8]:
     return np.frombuffer(alphabet.encode("ascii"), dtype=np.uint8)
-
-
-def _check_range(name: str, found: object, least: int, most: int | None) -> None:
-    if isinstance(found, bool) or not isinstance(found, int) or found < least or (most is not None and found > most):
-        expected = f"{least} to {most}" if most is not None else f"at least {least}"
-        raise ValueError(f"synthetic.{name}: got {found!r}, expected an integer, {expected}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sinkbed.data.files import sealed, sha256_json, unsealed, write_json
+from sinkbed.data.files import sha256_json, unsealed, write_json
 
 FORMAT = 2
 MANIFEST_NAME = "manifest.json"
@@ -92,7 +92,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`, whole or not at all, with a checksum of itself."""
-        write_json(folder / MANIFEST_NAME, sealed(self.to_dict()))
+        write_json(folder / MANIFEST_NAME, self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""

@@ -56,11 +56,11 @@ class Offsets:
         """Tokens before each of some documents [N], in 0 .. D; a slice gives those of a range."""
         if isinstance(documents, slice):
             return self[np.arange(*documents.indices(len(self)))]
-        found = np.empty(len(documents), dtype=np.int64)
+        result = np.empty(len(documents), dtype=np.int64)
         for shard, chosen in self._shards_of(documents):
-            found[chosen] = self._read(shard)[documents[chosen] - self._first_document[shard]]
-            found[chosen] += self._first_token[shard]
-        return found
+            result[chosen] = self._read(shard)[documents[chosen] - self._first_document[shard]]
+            result[chosen] += self._first_token[shard]
+        return result
 
     def _shards_of(self, documents: NDArray[np.int64]) -> list[tuple[int, NDArray[np.intp] | slice]]:
         """(shard, which of the documents it holds); the end of the last document belongs to the last shard."""
@@ -81,13 +81,13 @@ class Offsets:
         this is the right-sided search, for the last document that starts at or before it.
         """
         bases = self._first_token[:-1] + self._first_document[:-1] * extras
-        found = np.empty(len(positions), dtype=np.int64)
+        result = np.empty(len(positions), dtype=np.int64)
         shards = np.searchsorted(bases, positions, side="right") - 1
         for shard in np.unique(shards):
             chosen = np.flatnonzero(shards == shard)
             local = positions[chosen] - bases[shard]
-            found[chosen] = _find(self._read(int(shard)), local, extras) + self._first_document[shard]
-        return found
+            result[chosen] = _find(self._read(int(shard)), local, extras) + self._first_document[shard]
+        return result
 
 
 def _find(offsets: NDArray[np.int64], positions: NDArray[np.int64], extras: int) -> NDArray[np.int64]:
@@ -98,8 +98,8 @@ def _find(offsets: NDArray[np.int64], positions: NDArray[np.int64], extras: int)
     if len(positions) < _FEW:  # the starts are not stored, so bisect on their formula
         item = offsets.item
         numbers = range(documents)
-        found = [bisect_right(numbers, p, key=lambda d: item(d) + d * extras) - 1 for p in positions.tolist()]
-        return np.array(found, dtype=np.int64)
+        result = [bisect_right(numbers, p, key=lambda d: item(d) + d * extras) - 1 for p in positions.tolist()]
+        return np.array(result, dtype=np.int64)
     low = np.zeros(len(positions), dtype=np.int64)  # starts at or before the position
     high = np.full(len(positions), documents)  # starts after it, or is none
     for _ in range(documents.bit_length()):

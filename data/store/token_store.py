@@ -66,18 +66,18 @@ class TokenStore:
         manifest = Manifest.read(path)
         if split not in manifest.splits:
             raise ValueError(
-                f"{path}: got splits {', '.join(manifest.splits)}, expected {split!r}; prepare the token store "
-                "with a validation_share above 0 to have a validation split"
+                f"{path}: expected a split {split!r}, got {', '.join(manifest.splits)}; prepare the token store with a "
+                "validation_share above 0 to have a validation split"
             )
         tokenizer = path / TOKENIZER_NAME
         if not tokenizer.is_file():
             raise FileNotFoundError(f"{tokenizer} is missing; prepare the token store again with --force")
         definition = read_definition(tokenizer, manifest.control_tokens)
-        found = sha256_json(definition)
-        if found != manifest.tokenizer_sha256:
+        actual = sha256_json(definition)
+        if actual != manifest.tokenizer_sha256:
             raise ValueError(
-                f"{tokenizer}: got sha256 {found[:12]}…, expected {manifest.tokenizer_sha256[:12]}… (the tokenizer "
-                "the documents were encoded with); put that file back or prepare the token store again with --force"
+                f"{tokenizer}: expected sha256 {manifest.tokenizer_sha256[:12]}… (the tokenizer the documents were "
+                f"encoded with), got {actual[:12]}…; put that file back or prepare the token store again with --force"
             )
         _check_vocabulary(path, manifest, definition)
         for shard in manifest.splits[split].shards:
@@ -85,7 +85,7 @@ class TokenStore:
                 raise FileNotFoundError(f"{path / shard.file} is missing; prepare the token store again with --force")
             size = (path / shard.file).stat().st_size
             if size != shard.size:
-                raise cls._damaged_at(path, shard, f"got {size:,} bytes on disk, expected {shard.size:,}")
+                raise cls._damaged_at(path, shard, f"expected {shard.size:,} bytes on disk, got {size:,}")
         store = cls(path, split, manifest)
         for number in range(min(len(store.info.shards), _CHECKED_SHARDS)):
             store._shard(number)
@@ -154,9 +154,9 @@ class TokenStore:
     def verify(self) -> None:
         """Read every shard and compare its sha256. Raises ValueError that names the first damaged one."""
         for shard in self.info.shards:
-            found = sha256_file(self.path / shard.file)
-            if found != shard.sha256:
-                raise self._damaged(shard, f"got sha256 {found[:12]}…, expected {shard.sha256[:12]}…")
+            actual = sha256_file(self.path / shard.file)
+            if actual != shard.sha256:
+                raise self._damaged(shard, f"expected sha256 {shard.sha256[:12]}…, got {actual[:12]}…")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (os.fspath(self.path.absolute()), self.split, self.digest)
@@ -176,11 +176,11 @@ class TokenStore:
         if len(offsets) != shard.documents + 1 or int(offsets[-1]) != shard.tokens or offsets[0] != 0:
             raise self._damaged(
                 shard,
-                f"got {len(offsets) - 1:,} documents and {int(offsets[-1]):,} tokens, "
-                f"expected {shard.documents:,} and {shard.tokens:,}",
+                f"expected {shard.documents:,} documents and {shard.tokens:,} tokens, "
+                f"got {len(offsets) - 1:,} and {int(offsets[-1]):,}",
             )
         if values.dtype != self.manifest.dtype:
-            raise self._damaged(shard, f"got tokens of type {values.dtype}, expected {self.manifest.dtype}")
+            raise self._damaged(shard, f"expected tokens of type {self.manifest.dtype}, got {values.dtype}")
         if len(self._mapped) >= _MAPPED_SHARDS:
             self._mapped.popitem(last=False)
         self._mapped[number] = offsets, values, os.stat(path).st_ino
@@ -193,7 +193,7 @@ class TokenStore:
         except FileNotFoundError:  # deleted or replaced: what is mapped stays
             return
         if now.st_ino == inode and now.st_size < shard.size:
-            raise self._damaged(shard, f"got {now.st_size:,} bytes on disk, expected {shard.size:,}")
+            raise self._damaged(shard, f"expected {shard.size:,} bytes on disk, got {now.st_size:,}")
 
     def _column(self, shard: ShardInfo, name: str) -> Any:
         try:
@@ -203,7 +203,7 @@ class TokenStore:
             column.validate(full=True)
             return column
         except (pa.ArrowException, LookupError, OSError, ValueError) as error:
-            raise self._damaged(shard, f"got no readable Arrow file ({error})") from error
+            raise self._damaged(shard, f"expected a readable Arrow file, got {error}") from error
 
     def _damaged(self, shard: ShardInfo, what: str) -> ValueError:
         return self._damaged_at(self.path, shard, what)
@@ -238,8 +238,8 @@ def _reopen(path: str, split: str, digest: str) -> TokenStore:
     store = TokenStore.open(path, split)
     if store.digest != digest:
         raise ValueError(
-            f"{path}: the token store was replaced while in use (split {split}: got {store.digest[:12]}…, "
-            f"expected {digest[:12]}…); start again with the present store"
+            f"{path}: the token store was replaced while in use (split {split}: expected {digest[:12]}…, got "
+            f"{store.digest[:12]}…); start again with the present store"
         )
     return store
 

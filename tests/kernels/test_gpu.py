@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sinkbed.kernels import Mask, attention, attention_received, interval_mask
-from tests.kernels.test_attention import MASKS, boundaries
+from tests.support.masks import MASKS, boundaries
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 
 from sinkbed.kernels import Mask, attention, attention_received, available, interval_mask
-from tests.kernels.test_attention import MASKS, boundaries, inputs
+from tests.support.masks import MASKS, boundaries, inputs
 
 pytestmark = pytest.mark.skipif(
     "triton" not in available("cpu"), reason="the kernels run on a CPU in Triton's interpreter only"

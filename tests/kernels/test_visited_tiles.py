@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 
 from sinkbed.kernels import available, interval_mask
-from tests.kernels.test_attention import MASKS, boundaries
+from tests.support.masks import MASKS, boundaries
 
 if "triton" not in available("cpu"):
     pytest.skip("the range code runs on a CPU in Triton's interpreter only", allow_module_level=True)

@@ -1,35 +1,16 @@
 """A tiny run through the real command line."""
 
+import contextlib
+import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sinkbed.train.cli.main import main
-
-
-def write_run_config(path: Path, store: Path) -> Path:
-    """The config of a run of ten steps, a second on one core."""
-    path.write_text(
-        f"""
-seed_everything: 0
-run_dir: {path.parent / "run"}
-threads: 1
-checkpoint_every: 4
-checkpoint_points: 3
-model:
-  decoder: {{n_layers: 2, d_model: 32, n_heads: 2, d_ff: 48}}
-  optimizer: {{lr: 1.0e-2, warmup_steps: 2}}
-data:
-  store: {store}
-  context_length: 48
-  batch_size: 4
-  strategy: {{first_token: bos}}
-measure: {{documents: 6, live_documents: 3, sink_tokens: 16, first_step: 2, live_points: 3}}
-trainer: {{accelerator: cpu, devices: 1, max_steps: 10, log_every_n_steps: 1, enable_progress_bar: false}}
-"""
-    )
-    return path
+from tests.support.runs import Killed, kill_at, seal, write_run_config
+from tests.support.studies import write_study
 
 
 @pytest.fixture
@@ -43,3 +24,55 @@ def fit(tiny_store: Path, tmp_path: Path) -> Callable:
 
     call.config = config
     return call
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A sharded checkpoint of one tensor in two chunks, made by one process."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    path = tmp_path / "step-0000003.ckpt"
+    dcp.save({"model|w": torch.arange(8.0)}, storage_writer=dcp.FileSystemWriter(path), no_dist=True)
+    parts = {"global_step": 3, "state_dict": {}, "optimizer_states": [], "lr_schedulers": [], "loops": {}}
+    torch.save({**parts, "callbacks": {}}, path / "meta.ckpt")
+    seal(path)
+    return path
+
+
+@pytest.fixture
+def cut(fit, monkeypatch):
+    """A run killed at step 7, its newest checkpoint that of step 4."""
+
+    def call(*extra):
+        revive = kill_at(monkeypatch, 7)
+        with pytest.raises(Killed):
+            fit(*extra)
+        revive()
+        return fit.config.parent / "run"
+
+    return call
+
+
+@pytest.fixture
+def study(tiny_store, tmp_path):
+    """A study that has not run."""
+    return write_study(tmp_path, tiny_store)
+
+
+@pytest.fixture(scope="session")
+def _run_once(tiny_store, tmp_path_factory):
+    path = write_study(tmp_path_factory.mktemp("study"), tiny_store)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(["study", str(path), "--quiet"]) == 0
+    return path, printed.getvalue()
+
+
+@pytest.fixture
+def finished(_run_once, study):
+    """The same study, run; each test has its own copy."""
+    shutil.copytree(_run_once[0].parent / "out", study.parent / "out")
+    # Its configs name this copy's folders; contents decide what an arm is, so they must be those of the run.
+    shutil.copy(_run_once[0].parent / "run.yaml", study.parent / "run.yaml")
+    return study

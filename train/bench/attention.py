@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from sinkbed.data.files import write_atomic
 from sinkbed.kernels import attention
 from sinkbed.plain_text import csv_of
 from sinkbed.train.bench.attention_peers import OURS, Case, Contender, contenders
 from sinkbed.train.bench.timing import Timing, interleave, matmul_flops
-from sinkbed.train.run.directory import write_atomic
 
 LAYOUTS = ("causal", "even", "mixed")
 _WIDTH = 33  # of the longest name

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from sinkbed.data.pack.audit import audit
 from sinkbed.data.pack.batches import Batch, Rows, RowSampler
-from sinkbed.data.pack.plan import Recipe, items_of
+from sinkbed.data.pack.plan import PlanSettings, items_of
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.store.manifest import ShardInfo
 from sinkbed.data.store.token_store import TokenStore
@@ -98,7 +98,7 @@ def run_packing(arguments: Any) -> None:
                 rows.__getitems__(range(batch * B, (batch + 1) * B))
 
         def plan(strategy: Strategy = strategy) -> None:
-            recipe = Recipe(strategy=strategy, room=T, extras=1)
+            recipe = PlanSettings(strategy=strategy, room=T, extras=1)
             recipe.packing.lay_out(items_of(store.offsets, 0, store.documents, recipe), recipe.room)
 
         contenders: dict[str, Callable[[], Any]] = {"rows": make}
@@ -154,21 +154,21 @@ def run_memory(arguments: Any) -> None:
 
 def generate(path: Path, tokens: int) -> None:
     """A token store of random 16-bit tokens in documents of 500 on average, log-normal."""
-    from sinkbed.data.prepare.partial import PartialStore
+    from sinkbed.data.prepare.staging import StagingFolder
     from sinkbed.data.prepare.writer import manifest_of, shard_name
     from sinkbed.data.tokenizer import Tokenizer
 
     generator, tokenizer = np.random.default_rng(0), Tokenizer.train([], vocab_size=258)
     shards: list[ShardInfo] = []
-    with PartialStore(path) as partial:
+    with StagingFolder(path) as staging:
         while tokens > 0:
             lengths = 1 + generator.lognormal(5.7, 1.0, _SHARD_DOCUMENTS).astype(np.int64)
             lengths = lengths[: np.searchsorted(np.cumsum(lengths), tokens) + 1]
             text = generator.integers(2, 258, size=int(lengths.sum()), dtype=np.uint16)
-            shards.append(partial.write_shard(shard_name("train", len(shards)), text, lengths, lengths))
+            shards.append(staging.write_shard(shard_name("train", len(shards)), text, lengths, lengths))
             tokens -= len(text)
-        partial.write_tokenizer(tokenizer)
-        partial.publish(manifest_of({"generated": True}, tokenizer, {"train": shards}, {}))
+        staging.write_tokenizer(tokenizer)
+        staging.publish(manifest_of({"generated": True}, tokenizer, {"train": shards}, {}))
 
 
 def read_store(path: Path, packing: Any, arguments: Any, sender: Any) -> None:

@@ -26,8 +26,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sinkbed.data.prepare.prepare import PrepareConfig, TokenizerConfig, prepare
-from sinkbed.data.source.documents import Documents, Source
+from sinkbed.data.prepare.config import PrepareConfig, TokenizerConfig
+from sinkbed.data.prepare.prepare import prepare
+from sinkbed.data.source.config import Source
+from sinkbed.data.source.documents import Documents
 from sinkbed.data.tokenizer import Tokenizer
 
 _BLOCK = 1_024  # tokens a row, for the contenders that cut rows while they prepare

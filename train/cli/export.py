@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sinkbed.data.pack.strategy import Strategy
@@ -36,9 +36,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     from sinkbed.train.run.load import load_decoder, open_run, run_tokenizer
 
     checkpoint, _ = open_run(arguments.run)  # first: a path that is none is answered before torch is imported
-    from sinkbed.data.files import sha256_file
+    from sinkbed.data.files import sha256_file, sync_folder, write_json
     from sinkbed.model.hf.llama import CONFIG, WEIGHTS, llama_config, to_llama
-    from sinkbed.train.run.directory import CHECKSUMS, sync_folder, write_json
+    from sinkbed.train.run.directory import CHECKSUMS
 
     decoder, strategy = load_decoder(checkpoint)
     identity = checkpoint["sinkbed"]
@@ -62,9 +62,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     try:
         save_file(to_llama(decoder), partial / WEIGHTS, metadata={"format": "pt"})
         write_tokenizer(partial, tokenizer, first, identity["context_length"])
-        _write_json(partial / CONFIG, config)
+        write_json(partial / CONFIG, config, seal=False)
         generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        _write_json(partial / "generation_config.json", generation)
+        write_json(partial / "generation_config.json", generation, seal=False)
         write_json(partial / CHECKSUMS, {path.name: sha256_file(path) for path in sorted(partial.iterdir())})
         mode = (partial / CONFIG).stat().st_mode  # by the user's umask; safetensors has one of its own
         for path in partial.iterdir():
@@ -124,6 +124,8 @@ def write_tokenizer(folder: Path, tokenizer: OurTokenizer, first: int | None, co
     """tokenizer.json, with a template that puts `first` before a text, and tokenizer_config.json."""
     from tokenizers import Tokenizer
 
+    from sinkbed.data.files import write_json
+
     definition = json.loads(tokenizer.backend.to_str())
     if first is not None:
         # As JSON: the library's own short form gives "$" and ":" in a token a meaning.
@@ -147,8 +149,4 @@ def write_tokenizer(folder: Path, tokenizer: OurTokenizer, first: int | None, co
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # `<bos>` in a text is five characters, as in training
     }
-    _write_json(folder / "tokenizer_config.json", settings)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", settings, seal=False)

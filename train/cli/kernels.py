@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sinkbed.data.files import write_atomic
 from sinkbed.plain_text import console, csv_of
-from sinkbed.train.run.directory import write_atomic
 
 BASELINE = Path(__file__).resolve().parents[2] / "kernels" / "triton" / "baseline.csv"
 _KEYS = ("arch", "kernel", "mask", "dtype", "head_dim")

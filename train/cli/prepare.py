@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sinkbed.plain_text import counted
+from sinkbed.ranges import check_number
 from sinkbed.train.run.directory import MANIFEST
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Parse and prepare, estimate or check."""
-    from sinkbed.data.prepare.prepare import PrepareConfig, prepare
+    from sinkbed.data.prepare.config import PrepareConfig
+    from sinkbed.data.prepare.prepare import prepare
     from sinkbed.train.config.arguments import ShortParser, check_keys, known_keys, rewritten
 
     if "--check" in argv:
@@ -45,30 +47,30 @@ def run(command: str, argv: Sequence[str]) -> int:
     force, quiet, workers, dry_run = (built.pop(name) for name in ("force", "quiet", "workers", "dry_run"))
     for name in ("config", "check"):
         built.pop(name, None)
-    if workers is not None and workers < 1:
-        raise ValueError(f"--workers: got {workers}, expected at least 1")
-    wanted = PrepareConfig(**built)
+    if workers is not None:
+        check_number("--workers", workers, least=1)
+    settings = PrepareConfig(**built)
     if dry_run:
         from sinkbed.data.prepare.estimate import estimate
 
-        size = estimate(wanted, workers=workers)
+        size = estimate(settings, workers=workers)
         print("\n".join(described(size)))
         if size.documents is not None:
-            print(few_held_out(size.documents * wanted.validation_share, wanted.validation_share), end="")
+            print(few_held_out(size.documents * settings.validation_share, settings.validation_share), end="")
         return 0
     began = time.perf_counter()
-    there = not force and (Path(wanted.out) / MANIFEST).exists()
+    there = not force and (Path(settings.out) / MANIFEST).exists()
     try:
-        manifest = prepare(wanted, force=force, progress=not quiet, workers=workers)
+        manifest = prepare(settings, force=force, progress=not quiet, workers=workers)
     except KeyboardInterrupt:
-        folder = Path(wanted.out).with_name(f".{Path(wanted.out).name}.partial")
-        kept = counted(len(list(folder.glob("units/*.json"))), "finished unit")
+        folder = Path(settings.out).with_name(f".{Path(settings.out).name}.partial")
+        kept = counted(len(list(folder.glob("chunks/*.json"))), "finished chunk")
         print(f"sinkbed {command}: interrupted; {kept} kept in {folder}: run it again to go on", file=sys.stderr)
         return 130
     if not quiet:
         seconds = "up to date" if there else f"{time.perf_counter() - began:.0f} s"
-        print(f"{wanted.out}: {summary(manifest)}; {seconds}")
-        print(few_held_out(_long_documents(wanted.out, manifest), wanted.validation_share), end="")
+        print(f"{settings.out}: {summary(manifest)}; {seconds}")
+        print(few_held_out(_long_documents(settings.out, manifest), settings.validation_share), end="")
     return 0
 
 
@@ -76,11 +78,11 @@ def few_held_out(documents: float, share: float) -> str:
     """A line on what to change where a run would find fewer held-out documents than it measures; else nothing."""
     from sinkbed.train.measure.config import MeasureConfig
 
-    wanted = MeasureConfig()
-    if documents >= wanted.documents:
+    measure = MeasureConfig()
+    if documents >= measure.documents:
         return ""
     return (
-        f"validation: a run measures {wanted.documents} held-out documents of at least {wanted.sink_tokens} tokens, "
+        f"validation: a run measures {measure.documents} held-out documents of at least {measure.sink_tokens} tokens, "
         f"got {documents:,.0f}; raise validation_share (now {share}), or lower measure.documents or "
         "measure.sink_tokens of the run\n"
     )
@@ -111,30 +113,30 @@ def summary(manifest: Manifest) -> str:
     )
 
 
-def described(found: Estimate) -> list[str]:
+def described(size: Estimate) -> list[str]:
     """An estimate, a line per quantity."""
 
     def of(value: float | None, shape: str = "{:,}") -> str:
         return "unknown" if value is None else shape.format(value)
 
-    how = "known" if found.known else "estimated" if found.documents is not None else "the source does not tell"
-    whole = found.documents == found.sample_documents
-    width = found.tokens * found.spread if found.tokens and found.spread else 0.0
-    span = f" ({found.tokens - width:,.0f} to {found.tokens + width:,.0f})" if found.tokens and width else ""
-    trained = ", by a tokenizer trained on the sample" if found.trained_on_sample else ""
+    how = "known" if size.known else "estimated" if size.documents is not None else "the source does not tell"
+    all_read = size.documents == size.sample_documents
+    width = size.tokens * size.spread if size.tokens and size.spread else 0.0
+    span = f" ({size.tokens - width:,.0f} to {size.tokens + width:,.0f})" if size.tokens and width else ""
+    trained = ", by a tokenizer trained on the sample" if size.trained_on_sample else ""
     lines = [
-        f"sample           {counted(found.sample_documents, 'document')}, {found.sample_bytes:,} bytes",
-        f"documents        {of(found.documents)} ({how})",
-        f"bytes            {of(found.bytes)}" + ("" if whole or found.bytes is None else " (from the sample)"),
-        f"bytes per token  {found.bytes_per_token:.2f}{trained}",
-        f"tokens           {of(found.tokens)}{span}",
-        f"disk             {of(None if found.disk is None else found.disk / 1e9, '{:,.3f} GB')}",
-        f"time left        {_duration(found.seconds)} at {found.rate / 1e6:.2f} MB/s",
+        f"sample           {counted(size.sample_documents, 'document')}, {size.sample_bytes:,} bytes",
+        f"documents        {of(size.documents)} ({how})",
+        f"bytes            {of(size.bytes)}" + ("" if all_read or size.bytes is None else " (from the sample)"),
+        f"bytes per token  {size.bytes_per_token:.2f}{trained}",
+        f"tokens           {of(size.tokens)}{span}",
+        f"disk             {of(None if size.disk is None else size.disk / 1e9, '{:,.3f} GB')}",
+        f"time left        {_duration(size.seconds)} at {size.rate / 1e6:.2f} MB/s",
     ]
-    if found.finished_bytes:
-        lines.append(f"finished         {found.finished_bytes:,} bytes of text by a run that was stopped")
-    if found.left_out:
-        lines.append(f"left out         {_counted(found.left_out)} (of the sample)")
+    if size.finished_bytes:
+        lines.append(f"finished         {size.finished_bytes:,} bytes of text by a run that was stopped")
+    if size.left_out:
+        lines.append(f"left out         {_counted(size.left_out)} (of the sample)")
     return lines
 
 

@@ -12,12 +12,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from sinkbed.data.files import write_json
 from sinkbed.plain_text import counted
 from sinkbed.progress import loading
 from sinkbed.ranges import check_number
 from sinkbed.train.measure.measures import MEASURES, measures
 from sinkbed.train.measure.modes import MODE_LABELS
-from sinkbed.train.run import directory
 
 if TYPE_CHECKING:
     from sinkbed.train.measure.heldout import Probe
@@ -135,7 +135,7 @@ def _write(result: dict[str, Any], arguments: Any) -> None:
     from sinkbed.train.report import model_tables as probe_tables
 
     if arguments.json is not None:
-        directory.write_json(arguments.json, result, seal=False)
+        write_json(arguments.json, result, seal=False)
     page = None if arguments.out is None else probe_report.write(result, arguments.out)
     probe_tables.print_tables(result)
     if page is not None:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sinkbed.data.files import remove_temporaries
 from sinkbed.train.config.arguments import PlainParser
 from sinkbed.train.run import directory
 from sinkbed.train.study.arms import LOG, SECONDS_FOR_THE_DEAD, ArmRun, check_configs, conclude, hold, make_ready, plan
@@ -81,7 +82,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     _prepare(study, arguments.quiet)
     runs = plan(study)  # of the token store that is there now
     lock = directory.lock(study.out)
-    directory.remove_temporaries(study.out)
+    remove_temporaries(study.out)
     runner: Any
     try:
         _refuse_others(runs, arguments.force)

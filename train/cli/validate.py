@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sinkbed.data.files import write_json
 from sinkbed.plain_text import counted
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.measure.model import of_run
@@ -68,5 +69,5 @@ def run(command: str, argv: Sequence[str]) -> int:
             f"at least {measuring.sink_tokens} tokens"
         )
     if arguments.json is not None:
-        directory.write_json(arguments.json, {mode: dataclasses.asdict(r) for mode, r in results.items()}, seal=False)
+        write_json(arguments.json, {mode: dataclasses.asdict(r) for mode, r in results.items()}, seal=False)
     return 0

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import fully_shard
 
-from sinkbed.data.files import sha256_file
+from sinkbed.data.files import sha256_file, write_json
 from sinkbed.model import Decoder
 from sinkbed.train.run import directory
 from sinkbed.train.run.checkpoint import load_checkpoint
@@ -103,7 +103,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, path / META)
             sums = {p.name: sha256_file(p) for p in (path / META, path / ".metadata")}
-            directory.write_json(
+            write_json(
                 path / directory.CHECKSUMS, {name: value for part in [*everyone, sums] for name, value in part.items()}
             )
 

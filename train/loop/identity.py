@@ -7,7 +7,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from sinkbed.data.files import differences, differing
+from sinkbed.data.files import differences, differing, write_json
 from sinkbed.data.store.manifest import Manifest
 from sinkbed.train.loop.optim import OptimizerConfig, learning_rate_factor
 from sinkbed.train.run import directory
@@ -153,7 +153,7 @@ def identify(
     earlier = saved.get("made_by", [])  # whose steps are kept; not those that a restart makes again
     known["sessions"] = [*known.get("sessions", ()), session]
     known["made_by"] = earlier if made in earlier else [*earlier, made]
-    directory.write_json(path, known)
+    write_json(path, known)
     return known, messages
 
 

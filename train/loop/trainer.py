@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+from sinkbed.data.files import remove_temporaries
 from sinkbed.plain_text import counted
 from sinkbed.train.config.arguments import describe_fields
 from sinkbed.train.config.overrides import overridden
@@ -168,7 +169,7 @@ class SinkbedCLI(LightningCLI):
             config.ckpt_path = str(parent)
         if self.rank == 0:
             self.held = directory.lock(run_dir)
-            directory.remove_temporaries(run_dir)
+            remove_temporaries(run_dir)
             remove_partial(run_dir / directory.CHECKPOINTS)
         if config.ckpt_path:
             option = "--fork" if forking else "--ckpt_path"

@@ -213,7 +213,8 @@ def _prompts(path: Path) -> Iterator[str]:
     if not path.is_file():
         raise FileNotFoundError(f"--prompts: no file at {path}")
     if path.suffix == ".jsonl":
-        from sinkbed.data.source.documents import Documents, Source
+        from sinkbed.data.source.config import Source
+        from sinkbed.data.source.documents import Documents
 
         yield from Documents(Source(kind="jsonl", files=str(path), shuffle_seed=None, streaming=True))
         return

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from sinkbed.data.files import write_files
 from sinkbed.plain_text import markdown, markdown_table
 from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.effects import DIGITS, LABELS, Outcome, check, figures, reference_mode
 from sinkbed.train.report.result import Result, spread
 from sinkbed.train.report.tables import circumstances, definitions, filled, made_by
-from sinkbed.train.run import directory
 
 if TYPE_CHECKING:
     from sinkbed.train.study.file import StudyConfig
@@ -66,7 +66,7 @@ def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[Result]]], folder
         "",
         *(line for name in sorted(parts) for line in parts[name][1]),
     ]
-    directory.write_files(folder, {**files, NAME: "\n".join(lines).rstrip() + "\n"})
+    write_files(folder, {**files, NAME: "\n".join(lines).rstrip() + "\n"})
     return path
 
 

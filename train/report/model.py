@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sinkbed.data.files import write_files, write_json
 from sinkbed.plain_text import counted, csv_text
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.report.figures import drawing, image
@@ -31,7 +32,7 @@ def write(measured: Measured, folder: Path) -> Path:
 
     earlier = _record(folder).get("files", [])
     record = folder / RECORD
-    directory.write_json(record, {**measured, _UNFINISHED: True, "files": earlier})  # before figures take their time
+    write_json(record, {**measured, _UNFINISHED: True, "files": earlier})  # before figures take their time
     for name in earlier:
         if Path(name).name == name:
             (folder / name).unlink(missing_ok=True)
@@ -43,9 +44,9 @@ def write(measured: Measured, folder: Path) -> Path:
             parts.append(drawn(title, svg, words))
             plt.close(figure)
     files["index.html"] = _page(measured, parts)
-    directory.write_json(record, {**measured, _UNFINISHED: True, "files": sorted(files)})
-    directory.write_files(folder, files)
-    directory.write_json(record, {**measured, "files": sorted(files)})
+    write_json(record, {**measured, _UNFINISHED: True, "files": sorted(files)})
+    write_files(folder, files)
+    write_json(record, {**measured, "files": sorted(files)})
     return folder / "index.html"
 
 

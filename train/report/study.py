@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sinkbed.data.files import write_files
 from sinkbed.plain_text import console, csv_of, markdown, markdown_table, visible
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.report.result import Result, load_result
@@ -97,7 +98,7 @@ def write_report(
         **study_figures(results),
         "index.html": page(study, results, summary, note, more, absent),
     }
-    directory.write_files(folder, files)
+    write_files(folder, files)
     if not effects:
         (folder / "effects.csv").unlink(missing_ok=True)
     print_table(study.title, summary, note)

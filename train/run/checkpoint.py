@@ -12,6 +12,7 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from sinkbed.data.files import sync_folder
 from sinkbed.train.run import directory
 from sinkbed.train.run.sharded import load_sharded, read_meta
 
@@ -33,7 +34,7 @@ def save_atomic(trainer: L.Trainer, path: Path) -> None:
         if path.exists() and (path.is_dir() or partial.is_dir()):  # made again after resuming from an earlier one
             remove_checkpoint(path)
         os.replace(partial, path)
-        directory.sync_folder(path.parent)
+        sync_folder(path.parent)
     trainer.strategy.barrier()
 
 

@@ -1,4 +1,4 @@
-"""The run directory: names of its files, atomic writes, and the durable record of every point.
+"""The run directory: names of its files, its lock, and the durable record of every point.
 
 config.yaml      the whole configuration          manifest.json  the token store's manifest
 audit.json       what packing did                 metrics.jsonl  every point, in order
@@ -14,15 +14,14 @@ import hashlib
 import json
 import os
 import re
-import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
-from sinkbed.data.files import sealed, sha256_file, unsealed
+from sinkbed.data.files import load_json, refuse_number, sha256_file, write_atomic, write_json
 from sinkbed.plain_text import counted
 
 CONFIG, MANIFEST, AUDIT = "config.yaml", "manifest.json", "audit.json"
@@ -120,46 +119,6 @@ def release(held: Lock) -> None:
                 folder.rmdir()
 
 
-def write_atomic(path: Path, content: str | bytes | memoryview) -> None:
-    """Replace `path` by `content` so that a reader, or a crash, sees the old or the new whole, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with temporary.open("xb") as file:  # readable to whom the user's umask says
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # one of writing names no file
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk too: a rename before this may be undone by a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Remove what a kill in the middle of `write_atomic` left in a folder that no other process writes to."""
-    for path in folder.glob(".*.partial"):
-        path.unlink()
-
-
-def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
-    """Write files by name, each whole or not at all, to a folder that no other process writes to."""
-    remove_temporaries(folder)
-    for name, content in files.items():
-        write_atomic(folder / name, content)
-
-
 class _Dumper(yaml.SafeDumper):
     """Quotes every text that could be read as a number."""
 
@@ -197,27 +156,12 @@ def check_config(path: Path, content: bytes) -> None:
         )
 
 
-def write_json(path: Path, value: Any, *, seal: bool = True) -> None:
-    """Write JSON atomically, indented; a record of ours, an object, with a checksum that `read_json` compares (`seal`).
-
-    Raises ValueError for nan and infinite numbers, which JSON does not have.
-    """
-    try:
-        write_atomic(path, json.dumps(sealed(value) if seal else value, indent=2, allow_nan=False) + "\n")
-    except ValueError as error:
-        raise ValueError(f"{path}: not written, expected finite numbers, got one that is not ({error})") from None
-
-
 def read_json(path: Path) -> Any:
     """Read JSON; raises ValueError that names a damaged file."""
     try:
-        return unsealed(json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number))
+        return load_json(path)
     except (ValueError, RecursionError) as error:  # no JSON, no text, or not as it was written
         raise ValueError(f"{path}: expected JSON as it was written, got {error}; restore or remove it") from None
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name}, which is no number that JSON has")
 
 
 def note(folder: Path, **values: Any) -> None:
@@ -278,7 +222,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return
             try:
-                point = json.loads(line, parse_constant=_no_number)
+                point = json.loads(line, parse_constant=refuse_number)
             except ValueError:
                 point = None
             if not isinstance(point, dict):

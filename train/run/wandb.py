@@ -14,6 +14,7 @@ import numpy as np
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from sinkbed.data.files import write_json
 from sinkbed.ranges import check_number
 from sinkbed.train.run import directory
 from sinkbed.train.run.metrics import IN_A_POINT
@@ -100,7 +101,7 @@ class Tracker(WandbLogger):
         self.experiment.log(row, step=self.number, commit=True)
         path = self.run_dir / directory.RUN
         known = directory.read_json(path)
-        directory.write_json(path, {**known, "beside": [*known.get("beside", ()), self.number]})
+        write_json(path, {**known, "beside": [*known.get("beside", ()), self.number]})
         self.number += 1
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:

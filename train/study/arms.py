@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sinkbed.data.files import differences
+from sinkbed.data.files import differences, write_atomic, write_json
 from sinkbed.train.config.keys import fit_keys, wrong_keys
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.run import directory
@@ -219,10 +219,10 @@ def make_ready(run: ArmRun, group: str) -> list[str]:
         clear(run.folder)
     run.folder.mkdir(parents=True, exist_ok=True)
     _write_record(run, {})
-    directory.write_atomic(run.folder / SETTINGS, directory.yaml_text(run.config))
+    write_atomic(run.folder / SETTINGS, directory.yaml_text(run.config))
     if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ and not resume:
         # An agent has made the W&B run; a run of another id would not be the sweep's.
-        directory.write_json(run.folder / directory.RUN, {"wandb_id": os.environ["WANDB_RUN_ID"]})
+        write_json(run.folder / directory.RUN, {"wandb_id": os.environ["WANDB_RUN_ID"]})
     arguments = ["fit", "--config", str(run.folder / SETTINGS), *_options(run, group)]
     return arguments + (["--ckpt_path", "last"] if resume else [])
 
@@ -247,7 +247,7 @@ def conclude(run: ArmRun, status: int) -> str:
 
 
 def _write_record(run: ArmRun, more: dict[str, Any]) -> None:
-    directory.write_json(run.folder / RECORD, {"arm": run.arm, "seed": run.seed, "settings": run.settings, **more})
+    write_json(run.folder / RECORD, {"arm": run.arm, "seed": run.seed, "settings": run.settings, **more})
 
 
 def clear(folder: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from sinkbed.data.files import write_atomic, write_json
 from sinkbed.train.run import directory
 from sinkbed.train.study.arms import ArmRun, plan
 from sinkbed.train.study.file import StudyConfig
@@ -43,7 +44,7 @@ def sweep_of(study: StudyConfig) -> dict[str, Any]:
 def write_sweep(study: StudyConfig, path: Path) -> int:
     """Write the sweep file."""
     text = "# Written by `sinkbed study --sweep`; run the agents where the study file's paths are right.\n"
-    directory.write_atomic(path, text + yaml.safe_dump(sweep_of(study), sort_keys=False))
+    write_atomic(path, text + yaml.safe_dump(sweep_of(study), sort_keys=False))
     count = len(study.arms) * len(study.seeds)
     print(f"{path}: {count} runs; `wandb sweep {path}`, then `wandb agent` with the id it prints")
     return 0
@@ -66,7 +67,7 @@ def log_summary(study: StudyConfig, runs: Sequence[ArmRun], tables: dict[str, Se
         mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
     known = directory.read_json(study.out / SUMMARY) if (study.out / SUMMARY).exists() else {}
     known = {"wandb_id": known.get("wandb_id") or secrets.token_hex(4)}
-    directory.write_json(study.out / SUMMARY, known)
+    write_json(study.out / SUMMARY, known)
     more: dict[str, Any] = {} if mode == "offline" else {"resume": "allow"}
     try:
         with wandb.init(

@@ -29,7 +29,7 @@ class Items(NamedTuple):
 class Laid(NamedTuple):
     """Rows of a window."""
 
-    held: Ints
+    per_row: Ints
     """[R] pieces of each row."""
     piece: Ints
     """[P] items, row by row."""

@@ -45,10 +45,10 @@ def best_fit(lengths: Ints, room: int) -> Ints:
     present = 0  # bit r: there are rows with room r
     rows = first = 0
 
-    def put(room_left: int, some: Ints) -> None:
+    def put(room_left: int, chosen: Ints) -> None:
         nonlocal present
-        if room_left and len(some):
-            free.setdefault(room_left, []).append(some)
+        if room_left and len(chosen):
+            free.setdefault(room_left, []).append(chosen)
             present |= 1 << room_left
 
     for size, count in zip((-sizes).tolist(), counts.tolist(), strict=True):
@@ -58,21 +58,21 @@ def best_fit(lengths: Ints, room: int) -> Ints:
             fitting = present >> size
             if fitting:
                 left = size + (fitting & -fitting).bit_length() - 1
-                some = np.concatenate(free.pop(left))
+                chosen = np.concatenate(free.pop(left))
                 present &= ~(1 << left)
             else:
                 left = room
-                some = np.arange(rows, rows + -(-len(items) // (room // size)))
-                rows += len(some)
+                chosen = np.arange(rows, rows + -(-len(items) // (room // size)))
+                rows += len(chosen)
             each = left // size  # a row stays the best fit until nothing of this size fits
-            whole, rest = divmod(min(len(items), each * len(some)), each)
-            used = np.repeat(some[: whole + 1], each)[: whole * each + rest]
+            full, rest = divmod(min(len(items), each * len(chosen)), each)
+            used = np.repeat(chosen[: full + 1], each)[: full * each + rest]
             row[items[: len(used)]] = used
             items = items[len(used) :]
-            put(left - each * size, some[:whole])
+            put(left - each * size, chosen[:full])
             if rest:
-                put(left - rest * size, some[whole : whole + 1])
-            put(left, some[whole + bool(rest) :])
+                put(left - rest * size, chosen[full : full + 1])
+            put(left, chosen[full + bool(rest) :])
     return row
 
 
@@ -82,7 +82,7 @@ def _best_fit_from_buffer(lengths: Ints, room: int) -> Laid:
     keys = ((lengths << 32) + (2**32 - 1 - np.arange(len(lengths)))).tolist()
     waiting = sorted(keys[:_WAITING])
     following = iter(keys[_WAITING:])
-    held, piece = [], []
+    per_row, piece = [], []
     while waiting:
         left, count = room, 0
         while left and waiting:
@@ -94,13 +94,13 @@ def _best_fit_from_buffer(lengths: Ints, room: int) -> Laid:
             count += 1
             if (more := next(following, None)) is not None:
                 insort(waiting, more)
-        held.append(count)
-    return Laid(np.array(held, dtype=np.int64), np.array(piece, dtype=np.int64))
+        per_row.append(count)
+    return Laid(np.array(per_row, dtype=np.int64), np.array(piece, dtype=np.int64))
 
 
 def _repeat(laid: Laid, items: Items, room: int) -> Laid:
     """Fill each row with the beginnings of documents, in turn from the first of the window on."""
-    edges = np.concatenate([[0], np.cumsum(laid.held)])
+    edges = np.concatenate([[0], np.cumsum(laid.per_row)])
     left = room - np.add.reduceat(items.length[laid.piece], edges[:-1])
     starts = np.flatnonzero(items.begin == 0)
     lengths = items.length[starts].tolist()
@@ -115,4 +115,4 @@ def _repeat(laid: Laid, items: Items, room: int) -> Laid:
     ends = edges[1:][where]
     piece = np.insert(laid.piece, ends, starts[what])
     repeated = np.insert(np.zeros(len(laid.piece), dtype=np.bool_), ends, True)
-    return Laid(laid.held + np.bincount(where, minlength=len(laid.held)).astype(np.int64), piece, repeated)
+    return Laid(laid.per_row + np.bincount(where, minlength=len(laid.per_row)).astype(np.int64), piece, repeated)

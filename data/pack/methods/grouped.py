@@ -15,9 +15,9 @@ class Grouped(Packing):
         """See `Packing.lay_out`."""
         order = np.argsort(items.length, kind="stable")
         ends = np.cumsum(items.length[order]).tolist()
-        held, first, filled = [], 0, 0
+        per_row, first, filled = [], 0, 0
         while first < len(ends):
             beyond = bisect_right(ends, filled + room)
-            held.append(beyond - first)
+            per_row.append(beyond - first)
             first, filled = beyond, ends[beyond - 1]
-        return Laid(np.array(held, dtype=np.int64), order)
+        return Laid(np.array(per_row, dtype=np.int64), order)

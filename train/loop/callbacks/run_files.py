@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from sinkbed.data.files import write_atomic, write_json
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.loop.callbacks.checkpoints import Checkpoints
 from sinkbed.train.loop.identity import identify
@@ -86,8 +87,8 @@ class RunFiles(SaveConfigCallback):
         other = is_other and not checkpoints.resumed
         if not (checkpoints.resumed and (run_dir / directory.MANIFEST).exists()):  # its own copy stays
             manifest = pl_module.data.store_path / directory.MANIFEST
-            directory.write_atomic(run_dir / directory.MANIFEST, manifest.read_bytes())
-        directory.write_json(run_dir / directory.AUDIT, pl_module.data.audit())
+            write_atomic(run_dir / directory.MANIFEST, manifest.read_bytes())
+        write_json(run_dir / directory.AUDIT, pl_module.data.audit())
         (run_dir / directory.MEASUREMENT).unlink(missing_ok=True)  # of an end that is now to come again
         messages = [directory.restore_metrics(run_dir / directory.METRICS, checkpoints.restored)]
         made = provenance(trainer.strategy.root_device, trainer.world_size)

@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 
+from sinkbed.data.files import write_json
 from sinkbed.data.pack.batches import Rows, SplitTooShort
 from sinkbed.data.store.token_store import TokenStore
 from sinkbed.model import Decoder
@@ -201,7 +202,7 @@ class SinkMonitor(L.Callback):
             "modes": {mode: dataclasses.asdict(result) for mode, result in results.items()},
         }
         if trainer.is_global_zero:
-            directory.write_json(self.run_dir / directory.MEASUREMENT, final)
+            write_json(self.run_dir / directory.MEASUREMENT, final)
         for logger in trainer.loggers:
             if isinstance(logger, Tracker):
                 summary = logger.experiment.summary

@@ -1,0 +1,177 @@
+"""What the report of a study holds."""
+
+import csv
+import re
+import shutil
+from html.parser import HTMLParser
+
+from sinkbed.train.cli.main import main
+from sinkbed.train.run import directory
+from tests.support.studies import table
+
+
+class Links(HTMLParser):
+    """Everything a page would fetch."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        self.found += [v for k, v in attributes if k in ("src", "href") and v]
+
+
+def test_the_page_needs_no_network_and_escapes_what_users_wrote(finished):
+    page = (finished.parent / "out" / "report" / "index.html").read_text()
+    links = Links()
+    links.feed(page)
+    assert links.found == []
+    assert "A study &lt;of&gt; two arms" in page and "<of>" not in page
+    assert page.count("plotly-graph-div") == 3
+    assert len(re.findall(r"<tr><td>", page)) == 6 + 2 + 6, "the result, the arms, every measurement"
+
+
+def test_the_table_has_no_column_for_what_nobody_published(finished):
+    text = finished.read_text()
+    finished.write_text(text[: text.index("published:")])
+    assert main(["report", str(finished)]) == 0
+    report = finished.parent / "out" / "report"
+    for name in ("table.md", "index.html"):
+        assert "ublished" not in (report / name).read_text().split("</style>")[-1].split("<script>")[0]
+
+
+def test_a_number_is_never_minus_zero():
+    from sinkbed.train.report.result import fixed, spread
+
+    assert [fixed(x, 3) for x in (-0.0004, 0.0004, -0.0006, 2.0)] == ["0.000", "0.000", "−0.001", "2.000"]
+    assert spread([-0.0001, 0.0002], 2) == "0.00 ± 0.00"
+
+
+def test_a_mean_of_one_run_says_so():
+    from sinkbed.train.report.result import spread
+
+    assert spread([0.5], 2) == "0.50 (1 run)"
+    assert spread([1.0, 2.0, 3.0], 2) == "2.00 ± 2.48", "t at 2 degrees of freedom is 4.303"
+    assert spread([], 2) == ""
+
+
+def test_runs_and_folders_of_runs_can_be_reported(finished, fit, capsys, tmp_path):
+    out = finished.parent / "out"
+    before = (out / "report" / "table.md").read_text()
+    assert main(["report", str(out)]) == 1
+    assert "expected a study file, which makes a study's own report" in capsys.readouterr().err
+    assert (out / "report" / "table.md").read_text() == before
+    assert main(["report", str(out), "--out", str(tmp_path / "again")]) == 0
+    ours, theirs = ((f / "report" / "table.csv").read_text() for f in (tmp_path / "again", out))
+    assert sorted(ours.splitlines()) == sorted(theirs.splitlines())
+    _, folder = fit(run_dir="alone")
+    assert main(["report", str(folder)]) == 0
+    with (folder / "report" / "table.csv").open() as file:
+        assert {row["arm"] for row in csv.DictReader(file)} == {"alone"}
+    assert main(["report", str(out), str(folder), "--out", str(tmp_path / "both")]) == 0
+    with (tmp_path / "both" / "report" / "table.csv").open() as file:
+        assert {row["arm"] for row in csv.DictReader(file)} == {"fixed", "absent", "alone"}
+    assert main(["report", str(out), str(folder)]) == 1
+    assert "expected --out" in capsys.readouterr().err
+    copy = shutil.copytree(out, tmp_path / "copy")
+    assert main(["report", str(out), str(copy), "--out", str(tmp_path / "twice")]) == 1
+    assert "got arm absent, seed 0 in both" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["report", str(tmp_path / "empty")]) == 1
+    assert "expected at least one finished run, got none" in capsys.readouterr().err
+
+
+def test_several_studies_make_one_page_of_the_seeds_that_are_finished(finished, capsys, tmp_path):
+    effect = "name: BOS helps, note: a word, metric: loss, arm: fixed, against: absent, expected: none, tolerance: 9"
+    other, empty = finished.with_name("other.yaml"), finished.with_name("empty.yaml")
+    other.write_text(finished.read_text() + f"effects: [{{{effect}}}]\n")
+    empty.write_text(finished.read_text().replace(str(finished.parent / "out"), str(tmp_path / "none")))
+    assert main(["study", str(finished), "--quiet", "--seeds", "1"]) == 0
+    files, page = [str(finished), str(other), str(empty)], tmp_path / "page"
+    capsys.readouterr()
+    assert main(["report", *files, "--out", str(page)]) == 0
+    assert f"not on the page: {empty} (no run in {tmp_path / 'none'})" in capsys.readouterr().out
+    text = (page / "README.md").read_text()
+    assert re.findall("^## (.*)", text, re.M) == ["other", "study"]
+    assert "| [other](#other) | A study &lt;of&gt; two arms | 1 as expected |" in text
+    line = r"\| BOS helps \(a word\) \| fixed − absent \| loss: [+−]?\d\.\d{3} ± \d\.\d{3}"
+    assert re.search(line + r" \| same within 9 \| as expected \|", text)
+    assert f"`sinkbed study {other} --seeds 0 1`: 4 runs" in text and "Made by sinkbed" in text
+    assert "In all: 1 as expected." in text
+    assert all((page / f"{name}.png").is_file() for name in ("study", "other"))
+    # A line of the page is what the report of the study has.
+    assert main(["report", str(other), "--seeds", "0", "1"]) == 0
+    report = (finished.parent / "out" / "report" / "table.md").read_text().split("## ")[0]
+    [line] = re.findall(r"^\| fixed \| (.*) \|$", text.split("## other")[1].split("## study")[0], re.M)
+    rate, _, mass, loss, gap = line.split(" | ")
+    assert f"| BOS + text | {rate} | {mass} | {loss} |" in report and f"| {gap} |" in report
+    # One seed of a study that has more.
+    assert main(["report", *files, "--out", str(page), "--seeds", "1"]) == 0
+    one = (page / "README.md").read_text().split("## study")[1]
+    assert "(1 run)" in one and "±" not in one and f"`sinkbed study {finished} --seeds 1`" in one
+    # A study that is not named stays on the page as it was; of one whose settings changed, it is said.
+    (finished.parent / "none.yaml").write_text("data: {strategy: {first_token: random}}\n")
+    capsys.readouterr()
+    assert main(["report", str(finished), str(empty), "--out", str(page), "--seeds", "0"]) == 0
+    assert (
+        "not in the report: absent-seed0 (of other settings: data.strategy.first_token was" in capsys.readouterr().out
+    )
+    again = (page / "README.md").read_text()
+    assert re.findall("^## (.*)", again, re.M) == ["other", "study"] and "| absent |" not in again.split("## study")[1]
+    assert "| absent |" in again.split("## study")[0] and again.count("| [other](#other) |") == 1
+    assert main(["report", *files]) == 1
+    assert "expected --out" in capsys.readouterr().err
+    # Nothing that somebody else wrote is replaced.
+    for name in ("README.md", "other.png"):
+        mine = tmp_path / name / name
+        mine.parent.mkdir()
+        mine.write_text("mine\n")
+        assert main(["report", *files, "--out", str(mine.parent)]) == 1
+        assert "got another file" in capsys.readouterr().err
+        assert mine.read_text() == "mine\n" and list(mine.parent.iterdir()) == [mine]
+    assert main(["report", str(other), str(other), "--out", str(page)]) == 1
+    assert "got two that are called other" in capsys.readouterr().err
+    assert main(["report", str(empty), str(empty), "--out", str(page)]) == 1
+    assert "expected a study with a finished run, got none" in capsys.readouterr().err
+
+
+def test_seeds_give_an_interval_in_the_table(finished):
+    main(["study", str(finished), "--quiet", "--seeds", "0", "1"])
+    assert {r["seed"] for r in table(finished)} == {"0", "1"}
+    markdown = (finished.parent / "out" / "report" / "table.md").read_text()
+    assert re.search(r"\d\.\d{3} ± \d\.\d{3}", markdown)
+    assert "(1 run)" not in markdown and "Differences of arms" in markdown
+
+
+def test_the_report_can_be_made_again_from_what_is_finished(finished):
+    report = finished.parent / "out" / "report"
+    before = (report / "table.csv").read_text()
+    (report / "table.csv").unlink()
+    assert main(["report", str(finished)]) == 0
+    assert (report / "table.csv").read_text() == before
+
+
+def test_arms_measured_in_different_modes_make_a_report(study):
+    (study.parent / "none.yaml").write_text(
+        "data: {strategy: {first_token: none}}\nmeasure: {modes: [text], live_modes: [as_trained]}\n"
+    )
+    assert main(["study", str(study), "--quiet"]) == 0
+    assert [(r["arm"], r["mode"]) for r in table(study)][-1] == ("absent", "text")
+
+
+def test_a_report_keeps_seeds_that_the_file_does_not_name_and_says_what_is_missing(finished, capsys):
+    assert main(["study", str(finished), "--quiet", "--seeds", "1"]) == 0
+    assert {r["seed"] for r in table(finished)} == {"0", "1"}
+    assert main(["report", str(finished)]) == 0
+    assert {r["seed"] for r in table(finished)} == {"0", "1"}
+    report = finished.parent / "out" / "report"
+    assert "Not in it" not in (report / "table.md").read_text() and not (report / "effects.csv").exists()
+    (report / "effects.csv").write_text("of effects that the file has no more\n")
+    (finished.parent / "out" / "runs" / "absent-seed1" / directory.MEASUREMENT).unlink()
+    assert main(["report", str(finished)]) == 0
+    for name in ("table.md", "index.html"):
+        text = (report / name).read_text()
+        assert "Not in it: absent-seed1 (interrupted)." in text and "(of fewer: absent 0)" in text
+    assert not (report / "effects.csv").exists()
+    assert main(["report", str(finished), "--seeds", "1"]) == 0
+    assert {r["seed"] for r in table(finished)} == {"1"}

@@ -1,0 +1,113 @@
+"""A study on a real Ray cluster of two nodes on this machine; one of them is killed in the middle of an arm."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from sinkbed.train.cli.main import main
+from sinkbed.train.run import directory
+from sinkbed.train.study.arms import LOG, environment, plan
+from sinkbed.train.study.file import load_study
+from tests.support.runs import write_run_config
+
+pytestmark = pytest.mark.slow
+
+ray = pytest.importorskip("ray")
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head and a second node, of one core and what Ray takes for a GPU each."""
+    from ray.cluster_utils import Cluster
+
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1, "include_dashboard": False})
+    found.second = found.add_node(num_cpus=1, num_gpus=1)
+    yield found
+    ray.shutdown()
+    found.shutdown()
+
+
+def write_study(tmp_path, store, steps, arms):
+    """Arms long enough to be killed in, saving every ten steps."""
+    write_run_config(tmp_path / "run.yaml", store)
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        f"title: On a cluster\nout: {tmp_path / 'out'}\n"
+        f"base: [run.yaml, {{checkpoint_every: 10, trainer: {{max_steps: {steps}, log_every_n_steps: 10}}}}]\n"
+        f"arms: {arms}\n"
+    )
+    return path
+
+
+def points(folder):
+    """The record of a run without its clock."""
+    return [
+        {k: v for k, v in point.items() if k != "train/tokens_per_second"}
+        for point in directory.read_metrics(folder / directory.METRICS)
+    ]
+
+
+def test_a_cluster_without_what_an_arm_asks_for_is_refused(cluster, tiny_store, tmp_path, capsys):
+    study = write_study(tmp_path, tiny_store, 10, "{one: []}")
+    study.write_text(study.read_text() + "gpus: 2\n")
+    assert main(["study", str(study), "--ray", cluster.address, "--quiet"]) == 1
+    assert "expected a node with 1 CPUs and 2 GPUs for an arm, got 1 CPUs, 1 GPUs" in capsys.readouterr().err
+
+
+def test_arms_go_on_from_their_checkpoints_when_the_study_is_stopped_and_when_a_node_is_killed(
+    cluster, tiny_store, tmp_path
+):
+    arms = "{first: [], second: [{model: {optimizer: {lr: 5.0e-3}}}], broken: [{model: {optimizer: {lr: 1.0e+38}}}]}"
+    study = write_study(tmp_path, tiny_store, 400, arms)
+    study.write_text(study.read_text() + "gpus: 0.5\n")
+    runs = {r.arm: r for r in plan(load_study(study))}
+    both = ("first", "second")
+
+    def logs():
+        return [path.read_text() if (path := runs[arm].folder / LOG).exists() else "" for arm in both]
+
+    def wait_until(condition):
+        end = time.monotonic() + 120
+        while not condition() and time.monotonic() < end:
+            time.sleep(0.1)
+        return condition()
+
+    command = [sys.executable, "-m", "sinkbed", "study", str(study), "--ray", cluster.address, "--quiet"]
+    with subprocess.Popen(command, env={**os.environ, **environment()}, stderr=subprocess.DEVNULL) as stopped:
+        assert wait_until(lambda: all(runs[arm].resumable() for arm in both))
+        stopped.terminate()
+        assert stopped.wait(60) == 130
+    assert [runs[arm].status() for arm in both] == ["interrupted", "interrupted"]
+    assert all("stopped at step" in log for log in logs()), "they saved before they ended"
+
+    killed = []
+
+    def kill():
+        if wait_until(lambda: all("resuming" in log for log in logs())):
+            cluster.remove_node(cluster.second, allow_graceful=False)
+            killed.append([runs[arm].status() for arm in both])
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    assert main(["study", str(study), "--ray", cluster.address, "--quiet"]) == 1, "the broken arm failed"
+    thread.join()
+    assert killed == [["interrupted", "interrupted"]], "both were running when the node was killed"
+    assert {name: r.status() for name, r in runs.items()} == {
+        "first": "finished", "second": "finished", "broken": "failed"
+    }  # fmt: skip
+    resumed = {arm: log.count("resuming") for arm, log in zip(both, logs(), strict=True)}
+    assert sorted(resumed.values()) == [1, 2], "that of the killed node once more, that of the other node not"
+    assert "expected finite" in runs["broken"].reason(), "and it was tried once, then reported"
+    assert (runs["broken"].folder / LOG).read_text().count("expected finite") == 1
+
+    lost = max(resumed, key=resumed.__getitem__)
+    lr = [] if lost == "first" else ["--model.optimizer.lr", "5.0e-3"]
+    steps = ["--checkpoint_every", "10", "--trainer.max_steps", "400", "--trainer.log_every_n_steps", "10"]
+    whole = ["fit", "--config", str(tmp_path / "run.yaml"), "--run_dir", str(tmp_path / "whole"), *steps, *lr]
+    assert main(whole) == 0
+    assert points(runs[lost].folder) == points(tmp_path / "whole"), "as if its node had lived"

@@ -1,0 +1,232 @@
+"""A study of tiny arms through the real command line: what runs, what does not, what the report holds."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sinkbed.train.cli import study as study_command
+from sinkbed.train.cli.main import main
+from sinkbed.train.run import directory
+from sinkbed.train.study.arms import LOG, environment, hold, plan
+from sinkbed.train.study.file import load_study
+from tests.support import ROOT
+from tests.support.studies import locked, table
+
+
+def test_a_study_runs_its_arms_and_reports_them(finished, _run_once):
+    out = finished.parent / "out"
+    rows = table(finished)
+    assert [(r["arm"], r["seed"], r["mode"]) for r in rows] == [
+        (arm, "0", mode) for arm in ("fixed", "absent") for mode in ("bos", "text", "first_key_masked")
+    ]
+    assert {"arm", "seed", "mode", "sink_rate_0.3", "sink_mass", "loss", "bits_per_byte"} <= set(rows[0])
+    measured = directory.read_json(out / "runs" / "fixed-seed0" / directory.MEASUREMENT)["modes"]["bos"]
+    assert float(rows[0]["loss"]) == pytest.approx(measured["loss"], abs=1e-6)
+    mass = [x for row in measured["mass"] for x in row]
+    assert float(rows[0]["sink_mass"]) == pytest.approx(sum(mass) / len(mass), abs=1e-6)
+
+    for name in ("result.png", "curves.png", "heatmaps.png", "loss.png"):
+        assert (out / "report" / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    printed = _run_once[1]
+    assert "fixed at position 0" in printed and "90.84 / 2.69" in printed
+    assert re.search(r"an arm \d+\.\d s beside training and measuring", printed)
+    markdown = (out / "report" / "table.md").read_text()
+    assert "90.84 / 2.69" in markdown and "one seed (0)" in markdown
+    assert re.search(r"\d\.\d{3} \(1 run\)", markdown)
+
+
+def test_a_finished_arm_is_not_run_again_and_an_interrupted_one_resumes(finished):
+    out = finished.parent / "out" / "runs"
+    before = (out / "fixed-seed0" / directory.METRICS).stat().st_mtime_ns
+    whole = (out / "absent-seed0" / directory.METRICS).read_text()
+    # As a kill after step 3 leaves it: points beyond the checkpoint, no measurement.
+    (out / "absent-seed0" / directory.MEASUREMENT).unlink()
+    checkpoints = out / "absent-seed0" / "checkpoints"
+    (checkpoints / "step-0000010.ckpt").unlink()
+    (checkpoints / "last.ckpt").unlink()
+    (checkpoints / "last.ckpt").symlink_to("step-0000003.ckpt")
+    study_runs = plan(load_study(finished))
+    assert [r.status() for r in study_runs] == ["finished", "interrupted"]
+    assert main(["study", str(finished), "--quiet"]) == 0
+    assert (out / "fixed-seed0" / directory.METRICS).stat().st_mtime_ns == before
+
+    def without_clock(text):
+        return re.sub(r', "train/tokens_per_second": [\d.]+', "", text)
+
+    assert without_clock((out / "absent-seed0" / directory.METRICS).read_text()) == without_clock(whole)
+
+
+def test_a_misspelt_key_is_found_before_any_arm_is_started(study, capsys):
+    (study.parent / "none.yaml").write_text("data: {strategy: {first_tokn: none}}\n")
+    for option in ("--dry_run", "--quiet"):
+        assert main(["study", str(study), option]) == 1
+        error = capsys.readouterr().err
+        assert "none.yaml, line 1: data.strategy.first_tokn: expected a known key" in error and "first_token?" in error
+    assert not list((study.parent / "out").glob("runs/*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("data: {strategy: {window: 48}}", "window: got 48 with context_length 48, which limits nothing"),
+        ("model: {optimizer: {warmup_steps: 11}}", "warm-up of 11 and cooldown of 0 steps do not fit"),
+        ("model: {max_grad_norm: -1}", "model.max_grad_norm: expected more than 0, got -1"),
+        ("data: {micro_batch_size: 3}", "data.batch_size=4: expected a multiple of micro_batch_size=3"),
+        ("trainer: {fast_dev_run: true}", "trainer.fast_dev_run: has no effect here"),
+        ("model: {decoder: {n_layers: 1000000}}", "n_layers: expected at least 1 and at most 10000"),
+        ("model: {decoder: {d_model: 100000000}}", "GB of memory of this machine"),
+    ],
+)
+def test_what_fit_would_refuse_is_refused_before_any_arm_is_started(study, capsys, settings, message):
+    (study.parent / "none.yaml").write_text(f"{settings}\n")
+    assert main(["study", str(study), "--dry_run"]) == 1
+    error = capsys.readouterr().err
+    assert "arm absent: " in error and message in error and "none.yaml" in error
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("workers: 2", "worker: 2"), "unknown key 'worker'"),
+        (("base: [run.yaml]", "base: [nowhere.yaml]"), "names nowhere.yaml"),
+        (("  fixed: [bos.yaml]", "  ../fixed: [bos.yaml]"), "names a folder"),
+        (("title:", "# "), "expected the key 'title'"),
+        (("workers: 2", "seeds: 0"), "seeds: expected a list of integers, got 0"),
+        (("workers: 2", "seeds: [a]"), "seeds: expected a list of integers, got ['a']"),
+        (("workers: 2", "workers: two"), "workers: expected an integer, got 'two'"),
+        (("workers: 2", "workers: 0"), "study.workers: expected at least 1"),
+        (("workers: 2", "seeds: [1, 1]"), "expected distinct seeds"),
+        (("workers: 2", "workers: [}"), "expected YAML"),
+        (("  fixed: {bos: [90.84, 2.69]}", "  fixd: {bos: [90.84, 2.69]}"), "published.fixd"),
+        (("  fixed: {bos: [90.84, 2.69]}", "  fixed: {bos: [90.84]}"), "published.fixed"),
+        (("base: [run.yaml]", "base: run.yaml"), "base: a list of configs"),
+        (("  absent: [none.yaml]", "  fixed: [none.yaml]"), "expected each key once, got 'fixed' here and in"),
+        (
+            (
+                "workers: 2",
+                "effects: [{name: E, metric: loss, arm: fixed, expected: up, against: absent, mode: nobos}]",
+            ),
+            "nobos",
+        ),
+        (
+            (
+                "workers: 2",
+                "effects: [{name: E, metric: loss, arm: fixed, expected: up, against: absent, mode: as_trained}]",
+            ),
+            "mode that arm fixed is measured in (measure.modes: bos, text, first_key_masked); got as_trained",
+        ),
+    ],
+)
+def test_a_wrong_study_file_is_one_message(study, capsys, change, message):
+    study.write_text(study.read_text().replace(*change))
+    assert main(["study", str(study)]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["data: [", "- a list", "data: 5"])
+def test_an_overlay_that_is_no_config_is_named(study, capsys, content):
+    (study.parent / "bos.yaml").write_text(content)
+    assert main(["study", str(study)]) == 1
+    assert str(study.parent / "bos.yaml") in capsys.readouterr().err
+
+
+def test_a_study_that_runs_is_not_run_a_second_time(study, capsys):
+    with locked(study.parent / "out"):
+        assert main(["study", str(study), "--quiet"]) == 1
+        assert "got a process that still does" in capsys.readouterr().err
+
+
+def test_forcing_a_study_that_runs_clears_nothing(finished, capsys):
+    (finished.parent / "none.yaml").write_text("data: {strategy: {first_token: random}}\n")
+    out = finished.parent / "out"
+    with locked(out):
+        assert main(["study", str(finished), "--quiet", "--force"]) == 1
+    assert "got a process that still does" in capsys.readouterr().err
+    assert (out / "runs" / "absent-seed0" / directory.MEASUREMENT).exists()
+
+
+@pytest.mark.parametrize("forked", [True, False])
+def test_a_killed_study_takes_its_arms_along(study, forked):
+    config = study.parent / "run.yaml"
+    config.write_text(config.read_text().replace("max_steps: 10", "max_steps: 200000"))
+    runs = plan(load_study(study))
+    code = "import sys; from sinkbed.train.study.arms import ArmRun; from sinkbed.train.cli.main import main; "
+    code += "" if forked else "ArmRun.can_be_forked = False; "
+    code += f"sys.exit(main(['study', {str(study)!r}, '--quiet']))"
+    with subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **environment()}) as process:
+        end = time.monotonic() + 120
+        while not all(r.resumable() for r in runs) and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.05)
+        process.kill()
+    for run in runs:
+        hold(run.folder, 10).close()  # raises where a process is left that writes
+    assert [r.status() for r in runs] == ["interrupted", "interrupted"]
+
+
+def test_a_missing_study_is_named(capsys):
+    assert main(["study", "nowhere.yaml"]) == 1
+    assert "nowhere.yaml" in capsys.readouterr().err
+
+
+def test_the_shipped_studies_name_files_that_exist():
+
+    shipped = list((ROOT / "configs" / "study").glob("*.yaml"))
+    assert shipped
+    for path in shipped:
+        assert plan(load_study(path))
+
+
+def test_a_terminated_study_has_its_arms_save_and_goes_on_later(study):
+    """Also in the background of a shell script, where SIGINT is ignored."""
+    config = study.parent / "run.yaml"
+    config.write_text(config.read_text().replace("max_steps: 10", "max_steps: 2000"))
+    runs = plan(load_study(study))
+    command = [sys.executable, "-m", "sinkbed", "study", str(study), "--quiet"]
+
+    def ignore_interrupts():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    with subprocess.Popen(
+        command, preexec_fn=ignore_interrupts, env={**os.environ, **environment()}, stderr=subprocess.PIPE
+    ) as process:
+        end = time.monotonic() + 120
+        while not all(r.resumable() for r in runs) and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(60) == 130
+    assert [r.status() for r in runs] == ["interrupted", "interrupted"], "neither failed nor finished"
+    for run in runs:
+        directory.lock(run.folder).close()  # raises where a process is left that writes
+        saved = int(directory.newest_checkpoint(run.folder).stem.removeprefix("step-"))
+        assert f"stopped at step {saved}" in (run.folder / LOG).read_text()
+
+
+def test_a_name_that_yaml_reads_as_something_else_is_a_name(study):
+    study.write_text(
+        study.read_text().replace("  absent: [none.yaml]", '  "on": []\n  "0.5": []\n  "1e-2": [none.yaml]')
+    )
+    assert main(["study", str(study), "--quiet"]) == 0
+    assert {r["arm"] for r in table(study)} == {"fixed", "on", "0.5", "1e-2"}
+
+
+def test_preparing_is_waited_for_and_never_forced(study, monkeypatch, capsys):
+    asked = []
+
+    def prepare(command, argv):
+        asked.append(argv)
+        if len(asked) < 3:
+            raise BlockingIOError(11, "another process is preparing it")
+        return 0
+
+    monkeypatch.setattr("sinkbed.train.cli.prepare.run", prepare)
+    monkeypatch.setattr(study_command, "SECONDS_BETWEEN_LOOKS", 0.01)
+    (study.parent / "data.yaml").write_text("out: unused\n")
+    study.write_text(study.read_text() + "prepare: data.yaml\n")
+    assert main(["study", str(study), "--quiet", "--force"]) == 0
+    assert asked == [["--config", str(study.parent / "data.yaml"), "--quiet"]] * 3
+    assert capsys.readouterr().out.count("waiting: another process is preparing it") == 1
