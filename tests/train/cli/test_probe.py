@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from sinkbed.data import files
 from sinkbed.model.hf.adapter import HFModel
 from sinkbed.train.cli.main import main
 from sinkbed.train.measure.measures import MEASURES
@@ -569,7 +570,6 @@ def test_a_figure_that_is_not_finite_ends_a_probe_with_what_came_before(run_dir,
 
 
 def test_a_report_whose_writer_was_killed_can_be_made_again_and_is_never_of_two_probes(run_dir, tmp_path, monkeypatch):
-    from sinkbed.train.report import model as probe_report
 
     class Killed(BaseException):
         pass
@@ -577,7 +577,7 @@ def test_a_report_whose_writer_was_killed_can_be_made_again_and_is_never_of_two_
     arguments = ["probe", str(run_dir), "--sink_tokens", "16", "--documents", "4", "--out", str(tmp_path / "report")]
     assert main(arguments) == 0
     whole = {path.name for path in (tmp_path / "report").iterdir()}
-    write, calls = probe_report.directory.write_atomic, []
+    write, calls = files.write_atomic, []
 
     def killed(path, content):
         calls.append(path)
@@ -586,7 +586,7 @@ def test_a_report_whose_writer_was_killed_can_be_made_again_and_is_never_of_two_
             raise Killed
         write(path, content)
 
-    monkeypatch.setattr(probe_report.directory, "write_atomic", killed)
+    monkeypatch.setattr(files, "write_atomic", killed)
     with pytest.raises(Killed):
         main([*arguments, "--force", "--documents", "2"])
     left = {path.name for path in (tmp_path / "report").iterdir()}
