@@ -3,16 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint types bench clean
+.PHONY: demo test lint types bench clean
 
 demo: $(VENV)/.demo ## train and measure the demo study, print its table, write runs/demo/report
 	$(BIN)/sinkbed study configs/study/packing.yaml --seeds 0 --out runs/demo
 
-test: $(VENV)/.dev ## the tests, but for those that are long and rarely break
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
-
-test-all: $(VENV)/.dev ## all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: $(VENV)/.dev ## the tests, but for those that are long and rarely break; all of them with CI=true
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(if $(CI),,-m "not slow")
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
