@@ -1,7 +1,7 @@
 """Looking into a forward pass: hidden states between the blocks, and what each layer's attention was given and made.
 
-Works alike on our decoder and on a model of `transformers` (`model.hf`). Nothing is kept of a layer but what the
-callbacks keep, so that memory is theirs to bound.
+Works alike on our decoder and on a model of `transformers` (`model.hf.adapter`). Nothing is kept of a layer but what
+the callbacks keep, so that memory is theirs to bound.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def observing(model: Any, *, attention: Attentions | None = None, hidden: Hidden
     """Watch the forward passes made inside.
 
     Args:
-        model: our `Decoder`, or `model.hf.HFModel`.
+        model: our `Decoder`, or `model.hf.adapter.HFModel`.
         attention: is given each layer's attention, from the first layer to the last.
         hidden: is given (l, h [B, T, C]): the first block's input for l = 0, block l's output for l = 1 to L. What it
             returns, if anything, takes the place of h.

@@ -62,7 +62,7 @@ from sinkbed.model.positions import POSITIONS, PositionEncoding
 
 @POSITIONS.register("toy")
 class Toy(torch.nn.Module, PositionEncoding):
-    def __init__(self, config, *, length=64):
+    def __init__(self, config, *, length: int = 64):
         super().__init__()
         self.table = torch.nn.Embedding(length, config.d_model)
 
@@ -74,6 +74,9 @@ class Toy(torch.nn.Module, PositionEncoding):
     assert decoder.parameter_count() == Decoder.parameters_of(decoder.config, 32)
     with pytest.raises(ValueError, match=r"options of toy \(length\); got 'size'"):
         trained(position={"toy": {"size": 16}})
+    for value in ("abc", 16.5, True):
+        with pytest.raises(ValueError, match=rf"position.toy.length: expected int, got {value!r}"):
+            trained(position={"toy": {"length": value}})
 
 
 def test_a_norm_and_a_feed_forward(add):

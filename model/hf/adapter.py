@@ -1,4 +1,4 @@
-"""Causal language models of `transformers` under our attention operator (`model.hf_attention`), so that one code
+"""Causal language models of `transformers` under our attention operator (`model.hf.attention`), so that one code
 measures them and ours. No code that comes with a model is run.
 """
 
@@ -310,7 +310,7 @@ def special_ids(tokenizer: Any, size: int) -> frozenset[int]:
 def token_bytes(tokenizer: Any, size: int) -> list[int]:
     """UTF-8 bytes of text that each id stands for, [size]; 0 for control tokens and ids without a token.
 
-    Of other kinds of tokenizer the figures are wrong; whoever uses them checks them on text (`train.probe`).
+    Of other kinds of tokenizer the figures are wrong; whoever uses them checks them on text (`train.cli.probe`).
 
     Args:
         tokenizer: of `transformers`, with a backend of the `tokenizers` library: byte-level, or with ▁ for a space and

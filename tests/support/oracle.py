@@ -1,4 +1,4 @@
-"""The epoch's stream and rows in plain Python, one token at a time: what `data.packing` must equal.
+"""The epoch's stream and rows in plain Python, one token at a time: what `data.pack.assemble` must equal.
 
 It searches for nothing and computes no offset: it walks the documents, appends each token with the number
 of its document, and cuts the list.

@@ -65,7 +65,7 @@ class SinkbedCLI(LightningCLI):
         status = 1
         try:
             super().__init__(*args, **kwargs)
-            status = 0
+            status = self.exit_status
         except Exception as error:
             # From a data worker: its traceback as text, at whose end the message is.
             if str(error).startswith("Caught ") and isinstance(error, ValueError | OSError):
@@ -79,6 +79,12 @@ class SinkbedCLI(LightningCLI):
                 with contextlib.suppress(OSError, ValueError, LookupError, RuntimeError):  # what ended the run is told
                     self._end(status)
                 directory.release(self.held)
+
+    @property
+    def exit_status(self) -> int:
+        """Of a training that has returned: as a shell has it where a signal stopped it before its last step."""
+        stop = checkpoints_of(self.trainer).stop
+        return 0 if stop is None or self.trainer.global_step >= self.trainer.max_steps else 128 + stop
 
     def _end(self, status: int) -> None:
         trainer: L.Trainer | None = getattr(self, "trainer", None)
@@ -329,10 +335,8 @@ def run(command: str, argv: Sequence[str], cli_class: type[SinkbedCLI] = Sinkbed
             load_from_checkpoint_support=False,
             parser_kwargs={"prog": "sinkbed", "fit": {"description": (__doc__ or "").split("\n")[0]}},
         )
-        stop = checkpoints_of(cli.trainer).stop
-        stopped_early = stop is not None and cli.trainer.global_step < cli.trainer.max_steps
-        exit_code = 128 + stop if stop is not None and stopped_early else 0
-        if stopped_early and stop == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ and cli.rank == 0:
+        exit_code = cli.exit_status
+        if exit_code == 128 + signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ and cli.rank == 0:
             finish_wandb(exit_code)  # first: scontrol ends this job
             requeue()
     except AlreadyFinished as finished:

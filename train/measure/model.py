@@ -1,7 +1,7 @@
 """What `sinkbed probe` measures: a model, its tokenizer, and the text it is given to read.
 
 The model is a run or checkpoint of ours, or a Hugging Face model (folder, hub name, GGUF), whose attention goes
-through our operator (`model.hf`). The text is a token store's validation split or a file of prompts.
+through our operator (`model.hf.adapter`). The text is a token store's validation split or a file of prompts.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from sinkbed.train.report.tables import (
     parquet,
     rows_of,
     sections,
-    strategies_of,
     summarise,
     table_of,
     verdicts,
@@ -48,8 +47,6 @@ def print_table(title: str, summary: Sequence[Line], note: str) -> None:
 
     table = Table(title=visible(title), caption=note, caption_justify="left", title_justify="left")
     header, lines = table_of(summary)
-    if len(strategies_of(summary)) == len({line["arm"] for line in summary}) > 1:  # told apart without the name
-        header, lines = header[1:], [line[1:] for line in lines]
     words = sum(name in ("arm", "input", *STRATEGY) for name in header)
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index < words else "right")

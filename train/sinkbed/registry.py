@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
@@ -60,19 +61,28 @@ class Registry:
         """Raise ValueError for what chooses no variant; options are looked at when it is made."""
         name = choice if isinstance(choice, str) else next(iter(choice), None)
         if name not in self.names or (isinstance(choice, dict) and len(choice) != 1):
+            near = get_close_matches(str(name), self.names, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(
                 f"{self.key}: expected one of {', '.join(self.names)}, or {{name: {{option: value}}}} with its "
-                f"options; got {choice!r}"
+                f"options; got {choice!r}{meant}"
             )
 
     def make(self, choice: Choice, *arguments: Any) -> Any:
-        """What a variant makes of `arguments` and its options. Raises ValueError for an option that it lacks."""
+        """What a variant makes of `arguments` and its options.
+
+        Raises ValueError for an option that it lacks, or whose value is not of the type that it is annotated with.
+        """
         variant = self[choice]
         [(name, options)] = choice.items() if isinstance(choice, dict) else [(choice, {})]
-        known = [p.name for p in inspect.signature(variant).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        for option in options or {}:
+        parameters = inspect.signature(variant, eval_str=True).parameters.values()
+        known = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
+        for option, value in (options or {}).items():
             if option not in known:
                 raise ValueError(
                     f"{self.key}: expected options of {name} ({', '.join(known) or 'none'}); got {option!r}"
                 )
+            kind = known[option]
+            if kind in (int, float, str, bool) and type(value) is not kind and (kind, type(value)) != (float, int):
+                raise ValueError(f"{self.key}.{name}.{option}: expected {kind.__name__}, got {value!r}")
         return variant(*arguments, **(options or {}))

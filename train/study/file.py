@@ -38,7 +38,7 @@ class Effect:
     name: str
     """What is claimed, in a few words."""
     metric: str
-    """One of METRICS; `train.effects.figure` says what they are."""
+    """One of METRICS; `train.report.effects.figure` says what they are."""
     arm: str
     """The arm whose figure is expected to differ."""
     against: str | None = None
@@ -148,7 +148,7 @@ def load_study(path: Path, size: str | None = None) -> StudyConfig:
     Raises FileNotFoundError, or ValueError that names the key at fault.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"study: no file at {path}")
+        raise FileNotFoundError(f"{path}: expected a study file, such as those in configs/study, got none there")
     raw = _mapping(path, "the file", read_yaml(path), (*_FILE_KEYS, "grid", "sizes"))
     sizes = _mapping(path, "sizes", raw.pop("sizes", None) or {}, None)
     if size is None and sizes:

@@ -233,6 +233,7 @@ def test_a_run_told_to_stop_saves_first(fit, number, status):
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == status, output
+    assert directory.read_json(folder / directory.RUN)["sessions"][-1]["status"] == status
     step = max(int(saved.stem.removeprefix("step-")) for saved in (folder / "checkpoints").glob("step-*.ckpt"))
     assert f"stopped at step {step}; step {step} is saved" in output
     assert not (folder / directory.MEASUREMENT).exists()
