@@ -32,7 +32,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None:  # one of writing names no file
+        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(temporary)):
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
@@ -77,12 +77,15 @@ def sync_folder(folder: Path) -> None:
 def remove_temporaries(folder: Path) -> None:
     """Remove what a kill in the middle of `replacing` left in a folder that no other process writes to."""
     for path in folder.glob(".*.partial"):
-        path.unlink()
+        if path.is_file():  # a folder is of `sinkbed export`, or of nobody we know
+            path.unlink()
 
 
 def canonical_json(value: Any) -> bytes:
     """One byte string per JSON value: sorted keys, no white space, UTF-8."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(
+        errors="backslashreplace"  # half a character, which JSON may hold escaped
+    )
 
 
 def sealed(fields: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from sinkbed.model.feed_forward import FEED_FORWARDS
 from sinkbed.model.norms import NORMS
 from sinkbed.model.positions import POSITIONS
 from sinkbed.ranges import check_number
-from sinkbed.registry import Choice
+from sinkbed.registry import Choice, plain
 
 _MOST_LAYERS = 10_000
 """A module takes a millisecond to make; a slip of the hand should not take minutes."""
@@ -59,6 +59,13 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for registry, choice in ((POSITIONS, self.position), (NORMS, self.norm), (FEED_FORWARDS, self.feed_forward)):
             registry.check(choice)
+        for part in ("position", "norm", "feed_forward", "normalizer"):
+            object.__setattr__(self, part, plain(getattr(self, part)))
+        if self.normalizer != "softmax" and self.sink != "none":
+            raise ValueError(
+                f"sink: expected none beside normalizer {self.normalizer!r}, whose weights no sink logit joins, got "
+                f"{self.sink!r}"
+            )
         check_number("n_layers", self.n_layers, least=1, most=_MOST_LAYERS)
         for name in ("d_model", "n_heads", "d_ff"):
             check_number(name, getattr(self, name), least=1)

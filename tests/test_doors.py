@@ -177,9 +177,21 @@ class Toy(torch.nn.Module, Normalizer):
     assert not torch.allclose(weights.sum(-1), torch.ones(1))
 
 
+def test_options_are_looked_at_where_a_choice_is_made():
+    for packing in ({"concat": {"bogus": 1}}, {"best_fit": {"bogus": 1}}, {"pad": 5}, 5):
+        with pytest.raises(ValueError, match=r"data.strategy.packing"):
+            Strategy(packing=packing)
+    for name in ({"adamw": {"bogus": 1}}, {"adamw": "x"}):
+        with pytest.raises(ValueError, match=r"model.optimizer.name"):
+            OptimizerConfig(name=name)
+    assert Strategy(packing={"pad": {}}) == Strategy(packing="pad")
+    config = DecoderConfig(n_layers=1, d_model=8, n_heads=1, d_ff=8, position={"rope": {}}, norm={"rms": None})
+    assert (config.position, config.norm) == ("rope", "rms")
+
+
 @pytest.mark.parametrize("key", ["position", "norm", "feed_forward"])
 def test_a_name_that_is_none_names_those_there_are(key):
-    for choice in ("rop", {}, {"rop": {}}, {"rope": {}, "rms": {}}):
+    for choice in ("rop", {}, {"rop": {}}, {"rope": {}, "rms": {}}, 5, ["rope"]):
         with pytest.raises(ValueError, match=f"model.decoder.{key}: expected one of .*(rope|rms|swiglu)"):
             DecoderConfig(n_layers=1, d_model=8, n_heads=1, d_ff=8, **{key: choice})
 

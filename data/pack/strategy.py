@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from sinkbed.data.pack.methods import PACKINGS
 from sinkbed.ranges import check_choice, check_number
-from sinkbed.registry import Choice
+from sinkbed.registry import Choice, plain
 
 FirstToken = Literal["bos", "none", "random"]
 Marker = Literal["bos", "eos", "none"]
@@ -87,7 +87,8 @@ class Strategy:
         for name in ("document_start", "document_end"):
             _check_token(name, getattr(self, name), get_args(Marker))
         self._check_first_token()
-        packing = PACKINGS[self.packing]
+        object.__setattr__(self, "packing", plain(self.packing))
+        packing = PACKINGS.make(self.packing, self.fill)
         if packing.is_stream and self.overflow != "split":
             raise ValueError(
                 f"overflow: expected split with packing {self.packing!r}, which cuts wherever a row ends, got "

@@ -29,7 +29,7 @@ def unwritten_outputs_are_nan():
 def small_tiles(m=16, n=16):
     from sinkbed.kernels.triton.tiles import Tiles, override
 
-    override.update(dict.fromkeys(("forward", "dq", "dkv", "got"), Tiles(m, n, 4, 1)))
+    override.update(dict.fromkeys(("forward", "dq", "dkv", "received"), Tiles(m, n, 4, 1)))
 
 
 @pytest.fixture(autouse=True)

@@ -183,7 +183,8 @@ class SinkbedModule(L.LightningModule):
         tensors: dict[str, Tensor] = dict(self.named_parameters())
         for optimizer in self.trainer.optimizers:
             for number, state in enumerate(optimizer.state.values()):
-                tensors |= {f"{key} of parameter {number}": value for key, value in state.items()}
+                kept = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+                tensors |= {f"{key} of parameter {number}": value for key, value in kept.items()}
         parts = {name: local_part(tensor.detach()) for name, tensor in tensors.items()}
         # The extremes of a tensor take no copy of it, and nan is among them where it is anywhere.
         extremes = {name: torch.stack(torch.aminmax(part)).float() for name, part in parts.items() if part.numel()}
@@ -293,8 +294,12 @@ class SinkbedModule(L.LightningModule):
         factor = learning_rate_factor(c, checkpoint["global_step"], self.trainer.max_steps)
         fresh, _ = build_optimizer(self.decoder, c, self.trainer.max_steps)
         for state in checkpoint["optimizer_states"]:
+            if checkpoint["sinkbed"]["optimizer"]["name"] != c.name:  # what another one kept has another meaning
+                state["state"] = {}
             for group, ours in zip(state["param_groups"], fresh.param_groups, strict=True):
-                group |= {**ours, "params": group["params"], "lr": c.lr * factor, "initial_lr": c.lr}
+                parameters = group["params"]
+                group.clear()
+                group |= {**ours, "params": parameters, "lr": c.lr * factor, "initial_lr": c.lr}
         for schedule in checkpoint["lr_schedulers"]:
             schedule["base_lrs"] = [c.lr] * len(schedule["base_lrs"])
         for name in ("SinkMonitor", "StateMonitor", "Checkpoints"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from sinkbed.ranges import check_number
-from sinkbed.registry import Choice
+from sinkbed.registry import Choice, plain
 from sinkbed.train.loop.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         OPTIMIZERS.check(self.name)
+        object.__setattr__(self, "name", plain(self.name))
         for name in ("lr", "eps"):
             check_number(f"optimizer.{name}", getattr(self, name), above=0)
         for beta in self.betas:

@@ -80,7 +80,9 @@ def describe(strategy: dict[str, Any]) -> tuple[str, str]:
         details += {"pad": [], "crop": ["filled up by cropping"], "repeat": ["filled up by repeating"]}[
             strategy["fill"]
         ]
-        mask += f"; {packing}" + (f" ({', '.join(details)})" if details else "")
+        name = packing if isinstance(packing, str) else " ".join(map(str, packing))
+        details += [f"{k} {v}" for k, v in packing[name].items()] if isinstance(packing, dict) else []
+        mask += f"; {name}" + (f" ({', '.join(details)})" if details else "")
     parts = []
     first = strategy["first_token"]
     share = strategy.get("first_token_share", 1)

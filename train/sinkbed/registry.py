@@ -51,33 +51,38 @@ class Registry:
 
     def __getitem__(self, choice: Choice) -> Any:
         """The variant that is chosen. Raises ValueError for a name that is none's."""
-        self.check(choice)
-        name = choice if isinstance(choice, str) else next(iter(choice))
+        name = self._name(choice)
         if name not in self._variants:
             import_module(f"{self.package}.{name}")
+        if name not in self._variants:
+            raise ValueError(f"{self.package}.{name}: expected a variant that is registered as {name!r}, got none")
         return self._variants[name]
 
-    def check(self, choice: Choice) -> None:
-        """Raise ValueError for what chooses no variant; options are looked at when it is made."""
-        name = choice if isinstance(choice, str) else next(iter(choice), None)
-        if name not in self.names or (isinstance(choice, dict) and len(choice) != 1):
+    def _name(self, choice: Choice) -> str:
+        name = next(iter(choice), None) if isinstance(choice, dict) and len(choice) == 1 else choice
+        if not isinstance(name, str) or name not in self.names:
             near = get_close_matches(str(name), self.names, n=1)
-            meant = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(
                 f"{self.key}: expected one of {', '.join(self.names)}, or {{name: {{option: value}}}} with its "
-                f"options; got {choice!r}{meant}"
+                f"options; got {choice!r}{f'; did you mean {near[0]}?' if near else ''}"
             )
+        return name
 
-    def make(self, choice: Choice, *arguments: Any) -> Any:
-        """What a variant makes of `arguments` and its options.
+    def check(self, choice: Choice) -> dict[str, Any]:
+        """The options of a choice.
 
-        Raises ValueError for an option that it lacks, or whose value is not of the type that it is annotated with.
+        Raises ValueError for what chooses no variant, for an option that it lacks, and for one whose value is not of
+        the type that it is annotated with.
         """
-        variant = self[choice]
-        [(name, options)] = choice.items() if isinstance(choice, dict) else [(choice, {})]
-        parameters = inspect.signature(variant, eval_str=True).parameters.values()
+        name = self._name(choice)
+        options = (choice[name] or {}) if isinstance(choice, dict) else {}
+        if not options:
+            return {}
+        if not isinstance(options, dict):
+            raise ValueError(f"{self.key}.{name}: expected {{option: value}}, got {options!r}")
+        parameters = inspect.signature(self[choice], eval_str=True).parameters.values()
         known = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
-        for option, value in (options or {}).items():
+        for option, value in options.items():
             if option not in known:
                 raise ValueError(
                     f"{self.key}: expected options of {name} ({', '.join(known) or 'none'}); got {option!r}"
@@ -85,4 +90,14 @@ class Registry:
             kind = known[option]
             if kind in (int, float, str, bool) and type(value) is not kind and (kind, type(value)) != (float, int):
                 raise ValueError(f"{self.key}.{name}.{option}: expected {kind.__name__}, got {value!r}")
-        return variant(*arguments, **(options or {}))
+        return options
+
+    def make(self, choice: Choice, *arguments: Any) -> Any:
+        """What a variant makes of `arguments` and its options. Raises ValueError: see `check`."""
+        return self[choice](*arguments, **self.check(choice))
+
+
+def plain(choice: Choice) -> Choice:
+    """A choice without options as its name alone: what means the same is the same."""
+    [(name, options)] = choice.items() if isinstance(choice, dict) and len(choice) == 1 else [(choice, True)]
+    return name if not options else choice

@@ -134,12 +134,13 @@ def _named(study: StudyConfig, overlay: Overlay) -> str:
     return str(overlay) if isinstance(overlay, Path) else str(study.source)
 
 
-def over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """A config with an overlay on it."""
+def over(below: dict[str, Any], above: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config with an overlay on it; the value of a key, such as `{name: {option: …}}`, is replaced whole."""
     merged = dict(below)
     for key, value in above.items():
-        known = merged.get(key)
-        merged[key] = over(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+        known, path = merged.get(key), f"{prefix}{key}"
+        groups = isinstance(known, dict) and isinstance(value, dict) and path not in fit_keys()
+        merged[key] = over(known, value, f"{path}.") if groups else value  # type: ignore[arg-type]
     return merged
 
 

@@ -106,5 +106,5 @@ def test_a_shard_that_becomes_shorter_under_a_run_is_one_message(fit, tiny_store
     for shard in store.glob("train/*.arrow"):
         os.truncate(shard, 0)
     assert job.finish(timeout=20) == [1]
-    assert "train/00000.arrow is damaged: got 0 bytes on disk" in job.output()
+    assert "train/00000.arrow is damaged: expected " in job.output()
     assert "Traceback" not in job.output() and job.output().count("sinkbed fit:") == 1

@@ -50,7 +50,7 @@ def test_another_bos_or_manifest_is_refused_with_both_values_and_the_own_copy_st
     assert "eos_id in the token store's manifest" in message
     assert (folder / directory.MANIFEST).read_bytes() == before
     # Of a checkpoint that says nothing of it the run's own copy of the manifest does.
-    with pytest.raises(ValueError, match=f"bos_id: got {manifest.eos_id}, expected {manifest.bos_id}"):
+    with pytest.raises(ValueError, match=f"bos_id: expected {manifest.bos_id}, got {manifest.eos_id}"):
         check_manifest(folder, Manifest.read(store))
     # The same documents made from elsewhere are the same store.
     moved = tmp_path / "moved"

@@ -1,10 +1,13 @@
 """What a resumed, split or forked run shares with the run it comes from."""
 
 import pytest
+import torch
 
 from sinkbed.data.store.token_store import TokenStore
 from sinkbed.train.loop.callbacks.sinks import SinkMonitor
+from sinkbed.train.loop.optimizers import OPTIMIZERS
 from sinkbed.train.run import directory
+from sinkbed.train.run.checkpoint import load_checkpoint
 from sinkbed.train.run.directory import kept_steps
 from sinkbed.train.run.wandb_files import read_wandb_file
 from tests.support.runs import Killed, equal, kill_at, points, refused, training_state, weights
@@ -254,6 +257,23 @@ def test_a_fork_is_a_new_run_with_settings_of_its_own_that_names_its_parent(fit)
     # A fork is resumed like any run.
     (fork / directory.MEASUREMENT).unlink()
     assert fit(*same, *other, "--ckpt_path", "last", run_dir="fork")[0] == 0
+
+
+def test_a_fork_with_another_optimizer_leaves_what_the_old_one_kept_behind(fit, monkeypatch):
+    class Toy(torch.optim.SGD):
+        state_tensors = 1
+
+        def __init__(self, groups, config):
+            super().__init__(groups, lr=config.lr, momentum=0.5)
+
+    monkeypatch.setitem(OPTIMIZERS._variants, "toy", Toy)
+    _, parent = fit(run_dir="parent")
+    checkpoint = str(parent / "checkpoints" / "step-0000003.ckpt")
+    status, fork = fit("--fork", checkpoint, "--model.optimizer.name", "toy", run_dir="fork")
+    assert status == 0
+    [state] = load_checkpoint(fork / "checkpoints" / "last.ckpt")["optimizer_states"]
+    assert {key for kept in state["state"].values() for key in kept} == {"momentum_buffer"}
+    assert all("betas" not in group and group["momentum"] == 0.5 for group in state["param_groups"])
 
 
 def test_a_fork_into_another_model_is_refused(fit, capsys):

@@ -73,7 +73,10 @@ def test_a_misspelt_key_is_found_before_any_arm_is_started(study, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("data: {strategy: {window: 48}}", "window: got 48 with context_length 48, which limits nothing"),
+        (
+            "data: {strategy: {window: 48}}",
+            "window: expected at most 47 with context_length 48, got 48, which limits nothing",
+        ),
         ("model: {optimizer: {warmup_steps: 11}}", "warm-up of 11 and cooldown of 0 steps do not fit"),
         ("model: {max_grad_norm: -1}", "model.max_grad_norm: expected more than 0, got -1"),
         ("data: {micro_batch_size: 3}", "data.batch_size=4: expected a multiple of micro_batch_size=3"),

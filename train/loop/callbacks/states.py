@@ -53,7 +53,7 @@ class StateMonitor(L.Callback):
 
     def _measure_if_due(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
-        due = {group for group, steps in self.steps.items() if step in steps}
+        due = [group for group, steps in self.steps.items() if step in steps]
         if not due or step == self.measured:
             return
         assert isinstance(module, SinkbedModule)
@@ -68,7 +68,7 @@ class StateMonitor(L.Callback):
         module.skip_time(seconds)
 
     def _values(
-        self, trainer: L.Trainer, module: SinkbedModule, mode: InferenceMode, due: set[Group]
+        self, trainer: L.Trainer, module: SinkbedModule, mode: InferenceMode, due: list[Group]
     ) -> dict[str, float]:
         c, probe, decoder = self.config, self.sinks.probe, module.decoder
         assert probe is not None and decoder is not None
