@@ -69,7 +69,7 @@ class TokenData(L.LightningDataModule):
             context_length: T, tokens a row.
             strategy: packing, first token, document start and end, mask, positions.
             batch_size: rows an optimizer step, over all processes and micro-batches.
-            micro_batch_size: rows a forward pass in one process; null takes the global batch over the processes.
+            micro_batch_size: rows a forward pass in one process; null takes batch_size over the processes.
             seed: seed of the row order and of random first tokens; not of the model.
             workers: processes that build batches; 0 builds them in the training process.
             unique_rows: train on only so many rows, those of the first documents, again and again; null on all.
