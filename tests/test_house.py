@@ -17,6 +17,7 @@ DATA = ["data", "data.source", "data.store", "data.prepare", "data.pack", "data.
 PARTS = ["model.positions", "model.norms", "model.feed_forward"]
 BELOW = [*DATA, "kernels", "kernels.normalizers", "kernels.triton", "model", "model.hf", *PARTS]
 BELOW_LOOP = [*BELOW, "train.run", "train.config", "train.measure", "train.measure.measures"]
+LOOP = ["train.loop", "train.loop.callbacks", "train.loop.optimizers"]
 MAY_IMPORT = {
     "": [],  # `sinkbed` itself, which every room may import
     "data": [],
@@ -42,7 +43,15 @@ MAY_IMPORT = {
     "train.study": [*BELOW_LOOP, "train.loop"],
     "train.report": [*BELOW_LOOP, "train.study"],
     "train.bench": [*BELOW_LOOP, "train.loop"],
-    "train.cli": [*BELOW_LOOP, "train.loop", "train.loop.callbacks", "train.study", "train.report", "train.bench"],
+    "train.cli": [
+        *BELOW_LOOP,
+        "train.loop",
+        "train.loop.callbacks",
+        "train.loop.optimizers",
+        "train.study",
+        "train.report",
+        "train.bench",
+    ],
 }
 
 

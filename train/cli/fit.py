@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sinkbed.data.store.manifest import Manifest
+from sinkbed.model.feed_forward import FEED_FORWARDS
+from sinkbed.model.norms import NORMS
+from sinkbed.model.positions import POSITIONS
 from sinkbed.progress import loading
 from sinkbed.ranges import check_number
 from sinkbed.train.config.arguments import ShortParser, check_keys
 from sinkbed.train.config.keys import fit_keys
+from sinkbed.train.loop.optimizers import OPTIMIZERS
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -45,6 +49,9 @@ def check_values(command: str, argv: Sequence[str]) -> None:
     settings = parser.parse_args(plain)
     if type(settings.seed_everything) is int:
         check_number("seed_everything", settings.seed_everything, least=0, below=2**32)
+    for registry in (POSITIONS, NORMS, FEED_FORWARDS, OPTIMIZERS):
+        if (choice := settings.get(registry.key)) is not None:
+            registry.name_of(choice)
     for key, kinds in (("ckpt_path", "last, auto or a checkpoint of this run"), ("fork", "a run or its checkpoint")):
         path = settings[key]
         if path not in (None, "last", "auto") and not Path(path).expanduser().exists():

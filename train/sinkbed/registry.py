@@ -51,14 +51,15 @@ class Registry:
 
     def __getitem__(self, choice: Choice) -> Any:
         """The variant that is chosen. Raises ValueError for a name that is none's."""
-        name = self._name(choice)
+        name = self.name_of(choice)
         if name not in self._variants:
             import_module(f"{self.package}.{name}")
         if name not in self._variants:
             raise ValueError(f"{self.package}.{name}: expected a variant that is registered as {name!r}, got none")
         return self._variants[name]
 
-    def _name(self, choice: Choice) -> str:
+    def name_of(self, choice: Choice) -> str:
+        """The name that is chosen. Raises ValueError for one that is none's; imports no variant."""
         name = next(iter(choice), None) if isinstance(choice, dict) and len(choice) == 1 else choice
         if not isinstance(name, str) or name not in self.names:
             near = get_close_matches(str(name), self.names, n=1)
@@ -74,7 +75,7 @@ class Registry:
         Raises ValueError for what chooses no variant, for an option that it lacks, and for one whose value is not of
         the type that it is annotated with.
         """
-        name = self._name(choice)
+        name = self.name_of(choice)
         options = (choice[name] or {}) if isinstance(choice, dict) else {}
         if not options:
             return {}

@@ -116,6 +116,8 @@ def test_a_wrong_argument_is_one_short_message(arguments, message, capsys, tmp_p
         ("threads: 1\n", ["--config", str(ROOT / "configs/run/demo.yaml"), "--fork", "nowhere"], "--fork nowhere: "
          "expected a run or its checkpoint, got nothing there"),
         ("threads: 1\n", [], "expected a value for model.decoder.n_layers"),
+        ("threads: 1\n", ["--config", str(ROOT / "configs/run/demo.yaml"), "--model.decoder.position", "rop"],
+         "model.decoder.position: expected one of rope, or"),
         ("", [], "expected YAML with keys, such as the files in configs/; got an empty file"),
     ],
 )  # fmt: skip
