@@ -190,9 +190,15 @@ def _joined(parts: list[_Pending]) -> Encoded | None:
     ends = np.cumsum([len(e.counts) for e in encoded])[:-1]
     begins = np.delete(np.arange(sum(len(e.counts) for e in encoded)), ends)  # of documents: each part goes on
     counts, sizes = (np.concatenate(columns) for columns in list(zip(*encoded, strict=True))[1:])
-    return Encoded(
-        np.concatenate([e.tokens for e in encoded]), np.add.reduceat(counts, begins), np.add.reduceat(sizes, begins)
-    )
+    tokens = np.empty(sum(len(e.tokens) for e in encoded), dtype=encoded[0].tokens.dtype)
+    encoded.clear()
+    filled = 0
+    for part in parts:
+        if part.encoded is not None:
+            end = filled + len(part.encoded.tokens)
+            tokens[filled:end], filled = part.encoded.tokens, end
+            part.encoded = part.future = None  # all parts of a long document beside it would take twice the memory
+    return Encoded(tokens, np.add.reduceat(counts, begins), np.add.reduceat(sizes, begins))
 
 
 def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
