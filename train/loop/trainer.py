@@ -1,8 +1,4 @@
-"""`sinkbed fit`: Lightning's command line with the run directory around it.
-
-Every argument is a typed key of the config; `--print_config` shows all, unknown keys are errors, later
-`--config` files and options override earlier ones.
-"""
+"""`sinkbed fit`: Lightning's command line with the run directory around it."""
 
 from __future__ import annotations
 
