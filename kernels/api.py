@@ -102,8 +102,8 @@ def attention(
         if implementation != "reference" or sink_logit is not None:
             given = "sink_logit" if implementation == "reference" else f"implementation {implementation!r}"
             raise ValueError(
-                f"normalizer {normalizer.name}: expected implementation='reference', which alone has it, and no "
-                f"sink_logit; got {given}"
+                f"normalizer {type(normalizer).__name__}: expected implementation='reference', which alone has it, and "
+                f"no sink_logit; got {given}"
             )
         return AttentionOutput(*reference_attention(q, k, v, mask, scale, None, statistics, normalizer))
     functions = _choose(implementation, q.device)

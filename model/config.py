@@ -31,7 +31,7 @@ class DecoderConfig:
     n_kv_heads: int | None = None
     """Hkv, key/value heads a layer (GQA, arXiv 2305.13245); null is H."""
     head_dim: int | None = None
-    """D; null is d_model / heads."""
+    """D; null is d_model / n_heads."""
     d_ff: int
     """F, width of the feed-forward."""
     position: Choice = "rope"

@@ -155,8 +155,6 @@ from sinkbed.kernels.normalizers import NORMALIZERS, Normalizer
 
 @NORMALIZERS.register("toy")
 class Toy(torch.nn.Module, Normalizer):
-    name = "toy"
-
     def __init__(self, heads, *, start=-1.0):
         super().__init__()
         self.shift = torch.nn.Parameter(torch.full((heads, 1, 1), start))
@@ -164,7 +162,7 @@ class Toy(torch.nn.Module, Normalizer):
     def weights(self, logits):
         return torch.sigmoid(logits + self.shift)
 """)
-    with pytest.raises(ValueError, match="normalizer toy: expected implementation='reference'"):
+    with pytest.raises(ValueError, match="normalizer Toy: expected implementation='reference'"):
         trained(normalizer="toy")
     losses, decoder = trained(normalizer={"toy": {"start": -2.0}}, implementation="reference")
     assert losses[-1] < losses[0] - 0.1 and (decoder.blocks[0].attention.normalizer.shift != -2).all()

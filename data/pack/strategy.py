@@ -79,7 +79,8 @@ class Strategy:
         return tuple(i for i, what in enumerate(self.leading) if what != "none")
 
     def __post_init__(self) -> None:
-        PACKINGS.check(self.packing)
+        object.__setattr__(self, "packing", plain(self.packing))
+        packing = PACKINGS.make(self.packing, self.fill)
         check_choice("overflow", self.overflow, get_args(Overflow))
         check_choice("fill", self.fill, get_args(Fill))
         check_choice("mask", self.mask, get_args(MaskKind))
@@ -87,8 +88,6 @@ class Strategy:
         for name in ("document_start", "document_end"):
             _check_token(name, getattr(self, name), get_args(Marker))
         self._check_first_token()
-        object.__setattr__(self, "packing", plain(self.packing))
-        packing = PACKINGS.make(self.packing, self.fill)
         if packing.is_stream and self.overflow != "split":
             raise ValueError(
                 f"overflow: expected split with packing {self.packing!r}, which cuts wherever a row ends, got "
@@ -177,7 +176,7 @@ class Strategy:
 
 
 def _check_token(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if isinstance(value, str):
-        check_choice(name, value, (*choices, "a token id"))
-    else:
+    if isinstance(value, str) and value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, or a token id, got {value!r}")
+    if not isinstance(value, str):
         check_number(name, value, least=0, integer=True)

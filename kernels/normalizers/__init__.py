@@ -12,10 +12,8 @@ NORMALIZERS = Registry("model.decoder.normalizer", __name__)
 class Normalizer:
     """What takes the place of the softmax. It is made from the number of heads; one with weights is an `nn.Module` too.
 
-    An implementation that does not know it refuses it by its name; `reference` takes any.
+    Implementations other than `reference`, which takes any, refuse it.
     """
-
-    name: str
 
     def weights(self, logits: Tensor) -> Tensor:
         """Weights [B, H, M, T] of the keys for M of the queries; logits [B, H, M, T] are −inf where a key is hidden."""

@@ -187,7 +187,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument("--write", action="store_true", help=f"store the table as the baseline ({BASELINE.name})")
     arguments = parser.parse_args(list(argv))
     if arguments.write and arguments.tiles:
-        raise ValueError("kernels --write: expected the kernels' own tiles, found --tiles; leave one of them out")
+        raise ValueError("kernels --write: expected the kernels' own tiles, got --tiles; leave one of them out")
     baseline = read_table(arguments.check) if arguments.check else {}
     tiles = tuple(arguments.tiles) if arguments.tiles else None
     sizes = [MASKS, DTYPES, HEAD_DIMS] if arguments.all else [arguments.mask, arguments.dtype, arguments.head_dim]

@@ -21,6 +21,7 @@ from tests.support import ROOT
             "data.strategy.packing: expected one of best_fit, concat, grouped, pad, .*; got 'stack'",
         ),
         ({"first_token": "eos"}, "first_token: expected one of .*a token id, got 'eos'"),
+        ({"first_token": "a token id"}, "first_token: expected one of bos, none, random, or a token id, got"),
         ({"first_token": -1}, "first_token: expected .*, got -1"),
         ({"first_token": True}, "first_token: expected .*, got True"),
         ({"document_start": "random"}, "document_start: expected .*, got 'random'"),

@@ -70,6 +70,24 @@ def test_a_misspelt_key_is_found_before_any_arm_is_started(study, capsys):
     assert not list((study.parent / "out").glob("runs/*"))
 
 
+def test_a_choice_of_an_arm_takes_the_place_of_that_of_the_base(study):
+    """Two names below one key would be no choice."""
+    base = "{data: {strategy: {packing: {best_fit: {}}, document_end: eos}}}"
+    study.write_text(study.read_text().replace("[run.yaml]", f"[run.yaml, {base}]"))
+    (study.parent / "none.yaml").write_text("data: {strategy: {packing: {pad: {}}}}\n")
+    fixed, absent = plan(load_study(study))
+    assert fixed.setting("data.strategy.packing") == {"best_fit": {}}
+    assert absent.setting("data.strategy.packing") == {"pad": {}}
+    assert absent.setting("data.strategy.document_end") == "eos"
+
+
+def test_what_a_killed_study_left_half_written_is_removed(finished):
+    left = finished.parent / "out" / ".summary.json.0123.partial"
+    left.write_text("half")
+    assert main(["study", str(finished), "--quiet"]) == 0
+    assert not left.exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -79,6 +97,8 @@ def test_a_misspelt_key_is_found_before_any_arm_is_started(study, capsys):
         ),
         ("model: {optimizer: {warmup_steps: 11}}", "warm-up of 11 and cooldown of 0 steps do not fit"),
         ("model: {max_grad_norm: -1}", "model.max_grad_norm: expected more than 0, got -1"),
+        ("model: {decoder: {position: {rope: {shar: 1}}}}", "position: expected options of rope (none); got 'shar'"),
+        ("model: {optimizer: {name: {adamw: {shar: 1}}}}", "name: expected options of adamw (none); got 'shar'"),
         ("data: {micro_batch_size: 3}", "data.batch_size=4: expected a multiple of micro_batch_size=3"),
         ("trainer: {fast_dev_run: true}", "trainer.fast_dev_run: has no effect here"),
         ("model: {decoder: {n_layers: 1000000}}", "n_layers: expected at least 1 and at most 10000"),
