@@ -18,6 +18,7 @@ from sinkbed.kernels.cpu import torch_attention
 from sinkbed.kernels.mask import Mask
 from sinkbed.kernels.normalizers import Normalizer
 from sinkbed.kernels.reference import reference_attention, reference_received
+from sinkbed.kernels.scoring import Scoring
 from sinkbed.kernels.statistics import Statistics, Wanted, received_in_blocks
 
 Implementation = Literal["reference", "torch", "triton"]
@@ -45,8 +46,9 @@ class AttentionOutput(NamedTuple):
 
     output: Tensor
     """[B, H, T, D], dtype of q."""
-    lse: Tensor
-    """[B, H, T], log-sum-exp of the logits in natural log, the learned sink included; differentiable."""
+    lse: Tensor | None
+    """[B, H, T], log-sum-exp of the logits in natural log, the learned sink included; differentiable. None with a
+    normaliser."""
     statistics: Statistics | None
     """None unless asked for."""
 
@@ -68,7 +70,10 @@ def attention(
     mask: Mask | None = None,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
+    slopes: Tensor | None = None,
     sink_logit: Tensor | None = None,
+    sink_value: Tensor | None = None,
     normalizer: Normalizer | None = None,
     statistics: Wanted = False,
     implementation: Implementation | None = None,
@@ -79,9 +84,11 @@ def attention(
         q: [B, H, T, D]; k, v: [B, Hkv, T, D]; any strides.
         mask: which keys a query sees; None is causal.
         scale: factor of the logits, more than 0; None is 1/√D.
-        sink_logit: [H], a learned logit per head that joins the softmax but has no value
-            (arXiv 2508.10925); 0 gives softmax-off-by-one.
-        normalizer: what takes the softmax's place (see `kernels.normalizers`). Only `reference` has any.
+        softcap, slopes: see `kernels.scoring.Scoring`.
+        sink_logit: [H], a learned logit per head that joins the softmax (arXiv 2508.10925); 0 gives
+            softmax-off-by-one. [B, H, T]: a logit per query, as that of a key which is no token's.
+        sink_value: [H, D], the value of that logit; None has none.
+        normalizer: what takes the softmax's place (see `kernels.normalizers`), without a learned sink.
         statistics: True: also return the masses on the first key of the row, of the document and on the learned
             sink. "full": also the maximum probability and the entropy, which take a fifth more instructions in Triton
             and a pass of their own on CPUs.
@@ -94,20 +101,13 @@ def attention(
         NotImplementedError: for a gradient of the gradients, which `reference` alone has.
     """
     _validate(q, k, v, sink_logit)
+    _validate_scoring(q, softcap, slopes, sink_logit, sink_value, normalizer)
     mask = _fitting(mask, q)
     if statistics not in (False, True, "full"):
         raise ValueError(f'statistics: expected False, True or "full", got {statistics!r}')
-    scale = _checked_scale(scale, q)
-    if normalizer is not None:
-        if implementation != "reference" or sink_logit is not None:
-            given = "sink_logit" if implementation == "reference" else f"implementation {implementation!r}"
-            raise ValueError(
-                f"normalizer {type(normalizer).__name__}: expected implementation='reference', which alone has it, and "
-                f"no sink_logit; got {given}"
-            )
-        return AttentionOutput(*reference_attention(q, k, v, mask, scale, None, statistics, normalizer))
+    scoring = Scoring(scale=_checked_scale(scale, q), softcap=softcap, slopes=slopes, normalizer=normalizer)
     functions = _choose(implementation, q.device)
-    return AttentionOutput(*functions.attention(q, k, v, mask, scale, sink_logit, statistics))
+    return AttentionOutput(*functions.attention(q, k, v, mask, scoring, sink_logit, sink_value, statistics))
 
 
 def attention_received(
@@ -195,10 +195,36 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, sink_logit: Tensor | None) -> Non
             raise ValueError(f"{name}: expected [B={B}, Hkv={Hkv}, T={T}, D={D}] as q and k, got {list(x.shape)}")
     if H % Hkv:
         raise ValueError(f"k: expected a number of heads that divides q's {H}, got {Hkv}")
-    if sink_logit is None:
-        return
-    if tuple(sink_logit.shape) != (H,) or sink_logit.device != q.device or sink_logit.dtype not in _DTYPES:
+    if sink_logit is not None:
+        _check_tensor("sink_logit", sink_logit, q, {f"[H={H}]": (H,), f"[B={B}, H={H}, T={T}]": (B, H, T)})
+
+
+def _validate_scoring(
+    q: Tensor,
+    softcap: float | None,
+    slopes: Tensor | None,
+    sink_logit: Tensor | None,
+    sink_value: Tensor | None,
+    normalizer: Normalizer | None,
+) -> None:
+    H, D = q.shape[1], q.shape[3]
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap: expected a finite number above 0, got {softcap}")
+    if slopes is not None:
+        _check_tensor("slopes", slopes, q, {f"[H={H}]": (H,)})
+    if sink_value is not None:
+        _check_tensor("sink_value", sink_value, q, {f"[H={H}, D={D}]": (H, D)})
+        if sink_logit is None:
+            raise ValueError("sink_value: expected a sink_logit with it, got none")
+    if normalizer is not None and sink_logit is not None:
         raise ValueError(
-            f"sink_logit: expected a float dtype and shape [H={H}] on {q.device}, "
-            f"got {sink_logit.dtype}, {list(sink_logit.shape)} on {sink_logit.device}"
+            f"normalizer {type(normalizer).__name__}: expected no sink_logit beside it, which joins a softmax, got one"
+        )
+
+
+def _check_tensor(name: str, x: Tensor, q: Tensor, shapes: dict[str, tuple[int, ...]]) -> None:
+    if tuple(x.shape) not in shapes.values() or x.device != q.device or x.dtype not in _DTYPES:
+        raise ValueError(
+            f"{name}: expected a float dtype and shape {' or '.join(shapes)} on {q.device}, got {x.dtype}, "
+            f"{list(x.shape)} on {x.device}"
         )

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinkbed.kernels.blockwise import blockwise_attention
 from sinkbed.kernels.mask import Mask
+from sinkbed.kernels.scoring import Scoring, per_query
 from sinkbed.kernels.statistics import Statistics, Wanted, spread
 
 _BY_DOCUMENT = 512
@@ -33,13 +35,14 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 # model's attention.
 torch.library.define(
     "sinkbed::attention_torch",
-    "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? doc_start, Tensor? sink_logit, float scale) -> "
-    "(Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? doc_start, Tensor? sink_logit, Tensor? sink_value, "
+    "float scale) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "sinkbed::attention_torch_backward",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor output, Tensor lse, Tensor? bias, "
-    "Tensor? doc_start, Tensor? sink_logit, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? doc_start, Tensor? sink_logit, Tensor? sink_value, float scale) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _attention_torch = torch.ops.sinkbed.attention_torch.default
 _attention_torch_backward = torch.ops.sinkbed.attention_torch_backward.default
@@ -98,6 +101,7 @@ def _forward(
     bias: Tensor | None,
     doc_start: Tensor | None,
     sink_logit: Tensor | None,
+    sink_value: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     if doc_start is None:
@@ -109,8 +113,11 @@ def _forward(
         for part in _documents(doc_start):
             output[part], lse[part] = _flash(q[part], k[part], v[part], 0.0, True, scale=scale)
     if sink_logit is not None:
-        with_sink = torch.logaddexp(lse, sink_logit.to(lse.dtype)[None, :, None])
+        logit = per_query(sink_logit, lse)
+        with_sink = torch.logaddexp(lse, logit)
         output = output * (lse - with_sink).exp()[..., None].to(output.dtype)
+        if sink_value is not None:
+            output = output + (logit - with_sink).exp()[..., None].to(output.dtype) * sink_value[:, None]
         lse = with_sink
     return output, lse.contiguous()
 
@@ -123,6 +130,7 @@ def _(
     bias: Tensor | None,
     doc_start: Tensor | None,
     sink_logit: Tensor | None,
+    sink_value: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
@@ -139,8 +147,9 @@ def _backward_kernel(
     bias: Tensor | None,
     doc_start: Tensor | None,
     sink_logit: Tensor | None,
+    sink_value: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if doc_start is None:
         dq, dk, dv = _flash_backward(grad, q, k, v, output, lse, 0.0, bias is None, attn_mask=bias, scale=scale)
         if bias is not None and not bool((dq.sum() + dk.sum()).isfinite()):
@@ -151,10 +160,14 @@ def _backward_kernel(
             inputs = (x[part] for x in (grad, q, k, v, output, lse))
             dq[part], dk[part], dv[part] = _flash_backward(*inputs, 0.0, True, scale=scale)
     if sink_logit is None:
-        return dq, dk, dv, q.new_empty(0)
+        return dq, dk, dv, q.new_empty(0), q.new_empty(0)
     delta = (grad * output).sum(-1, dtype=lse.dtype)  # [B, H, T]
-    learned_sink_mass = (sink_logit.to(lse.dtype)[None, :, None] - lse).exp()
-    return dq, dk, dv, -(learned_sink_mass * delta).sum((0, 2)).to(sink_logit.dtype)
+    learned_sink_mass = (per_query(sink_logit, lse) - lse).exp()
+    d_value = q.new_empty(0)
+    if sink_value is not None:
+        delta = delta - (grad * sink_value[:, None]).sum(-1, dtype=lse.dtype)
+        d_value = (learned_sink_mass[..., None] * grad).sum((0, 2)).to(sink_value.dtype)
+    return dq, dk, dv, _summed_to(-(learned_sink_mass * delta), sink_logit), d_value
 
 
 @torch.library.register_fake("sinkbed::attention_torch_backward")
@@ -168,27 +181,36 @@ def _(
     bias: Tensor | None,
     doc_start: Tensor | None,
     sink_logit: Tensor | None,
+    sink_value: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dsink = q.new_empty(0) if sink_logit is None else torch.empty_like(sink_logit)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsink
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = (q, k, v, sink_logit, sink_value)
+    dq, dk, dv, dsink, d_value = (q.new_empty(0) if x is None else torch.empty_like(x) for x in inputs)
+    return dq, dk, dv, dsink, d_value
+
+
+def _summed_to(gradient: Tensor, sink_logit: Tensor) -> Tensor:
+    """A gradient [B, H, T] for a logit a query, or for one a head."""
+    return (gradient if sink_logit.ndim == 3 else gradient.sum((0, 2))).to(sink_logit.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, bias, doc_start, sink_logit, scale = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, bias, doc_start, sink_logit, out, lse)
+    *tensors, scale = inputs
+    ctx.save_for_backward(*tensors, *output)
     ctx.scale = scale
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, bias, doc_start, sink_logit, out, lse = ctx.saved_tensors
+    q, k, v, bias, doc_start, sink_logit, sink_value, out, lse = ctx.saved_tensors
     grad = torch.zeros_like(out) if grad is None else grad
-    dq, dk, dv, dsink = _attention_torch_backward(grad, q, k, v, out, lse, bias, doc_start, sink_logit, ctx.scale)
+    dq, dk, dv, dsink, d_value = _attention_torch_backward(
+        grad, q, k, v, out, lse, bias, doc_start, sink_logit, sink_value, ctx.scale
+    )
     if grad_lse is not None:
         dq, dk, dsink = _add_lse_gradient(ctx, grad_lse, dq, dk, dsink)
-    return dq, dk, dv, None, None, (None if sink_logit is None else dsink), None
+    d_sinks = (None if sink_logit is None else dsink, None if sink_value is None else d_value)
+    return dq, dk, dv, None, None, *d_sinks, None
 
 
 def _add_lse_gradient(
@@ -197,14 +219,14 @@ def _add_lse_gradient(
     """d lse_i / d s_ij = P_ij: dq gains scale · dlse · P k, attention with the keys as values; dk gains
     scale · Pᵀ (dlse q), which is the gradient of those values for an incoming dlse · q. Two more passes, paid by who
     asks for it."""
-    q, k, _, bias, doc_start, sink_logit, _, lse = ctx.saved_tensors
+    q, k, _, bias, doc_start, sink_logit, _, _, lse = ctx.saved_tensors
     weight = (grad_lse * ctx.scale).to(q.dtype)[..., None]
-    mixed, _ = _attention_torch(q, k, k, bias, doc_start, sink_logit, ctx.scale)
-    masks = (bias, doc_start, sink_logit)
-    _, _, weighted, _ = _attention_torch_backward(weight * q, q, k, k, mixed, lse, *masks, ctx.scale)
+    masks = (bias, doc_start, sink_logit, None)
+    mixed, _ = _attention_torch(q, k, k, *masks, ctx.scale)
+    _, _, weighted, _, _ = _attention_torch_backward(weight * q, q, k, k, mixed, lse, *masks, ctx.scale)
     if sink_logit is not None:
-        learned_sink_mass = (sink_logit.to(lse.dtype)[None, :, None] - lse).exp()
-        dsink = dsink + (learned_sink_mass * grad_lse).sum((0, 2)).to(dsink.dtype)
+        learned_sink_mass = (per_query(sink_logit, lse) - lse).exp()
+        dsink = dsink + _summed_to(learned_sink_mass * grad_lse, sink_logit)
     return dq + weight * mixed, dk + weighted, dsink
 
 
@@ -247,7 +269,7 @@ def _statistics(
             document_mass = document_mass.masked_fill(unseen, 0.0)
         else:
             document_mass = first_key_mass
-    learned_sink_mass = None if sink_logit is None else (sink_logit.to(lse.dtype)[None, :, None] - lse).exp()
+    learned_sink_mass = None if sink_logit is None else (per_query(sink_logit, lse) - lse).exp()
     measured = Statistics(first_key_mass, document_mass, learned_sink_mass)
     if wanted == "full":
         largest, entropy = spread(q, k, lse, mask, scale, sink_logit)
@@ -260,15 +282,19 @@ def torch_attention(
     k: Tensor,
     v: Tensor,
     mask: Mask,
-    scale: float,
+    scoring: Scoring,
     sink_logit: Tensor | None,
+    sink_value: Tensor | None,
     statistics: Wanted,
-) -> tuple[Tensor, Tensor, Statistics | None]:
-    """Attention by the CPU flash kernel; shapes as in `kernels.api.attention`."""
+) -> tuple[Tensor, Tensor | None, Statistics | None]:
+    """Attention by the CPU flash kernel, or in blocks where the scoring is not plain; shapes as in `kernels.api`."""
+    if not scoring.is_plain:
+        return blockwise_attention(q, k, v, mask, scoring, sink_logit, sink_value, statistics)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     by_document = mask.is_document and mask.length >= _BY_DOCUMENT
     bias = None if mask.is_causal or by_document else mask.bias(q.dtype, q.device)
-    output, lse = _attention_torch(q, k, v, bias, mask.doc_start if by_document else None, sink_logit, scale)
+    documents = mask.doc_start if by_document else None
+    output, lse = _attention_torch(q, k, v, bias, documents, sink_logit, sink_value, scoring.scale)
     if not statistics:
         return output, lse, None
-    return output, lse, _statistics(q, k, lse.detach(), mask, scale, sink_logit, statistics)
+    return output, lse, _statistics(q, k, lse.detach(), mask, scoring.scale, sink_logit, statistics)

@@ -9,34 +9,37 @@ import torch
 from torch import Tensor
 
 from sinkbed.kernels.mask import Mask
-from sinkbed.kernels.normalizers import Normalizer
+from sinkbed.kernels.scoring import Scoring, per_query
 from sinkbed.kernels.statistics import Statistics, Wanted
 
 
 def probabilities(
-    q: Tensor,
-    k: Tensor,
-    mask: Mask,
-    scale: float,
-    sink_logit: Tensor | None,
-    normalizer: Normalizer | None = None,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, mask: Mask, scoring: Scoring, sink_logit: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Attention matrix and log-sum-exp.
 
     Args:
-        q: [B, H, T, D]; k: [B, Hkv, T, D] with H a multiple of Hkv; sink_logit: [H] or None.
+        q: [B, H, T, D]; k: [B, Hkv, T, D] with H a multiple of Hkv; sink_logit: [H], [B, H, T] or None.
 
     Returns:
         A [B, H, T, T] (rows of the softmax sum to 1 minus the mass on the learned sink) and lse [B, H, T] in natural
-        log, the learned sink included.
+        log, the learned sink included; no lse with a normaliser.
     """
     groups = q.shape[1] // k.shape[1]
-    logits = torch.einsum("bhid,bhjd->bhij", q, k.repeat_interleave(groups, dim=1)) * scale
+    logits = torch.einsum("bhid,bhjd->bhij", q, k.repeat_interleave(groups, dim=1)) * scoring.scale
+    if scoring.softcap is not None:
+        logits = scoring.softcap * torch.tanh(logits / scoring.softcap)
+    if scoring.slopes is not None:
+        index = torch.arange(q.shape[2], device=q.device)
+        distance = (index[:, None] - index).to(logits.dtype)
+        logits = logits - torch.einsum("h,ij->hij", scoring.slopes.to(logits.dtype), distance)
     logits = logits.masked_fill(~mask.visible(q.device), float("-inf"))
+    if scoring.normalizer is not None:
+        return scoring.normalizer.weights(logits), None
     lse = logits.logsumexp(-1)
     if sink_logit is not None:
-        lse = torch.logaddexp(lse, sink_logit.to(lse.dtype)[None, :, None])
-    return (logits - lse[..., None]).exp() if normalizer is None else normalizer.weights(logits), lse
+        lse = torch.logaddexp(lse, per_query(sink_logit, lse))
+    return (logits - lse[..., None]).exp(), lse
 
 
 def reference_attention(
@@ -44,14 +47,20 @@ def reference_attention(
     k: Tensor,
     v: Tensor,
     mask: Mask,
-    scale: float,
+    scoring: Scoring,
     sink_logit: Tensor | None,
+    sink_value: Tensor | None,
     statistics: Wanted,
-    normalizer: Normalizer | None = None,
-) -> tuple[Tensor, Tensor, Statistics | None]:
+) -> tuple[Tensor, Tensor | None, Statistics | None]:
     """Attention by its definition; differentiable in every input. Shapes as in `kernels.api.attention`."""
-    a, lse = probabilities(q, k, mask, scale, sink_logit, normalizer)
+    a, lse = probabilities(q, k, mask, scoring, sink_logit)
     output = a @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    learned_sink_mass = None
+    if sink_logit is not None and lse is not None:
+        learned_sink_mass = (per_query(sink_logit, lse) - lse).exp()
+        if sink_value is not None:
+            output = output + torch.einsum("bht,hd->bhtd", learned_sink_mass.to(v.dtype), sink_value)
+        learned_sink_mass = learned_sink_mass.detach()
     if not statistics:
         return output, lse, None
     with torch.no_grad():
@@ -62,8 +71,8 @@ def reference_attention(
         else:
             index = start.long()[:, None, :, None].expand(-1, a.shape[1], -1, 1)
             document_mass = a.gather(-1, index)[..., 0]
-        learned_sink_mass = None if sink_logit is None else (sink_logit.to(lse.dtype)[None, :, None] - lse).exp()
-        measured = Statistics(first_key_mass.detach(), document_mass.detach(), learned_sink_mass)
+        row_sum = None if scoring.normalizer is None else a.sum(-1)
+        measured = Statistics(first_key_mass.detach(), document_mass.detach(), learned_sink_mass, row_sum)
         if statistics == "full":
             entropy = torch.special.entr(a).sum(-1)
             if learned_sink_mass is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sinkbed.kernels.mask import Mask
+from sinkbed.kernels.scoring import Scoring, per_query
 
 Wanted = bool | Literal["full"]
 """False: none. True: the masses, which cost little. "full": also what needs every probability."""
@@ -26,6 +27,8 @@ class Statistics(NamedTuple):
     construction); exactly 0 where the mask hides it."""
     learned_sink_mass: Tensor | None
     """Attention mass on the learned sink logit; None without one."""
+    row_sum: Tensor | None = None
+    """Sum of the query's weights, where a normaliser other than the softmax may make it differ from 1."""
     max_probability: Tensor | None = None
     """"full": the largest mass on any one key; the learned sink is no key."""
     entropy: Tensor | None = None
@@ -80,11 +83,7 @@ def log_probabilities(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: floa
 
     Products are taken in the dtype of k: a float32 lse needs float32 keys.
     """
-    B, H, _, D = q.shape
-    grouped = q[:, :, queries].to(k.dtype).reshape(B, k.shape[1], -1, D)  # the query heads of a key head side by side
-    logits = (grouped @ k.transpose(2, 3)).view(B, H, -1, k.shape[2]) * scale
-    logits = logits.masked_fill(~mask.visible(q.device, queries), float("-inf"))
-    return logits - lse[:, :, queries, None]
+    return Scoring(scale=scale).logits(q, k, mask, queries) - lse[:, :, queries, None]
 
 
 @torch.no_grad()
@@ -113,3 +112,27 @@ def received_in_blocks(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: flo
     for queries in blocks_of(q.shape[2]):
         received += log_probabilities(q, k, lse, mask, scale, queries).exp().sum(2)
     return received.to(lse.dtype)
+
+
+def with_key(
+    output: Tensor, lse: Tensor, measured: Statistics | None, logit: Tensor, value: Tensor | None
+) -> tuple[Tensor, Tensor, Statistics | None]:
+    """Attention with one more key, which is no token's, from attention without it.
+
+    With m = sigmoid(logit − lse), the key's mass, the output is (1 − m) · output + m · value; exact, also in its
+    gradients, where attention has a gradient of lse.
+    """
+    logit = per_query(logit, lse)
+    mass = (logit - lse).sigmoid()
+    kept = 1 - mass
+    output = output * kept[..., None].to(output.dtype)
+    if value is not None:
+        output = output + mass[..., None].to(output.dtype) * value[:, None]
+    if measured is not None:
+        kept = kept.detach()
+        measured = measured._replace(
+            first_key_mass=measured.first_key_mass * kept,
+            document_mass=measured.document_mass * kept,
+            learned_sink_mass=mass.detach(),
+        )
+    return output, torch.logaddexp(lse, logit), measured

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sinkbed.kernels import AttentionOutput, Implementation, Mask, Statistics, attention
 from sinkbed.kernels.normalizers import NORMALIZERS, Normalizer
+from sinkbed.model.attention_parts import ATTENTION_PARTS
 from sinkbed.model.config import DecoderConfig
 from sinkbed.model.positions import PositionEncoding
+from sinkbed.model.sinks import SINKS, Sink
 
 
 class Operator(nn.Module):
@@ -21,46 +23,57 @@ class Operator(nn.Module):
         return attention(q, k, v, mask, **options)
 
 
-class SelfAttention(nn.Module):
-    """Grouped-query self-attention with a position encoding and an optional learned sink."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ForwardPass:
+    """What the layers of one forward pass have in common."""
 
-    def __init__(self, config: DecoderConfig, position: PositionEncoding) -> None:
+    position: PositionEncoding
+    prepared: Any
+    """What the position encoding has prepared."""
+    mask: Mask | None
+    statistics: bool
+    implementation: Implementation | None
+    left: dict[str, Tensor] = field(default_factory=dict)
+    """What layers leave for later ones."""
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query self-attention with the parts and the learned sink of the config."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.config = config
-        self._rotate = position.rotate  # a method, not a module of this layer's own: one encoding serves all layers
         heads = config.n_heads + 2 * config.key_heads
         self.qkv = nn.Linear(config.d_model, heads * config.dim, bias=False)
         self.out = nn.Linear(config.n_heads * config.dim, config.d_model, bias=False)
         self.operator = Operator()
         self.normalizer: Normalizer | None = NORMALIZERS.make(config.normalizer, config.n_heads)
-        self.sink_logit: Tensor | None
-        if config.sink == "learned":
-            self.sink_logit = nn.Parameter(torch.zeros(config.n_heads))
-        else:
-            fixed = torch.zeros(config.n_heads) if config.sink == "off_by_one" else None
-            self.register_buffer("sink_logit", fixed, persistent=False)
+        self.sink: Sink | None = SINKS.make(config.sink, config)
+        self.parts = nn.ModuleList(ATTENTION_PARTS.make(choice, config, layer) for choice in config.attention_parts)
 
-    def forward(
-        self,
-        x: Tensor,
-        prepared: Any,
-        mask: Mask | None,
-        *,
-        statistics: bool,
-        implementation: Implementation | None,
-    ) -> tuple[Tensor, Statistics | None]:
+    def forward(self, x: Tensor, run: ForwardPass) -> tuple[Tensor, Statistics | None]:
         """x [B, T, C] -> [B, T, C], and the statistics [B, H, T] when asked for."""
         c = self.config
         q_k, v = self.qkv(x).unflatten(-1, (-1, c.dim)).split([c.n_heads + c.key_heads, c.key_heads], dim=2)
-        q, k = self._rotate(q_k, prepared).split([c.n_heads, c.key_heads], dim=2)
+        for part in self.parts:
+            q_k, v = part.queries_keys(q_k), part.values(v, x, run.left)
+        rotated = run.position.rotate(q_k, run.prepared)
+        q, k = (y.transpose(1, 2) for y in rotated.split([c.n_heads, c.key_heads], dim=2))
+        logit, value = (None, None) if self.sink is None else self.sink.key(q)
         out = self.operator(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
+            q,
+            k,
             v.transpose(1, 2),
-            mask,
-            sink_logit=self.sink_logit,
+            run.mask,
+            softcap=c.softcap,
+            slopes=run.position.slopes,
+            sink_logit=logit,
+            sink_value=value,
             normalizer=self.normalizer,
-            statistics=statistics,
-            implementation=implementation,
+            statistics=run.statistics,
+            implementation=run.implementation,
         )
-        return self.out(out.output.transpose(1, 2).flatten(2)), out.statistics
+        o = out.output.transpose(1, 2)
+        for part in self.parts:
+            o = part.output(o, x)
+        return self.out(o.flatten(2)), out.statistics

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+from sinkbed.kernels.normalizers import NORMALIZERS
+from sinkbed.model.attention_parts import ATTENTION_PARTS
+from sinkbed.model.blocks import BLOCKS
 from sinkbed.model.feed_forward import FEED_FORWARDS
+from sinkbed.model.initializers import INITIALIZERS
 from sinkbed.model.norms import NORMS
 from sinkbed.model.positions import POSITIONS
+from sinkbed.model.sinks import SINKS
 from sinkbed.ranges import check_number
 from sinkbed.registry import Choice, plain
 
+_REGISTRIES = {
+    "position": POSITIONS,
+    "block": BLOCKS,
+    "norm": NORMS,
+    "feed_forward": FEED_FORWARDS,
+    "normalizer": NORMALIZERS,
+    "sink": SINKS,
+    "init": INITIALIZERS,
+}
 _MOST_LAYERS = 10_000
 """A module takes a millisecond to make; a slip of the hand should not take minutes."""
 
@@ -33,42 +46,53 @@ class DecoderConfig:
     head_dim: int | None = None
     """D; null is d_model / n_heads."""
     d_ff: int
-    """F, width of the feed-forward."""
+    """F, width of the feed-forward; 0 for those without a width, `none` and `linear`."""
     position: Choice = "rope"
     """Position encoding, a file of model/positions."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary frequencies (arXiv 2104.09864)."""
+    block: Choice = "pre_norm"
+    """Where the norms of a block stand, a file of model/blocks."""
     norm: Choice = "rms"
-    """Norm before each part of a block and at the end, a file of model/norms."""
-    feed_forward: Choice = "swiglu"
-    """Feed-forward of a block, a file of model/feed_forward."""
+    """Norm of a block's parts and of the end, a file of model/norms."""
     norm_eps: float = 1e-5
     """Added to the mean square in a norm."""
+    feed_forward: Choice = "swiglu"
+    """Feed-forward of a block, a file of model/feed_forward."""
+    attention_parts: tuple[Choice, ...] = ()
+    """What attention has besides its projections (gates, norms of heads …), in order; files of
+    model/attention_parts."""
     tie_embeddings: bool = False
     """Whether the output matrix is the embedding's."""
     normalizer: Choice = "softmax"
-    """How logits become the weights of values, a file of kernels/normalizers; all but the softmax need
-    `model.implementation: reference`."""
-    sink: Literal["none", "learned", "off_by_one"] = "none"
-    """A logit per head that joins the softmax without a value: learned from 0 (arXiv 2508.10925), or 0
-    for good (softmax-off-by-one)."""
+    """How logits become the weights of values, a file of kernels/normalizers."""
+    softcap: float | None = None
+    """Logits are softcap · tanh(logits / softcap) where set (Gemma 2, arXiv 2408.00118)."""
+    sink: Choice = "none"
+    """A key that is no token's, for attention to rest on, a file of model/sinks."""
+    init: Choice = "residual_scaled"
+    """How matrices are drawn, a file of model/initializers."""
     init_std: float = 0.02
-    """Standard deviation of the normal initialisation; matrices that write to the residual stream get
-    init_std / √(2L)."""
+    """Standard deviation of the normal initialisation."""
 
     def __post_init__(self) -> None:
-        for registry, choice in ((POSITIONS, self.position), (NORMS, self.norm), (FEED_FORWARDS, self.feed_forward)):
+        for name, registry in _REGISTRIES.items():
+            choice = getattr(self, name)
             registry.check(choice)
-        for part in ("position", "norm", "feed_forward", "normalizer"):
-            object.__setattr__(self, part, plain(getattr(self, part)))
+            object.__setattr__(self, name, plain(choice))
+        for choice in self.attention_parts:
+            ATTENTION_PARTS.check(choice)
+        object.__setattr__(self, "attention_parts", tuple(map(plain, self.attention_parts)))
         if self.normalizer != "softmax" and self.sink != "none":
             raise ValueError(
                 f"sink: expected none beside normalizer {self.normalizer!r}, whose weights no sink logit joins, got "
                 f"{self.sink!r}"
             )
         check_number("n_layers", self.n_layers, least=1, most=_MOST_LAYERS)
-        for name in ("d_model", "n_heads", "d_ff"):
+        for name in ("d_model", "n_heads"):
             check_number(name, getattr(self, name), least=1)
+        if self.feed_forward in ("none", "linear"):
+            check_number(f"d_ff beside feed_forward {self.feed_forward}", self.d_ff, least=0, most=0)
+        else:
+            check_number("d_ff", self.d_ff, least=1)
         if self.n_kv_heads is not None and (self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads):
             raise ValueError(f"n_kv_heads: expected a divisor of n_heads={self.n_heads}, got {self.n_kv_heads}")
         if self.head_dim is None and self.d_model % self.n_heads:
@@ -76,10 +100,13 @@ class DecoderConfig:
                 f"d_model: expected a multiple of n_heads={self.n_heads}, got {self.d_model}; change one, or set "
                 "head_dim"
             )
-        if self.dim % 2 or self.dim < 2:
+        check_number("head_dim", self.dim, least=1)
+        if self.dim % 2 and self.position == "rope":
             raise ValueError(f"head_dim: expected an even number (RoPE rotates pairs), got {self.dim}")
-        for name in ("rope_theta", "norm_eps", "init_std"):
+        for name in ("norm_eps", "init_std"):
             check_number(name, getattr(self, name), above=0)
+        if self.softcap is not None:
+            check_number("softcap", self.softcap, above=0)
 
     @property
     def groups(self) -> int:

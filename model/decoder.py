@@ -1,9 +1,8 @@
-"""The decoder: embedding, pre-norm blocks, final norm, output matrix."""
+"""The decoder: embedding, blocks, final norm, output matrix."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,44 +13,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sinkbed.kernels import Implementation, Mask, Statistics
-from sinkbed.model.attention import Operator, SelfAttention
+from sinkbed.kernels.scoring import Scoring
+from sinkbed.model.attention import ForwardPass, Operator
+from sinkbed.model.blocks import BLOCKS
 from sinkbed.model.config import DecoderConfig
-from sinkbed.model.feed_forward import FEED_FORWARDS
+from sinkbed.model.initializers import INITIALIZERS
 from sinkbed.model.loss import linear_cross_entropy
 from sinkbed.model.norms import NORMS
 from sinkbed.model.observe import Attentions, LayerAttention
 from sinkbed.model.positions import POSITIONS, PositionEncoding
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
-
-    def __init__(self, config: DecoderConfig, position: PositionEncoding) -> None:
-        super().__init__()
-        self.attention_norm = NORMS.make(config.norm, config)
-        self.attention = SelfAttention(config, position)
-        self.feed_forward_norm = NORMS.make(config.norm, config)
-        self.feed_forward = FEED_FORWARDS.make(config.feed_forward, config)
-
-    def forward(
-        self,
-        x: Tensor,
-        prepared: Any,
-        mask: Mask | None,
-        *,
-        statistics: bool,
-        implementation: Implementation | None,
-    ) -> tuple[Tensor, Statistics | None]:
-        """x [B, T, C] -> [B, T, C]."""
-        mixed, layer_statistics = self.attention(
-            self.attention_norm(x),
-            prepared,
-            mask,
-            statistics=statistics,
-            implementation=implementation,
-        )
-        x = x + mixed
-        return x + self.feed_forward(self.feed_forward_norm(x)), layer_statistics
 
 
 class DecoderOutput(NamedTuple):
@@ -66,7 +36,7 @@ class DecoderOutput(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """Llama-like decoder: RMSNorm, RoPE, SwiGLU, GQA, no biases (arXiv 2302.13971)."""
+    """By default Llama-like: pre-norm, RMSNorm, RoPE, SwiGLU, GQA, no biases (arXiv 2302.13971)."""
 
     def __init__(self, config: DecoderConfig, vocab_size: int) -> None:
         super().__init__()
@@ -77,8 +47,9 @@ class Decoder(nn.Module):
         """Whether training computes each block again in its backward pass instead of keeping what is inside."""
         self.embedding = nn.Embedding(vocab_size, config.d_model)
         self.position: PositionEncoding = POSITIONS.make(config.position, config)
-        self.blocks = nn.ModuleList(Block(config, self.position) for _ in range(config.n_layers))
-        self.norm = NORMS.make(config.norm, config)
+        blocks = [BLOCKS.make(config.block, config, layer) for layer in range(config.n_layers)]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = NORMS.make(config.norm, config) if blocks[0].norm_at_end else nn.Identity()
         self.head = nn.Linear(config.d_model, vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -86,13 +57,11 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw every matrix anew: normal(0, init_std), residual outputs scaled by 1/√(2L). Vectors stay as made."""
-        residual = self.config.init_std / math.sqrt(2 * self.config.n_layers)
+        """Draw every matrix anew, as `config.init` says. Vectors stay as made."""
+        std = INITIALIZERS.make(self.config.init, self.config)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                writes_residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
-                std = residual if writes_residual else self.config.init_std
-                nn.init.normal_(parameter, std=std, generator=generator)
+                nn.init.normal_(parameter, std=std(name, parameter), generator=generator)
 
     def forward(
         self,
@@ -115,13 +84,19 @@ class Decoder(nn.Module):
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
-        prepared = self.position.prepare(positions)
+        run = ForwardPass(
+            position=self.position,
+            prepared=self.position.prepare(positions),
+            mask=mask,
+            statistics=statistics,
+            implementation=self.implementation,
+        )
         x = self.position.embed(self.embedding(tokens), positions)
         per_layer: list[Statistics] = []
         again = self.checkpoint_activations and torch.is_grad_enabled()
         for block in self.blocks:
             call = partial(checkpoint, block, use_reentrant=False) if again else block
-            x, layer = call(x, prepared, mask, statistics=statistics, implementation=self.implementation)
+            x, layer = call(x, run)
             if layer is not None:
                 per_layer.append(layer)
         x = self.norm(x)
@@ -139,12 +114,11 @@ class Decoder(nn.Module):
             def seen(module: nn.Module, args: Any, options: dict[str, Any], output: Any) -> None:
                 q, k, v, mask = args
                 mask = Mask(rows=len(q), length=q.shape[2]) if mask is None else mask
-                scale = q.shape[-1] ** -0.5
-                attention(
-                    LayerAttention(
-                        layer, q, k, v, output.lse, mask, scale, None, output.statistics, options["normalizer"]
-                    )
+                scoring = Scoring(
+                    scale=q.shape[-1] ** -0.5,
+                    **{name: options[name] for name in ("softcap", "slopes", "normalizer")},
                 )
+                attention(LayerAttention(layer, q, k, v, output.lse, mask, scoring, output.statistics))
 
             return seen
 

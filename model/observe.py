@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sinkbed.kernels import Mask, Statistics, attention_received
-from sinkbed.kernels.normalizers import Normalizer
+from sinkbed.kernels.scoring import Scoring
 from sinkbed.kernels.statistics import blocks_of
 
 
@@ -30,39 +30,32 @@ class LayerAttention:
     """[B, Hkv, T, D], rotated."""
     v: Tensor
     """[B, Hkv, T, D]."""
-    lse: Tensor
-    """[B, H, T], log-sum-exp of the logits, the learned sink included."""
+    lse: Tensor | None
+    """[B, H, T], log-sum-exp of the logits, the learned sink included; None with a normaliser."""
     mask: Mask
-    scale: float
-    softcap: float | None
-    """Logits are softcap · tanh(logits / softcap) where set."""
+    scoring: Scoring
     statistics: Statistics | None
-    normalizer: Normalizer | None = None
-    """What takes the softmax's place; None is the softmax."""
 
     def logits(self, queries: slice) -> Tensor:
         """[B, H, M, T] float32 logits of M of the queries, −inf where hidden."""
-        B, H, _, D = self.q.shape
-        grouped = self.q[:, :, queries].float().reshape(B, self.k.shape[1], -1, D)
-        logits = (grouped @ self.k.float().transpose(2, 3)).view(B, H, -1, self.k.shape[2]) * self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits.masked_fill(~self.mask.visible(self.q.device, queries), float("-inf"))
+        return self.scoring.logits(self.q, self.k.float(), self.mask, queries)
 
     def blocks(self, size: int = 128) -> Iterator[tuple[slice, Tensor]]:
         """Slices of queries and their attention [B, H, M, T], so that T×T is never there at once."""
         for queries in blocks_of(self.q.shape[2], size):
             logits = self.logits(queries)
-            if self.normalizer is None:
-                yield queries, (logits - self.lse[:, :, queries, None].float()).exp()
+            if self.scoring.normalizer is not None:
+                yield queries, self.scoring.normalizer.weights(logits)
             else:
-                yield queries, self.normalizer.weights(logits)
+                assert self.lse is not None
+                yield queries, (logits - self.lse[:, :, queries, None].float()).exp()
 
     def received(self) -> Tensor:
         """[B, H, T] attention that each key receives, summed over queries."""
-        if self.softcap is None and self.normalizer is None:
-            return attention_received(self.q, self.k, self.lse, self.mask, scale=self.scale)
-        return sum((block.sum(2) for _, block in self.blocks()), torch.zeros_like(self.lse, dtype=torch.float32))
+        if self.scoring.is_plain and self.lse is not None:
+            return attention_received(self.q, self.k, self.lse, self.mask, scale=self.scoring.scale)
+        start = self.q.new_zeros(self.q.shape[:3], dtype=torch.float32)
+        return sum((block.sum(2) for _, block in self.blocks()), start)
 
 
 Attentions = Callable[[LayerAttention], None]

@@ -14,7 +14,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 DATA = ["data", "data.source", "data.store", "data.prepare", "data.pack", "data.pack.methods"]
-PARTS = ["model.positions", "model.norms", "model.feed_forward"]
+PARTS = [
+    f"model.{part}"
+    for part in ("attention_parts", "blocks", "feed_forward", "initializers", "norms", "positions", "sinks")
+]
 BELOW = [*DATA, "kernels", "kernels.normalizers", "kernels.triton", "model", "model.hf", *PARTS]
 BELOW_LOOP = [*BELOW, "train.run", "train.config", "train.measure", "train.measure.measures"]
 LOOP = ["train.loop", "train.loop.callbacks", "train.loop.optimizers"]
@@ -32,7 +35,9 @@ MAY_IMPORT = {
     "kernels.triton": ["kernels"],
     "model": ["kernels", "kernels.normalizers", *PARTS],
     **{part: ["model"] for part in PARTS},
-    "model.hf": ["kernels", "model"],
+    "model.attention_parts": ["model", "model.norms"],
+    "model.blocks": ["kernels", "model", "model.feed_forward", "model.norms"],
+    "model.hf": ["kernels", "model", "model.positions"],
     "train.run": BELOW,
     "train.config": [*BELOW, "train.run"],
     "train.measure": [*BELOW, "train.run", "train.config", "train.measure.measures"],

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import ClassVar
+
+import torch
 from torch import Tensor
 
 from sinkbed.registry import Registry
@@ -12,9 +16,35 @@ NORMALIZERS = Registry("model.decoder.normalizer", __name__)
 class Normalizer:
     """What takes the place of the softmax. It is made from the number of heads; one with weights is an `nn.Module` too.
 
-    Implementations other than `reference`, which takes any, refuse it.
+    The implementations `reference` and `torch` take any; `triton` takes those that name their functions.
+
+    Where the weights of a query do not add up to 1, "sink" has two readings, and both are measured: the *mass* on the
+    first key is its weight as it is, the *share* is that weight over the sum of the query's weights
+    (arXiv 2410.10781, §6, reads the share).
     """
+
+    triton: ClassVar[str | None] = None
+    """Name of its functions in `kernels.triton`, if it has any."""
 
     def weights(self, logits: Tensor) -> Tensor:
         """Weights [B, H, M, T] of the keys for M of the queries; logits [B, H, M, T] are −inf where a key is hidden."""
         raise NotImplementedError
+
+    def parameters(self) -> Iterable[Tensor]:
+        """Its own weights; an `nn.Module` has this already."""
+        return ()
+
+    def linearized(self, logits: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+        """The weights, and what takes a gradient of theirs to that of the logits and of each of `parameters`.
+
+        A variant may have a quicker form than this one, which may write over the logits and the gradient it is given.
+        """
+        with torch.enable_grad():
+            inputs = (logits.detach().requires_grad_(), *self.parameters())
+            weights = self.weights(inputs[0])
+        return weights.detach(), lambda d_weights: torch.autograd.grad(weights, inputs, d_weights)
+
+
+def shares(weights: Tensor) -> Tensor:
+    """Weights, none negative, over their sum along the keys; all 0 where there is none."""
+    return weights / (weights.sum(-1, keepdim=True) + 1e-8)

@@ -15,7 +15,8 @@ import triton
 from torch import Tensor
 
 from sinkbed.kernels.mask import Mask
-from sinkbed.kernels.statistics import Statistics, Wanted
+from sinkbed.kernels.scoring import Scoring
+from sinkbed.kernels.statistics import Statistics, Wanted, with_key
 from sinkbed.kernels.triton import kernels as triton_kernels
 from sinkbed.kernels.triton.tiles import HEAD_DIMS, tiles
 
@@ -257,24 +258,51 @@ def _check(q: Tensor) -> None:
 
 
 def triton_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, sink_logit: Tensor | None, statistics: Wanted
-) -> tuple[Tensor, Tensor, Statistics | None]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    scoring: Scoring,
+    sink_logit: Tensor | None,
+    sink_value: Tensor | None,
+    statistics: Wanted,
+) -> tuple[Tensor, Tensor | None, Statistics | None]:
     """Attention by the Triton kernels; shapes as in `kernels.api.attention`.
 
-    Raises ValueError for head dims other than HEAD_DIMS, for float64 and for rows of more than a million positions.
+    Raises ValueError for head dims other than HEAD_DIMS, for float64, for rows of more than a million positions, and
+    for a scoring that the kernels lack.
     """
     _check(q)
+    _check_scoring(scoring)
+    outside = sink_logit if sink_value is not None or (sink_logit is not None and sink_logit.ndim == 3) else None
+    inside = sink_logit if outside is None else None
     output, lse, first_key_mass, document_mass, learned_sink_mass, *spread = torch.ops.sinkbed.attention_triton(
         q, k, v, mask.first_key, mask.end_key, mask.first_query, mask.last_query,
-        mask.doc_start if statistics else None, mask.doc_end if statistics else None, sink_logit,
-        *mask.shared, scale, bool(statistics), statistics == "full",
+        mask.doc_start if statistics else None, mask.doc_end if statistics else None, inside,
+        *mask.shared, scoring.scale, bool(statistics), statistics == "full",
     )  # fmt: skip
-    if not statistics:
-        return output, lse, None
-    measured = Statistics(first_key_mass, document_mass, None if sink_logit is None else learned_sink_mass)
-    if statistics == "full":
-        measured = measured._replace(max_probability=spread[0], entropy=spread[1])
+    measured = None
+    if statistics:
+        measured = Statistics(first_key_mass, document_mass, None if inside is None else learned_sink_mass)
+        if statistics == "full":
+            measured = measured._replace(max_probability=spread[0], entropy=spread[1])
+    if outside is not None:
+        return with_key(output, lse, measured, outside, sink_value)
     return output, lse, measured
+
+
+def _check_scoring(scoring: Scoring) -> None:
+    lacking = {
+        "softcap": scoring.softcap is not None,
+        "slopes": scoring.slopes is not None,
+        f"normalizer {type(scoring.normalizer).__name__}": scoring.normalizer is not None,
+    }
+    for name, asked_for in lacking.items():
+        if asked_for:
+            raise ValueError(
+                f"{name}: expected implementation 'torch' or 'reference', which have it, got 'triton', whose kernels "
+                "lack it"
+            )
 
 
 def triton_received(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float) -> Tensor:

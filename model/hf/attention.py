@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sinkbed.kernels import Mask, Statistics, attention
-from sinkbed.kernels.statistics import blocks_of
+from sinkbed.kernels.scoring import Scoring
 from sinkbed.model.observe import Attentions, LayerAttention
 
 ATTENTION = "sinkbed"
@@ -203,21 +203,17 @@ def attend(
         _check_own_mask(name, attention_mask, query.shape[2], sliding_window)
     mask = asked.within(sliding_window, query.device)
     query, key = query.to(value.dtype), key.to(value.dtype)
-    layer_statistics: Statistics | None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if softcap is None:
-        out = attention(query, key, value, mask, scale=scale, sink_logit=s_aux, statistics=asked.statistics)
-        output, lse, layer_statistics = out.output, out.lse, out.statistics
-    else:
-        if s_aux is not None:
-            raise ValueError(f"{name}: got a soft cap and a sink logit, which together are not supported")
-        output, lse, layer_statistics = _softcapped(query, key, value, mask, scale, softcap)
+    out = attention(
+        query, key, value, mask, scale=scale, softcap=softcap, sink_logit=s_aux, statistics=asked.statistics
+    )
     if asked.observer is not None:
-        asked.observer(LayerAttention(asked.layers, query, key, value, lse, mask, scale, softcap, layer_statistics))
+        scoring = Scoring(scale=scale, softcap=softcap)
+        asked.observer(LayerAttention(asked.layers, query, key, value, out.lse, mask, scoring, out.statistics))
     asked.layers += 1
-    if layer_statistics is not None and asked.statistics:
-        asked.per_layer.append(Statistics(*(None if s is None else s.cpu() for s in layer_statistics)))  # type: ignore[arg-type]
-    return output.transpose(1, 2).contiguous(), None
+    if out.statistics is not None:
+        asked.per_layer.append(Statistics(*(None if s is None else s.cpu() for s in out.statistics)))  # type: ignore[arg-type]
+    return out.output.transpose(1, 2).contiguous(), None
 
 
 def register() -> None:
@@ -226,29 +222,3 @@ def register() -> None:
 
     transformers.AttentionInterface.register(ATTENTION, attend)
     transformers.AttentionMaskInterface.register(ATTENTION, sampled_mask)
-
-
-def _softcapped(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, cap: float
-) -> tuple[Tensor, Tensor, Statistics]:
-    """Output, lse and statistics of attention with cap · tanh(logits / cap) (Gemma 2, arXiv 2408.00118).
-
-    The operator has no such logits; in blocks of queries, memory is a block times T.
-    """
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    H, shape = query.shape[1], query.shape[:3]
-    outputs, normalisers = [], []
-    row, document = query.new_zeros(shape, dtype=torch.float32), query.new_zeros(shape, dtype=torch.float32)
-    start = mask.doc_start
-    for block in blocks_of(query.shape[2]):
-        logits = (query[:, :, block] @ key.transpose(2, 3)).float() * scale
-        logits = (cap * torch.tanh(logits / cap)).masked_fill(~mask.visible(query.device, block), float("-inf"))
-        normalisers.append(logits.logsumexp(-1))
-        probabilities = (logits - normalisers[-1][..., None]).exp()
-        outputs.append(probabilities.to(value.dtype) @ value)
-        probabilities = probabilities.detach()
-        row[:, :, block] = probabilities[..., 0]
-        first = None if start is None else start[:, None, block, None].long().expand(-1, H, -1, 1)
-        document[:, :, block] = probabilities[..., 0] if first is None else probabilities.gather(-1, first)[..., 0]
-    return torch.cat(outputs, 2), torch.cat(normalisers, 2), Statistics(row, document, None)

@@ -9,20 +9,29 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from sinkbed.model.config import DecoderConfig
-from sinkbed.model.decoder import Block, Decoder
+from sinkbed.model.decoder import Decoder
+from sinkbed.model.positions.rope import Rope
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 # Settings of a Llama config under which it is another model than ours, and the value under which it is not.
 _PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
-_PARTS = {"sink": "none", "normalizer": "softmax", "position": "rope", "norm": "rms", "feed_forward": "swiglu"}
+_PARTS = {
+    "sink": "none",
+    "normalizer": "softmax",
+    "softcap": None,
+    "norm": "rms",
+    "feed_forward": "swiglu",
+    "block": "pre_norm",
+    "attention_parts": (),
+}
 
 
 def llama_config(
@@ -39,6 +48,11 @@ def llama_config(
             raise ValueError(
                 f"model.decoder.{part}: expected {of_llama}, which Hugging Face's Llama has, got {getattr(c, part)!r}"
             )
+    rope = decoder.position
+    if not isinstance(rope, Rope) or not rope.rotates_all:
+        raise ValueError(
+            f"model.decoder.position: expected rope over whole heads, as Hugging Face's Llama has, got {c.position!r}"
+        )
     kind: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **_PLAIN}
     if window is not None:
         kind = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu"}
@@ -53,8 +67,8 @@ def llama_config(
         "num_key_value_heads": c.key_heads,
         "head_dim": c.dim,
         "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+        "rope_theta": rope.theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope.theta},
         "max_position_embeddings": context_length,
         "tie_word_embeddings": c.tie_embeddings,
         "initializer_range": c.init_std,
@@ -70,8 +84,7 @@ def to_llama(decoder: Decoder) -> dict[str, Tensor]:
     state = {"model.embed_tokens.weight": decoder.embedding.weight, "model.norm.weight": decoder.norm.weight}
     if not c.tie_embeddings:
         state["lm_head.weight"] = decoder.head.weight
-    for i, block in enumerate(decoder.blocks):
-        assert isinstance(block, Block)
+    for i, block in enumerate(cast(Any, decoder.blocks)):
         q, k, v = block.attention.qkv.weight.split([n * c.dim for n in (c.n_heads, c.key_heads, c.key_heads)])
         gate, up = block.feed_forward.gate_up.weight.chunk(2)
         state |= {
@@ -143,7 +156,7 @@ def decoder_config(folder: Path) -> DecoderConfig:
             n_kv_heads=fields.get("num_key_value_heads") or fields["num_attention_heads"],
             head_dim=fields.get("head_dim"),
             d_ff=fields["intermediate_size"],
-            rope_theta=float(fields.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
+            position={"rope": {"theta": float(fields.get("rope_theta") or rope.get("rope_theta") or 10_000.0)}},
             norm_eps=fields.get("rms_norm_eps", 1e-6),
             tie_embeddings=fields.get("tie_word_embeddings", False),
         )

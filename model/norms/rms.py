@@ -48,6 +48,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
-        if is_eager_cpu(x):
-            return _RMSNormCPU.apply(x, self.weight, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / √(mean(x²) + eps) · weight; x [..., C], weight [C]."""
+    if is_eager_cpu(x):
+        return _RMSNormCPU.apply(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight, eps)

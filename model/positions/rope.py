@@ -7,14 +7,26 @@ from torch import Tensor
 
 from sinkbed.model.config import DecoderConfig
 from sinkbed.model.positions import POSITIONS, PositionEncoding
+from sinkbed.ranges import check_number
 
 
 @POSITIONS.register("rope")
 class Rope(PositionEncoding):
-    """Pairs of q and k turned by an angle that grows with the position."""
+    """Pairs of q and k turned by an angle that grows with the position.
 
-    def __init__(self, config: DecoderConfig) -> None:
-        self.dim, self.theta = config.dim, config.rope_theta
+    `theta` is the base of the frequencies, `share` the part of a head's dimensions that is turned (GPT-NeoX's
+    rotary_pct); the rest has no position.
+    """
+
+    def __init__(self, config: DecoderConfig, *, theta: float = 10_000.0, share: float = 1.0) -> None:
+        check_number("model.decoder.position.rope.theta", theta, above=0)
+        check_number("model.decoder.position.rope.share", share, above=0, most=1)
+        self.dim, self.theta = round(share * config.dim), theta
+        self.rotates_all = self.dim == config.dim
+        if self.dim % 2 or not self.dim:
+            raise ValueError(
+                f"head_dim: expected an even number of dimensions to rotate in pairs, got {self.dim} of {config.dim}"
+            )
 
     def prepare(self, positions: Tensor) -> Tensor:
         """See `rotations`."""
@@ -22,7 +34,9 @@ class Rope(PositionEncoding):
 
     def rotate(self, x: Tensor, prepared: Tensor) -> Tensor:
         """See the function of this name."""
-        return rotate(x, prepared)
+        if self.rotates_all:
+            return rotate(x, prepared)
+        return torch.cat([rotate(x[..., : self.dim], prepared), x[..., self.dim :]], -1)
 
 
 def rotations(positions: Tensor, dim: int, theta: float) -> Tensor:

@@ -9,6 +9,7 @@ from sinkbed import kernels
 from sinkbed.kernels import Mask, attention, attention_received, interval_mask, mean_received, top_sinks
 from sinkbed.kernels import cpu as torch_cpu
 from sinkbed.kernels.reference import probabilities
+from sinkbed.kernels.scoring import Scoring
 from tests.support.masks import MASKS, boundaries, inputs
 
 
@@ -74,7 +75,7 @@ def test_masses_are_columns_of_the_attention_matrix():
     start, end = boundaries([6, 1, 9], rows=1)
     mask = interval_mask(1, 16, doc_start=start, doc_end=end, document=True, shared_prefix=1)
     q, k, v = inputs(1, 2, 1, 16, 8)
-    a, _ = probabilities(q, k, mask, 8**-0.5, None)
+    a, _ = probabilities(q, k, mask, Scoring(scale=8**-0.5))
     found = attention(q, k, v, mask, statistics=True, implementation="torch").statistics
     assert (start[0] > 0).any(), "the layout must have a document that starts inside the row"
     for i in range(16):
@@ -186,11 +187,11 @@ def test_statistics_of_16_bit_inputs_are_summed_in_float32(dtype):
     q, k, v = ((4 * x).detach().to(dtype) for x in inputs(1, 4, 2, 150, 16))
     sink = torch.tensor([0.0, 1.0, 4.0, 30.0])
     lse, statistics = attention(q, k, v, mask, sink_logit=sink, statistics="full")[1:]
-    found = [lse, *statistics, attention_received(q, k, lse, mask)]
+    found = [lse, *(x for x in statistics if x is not None), attention_received(q, k, lse, mask)]
     exact = [x.double() for x in (q, k, v)]
     oracle = attention(*exact, mask, sink_logit=sink.double(), statistics="full", implementation="reference")
     received = attention_received(*exact[:2], oracle.lse, mask, implementation="reference")
-    for ours, true in zip(found, [oracle.lse, *oracle.statistics, received], strict=True):
+    for ours, true in zip(found, [oracle.lse, *(x for x in oracle.statistics if x is not None), received], strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours.double(), true, atol=1e-3, rtol=1e-3)
 
@@ -238,7 +239,7 @@ def test_a_rerun_is_bitwise_equal():
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
-@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("sink", ["none", "head", "query"])
 @pytest.mark.parametrize("masked", ["no", "bias", "documents"])
 @pytest.mark.parametrize("strided", [False, True])
 def test_the_operator_passes_opcheck(sink, masked, strided):
@@ -252,8 +253,12 @@ def test_the_operator_passes_opcheck(sink, masked, strided):
     mask = interval_mask(1, 12, doc_start=start, doc_end=end, document=True)
     bias = mask.bias(torch.float32, q.device) if masked == "bias" else None
     by_document = mask.doc_start if masked == "documents" else None
-    s = torch.zeros(2, requires_grad=True) if sink else None
-    torch.library.opcheck(_attention_torch, (q, k, v, bias, by_document, s, 0.3))
+    logit, value = {
+        "none": (None, None),
+        "head": (torch.zeros(2, requires_grad=True), None),
+        "query": (torch.randn(1, 2, 12, requires_grad=True), torch.randn(2, 8, requires_grad=True)),
+    }[sink]
+    torch.library.opcheck(_attention_torch, (q, k, v, bias, by_document, logit, value, 0.3))
 
 
 def test_strided_inputs_and_expanded_gradients_are_handled():
@@ -369,7 +374,7 @@ def test_the_private_flash_operator_still_behaves_as_relied_on():
     q, k, v = (x.detach() for x in inputs(1, 4, 2, 20, 8, torch.float32))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=0.25)
     mask = Mask(rows=1, length=20)
-    a, expected_lse = probabilities(q.double(), k.double(), mask, 0.25, None)
+    a, expected_lse = probabilities(q.double(), k.double(), mask, Scoring(scale=0.25))
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-6, rtol=1e-6)
     expected = a @ v.double().repeat_interleave(2, 1)
     torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-6)

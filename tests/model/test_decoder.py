@@ -101,7 +101,7 @@ def test_every_sink_option_trains_and_reports_its_mass(sink):
         assert masses == [None, None]
     else:
         assert all(0 < m.mean() < 1 for m in masses)
-    logits = [p for n, p in model.named_parameters() if n.endswith("sink_logit")]
+    logits = [p for n, p in model.named_parameters() if n.endswith("sink.weight")]
     assert len(logits) == (2 if sink == "learned" else 0)
     assert all(p.grad.abs().sum() > 0 for p in logits)
 

@@ -34,7 +34,7 @@ def logits(model, tokens):
 SHAPES = [
     dict(n_kv_heads=1),
     dict(n_kv_heads=4, tie_embeddings=True),
-    dict(head_dim=16, rope_theta=500.0, norm_eps=1e-3),
+    dict(head_dim=16, position={"rope": {"theta": 500.0}}, norm_eps=1e-3),
     dict(n_kv_heads=2, tie_embeddings=True, head_dim=6),
 ]
 
@@ -46,7 +46,7 @@ def test_an_exported_folder_gives_our_logits(shape, tmp_path):
     assert type(theirs).__name__ == "LlamaForCausalLM" and theirs.dtype == torch.float32
     tokens = torch.randint(50, (2, 33))
     torch.testing.assert_close(logits(ours, tokens), logits(theirs, tokens), atol=1e-5, rtol=1e-5)
-    changed = small(**{**shape, "rope_theta": 77.0})
+    changed = small(**{**shape, "position": {"rope": {"theta": 77.0}}})
     assert (logits(changed, tokens) - logits(theirs, tokens)).abs().max() > 1e-3, "the base is under test"
 
 
@@ -69,7 +69,7 @@ def test_a_folder_of_transformers_gives_its_logits(tied, sharded, tmp_path):
     theirs.save_pretrained(tmp_path, max_shard_size="40KB" if sharded else "1GB")
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == sharded
     ours = from_llama(tmp_path)
-    assert ours.config.rope_theta == 5000.0 and ours.config.tie_embeddings == tied
+    assert ours.position.theta == 5000.0 and ours.config.tie_embeddings == tied
     tokens = torch.randint(60, (2, 21))
     torch.testing.assert_close(logits(ours, tokens), logits(theirs, tokens), atol=1e-5, rtol=1e-5)
     assert (ours.head.weight is ours.embedding.weight) == tied

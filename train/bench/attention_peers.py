@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sinkbed.kernels import Mask, attention, interval_mask
 from sinkbed.kernels.reference import probabilities
+from sinkbed.kernels.scoring import Scoring
 
 OURS = ("Sinkbed", "Sinkbed + statistics")
 Contender = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -115,7 +116,7 @@ def _eager(case: Case, mask: Mask) -> Contender:
     start = case.boundaries()[0].long()[:, None, :, None].expand(-1, case.heads, -1, 1)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        a, _ = probabilities(q, k, mask, case.dim**-0.5, None)
+        a, _ = probabilities(q, k, mask, Scoring(scale=case.dim**-0.5))
         with torch.no_grad():
             a[..., 0].clone(), a.gather(-1, start).clone()
         return a @ v.repeat_interleave(case.heads // case.key_heads, 1)

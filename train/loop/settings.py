@@ -37,11 +37,6 @@ def check_settings(config: Any) -> None:
             f"model.decoder: expected at most the {there / 1e9:.3g} GB of memory of this machine, got weights, "
             f"gradients and moments of {needed / 1e9:.3g} GB; make it smaller"
         )
-    if decoder.normalizer != "softmax" and config.model.implementation != "reference":
-        raise ValueError(
-            f"model.implementation: expected reference, which alone has the normalizer {decoder.normalizer!r}, got "
-            f"{config.model.implementation!r}"
-        )
     strategy, measure = Strategy(**vars(data.strategy)), MeasureConfig(**vars(config.measure))
     check_number("data.context_length", data.context_length, least=2)
     for name in ("batch_size", "micro_batch_size", "unique_rows"):

@@ -43,7 +43,7 @@ def test_decay_is_on_matrices_only():
     decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
     names = {n: id(p) in decayed for n, p in model.named_parameters()}
     assert names["embedding.weight"] and names["blocks.0.attention.qkv.weight"] and names["head.weight"]
-    assert not any(d for n, d in names.items() if "norm" in n or n.endswith("sink_logit"))
+    assert not any(d for n, d in names.items() if "norm" in n or n.endswith("sink.weight"))
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(names)
 
 

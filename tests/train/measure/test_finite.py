@@ -87,7 +87,7 @@ SMALLEST = {"n_layers": 1, "d_model": 8, "n_heads": 1, "d_ff": 8}
     [
         (OptimizerConfig, {}, ("lr", "eps", "weight_decay", "warmup_fraction", "final_fraction"), -1.0),
         (MeasureConfig, {}, ("onset_rate",), 0.0),
-        (DecoderConfig, SMALLEST, ("rope_theta", "norm_eps", "init_std"), 0.0),
+        (DecoderConfig, SMALLEST, ("norm_eps", "init_std"), 0.0),
         (SinkbedModule, {"decoder": DecoderConfig(**SMALLEST)}, ("max_grad_norm",), 0.0),
     ],
 )  # fmt: skip

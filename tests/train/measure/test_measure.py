@@ -13,6 +13,7 @@ from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.store.token_store import TokenStore
 from sinkbed.kernels import Statistics
 from sinkbed.kernels.reference import probabilities
+from sinkbed.kernels.scoring import Scoring
 from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.model.decoder import DecoderOutput
 from sinkbed.train.measure.config import MeasureConfig
@@ -39,7 +40,7 @@ def attention_matrices(decoder, tokens, hide_first, monkeypatch, window=None):
     found, operator = [], attention_module.attention
 
     def spy(q, k, v, mask, **kwargs):
-        a, _ = probabilities(q, k, mask, q.shape[-1] ** -0.5, None)
+        a, _ = probabilities(q, k, mask, Scoring(scale=q.shape[-1] ** -0.5))
         found.append(a[0])
         return operator(q, k, v, mask, **kwargs)
 

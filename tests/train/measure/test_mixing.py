@@ -40,7 +40,7 @@ def decoder(request):
     made = Decoder(config, 60)
     for block in made.blocks:
         if request.param == "learned":
-            torch.nn.init.normal_(block.attention.sink_logit)
+            torch.nn.init.normal_(block.attention.sink.weight)
     return made
 
 
@@ -56,8 +56,8 @@ def hidden_of(decoder, tokens, mask=None):
 
 
 def sink_of(decoder, layer):
-    sink = decoder.blocks[layer].attention.sink_logit
-    return None if sink is None else sink.detach()
+    sink = decoder.blocks[layer].attention.sink
+    return None if sink is None else sink.key(None)[0].detach()
 
 
 def with_bos(text):
@@ -148,7 +148,7 @@ def test_the_path_sum_equals_an_enumeration_of_paths(decoder, probe, mode):
     expected = torch.zeros(T, dtype=torch.float64)
     for b in range(2):
         a = [
-            probabilities(x.q, x.k, mask, x.scale, sink_of(decoder, x.layer))[0][b].double().sum(0) + torch.eye(T) / H
+            probabilities(x.q, x.k, mask, x.scoring, sink_of(decoder, x.layer))[0][b].double().sum(0) + torch.eye(T) / H
             for x in inputs
         ]
         j = T - 1

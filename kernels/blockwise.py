@@ -1,0 +1,133 @@
+"""Attention of any scoring, in blocks of queries: what the fused kernels lack, without the T×T matrix.
+
+Each block sees the keys up to its last visible one. The backward pass computes a block's weights again, so memory is
+a block times T, and a rerun is bitwise equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sinkbed.kernels.mask import Mask
+from sinkbed.kernels.scoring import Scoring
+from sinkbed.kernels.statistics import Statistics, Wanted, blocks_of, with_key
+
+_QUERIES, _BLOCK_LOGITS = 64, 2**19
+
+Pullback = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def blockwise_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    scoring: Scoring,
+    sink_logit: Tensor | None,
+    sink_value: Tensor | None,
+    statistics: Wanted,
+) -> tuple[Tensor, Tensor | None, Statistics | None]:
+    """Shapes as in `kernels.api.attention`; differentiable in every input, and in the weights of a normaliser."""
+    parameters = () if scoring.normalizer is None else scoring.normalizer.parameters()
+    output, lse, *measured = _Blockwise.apply(q, k, v, mask, scoring, bool(statistics), *parameters)
+    seen = Statistics(*measured[:2], None, measured[2]) if statistics else None
+    return (output, lse, seen) if sink_logit is None else with_key(output, lse, seen, sink_logit, sink_value)
+
+
+class _Blockwise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scoring: Scoring, statistics: bool, *parameters: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        ctx.save_for_backward(q, k, v)
+        ctx.mask, ctx.scoring, ctx.parameters = mask, scoring, len(parameters)
+        ctx.set_materialize_grads(False)
+        output = torch.empty_like(q)
+        per_query: dict[str, Tensor] = {}
+        for rows, queries, end in _blocks(q, mask):
+            logits, _ = scoring.block(q[rows], k[rows], mask, rows, queries, end)
+            values: dict[str, Tensor] = {}
+            if scoring.normalizer is None:
+                weights = logits.softmax(-1)
+                values["lse"] = logits.amax(-1) - weights.amax(-1).log()
+            else:
+                weights, _ = scoring.normalizer.linearized(logits)
+            output[rows, :, queries] = _heads(_grouped(weights, v).to(v.dtype) @ v[rows, :, :end], q)
+            if statistics:
+                values |= {"first_key": weights[..., 0], "sum": weights.sum(-1)}
+                if mask.doc_start is not None:
+                    start = mask.doc_start[rows, None, queries, None].long().expand(-1, q.shape[1], -1, 1)
+                    values["document"] = weights.gather(-1, start)[..., 0]
+            for name, value in values.items():
+                if name not in per_query:
+                    per_query[name] = value.new_empty(q.shape[:3])
+                per_query[name][rows, :, queries] = value
+        first, total = per_query.get("first_key"), per_query.get("sum") if scoring.normalizer is not None else None
+        seen = (first, per_query.get("document", first), total)
+        ctx.mark_non_differentiable(*{id(x): x for x in seen if x is not None}.values())
+        return output, per_query.get("lse"), *seen
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        scoring: Scoring = ctx.scoring
+        sums = torch.float64 if q.dtype == torch.float64 else torch.float32
+        dq = torch.empty_like(q)
+        dk, dv = (torch.zeros_like(x, dtype=sums) for x in (k, v))
+        d_parameters: list[Any] = [0] * ctx.parameters
+        for rows, queries, end in _blocks(q, ctx.mask):
+            keys = (rows, slice(None), slice(end))
+            logits, slope = scoring.block(q[rows], k[rows], ctx.mask, rows, queries, end)
+            weights, pullback = (
+                _softmax(logits) if scoring.normalizer is None else scoring.normalizer.linearized(logits)
+            )
+            if grad is None:
+                d_weights = torch.zeros_like(weights)
+            else:
+                grouped = _grouped(grad[rows, :, queries], v)
+                dv[keys] += _grouped(weights, v).to(v.dtype).mT @ grouped
+                d_weights = (grouped @ v[keys].mT).view_as(weights).to(weights.dtype)
+            d_logits, *d_of_block = pullback(d_weights)
+            if grad_lse is not None:
+                d_logits = d_logits + weights * grad_lse[rows, :, queries, None]
+            if slope is not None:
+                d_logits = d_logits * slope
+            d_products = _grouped(d_logits.to(q.dtype), k)
+            dq[rows, :, queries] = _heads(d_products @ k[keys], q).mul_(scoring.scale)
+            dk[keys] += d_products.mT @ (_grouped(q[rows, :, queries], k) * scoring.scale)
+            d_parameters = [a + b for a, b in zip(d_parameters, d_of_block, strict=True)]
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, *d_parameters
+
+
+def _blocks(q: Tensor, mask: Mask) -> Iterator[tuple[slice, slice, int]]:
+    """Blocks of rows and queries, with the exclusive end of the keys that they see.
+
+    The logits of a block take about 2 MB, which the cache of a core holds.
+    """
+    B, H, T, _ = q.shape
+    rows = max(1, _BLOCK_LOGITS // (H * T * _QUERIES))
+    for row in range(0, B, rows):
+        for queries in blocks_of(T, _QUERIES):
+            yield slice(row, row + rows), queries, int(queries.stop) if mask.end_key is None else T
+
+
+def _grouped(x: Tensor, k: Tensor) -> Tensor:
+    """[B, H, M, …] as [B, Hkv, H/Hkv · M, …]: the query heads of a key head together."""
+    return x.reshape(x.shape[0], k.shape[1], -1, x.shape[3])
+
+
+def _heads(x: Tensor, q: Tensor) -> Tensor:
+    """The reverse of `_grouped`."""
+    return x.view(x.shape[0], q.shape[1], -1, x.shape[3])
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Pullback]:
+    """As `Normalizer.linearized`."""
+    weights = logits.softmax(-1)
+    return weights, lambda d: (torch.ops.aten._softmax_backward_data(d, weights, -1, weights.dtype),)

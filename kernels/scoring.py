@@ -1,0 +1,70 @@
+"""How a query scores the keys that it sees, and what makes weights of the scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sinkbed.kernels.mask import Mask
+from sinkbed.kernels.normalizers import Normalizer
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Scoring:
+    """logits = cap(scale · q·k) − slope · (i − j) for query i and key j; weights = normalizer(logits).
+
+    Here i and j are row positions, of which only the distance counts.
+    """
+
+    scale: float
+    softcap: float | None = None
+    """c of cap(x) = c · tanh(x / c) (Gemma 2, arXiv 2408.00118); None: the identity."""
+    slopes: Tensor | None = None
+    """[H], a slope a query head (ALiBi, arXiv 2108.12409), without gradient; None: 0."""
+    normalizer: Normalizer | None = None
+    """None: the softmax."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is scaled dot products and a softmax, for which implementations have a faster path."""
+        return self.softcap is None and self.slopes is None and self.normalizer is None
+
+    def logits(self, q: Tensor, k: Tensor, mask: Mask, queries: slice) -> Tensor:
+        """[B, H, M, T] logits of M of the queries, −inf where hidden.
+
+        q [B, H, T, D] and k [B, Hkv, T, D], whose dtype is that of the products.
+        """
+        return self.block(q, k, mask, slice(None), queries, k.shape[2])[0]
+
+    def block(
+        self, q: Tensor, k: Tensor, mask: Mask, rows: slice, queries: slice, end: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, H, M, N] of M of the queries and the first N = `end` keys, at least in float32, and their
+        derivative by the scaled products; None where it is 1. q and k are those of these rows."""
+        B, H, T, D = q.shape
+        k = k[:, :, :end]
+        grouped = q[:, :, queries].to(k.dtype).reshape(B, k.shape[1], -1, D)  # the query heads of a key head together
+        logits = ((grouped * self.scale) @ k.mT).view(B, H, -1, end)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        derivative = None
+        if self.softcap is not None:
+            bent = logits.div_(self.softcap).tanh_()
+            derivative = 1 - bent.square()
+            logits = bent * self.softcap
+        if self.slopes is not None:
+            position = torch.arange(T, device=q.device, dtype=logits.dtype)
+            distance = position[:end] - position[queries, None]
+            logits += self.slopes.to(logits.dtype)[:, None, None] * distance
+        if mask.is_causal and queries.start is not None:  # the keys before the block are seen by all of it
+            seen = torch.ones(logits.shape[2], end - queries.start, dtype=torch.bool, device=q.device).tril_()
+            logits[..., queries.start :].masked_fill_(~seen, float("-inf"))
+        else:
+            logits.masked_fill_(~mask.visible(q.device, queries)[rows, ..., :end], float("-inf"))
+        return logits, derivative
+
+
+def per_query(sink_logit: Tensor, lse: Tensor) -> Tensor:
+    """Logits of a learned sink, [H] or [B, H, T], as they broadcast to lse [B, H, T], in its dtype."""
+    return (sink_logit if sink_logit.ndim == 3 else sink_logit[None, :, None]).to(lse.dtype)

@@ -1,0 +1,24 @@
+"""Value residual (arXiv 2410.17897): later layers see the first layer's values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sinkbed.model.attention_parts import ATTENTION_PARTS, AttentionPart
+from sinkbed.model.config import DecoderConfig
+
+
+@ATTENTION_PARTS.register("value_residual")
+class ValueResidual(nn.Module, AttentionPart):
+    """(1 − share) · v + share · v₁, with a learned share a layer that starts at a half."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.share = nn.Parameter(torch.full((1,), 0.5)) if layer else None
+
+    def values(self, v: Tensor, x: Tensor, left: dict[str, Tensor]) -> Tensor:
+        if self.share is None:
+            left["first_values"] = v
+            return v
+        return torch.lerp(v, left["first_values"], self.share.to(v.dtype))

@@ -1,0 +1,19 @@
+"""Pre-norm (arXiv 2002.04745): a part reads a normalised stream and writes to the raw one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from sinkbed.model.blocks import BLOCKS
+from sinkbed.model.blocks._block import Block
+
+
+@BLOCKS.register("pre_norm")
+class PreNorm(Block):
+    """x + part(norm(x))."""
+
+    def join(self, x: Tensor, part: Callable[[Tensor], Tensor], name: str) -> Tensor:
+        """See the class."""
+        return x + part(getattr(self, f"{name}_norm")(x))

@@ -1,0 +1,17 @@
+"""ReGLU (arXiv 2002.05202)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sinkbed.model.feed_forward import FEED_FORWARDS
+from sinkbed.model.feed_forward._layers import GatedFeedForward
+
+
+@FEED_FORWARDS.register("reglu")
+class ReGLU(GatedFeedForward):
+    """down(relu(gate(x)) · up(x))."""
+
+    def activate(self, x: Tensor) -> Tensor:
+        """[..., F] -> [..., F]."""
+        return x.relu()

@@ -1,0 +1,17 @@
+"""ReLU: the feed-forward of the first Transformer (arXiv 1706.03762)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sinkbed.model.feed_forward import FEED_FORWARDS
+from sinkbed.model.feed_forward._layers import FeedForward
+
+
+@FEED_FORWARDS.register("relu")
+class ReLU(FeedForward):
+    """down(relu(up(x)))."""
+
+    def activate(self, x: Tensor) -> Tensor:
+        """[..., F] -> [..., F]."""
+        return x.relu()

@@ -1,0 +1,17 @@
+"""Squared ReLU (Primer, arXiv 2109.08668)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sinkbed.model.feed_forward import FEED_FORWARDS
+from sinkbed.model.feed_forward._layers import FeedForward
+
+
+@FEED_FORWARDS.register("relu2")
+class ReLU2(FeedForward):
+    """down(relu(up(x))²)."""
+
+    def activate(self, x: Tensor) -> Tensor:
+        """[..., F] -> [..., F]."""
+        return x.relu().square()

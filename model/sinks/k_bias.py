@@ -1,0 +1,21 @@
+"""A learned key a head whose value is zero (K bias; arXiv 2410.10781, §6)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sinkbed.model.config import DecoderConfig
+from sinkbed.model.sinks import SINKS, Sink
+
+
+@SINKS.register("k_bias")
+class KBias(nn.Module, Sink):
+    """Logit q·k / √D of queries as attention has them, with RoPE the rotated ones; the key has no position."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.k = nn.Parameter(torch.zeros(config.n_heads, config.dim))
+
+    def key(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
+        return torch.einsum("bhtd,hd->bht", q, self.k.to(q.dtype)) * q.shape[-1] ** -0.5, None
