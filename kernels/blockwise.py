@@ -35,7 +35,7 @@ def blockwise_attention(
     """Shapes as in `kernels.api.attention`; differentiable in every input, and in the weights of a normaliser."""
     parameters = () if scoring.normalizer is None else scoring.normalizer.parameters()
     output, lse, *measured = _Blockwise.apply(q, k, v, mask, scoring, bool(statistics), *parameters)
-    seen = Statistics(*measured[:2], None, measured[2]) if statistics else None
+    seen = Statistics(measured[0], measured[1], None, row_sum=measured[2]) if statistics else None
     return (output, lse, seen) if sink_logit is None else with_key(output, lse, seen, sink_logit, sink_value)
 
 

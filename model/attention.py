@@ -49,7 +49,9 @@ class SelfAttention(nn.Module):
         self.operator = Operator()
         self.normalizer: Normalizer | None = NORMALIZERS.make(config.normalizer, config.n_heads)
         self.sink: Sink | None = SINKS.make(config.sink, config)
-        self.parts = nn.ModuleList(ATTENTION_PARTS.make(choice, config, layer) for choice in config.attention_parts)
+        self.parts: Any = nn.ModuleList(
+            ATTENTION_PARTS.make(choice, config, layer) for choice in config.attention_parts
+        )
 
     def forward(self, x: Tensor, run: ForwardPass) -> tuple[Tensor, Statistics | None]:
         """x [B, T, C] -> [B, T, C], and the statistics [B, H, T] when asked for."""

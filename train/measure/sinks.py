@@ -7,13 +7,18 @@ Sink rate (arXiv 2410.10781, eq. 6; k = 0): with p_i the mass of query i on key 
 alpha = (1/T) Σ_i p_i over the first T queries; the rate is the share of (document, layer, head) with
 alpha > eps, in %. Query 0 counts (p_0 = 1), so uniform causal attention at T = 64 gives alpha = 0.074.
 Sink mass is the plain mean of p_i over queries 1..T−1: query 0 would be 1 by construction.
+
+Where the weights of a query need not add up to 1 (a learned sink takes a part, or another normaliser stands in the
+softmax's place), p_i has two readings, and both are measured: the raw mass, and its share, p_i over the sum of the
+query's weights of tokens (0 where that is 0).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.finite import finite
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from sinkbed.data.pack.strategy import Strategy
+    from sinkbed.kernels import Statistics
     from sinkbed.model import Decoder
 from sinkbed.train.measure.heldout import Probe
 
@@ -58,6 +64,10 @@ class ModeResult:
     None without such a key, and under a prefix LM."""
     mass_placed: list[list[float]] | None = None
     """[L][H] mean mass on key `placed_key` of the queries after it among the first `sink_tokens`."""
+    rate_share: dict[str, list[list[float]]] | None = None
+    """As `rate`, of shares instead of masses; None where a query's weights add up to 1."""
+    share: list[list[float]] | None = None
+    """As `mass`, of shares."""
 
     def metrics(self, mode: str) -> dict[str, float]:
         """The result under its metric keys."""
@@ -77,6 +87,10 @@ class ModeResult:
             out[f"sink/mass_placed/{mode}"] = _mean(self.mass_placed)
             for eps in self.rate_placed:
                 out[f"sink/rate_placed_eps{eps}/{mode}"] = _mean(self.rate_placed[eps])
+        if self.rate_share is not None and self.share is not None:
+            out[f"sink/share/{mode}"] = _mean(self.share)
+            for eps in self.rate_share:
+                out[f"sink/rate_share_eps{eps}/{mode}"] = _mean(self.rate_share[eps])
         return out
 
 
@@ -109,9 +123,9 @@ def measure(
 
     shape = (model.config.n_layers, model.config.n_heads)
     above = torch.zeros(len(EPSILONS), *shape, dtype=torch.float64)
-    above_row, above_placed = torch.zeros_like(above), torch.zeros_like(above)
-    totals, second = torch.zeros(4, *shape, dtype=torch.float64), 0
-    loss_sum, byte_sum, token_sum, documents = 0.0, 0, 0, 0
+    above_row, above_placed, above_share = (torch.zeros_like(above) for _ in range(3))
+    totals, second = torch.zeros(5, *shape, dtype=torch.float64), 0
+    loss_sum, byte_sum, token_sum, documents, sums_to_one = 0.0, 0, 0, 0, True
     device = input_device(model)
     config.check_placed(mode, strategy)
     with evaluating(model), torch.no_grad():
@@ -121,15 +135,18 @@ def measure(
             if strategy.prefix_lm or second >= config.sink_tokens - 1:
                 second = 0  # no query is left to look at it
             row = arrange(probe, mode, strategy, rows, text, lengths, device=device, key=second)
-            alpha, alpha_row, mass, mass_full, placed, nll = _observe(
+            alpha, alpha_row, mass, mass_full, placed, shares, nll = _observe(
                 model, row, text, lengths, config.sink_tokens, second
             )
+            sums_to_one = sums_to_one and shares is None
+            shares = placed if shares is None else shares
             for e, eps in enumerate(EPSILONS):
                 above[e] += (alpha > eps).sum(0)
                 above_row[e] += (alpha_row > eps).sum(0)
                 above_placed[e] += (placed.mean(-1) > eps).sum(0)
-            after = placed[..., 1:].mean(-1)
-            totals += torch.stack([alpha.sum(0), mass.sum(0), mass_full.sum(0), after.sum(0)])
+                above_share[e] += (shares.mean(-1) > eps).sum(0)
+            after, share = placed[..., 1:].mean(-1), shares[..., 1:].mean(-1)
+            totals += torch.stack([x.sum(0) for x in (alpha, mass, mass_full, after, share)])
             counted = counted_targets(text, lengths, strategy)
             loss_sum += float(nll[counted].sum(dtype=torch.float64))
             byte_sum += int(probe.token_bytes[text[:, 1:][counted]].sum())
@@ -137,7 +154,7 @@ def measure(
             documents += len(lengths)
     if not token_sum:
         raise ValueError(f"measuring: expected documents longer than strategy.prefix_lm={strategy.prefix_lm}, got none")
-    alpha, mass, mass_full, mass_placed = (totals / documents).tolist()
+    alpha, mass, mass_full, mass_placed, share = (totals / documents).tolist()
 
     def rates(counts: torch.Tensor) -> dict[str, list[list[float]]]:
         return {str(e): (100 * counts[i] / documents).tolist() for i, e in enumerate(EPSILONS)}
@@ -155,31 +172,37 @@ def measure(
         placed_key=second,
         rate_placed=rates(above_placed) if second else None,
         mass_placed=mass_placed if second else None,
+        rate_share=None if sums_to_one else rates(above_share),
+        share=None if sums_to_one else share,
     )
     return finite(result, f"sinks, mode {mode}")
 
 
 def measurement_table(step: int, results: dict[InferenceMode, ModeResult], sink_tokens: int) -> str:
     """The figures of one measurement, a line for each inference mode."""
-    documents = next(iter(results.values())).documents
+    first = next(iter(results.values()))
+    columns = {"sink rate %": ("sink/rate_eps0.3", 12, 1), "sink mass": ("sink/mass", 11, 3)}
+    if first.share is not None:
+        columns |= {"of shares %": ("sink/rate_share_eps0.3", 13, 1), "sink share": ("sink/share", 12, 3)}
+    columns |= {"loss": ("val/loss", 8, 3), "bits/byte": ("val/bits_per_byte", 11, 3)}
     lines = [
-        f"step {step}, {documents} documents, T = {sink_tokens}, eps 0.3",
-        f"{'input':26}{'sink rate %':>12}{'sink mass':>11}{'loss':>8}{'bits/byte':>11}",
+        f"step {step}, {first.documents} documents, T = {sink_tokens}, eps 0.3",
+        f"{'input':26}" + "".join(f"{title:>{width}}" for title, (_, width, _) in columns.items()),
     ]
     for mode, result in results.items():
         m = result.metrics(mode)
-        lines.append(
-            f"{MODE_LABELS[mode]:26}{m[f'sink/rate_eps0.3/{mode}']:12.1f}{m[f'sink/mass/{mode}']:11.3f}"
-            f"{result.loss:8.3f}{result.bits_per_byte:11.3f}"
-        )
+        figures = (f"{m[f'{key}/{mode}']:{width}.{digits}f}" for key, width, digits in columns.values())
+        lines.append(f"{MODE_LABELS[mode]:26}" + "".join(figures))
+    if first.share is not None:
+        lines.append("share: the mass over the sum of a query's weights of tokens, which need not be 1 in this model")
     return "\n".join(lines)
 
 
 def _observe(
     model: Decoder, row: Arranged, text: torch.Tensor, lengths: torch.Tensor, sink_tokens: int, key: int
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[Any, ...]:
     """One forward pass: alpha and mass [B, L, H] over sink_tokens and over the row, mass on `key` [B, L, H, queries
-    from it on], nll [B, n−1]."""
+    from it on], shares [B, L, H, sink_tokens] or None where weights add up to 1, nll [B, n−1]."""
     import torch
 
     output = model(row.tokens, mask=row.mask, statistics=True)
@@ -200,5 +223,22 @@ def _observe(
         head[..., 1:].mean(-1),
         (own.sum(-1) - own[..., 0]) / (count - 1),
         on_key,
+        _shares(output.statistics, sink_tokens),
         nll,
     )
+
+
+def _shares(statistics: Sequence[Statistics], sink_tokens: int) -> torch.Tensor | None:
+    """[B, L, H, sink_tokens] first-key mass over the sum of the query's weights of tokens; None where that is 1."""
+    import torch
+
+    layers = []
+    for layer in statistics:
+        total = layer.row_sum
+        if total is None and layer.learned_sink_mass is not None:
+            total = 1 - layer.learned_sink_mass
+        if total is None:
+            return None
+        share = (layer.first_key_mass / total).masked_fill(total == 0, 0.0)
+        layers.append(share[..., :sink_tokens].float().cpu())
+    return torch.stack(layers, dim=1)
