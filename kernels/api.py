@@ -18,7 +18,7 @@ from sinkbed.kernels.cpu import torch_attention
 from sinkbed.kernels.mask import Mask
 from sinkbed.kernels.normalizers import Normalizer
 from sinkbed.kernels.reference import reference_attention, reference_received
-from sinkbed.kernels.statistics import Statistics, Wanted, received_in_blocks
+from sinkbed.kernels.statistics import Statistics, received_in_blocks
 
 Implementation = Literal["reference", "torch", "triton"]
 
@@ -70,7 +70,7 @@ def attention(
     scale: float | None = None,
     sink_logit: Tensor | None = None,
     normalizer: Normalizer | None = None,
-    statistics: Wanted = False,
+    statistics: bool = False,
     implementation: Implementation | None = None,
 ) -> AttentionOutput:
     """softmax(scale · q kᵀ + mask) v over packed rows, with the statistics of the attention sink.
@@ -82,9 +82,7 @@ def attention(
         sink_logit: [H], a learned logit per head that joins the softmax but has no value
             (arXiv 2508.10925); 0 gives softmax-off-by-one.
         normalizer: what takes the softmax's place (see `kernels.normalizers`). Only `reference` has any.
-        statistics: True: also return the masses on the first key of the row, of the document and on the learned
-            sink. "full": also the maximum probability and the entropy, which take a fifth more instructions in Triton
-            and a pass of their own on CPUs.
+        statistics: also return the masses on the first key of the row, of the document and on the learned sink.
         implementation: None takes the device's own: `torch` on CPUs, `triton` on CUDA and ROCm. Other devices have
             none: `reference`, which holds the T×T matrix, must be asked for.
 
@@ -95,8 +93,6 @@ def attention(
     """
     _validate(q, k, v, sink_logit)
     mask = _fitting(mask, q)
-    if statistics not in (False, True, "full"):
-        raise ValueError(f'statistics: expected False, True or "full", got {statistics!r}')
     scale = _checked_scale(scale, q)
     if normalizer is not None:
         if implementation != "reference" or sink_logit is not None:

@@ -6,8 +6,7 @@ gradients of attention with a learned sink. It is a private operator, so a test 
 
 The trade: a mask other than causal travels as an additive [B, 1, T, T] float, built once per batch, and PyTorch
 computes the hidden pairs too. For a document mask on long rows each document is a call of its own, plain causal.
-The statistics never need the T×T probabilities: the mass of one key is exp(q·k − lse), and what depends on all
-probabilities is computed in blocks of queries.
+The statistics never need the T×T probabilities: the mass of one key is exp(q·k − lse).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sinkbed.kernels.mask import Mask
-from sinkbed.kernels.statistics import Statistics, Wanted, spread
+from sinkbed.kernels.statistics import Statistics
 
 _BY_DOCUMENT = 512
 """Row length from which a document mask is computed document by document: on shorter rows the calls cost more than the
@@ -228,9 +227,7 @@ def _mass_on(k_first: Tensor, q: Tensor, lse: Tensor, scale: float) -> Tensor:
 
 
 @torch.no_grad()
-def _statistics(
-    q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float, sink_logit: Tensor | None, wanted: Wanted
-) -> Statistics:
+def _statistics(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float, sink_logit: Tensor | None) -> Statistics:
     first_key_mass = _mass_on(k[:, :, :1], q, lse, scale)
     document_mass = first_key_mass
     if mask.doc_start is not None:
@@ -248,11 +245,7 @@ def _statistics(
         else:
             document_mass = first_key_mass
     learned_sink_mass = None if sink_logit is None else (sink_logit.to(lse.dtype)[None, :, None] - lse).exp()
-    measured = Statistics(first_key_mass, document_mass, learned_sink_mass)
-    if wanted == "full":
-        largest, entropy = spread(q, k, lse, mask, scale, sink_logit)
-        measured = measured._replace(max_probability=largest, entropy=entropy)
-    return measured
+    return Statistics(first_key_mass, document_mass, learned_sink_mass)
 
 
 def torch_attention(
@@ -262,7 +255,7 @@ def torch_attention(
     mask: Mask,
     scale: float,
     sink_logit: Tensor | None,
-    statistics: Wanted,
+    statistics: bool,
 ) -> tuple[Tensor, Tensor, Statistics | None]:
     """Attention by the CPU flash kernel; shapes as in `kernels.api.attention`."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -271,4 +264,4 @@ def torch_attention(
     output, lse = _attention_torch(q, k, v, bias, mask.doc_start if by_document else None, sink_logit, scale)
     if not statistics:
         return output, lse, None
-    return output, lse, _statistics(q, k, lse.detach(), mask, scale, sink_logit, statistics)
+    return output, lse, _statistics(q, k, lse.detach(), mask, scale, sink_logit)

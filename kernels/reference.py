@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sinkbed.kernels.mask import Mask
 from sinkbed.kernels.normalizers import Normalizer
-from sinkbed.kernels.statistics import Statistics, Wanted
+from sinkbed.kernels.statistics import Statistics
 
 
 def probabilities(
@@ -46,7 +46,7 @@ def reference_attention(
     mask: Mask,
     scale: float,
     sink_logit: Tensor | None,
-    statistics: Wanted,
+    statistics: bool,
     normalizer: Normalizer | None = None,
 ) -> tuple[Tensor, Tensor, Statistics | None]:
     """Attention by its definition; differentiable in every input. Shapes as in `kernels.api.attention`."""
@@ -63,13 +63,7 @@ def reference_attention(
             index = start.long()[:, None, :, None].expand(-1, a.shape[1], -1, 1)
             document_mass = a.gather(-1, index)[..., 0]
         learned_sink_mass = None if sink_logit is None else (sink_logit.to(lse.dtype)[None, :, None] - lse).exp()
-        measured = Statistics(first_key_mass.detach(), document_mass.detach(), learned_sink_mass)
-        if statistics == "full":
-            entropy = torch.special.entr(a).sum(-1)
-            if learned_sink_mass is not None:
-                entropy = entropy + torch.special.entr(learned_sink_mass)
-            measured = measured._replace(max_probability=a.amax(-1), entropy=entropy)
-    return output, lse, measured
+    return output, lse, Statistics(first_key_mass.detach(), document_mass.detach(), learned_sink_mass)
 
 
 def reference_received(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float) -> Tensor:

@@ -5,15 +5,12 @@ Shapes: B rows, H query heads, T positions. None of these carries a gradient.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sinkbed.kernels.mask import Mask
-
-Wanted = bool | Literal["full"]
-"""False: none. True: the masses, which cost little. "full": also what needs every probability."""
 
 
 class Statistics(NamedTuple):
@@ -26,10 +23,6 @@ class Statistics(NamedTuple):
     construction); exactly 0 where the mask hides it."""
     learned_sink_mass: Tensor | None
     """Attention mass on the learned sink logit; None without one."""
-    max_probability: Tensor | None = None
-    """"full": the largest mass on any one key; the learned sink is no key."""
-    entropy: Tensor | None = None
-    """"full": −Σ p log p in nats, over the keys and the learned sink."""
 
 
 class TopSinks(NamedTuple):
@@ -75,41 +68,16 @@ def blocks_of(length: int, size: int = 128) -> list[slice]:
     return [slice(at, min(at + size, length)) for at in range(0, length, size)]
 
 
-def log_probabilities(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float, queries: slice) -> Tensor:
-    """[B, H, M, T] log of the attention of M of the queries, −inf where hidden; lse [B, H, T] of the forward pass.
-
-    Products are taken in the dtype of k: a float32 lse needs float32 keys.
-    """
-    B, H, _, D = q.shape
-    grouped = q[:, :, queries].to(k.dtype).reshape(B, k.shape[1], -1, D)  # the query heads of a key head side by side
-    logits = (grouped @ k.transpose(2, 3)).view(B, H, -1, k.shape[2]) * scale
-    logits = logits.masked_fill(~mask.visible(q.device, queries), float("-inf"))
-    return logits - lse[:, :, queries, None]
-
-
-@torch.no_grad()
-def spread(
-    q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float, sink_logit: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Maximum probability and entropy, [B, H, T], in blocks of queries: for devices without a kernel for them."""
-    largest, entropy = torch.empty_like(lse), torch.empty_like(lse)
-    k = k.to(lse.dtype)
-    for queries in blocks_of(q.shape[2]):
-        log_p = log_probabilities(q, k, lse, mask, scale, queries)
-        largest[:, :, queries] = log_p.amax(-1).exp()
-        entropy[:, :, queries] = -torch.where(log_p == float("-inf"), 0.0, log_p.exp() * log_p).sum(-1)
-    if sink_logit is not None:
-        log_p = sink_logit.to(lse.dtype)[None, :, None] - lse
-        entropy -= torch.where(log_p == float("-inf"), 0.0, log_p.exp() * log_p)
-    return largest, entropy
-
-
 @torch.no_grad()
 def received_in_blocks(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float) -> Tensor:
     """Column sums [B, H, T] in blocks of queries: for devices without a kernel for them."""
     dtype = torch.promote_types(lse.dtype, torch.float32)  # lse may be narrower: the reference's has q's dtype
     received = torch.zeros_like(lse, dtype=dtype)
     k = k.to(dtype)
-    for queries in blocks_of(q.shape[2]):
-        received += log_probabilities(q, k, lse, mask, scale, queries).exp().sum(2)
+    B, H, T, _ = q.shape
+    for queries in blocks_of(T):
+        grouped = q[:, :, queries].to(dtype).reshape(B, k.shape[1], -1, k.shape[3])  # heads of a key head side by side
+        logits = (grouped @ k.transpose(2, 3)).view(B, H, -1, T) * scale
+        logits = logits.masked_fill(~mask.visible(q.device, queries), float("-inf"))
+        received += (logits - lse[:, :, queries, None]).exp().sum(2)
     return received.to(lse.dtype)
