@@ -208,6 +208,7 @@ def _subject(arguments: Any) -> tuple[Decoder, Probe, Strategy, str]:
 
     subject = of_run(arguments.run, arguments.store)
     config = MeasureConfig(documents=arguments.jacobian_documents, live_documents=1, sink_tokens=arguments.tokens)
+    assert subject.store is not None and subject.context_length is not None  # of a run
     probe = Probe.from_store(TokenStore.open(subject.store, "validation"), subject.context_length, config)
     return subject.model.eval(), probe, subject.strategy, subject.name
 
