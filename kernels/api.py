@@ -19,7 +19,7 @@ from sinkbed.kernels.mask import Mask
 from sinkbed.kernels.normalizers import Normalizer
 from sinkbed.kernels.reference import reference_attention, reference_received
 from sinkbed.kernels.scoring import Scoring
-from sinkbed.kernels.statistics import Statistics, Wanted, received_in_blocks
+from sinkbed.kernels.statistics import Statistics, received_in_blocks
 
 Implementation = Literal["reference", "torch", "triton"]
 
@@ -75,7 +75,7 @@ def attention(
     sink_logit: Tensor | None = None,
     sink_value: Tensor | None = None,
     normalizer: Normalizer | None = None,
-    statistics: Wanted = False,
+    statistics: bool = False,
     implementation: Implementation | None = None,
 ) -> AttentionOutput:
     """softmax(scale · q kᵀ + mask) v over packed rows, with the statistics of the attention sink.
@@ -89,9 +89,8 @@ def attention(
             softmax-off-by-one. [B, H, T]: a logit per query, as that of a key which is no token's.
         sink_value: [H, D], the value of that logit; None has none.
         normalizer: what takes the softmax's place (see `kernels.normalizers`), without a learned sink.
-        statistics: True: also return the masses on the first key of the row, of the document and on the learned
-            sink. "full": also the maximum probability and the entropy, which take a fifth more instructions in Triton
-            and a pass of their own on CPUs.
+        statistics: also return the masses on the first key of the row, of the document and on the learned sink, and
+            with a normaliser the sum of the weights.
         implementation: None takes the device's own: `torch` on CPUs, `triton` on CUDA and ROCm. Other devices have
             none: `reference`, which holds the T×T matrix, must be asked for.
 
@@ -103,8 +102,6 @@ def attention(
     _validate(q, k, v, sink_logit)
     _validate_scoring(q, softcap, slopes, sink_logit, sink_value, normalizer)
     mask = _fitting(mask, q)
-    if statistics not in (False, True, "full"):
-        raise ValueError(f'statistics: expected False, True or "full", got {statistics!r}')
     scoring = Scoring(scale=_checked_scale(scale, q), softcap=softcap, slopes=slopes, normalizer=normalizer)
     functions = _choose(implementation, q.device)
     return AttentionOutput(*functions.attention(q, k, v, mask, scoring, sink_logit, sink_value, statistics))

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from sinkbed.kernels.mask import Mask
 from sinkbed.kernels.scoring import Scoring
-from sinkbed.kernels.statistics import Statistics, Wanted, blocks_of, with_key
+from sinkbed.kernels.statistics import Statistics, blocks_of, with_key
 
 _QUERIES, _BLOCK_LOGITS = 64, 2**19
 
@@ -30,11 +30,11 @@ def blockwise_attention(
     scoring: Scoring,
     sink_logit: Tensor | None,
     sink_value: Tensor | None,
-    statistics: Wanted,
+    statistics: bool,
 ) -> tuple[Tensor, Tensor | None, Statistics | None]:
     """Shapes as in `kernels.api.attention`; differentiable in every input, and in the weights of a normaliser."""
     parameters = () if scoring.normalizer is None else scoring.normalizer.parameters()
-    output, lse, *measured = _Blockwise.apply(q, k, v, mask, scoring, bool(statistics), *parameters)
+    output, lse, *measured = _Blockwise.apply(q, k, v, mask, scoring, statistics, *parameters)
     seen = Statistics(measured[0], measured[1], None, row_sum=measured[2]) if statistics else None
     return (output, lse, seen) if sink_logit is None else with_key(output, lse, seen, sink_logit, sink_value)
 

@@ -6,8 +6,7 @@ gradients of attention with a learned sink. It is a private operator, so a test 
 
 The trade: a mask other than causal travels as an additive [B, 1, T, T] float, built once per batch, and PyTorch
 computes the hidden pairs too. For a document mask on long rows each document is a call of its own, plain causal.
-The statistics never need the T×T probabilities: the mass of one key is exp(q·k − lse), and what depends on all
-probabilities is computed in blocks of queries.
+The statistics never need the T×T probabilities: the mass of one key is exp(q·k − lse).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor
 from sinkbed.kernels.blockwise import blockwise_attention
 from sinkbed.kernels.mask import Mask
 from sinkbed.kernels.scoring import Scoring, per_query
-from sinkbed.kernels.statistics import Statistics, Wanted, spread
+from sinkbed.kernels.statistics import Statistics
 
 _BY_DOCUMENT = 512
 """Row length from which a document mask is computed document by document: on shorter rows the calls cost more than the
@@ -250,9 +249,7 @@ def _mass_on(k_first: Tensor, q: Tensor, lse: Tensor, scale: float) -> Tensor:
 
 
 @torch.no_grad()
-def _statistics(
-    q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float, sink_logit: Tensor | None, wanted: Wanted
-) -> Statistics:
+def _statistics(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float, sink_logit: Tensor | None) -> Statistics:
     first_key_mass = _mass_on(k[:, :, :1], q, lse, scale)
     document_mass = first_key_mass
     if mask.doc_start is not None:
@@ -270,11 +267,7 @@ def _statistics(
         else:
             document_mass = first_key_mass
     learned_sink_mass = None if sink_logit is None else (per_query(sink_logit, lse) - lse).exp()
-    measured = Statistics(first_key_mass, document_mass, learned_sink_mass)
-    if wanted == "full":
-        largest, entropy = spread(q, k, lse, mask, scale, sink_logit)
-        measured = measured._replace(max_probability=largest, entropy=entropy)
-    return measured
+    return Statistics(first_key_mass, document_mass, learned_sink_mass)
 
 
 def torch_attention(
@@ -285,7 +278,7 @@ def torch_attention(
     scoring: Scoring,
     sink_logit: Tensor | None,
     sink_value: Tensor | None,
-    statistics: Wanted,
+    statistics: bool,
 ) -> tuple[Tensor, Tensor | None, Statistics | None]:
     """Attention by the CPU flash kernel, or in blocks where the scoring is not plain; shapes as in `kernels.api`."""
     if not scoring.is_plain:
@@ -297,4 +290,4 @@ def torch_attention(
     output, lse = _attention_torch(q, k, v, bias, documents, sink_logit, sink_value, scoring.scale)
     if not statistics:
         return output, lse, None
-    return output, lse, _statistics(q, k, lse.detach(), mask, scoring.scale, sink_logit, statistics)
+    return output, lse, _statistics(q, k, lse.detach(), mask, scoring.scale, sink_logit)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sinkbed.kernels.mask import Mask
 from sinkbed.kernels.scoring import Scoring, per_query
-from sinkbed.kernels.statistics import Statistics, Wanted
+from sinkbed.kernels.statistics import Statistics
 
 
 def probabilities(
@@ -50,7 +50,7 @@ def reference_attention(
     scoring: Scoring,
     sink_logit: Tensor | None,
     sink_value: Tensor | None,
-    statistics: Wanted,
+    statistics: bool,
 ) -> tuple[Tensor, Tensor | None, Statistics | None]:
     """Attention by its definition; differentiable in every input. Shapes as in `kernels.api.attention`."""
     a, lse = probabilities(q, k, mask, scoring, sink_logit)
@@ -73,11 +73,6 @@ def reference_attention(
             document_mass = a.gather(-1, index)[..., 0]
         row_sum = None if scoring.normalizer is None else a.sum(-1)
         measured = Statistics(first_key_mass.detach(), document_mass.detach(), learned_sink_mass, row_sum)
-        if statistics == "full":
-            entropy = torch.special.entr(a).sum(-1)
-            if learned_sink_mass is not None:
-                entropy = entropy + torch.special.entr(learned_sink_mass)
-            measured = measured._replace(max_probability=a.amax(-1), entropy=entropy)
     return output, lse, measured
 
 

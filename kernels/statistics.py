@@ -5,16 +5,13 @@ Shapes: B rows, H query heads, T positions. None of these carries a gradient.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sinkbed.kernels.mask import Mask
 from sinkbed.kernels.scoring import Scoring, per_query
-
-Wanted = bool | Literal["full"]
-"""False: none. True: the masses, which cost little. "full": also what needs every probability."""
 
 
 class Statistics(NamedTuple):
@@ -29,10 +26,6 @@ class Statistics(NamedTuple):
     """Attention mass on the learned sink logit; None without one."""
     row_sum: Tensor | None = None
     """Sum of the query's weights, where a normaliser other than the softmax may make it differ from 1."""
-    max_probability: Tensor | None = None
-    """"full": the largest mass on any one key; the learned sink is no key."""
-    entropy: Tensor | None = None
-    """"full": −Σ p log p in nats, over the keys and the learned sink."""
 
 
 class TopSinks(NamedTuple):
@@ -78,31 +71,6 @@ def blocks_of(length: int, size: int = 128) -> list[slice]:
     return [slice(at, min(at + size, length)) for at in range(0, length, size)]
 
 
-def log_probabilities(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float, queries: slice) -> Tensor:
-    """[B, H, M, T] log of the attention of M of the queries, −inf where hidden; lse [B, H, T] of the forward pass.
-
-    Products are taken in the dtype of k: a float32 lse needs float32 keys.
-    """
-    return Scoring(scale=scale).logits(q, k, mask, queries) - lse[:, :, queries, None]
-
-
-@torch.no_grad()
-def spread(
-    q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float, sink_logit: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Maximum probability and entropy, [B, H, T], in blocks of queries: for devices without a kernel for them."""
-    largest, entropy = torch.empty_like(lse), torch.empty_like(lse)
-    k = k.to(lse.dtype)
-    for queries in blocks_of(q.shape[2]):
-        log_p = log_probabilities(q, k, lse, mask, scale, queries)
-        largest[:, :, queries] = log_p.amax(-1).exp()
-        entropy[:, :, queries] = -torch.where(log_p == float("-inf"), 0.0, log_p.exp() * log_p).sum(-1)
-    if sink_logit is not None:
-        log_p = sink_logit.to(lse.dtype)[None, :, None] - lse
-        entropy -= torch.where(log_p == float("-inf"), 0.0, log_p.exp() * log_p)
-    return largest, entropy
-
-
 @torch.no_grad()
 def received_in_blocks(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float) -> Tensor:
     """Column sums [B, H, T] in blocks of queries: for devices without a kernel for them."""
@@ -110,7 +78,8 @@ def received_in_blocks(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: flo
     received = torch.zeros_like(lse, dtype=dtype)
     k = k.to(dtype)
     for queries in blocks_of(q.shape[2]):
-        received += log_probabilities(q, k, lse, mask, scale, queries).exp().sum(2)
+        logits = Scoring(scale=scale).logits(q, k, mask, queries)
+        received += logits.sub_(lse[:, :, queries, None]).exp_().sum(2)
     return received.to(lse.dtype)
 
 

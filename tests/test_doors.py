@@ -11,7 +11,6 @@ import torch
 from sinkbed.data.pack.audit import audit
 from sinkbed.data.pack.batches import Rows
 from sinkbed.data.pack.strategy import Strategy
-from sinkbed.data.prepare.writer import StoreWriter
 from sinkbed.data.store.token_store import TokenStore
 from sinkbed.data.tokenizer import Tokenizer
 from sinkbed.model import Decoder, DecoderConfig
@@ -20,6 +19,7 @@ from sinkbed.train.cli.main import main
 from sinkbed.train.loop.optim import OptimizerConfig, build_optimizer
 from sinkbed.train.loop.settings import training_bytes
 from sinkbed.train.measure.measures import MEASURES
+from tests.support.stores import StoreWriter
 from tests.train.conftest import write_run_config
 
 

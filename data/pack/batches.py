@@ -6,14 +6,15 @@ many processes share it; so a run resumed from `rows_consumed` sees what the uni
 seen, on any number of processes.
 
     rows = Rows(TokenStore.open("stores/demo"), Strategy(first_token="bos"), context_length=512, seed=0)
-    sampler = RowSampler(rows_consumed=0, micro_batch_size=8, accumulate=2)
+    sampler = RowSampler(16, micro_batch_size=8, rows_consumed=0)
     loader = DataLoader(rows, batch_sampler=sampler, collate_fn=Rows.collate, num_workers=2)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Self
+from itertools import count
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -203,85 +204,44 @@ class Rows(Dataset[Batch]):
 
 
 class RowSampler(Sampler[list[int]]):
-    """Batch sampler: the global row numbers of each micro batch of one process, from `rows_consumed` on.
+    """Batch sampler: the global row numbers of each micro batch of one process, from `rows_consumed` on, endlessly.
 
-    A global batch of G = micro_batch_size * accumulate * world_size rows is cut into contiguous micro batches,
-    dealt to the processes in turn: step by step, all processes together walk the rows in order.
+    A global batch of G rows is cut into contiguous micro batches, dealt to the processes in turn: step by step, all
+    processes together walk the rows in order.
 
     Args:
+        batch_size: G, the rows of one optimiser step, over all processes.
+        micro_batch_size: rows a process handles at a time. None: its share of G.
         rows_consumed: rows that training has consumed, over all processes: the whole state.
-        micro_batch_size: rows a process handles at a time; accumulate: micro batches per process and step.
-        total_rows: stop before a global batch would end beyond this row. None: never stop.
 
-    Raises ValueError for numbers outside their range.
+    Raises ValueError where the micro batches of all processes do not divide G.
     """
 
     def __init__(
         self,
-        *,
-        rows_consumed: int = 0,
-        micro_batch_size: int,
-        accumulate: int = 1,
-        world_size: int = 1,
-        rank: int = 0,
-        total_rows: int | None = None,
-    ) -> None:
-        check_number("rows_consumed", rows_consumed, least=0)
-        check_number("micro_batch_size", micro_batch_size, least=1)
-        check_number("accumulate", accumulate, least=1)
-        check_number("world_size", world_size, least=1)
-        check_number("rank", rank, least=0, below=world_size)
-        if total_rows is not None:
-            check_number("total_rows", total_rows, least=0)
-        self.rows_consumed = rows_consumed
-        self.micro_batch_size = micro_batch_size
-        self.accumulate = accumulate
-        self.world_size = world_size
-        self.rank = rank
-        self.total_rows = total_rows
-
-    @classmethod
-    def for_batch_size(
-        cls,
         batch_size: int,
         *,
-        micro_batch_size: int,
+        micro_batch_size: int | None = None,
         rows_consumed: int = 0,
         world_size: int = 1,
         rank: int = 0,
-        total_rows: int | None = None,
-    ) -> Self:
-        """The sampler that makes steps of `batch_size` rows. Raises ValueError where they do not divide."""
-        per_pass = micro_batch_size * world_size
+    ) -> None:
+        self.batch_size = batch_size
+        self.micro_batch_size = batch_size // world_size if micro_batch_size is None else micro_batch_size
+        self.rows_consumed = rows_consumed
+        self.world_size = world_size
+        self.rank = rank
+        per_pass = self.micro_batch_size * world_size
         if per_pass < 1 or batch_size < 1 or batch_size % per_pass:
             raise ValueError(
-                f"batch_size: expected a positive multiple of micro_batch_size * world_size = {micro_batch_size} * "
-                f"{world_size} rows, got {batch_size}"
+                f"batch_size: expected a positive multiple of micro_batch_size * world_size = {self.micro_batch_size} "
+                f"* {world_size} rows, got {batch_size}"
             )
-        return cls(
-            rows_consumed=rows_consumed,
-            micro_batch_size=micro_batch_size,
-            accumulate=batch_size // per_pass,
-            world_size=world_size,
-            rank=rank,
-            total_rows=total_rows,
-        )
-
-    @property
-    def batch_size(self) -> int:
-        """G: rows of one optimiser step, over all processes."""
-        return self.micro_batch_size * self.accumulate * self.world_size
+        self.accumulate = batch_size // per_pass
+        """Micro batches of a process in a step."""
 
     def __iter__(self) -> Iterator[list[int]]:
-        begin = self.rows_consumed
-        while self.total_rows is None or begin + self.batch_size <= self.total_rows:
+        for begin in count(self.rows_consumed, self.batch_size):
             for step in range(self.accumulate):
                 first = begin + (step * self.world_size + self.rank) * self.micro_batch_size
                 yield list(range(first, first + self.micro_batch_size))
-            begin += self.batch_size
-
-    def __len__(self) -> int:
-        """Micro batches of this process until `total_rows`. Raises TypeError where there is no end."""
-        if self.total_rows is None:
-            raise TypeError("a RowSampler without total_rows has no length")
-        return max(0, self.total_rows - self.rows_consumed) // self.batch_size * self.accumulate

@@ -26,8 +26,7 @@ from numpy.typing import NDArray
 from sinkbed.data.files import differing, load_json, sha256_file, write_atomic, write_json
 from sinkbed.data.prepare.encoding import Encoded
 from sinkbed.data.prepare.recipe import condensed
-from sinkbed.data.prepare.staging import StagingFolder
-from sinkbed.data.prepare.writer import shard_name
+from sinkbed.data.prepare.staging import StagingFolder, shard_name
 from sinkbed.data.source.selection import Batch
 from sinkbed.data.store.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, ShardInfo
 from sinkbed.data.tokenizer import Tokenizer

@@ -138,7 +138,7 @@ def _training(config: PrepareConfig, sample: Sample, budget: int) -> tuple[Prepa
     if sample.whole or config.tokenizer.path or config.source.shuffle_seed is not None:
         if not sample.whole:
             random.Random(0).shuffle(texts)
-        return config, _Fixed(config.source, texts)
+        return config, _Stretches(config.source, [Stretch(0, texts)])
     limit = min(budget, config.tokenizer.train_bytes or TRAIN_BYTES)
     short = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, train_bytes=limit))
     return short, Documents(streamed(config.source), on_error=config.on_error)
@@ -156,17 +156,6 @@ class _Stretches(Documents):
         for number, stretch in enumerate(self._stretches):
             self.at = number
             yield from stretch.texts
-
-
-class _Fixed(Documents):
-    """Texts that were read before."""
-
-    def __init__(self, source: Source, texts: list[str]) -> None:
-        super().__init__(source)
-        self._texts = texts
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._texts)
 
 
 def _finished_bytes(config: PrepareConfig) -> int:

@@ -62,7 +62,7 @@ def prepare(
     from sinkbed.data.prepare.chunks import Chunks, begun_recipe
     from sinkbed.data.prepare.staging import StagingFolder
 
-    with StagingFolder(out, replace=force, keeps=True) as staging:
+    with StagingFolder(out, replace=force) as staging:
         # A forced run that was stopped is forced again to go on; it starts over where nothing needs the force.
         begun = begun_recipe(staging.folder)
         needless = not standing and not (staging.folder / MANIFEST_NAME).is_file()
@@ -88,7 +88,7 @@ def _fill(config: PrepareConfig, recipe: dict[str, Any], chunks: Chunks, workers
     """Make the chunks that are missing, then the store."""
     from sinkbed.data.prepare.chunks import FORGOTTEN, Gathered
     from sinkbed.data.prepare.encoding import Encoder
-    from sinkbed.data.prepare.writer import manifest_of
+    from sinkbed.data.prepare.staging import manifest_of
 
     documents = Documents(config.source, on_error=config.on_error)
     tokenizer = _kept_tokenizer(config, documents, chunks, progress)

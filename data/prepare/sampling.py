@@ -15,7 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import IO, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -114,89 +114,86 @@ class Sample:
 
     def _read_files(self, source: SingleSource, budget: int) -> Part:
         files = local_files(source)
-        sizes = np.array([os.path.getsize(file) for file in files])
-        compressed = np.array([file.endswith(COMPRESSED) for file in files])
+        sizes = {file: os.path.getsize(file) for file in files}
+        bounds = np.array(list(sizes.values()))
+        total = int(bounds.sum())
+        compressed = [file.endswith(COMPRESSED) for file in files]
         one_a_file = source.kind == "text" and source.split in (None, "file")
-        part = Part([], float(sizes.sum()), whole=False, records=len(files) if one_a_file else None)
-        if sizes.sum() <= budget and not (compressed.any() and sizes.sum() > budget // 8):
-            part.whole = True
-            part.stretches = [self._stretch(source, file, 0, float("inf")) for file in files]
-            return part
-        count = _PIECES if source.kind == "text" else _STRETCHES
-        count = _COMPRESSED_STRETCHES if compressed.mean() > 0.5 else count
-        cells: dict[tuple[int, int], Stretch] = {}
-        lines_are_records = source.kind == "jsonl" and not compressed.any()
-        for index, offset in _spread(sizes, count):
-            file, size = files[index], int(sizes[index])
-            array = source.kind == "jsonl" and not compressed[index] and _is_array(file)
-            lines_are_records &= not array
-            cell, begin, end = _cell(index, offset, size, size if array or compressed[index] else budget // count)
-            if cell in cells:
-                cells[cell].places += 1
-                continue
-            cells[cell] = self._stretch(source, file, begin, _COMPRESSED_BYTES if compressed[index] else end)
-        part.stretches = list(cells.values())
-        if lines_are_records:
-            lines = _lines_a_byte(files, sizes) * float(sizes.sum())
-            read, _ = part.total([len(stretch.texts) for stretch in part.stretches])
-            for stretch in part.stretches:
+        everything = Counter({(file, 0, size): 1 for file, size in sizes.items()})
+        cells = everything
+        if total > (budget // 8 if any(compressed) else budget):
+            count = _PIECES if source.kind == "text" else _STRETCHES
+            count = _COMPRESSED_STRETCHES if sum(compressed) > len(files) / 2 else count
+            places = _spread(bounds, count)
+            cells = Counter(self._cell(source, files[index], offset, budget // count) for index, offset in places)
+        stretches = [self._stretch(source, *cell, places) for cell, places in cells.items()]
+        part = Part(
+            stretches, total, whole=cells.keys() == everything.keys(), records=len(files) if one_a_file else None
+        )
+        arrays = source.kind == "jsonl" and any(_is_array(file) for file, *_ in cells)
+        if source.kind == "jsonl" and not (part.whole or arrays or any(compressed)):
+            lines = _lines_a_byte(files, bounds) * total
+            read, _ = part.total([len(stretch.texts) for stretch in stretches])
+            for stretch in stretches:
                 stretch.share = lines / max(1.0, read)
-        part.whole = len(cells) == len(files) and all(sizes[i] == stretch.size for (i, _), stretch in cells.items())
         return part
 
-    def _stretch(self, source: SingleSource, file: str, begin: int, end: float) -> Stretch:
-        """Of a text what lies between two offsets, else the records that begin there."""
+    def _cell(self, source: SingleSource, file: str, offset: int, length: int) -> tuple[str, int, int]:
+        """The file, and from where to where it is read, for a place in it."""
+        size = os.path.getsize(file)
+        if file.endswith(COMPRESSED):
+            in_one = source.kind == "text" and source.split in (None, "file")
+            return file, 0, size if in_one else min(size, _COMPRESSED_BYTES)
+        if source.kind == "jsonl" and _is_array(file):
+            return file, 0, size
+        return file, *_around(offset, size, length)
+
+    def _stretch(self, source: SingleSource, file: str, begin: int, end: int, places: int) -> Stretch:
+        """What lies between two offsets of a file; of JSONL whole lines, from the first that begins there on."""
         size = os.path.getsize(file)
         split = source.split.separator if isinstance(source.split, Separator) else source.split or "file"
-        compressed = file.endswith(COMPRESSED)
-        with open(file, "rb") as opened:
-            if source.kind == "text" and not compressed and end - begin < size:
-                return self._pieces(opened, file, split, range(begin, int(end)), size)
-            raw: IO[bytes] = opened
-            if compressed and end < size and not (source.kind == "text" and split == "file"):
-                raw, size = io.BytesIO(opened.read(int(end))), int(end)
-            if begin:
+        with open(file, "rb") as raw:
+            raw.seek(begin)
+            if source.kind == "jsonl" and begin:
                 raw.seek(begin - 1)
                 raw.readline()
                 if raw.tell() == size:  # its last record began before
                     raw.seek(0)
-            at = begins = raw.tell()
-            records = read_records(file, file, source.kind, source.column or "text", split, raw=raw)
-            if raw is not opened:
-                records = (record for record in records if record.problem != "unreadable_file")  # it was cut by us
-            texts: list[str] = []
-            while compressed or end - begin >= size or at - begins < end - begin:
-                if (record := next(records, None)) is None:
-                    at = size
-                    break
-                texts += self._kept(iter([record]))
-                at = raw.tell()
-        return Stretch(at - begins, texts)
+            content = raw.read(end - begin)
+            if source.kind == "jsonl" and not (file.endswith(COMPRESSED) or content.endswith(b"\n")):
+                content += raw.readline()
+        if source.kind == "text" and not file.endswith(COMPRESSED) and len(content) < size:
+            texts, share = self._pieces(content, file, split, begin, size)
+            return Stretch(len(content), texts, places, share)
+        records = read_records(file, file, source.kind, source.column or "text", split, raw=io.BytesIO(content))
+        if len(content) < size:  # it is our cut that a decompressor complains of
+            records = (record for record in records if record.problem != "unreadable_file")
+        return Stretch(len(content), list(self._kept(records)), places)
 
-    def _pieces(self, raw: IO[bytes], file: str, split: str, where: range, size: int) -> Stretch:
-        """The documents of a text within these offsets, the first and the last of which may be cut off."""
-        raw.seek(where.start)
-        content = raw.read(len(where))
+    def _pieces(self, content: bytes, file: str, split: str, begin: int, size: int) -> tuple[list[str], float]:
+        """The documents of a text of which these bytes are a part, where the first and the last may be cut off, and
+        what share of a document each is."""
         if split == "file":
             if size > (self._config.max_bytes or size):
                 self.left_out["too_long"] += 1
-                return Stretch(len(content), [])
-            return Stretch(len(content), [content.decode(errors="ignore")], share=len(content) / size)
+                return [], 1.0
+            return [content.decode(errors="ignore")], len(content) / size
+        end = begin + len(content)
         texts: list[str] = []
         begun = 0
         pieces = list(cut(io.BytesIO(content), split))
         for number, piece in enumerate(pieces):
-            goes_on = number == 0 and where.start > 0
-            if goes_on or (number == len(pieces) - 1 and where.stop < size):
+            goes_on = number == 0 and begin > 0
+            if goes_on or (number == len(pieces) - 1 and end < size):
                 if not piece.strip():
                     continue
                 record = Record(piece.decode(errors="ignore"))  # a character may be cut in two
             else:
-                record = decoded(piece, f"{file}, in bytes {where.start:,} to {where.stop:,}", marked=number == 0)
+                record = decoded(piece, f"{file}, in bytes {begin:,} to {end:,}", marked=number == 0)
             kept = list(self._kept(iter([record])))
             texts += kept
             begun += 0 if goes_on else len(kept)
-        return Stretch(len(content), texts, share=begun / max(1, len(texts)))
+        return texts, begun / max(1, len(texts))
 
     def _read_groups(self, source: SingleSource, budget: int) -> Part | None:
         """Row groups of Parquet files; None where they are few enough to read them all, or tell nothing."""
@@ -265,18 +262,18 @@ def _spread(sizes: NDArray[np.int64], count: int) -> Iterator[tuple[int, int]]:
         yield index, int(place - ends[index] + sizes[index])
 
 
-def _cell(index: int, offset: int, size: int, length: int) -> tuple[tuple[int, int], int, int]:
-    """Which cell of about `length` bytes an offset in a file falls into, and where that begins and ends."""
+def _around(offset: int, size: int, length: int) -> tuple[int, int]:
+    """Where the cell of about `length` bytes that an offset in a file falls into begins and ends."""
     number = max(1, size // length)
     cell = offset * number // size
-    return (index, cell), size * cell // number, size * (cell + 1) // number
+    return size * cell // number, size * (cell + 1) // number
 
 
 def _lines_a_byte(files: Sequence[str], sizes: NDArray[np.int64]) -> float:
     """How many lines begin at a byte, on average, counted in cells all over the files."""
     rates = []
     for index, offset in _spread(sizes, _LINE_PLACES):
-        _, begin, end = _cell(index, offset, int(sizes[index]), _LINE_BYTES)
+        begin, end = _around(offset, int(sizes[index]), _LINE_BYTES)
         before = max(0, begin - 1)
         with open(files[index], "rb") as opened:
             opened.seek(before)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -21,8 +20,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sinkbed.data.files import remove_temporaries, replacing, sync_folder, write_atomic
-from sinkbed.data.store.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, ShardInfo
+from sinkbed.data.files import remove_temporaries, replacing, sha256_file, sha256_json, sync_folder, write_atomic
+from sinkbed.data.prepare.encoding import token_dtype
+from sinkbed.data.store.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, ShardInfo, SplitInfo
 from sinkbed.data.tokenizer import Tokenizer
 
 LOCK_NAME = ".lock"
@@ -39,17 +39,15 @@ class StagingFolder:
 
     Args:
         replace: take the place of a token store already at `out`.
-        keeps: whether what is written outlives an error, to be gone on with; for the message of a full disk.
 
     Raises FileExistsError where `out` is taken, BlockingIOError where another process is writing it, and
     DiskFullError when there is no space left.
     """
 
-    def __init__(self, out: Path | str, *, replace: bool = False, keeps: bool = False) -> None:
+    def __init__(self, out: Path | str, *, replace: bool = False) -> None:
         self.out = Path(os.path.abspath(out))
         self.folder = self.out.parent / f".{self.out.name}.partial"
         self._replace = replace
-        self._keeps = keeps
         self._lock: Any = None
 
     def __enter__(self) -> Self:
@@ -151,37 +149,12 @@ class StagingFolder:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, DiskFullError):
                 raise
-            became, then = "and what was written is removed", "choose another --out"
-            if self._keeps:
-                became = f"the shards that were finished are kept in {self.folder}"
-                then = "run the same command again to go on, or remove that folder to give up"
             raise DiskFullError(
                 error.errno,
-                f"the disk is full: the token store {self.out} was not made, {became}; free space (about 2.2 bytes per "
-                f"token with a vocabulary of up to 65,536, else 4.2), then {then}",
+                f"the disk is full: the token store {self.out} was not made, the shards that were finished are kept in "
+                f"{self.folder}; free space (about 2.2 bytes per token with a vocabulary of up to 65,536, else 4.2), "
+                "then run the same command again to go on, or remove that folder to give up",
             ) from error
-
-
-class _Hashing:
-    """A file that hashes what is written to it."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self._sha256 = hashlib.sha256()
-        self.size = 0
-
-    closed = False
-
-    def write(self, content: Any) -> int:
-        self._sha256.update(content)
-        self.size += len(content)
-        return self._file.write(content)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def hexdigest(self) -> str:
-        return self._sha256.hexdigest()
 
 
 def _write_arrow(
@@ -191,11 +164,9 @@ def _write_arrow(
     offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
     lists = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(tokens))
     batch = pa.record_batch([lists, pa.array(sizes, pa.int64())], names=["tokens", "bytes"])
-    with replacing(path) as file:
-        hashing = _Hashing(file)
-        with pa.ipc.new_file(pa.PythonFile(hashing, "w"), batch.schema) as writer:
-            writer.write_batch(batch)
-    return hashing.size, hashing.hexdigest()
+    with replacing(path) as file, pa.ipc.new_file(file, batch.schema) as writer:
+        writer.write_batch(batch)
+    return path.stat().st_size, sha256_file(path)
 
 
 def _is_at(file: Any, path: Path) -> bool:
@@ -236,3 +207,36 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def shard_name(split: str, number: int) -> str:
+    """Path of a shard inside its token store."""
+    return f"{split}/{number:05d}.arrow"
+
+
+def manifest_of(
+    recipe: dict[str, Any], tokenizer: Tokenizer, shards: dict[str, list[ShardInfo]], left_out: dict[str, int]
+) -> Manifest:
+    """The manifest of a store of these shards per split."""
+    return Manifest(
+        recipe=recipe,
+        fingerprint=sha256_json(recipe),
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        special_ids=tokenizer.special_ids,
+        control_tokens=tokenizer.control_tokens,
+        dtype=token_dtype(tokenizer).name,
+        left_out=dict(sorted(left_out.items())),
+        splits={split: _sum(infos) for split, infos in shards.items()},
+    )
+
+
+def _sum(shards: list[ShardInfo]) -> SplitInfo:
+    return SplitInfo(
+        documents=sum(shard.documents for shard in shards),
+        tokens=sum(shard.tokens for shard in shards),
+        bytes=sum(shard.bytes for shard in shards),
+        shards=tuple(shards),
+    )

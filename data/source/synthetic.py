@@ -10,7 +10,6 @@ one token of each, and a synthetic corpus is a corpus of text like any other.
     uniform              x 7 B k 0              nothing to predict
     repeated             a R a R a R            a random phrase, over and over
 
-`entropy_floor` gives the loss that a model which has learned a task reaches and cannot go below.
 Traded away: the bigram is drawn at random, not counted in a text as in the paper it comes from.
 
 Shapes: N documents, T positions, S ordinary symbols, K triggers.
@@ -22,7 +21,7 @@ import math
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -123,21 +122,11 @@ class Synthetic:
         return 0.1 if self.trigger_probability is None else self.trigger_probability
 
 
-class Floor(NamedTuple):
-    """What the best model of a task reaches over the second and later tokens of its documents."""
-
-    loss: float
-    """Expected nats a token: the entropy of what the text before leaves open. Compare with `val/loss`."""
-    predictable: float
-    """Share of the targets that the text before determines; their part of the loss is 0."""
-
-
-def synthetic_documents(task: Synthetic, start: int = 0, stop: int | None = None) -> Iterator[str]:
-    """Documents `start` to `stop` (None: the last one) of a task, made some thousand at a time."""
+def synthetic_documents(task: Synthetic) -> Iterator[str]:
+    """The documents of a task, made some thousand at a time."""
     block = max(1, _BLOCK_TOKENS // task.lengths[1])
-    stop = task.documents if stop is None else stop
-    for first in range(start, stop, block):
-        numbers = np.arange(first, min(first + block, stop))
+    for first in range(0, task.documents, block):
+        numbers = np.arange(first, min(first + block, task.documents))
         lengths = _document_lengths(task, numbers)
         symbols = _GENERATORS[task.task](task, numbers, int(lengths.max()))
         for row, length in zip(symbols, lengths.tolist(), strict=True):
@@ -157,18 +146,6 @@ def bigram(symbols: int, triggers: int, trigger_probability: float) -> NDArray[n
             (1 - trigger_probability) * ordinary / ordinary.sum(1, keepdims=True),
             trigger_probability * special / special.sum(1, keepdims=True),
         ]
-    )
-
-
-def entropy_floor(task: Synthetic) -> Floor:
-    """The lowest expected loss on a task's documents, exactly; see `Floor`."""
-    least, most = task.lengths
-    entropy, open_share = _OPEN[task.task](task, most)
-    # Position t exists in the documents that are longer than t.
-    weight = np.clip((most - np.arange(1, most)) / (most - least + 1), None, 1.0)
-    return Floor(
-        float(weight @ entropy[1:] / weight.sum()),
-        float(1 - weight @ open_share[1:] / weight.sum()),
     )
 
 
@@ -215,49 +192,11 @@ def _repeated(task: Synthetic, numbers: NDArray[np.int64], length: int) -> NDArr
     return phrase[:, np.arange(length) % phrase.shape[1]]
 
 
-def _open_backcopy(task: Synthetic, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """[T] entropy in nats of each position given those before; [T] chance that it is drawn, not determined."""
-    S = task.symbol_count
-    P = bigram(S, task.trigger_count, task.chance)
-    surprise = -(P * np.log(P)).sum(1)
-    entropy, drawn = np.full(length, np.log(S)), np.ones(length)
-    ordinary, trigger = np.full(S, 1 / S), np.zeros(S)  # chance to be at x; to be at a trigger that follows x
-    for t in range(1, length):
-        entropy[t], drawn[t] = ordinary @ surprise, ordinary.sum()
-        ordinary, trigger = ordinary @ P[:, :S] + trigger, ordinary * P[:, S:].sum(1)
-    return entropy, drawn
-
-
-def _open_averaging(task: Synthetic, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    p, S = task.chance, task.symbol_count
-    drawn = np.ones(length)
-    for t in range(2, length):
-        drawn[t] = 1 - p * drawn[t - 1]
-    entropy = drawn * -(p * math.log(p) + (1 - p) * math.log((1 - p) / S))
-    entropy[0] = math.log(S)
-    return entropy, drawn
-
-
-def _open_uniform(task: Synthetic, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    return np.full(length, np.log(task.symbol_count)), np.ones(length)
-
-
-def _open_repeated(task: Synthetic, length: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    drawn = (np.arange(length) < (task.phrase or 1)).astype(np.float64)
-    return drawn * np.log(task.symbol_count), drawn
-
-
 _GENERATORS = {
     "bigram_backcopy": _bigram_backcopy,
     "trigger_averaging": _trigger_averaging,
     "uniform": _uniform_symbols,
     "repeated": _repeated,
-}
-_OPEN = {
-    "bigram_backcopy": _open_backcopy,
-    "trigger_averaging": _open_averaging,
-    "uniform": _open_uniform,
-    "repeated": _open_repeated,
 }
 
 

@@ -102,8 +102,8 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """Read the manifest of the token store at `folder`.
 
-        Raises FileNotFoundError where there is no token store, ValueError for a manifest that is damaged,
-        contradicts itself, or is of another format version.
+        Raises FileNotFoundError where there is no token store, ValueError for a manifest that is damaged, or is of
+        another format version.
         """
         folder = folder.expanduser()
         path = folder / MANIFEST_NAME
@@ -129,31 +129,12 @@ class Manifest:
         fields["special_ids"] = tuple(fields["special_ids"])
         fields["control_tokens"] = tuple(fields.get("control_tokens", ()))
         fields["splits"] = {name: _read_split(split) for name, split in fields["splits"].items()}
-        manifest = cls(**fields)
-        manifest._check_sums()
-        ids = (manifest.bos_id, manifest.eos_id, *manifest.special_ids)
-        if not all(type(index) is int and 0 <= index < manifest.vocab_size for index in ids):
-            raise ValueError(f"bos_id, eos_id, special_ids {ids} outside a vocabulary of {manifest.vocab_size}")
-        if not {manifest.bos_id, manifest.eos_id} <= set(manifest.special_ids):
-            raise ValueError(f"bos_id and eos_id {ids[:2]} outside special_ids {manifest.special_ids}")
-        if manifest.dtype != token_type(manifest.vocab_size):
-            raise ValueError(f"dtype {manifest.dtype} for a vocabulary of {manifest.vocab_size}")
-        if manifest.fingerprint != sha256_json(manifest.recipe):
-            raise ValueError("a fingerprint that is not that of the recipe")
-        return manifest
-
-    def _check_sums(self) -> None:
-        for name, split in self.splits.items():
-            for count in ("documents", "tokens", "bytes"):
-                counts = [getattr(shard, count) for shard in split.shards]
-                if getattr(split, count) != sum(counts) or min(counts, default=0) < 0:
-                    raise ValueError(
-                        f"{getattr(split, count)} {count} in split {name}, whose shards hold {sum(counts)}"
-                    )
+        for split in fields["splits"].values():
             for shard in split.shards:
                 inside = PurePosixPath(shard.file)
                 if inside.is_absolute() or ".." in inside.parts:
                     raise ValueError(f"a shard outside the token store, {shard.file!r}")
+        return cls(**fields)
 
 
 def token_type(vocab_size: int) -> str:

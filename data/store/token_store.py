@@ -28,10 +28,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from sinkbed.data.files import differing, sha256_file, sha256_json
-from sinkbed.data.store.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, ShardInfo, SplitInfo
+from sinkbed.data.files import sha256_file, sha256_json
+from sinkbed.data.store.manifest import TOKENIZER_NAME, Manifest, ShardInfo, SplitInfo
 from sinkbed.data.store.offsets import Offsets
-from sinkbed.data.tokenizer import BOS, EOS, Tokenizer
+from sinkbed.data.tokenizer import Tokenizer
 
 _MAPPED_SHARDS = 4096  # a process may have some 65,000 mappings; they hold no file descriptors
 _CHECKED_SHARDS = 256  # counted when opening; others when they are first read, so that opening stays quick
@@ -79,7 +79,6 @@ class TokenStore:
                 f"{tokenizer}: expected sha256 {manifest.tokenizer_sha256[:12]}… (the tokenizer the documents were "
                 f"encoded with), got {actual[:12]}…; put that file back or prepare the token store again with --force"
             )
-        _check_vocabulary(path, manifest, definition)
         for shard in manifest.splits[split].shards:
             if not (path / shard.file).is_file():
                 raise FileNotFoundError(f"{path / shard.file} is missing; prepare the token store again with --force")
@@ -146,11 +145,6 @@ class TokenStore:
                 start = end
         return result
 
-    def document_bytes(self) -> NDArray[np.int64]:
-        """[documents] UTF-8 bytes of each document's text."""
-        columns = [self._column(shard, "bytes").to_numpy() for shard in self.info.shards]
-        return np.concatenate(columns) if columns else np.zeros(0, dtype=np.int64)
-
     def verify(self) -> None:
         """Read every shard and compare its sha256. Raises ValueError that names the first damaged one."""
         for shard in self.info.shards:
@@ -171,7 +165,7 @@ class TokenStore:
             if len(self._mapped) == _MAPPED_SHARDS:
                 self._mapped.move_to_end(number)
             return offsets, values
-        column = self._column(shard, "tokens")
+        column = self._tokens(shard)
         offsets, values = column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=True)
         if len(offsets) != shard.documents + 1 or int(offsets[-1]) != shard.tokens or offsets[0] != 0:
             raise self._damaged(
@@ -195,10 +189,10 @@ class TokenStore:
         if now.st_ino == inode and now.st_size < shard.size:
             raise self._damaged(shard, f"expected {shard.size:,} bytes on disk, got {now.st_size:,}")
 
-    def _column(self, shard: ShardInfo, name: str) -> Any:
+    def _tokens(self, shard: ShardInfo) -> Any:
         try:
             with pa.memory_map(os.fspath(self.path / shard.file)) as source:
-                column = pa.ipc.open_file(source).get_batch(0).column(name)
+                column = pa.ipc.open_file(source).get_batch(0).column("tokens")
             # Offsets that fall, or point beyond the values, would be read as other documents or beyond the file.
             column.validate(full=True)
             return column
@@ -212,25 +206,6 @@ class TokenStore:
     def _damaged_at(path: Path, shard: ShardInfo, what: str) -> ValueError:
         return ValueError(
             f"shard {path / shard.file} is damaged: {what}; copy it again or prepare the token store with --force"
-        )
-
-
-def _check_vocabulary(path: Path, manifest: Manifest, definition: dict[str, Any]) -> None:
-    """Compare what the manifest says of the vocabulary with the tokenizer."""
-    ids = ids_of(definition)
-    chosen = manifest.recipe.get("tokenizer", {})
-    named = {role: ids.get(chosen.get(role, default)) for role, default in (("bos", BOS), ("eos", EOS))}
-    special = {token["id"] for token in definition["added_tokens"] if token["special"]}
-    expected = {
-        "vocab_size": max(ids.values()) + 1,
-        # Who writes a store by hand names them in its recipe, or has none to compare.
-        **{f"{role}_id": index for role, index in named.items() if index is not None},
-        "special_ids": tuple(sorted({manifest.bos_id, manifest.eos_id} | special)),
-    }
-    if differing_ids := differing({name: getattr(manifest, name) for name in expected}, expected):
-        raise ValueError(
-            f"{path / MANIFEST_NAME}: {differing_ids} (by {TOKENIZER_NAME}); copy both again or prepare the token "
-            "store again with --force"
         )
 
 
@@ -258,14 +233,8 @@ def read_definition(path: Path, control_tokens: Sequence[dict[str, Any]] = ()) -
             if not token["in_vocab"]:
                 del definition["model"]["vocab"][token["content"]]
         definition["added_tokens"].sort(key=lambda token: token["id"])
-        ids_of(definition)
         return definition
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"tokenizer: {path} is damaged ({error}); prepare the token store again with --force"
         ) from error
-
-
-def ids_of(definition: dict[str, Any]) -> dict[str, int]:
-    """Token -> id, control tokens included, as the JSON of a tokenizer has them."""
-    return {**definition["model"]["vocab"], **{token["content"]: token["id"] for token in definition["added_tokens"]}}

@@ -31,7 +31,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MASKS = ("document", "causal", "prefix_lm", "one_document")
 """`document` and `causal`; `prefix_lm`: a prefix LM within documents, a learned sink, a gradient of lse and a T that
 is no multiple of 16; `one_document`: causal, with such a T and statistics of rows without documents."""
-KERNELS = ("forward", "forward+statistics", "forward+full", "delta", "dq", "dkv", "received")
+KERNELS = ("forward", "forward+statistics", "delta", "dq", "dkv", "received")
 # The opcode and no modifier: HFMA2.MMA moves a constant.
 _MATRIX = re.compile(r"(?:@!?U?P\w+\s+)?((?:[HIDQO]|[HIQ]G|UTC[HIQO])MMA|v_mfma)(?![A-Z0-9])")
 _LOCAL = re.compile(r"(?:@!?U?P\w+\s+)?(?:(?P<store>STL|scratch_store)|LDL|scratch_load)(?P<width>\S*)")
@@ -39,33 +39,21 @@ _LOCAL = re.compile(r"(?:@!?U?P\w+\s+)?(?:(?P<store>STL|scratch_store)|LDL|scrat
 
 @dataclass(frozen=True)
 class Chip:
-    """Limits of a multiprocessor."""
+    """A GPU to compile for."""
 
     backend: str
     arch: int | str
     shared_block: int
     """Bytes of shared memory that one block may have."""
-    shared: int
-    """Bytes of shared memory."""
-    warps: int
-    """Warps that may be resident."""
-    registers: int
-    """32-bit registers."""
-    reserved: int = 1024
-    """Bytes of shared memory that each block takes besides its own."""
-    tensor_memory: int | None = None
-    """Columns of tensor memory, where there is one."""
-    peak: tuple[str, int, int] | None = None
-    """A product: its name, FLOP a cycle and multiprocessor of its 16-bit matrix units, and their TFLOP/s."""
     warp_size: int = 32
 
 
 CHIPS = {
-    "sm_80": Chip("cuda", 80, 166912, 167936, 64, 65536, peak=("A100", 2048, 312)),
-    "sm_89": Chip("cuda", 89, 101376, 102400, 48, 65536),
-    "sm_90": Chip("cuda", 90, 232448, 233472, 64, 65536, peak=("H100", 4096, 989)),
-    "sm_100": Chip("cuda", 100, 232448, 233472, 64, 65536, tensor_memory=512, peak=("B200", 8192, 2250)),
-    "gfx942": Chip("hip", "gfx942", 65536, 65536, 32, 4 * 512 * 64, reserved=0, warp_size=64),
+    "sm_80": Chip("cuda", 80, 166912),
+    "sm_89": Chip("cuda", 89, 101376),
+    "sm_90": Chip("cuda", 90, 232448),
+    "sm_100": Chip("cuda", 100, 232448),
+    "gfx942": Chip("hip", "gfx942", 65536, warp_size=64),
 }
 
 
@@ -96,8 +84,6 @@ class Counts:
     """Bytes a lane loads again, counted in the same way."""
     shared: int
     """Bytes a block."""
-    occupancy: int
-    """Resident warps, in % of the chip's limit, as registers, shared and tensor memory allow."""
     unit: str
     """The matrix instruction: `HMMA` (a warp's), `HGMMA` (four warps', sm_90), `UTCHMMA` (tensor memory, sm_100),
     `v_mfma` (AMD)."""
@@ -179,7 +165,7 @@ def is_stored(kernel: str, mask: str, dtype: str, head_dim: int) -> bool:
     if mask == "causal":
         return head_dim > 16 and kernel != "delta"  # which reads no mask
     # What adds little to the loops is compiled for one dtype and the head dims that are used most.
-    if mask == "one_document" and kernel not in ("forward+statistics", "forward+full"):
+    if mask == "one_document" and kernel != "forward+statistics":
         return False
     return dtype == "bf16" and head_dim in (32, 64, 128)
 
@@ -194,10 +180,10 @@ def _launch(variant: Variant) -> None:
     sink_logit = torch.zeros(4) if prefix_lm else None
     scale = variant.head_dim**-0.5
     if variant.kernel.startswith("forward"):
-        statistics, full = "+" in variant.kernel, variant.kernel.endswith("+full")
+        statistics = "+" in variant.kernel
         docs = interval if statistics and variant.mask != "one_document" else None
         triton_gpu._forward(
-            q, k, k, first_key, end_key, first_query, last_query, docs, docs, sink_logit, 0, 0, scale, statistics, full
+            q, k, k, first_key, end_key, first_query, last_query, docs, docs, sink_logit, 0, 0, scale, statistics
         )
     elif variant.kernel == "received":
         triton_gpu._received(q, k, lse, first_query, last_query, 0, 0, scale)
@@ -209,59 +195,23 @@ def _launch(variant: Variant) -> None:
 
 def _count(kernel: Any, options: dict[str, Any], chip: Chip) -> Counts:
     registers, lines = _cuda(kernel) if chip.backend == "cuda" else _amd(kernel)
-    warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+    metadata = kernel.metadata
     spilled, reloaded = spilled_bytes(lines)
     full, masked = tile_loops(lines)
     code = instructions_of(lines)
     units = [match[1] for line in code[slice(*full) if full else slice(None)] if (match := _MATRIX.match(line))]
     return Counts(
-        tiles=f"{options.get('BLOCK_M')}x{options.get('BLOCK_N', '')} w{warps} s{kernel.metadata.num_stages}",
+        tiles=f"{options.get('BLOCK_M')}x{options.get('BLOCK_N', '')} w{metadata.num_warps} s{metadata.num_stages}",
         registers=registers,
         spilled=spilled,
         reloaded=reloaded,
-        shared=shared,
-        occupancy=occupancy(chip, warps, registers, shared, getattr(kernel.metadata, "tmem_size", 0) or 0),
+        shared=metadata.shared,
         unit=units[0] if units else "",
         matrix=len(units),
         full_loop=full[1] - full[0] if full else 0,
         masked_loop=masked[1] - masked[0] if masked else 0,
         total=len(code),
     )
-
-
-def occupancy(chip: Chip, warps: int, registers: int, shared: int, tensor_memory: int) -> int:
-    """Resident warps in % of the chip's limit.
-
-    Args:
-        warps, shared, tensor_memory: warps, bytes and columns of a block.
-        registers: of a lane.
-    """
-    # Registers are given to a warp in units of 256 (NVIDIA), to a lane in units of 8 (AMD).
-    unit = 256 if chip.backend == "cuda" else 8 * chip.warp_size
-    per_warp = -(-max(1, registers) * chip.warp_size // unit) * unit
-    blocks = min(chip.registers // (per_warp * warps), chip.warps // warps)
-    blocks = min(blocks, chip.shared // max(1, shared + chip.reserved))
-    if chip.tensor_memory is not None and tensor_memory > 0:
-        blocks = min(blocks, chip.tensor_memory // tensor_memory)
-    return round(100 * blocks * warps / chip.warps)
-
-
-def roofline(chip: Chip, kernel: str, tiles: str, full_loop: int, head_dim: int) -> tuple[float, float] | None:
-    """Share of the 16-bit matrix units' peak that the loop over full tiles can reach, as (low, high): an estimate.
-
-    Low: products first, then the issue of instructions or the exponentials, whichever takes longer; high: all at once.
-    Clocks, memory and the code around the loop are left out. None for a chip without `peak`, a kernel without products.
-    """
-    # FLOP a query, key and channel.
-    products = {"forward": 4, "dq": 6, "dkv": 8, "received": 2}.get(kernel.split("+")[0])
-    shape = re.match(r"(\d+)x(\d+) w(\d+)", tiles)
-    if chip.peak is None or products is None or shape is None or full_loop == 0:
-        return None
-    queries, keys, warps = map(int, shape.groups())
-    matrix = products * queries * keys * head_dim / chip.peak[1]
-    issue = full_loop * warps / 4  # schedulers
-    exponentials = queries * keys / 16
-    return matrix / (matrix + max(issue, exponentials)), matrix / max(matrix, issue, exponentials)
 
 
 def _run(*command: str) -> str:

@@ -127,13 +127,12 @@ def _at_tile(p, stride, position):
 
 @triton.jit
 def _softmax_step(
-    b_q, b_o, b_max, b_sum, b_u, p_k, p_v, stride_kt, stride_vt, key0, T, D, scale2,
+    b_q, b_o, b_max, b_sum, p_k, p_v, stride_kt, stride_vt, key0, T, D, scale2,
     rows, b_first, b_end, shared_from, shared_to,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax (arXiv 2205.14135) over one tile of keys; with FULL also u = Σ_j 2^z_j z_j, z the logits less
-    their maximum, for the entropy."""
+    """Online softmax (arXiv 2205.14135) over one tile of keys."""
     d = tl.arange(0, BLOCK_D)
     keys = key0 + tl.arange(0, BLOCK_N)
     n = tl.arange(0, BLOCK_N)
@@ -152,17 +151,11 @@ def _softmax_step(
                        HAS_FIRST, HAS_END)  # fmt: skip
         b_s = tl.where(seen, b_s, float("-inf"))
     b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale2)
-    b_z = b_s * scale2 - b_new[:, None]
-    b_p = tl.math.exp2(b_z)
+    b_p = tl.math.exp2(b_s * scale2 - b_new[:, None])
     b_keep = tl.math.exp2(b_max - b_new)
-    if FULL:
-        b_pz = b_p * b_z
-        if MASKED:
-            b_pz = tl.where(seen, b_pz, 0.0)  # 0 · −∞
-        b_u = b_keep * (b_u + (b_max - b_new) * b_sum) + tl.sum(b_pz, 1)
     b_sum = b_sum * b_keep + tl.sum(b_p, 1)
     b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_keep[:, None], input_precision=PRECISION)
-    return b_o, b_new, b_sum, b_u
+    return b_o, b_new, b_sum
 
 
 @triton.jit
@@ -187,12 +180,12 @@ def _load_interval(p_first, p_end, rows, T, HAS_FIRST: tl.constexpr, HAS_END: tl
 
 @triton.jit
 def forward_kernel(
-    q, k, v, o, lse, first_key_mass, document_mass, learned_sink_mass, max_probability, entropy, first_key, end_key,
+    q, k, v, o, lse, first_key_mass, document_mass, learned_sink_mass, first_key, end_key,
     doc_start, doc_end, sink_logit, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
     H, G, T, D, shared_from, shared_to, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_SINK: tl.constexpr,
-    STATISTICS: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
+    STATISTICS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output, lse (natural log) and statistics of BLOCK_M queries of one head. Grid: (B·H, query blocks)."""
     bh = tl.program_id(0)
@@ -216,35 +209,30 @@ def forward_kernel(
     b_o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_u = tl.zeros([BLOCK_M], tl.float32)
     shared_count, shared, left, full, right, end = query_block_tiles(
         first_key, end_key, row0, T, shared_from, shared_to, BLOCK_M, BLOCK_N, HAS_FIRST, HAS_END
     )
     for t in range(0, shared_count + (full - left) + (end - right)):
         key0 = masked_tile(t, shared_count, shared, left, full, right) * BLOCK_N
         p_k, p_v = _at_tile(k, k_t, key0), _at_tile(v, v_t, key0)
-        b_o, b_max, b_sum, b_u = _softmax_step(
-            b_q, b_o, b_max, b_sum, b_u, p_k, p_v, k_t, v_t, key0, T, D, scale2, rows, b_first, b_end, shared_from,
-            shared_to, BLOCK_N, BLOCK_D, EVEN_D, True, HAS_FIRST, HAS_END, FULL, PRECISION,
+        b_o, b_max, b_sum = _softmax_step(
+            b_q, b_o, b_max, b_sum, p_k, p_v, k_t, v_t, key0, T, D, scale2, rows, b_first, b_end, shared_from,
+            shared_to, BLOCK_N, BLOCK_D, EVEN_D, True, HAS_FIRST, HAS_END, PRECISION,
         )  # fmt: skip
     p_k, p_v = _at_tile(k, k_t, full * BLOCK_N), _at_tile(v, v_t, full * BLOCK_N)
     for _ in range(0, right - full):
-        b_o, b_max, b_sum, b_u = _softmax_step(
-            b_q, b_o, b_max, b_sum, b_u, p_k, p_v, k_t, v_t, 0, T, D, scale2, rows, b_first, b_end,
-            shared_from, shared_to, BLOCK_N, BLOCK_D, EVEN_D, False, HAS_FIRST, HAS_END, FULL, PRECISION,
+        b_o, b_max, b_sum = _softmax_step(
+            b_q, b_o, b_max, b_sum, p_k, p_v, k_t, v_t, 0, T, D, scale2, rows, b_first, b_end,
+            shared_from, shared_to, BLOCK_N, BLOCK_D, EVEN_D, False, HAS_FIRST, HAS_END, PRECISION,
         )  # fmt: skip
         p_k += BLOCK_N * tl.cast(k_t, tl.int64)
         p_v += BLOCK_N * tl.cast(v_t, tl.int64)
 
-    b_key_max = b_max
     if HAS_SINK:
         sink2 = tl.load(sink_logit + h).to(tl.float32) * _LOG2E
         b_new = tl.maximum(b_max, sink2)
         b_keep = tl.math.exp2(b_max - b_new)
         b_p = tl.math.exp2(sink2 - b_new)
-        if FULL:
-            b_pz = tl.where(b_p > 0, b_p * (sink2 - b_new), 0.0)  # 0 · −∞ of a sink at −∞
-            b_u = b_keep * (b_u + (b_max - b_new) * b_sum) + b_pz
         b_sum = b_sum * b_keep + b_p
         b_o = b_o * b_keep[:, None]
         b_max = b_new
@@ -258,10 +246,6 @@ def forward_kernel(
 
     if STATISTICS and HAS_SINK:
         tl.store(learned_sink_mass + at, b_p / b_sum, mask=rows < T)
-    if FULL:
-        # H = ln 2 · (log2 Σ 2^z − Σ 2^z z / Σ 2^z)
-        tl.store(max_probability + at, tl.math.exp2(b_key_max - b_max) / b_sum, mask=rows < T)
-        tl.store(entropy + at, (tl.math.log2(b_sum) - b_u / b_sum) * _LN2, mask=rows < T)
     if STATISTICS:
         # One 16-wide product per document that the block touches: its first column is the logit of the first key.
         # The mass comes from the running maximum and sum: exp(logit − lse) would lose digits at large logits.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sinkbed.kernels.mask import Mask
 from sinkbed.kernels.scoring import Scoring
-from sinkbed.kernels.statistics import Statistics, Wanted, with_key
+from sinkbed.kernels.statistics import Statistics, with_key
 from sinkbed.kernels.triton import kernels as triton_kernels
 from sinkbed.kernels.triton.tiles import HEAD_DIMS, tiles
 
@@ -44,8 +44,8 @@ torch.library.define(
     "sinkbed::attention_triton",
     "(Tensor q, Tensor k, Tensor v, Tensor? first_key, Tensor? end_key, Tensor? first_query, Tensor? last_query, "
     "Tensor? doc_start, Tensor? doc_end, Tensor? sink_logit, int shared_from, int shared_to, float scale, "
-    "bool statistics, bool full) -> (Tensor output, Tensor lse, Tensor first_key_mass, Tensor document_mass, "
-    "Tensor learned_sink_mass, Tensor max_probability, Tensor entropy)",
+    "bool statistics) -> (Tensor output, Tensor lse, Tensor first_key_mass, Tensor document_mass, "
+    "Tensor learned_sink_mass)",
 )
 torch.library.define(
     "sinkbed::attention_triton_backward",
@@ -98,10 +98,10 @@ def _empty_like(x: Tensor) -> Tensor:
     return copy if copy.stride(-1) == 1 else x.new_empty(x.shape)
 
 
-def _outputs(q: Tensor, statistics: bool, full: bool, sink: bool) -> tuple[Tensor, ...]:
-    """Output, lse, and five statistics, empty where they are not asked for."""
+def _outputs(q: Tensor, statistics: bool, sink: bool) -> tuple[Tensor, ...]:
+    """Output, lse, and three statistics, empty where they are not asked for."""
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    asked = (statistics, statistics, statistics and sink, full, full)
+    asked = (statistics, statistics, statistics and sink)
     return _empty_like(q), lse, *(torch.empty_like(lse) if yes else lse.new_empty(0) for yes in asked)
 
 
@@ -109,11 +109,11 @@ def _outputs(q: Tensor, statistics: bool, full: bool, sink: bool) -> tuple[Tenso
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None, end_key: Tensor | None, first_query: Tensor | None,
     last_query: Tensor | None, doc_start: Tensor | None, doc_end: Tensor | None, sink_logit: Tensor | None,
-    shared_from: int, shared_to: int, scale: float, statistics: bool, full: bool,
+    shared_from: int, shared_to: int, scale: float, statistics: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     _check(q)
     B, H, T, D = q.shape
-    outputs = _outputs(q, statistics, full, sink_logit is not None)
+    outputs = _outputs(q, statistics, sink_logit is not None)
     o = outputs[0]
     q, k, v = _readable(q, k, v)
     first_key, end_key, doc_start, doc_end, sink_logit = _contiguous(first_key, end_key, doc_start, doc_end, sink_logit)
@@ -123,7 +123,7 @@ def _forward(
         q, k, v, *outputs, first_key, end_key, doc_start, doc_end, sink_logit,
         *_strides(q, k, v, o), H, H // k.shape[1], T, D, shared_from, shared_to, scale,
         BLOCK_M=t.block_m, BLOCK_N=t.block_n, HAS_FIRST=first_key is not None, HAS_END=end_key is not None,
-        HAS_DOCS=doc_start is not None, HAS_SINK=sink_logit is not None, STATISTICS=statistics, FULL=full, **meta,
+        HAS_DOCS=doc_start is not None, HAS_SINK=sink_logit is not None, STATISTICS=statistics, **meta,
         num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return outputs
@@ -201,8 +201,8 @@ for _device in ("cuda", "cpu"):  # "cpu" for the interpreter
 
 @torch.library.register_fake("sinkbed::attention_triton")
 def _(q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    sink_logit, statistics, full = rest[8], *rest[-2:]
-    return _outputs(q, statistics, full, sink_logit is not None)
+    sink_logit, statistics = rest[8], rest[-1]
+    return _outputs(q, statistics, sink_logit is not None)
 
 
 @torch.library.register_fake("sinkbed::attention_triton_backward")
@@ -221,7 +221,7 @@ def _(q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, first_key, end_key, first_query, last_query, _, _, sink_logit, *settings, _, _ = inputs
+    q, k, v, first_key, end_key, first_query, last_query, _, _, sink_logit, *settings, _ = inputs
     o, lse, *others = output
     ctx.save_for_backward(q, k, v, o, lse, first_key, end_key, first_query, last_query, sink_logit)
     ctx.settings = settings  # shared_from, shared_to, scale
@@ -235,7 +235,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: Any) -
         torch.zeros_like(o) if grad is None else grad, grad_lse, q, k, v, o, lse, first_key, end_key, first_query,
         last_query, sink_logit, *ctx.settings,
     )  # fmt: skip
-    return dq, dk, dv, *[None] * 6, (None if sink_logit is None else dsink), *[None] * 5
+    return dq, dk, dv, *[None] * 6, (None if sink_logit is None else dsink), *[None] * 4
 
 
 def _no_second_backward(ctx: Any, *_: Any) -> None:
@@ -265,7 +265,7 @@ def triton_attention(
     scoring: Scoring,
     sink_logit: Tensor | None,
     sink_value: Tensor | None,
-    statistics: Wanted,
+    statistics: bool,
 ) -> tuple[Tensor, Tensor | None, Statistics | None]:
     """Attention by the Triton kernels; shapes as in `kernels.api.attention`.
 
@@ -276,16 +276,14 @@ def triton_attention(
     _check_scoring(scoring)
     outside = sink_logit if sink_value is not None or (sink_logit is not None and sink_logit.ndim == 3) else None
     inside = sink_logit if outside is None else None
-    output, lse, first_key_mass, document_mass, learned_sink_mass, *spread = torch.ops.sinkbed.attention_triton(
+    output, lse, first_key_mass, document_mass, learned_sink_mass = torch.ops.sinkbed.attention_triton(
         q, k, v, mask.first_key, mask.end_key, mask.first_query, mask.last_query,
         mask.doc_start if statistics else None, mask.doc_end if statistics else None, inside,
-        *mask.shared, scoring.scale, bool(statistics), statistics == "full",
+        *mask.shared, scoring.scale, statistics,
     )  # fmt: skip
     measured = None
     if statistics:
         measured = Statistics(first_key_mass, document_mass, None if inside is None else learned_sink_mass)
-        if statistics == "full":
-            measured = measured._replace(max_probability=spread[0], entropy=spread[1])
     if outside is not None:
         return with_key(output, lse, measured, outside, sink_value)
     return output, lse, measured

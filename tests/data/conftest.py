@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sinkbed.data.prepare.writer import StoreWriter
 from sinkbed.data.store.token_store import TokenStore
 from sinkbed.data.tokenizer import Tokenizer
+from tests.support.stores import StoreWriter
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,7 @@ def write_store(
 ) -> TokenStore:
     """A store whose train split is `documents`, given as token ids."""
     with pytest.MonkeyPatch.context() as patch, StoreWriter(out, tokenizer, shard_tokens=shard_tokens) as writer:
-        # Hundreds of stores that no crash has to survive; what flushing is for is tested in test_writer.
+        # Hundreds of stores that no crash has to survive; what flushing is for is tested in test_staging.
         patch.setattr(os, "fsync", lambda _: None)
         for document in documents:
             writer.add("train", document, len(document))

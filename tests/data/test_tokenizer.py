@@ -19,11 +19,11 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from sinkbed.data import tokenizer as tokenizer_module
 from sinkbed.data.files import sha256_json
-from sinkbed.data.prepare.writer import StoreWriter
 from sinkbed.data.source.selection import Selection
 from sinkbed.data.store.token_store import TokenStore, read_definition
 from sinkbed.data.tokenizer import Tokenizer
 from tests.support import ROOT
+from tests.support.stores import StoreWriter
 from tests.support.tokenizers import marked
 
 TEXTS = ["the cat sat on the mat", "le chat, l'été", "ein Bär \u6f22\u5b57 \U0001f600"] * 3

@@ -25,7 +25,7 @@ def test_output_gradients_and_statistics_equal_the_float64_reference(name, sink,
     def run(implementation, dtype):
         q, k, v = inputs(2, 4, 4 // groups, T, 8, dtype)
         s = None if logit is None else logit.to(dtype, copy=True).requires_grad_()
-        out = attention(q, k, v, mask, sink_logit=s, statistics="full", implementation=implementation)
+        out = attention(q, k, v, mask, sink_logit=s, statistics=True, implementation=implementation)
         received = attention_received(q, k, out.lse, mask, implementation=implementation)
         weight = torch.linspace(-1, 1, out.output.numel(), dtype=dtype).view_as(out.output)
         (out.output * weight).sum().backward()
@@ -34,7 +34,7 @@ def test_output_gradients_and_statistics_equal_the_float64_reference(name, sink,
 
     expected, expected_grads = run("reference", torch.float64)
     values, grads = run("torch", torch.float32)
-    assert len(values) == len(expected) == (8 if sink else 7)
+    assert len(values) == len(expected) == (6 if sink else 5)
     for ours, oracle in zip(values, expected, strict=True):
         torch.testing.assert_close(ours.double(), oracle, atol=5e-6, rtol=5e-6)
     for ours, oracle in zip(grads, expected_grads, strict=True):
@@ -124,7 +124,7 @@ def test_a_logit_that_overflows_reaches_no_other_document(options, sink):
         with torch.no_grad():
             k[:, :, 7] = size * k[:, :, 7].sign()
         s = None if logit is None else logit.clone().requires_grad_()
-        out = attention(q, k, v, mask, sink_logit=s, statistics="full", implementation="torch")
+        out = attention(q, k, v, mask, sink_logit=s, statistics=True, implementation="torch")
         others = torch.cat([torch.arange(6), torch.arange(11, 15)])
         out.output[:, :, others].sum().backward()
         tensors = [out.output, q.grad, k.grad, v.grad, out.lse, *(x for x in out.statistics if x is not None)]
@@ -186,10 +186,10 @@ def test_statistics_of_16_bit_inputs_are_summed_in_float32(dtype):
     mask = interval_mask(1, 150, doc_start=start, doc_end=end, document=True, window=80)
     q, k, v = ((4 * x).detach().to(dtype) for x in inputs(1, 4, 2, 150, 16))
     sink = torch.tensor([0.0, 1.0, 4.0, 30.0])
-    lse, statistics = attention(q, k, v, mask, sink_logit=sink, statistics="full")[1:]
+    lse, statistics = attention(q, k, v, mask, sink_logit=sink, statistics=True)[1:]
     found = [lse, *(x for x in statistics if x is not None), attention_received(q, k, lse, mask)]
     exact = [x.double() for x in (q, k, v)]
-    oracle = attention(*exact, mask, sink_logit=sink.double(), statistics="full", implementation="reference")
+    oracle = attention(*exact, mask, sink_logit=sink.double(), statistics=True, implementation="reference")
     received = attention_received(*exact[:2], oracle.lse, mask, implementation="reference")
     for ours, true in zip(found, [oracle.lse, *(x for x in oracle.statistics if x is not None), received], strict=True):
         assert ours.dtype == torch.float32
@@ -198,12 +198,13 @@ def test_statistics_of_16_bit_inputs_are_summed_in_float32(dtype):
 
 def test_a_sink_at_minus_infinity_is_none():
     q, k, v = inputs(1, 2, 1, 9, 8)
-    plain = attention(q, k, v, statistics="full")
+    plain = attention(q, k, v, statistics=True)
     for implementation in ("torch", "reference"):
         none = torch.full((2,), float("-inf"), dtype=torch.float64)
-        found = attention(q, k, v, sink_logit=none, statistics="full", implementation=implementation)
+        found = attention(q, k, v, sink_logit=none, statistics=True, implementation=implementation)
         torch.testing.assert_close(found.output, plain.output)
-        torch.testing.assert_close(found.statistics.entropy, plain.statistics.entropy)
+        torch.testing.assert_close(found.statistics.first_key_mass, plain.statistics.first_key_mass)
+        assert not found.statistics.learned_sink_mass.any()
 
 
 @pytest.mark.parametrize("sink", [False, True])
@@ -389,7 +390,7 @@ def test_statistics_mean_what_they_say(name):
     mask = interval_mask(1, T, doc_start=start, doc_end=end, **MASKS[name](start, end))
     q, k, v = (x.detach() for x in inputs(1, 2, 1, T, 8))
     sink = torch.tensor([0.7, -30.0], dtype=torch.float64)
-    out = attention(q, k, v, mask, sink_logit=sink, statistics="full", implementation="reference")
+    out = attention(q, k, v, mask, sink_logit=sink, statistics=True, implementation="reference")
     received = attention_received(q, k, out.lse, mask, implementation="reference")
     visible = mask.visible()[0, 0]
     columns = torch.zeros(2, T, dtype=torch.float64)
@@ -399,9 +400,8 @@ def test_statistics_mean_what_they_say(name):
             logits = torch.cat([q[0, h, i] @ k[0, 0, seen].T * 8**-0.5, sink[h : h + 1]])
             p = logits.softmax(0)
             columns[h, seen] += p[:-1]
-            assert out.statistics.max_probability[0, h, i] == pytest.approx(float(p[:-1].max()), abs=1e-12)
-            entropy = torch.distributions.Categorical(probs=p).entropy()
-            assert out.statistics.entropy[0, h, i] == pytest.approx(float(entropy), abs=1e-9)
+            for mass, key in ((out.statistics.first_key_mass, 0), (out.statistics.document_mass, int(start[0, i]))):
+                assert mass[0, h, i] == pytest.approx(float(p[:-1][seen == key].sum()), abs=1e-12)
             assert out.statistics.learned_sink_mass[0, h, i] == pytest.approx(float(p[-1]), abs=1e-12)
     torch.testing.assert_close(received[0], columns)
     torch.testing.assert_close(received.sum(-1), T - out.statistics.learned_sink_mass.sum(-1))
@@ -431,22 +431,17 @@ def test_top_sinks_finds_the_keys_that_draw_attention():
 
 
 def test_wrong_requests_are_refused():
-    q, k, v = inputs(1, 2, 1, 6, 8)
-    with pytest.raises(ValueError, match='expected False, True or "full", got'):
-        attention(q, k, v, statistics="fool")
+    q, k, _ = inputs(1, 2, 1, 6, 8)
     with pytest.raises(ValueError, match=r"lse: expected a float dtype and shape \[1, 2, 6\]"):
         attention_received(q, k, torch.zeros(1, 2, 5))
     with pytest.raises(ValueError, match="mask: expected B=1, T=6"):
         attention_received(q, k, torch.zeros(1, 2, 6), Mask(rows=2, length=6))
 
 
-def test_full_statistics_never_hold_the_matrix(monkeypatch):
-    import sinkbed.kernels.statistics as S
-
-    largest = []
-    original = S.log_probabilities
-    monkeypatch.setattr(S, "log_probabilities", lambda *a: largest.append(original(*a).shape) or original(*a))
+def test_column_sums_never_hold_the_matrix(monkeypatch):
+    blocks = []
+    visible = Mask.visible
+    monkeypatch.setattr(Mask, "visible", lambda *a: blocks.append(visible(*a).shape) or visible(*a))
     q, k, v = (x.detach() for x in inputs(1, 1, 1, 300, 8, torch.float32))
-    out = attention(q, k, v, statistics="full", implementation="torch")
-    attention_received(q, k, out.lse, implementation="torch")
-    assert len(largest) == 6 and max(shape[2] for shape in largest) == 128
+    attention_received(q, k, attention(q, k, v).lse, implementation="torch")
+    assert [shape[-2] for shape in blocks] == [128, 128, 44]

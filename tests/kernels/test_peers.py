@@ -84,6 +84,7 @@ def test_the_csv_holds_the_cases_before_one_that_fails(monkeypatch, tmp_path):
         return original(c, repeats)
 
     monkeypatch.setattr(bench_attention, "measure", fails_later)
+    monkeypatch.setattr(bench_attention, "peak", lambda *_: (0.0, "not measured"))
     path = tmp_path / "bench.csv"
     sizes = ["--lengths", "32", "48", "--dims", "16", "--heads", "2", "--layouts", "causal", "--batch", "1"]
     assert main(["bench", "attention", *sizes, "--threads", "1", "--repeats", "1", "--csv", str(path)]) == 1

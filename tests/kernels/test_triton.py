@@ -44,7 +44,7 @@ def run(implementation, dtype, mask, B, H, Hkv, T, D, sink=None, seed=0):
     """Outputs and statistics, then gradients, of a loss in which output and lse both count."""
     q, k, v = inputs(B, H, Hkv, T, D, dtype, seed)
     logit = None if sink is None else torch.tensor(sink, dtype=dtype).requires_grad_()
-    out = attention(q, k, v, mask, sink_logit=logit, statistics="full", implementation=implementation)
+    out = attention(q, k, v, mask, sink_logit=logit, statistics=True, implementation=implementation)
     received = attention_received(q, k, out.lse, mask, implementation=implementation)
     weight = torch.linspace(-1, 1, out.output.numel(), dtype=torch.float64).view_as(out.output)
     of_lse = torch.linspace(1, -1, out.lse.numel(), dtype=torch.float64).view_as(out.lse)
@@ -77,7 +77,7 @@ def test_values_statistics_and_gradients_equal_the_float64_reference(name, sink,
     small_tiles()
     found = run("triton", torch.float32, mask, *shape, sink=logit)
     expected = run("reference", torch.float64, mask, *shape, sink=logit)
-    assert len(found) == (12 if sink else 10)
+    assert len(found) == (10 if sink else 8)
     assert worst(found, expected) < 5e-6
 
 
@@ -165,7 +165,7 @@ def test_bfloat16_errs_no_more_than_an_ordinary_low_precision_run(rounded_bfloat
 
     def values(implementation, dtype):
         q, k, v = (x.to(dtype).requires_grad_() for x in exact)
-        out = attention(q, k, v, mask, statistics="full", implementation=implementation)
+        out = attention(q, k, v, mask, statistics=True, implementation=implementation)
         weight = torch.linspace(-1, 1, out.output.numel()).view_as(out.output).bfloat16()
         grads = torch.autograd.grad(out.output, (q, k, v), weight.to(dtype))
         return [out.output, *grads, out.lse, *(x for x in out.statistics if x is not None)]
@@ -182,7 +182,7 @@ def test_bfloat16_errs_no_more_than_an_ordinary_low_precision_run(rounded_bfloat
 
 def test_a_rerun_is_bitwise_equal_and_strides_do_not_matter():
     first, second = (run("triton", torch.float32, None, 1, 4, 2, 33, 16) for _ in range(2))
-    assert len(first) == 10, "output, lse, statistics, attention got and gradients"
+    assert len(first) == 8, "output, lse, statistics, attention got and gradients"
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     q, k, v = (x.detach() for x in inputs(1, 4, 2, 33, 16, torch.float32))
     apart = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
@@ -212,10 +212,9 @@ def test_a_large_value_in_one_document_reaches_no_other():
 def test_statistics_do_not_change_the_output():
     q, k, v = inputs(1, 2, 1, 33, 16, torch.float32)
     without = attention(q, k, v, implementation="triton")
-    for wanted in (True, "full"):
-        found = attention(q, k, v, statistics=wanted, implementation="triton")
-        assert torch.equal(found.output, without.output)
-        assert torch.equal(found.lse, without.lse)
+    found = attention(q, k, v, statistics=True, implementation="triton")
+    assert torch.equal(found.output, without.output)
+    assert torch.equal(found.lse, without.lse)
 
 
 def test_the_mass_is_exact_at_large_logits():
@@ -244,7 +243,7 @@ def test_masks_and_sinks_of_any_strides_are_read_as_they_are():
     q, k, v = (x.detach() for x in inputs(2, 4, 2, 21, 16, torch.float32))
 
     def values(mask, sink):
-        out = attention(q, k, v, mask, sink_logit=sink, statistics="full", implementation="triton")
+        out = attention(q, k, v, mask, sink_logit=sink, statistics=True, implementation="triton")
         measured = [x for x in out.statistics if x is not None]
         return [out.output, *measured, attention_received(q, k, out.lse, mask, implementation="triton")]
 
@@ -264,7 +263,7 @@ def test_the_operators_themselves_take_any_strides():
     grad, sink = torch.randn_like(q), torch.tensor([0.5, -1.0])
     results = []
     for f in (lambda x: x, strided):
-        forward = (*map(f, (q, k, v)), *map(f, (*bounds, start, mask.doc_end, sink)), 0, 0, 0.25, True, True)
+        forward = (*map(f, (q, k, v)), *map(f, (*bounds, start, mask.doc_end, sink)), 0, 0, 0.25, True)
         found = ops.attention_triton(*forward)
         lse = found[1]
         back = ops.attention_triton_backward(
@@ -284,7 +283,7 @@ def test_inputs_whose_elements_overlap_have_outputs_of_their_own():
     found = attention(q, q, q, implementation="triton").output.detach()
     expected = attention(exact, exact, exact, implementation="reference").output
     assert worst([found], [expected]) < 5e-6
-    torch.library.opcheck(torch.ops.sinkbed.attention_triton.default, (q, q, q, *[None] * 7, 0, 0, 0.25, True, True))
+    torch.library.opcheck(torch.ops.sinkbed.attention_triton.default, (q, q, q, *[None] * 7, 0, 0, 0.25, True))
 
 
 def test_a_stride_whose_offsets_leave_32_bits_is_copied():
@@ -312,7 +311,7 @@ def test_the_walk_over_documents_ends_whatever_the_documents_are():
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(20)
     try:
-        torch.ops.sinkbed.attention_triton(q, k, v, *[None] * 4, start, end, None, 0, 0, 0.25, True, False)
+        torch.ops.sinkbed.attention_triton(q, k, v, *[None] * 4, start, end, None, 0, 0, 0.25, True)
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
@@ -376,7 +375,7 @@ def test_the_operators_pass_opcheck():
     q, k, v = inputs(1, 2, 1, 21, 16, torch.float32)
     sink = torch.zeros(2, requires_grad=True)
     boundaries_and_sink = (mask.first_key, None, None, mask.last_query, start, mask.doc_end, sink)
-    arguments = (q, k, v, *boundaries_and_sink, 0, 0, 0.25, True, True)
+    arguments = (q, k, v, *boundaries_and_sink, 0, 0, 0.25, True)
     torch.library.opcheck(torch.ops.sinkbed.attention_triton.default, arguments)
     q, k, lse = q.detach(), k.detach(), torch.zeros(1, 2, 21)
     received = torch.ops.sinkbed.attention_received_triton.default

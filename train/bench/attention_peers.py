@@ -141,33 +141,32 @@ def _flex(case: Case) -> Contender:
 
 
 def _flash_attn(case: Case) -> Contender | str:
-    try:
-        varlen = importlib.import_module("flash_attn").flash_attn_varlen_func
-    except ImportError:
-        return "not installed"
-    lengths = torch.tensor(case.documents() * case.batch, dtype=torch.int32)
-    offsets = F.pad(lengths.cumsum(0), (1, 0)).int().to(case.device)
-    longest = int(lengths.max())
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        flat = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-        out = varlen(*flat, offsets, offsets, longest, longest, causal=True)
-        return out.view(case.batch, case.length, case.heads, case.dim).transpose(1, 2)
-
-    return call
+    longest = max(case.documents())
+    return _unpadded(
+        case, "flash_attn", "flash_attn_varlen_func", torch.int32,
+        lambda call, q, k, v, ends: call(q, k, v, ends, ends, longest, longest, causal=True),
+    )  # fmt: skip
 
 
 def _fla(case: Case) -> Contender | str:
+    return _unpadded(
+        case, "fla.ops.attn", "parallel_attn", torch.int64,
+        lambda call, q, k, v, ends: call(q[None], k[None], v[None], cu_seqlens=ends),
+    )  # fmt: skip
+
+
+def _unpadded(case: Case, module: str, name: str, kind: torch.dtype, apply: Callable[..., Tensor]) -> Contender | str:
+    """A peer that takes all documents of a batch end to end, [B·T, H, D], with their offsets."""
     try:
-        parallel = importlib.import_module("fla.ops.attn").parallel_attn
+        function = getattr(importlib.import_module(module), name)
     except ImportError:
         return "not installed"
     lengths = torch.tensor(case.documents() * case.batch)
-    offsets = F.pad(lengths.cumsum(0), (1, 0)).to(case.device)
+    offsets = F.pad(lengths.cumsum(0), (1, 0)).to(case.device, kind)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        flat = (x.transpose(1, 2).flatten(0, 1)[None] for x in (q, k, v))
-        out = parallel(*flat, cu_seqlens=offsets)
+        flat = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        out = apply(function, *flat, offsets)
         return out.view(case.batch, case.length, case.heads, case.dim).transpose(1, 2)
 
     return call

@@ -7,7 +7,7 @@ memory    what a training process holds, and how long opening and reading take, 
 
 from __future__ import annotations
 
-import multiprocessing
+import itertools
 import shutil
 import statistics
 import tempfile
@@ -26,7 +26,7 @@ from sinkbed.data.pack.plan import PlanSettings, items_of
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.store.manifest import ShardInfo
 from sinkbed.data.store.token_store import TokenStore
-from sinkbed.train.bench.timing import interleave
+from sinkbed.train.bench.timing import in_new_process, interleave, memory_of_process
 from sinkbed.train.bench.training import decoder_config, decoder_step, random_batch, read_config
 
 _SHARD_DOCUMENTS = 130_000  # some 64 million tokens, as shards of text have
@@ -39,12 +39,15 @@ PACKINGS: dict[str, dict[str, Any]] = {
     "grouped": {"packing": "grouped"},
     "pad": {"packing": "pad"},
 }
+# Title and width.
+MEMORY_COLUMNS = {"store": 12, "documents": 12, "open": 12, "plan": 12, "audit": 12, "batch": 12, "again": 12}
+MEMORY_COLUMNS |= {"private memory": 16, "page cache": 12}
 
 
 def loader(rows: Rows, batch: int, workers: int) -> Callable[[], None]:
     """A turn of the loader that `sinkbed fit` trains from."""
     batches: DataLoader[Batch] = DataLoader(
-        rows, batch_sampler=RowSampler(micro_batch_size=batch), collate_fn=Rows.collate, num_workers=workers
+        rows, batch_sampler=RowSampler(batch), collate_fn=Rows.collate, num_workers=workers
     )
     stream = iter(batches)
 
@@ -107,55 +110,33 @@ def run_packing(arguments: Any) -> None:
         seconds = {t.name: t.median for t in interleave(contenders, arguments.repeats, warmup=1)}
         of_rows = seconds["rows"] / (_BATCHES * B * T)
         of_plan = seconds.get("plan", 0.0) / store.tokens
-        found = audit(rows)
+        counts = audit(rows)
         figures = [f"{1e-6 / of_plan:8.0f}" if of_plan else f"{'-':>8}"]
         figures += [f"{1e-6 / of_rows:8.1f}", f"{1e-6 / (of_rows + of_plan):8.1f}"]
         for share in ("padding", "cropped", "repeated"):
-            figures.append(f"{100 * found[f'share_of_tokens_{share}']:8.3f} %")
-        figures.append(f"{100 * found['share_of_documents_cut']:6.1f} %")
+            figures.append(f"{100 * counts[f'share_of_tokens_{share}']:8.3f} %")
+        figures.append(f"{100 * counts['share_of_documents_cut']:6.1f} %")
         print(f"{name:24}" + "".join(figures))
 
 
 def run_memory(arguments: Any) -> None:
     """Generate stores of growing size; open and read each in a process of its own."""
-    folder = Path(tempfile.mkdtemp(prefix="sinkbed-bench-", dir=arguments.scratch))
-    columns = ("store", "documents", "open", "plan", "audit", "batch", "again", "private memory", "page cache")
-    try:
-        print(f"random batches of {arguments.batch} rows of {arguments.length}; memory beyond that before opening")
-        print(f"{'':10}" + "".join(f"{column:>{max(12, len(column) + 2)}}" for column in columns))
+    print(f"random batches of {arguments.batch} rows of {arguments.length}; memory beyond that before opening")
+    print(f"{'':10}" + "".join(f"{column:>{width}}" for column, width in MEMORY_COLUMNS.items()))
+    with tempfile.TemporaryDirectory(prefix="sinkbed-bench-", dir=arguments.scratch) as folder:
         for megabytes in arguments.megabytes:
-            path = folder / f"{megabytes}MB"
+            path = Path(folder) / f"{megabytes}MB"
             generate(path, megabytes * 10**6 // 2)
             for packing in ("concat", "best_fit"):
-                context = multiprocessing.get_context("spawn")
-                receiver, sender = context.Pipe(duplex=False)
-                reading = context.Process(target=read_store, args=(path, packing, arguments, sender))
-                reading.start()
-                sender.close()
-                found = receiver.recv()
-                reading.join()
-                cells = (
-                    f"{megabytes:,} MB",
-                    f"{found['documents']:,}",
-                    f"{found['open']:.3f} s",
-                    f"{found['plan']:.2f} s",
-                    f"{found['audit']:.2f} s",
-                    f"{1e3 * found['first']:.2f} ms",
-                    f"{1e3 * found['again']:.2f} ms",
-                    f"{found['private']:.0f} MB",
-                    f"{found['shared']:.0f} MB",
-                )
-                widths = (max(12, len(column) + 2) for column in columns)
-                print(f"{packing:10}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)), flush=True)
+                cells = f"{megabytes:,} MB", *in_new_process(read_store, path, packing, arguments)
+                aligned = (f"{c:>{width}}" for c, width in zip(cells, MEMORY_COLUMNS.values(), strict=True))
+                print(f"{packing:10}" + "".join(aligned), flush=True)
             shutil.rmtree(path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def generate(path: Path, tokens: int) -> None:
     """A token store of random 16-bit tokens in documents of 500 on average, log-normal."""
-    from sinkbed.data.prepare.staging import StagingFolder
-    from sinkbed.data.prepare.writer import manifest_of, shard_name
+    from sinkbed.data.prepare.staging import StagingFolder, manifest_of, shard_name
     from sinkbed.data.tokenizer import Tokenizer
 
     generator, tokenizer = np.random.default_rng(0), Tokenizer.train([], vocab_size=258)
@@ -171,46 +152,42 @@ def generate(path: Path, tokens: int) -> None:
         staging.publish(manifest_of({"generated": True}, tokenizer, {"train": shards}, {}))
 
 
-def read_store(path: Path, packing: Any, arguments: Any, sender: Any) -> None:
-    """Open a store as training does, read random batches from all of it, and send what that took."""
+def read_store(path: Path, packing: Any, arguments: Any) -> list[str]:
+    """Open a store as training does and read random batches from all of it; what that took, as in `MEMORY_COLUMNS`."""
     torch.set_num_threads(1)
     before = _memory()
-    began = time.perf_counter()
+    times = [time.perf_counter()]
     store = TokenStore.open(path)
-    opened = time.perf_counter()
+    times.append(time.perf_counter())
     rows = Rows(store, Strategy(packing=packing), arguments.length)
-    planned = time.perf_counter()
+    times.append(time.perf_counter())
     audit(rows)
-    audited = time.perf_counter()
+    times.append(time.perf_counter())
+    opened, planned, audited = (later - earlier for earlier, later in itertools.pairwise(times))
+
+    def read(batch: int) -> float:
+        began = time.perf_counter()
+        rows.__getitems__(range(batch * arguments.batch, (batch + 1) * arguments.batch))
+        return time.perf_counter() - began
+
     # Twice the same random rows: first from wherever they are, then from the page cache.
-    medians = []
-    for _ in range(2):
-        seconds = []
-        for batch in range(arguments.batches):
-            start = time.perf_counter()
-            rows.__getitems__(range(batch * arguments.batch, (batch + 1) * arguments.batch))
-            seconds.append(time.perf_counter() - start)
-        medians.append(statistics.median(seconds))
-    after = _memory()
-    sender.send(
-        {
-            "documents": store.documents,
-            "open": opened - began,
-            "plan": planned - opened,
-            "audit": audited - planned,
-            "first": medians[0],
-            "again": medians[1],
-            "private": after[0] - before[0],
-            "shared": after[1] - before[1],
-        }
-    )
+    first, again = (statistics.median(map(read, range(arguments.batches))) for _ in range(2))
+    private, cached = (after - earlier for earlier, after in zip(before, _memory(), strict=True))
+    return [
+        f"{store.documents:,}",
+        f"{opened:.3f} s",
+        f"{planned:.2f} s",
+        f"{audited:.2f} s",
+        f"{1e3 * first:.2f} ms",
+        f"{1e3 * again:.2f} ms",
+        f"{private / 1e6:.0f} MB",
+        f"{cached / 1e6:.0f} MB",
+    ]
 
 
-def _memory() -> tuple[float, float]:
-    """MB of this process that are its own, and that are mapped files."""
-    status = Path("/proc/self/status").read_text()
-    found = {line.split(":")[0]: line.split()[1] for line in status.splitlines() if line.startswith("Rss")}
-    return int(found["RssAnon"]) / 1e3, int(found["RssFile"]) / 1e3
+def _memory() -> tuple[int, int]:
+    """Bytes of this process that are its own, and that are mapped files."""
+    return memory_of_process("RssAnon"), memory_of_process("RssFile")
 
 
 def run(arguments: Any) -> int:

@@ -9,11 +9,8 @@ peak of the forward pass above what the loaded model takes, without logits, whic
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +19,7 @@ from torch import Tensor
 
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.model import Decoder
-from sinkbed.train.bench.prepare import _peak_bytes
-from sinkbed.train.bench.timing import interleave
+from sinkbed.train.bench.timing import in_new_process, interleave, peak_bytes
 from sinkbed.train.bench.training import decoder_config, read_config
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.heldout import Probe
@@ -36,35 +32,24 @@ _ALIKE = 1e-5
 _WARM_TOKENS = 16
 
 
-@dataclass(frozen=True, kw_only=True)
-class Llama:
-    """Shape of the Llama whose weights are drawn at random; float32."""
+def llama(arguments: Any, attention: str) -> Any:
+    """A `LlamaForCausalLM` in float32 with the attention of that name, the same random weights each time."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    vocab_size: int
-
-    def build(self, attention: str) -> Any:
-        """A `LlamaForCausalLM` with the attention of that name, the same weights each time."""
-        from transformers import AutoModelForCausalLM, LlamaConfig
-
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden,
-            intermediate_size=self.ffn,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            max_position_embeddings=1 << 20,
-            tie_word_embeddings=True,
-            # Wide enough for heads to differ; at the default every mass is that of uniform attention.
-            initializer_range=0.05,
-        )
-        return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=arguments.vocab_size,
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.ffn,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.heads,
+        num_key_value_heads=arguments.kv_heads,
+        max_position_embeddings=1 << 20,
+        tie_word_embeddings=True,
+        # Wide enough for heads to differ; at the default every mass is that of uniform attention.
+        initializer_range=0.05,
+    )
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
 class Turn(NamedTuple):
@@ -78,14 +63,14 @@ class Turn(NamedTuple):
 
 
 @torch.no_grad()
-def _turn(way: str, shape: Llama, length: int, threads: int, logits: bool) -> Turn:
+def _turn(way: str, arguments: Any, logits: bool) -> Turn:
     from sinkbed.model.hf import adapter as hf
     from sinkbed.model.hf import attention as hf_attention
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(arguments.threads)
     hf_attention.register()
-    tokens = torch.randint(shape.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
-    model = shape.build(hf_attention.ATTENTION if way == WAYS[0] else "eager")
+    tokens = torch.randint(arguments.vocab_size, (1, arguments.length), generator=torch.Generator().manual_seed(1))
+    model = llama(arguments, hf_attention.ATTENTION if way == WAYS[0] else "eager")
     ours = hf.HFModel(model)
     if not logits:
         model.lm_head = torch.nn.Identity()
@@ -102,7 +87,7 @@ def _turn(way: str, shape: Llama, length: int, threads: int, logits: bool) -> Tu
     began = time.perf_counter()
     masses = work(tokens)
     seconds = time.perf_counter() - began
-    return Turn(seconds, _peak_bytes() - before if before else 0, masses)
+    return Turn(seconds, peak_bytes() - before if before else 0, masses)
 
 
 def _forget_peak() -> int:
@@ -111,16 +96,10 @@ def _forget_peak() -> int:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return 0
-    return _peak_bytes()
+    return peak_bytes()
 
 
-def one_turn(way: str, shape: Llama, arguments: Any, logits: bool) -> Turn:
-    """One turn, in a new process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_turn, way, shape, arguments.length, arguments.threads, logits).result()
-
-
-def eager(shape: Llama, arguments: Any) -> None:
+def eager(arguments: Any) -> None:
     """Seconds and memory of both ways, in turns, without and with logits.
 
     Raises ValueError where their masses differ.
@@ -131,7 +110,7 @@ def eager(shape: Llama, arguments: Any) -> None:
         turns: dict[str, list[Turn]] = {way: [] for way in WAYS}
         for _ in range(arguments.repeats):
             for way in WAYS:  # in turn, so that whatever else the machine does falls on both alike
-                turns[way].append(one_turn(way, shape, arguments, logits))
+                turns[way].append(in_new_process(_turn, way, arguments, logits))
         error = masses_differ(turns)
         seconds = {way: statistics.median(turn.seconds for turn in of_way) for way, of_way in turns.items()}
         peaks = {way: max(turn.peak_bytes for turn in of_way) for way, of_way in turns.items()}
@@ -159,15 +138,17 @@ def random_probe(vocab_size: int, documents: int, tokens: int) -> Probe:
     return Probe(tuple(drawn), torch.ones(vocab_size, dtype=torch.int64), bos, eos, frozenset({bos, eos}))
 
 
-def modes(shape: Llama, arguments: Any) -> None:
+def modes(arguments: Any) -> None:
     """Seconds to measure the probe set in each inference mode and in all."""
     from sinkbed.model.hf import adapter as hf
     from sinkbed.model.hf import attention as hf_attention
 
     hf_attention.register()
     decoder = Decoder(decoder_config(read_config(arguments.config)), arguments.decoder_vocab_size).eval()
-    models = {"Llama": (hf.HFModel(shape.build(hf_attention.ATTENTION)), shape.vocab_size),
-              str(arguments.config): (decoder, arguments.decoder_vocab_size)}  # fmt: skip
+    models = {
+        "Llama": (hf.HFModel(llama(arguments, hf_attention.ATTENTION)), arguments.vocab_size),
+        str(arguments.config): (decoder, arguments.decoder_vocab_size),
+    }
     config = MeasureConfig(documents=arguments.documents, live_documents=1, sink_tokens=arguments.tokens)
     print(f"\nmeasuring {arguments.documents} documents of {arguments.tokens} tokens, seconds")
     print(f"{'':24}{'parameters':>13}" + "".join(f"{mode:>18}" for mode in MODES) + f"{'all':>8}")
@@ -223,15 +204,13 @@ def _subject(arguments: Any) -> tuple[Decoder, Probe, Strategy, str]:
         probe = random_probe(vocab_size, arguments.jacobian_documents, arguments.tokens)
         return decoder, probe, Strategy(first_token="bos"), f"{arguments.config}, random weights"
     from sinkbed.data.store.token_store import TokenStore
-    from sinkbed.train.run.load import load_decoder, open_run
+    from sinkbed.train.measure.model import of_run
 
-    checkpoint, folder = open_run(arguments.run)
-    decoder, strategy = load_decoder(checkpoint)
-    identity = checkpoint["sinkbed"]
+    subject = of_run(arguments.run, arguments.store)
     config = MeasureConfig(documents=arguments.jacobian_documents, live_documents=1, sink_tokens=arguments.tokens)
-    store = TokenStore.open(arguments.store or Path(identity["store"]), "validation")
-    probe = Probe.from_store(store, identity["context_length"], config)
-    return decoder.eval(), probe, strategy, f"{folder}, step {checkpoint['global_step']}"
+    assert subject.store is not None and subject.context_length is not None  # of a run
+    probe = Probe.from_store(TokenStore.open(subject.store, "validation"), subject.context_length, config)
+    return subject.model.eval(), probe, subject.strategy, subject.name
 
 
 def run(arguments: Any) -> int:
@@ -241,24 +220,14 @@ def run(arguments: Any) -> int:
     if find_spec("transformers") is None:
         raise ValueError("bench measure: the peer is missing; pip install -e '.[bench]'")
     torch.set_num_threads(arguments.threads)
-    shape = Llama(
-        layers=arguments.layers,
-        hidden=arguments.hidden,
-        heads=arguments.heads,
-        kv_heads=arguments.kv_heads,
-        ffn=arguments.ffn,
-        vocab_size=arguments.vocab_size,
-    )
     if {"eager", "modes"} & set(arguments.parts):
         print(
-            f"Llama: {shape.layers} layers, hidden {shape.hidden}, {shape.heads} heads, {shape.kv_heads} key heads, "
-            f"ffn {shape.ffn}, vocabulary {shape.vocab_size:,}; {arguments.threads} threads",
+            f"Llama: {arguments.layers} layers, hidden {arguments.hidden}, {arguments.heads} heads, "
+            f"{arguments.kv_heads} key heads, ffn {arguments.ffn}, vocabulary {arguments.vocab_size:,}; "
+            f"{arguments.threads} threads",
             flush=True,
         )
-    if "eager" in arguments.parts:
-        eager(shape, arguments)
-    if "modes" in arguments.parts:
-        modes(shape, arguments)
-    if "jacobian" in arguments.parts:
-        jacobian(arguments)
+    for name, part in (("eager", eager), ("modes", modes), ("jacobian", jacobian)):
+        if name in arguments.parts:
+            part(arguments)
     return 0

@@ -1,12 +1,19 @@
-"""Timing contenders side by side in one run."""
+"""What benchmarks share: contenders timed side by side, turns in processes of their own, memory."""
 
 from __future__ import annotations
 
+import multiprocessing
+import re
+import resource
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,26 @@ def interleave(contenders: dict[str, Callable[[], Any]], repeats: int, warmup: i
             if turn >= warmup:
                 seconds[name].append(time.perf_counter() - began)
     return [Timing(name, steps) for name, steps in seconds.items()]
+
+
+def in_new_process(function: Callable[..., _Result], *arguments: Any) -> _Result:
+    """What `function` returns in a process of its own, which finds no other turn's caches or memory."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def memory_of_process(field: str) -> int:
+    """Bytes that /proc/self/status gives under a name such as `RssAnon`; 0 where the system has no such file."""
+    status = Path("/proc/self/status")
+    line = re.search(rf"{field}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return 1_024 * int(line[1]) if line else 0
+
+
+def peak_bytes() -> int:
+    """Peak of this process or of its largest child, whichever is more; 0 where the system does not tell."""
+    # ru_maxrss of a new process begins at the size of the one that started it; VmHWM does not.
+    own = memory_of_process("VmHWM")
+    return max(own, 1_024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) if own else 0
 
 
 def matmul_flops() -> float:

@@ -54,7 +54,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     four.add_argument("--step_seconds", type=float, default=2.0, help="time of an optimizer step where it is trained")
     four.add_argument("--resume", type=Path, help="also train a third of this run config, and resume it early and late")
     four.add_argument("--repeats", type=int, default=5)
-    five = benches.add_parser("prepare", help="documents to tokens on disk, against datasets.map and litdata")
+    five = benches.add_parser("prepare", help="documents to tokens on disk, against datasets.map")
     five.add_argument("--file", type=Path, help="JSONL with the document under `text` (default: the demo corpus)")
     five.add_argument("--copies", type=int, default=1, help="how often to write the corpus out")
     five.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: one is trained on the corpus, untimed)")

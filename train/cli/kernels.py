@@ -44,16 +44,17 @@ def compile_all(tasks: Sequence[Any], workers: int) -> list[dict[str, Any]]:
 
     from tqdm import tqdm
 
-    before = {name: os.environ.pop(name, None) for name in ("TRITON_INTERPRET", "TRITON_CACHE_DIR")}
-    try:
-        with tempfile.TemporaryDirectory() as cache:
-            os.environ["TRITON_CACHE_DIR"] = cache  # a warm cache would hide a compiler's failure
-            spawn = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-                return list(tqdm(pool.map(compile_one, tasks), "compiling", len(tasks), unit=" kernels"))
-    finally:
-        os.environ.pop("TRITON_CACHE_DIR", None)
-        os.environ.update({name: value for name, value in before.items() if value is not None})
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        ProcessPoolExecutor(workers, spawn, initializer=_compile_only, initargs=(cache,)) as pool,
+    ):
+        return list(tqdm(pool.map(compile_one, tasks), "compiling", len(tasks), unit=" kernels"))
+
+
+def _compile_only(cache: str) -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_CACHE_DIR"] = cache  # a warm cache would hide a compiler's failure
 
 
 def read_table(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
@@ -83,14 +84,6 @@ def violations(lines: Sequence[dict[str, Any]], baseline: dict[tuple[str, ...], 
             messages.append(
                 f"{name}: expected at most {chip.shared_block} bytes of shared memory, got {line['shared']}"
             )
-        if line["kernel"] != "delta":
-            if line["matrix"] == 0:
-                messages.append(f"{name}: expected matrix instructions in the loop over full tiles, got none")
-            elif not 0 < line["full_loop"] < line["masked_loop"]:
-                messages.append(
-                    f"{name}: expected a loop over masked tiles longer than that over full tiles, got "
-                    f"{line['masked_loop']} and {line['full_loop']} instructions"
-                )
         if stored is None:
             messages.append(f"{name}: expected a line in the baseline, got none; make it anew with --write")
             continue
@@ -100,7 +93,7 @@ def violations(lines: Sequence[dict[str, Any]], baseline: dict[tuple[str, ...], 
                 "make it anew with --write"
             )
             continue
-        if line["matrix"] > 0 and (line["unit"], line["matrix"]) != (stored["unit"], int(stored["matrix"])):
+        if (line["unit"], line["matrix"]) != (stored["unit"], int(stored["matrix"])):
             messages.append(
                 f"{name}: expected {stored['matrix']} {stored['unit']} in the loop over full tiles, got "
                 f"{line['matrix']} {line['unit']}"
@@ -125,20 +118,13 @@ def print_table(lines: Sequence[dict[str, Any]]) -> None:
     """The lines for people."""
     from rich.table import Table
 
-    from sinkbed.kernels.triton.aot import CHIPS, roofline
-
-    table = Table(
-        title="Compiled ahead of time: static counts, nothing was run",
-        caption="peak: an estimate of the share of the 16-bit matrix units' peak in reach of the loop over full tiles",
-        title_justify="left",
-        caption_justify="left",
-    )
+    table = Table(title="Compiled ahead of time: static counts, nothing was run", title_justify="left")
     names = {
         "arch": "GPU", "kernel": "kernel", "mask": "mask", "dtype": "dtype", "head_dim": "D", "tiles": "tile",
-        "registers": "reg.", "spilled": "spilled B", "shared": "shared B", "occupancy": "occ. %",
+        "registers": "reg.", "spilled": "spilled B", "shared": "shared B",
         "full_loop": "full tile", "masked_loop": "masked",
     }  # fmt: skip
-    for name in (*names.values(), "products", "peak %"):
+    for name in (*names.values(), "products"):
         left = name in ("GPU", "kernel", "mask", "dtype", "tile")
         table.add_column(name, justify="left" if left else "right", no_wrap=left)
     before = None
@@ -149,10 +135,7 @@ def print_table(lines: Sequence[dict[str, Any]]) -> None:
         if "error" in line:
             table.add_row(*(str(line[k]) for k in _KEYS), line["error"])
             continue
-        sizes = (line["kernel"], line["tiles"], line["full_loop"], line["head_dim"])
-        share = roofline(CHIPS[line["arch"]], *sizes) if line["dtype"] != "fp32" else None
-        peak = f"{100 * share[0]:.0f}–{100 * share[1]:.0f}" if share else ""
-        table.add_row(*(str(line[k]) for k in names), f"{line['matrix']} {line['unit']}" if line["unit"] else "", peak)
+        table.add_row(*(str(line[k]) for k in names), f"{line['matrix']} {line['unit']}" if line["unit"] else "")
     console(150).print(table)
 
 

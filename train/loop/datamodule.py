@@ -133,7 +133,7 @@ class TokenData(L.LightningDataModule):
         assert trainer is not None
         if self.steps_at_start < 0:
             self.steps_at_start = trainer.global_step
-        sampler = RowSampler.for_batch_size(
+        sampler = RowSampler(
             self.batch_size,
             micro_batch_size=self.batch_size // trainer.world_size // self.accumulation(trainer.world_size),
             rows_consumed=self.rows_consumed(),

@@ -153,11 +153,11 @@ def test_a_file_of_the_same_size_and_time_with_another_text_is_read_anew(kind: A
 
 def test_a_damaged_block_of_a_compressed_file_is_a_bad_record(tmp_path: Path) -> None:
     """Regression: zlib has an error of its own, for which nothing was said."""
-    lines = [json.dumps({"text": f"{i} {i * i}"}) for i in range(20_000)]
+    lines = [json.dumps({"text": f"{i} {i * i}"}) for i in range(5_000)]
     content = bytearray(gzip.compress("\n".join(lines).encode(), mtime=0))
     path = tmp_path / "corpus.jsonl.gz"
     problems = set()
-    for place in range(2000, len(content) - 600, 4000):
+    for place in range(2000, len(content) - 600, 2000):
         path.write_bytes(content[:place] + bytes(512) + content[place + 512 :])
         found = list(read_records(str(path), path.name, "jsonl", "text"))
         problems |= {(record.at or "").partition("(")[2][:8] for record in found if record.problem == "unreadable_file"}

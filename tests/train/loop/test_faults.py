@@ -96,6 +96,39 @@ def test_runs_killed_at_random_moments_end_as_the_uninterrupted_run(fit, start, 
     print(f"{done} kills, {in_writing} of them while a checkpoint was being written, over {trial + 1} runs")
 
 
+def test_a_run_killed_with_sigkill_resumes_to_the_same_weights(fit, start, folder):
+    _, whole = fit(run_dir="whole")
+    job = start(folder)
+    while not (folder / "checkpoints" / "last.ckpt").exists() and job.alive():
+        time.sleep(0.002)
+    job.signal(signal.SIGKILL)
+    assert job.finish() == [-9]
+    (folder / "checkpoints" / ".step-0000008.ckpt.partial").write_bytes(b"half")
+    assert fit("--ckpt_path", "last", run_dir="cut")[0] == 0
+    assert points(folder) == points(whole)
+    assert equal(training_state(folder, 10), training_state(whole, 10))
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_told_to_stop_saves_first(start, folder, number, status):
+    # So long that it cannot end before the signal comes, with no other checkpoint in between.
+    job = start(folder, "--trainer.max_steps", "2000", "--checkpoint_every", "2000")
+    deadline = time.monotonic() + 120
+    while len(list(directory.read_metrics(folder / directory.METRICS))) < 8 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match="nobody writes to"):
+        directory.lock(folder)
+    job.signal(number)
+    assert job.finish() == [status], job.output()
+    assert directory.read_json(folder / directory.RUN)["sessions"][-1]["status"] == status
+    step = max(int(saved.stem.removeprefix("step-")) for saved in (folder / "checkpoints").glob("step-*.ckpt"))
+    assert f"stopped at step {step}; step {step} is saved" in job.output()
+    assert not (folder / directory.MEASUREMENT).exists()
+    assert points(folder)[-1]["step"] == step
+    directory.lock(folder).close()  # free again
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_to_every_process_of_the_run_saves_first(start, folder, number):
     """As a scheduler sends it, and a launcher once more; data workers live until the checkpoint is saved."""

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -204,43 +203,6 @@ def test_a_message_does_not_hang_on_the_bar(fit, capsys, monkeypatch):
     assert said.err.endswith("sinkbed fit: a fault\n") and "train:" in said.out and said.out.endswith("\n")
 
 
-def start(fit, folder, *extra):
-    """`sinkbed fit` in a process of its own."""
-    command = [sys.executable, "-m", "sinkbed", "fit", "--config", str(fit.config), "--run_dir", str(folder), *extra]
-    # Without the W&B service of this process, which would still hold the run's id after the kill.
-    environment = {k: v for k, v in os.environ.items() if "WANDB" not in k} | {"WANDB_MODE": "offline"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for(path, process):
-    deadline = time.monotonic() + 120
-    while not path.exists() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_run_told_to_stop_saves_first(fit, number, status):
-    # So long that it cannot end before the signal comes, with no other checkpoint in between.
-    settings = ("--trainer.max_steps", "2000", "--checkpoint_every", "2000")
-    folder = fit.config.parent / "stopped"
-    process = start(fit, folder, *settings)
-    deadline = time.monotonic() + 120
-    while len(list(directory.read_metrics(folder / directory.METRICS))) < 8 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    with pytest.raises(ValueError, match="nobody writes to"):
-        directory.lock(folder)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == status, output
-    assert directory.read_json(folder / directory.RUN)["sessions"][-1]["status"] == status
-    step = max(int(saved.stem.removeprefix("step-")) for saved in (folder / "checkpoints").glob("step-*.ckpt"))
-    assert f"stopped at step {step}; step {step} is saved" in output
-    assert not (folder / directory.MEASUREMENT).exists()
-    assert points(folder)[-1]["step"] == step
-    directory.lock(folder).close()  # free again
-
-
 def test_a_run_killed_before_its_final_measurement_is_measured_on_resume(fit):
     _, folder = fit()
     expected, before = directory.read_json(folder / directory.MEASUREMENT), points(folder)
@@ -273,22 +235,6 @@ def test_a_run_killed_before_wandb_has_everything_sends_the_rest_on_resume(fit, 
     steps = [row["_step"] for path in segments for row in read_wandb_file(path)]
     assert steps == list(range(len(points(folder))))
     assert directory.read_json(folder / directory.MEASUREMENT)["modes"] == before
-
-
-def test_a_run_killed_with_sigkill_resumes_to_the_same_weights(fit):
-    _, whole = fit(run_dir="whole")
-    folder = whole.parent / "cut"
-    process = start(fit, folder)
-    wait_for(folder / "checkpoints" / "last.ckpt", process)
-    process.kill()
-    assert process.wait() == -9
-    (folder / "checkpoints" / ".step-0000008.ckpt.partial").write_bytes(b"half")
-    assert fit("--ckpt_path", "last", run_dir="cut")[0] == 0
-    assert points(folder) == points(whole)
-    assert all(
-        torch.equal(a, b) for a, b in zip(weights(folder, 10).values(), weights(whole, 10).values(), strict=True)
-    )
-    assert not list((folder / "checkpoints").glob(".*"))
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(fit, monkeypatch):

@@ -22,8 +22,8 @@ LENGTH = 24
 @pytest.fixture(scope="module")
 def short_documents(tmp_path_factory):
     """Documents of 1 to 22 tokens: with a marker or two, some fill a row of 24."""
-    from sinkbed.data.prepare.writer import StoreWriter
     from sinkbed.data.tokenizer import Tokenizer
+    from tests.support.stores import StoreWriter
 
     out = tmp_path_factory.mktemp("short") / "store"
     generator = torch.Generator().manual_seed(0)
