@@ -90,13 +90,9 @@ def _page(measured: Measured, figures: Sequence[str]) -> str:
         f"{settings['directions']}). One measurement of one model: no interval over seeds."
     )
     body = [f'<p class="note">{html.escape(intro)}</p>', *figures]
-    notes = set()
     for t in tables(measured):
-        body.append(f"<h2>{html.escape(t.title)}</h2>")
-        body.append(table(t.header, t.cells()))
-        if t.note and t.note not in notes:
-            body.append(f'<p class="note">{html.escape(t.note)}</p>')
-            notes.add(t.note)
+        note = f'<p class="note">{html.escape(t.note)}</p>' if t.note else ""
+        body.append(f"<h2>{html.escape(t.title)}</h2>{table(t.header, t.cells())}{note}")
     options = [(name, str(value)) for name, value in settings.items() if value not in (None, [], False)]
     body += ["<h2>Settings</h2>", table(("option", "value"), [*options, *measured["versions"].items()])]
     ending = f" (incomplete: {measured['incomplete']})" if "incomplete" in measured else ""
