@@ -7,6 +7,7 @@ on a GPU or of several devices is started by a command of its own instead. None 
 from __future__ import annotations
 
 import functools
+import math
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -76,7 +77,7 @@ class FitProcess:
     def wait(self) -> int:
         """Exit status; a negative number where a signal ended it."""
         if self._started is not None:
-            return self._started.wait()
+            return self._started.wait(timeout=math.inf)  # which looks again and again: an interrupt is seen
         while True:
             with _lock:
                 status = self._forked.exitcode
