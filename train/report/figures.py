@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.intervals import Interval
-from sinkbed.train.report.result import Result
+from sinkbed.train.report.result import Result, arms_of, common_modes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,16 +37,6 @@ def drawable(text: str) -> str:
 
     glyphs = get_font(findfont(FontProperties()))
     return "".join(c if glyphs.get_char_index(ord(c)) else f"U+{ord(c):04X}" for c in text)
-
-
-def arms_of(results: Sequence[Result]) -> list[str]:
-    """Arms in their order."""
-    return list(dict.fromkeys(r.arm for r in results))
-
-
-def common_modes(results: Sequence[Result]) -> list[str]:
-    """Inference modes that every run was measured in, in the first run's order."""
-    return [m for m in results[0].final["modes"] if all(m in r.final["modes"] for r in results)]
 
 
 def curve(results: Sequence[Result], arm: str, key: str) -> tuple[list[int], list[Interval]]:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sinkbed.train.measure.modes import MODE_LABELS
-from sinkbed.train.report.figures import COLOURS, arms_of, curve, live_modes, mass_scale, number_of_runs, study_figures
+from sinkbed.train.report.figures import COLOURS, curve, live_modes, mass_scale, number_of_runs, study_figures
 from sinkbed.train.report.intervals import Interval
-from sinkbed.train.report.result import Result
+from sinkbed.train.report.result import Result, arms_of
 from sinkbed.train.report.tables import Line, Section, rows_of, table_of
 
 if TYPE_CHECKING:
