@@ -22,7 +22,7 @@ from sinkbed.train.report.effects import (
     reference_mode,
 )
 from sinkbed.train.report.result import Result, arms_of, spread
-from sinkbed.train.report.tables import circumstances, definitions, filled, made_by
+from sinkbed.train.report.tables import caption, filled
 from sinkbed.train.run import directory
 
 if TYPE_CHECKING:
@@ -94,12 +94,10 @@ def _section(study: StudyConfig, name: str, results: Sequence[Result], effects: 
     if effects:
         lines += [*markdown_table(*_effects(effects)), ""]
     lines += [*markdown_table(*_arms(results)), ""]
-    published = f"Published: {study.published_source}" if study.published else ""
-    notes = (definitions(results), circumstances(results), published, made_by(results))
     lines += [
         f"`{_command(study, results)}`: {len(results)} runs, "
         f"{seconds / 60:.0f} minutes of training and measuring, summed over runs. "
-        + " ".join(note for note in notes if note),
+        + caption(results, study.published_source if study.published else ""),
         "",
     ]
     return lines

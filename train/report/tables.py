@@ -94,11 +94,8 @@ def _span(values: Sequence[int]) -> str:
 
 def caption(results: Sequence[Result], published: str = "") -> str:
     """What the numbers of the table are, with everything they depend on; `published`: what is beside them."""
-    return (
-        f"{definitions(results)} {circumstances(results)}"
-        + (f" Published: {published}" if published else "")
-        + (f" {made}" if (made := made_by(results)) else "")
-    )
+    source = f"Published: {published.rstrip('. ')}." if published else ""
+    return " ".join(filter(None, (definitions(results), circumstances(results), source, made_by(results))))
 
 
 def definitions(results: Sequence[Result]) -> str:

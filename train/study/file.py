@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 from sinkbed.ranges import check_number
 from sinkbed.train.config.yaml_files import read_yaml
 from sinkbed.train.measure.modes import check_modes
+from sinkbed.train.run import directory
 
 Overlay = Path | dict[str, Any]
 """Keys of a run config: in a file, or as they are."""
@@ -148,7 +149,10 @@ def load_study(path: Path, size: str | None = None) -> StudyConfig:
     Raises FileNotFoundError, or ValueError that names the key at fault.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a study file, such as those in configs/study, got none there")
+        raise FileNotFoundError(
+            f"{path}: expected a study file, such as those in configs/study, got none there"
+            + directory.did_you_mean(path)
+        )
     raw = _mapping(path, "the file", read_yaml(path), (*_FILE_KEYS, "grid", "sizes"))
     sizes = _mapping(path, "sizes", raw.pop("sizes", None) or {}, None)
     if size is None and sizes:

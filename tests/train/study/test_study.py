@@ -194,6 +194,8 @@ def test_a_killed_study_takes_its_arms_along(study, forked):
 def test_a_missing_study_is_named(capsys):
     assert main(["study", "nowhere.yaml"]) == 1
     assert "nowhere.yaml" in capsys.readouterr().err
+    assert main(["study", str(ROOT / "configs" / "study" / "pakcing.yaml")]) == 1
+    assert f"did you mean {ROOT / 'configs' / 'study' / 'packing.yaml'}?" in capsys.readouterr().err
 
 
 def test_the_shipped_studies_name_files_that_exist():
