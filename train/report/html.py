@@ -82,6 +82,7 @@ def page(
     """The page. The only script besides plotly's is the table's sorting."""
     from plotly.offline import get_plotlyjs
 
+    rows = rows_of(results)
     parts = [
         f"<p>{html.escape(study.question)}</p>" if study.question else "",
         "".join(f'<p class="failed">{html.escape(what)}</p>' for what in missing),
@@ -106,7 +107,7 @@ def page(
         f"{', '.join(MODE_LABELS[m] for m in live_modes(results))}. The slider moves through the measurements of "
         "training; of an arm that was measured at other tokens, the last one before.</figcaption>",
         "<h2>Every measurement</h2>",
-        table(tuple(rows_of(results)[0]), [tuple(map(_text, row.values())) for row in rows_of(results)]),
+        table(tuple(rows[0]), [tuple("" if cell is None else str(cell) for cell in row.values()) for row in rows]),
     ]
     return document(study.title, parts, get_plotlyjs())
 
@@ -120,10 +121,6 @@ def document(title: str, parts: Sequence[str], library: str = "") -> str:
         f"<title>{html.escape(title)}</title><style>{_CSS}</style>{scripts}</head>"
         f"<body><main><h1>{html.escape(title)}</h1>{''.join(parts)}</main><script>{_SCRIPT}</script></body></html>\n"
     )
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "figures") -> str:

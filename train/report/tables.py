@@ -54,14 +54,10 @@ def filled(lines: Sequence[Line]) -> tuple[tuple[str, ...], list[tuple[str, ...]
     return header, [tuple(line[name] for name in header) for line in lines]
 
 
-def strategies_of(summary: Sequence[Line]) -> set[tuple[str, ...]]:
-    """The different strategies of the lines."""
-    return {tuple(line[name] for name in STRATEGY) for line in summary}
-
-
 def table_of(summary: Sequence[Line]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and cells, without the strategy's where all arms share it."""
-    shared = STRATEGY if len({line["arm"] for line in summary}) > 1 and len(strategies_of(summary)) == 1 else ()
+    strategies = {tuple(line[name] for name in STRATEGY) for line in summary}
+    shared = STRATEGY if len({line["arm"] for line in summary}) > 1 and len(strategies) == 1 else ()
     return filled([{name: cell for name, cell in line.items() if name not in shared} for line in summary])
 
 
@@ -229,35 +225,28 @@ def verdicts(effects: Sequence[Outcome]) -> list[str]:
 
 def rows_of(results: Sequence[Result]) -> list[dict[str, Any]]:
     """A row of table.csv for each arm, seed and mode."""
-    rows = []
-    for r in results:
-        for mode, measured in r.final["modes"].items():
-            rates = {f"sink_rate_{eps}": round(mean(map_), 4) for eps, map_ in measured["rate"].items()}
-            rows.append(
-                {
-                    "arm": r.arm,
-                    "seed": r.seed,
-                    "mode": mode,
-                    **rates,
-                    "sink_rate_row_0.3": round(mean(measured["rate_full"]["0.3"]), 4),
-                    "sink_mass": round(r.value(mode, "mass"), 6),
-                    "sink_alpha": round(r.value(mode, "alpha"), 6),
-                    "loss": round(measured["loss"], 6),
-                    "bits_per_byte": round(measured["bits_per_byte"], 6),
-                    "loss_gap": _rounded(figure(r, "loss_gap", mode)),
-                    "sink_rate_placed": _rounded(figure(r, "sink_rate_placed", mode)),
-                    "sink_rate_area": _rounded(figure(r, "sink_rate_area", mode)),
-                    "onset_tokens": r.final["onset_tokens"],
-                    "tokens": r.final["tokens"],
-                    "parameters": r.final["parameters"],
-                    "context_length": r.context_length,
-                }
-            )
-    return rows
+    return [_row(r, mode) for r in results for mode in r.final["modes"]]
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 6)
+def _row(result: Result, mode: str) -> dict[str, Any]:
+    measured = result.final["modes"][mode]
+    figures: dict[str, float | None] = {
+        "sink_mass": result.value(mode, "mass"),
+        "sink_alpha": result.value(mode, "alpha"),
+        "loss": measured["loss"],
+        "bits_per_byte": measured["bits_per_byte"],
+        **{name: figure(result, name, mode) for name in ("loss_gap", "sink_rate_placed", "sink_rate_area")},
+    }
+    return {
+        "arm": result.arm,
+        "seed": result.seed,
+        "mode": mode,
+        **{f"sink_rate_{eps}": round(mean(map_), 4) for eps, map_ in measured["rate"].items()},
+        "sink_rate_row_0.3": round(mean(measured["rate_full"]["0.3"]), 4),
+        **{name: None if value is None else round(value, 6) for name, value in figures.items()},
+        **{name: result.final[name] for name in ("onset_tokens", "tokens", "parameters")},
+        "context_length": result.context_length,
+    }
 
 
 def effects_csv(effects: Sequence[Outcome]) -> str:
