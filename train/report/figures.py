@@ -70,23 +70,19 @@ def drawing() -> Iterator[None]:
 
 
 def image(figure: Figure, kind: Literal["png", "svg"] = "png") -> bytes:
-    """A figure as a file, the same bytes each time; inside `drawing`."""
+    """A figure as a file, the same bytes each time; inside `drawing`, which need not keep it."""
+    import matplotlib.pyplot as plt
+
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=140, metadata={"Date": None} if kind == "svg" else None)
+    plt.close(figure)
     return buffer.getvalue()
 
 
 def study_figures(results: Sequence[Result], *names: str, kind: Literal["png", "svg"] = "png") -> dict[str, bytes]:
     """File name -> figure: the result, curves, heat maps and losses, or those named."""
-    import matplotlib.pyplot as plt
-
-    files = {}
     with drawing():
-        for name, draw in _FIGURES.items():
-            if not names or name in names:
-                files[f"{name}.{kind}"] = image(draw(results), kind)
-                plt.close()
-    return files
+        return {f"{name}.{kind}": image(_FIGURES[name](results), kind) for name in names or _FIGURES}
 
 
 def _result(results: Sequence[Result]) -> Figure:

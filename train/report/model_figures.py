@@ -184,7 +184,7 @@ def _checkpoint_figure(checkpoints: Measured) -> Figure:
     points = checkpoints["points"]
     tokens = [point["tokens"] for point in points]
     first = min(filter(None, tokens), default=1)
-    panels = [
+    panels: list[tuple[str, dict[str, Line]]] = [
         (title, {mode: (tokens, [read(p["modes"][mode], mode) for p in points], ()) for mode in points[0]["modes"]})
         for _, title, read in ALONG
     ]
@@ -202,7 +202,7 @@ def _heads_figure(modes: Measured) -> Figure:
     import matplotlib.pyplot as plt
 
     maps = {mode: next(iter(keys.values()))["mass"] for mode, keys in _visible_modes(modes).items()}
-    layers, heads = (len(part := next(iter(maps.values()))), len(part[0]))
+    layers, heads = len(first := next(iter(maps.values()))), len(first[0])
     figure, axes = plt.subplots(
         1, len(maps), figsize=(min(14, 1 + len(maps) * max(2.6, 0.28 * heads)), max(2.0, 1 + 0.22 * layers)),
         squeeze=False,
@@ -261,7 +261,7 @@ def _norm_figure(modes: Measured) -> Figure:
     scale = matplotlib.cm.ScalarMappable(Normalize(-1, depth - 1), "viridis")
     for axis, (mode, measured) in zip(axes[0], modes.items(), strict=True):
         for layer, norms in enumerate(measured["norm"]):
-            axis.plot(norms, color=scale.to_rgba(layer - 1), linewidth=1)
+            axis.plot(norms, color=scale.cmap(layer / max(1, depth)), linewidth=1)
         axis.set_yscale("log")
         axis.set_title(MODE_LABELS[mode])
         axis.set_xlabel("position in the row")

@@ -215,7 +215,7 @@ def _start(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) -> Trac
     known = directory.read_json(path)
     if "parent" in known:
         settings = settings | {"parent": known["parent"]}
-    mode = wandb_mode(config.mode)
+    mode: Any = wandb_mode(config.mode)
     arguments: dict[str, Any] = dict(
         project=config.project,
         entity=config.entity,
