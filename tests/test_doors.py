@@ -214,7 +214,7 @@ MEASURES.register("toy")(
 """
 
 
-def test_a_measure(add, tiny_store, tmp_path, monkeypatch, capsys):
+def test_a_measure(add, tiny_store, tmp_path, monkeypatch):
     monkeypatch.setitem(MEASURES._variants, "toy", None)  # forgotten afterwards
     add(TOY)
     run = tmp_path / "run"
@@ -228,8 +228,8 @@ def test_a_measure(add, tiny_store, tmp_path, monkeypatch, capsys):
     assert main([*probing, "--modes", "bos", "--out", str(tmp_path / "report")]) == 0
     header, *rows = (tmp_path / "report" / "mixing-bos.csv").read_text().splitlines()
     assert header == "layer,toy/size" and [row.split(",")[0] for row in rows] == ["input", "0", "1"]
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "mean |h|" in printed and "A toy." in printed and "Mixing in the last layer by context length" in printed
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "mean |h|" in page and "A toy." in page and "Mixing in the last layer by context length" in page
     assert {"mixing.png", "by_length.svg"} <= {path.name for path in (tmp_path / "report").iterdir()}
 
 

@@ -130,16 +130,17 @@ def run(command: str, argv: Sequence[str]) -> int:
 
 
 def _write(result: dict[str, Any], arguments: Any) -> None:
-    """Files before the terminal: what is on the disk is not lost."""
+    """To files, or where there is no folder for them to the terminal."""
     from sinkbed.train.report import model as probe_report
-    from sinkbed.train.report import model_tables as probe_tables
+    from sinkbed.train.report.model_tables import print_tables, tables
 
     if arguments.json is not None:
         write_json(arguments.json, result, seal=False)
-    page = None if arguments.out is None else probe_report.write(result, arguments.out)
-    probe_tables.print_tables(result)
-    if page is not None:
-        print(f"report: {page} (also probe.json, *.csv, *.png and *.svg beside it)")
+    if arguments.out is None:
+        print_tables(result)
+    else:
+        page = probe_report.write(result, arguments.out)
+        print(f"report: {page}, {counted(len(tables(result)), 'table')} and figures; beside it: probe.json, *.csv, …")
 
 
 def _directions(text: str) -> int | str:

@@ -22,7 +22,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="where to look (default: runs)")
     folder = parser.parse_args(list(argv)).folder
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: expected a folder with runs, got none there; name another")
+        raise FileNotFoundError(
+            f"{folder}: expected a folder with runs, got none there{directory.did_you_mean(folder)}"
+        )
     lines = [described(path, folder) for path in run_directories(folder)]
     if not lines:
         raise FileNotFoundError(f"{folder}: expected runs, got none; start one with `sinkbed fit` or `sinkbed study`")

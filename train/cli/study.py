@@ -92,9 +92,9 @@ def run(command: str, argv: Sequence[str]) -> int:
 
             runner = RayRunner(study, runs, arguments.ray, arguments.retries)
         else:
-            from sinkbed.train.study.local import Runner
+            from sinkbed.train.study.local import LocalRunner
 
-            runner = Runner(study, runs)
+            runner = LocalRunner(study, runs)
     except BaseException:
         directory.release(lock)
         raise

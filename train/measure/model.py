@@ -7,7 +7,6 @@ through our operator (`model.hf.adapter`). The text is a token store's validatio
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import re
 from collections.abc import Callable, Iterator
@@ -90,10 +89,8 @@ def load(arguments: Any) -> Subject:
 def _check_hub_name(path: Path, name: str) -> None:
     """Refuse a name that is none of the hub's, or that only a hub that does not answer could know."""
     there = next(folder for folder in path.parents if folder.is_dir())
-    part = path.relative_to(there).parts[0]
-    near = difflib.get_close_matches(part, [p.name for p in there.iterdir()], n=1)
-    meant = f"; did you mean {there / near[0]}?" if near else ""
-    missing = f"{path}: expected a run directory, a checkpoint or a Hugging Face folder, got nothing there{meant}"
+    missing = f"{path}: expected a run directory, a checkpoint or a Hugging Face folder, got nothing there"
+    missing += directory.did_you_mean(path)
     if there != Path() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise FileNotFoundError(missing)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,13 @@ LABELS = {
 }
 DIGITS = {"sink_mass": 3, "loss": 3, "bits_per_byte": 3, "loss_gap": 3, "onset_tokens": 0}
 """Decimals of a figure; others have one."""
+VERDICTS = (
+    "A verdict is on the mean difference of arms on the same documents (one store), paired by seed. Reproduced: its "
+    "95 % interval lies on the expected side of 0 (for the same: inside the tolerance). Not reproduced: it lies on "
+    "another side. Within noise: it reaches both. One comparison in twenty leaves 0 out by chance. As expected: "
+    "reproduced, of what has no source."
+)
+"""What they mean, for a reader."""
 
 
 def figure(result: Result, metric: str, mode: str) -> float | None:
@@ -76,6 +84,11 @@ def figures(results: Sequence[Result], arm: str, metric: str, mode: str) -> dict
     return {seed: value for seed, value in values.items() if value is not None and math.isfinite(value)}
 
 
+def label(metric: str, mode: str) -> str:
+    """The title of a figure's column."""
+    return f"{LABELS[metric]}, {MODE_LABELS[mode]}"
+
+
 def check_measured(study: StudyConfig, runs: Sequence[ArmRun]) -> None:
     """Raise ValueError for an effect whose arms will not be measured in the mode that it is about."""
     of_arm = {run.arm: run for run in runs}
@@ -112,10 +125,10 @@ class Outcome:
         """Which arms, or modes of one, the difference is of."""
         effect, (arm, mode) = self.effect, self.effect.other
         if arm == effect.arm:
-            return f"{arm}: {_label(effect.mode)} − {_label(mode)}"
+            return f"{arm}: {MODE_LABELS[effect.mode]} − {MODE_LABELS[mode]}"
         if mode == effect.mode:
             return f"{effect.arm} − {arm}"
-        return f"{effect.arm}, {_label(effect.mode)} − {arm}, {_label(mode)}"
+        return f"{effect.arm}, {MODE_LABELS[effect.mode]} − {arm}, {MODE_LABELS[mode]}"
 
     def columns(self) -> dict[str, str]:
         """Header -> cell."""
@@ -124,13 +137,13 @@ class Outcome:
         theirs = ""
         if self.published is not None:
             a, b = (fixed(x, 2) for x in self.published)
-            theirs = f"{a} against {b} ({signed(self.published[0] - self.published[1], 2)})"
+            theirs = f"{a} against {b} ({fixed(self.published[0] - self.published[1], 2, sign=True)})"
         expected = {"up": "larger", "down": "smaller", "none": f"same within {effect.tolerance:g}"}[effect.expected]
         return {
             "effect": self.name,
             "figure": LABELS[effect.metric],
-            "arm": f"{effect.arm}, {_label(effect.mode)}",
-            "against": f"{other_arm}, {_label(other_mode)}",
+            "arm": f"{effect.arm}, {MODE_LABELS[effect.mode]}",
+            "against": f"{other_arm}, {MODE_LABELS[other_mode]}",
             "ours": spread(self.ours, digits),
             "theirs": spread(self.theirs, digits),
             "difference": spread(self.difference, digits, sign=True),
@@ -164,18 +177,8 @@ class Outcome:
         }
 
 
-def _label(mode: str) -> str:
-    return MODE_LABELS.get(mode, mode)
-
-
 def _plain(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else round(value, 6)
-
-
-def signed(value: float, digits: int) -> str:
-    """A number with its sign."""
-    text = fixed(value, digits)
-    return text if text.startswith("−") or float(text) == 0 else f"+{text}"
 
 
 def check(results: Sequence[Result], effects: Sequence[Effect], published: Published) -> list[Outcome]:
@@ -199,6 +202,16 @@ def check(results: Sequence[Result], effects: Sequence[Effect], published: Publi
             )
         )
     return outcomes
+
+
+def counts(effects: Sequence[Outcome]) -> dict[str, int]:
+    """How many effects came to which verdict."""
+    return dict(Counter(item.verdict for item in effects))
+
+
+def listed(verdicts: dict[str, int]) -> str:
+    """`30 reproduced, 2 within noise`."""
+    return ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
 
 
 def _named(verdict: str, effect: Effect) -> str:

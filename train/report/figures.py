@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.intervals import Interval
-from sinkbed.train.report.result import Result
+from sinkbed.train.report.result import Result, arms_of, common_modes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,16 +37,6 @@ def drawable(text: str) -> str:
 
     glyphs = get_font(findfont(FontProperties()))
     return "".join(c if glyphs.get_char_index(ord(c)) else f"U+{ord(c):04X}" for c in text)
-
-
-def arms_of(results: Sequence[Result]) -> list[str]:
-    """Arms in their order."""
-    return list(dict.fromkeys(r.arm for r in results))
-
-
-def common_modes(results: Sequence[Result]) -> list[str]:
-    """Inference modes that every run was measured in, in the first run's order."""
-    return [m for m in results[0].final["modes"] if all(m in r.final["modes"] for r in results)]
 
 
 def curve(results: Sequence[Result], arm: str, key: str) -> tuple[list[int], list[Interval]]:
@@ -80,23 +70,19 @@ def drawing() -> Iterator[None]:
 
 
 def image(figure: Figure, kind: Literal["png", "svg"] = "png") -> bytes:
-    """A figure as a file, the same bytes each time; inside `drawing`."""
+    """A figure as a file, the same bytes each time; inside `drawing`, which need not keep it."""
+    import matplotlib.pyplot as plt
+
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=140, metadata={"Date": None} if kind == "svg" else None)
+    plt.close(figure)
     return buffer.getvalue()
 
 
 def study_figures(results: Sequence[Result], *names: str, kind: Literal["png", "svg"] = "png") -> dict[str, bytes]:
     """File name -> figure: the result, curves, heat maps and losses, or those named."""
-    import matplotlib.pyplot as plt
-
-    files = {}
     with drawing():
-        for name, draw in _FIGURES.items():
-            if not names or name in names:
-                files[f"{name}.{kind}"] = image(draw(results), kind)
-                plt.close()
-    return files
+        return {f"{name}.{kind}": image(_FIGURES[name](results), kind) for name in names or _FIGURES}
 
 
 def _result(results: Sequence[Result]) -> Figure:

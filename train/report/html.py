@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sinkbed.train.measure.modes import MODE_LABELS
-from sinkbed.train.report.figures import COLOURS, arms_of, curve, live_modes, mass_scale, number_of_runs, study_figures
-from sinkbed.train.report.intervals import Interval
-from sinkbed.train.report.result import Result
+from sinkbed.train.report.figures import COLOURS, curve, live_modes, mass_scale, number_of_runs, study_figures
+from sinkbed.train.report.result import Result, arms_of
 from sinkbed.train.report.tables import Line, Section, rows_of, table_of
 
 if TYPE_CHECKING:
@@ -83,6 +82,7 @@ def page(
     """The page. The only script besides plotly's is the table's sorting."""
     from plotly.offline import get_plotlyjs
 
+    rows = rows_of(results)
     parts = [
         f"<p>{html.escape(study.question)}</p>" if study.question else "",
         "".join(f'<p class="failed">{html.escape(what)}</p>' for what in missing),
@@ -107,7 +107,7 @@ def page(
         f"{', '.join(MODE_LABELS[m] for m in live_modes(results))}. The slider moves through the measurements of "
         "training; of an arm that was measured at other tokens, the last one before.</figcaption>",
         "<h2>Every measurement</h2>",
-        table(tuple(rows_of(results)[0]), [tuple(map(_text, row.values())) for row in rows_of(results)]),
+        table(tuple(rows[0]), [tuple("" if cell is None else str(cell) for cell in row.values()) for row in rows]),
     ]
     return document(study.title, parts, get_plotlyjs())
 
@@ -121,10 +121,6 @@ def document(title: str, parts: Sequence[str], library: str = "") -> str:
         f"<title>{html.escape(title)}</title><style>{_CSS}</style>{scripts}</head>"
         f"<body><main><h1>{html.escape(title)}</h1>{''.join(parts)}</main><script>{_SCRIPT}</script></body></html>\n"
     )
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "figures") -> str:
@@ -157,43 +153,26 @@ def _curves(results: Sequence[Result], key: str, title: str) -> go.Figure:
 
     figure, largest = go.Figure(), 0.0
     for index, arm in enumerate(arms_of(results)):
+        of_arm = {"name": arm, "legendgroup": arm}
+        colour = COLOURS[index % len(COLOURS)]
         for mode, dash in zip(live_modes(results), ("solid", "dash"), strict=False):
             tokens, values = curve(results, arm, key.format(mode))
-            if dash == "solid" and values and values[0].count > 1:
-                figure.add_scatter(**_band(tokens, values, arm, COLOURS[index % len(COLOURS)]))
+            if dash == "solid" and values and values[0].count > 1:  # the interval as one filled outline
+                figure.add_scatter(
+                    **of_arm, x=[*tokens, *reversed(tokens)], showlegend=False, mode="lines", hoverinfo="skip",
+                    y=[*(v.high for v in values), *(max(0.0, v.low) for v in reversed(values))],
+                    fill="toself", fillcolor=colour, line_width=0, opacity=0.1,
+                )  # fmt: skip
             largest = max([largest, *(v.mean for v in values)])
             figure.add_scatter(
-                x=tokens,
-                y=[v.mean for v in values],
-                name=arm,
-                legendgroup=arm,
-                showlegend=dash == "solid",
-                mode="lines+markers",
-                line={"color": COLOURS[index % len(COLOURS)], "dash": dash},
-                marker={"size": 5},
+                **of_arm, x=tokens, y=[v.mean for v in values], showlegend=dash == "solid",
+                mode="lines+markers", line={"color": colour, "dash": dash}, marker_size=5,
                 hovertemplate=f"{arm}, {MODE_LABELS[mode]}<br>%{{x:,}} tokens: %{{y:.3g}}<extra></extra>",
-            )
+            )  # fmt: skip
     # Of few seeds the intervals are wide: the axis is for the means.
     figure.update_yaxes(range=[-0.03 * largest, 1.25 * largest] if largest else None)
     figure.update_layout(**_LAYOUT, height=440, xaxis_title="tokens seen", yaxis_title=title)
     return figure
-
-
-def _band(tokens: Sequence[int], values: Sequence[Interval], arm: str, colour: str) -> dict[str, Any]:
-    """The interval around a curve as one filled outline, hidden and shown with its arm."""
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return {
-        "x": [*tokens, *reversed(tokens)],
-        "y": [*(v.high for v in values), *(max(0.0, v.low) for v in reversed(values))],
-        "fill": "toself",
-        "fillcolor": f"rgba({red},{green},{blue},0.10)",
-        "line": {"width": 0},
-        "mode": "lines",
-        "name": arm,
-        "legendgroup": arm,
-        "showlegend": False,
-        "hoverinfo": "skip",
-    }
 
 
 def _inputs(results: Sequence[Result]) -> str:
@@ -205,8 +184,9 @@ def _inputs(results: Sequence[Result]) -> str:
     return f"{inputs} {shade} {runs.capitalize() + ': no interval.' if runs else ''}"
 
 
-def _has_map(result: Result, mode: str) -> bool:
-    return any(f"sink/heatmap/{mode}" in point for point in result.points)
+def _maps(result: Result, mode: str) -> dict[int, list[list[float]]]:
+    """Tokens -> map of a run in a live mode."""
+    return {p["train/tokens"]: p[key] for p in result.points if (key := f"sink/heatmap/{mode}") in p}
 
 
 def _heatmaps(results: Sequence[Result]) -> go.Figure:
@@ -215,15 +195,10 @@ def _heatmaps(results: Sequence[Result]) -> go.Figure:
     from plotly.subplots import make_subplots
 
     first = [next(r for r in results if r.arm == arm) for arm in arms_of(results)]
-    modes = [m for m in live_modes(results) if all(_has_map(r, m) for r in first)]
+    modes = [m for m in live_modes(results) if all(_maps(r, m) for r in first)]
     if not modes:
         return go.Figure(layout={**_LAYOUT, "title": "no inference mode was measured live in every arm"})
-    series = [
-        {p["train/tokens"]: p[f"sink/heatmap/{m}"] for p in r.points if f"sink/heatmap/{m}" in p}
-        for r in first
-        for m in modes
-    ]
-    scale = mass_scale([m for s in series for m in s.values()])
+    series = [_maps(r, m) for r in first for m in modes]
     # Runs of another batch are measured at other tokens: the frames are those of the fewest, and the ends of all.
     times = sorted({*min(series, key=len), *(max(s) for s in series)})
     # One title a row: two would run into each other on a narrow screen.
@@ -231,9 +206,8 @@ def _heatmaps(results: Sequence[Result]) -> go.Figure:
     figure = make_subplots(
         rows=len(first), cols=len(modes), subplot_titles=titles, vertical_spacing=0.45 / max(len(first), 5)
     )
-
-    def traces(time: int) -> list[go.Heatmap]:
-        return [
+    frames = {
+        time: [
             go.Heatmap(
                 z=s[max((t for t in s if t <= time), default=min(s))],
                 coloraxis="coloraxis",
@@ -241,31 +215,19 @@ def _heatmaps(results: Sequence[Result]) -> go.Figure:
             )
             for s in series
         ]
-
-    for index, trace in enumerate(traces(times[-1])):
+        for time in times
+    }
+    for index, trace in enumerate(frames[times[-1]]):
         figure.add_trace(trace, row=index // len(modes) + 1, col=index % len(modes) + 1)
-    figure.frames = [go.Frame(data=traces(t), name=str(t), traces=list(range(len(series)))) for t in times]
-    steps = [
-        {
-            "label": f"{t:,}",
-            "method": "animate",
-            "args": [[str(t)], {"mode": "immediate", "frame": {"duration": 0}, "transition": {"duration": 0}}],
-        }
-        for t in times
-    ]
-    layout = {**_LAYOUT, "margin": {"l": 40, "r": 20, "t": 40, "b": 90}}
+    figure.frames = [go.Frame(data=data, name=str(t), traces=list(range(len(series)))) for t, data in frames.items()]
+    at_once = {"mode": "immediate", "frame": {"duration": 0}, "transition": {"duration": 0}}
+    steps = [{"label": f"{t:,}", "method": "animate", "args": [[str(t)], at_once]} for t in times]
+    scale = mass_scale([map_ for s in series for map_ in s.values()])
     figure.update_layout(
-        **layout,
+        **{**_LAYOUT, "margin": {"l": 40, "r": 20, "t": 40, "b": 90}},
         height=110 * len(first) + 200,
         coloraxis={"colorscale": "Inferno", "cmin": 0, "cmax": scale, "colorbar": {"title": "mass", "thickness": 12}},
-        sliders=[
-            {
-                "active": len(times) - 1,
-                "currentvalue": {"prefix": "tokens: "},
-                "transition": {"duration": 0},
-                "steps": steps,
-            }
-        ],
+        sliders=[{"active": len(times) - 1, "currentvalue": {"prefix": "tokens: "}, "steps": steps}],
     )
     figure.update_yaxes(autorange="reversed", dtick=1)
     figure.update_xaxes(dtick=1, showticklabels=False)

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from sinkbed.data.files import write_files
+from sinkbed.data.files import write_files, write_json
 from sinkbed.plain_text import markdown, markdown_table
-from sinkbed.train.measure.modes import MODE_LABELS
-from sinkbed.train.report.effects import DIGITS, LABELS, Outcome, check, figures, reference_mode
-from sinkbed.train.report.result import Result, spread
-from sinkbed.train.report.tables import circumstances, definitions, filled, made_by
+from sinkbed.train.report.effects import (
+    DIGITS,
+    VERDICTS,
+    Outcome,
+    check,
+    counts,
+    figures,
+    label,
+    listed,
+    reference_mode,
+)
+from sinkbed.train.report.result import Result, arms_of, spread
+from sinkbed.train.report.tables import caption, filled
+from sinkbed.train.run import directory
 
 if TYPE_CHECKING:
     from sinkbed.train.study.file import StudyConfig
 
 NAME = "README.md"
-TITLE = "# What the studies found"
+RECORD = "studies.json"
+"""What the page is made from, a study each."""
 
 
 def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[Result]]], folder: Path) -> Path:
@@ -31,85 +41,49 @@ def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[Result]]], folder
     """
     from sinkbed.train.report.figures import study_figures
 
-    path = folder / NAME
     names = [study.source.stem if study.source else study.name for study, _ in studies]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"report: expected study files of different names, got two that are called {twice}")
-    parts = _earlier(path)
-    for name in names:
-        if name not in parts and (folder / f"{name}.png").exists():
+    parts: dict[str, dict[str, Any]] = directory.read_json(folder / RECORD) if (folder / RECORD).exists() else {}
+    for name in ([] if parts else [NAME]) + [f"{name}.png" for name in names if name not in parts]:
+        if (folder / name).exists():
             raise FileExistsError(
-                f"{folder / f'{name}.png'}: expected none, or one of an earlier page of studies; got another file; "
-                "choose another --out"
+                f"{folder / name}: expected none, or one of an earlier page of studies; got another file; choose "
+                "another --out"
             )
     files: dict[str, str | bytes] = {}
     for name, (study, results) in zip(names, studies, strict=True):
         effects = check(results, study.effects, study.published)
-        parts[name] = (_index(name, study.title, counts(effects)), _section(study, name, results, effects))
+        section = "\n".join(_section(study, name, results, effects))
+        parts[name] = {"title": study.title, "verdicts": counts(effects), "section": section}
         files[f"{name}.png"] = study_figures(results, "result")["result.png"]
+    parts = dict(sorted(parts.items()))
+    total: Counter[str] = Counter()
+    for part in parts.values():
+        total.update(part["verdicts"])
+    # A heading's anchor as GitHub names it.
+    index = [
+        (f"[{name}](#{name.lower().replace(' ', '-')})", part["title"], listed(part["verdicts"]))
+        for name, part in parts.items()
+    ]
     lines = [
-        TITLE,
+        "# What the studies found",
         "",
         "Written by `sinkbed report`, which has more of each study: curves, heat maps, differences of all arms.",
         "",
-        *markdown_table(("study", "question", "expected effects"), []),
-        *(parts[name][0] for name in sorted(parts)),
+        *markdown_table(("study", "question", "expected effects"), index),
         "",
-        f"In all: {_total(index for index, _ in parts.values())}.",
+        f"In all: {listed(dict(total.most_common())) or 'no effects'}.",
         "",
-        "Cells are mean ± half-width of the 95 % t interval over seeds. A verdict is on the mean difference of arms on "
-        "the same documents, paired by seed. Reproduced: its interval lies on the expected side of 0 (for the same: "
-        "inside the tolerance). Not reproduced: it lies on another side. Within noise: it reaches both. One comparison "
-        "in twenty leaves 0 out by chance. As expected: reproduced, of what has no source. Effects that share an arm, "
-        "also those of several studies, are not independent of each other.",
+        f"Cells are mean ± half-width of the 95 % t interval over seeds. {VERDICTS} Effects that share an arm, also "
+        "those of several studies, are not independent of each other.",
         "",
-        *(line for name in sorted(parts) for line in parts[name][1]),
+        *(part["section"] for part in parts.values()),
     ]
+    write_json(folder / RECORD, parts)  # first: a page without it would be another file
     write_files(folder, {**files, NAME: "\n".join(lines).rstrip() + "\n"})
-    return path
-
-
-def _index(name: str, title: str, verdicts: str) -> str:
-    """A study's line in the list at the top, with a link to its heading as GitHub names it."""
-    anchor = name.lower().replace(" ", "-")
-    return markdown_table((f"[{name}](#{anchor})", title, verdicts), [])[0]
-
-
-def _total(lines: Iterable[str]) -> str:
-    """The counts of verdicts of all lines of the list together."""
-    total: Counter[str] = Counter()
-    for line in lines:
-        for count, verdict in re.findall(r"(\d+) ([a-z: ]+)", line.split("|")[-2]):
-            total[verdict.strip()] += int(count)
-    return ", ".join(f"{count} {verdict}" for verdict, count in total.most_common()) or "no effects"
-
-
-def _earlier(path: Path) -> dict[str, tuple[str, list[str]]]:
-    """Study -> its line of the list and its section, of a page written before.
-
-    Raises FileExistsError where the file is no such page.
-    """
-    if not path.exists():
-        return {}
-    text = path.read_text(errors="replace")
-    if not text.startswith(TITLE):
-        raise FileExistsError(
-            f"{path}: expected none, or an earlier page of studies; got another file; choose another --out"
-        )
-    head, *sections = text.split("\n## ")
-    earlier = {}
-    for section in sections:
-        name = section.splitlines()[0]
-        [index] = [line for line in head.splitlines() if line.startswith(f"| [{name}](")]
-        earlier[name] = (index, [*f"## {section}".rstrip().splitlines(), ""])
-    return earlier
-
-
-def counts(effects: Sequence[Outcome]) -> str:
-    """How many effects came to which verdict."""
-    verdicts = [item.verdict for item in effects]
-    return ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
+    return folder / NAME
 
 
 def _section(study: StudyConfig, name: str, results: Sequence[Result], effects: Sequence[Outcome]) -> list[str]:
@@ -120,12 +94,10 @@ def _section(study: StudyConfig, name: str, results: Sequence[Result], effects: 
     if effects:
         lines += [*markdown_table(*_effects(effects)), ""]
     lines += [*markdown_table(*_arms(results)), ""]
-    published = f"Published: {study.published_source}" if study.published else ""
-    notes = (definitions(results), circumstances(results), published, made_by(results))
     lines += [
         f"`{_command(study, results)}`: {len(results)} runs, "
         f"{seconds / 60:.0f} minutes of training and measuring, summed over runs. "
-        + " ".join(note for note in notes if note),
+        + caption(results, study.published_source if study.published else ""),
         "",
     ]
     return lines
@@ -153,7 +125,6 @@ def _effects(effects: Sequence[Outcome]) -> tuple[tuple[str, ...], list[tuple[st
 
 def _arms(results: Sequence[Result]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and cells: an arm a line, the sink with its first token and with the text alone."""
-    arms = list(dict.fromkeys(r.arm for r in results))
     modes = {mode for r in results for mode in r.final["modes"]}
     first = reference_mode(modes) or next(iter(results[0].final["modes"]))
     columns = [("sink_rate_0.3", first), ("sink_rate_0.3", "text"), ("sink_mass", first), ("loss", first)]
@@ -161,14 +132,12 @@ def _arms(results: Sequence[Result]) -> tuple[tuple[str, ...], list[tuple[str, .
     if any(r.final["modes"].get(first, {}).get("rate_placed") for r in results):
         columns.insert(1, ("sink_rate_placed", first))
     columns = [column for column in dict.fromkeys(columns) if column[1] in modes]
-    header = ("arm", *(f"{LABELS[metric]}, {MODE_LABELS[mode]}" for metric, mode in columns))
     cells: list[tuple[str, ...]] = []
-    for arm in arms:
-        values = [(mode, metric, list(figures(results, arm, metric, mode).values())) for metric, mode in columns]
+    for arm in arms_of(results):
+        values = {column: figures(results, arm, *column).values() for column in columns}
         # An arm that is trained on the text alone has been measured on it once.
-        gaps = [figure for mode, metric, each in values if metric == "loss_gap" for figure in each]
-        same = first != "bos" and bool(gaps) and not any(gaps)
-        cells.append(
-            (arm, *("" if same and mode == "text" else spread(v, DIGITS.get(metric, 1)) for mode, metric, v in values))
-        )
-    return header, cells
+        gaps = values.get(("loss_gap", "text"), ())
+        once = first != "bos" and bool(gaps) and not any(gaps)
+        kept = {column: () if once and column[1] == "text" else tuple(of) for column, of in values.items()}
+        cells.append((arm, *(spread(of, DIGITS.get(metric, 1)) for (metric, _), of in kept.items())))
+    return ("arm", *(label(*column) for column in columns)), cells

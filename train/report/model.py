@@ -28,8 +28,6 @@ def write(measured: Measured, folder: Path) -> Path:
     An earlier report is removed before the first file of this one is written, so that a folder never holds figures of
     two measurements. probe.json comes first and last: it says what a writer that is killed left unfinished.
     """
-    import matplotlib.pyplot as plt
-
     earlier = _record(folder).get("files", [])
     record = folder / RECORD
     write_json(record, {**measured, _UNFINISHED: True, "files": earlier})  # before figures take their time
@@ -42,7 +40,6 @@ def write(measured: Measured, folder: Path) -> Path:
         for name, title, words, figure in figures(measured):
             files |= {f"{name}.svg": (svg := image(figure, "svg")), f"{name}.png": image(figure)}
             parts.append(drawn(title, svg, words))
-            plt.close(figure)
     files["index.html"] = _page(measured, parts)
     write_json(record, {**measured, _UNFINISHED: True, "files": sorted(files)})
     write_files(folder, files)
@@ -90,13 +87,9 @@ def _page(measured: Measured, figures: Sequence[str]) -> str:
         f"{settings['directions']}). One measurement of one model: no interval over seeds."
     )
     body = [f'<p class="note">{html.escape(intro)}</p>', *figures]
-    notes = set()
     for t in tables(measured):
-        body.append(f"<h2>{html.escape(t.title)}</h2>")
-        body.append(table(t.header, t.cells()))
-        if t.note and t.note not in notes:
-            body.append(f'<p class="note">{html.escape(t.note)}</p>')
-            notes.add(t.note)
+        note = f'<p class="note">{html.escape(t.note)}</p>' if t.note else ""
+        body.append(f"<h2>{html.escape(t.title)}</h2>{table(t.header, t.cells())}{note}")
     options = [(name, str(value)) for name, value in settings.items() if value not in (None, [], False)]
     body += ["<h2>Settings</h2>", table(("option", "value"), [*options, *measured["versions"].items()])]
     ending = f" (incomplete: {measured['incomplete']})" if "incomplete" in measured else ""
@@ -108,7 +101,6 @@ def log_to_wandb(measured: Measured, run_dir: Path, step: int) -> str:
 
     metrics.jsonl, the record of training, is left as it is.
     """
-    import matplotlib.pyplot as plt
     import wandb
     from PIL import Image
 
@@ -126,7 +118,6 @@ def log_to_wandb(measured: Measured, run_dir: Path, step: int) -> str:
         with drawing():
             for name, _, words, figure in figures(measured):
                 row[f"probe/figure/{name}"] = wandb.Image(Image.open(io.BytesIO(image(figure))), caption=words)
-                plt.close(figure)
         for t in tables(measured):
             row[f"probe/table/{t.name}"] = wandb.Table(columns=list(t.header), data=t.cells())
         tracker.log_beside(row)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, get_args
@@ -15,6 +16,19 @@ from sinkbed.train.report.result import fixed
 Measured = dict[str, Any]
 """What a probe measured, as `steps.Measurement.result` has it."""
 Row = tuple[str | float | int | None, ...]
+
+ALONG: tuple[tuple[str, str, Callable[[Measured, str], float]], ...] = (
+    ("sink rate %", "sink rate, % (eps 0.3)", lambda v, mode: v[f"sink/rate_eps0.3/{mode}"]),
+    ("sink mass", "sink mass", lambda v, mode: v[f"sink/mass/{mode}"]),
+    ("loss", "loss, nats per token", lambda v, mode: v[f"val/loss/{mode}"]),
+    ("largest ‖h₀‖/‖hₜ‖", "largest ‖h₀‖ / ‖hₜ‖", lambda v, _: max(_below(v, "state/first_token_norm_ratio/"))),
+    ("smallest ‖v₀‖/‖vₜ‖", "smallest ‖v₀‖ / ‖vₜ‖", lambda v, _: min(_below(v, "state/value_norm_ratio/"))),
+)
+"""Name, title and reading (of a checkpoint's metrics in a mode) of what is followed along a run's checkpoints."""
+
+
+def _below(metrics: dict[str, float], prefix: str) -> list[float]:
+    return [value for key, value in metrics.items() if key.startswith(prefix)]
 
 
 @dataclass(frozen=True)
@@ -66,56 +80,65 @@ def last_layer(measured: Measured, name: str, column: Column, mode: str) -> floa
     return column.values(measured[name][mode])[-1] if mode in measured.get(name, {}) else None
 
 
-def tables(measured: Measured) -> list[Table]:
-    """Everything that has the form of a table."""
-    out = []
-    if "sinks" in measured:
-        out.append(_sink_table(measured["sinks"]))
-    for group in get_args(Group):
-        out += [_layer_table(measured, group, mode) for mode in modes_of(measured, group)]
-    for mode, states in measured.get("states", {}).items():
-        out += [_massive_table(mode, states), _received_table(mode, states)]
-    if "by_length" in measured:
-        out.append(_length_table(measured["by_length"]))
-    if "positions" in measured:
-        out.append(_position_table(measured["positions"]))
-    if "streaming" in measured:
-        out.append(_streaming_table(measured["streaming"]))
-    if "checkpoints" in measured:
-        out.append(_checkpoint_table(measured["checkpoints"]))
-    return out
-
-
 def modes_of(measured: Measured, *groups: Group) -> list[str]:
     """Modes that anything of these groups was measured in."""
     return list(dict.fromkeys(mode for name in measures(*groups) for mode in measured.get(name, {})))
 
 
-def _sink_table(sinks: Measured) -> Table:
-    rows = []
-    for kind, modes in sinks.items():
+def tables(measured: Measured) -> list[Table]:
+    """Everything that has the form of a table; a note that several have stands under the first."""
+    notes: set[str] = set()
+    out = []
+    for table in _tables(measured):
+        out.append(dataclasses.replace(table, note="") if table.note in notes else table)
+        notes.add(table.note)
+    return out
+
+
+def _tables(measured: Measured) -> Iterator[Table]:
+    if "sinks" in measured:
+        header = ("input read", "mode", "key", *(f"sink rate %, eps {eps}" for eps in ("0.2", "0.3", "0.5", "0.8")))
+        rows: list[Row] = [
+            (kind, MODE_LABELS[mode], int(key), *rates.values(), mass, result["loss"], result["bits_per_byte"])
+            for kind, mode, key, rates, mass, result in _sinks(measured)
+        ]
+        yield Table("sinks", "Sinks", (*header, "sink mass", "loss", "bits per byte"), rows)
+    for group in get_args(Group):
+        for mode in modes_of(measured, group):
+            yield _layer_table(measured, group, mode)
+    for mode, states in measured.get("states", {}).items():
+        yield from (_massive_table(mode, states), _received_table(mode, states))
+    for name, table in _OTHERS.items():
+        if name in measured:
+            yield table(measured[name])
+
+
+def _sinks(measured: Measured) -> Iterator[tuple[str, str, str, dict[str, float], float, Measured]]:
+    """(input, mode, key, sink rate by eps, sink mass, all of it); a key after the first is where a token is placed."""
+    for kind, modes in measured.get("sinks", {}).items():
         for mode, keys in modes.items():
-            for key, r in keys.items():
-                rate, mass = (r["rate"], r["mass"]) if key == "0" else (r["rate_placed"], r["mass_placed"])
-                rates = [mean_of(rate[eps]) for eps in rate]
-                rows.append((kind, MODE_LABELS[mode], int(key), *rates, mean_of(mass), r["loss"], r["bits_per_byte"]))
-    header = ("input read", "mode", "key", *(f"sink rate %, eps {eps}" for eps in ("0.2", "0.3", "0.5", "0.8")))
-    return Table("sinks", "Sinks", (*header, "sink mass", "loss", "bits per byte"), rows)
+            for key, result in keys.items():
+                of_key = "" if key == "0" else "_placed"
+                rates = {eps: mean_of(heads) for eps, heads in result[f"rate{of_key}"].items()}
+                yield kind, mode, key, rates, mean_of(result[f"mass{of_key}"]), result
 
 
 def mean_of(rows: Sequence[Sequence[float]]) -> float:
     return fmean(x for row in rows for x in row)
 
 
+def _layer_name(index: int) -> str | int:
+    return index - 1 if index else "input"
+
+
 def _layer_table(measured: Measured, group: Group, mode: str) -> Table:
     columns = [(name, c) for name, c in columns_of(measured, group) if mode in measured[name]]
     values = [c.values(measured[name][mode]) for name, c in columns]
-    rows: list[Row] = [(layer - 1 if layer else "input", *line) for layer, line in enumerate(zip(*values, strict=True))]
     return Table(
         f"{group}-{mode}",
         f"{group.capitalize()} by layer: {MODE_LABELS[mode]}",
         ("layer", *(c.title for _, c in columns)),
-        rows,
+        [(_layer_name(index), *line) for index, line in enumerate(zip(*values, strict=True))],
         note_of(measured, group),
         ("layer", *(f"{name}/{c.key}" for name, c in columns)),
     )
@@ -123,30 +146,29 @@ def _layer_table(measured: Measured, group: Group, mode: str) -> Table:
 
 def _massive_table(mode: str, states: Measured) -> Table:
     rows: list[Row] = [
-        (layer - 1 if layer else "input", at["value"], at["channel"], at["position"], repr(at.get("text", at["token"])),
-         at["document"])
-        for layer, at in enumerate(states["massive"])
-    ]  # fmt: skip
+        (_layer_name(index), at["value"], at["channel"], at["position"], _token(at), at["document"])
+        for index, at in enumerate(states["massive"])
+    ]
     header = ("layer", "largest |h|", "channel", "position", "token", "document")
     note = "Where the largest activation of all documents is (arXiv 2402.17762), BOS included."
     return Table(f"massive-{mode}", f"Massive activations: {MODE_LABELS[mode]}", header, rows, note)
 
 
+def _token(at: Measured) -> str:
+    return repr(at.get("text", at["token"]))
+
+
 def _received_table(mode: str, states: Measured) -> Table:
-    rows: list[Row] = []
-    pairs = list(states["strongest_position"])
-    for index, by_token in enumerate(states["strongest_token"]):
-        position = pairs[index] if index < len(pairs) else None
-        rows.append((
-            *((position["position"], 100 * position["share"]) if position else (None, None)),
-            repr(by_token.get("text", by_token["token"])) + (" at the start" if by_token["first"] else ""),
-            100 * by_token["share"],
-        ))  # fmt: skip
+    positions: list[Row] = [(at["position"], 100 * at["share"]) for at in states["strongest_position"]]
+    tokens: list[Row] = [
+        (_token(at) + (" at the start" if at["first"] else ""), 100 * at["share"]) for at in states["strongest_token"]
+    ]
+    positions += [(None, None)] * (len(tokens) - len(positions))
     return Table(
         f"received-{mode}",
         f"Where most attention goes: {MODE_LABELS[mode]}",
         ("position", "% of cases", "token", "% of cases"),
-        rows,
+        [(*position, *token) for position, token in zip(positions, tokens, strict=False)],
         "A case is a (document, layer, head): by position and by token, the key that receives most in it.",
     )
 
@@ -162,17 +184,13 @@ def _length_table(by_length: Measured) -> Table:
     return Table("by_length", "Mixing in the last layer by context length", header, rows)
 
 
-def _span(first: int, last: int) -> str:
-    return str(first) if first == last else f"{first} to {last}"
-
-
 def _position_table(positions: Measured) -> Table:
-    modes = list(positions)
-    rows: list[Row] = [
-        (_span(span["start"], span["end"] - 1), span["tokens"], *(positions[m][i]["perplexity"] for m in modes))
-        for i, span in enumerate(positions[modes[0]])
-    ]
-    header = ("position in the document", "targets", *(MODE_LABELS[mode] for mode in modes))
+    rows: list[Row] = []
+    for spans in zip(*positions.values(), strict=True):
+        first, last = spans[0]["start"], spans[0]["end"] - 1
+        at = str(first) if first == last else f"{first} to {last}"
+        rows.append((at, spans[0]["tokens"], *(span["perplexity"] for span in spans)))
+    header = ("position in the document", "targets", *(MODE_LABELS[mode] for mode in positions))
     return Table("positions", "Perplexity by position in the document", header, rows)
 
 
@@ -190,40 +208,36 @@ def _streaming_table(streaming: Measured) -> Table:
 
 
 def _checkpoint_table(checkpoints: Measured) -> Table:
-    rows: list[Row] = []
-    for point in checkpoints["points"]:
-        for mode, values in point["modes"].items():
-            rows.append((
-                point["step"], point["tokens"], MODE_LABELS[mode], values[f"sink/rate_eps0.3/{mode}"],
-                values[f"sink/mass/{mode}"], values[f"val/loss/{mode}"],
-                max(v for key, v in values.items() if key.startswith("state/first_token_norm_ratio/")),
-                min(v for key, v in values.items() if key.startswith("state/value_norm_ratio/")),
-            ))  # fmt: skip
-    header = ("step", "tokens", "mode", "sink rate %", "sink mass", "loss", "largest ‖h₀‖/‖hₜ‖", "smallest ‖v₀‖/‖vₜ‖")
+    rows: list[Row] = [
+        (point["step"], point["tokens"], MODE_LABELS[mode], *(read(values, mode) for _, _, read in ALONG))
+        for point in checkpoints["points"]
+        for mode, values in point["modes"].items()
+    ]
     rate, mode = checkpoints["onset_rate"], MODE_LABELS[checkpoints["onset_mode"]]
     onset, before = checkpoints["onset_tokens"], checkpoints["onset_after"]
     reached = "not reached at any checkpoint"
     if onset is not None:
         reached = f"first seen at the checkpoint of {onset:,} tokens, not at the one before, of {before:,}"
-    return Table(
-        "checkpoints",
-        "Along the run's checkpoints",
-        header,
-        rows,
-        f"Onset: a sink rate of {rate:g} % ({mode}) {reached}.",
-    )
+    header = ("step", "tokens", "mode", *(name for name, _, _ in ALONG))
+    note = f"Onset: a sink rate of {rate:g} % ({mode}) {reached}."
+    return Table("checkpoints", "Along the run's checkpoints", header, rows, note)
+
+
+_OTHERS: dict[str, Callable[[Measured], Table]] = {
+    "by_length": _length_table,
+    "positions": _position_table,
+    "streaming": _streaming_table,
+    "checkpoints": _checkpoint_table,
+}
 
 
 def scalars(measured: Measured) -> dict[str, float]:
     """Every figure that is one number, under its metric key."""
     out: dict[str, float] = {}
-    for kind, modes in measured.get("sinks", {}).items():
-        for mode, keys in modes.items():
-            for key, r in keys.items():
-                rate, mass = (r["rate"], r["mass"]) if key == "0" else (r["rate_placed"], r["mass_placed"])
-                prefix = f"probe/{kind}/{mode}" + ("" if key == "0" else f"/key {key}")
-                out |= {f"{prefix}/sink_rate/{eps}": mean_of(rate[eps]) for eps in rate}
-                out |= {f"{prefix}/sink_mass": mean_of(mass), f"{prefix}/loss": r["loss"]}
+    for kind, mode, key, rates, mass, result in _sinks(measured):
+        prefix = f"probe/{kind}/{mode}" + ("" if key == "0" else f"/key {key}")
+        out |= {f"{prefix}/sink_rate/{eps}": rate for eps, rate in rates.items()}
+        out |= {f"{prefix}/sink_mass": mass, f"{prefix}/loss": result["loss"]}
     for name, column in columns_of(measured, "states", "mixing"):
         for mode in measured[name]:
             value = last_layer(measured, name, column, mode)  # the layers' own figures are in the tables
@@ -238,14 +252,11 @@ def print_tables(measured: Measured) -> None:
     from rich.table import Table as Drawn
 
     terminal = console(180)
-    notes = set()
     for t in tables(measured):
         if t.name == "sinks":
             continue
         drawn = Drawn(title=t.title, title_justify="left", box=box.SIMPLE_HEAD, caption_justify="left")
-        if t.note not in notes:
-            drawn.caption = t.note
-            notes.add(t.note)
+        drawn.caption = t.note or None
         for name in t.header:
             drawn.add_column(name, justify="left" if name in ("mode", "token", "keys") else "right")
         for row in t.cells():

@@ -41,6 +41,16 @@ def mean(rows: list[list[float]]) -> float:
     return fmean(x for row in rows for x in row)
 
 
+def arms_of(results: Sequence[Result]) -> list[str]:
+    """Arms in their order."""
+    return list(dict.fromkeys(r.arm for r in results))
+
+
+def common_modes(results: Sequence[Result]) -> list[str]:
+    """Inference modes that every run was measured in, in the first run's order."""
+    return [m for m in results[0].final["modes"] if all(m in r.final["modes"] for r in results)]
+
+
 def load_result(folder: Path, arm: str, seed: int) -> Result:
     """Read one run directory. Raises FileNotFoundError or ValueError that names the file at fault."""
     for name in (directory.CONFIG, directory.MEASUREMENT):
@@ -100,10 +110,10 @@ def describe(strategy: dict[str, Any]) -> tuple[str, str]:
     return mask, ("" if has_bos or not parts else "none; ") + " and ".join(parts) or "none"
 
 
-def fixed(value: float, digits: int) -> str:
-    """A number with so many digits; never −0."""
-    text = f"{value:.{digits}f}"
-    return (text.lstrip("-") if float(text) == 0 else text).replace("-", "−")
+def fixed(value: float, digits: int, *, sign: bool = False) -> str:
+    """A number with so many digits, and a plus where it is asked for; never −0."""
+    text = f"{value:{'+' if sign else ''}.{digits}f}"
+    return (text.lstrip("+-") if float(text) == 0 else text).replace("-", "−")
 
 
 def spread(figures: Interval | Sequence[float] | None, digits: int, *, sign: bool = False) -> str:
@@ -111,7 +121,5 @@ def spread(figures: Interval | Sequence[float] | None, digits: int, *, sign: boo
     if figures is None or (not isinstance(figures, Interval) and not figures):
         return ""
     interval = figures if isinstance(figures, Interval) else Interval.of(figures)
-    mean = fixed(interval.mean, digits)
-    if sign and not mean.startswith("−") and float(mean) != 0:
-        mean = f"+{mean}"
+    mean = fixed(interval.mean, digits, sign=sign)
     return f"{mean} (1 run)" if interval.count == 1 else f"{mean} ± {fixed(interval.half, digits)}"

@@ -11,16 +11,19 @@ from sinkbed.plain_text import csv_of
 from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.effects import (
     DIGITS,
-    LABELS,
+    VERDICTS,
     Outcome,
+    counts,
     figure,
     figures,
+    label,
+    listed,
     reference_mode,
     same_documents,
     same_targets,
 )
-from sinkbed.train.report.intervals import Interval, paired
-from sinkbed.train.report.result import Result, describe, mean, spread
+from sinkbed.train.report.intervals import paired
+from sinkbed.train.report.result import Result, arms_of, common_modes, describe, mean, spread
 
 if TYPE_CHECKING:
     from sinkbed.train.study.file import Published
@@ -51,21 +54,17 @@ def filled(lines: Sequence[Line]) -> tuple[tuple[str, ...], list[tuple[str, ...]
     return header, [tuple(line[name] for name in header) for line in lines]
 
 
-def strategies_of(summary: Sequence[Line]) -> set[tuple[str, ...]]:
-    """The different strategies of the lines."""
-    return {tuple(line[name] for name in STRATEGY) for line in summary}
-
-
 def table_of(summary: Sequence[Line]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and cells, without the strategy's where all arms share it."""
-    shared = STRATEGY if len({line["arm"] for line in summary}) > 1 and len(strategies_of(summary)) == 1 else ()
+    strategies = {tuple(line[name] for name in STRATEGY) for line in summary}
+    shared = STRATEGY if len({line["arm"] for line in summary}) > 1 and len(strategies) == 1 else ()
     return filled([{name: cell for name, cell in line.items() if name not in shared} for line in summary])
 
 
 def summarise(results: Sequence[Result], published: Published) -> list[Line]:
     """The study's table, a line for an arm in a mode over its seeds, arms in their order."""
     lines = []
-    for arm in dict.fromkeys(r.arm for r in results):
+    for arm in arms_of(results):
         of_arm = [r for r in results if r.arm == arm]
         for mode in of_arm[0].final["modes"]:
             reported = published.get(arm, {}).get(mode, ())
@@ -91,11 +90,8 @@ def _span(values: Sequence[int]) -> str:
 
 def caption(results: Sequence[Result], published: str = "") -> str:
     """What the numbers of the table are, with everything they depend on; `published`: what is beside them."""
-    return (
-        f"{definitions(results)} {circumstances(results)}"
-        + (f" Published: {published}" if published else "")
-        + (f" {made}" if (made := made_by(results)) else "")
-    )
+    source = f"Published: {published.rstrip('. ')}." if published else ""
+    return " ".join(filter(None, (definitions(results), circumstances(results), source, made_by(results))))
 
 
 def definitions(results: Sequence[Result]) -> str:
@@ -117,7 +113,7 @@ def circumstances(results: Sequence[Result]) -> str:
     """Size, tokens, lengths and seeds of these runs, and the strategy where they share it."""
     seeds = sorted({r.seed for r in results})
     over = "mean ± half-width of the 95 % interval (Student's t)"
-    of_arms = {arm: sorted(r.seed for r in results if r.arm == arm) for arm in dict.fromkeys(r.arm for r in results)}
+    of_arms = {arm: sorted(r.seed for r in results if r.arm == arm) for arm in arms_of(results)}
     fewer = "; ".join(f"{arm} {', '.join(map(str, own))}" for arm, own in of_arms.items() if own != seeds)
     several = f"{over} over seeds {', '.join(map(str, seeds))}" + (f" (of fewer: {fewer})" if fewer else "")
     if len(seeds) == 1:
@@ -154,41 +150,27 @@ def _effects(effects: Sequence[Outcome]) -> Section:
     # What is read first, on a narrow screen too.
     first = ("effect", "verdict", "figure", "difference", "expected")
     header, cells = filled([{name: line[name] for name in dict.fromkeys((*first, *line))} for line in lines])
-    counts = {v: sum(item.verdict == v for item in effects) for v in dict.fromkeys(item.verdict for item in effects)}
-    return Section(
-        "Expected effects",
-        header,
-        cells,
-        f"{'; '.join(f'{count} {verdict}' for verdict, count in counts.items())}. A verdict is on the mean difference "
-        "of arms on the same documents (one store), paired by seed. Reproduced: its 95 % interval lies on the expected "
-        "side of 0 (for the same: inside the tolerance). Not reproduced: it lies on another side. Within noise: it "
-        "reaches both. One comparison in twenty leaves 0 out by chance. As expected: reproduced, of what has no "
-        "source. Effects that share an arm are not independent of each other.",
-    )
+    note = f"{listed(counts(effects))}. {VERDICTS} Effects that share an arm are not independent of each other."
+    return Section("Expected effects", header, cells, note)
 
 
 def _modes(results: Sequence[Result]) -> list[str]:
     """Inference modes of all runs, the one with the first token first, then text."""
-    modes = [m for m in results[0].final["modes"] if all(m in r.final["modes"] for r in results)]
-    return (
-        sorted(modes, key=lambda m: {"bos": 0, "as_trained": 0, "text": 1}.get(m, 2))
-        or list(results[0].final["modes"])[:1]
-    )
+    order = {"bos": 0, "as_trained": 0, "text": 1}
+    return sorted(common_modes(results), key=lambda m: order.get(m, 2)) or list(results[0].final["modes"])[:1]
 
 
 def _arms(results: Sequence[Result]) -> Section:
     mode = _modes(results)[0]
-    header = ("arm", "runs", f"{LABELS['sink_rate_area']}, {MODE_LABELS[mode]}", "onset, thousand tokens", "reached")
     cells: list[tuple[str, ...]] = []
-    for arm in dict.fromkeys(r.arm for r in results):
-        of_arm = [r for r in results if r.arm == arm]
-        onsets = [v / 1000 for r in of_arm if (v := figure(r, "onset_tokens", mode)) is not None]
+    for arm in arms_of(results):
+        runs = sum(r.arm == arm for r in results)
+        onsets = [tokens / 1000 for tokens in figures(results, arm, "onset_tokens", mode).values()]
         areas = list(figures(results, arm, "sink_rate_area", mode).values())
-        reached = f"{len(onsets)} of {len(of_arm)}"
-        cells.append((arm, str(len(of_arm)), spread(areas, 1), spread(onsets, 0) or "never", reached))
+        cells.append((arm, str(runs), spread(areas, 1), spread(onsets, 0) or "never", f"{len(onsets)} of {runs}"))
     return Section(
         "When the sink forms",
-        header,
+        ("arm", "runs", label("sink_rate_area", mode), "onset, thousand tokens", "reached"),
         cells,
         "Area: mean of the sink rate over the logarithm of tokens, in training's last hundredfold of them. Onset: the "
         "first measurement of training at measure.onset_rate (default 10 %), over the runs that reached it.",
@@ -197,33 +179,23 @@ def _arms(results: Sequence[Result]) -> Section:
 
 def _pairs(results: Sequence[Result]) -> Section | None:
     """Paired differences of every two arms; those that exceed the noise are marked."""
-    arms = list(dict.fromkeys(r.arm for r in results))
-    modes = _modes(results)
-    columns = [("sink_rate_0.3", modes[0]), ("sink_mass", modes[0]), ("loss", modes[0])]
-    if "text" in modes and reference_mode(modes) is not None:
-        columns.append(("loss_gap", "text"))
+    arms, modes = arms_of(results), _modes(results)
     if len(arms) < 2 or len({r.seed for r in results}) < 2:
         return None
-    values = {(arm, c): figures(results, arm, *c) for arm in arms for c in columns}
-    lines: list[tuple[bool, tuple[str, ...]]] = []
+    columns = [(metric, modes[0]) for metric in ("sink_rate_0.3", "sink_mass", "loss")]
+    if "text" in modes and reference_mode(modes) is not None:
+        columns.append(("loss_gap", "text"))
+    lines: list[tuple[str, ...]] = []
     for a, b in itertools.combinations(arms, 2):
-        if not same_documents(results, a, b):
-            continue
-        differences = [
-            paired(values[a, c], values[b, c]) if same_targets(results, c[0], (a, c[1]), (b, c[1])) else None
-            for c in columns
-        ]
-        marked = [_marked(item, DIGITS.get(metric, 1)) for item, (metric, _) in zip(differences, columns, strict=True)]
-        lines.append((any(item.exceeds_noise() for item in differences if item), (a, b, *marked)))
-    cells = [line for _, line in lines]
-    left_out = ""
-    if len(cells) > _MOST_PAIRS:
-        cells = [line for beyond, line in lines if beyond]
+        if same_documents(results, a, b):
+            lines.append((a, b, *(_difference(results, a, b, metric, mode) for metric, mode in columns)))
+    cells, left_out = lines, ""
+    if len(lines) > _MOST_PAIRS:
+        cells = [line for line in lines if any(cell.endswith("*") for cell in line[2:])]
         left_out = f" Of {len(lines)} pairs, the {len(cells)} that have a difference beyond the noise are listed."
-    header = ("arm", "minus", *(f"{LABELS[metric]}, {MODE_LABELS[mode]}" for metric, mode in columns))
     return Section(
         "Differences of arms",
-        header,
+        ("arm", "minus", *(label(*column) for column in columns)),
         cells,
         "Mean difference of arms on the same documents (one store), paired by seed, ± half-width of its 95 % interval. "
         "*: the interval leaves 0 out; of twenty differences that are none, one does so by chance. Losses and gaps "
@@ -231,9 +203,13 @@ def _pairs(results: Sequence[Result]) -> Section | None:
     )
 
 
-def _marked(difference: Interval | None, digits: int) -> str:
+def _difference(results: Sequence[Result], a: str, b: str, metric: str, mode: str) -> str:
+    """A cell of two arms, marked where it exceeds the noise; empty where they are not compared."""
+    if not same_targets(results, metric, (a, mode), (b, mode)):
+        return ""
+    difference = paired(figures(results, a, metric, mode), figures(results, b, metric, mode))
     star = " *" if difference is not None and difference.exceeds_noise() else ""
-    return spread(difference, digits, sign=True) + star
+    return spread(difference, DIGITS.get(metric, 1), sign=True) + star
 
 
 def verdicts(effects: Sequence[Outcome]) -> list[str]:
@@ -249,35 +225,28 @@ def verdicts(effects: Sequence[Outcome]) -> list[str]:
 
 def rows_of(results: Sequence[Result]) -> list[dict[str, Any]]:
     """A row of table.csv for each arm, seed and mode."""
-    rows = []
-    for r in results:
-        for mode, measured in r.final["modes"].items():
-            rates = {f"sink_rate_{eps}": round(mean(map_), 4) for eps, map_ in measured["rate"].items()}
-            rows.append(
-                {
-                    "arm": r.arm,
-                    "seed": r.seed,
-                    "mode": mode,
-                    **rates,
-                    "sink_rate_row_0.3": round(mean(measured["rate_full"]["0.3"]), 4),
-                    "sink_mass": round(r.value(mode, "mass"), 6),
-                    "sink_alpha": round(r.value(mode, "alpha"), 6),
-                    "loss": round(measured["loss"], 6),
-                    "bits_per_byte": round(measured["bits_per_byte"], 6),
-                    "loss_gap": _rounded(figure(r, "loss_gap", mode)),
-                    "sink_rate_placed": _rounded(figure(r, "sink_rate_placed", mode)),
-                    "sink_rate_area": _rounded(figure(r, "sink_rate_area", mode)),
-                    "onset_tokens": r.final["onset_tokens"],
-                    "tokens": r.final["tokens"],
-                    "parameters": r.final["parameters"],
-                    "context_length": r.context_length,
-                }
-            )
-    return rows
+    return [_row(r, mode) for r in results for mode in r.final["modes"]]
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 6)
+def _row(result: Result, mode: str) -> dict[str, Any]:
+    measured = result.final["modes"][mode]
+    figures: dict[str, float | None] = {
+        "sink_mass": result.value(mode, "mass"),
+        "sink_alpha": result.value(mode, "alpha"),
+        "loss": measured["loss"],
+        "bits_per_byte": measured["bits_per_byte"],
+        **{name: figure(result, name, mode) for name in ("loss_gap", "sink_rate_placed", "sink_rate_area")},
+    }
+    return {
+        "arm": result.arm,
+        "seed": result.seed,
+        "mode": mode,
+        **{f"sink_rate_{eps}": round(mean(map_), 4) for eps, map_ in measured["rate"].items()},
+        "sink_rate_row_0.3": round(mean(measured["rate_full"]["0.3"]), 4),
+        **{name: None if value is None else round(value, 6) for name, value in figures.items()},
+        **{name: result.final[name] for name in ("onset_tokens", "tokens", "parameters")},
+        "context_length": result.context_length,
+    }
 
 
 def effects_csv(effects: Sequence[Outcome]) -> str:

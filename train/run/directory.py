@@ -9,6 +9,7 @@ measurement.json the final measurement            checkpoints/   wandb/   run.js
 from __future__ import annotations
 
 import contextlib
+import difflib
 import fcntl
 import hashlib
 import json
@@ -33,6 +34,16 @@ FORMAT = 4
 """Of run directories and checkpoints; those of another one are refused."""
 CHECKSUMS = "checksums.json"
 """In a folder of which every file counts: the sha256 of each."""
+
+
+def did_you_mean(path: Path) -> str:
+    """The end of a message on a path that is not there: what stands beside it under a similar name, if anything."""
+    if path.exists():
+        return ""
+    there = next(folder for folder in path.parents if folder.is_dir())
+    part = path.relative_to(there).parts[0]
+    near = difflib.get_close_matches(part, [p.name for p in there.iterdir()], n=1)
+    return f"; did you mean {there / near[0]}?" if near else ""
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:

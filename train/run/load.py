@@ -41,6 +41,7 @@ def find_run(path: Path) -> tuple[Path, Path]:
     if not (folder / directory.CONFIG).is_file():
         raise FileNotFoundError(
             f"{path}: expected a run directory or a checkpoint inside one, got no {folder / directory.CONFIG}"
+            + directory.did_you_mean(folder)
         )
     directory.check_finished(folder)
     newest = path if chosen else directory.newest_checkpoint(folder)

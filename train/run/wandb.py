@@ -150,6 +150,13 @@ def heatmap_image(values: list[list[float]]) -> np.ndarray:
     return np.kron(colour.astype(np.uint8), np.ones((cell, cell, 1), dtype=np.uint8))
 
 
+def wandb_mode(mode: str) -> Any:
+    """A mode as W&B knows it: for `auto` that of the environment, else online where there is a key."""
+    if mode != "auto":
+        return mode
+    return os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
+
+
 def has_wandb_key() -> bool:
     """Whether W&B has credentials: in the environment, its settings, or stored by `wandb login`."""
     import netrc
@@ -208,9 +215,7 @@ def _start(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) -> Trac
     known = directory.read_json(path)
     if "parent" in known:
         settings = settings | {"parent": known["parent"]}
-    mode: Any = config.mode
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
+    mode: Any = wandb_mode(config.mode)
     arguments: dict[str, Any] = dict(
         project=config.project,
         entity=config.entity,

@@ -6,7 +6,6 @@ processes, a Ray cluster, a W&B agent) calls `begin`, runs the arguments it give
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sinkbed.data.files import differences, write_atomic, write_json
+from sinkbed.data.files import differences, sha256_file, write_atomic, write_json
 from sinkbed.train.config.keys import fit_keys, wrong_keys
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.run import directory
 from sinkbed.train.run.world import leave
-from sinkbed.train.study.file import Overlay, StudyConfig
+from sinkbed.train.study.file import StudyConfig
 
 RECORD, SETTINGS, LOG = "arm.json", "arm.yaml", "fit.log"
 SECONDS_FOR_THE_DEAD = 15.0
@@ -115,23 +114,20 @@ def plan(study: StudyConfig) -> list[ArmRun]:
             data = config.get("data") or {}
             if data.get("store"):
                 config["data"] = data = {**data, "store": os.path.expanduser(data["store"])}
-            store = _store_hash(data.get("store"))
+            manifest = Path(data.get("store") or "") / directory.MANIFEST  # there may be none yet
+            store = sha256_file(manifest) if data.get("store") and manifest.is_file() else ""
             settings = json.loads(json.dumps({**config, "seed": seed, "sha256 of the token store": store}, default=str))
             runs.append(
                 ArmRun(
                     arm=arm,
                     seed=seed,
                     folder=study.out / "runs" / f"{arm}-seed{seed}",
-                    names=tuple(_named(study, overlay) for overlay in (*study.base, *overlays)),
+                    names=tuple(str(o if isinstance(o, Path) else study.source) for o in (*study.base, *overlays)),
                     config=config,
                     settings=settings,
                 )
             )
     return runs
-
-
-def _named(study: StudyConfig, overlay: Overlay) -> str:
-    return str(overlay) if isinstance(overlay, Path) else str(study.source)
 
 
 def over(below: dict[str, Any], above: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -147,17 +143,9 @@ def over(below: dict[str, Any], above: dict[str, Any], prefix: str = "") -> dict
 def read_overlay(path: Path) -> dict[str, Any]:
     """A run config or overlay. Raises ValueError that names a file that is no mapping of keys."""
     content = read_mapping(path)
-    if not isinstance(content.get("data", {}), dict):
-        raise ValueError(f"{path}: data: expected keys, got {content['data']!r}")
     for complaint in wrong_keys(path, fit_keys()):
         raise ValueError(complaint)
     return content
-
-
-def _store_hash(store: str | None) -> str:
-    """sha256 of a token store's manifest; empty where there is none yet."""
-    manifest = Path(store or "") / directory.MANIFEST
-    return hashlib.sha256(manifest.read_bytes()).hexdigest() if store and manifest.is_file() else ""
 
 
 def check_configs(runs: Sequence[ArmRun]) -> str:
@@ -173,18 +161,17 @@ def check_configs(runs: Sequence[ArmRun]) -> str:
         for run in {r.arm: r for r in runs}.values():
             config = Path(folder) / SETTINGS
             config.write_text(directory.yaml_text(run.config))
-            complaint = io.StringIO()
+            printed, why = io.StringIO(), ""
             try:
-                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(complaint):
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(printed):
                     fit("fit", ["--config", str(config), *_options(run, "unused")], CheckingCLI)
             except SettingsAreGood:
                 continue
-            except SystemExit as stop:
-                if stop.code:
-                    why = re.sub(r"^sinkbed[ \w]*: ", "", complaint.getvalue().splitlines()[0])
-                    return f"arm {run.arm}: {why} (in {', '.join(dict.fromkeys(run.names))})"
+            except SystemExit:
+                why = re.sub(r"^sinkbed[ \w]*: ", "", printed.getvalue().splitlines()[0])
             except ValueError as error:
-                return f"arm {run.arm}: {error} (in {', '.join(dict.fromkeys(run.names))})"
+                why = str(error)
+            return f"arm {run.arm}: {why} (in {', '.join(dict.fromkeys(run.names))})"
     return ""
 
 

@@ -8,7 +8,7 @@ look-up), and 12·L·H·D for each key that a query sees on average, T/2 of them
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,31 +68,16 @@ def vocabulary(study: StudyConfig, run: ArmRun) -> int:
 
 
 def cost(study: StudyConfig, run: ArmRun) -> Cost:
-    """What an arm takes. Raises ValueError that names a setting it lacks or that does not fit."""
-    try:
-        decoder = DecoderConfig(**run.setting("model.decoder", {}))
-        optimizer = OptimizerConfig(**run.setting("model.optimizer", {}))
-        steps, context = int(run.setting("trainer.max_steps")), int(run.setting("data.context_length"))
-        tokens = steps * int(run.setting("data.batch_size")) * context
-        if steps < 1:
-            raise ValueError(f"trainer.max_steps {steps}: a study plans runs of a known length, at least 1")
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"arm {run.arm}: expected model.decoder, trainer.max_steps, data.context_length and data.batch_size; "
-            f"got {error}"
-        ) from None
-    vocab_size = vocabulary(study, run)
-    each = training_flops(
-        decoder,
-        vocab_size,
-        context,
-        run.setting("data.strategy.window"),
-        bool(run.setting("model.activation_checkpointing", False)),
-    )
+    """What an arm takes, whose settings `check_configs` found to be good."""
+    decoder = DecoderConfig(**run.setting("model.decoder", {}))
+    steps, context = run.setting("trainer.max_steps"), run.setting("data.context_length")
+    tokens, vocab_size = steps * run.setting("data.batch_size") * context, vocabulary(study, run)
+    window, checkpointing = run.setting("data.strategy.window"), run.setting("model.activation_checkpointing", False)
+    each = training_flops(decoder, vocab_size, context, window, checkpointing)
     size = Decoder.parameters_of(decoder, vocab_size)
     # The newest, the best, and the one that is being written.
-    kept = len(directory.kept_steps(int(run.setting("checkpoint_points", 12)), steps)) + 3
-    memory = training_bytes(optimizer) * size
+    kept = len(directory.kept_steps(run.setting("checkpoint_points", 12), steps)) + 3
+    memory = training_bytes(OptimizerConfig(**run.setting("model.optimizer", {}))) * size
     return Cost(size, tokens, each * tokens, (memory - 4 * size) * kept, memory)  # a checkpoint has no gradients
 
 
@@ -102,9 +87,8 @@ def core_rate(study: StudyConfig, runs: Sequence[ArmRun]) -> tuple[float, str]:
     for run in runs:
         path = run.folder / directory.MEASUREMENT
         if run.setting("trainer.accelerator") == "cpu" and run.status() == "finished" and path.exists():
-            seconds += sum(directory.read_json(path)["seconds"].values()) * int(
-                run.setting("threads", available_cores())
-            )
+            threads = run.setting("threads", available_cores())
+            seconds += threads * sum(directory.read_json(path)["seconds"].values())
             flops += cost(study, run).flops
     return (flops / seconds, "measured in the arms that are finished") if seconds else (CORE, "assumed")
 
@@ -159,24 +143,20 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:,.0f} GB" if size >= 1e11 else f"{size / 1e9:.3g} GB"
 
 
-def _new_stores(study: StudyConfig, runs: Sequence[ArmRun]) -> dict[str, tuple[int, int]]:
-    """Token stores that are not there yet, with the bytes of what their longest arm reads once, and the vocabulary."""
-    stores: dict[str, tuple[int, int]] = {}
+def _stores(study: StudyConfig, runs: Sequence[ArmRun]) -> list[str]:
+    """A line on each token store that is not there yet."""
+    read: dict[str, int] = {}
+    vocabularies: dict[str, int] = {}
     for run in runs:
         store = run.setting("data.store")
         if store and not (Path(store) / directory.MANIFEST).is_file():
-            size = vocabulary(study, run)
-            read = (2 if size <= 65_536 else 4) * cost(study, run).tokens
-            stores[store] = max(stores.get(store, (0, size)), (read, size))
-    return stores
-
-
-def _stores(study: StudyConfig, runs: Sequence[ArmRun]) -> list[str]:
+            vocabularies[store] = size = vocabulary(study, run)
+            read[store] = max(read.get(store, 0), (2 if size <= 65_536 else 4) * cost(study, run).tokens)
     how = f"`sinkbed prepare --config {study.prepare} --dry_run` estimates it" if study.prepare else "prepare it first"
     return [
-        f"Token store {store} is not there yet: {how}; its vocabulary is taken to be {size:,}; an arm reads "
-        f"{gigabytes(read)} of it if no document comes twice."
-        for store, (read, size) in _new_stores(study, runs).items()
+        f"Token store {store} is not there yet: {how}; its vocabulary is taken to be {vocabularies[store]:,}; an arm "
+        f"reads {gigabytes(size)} of it if no document comes twice."
+        for store, size in read.items()
     ]
 
 
@@ -212,88 +192,75 @@ def check_fits(study: StudyConfig, runs: Sequence[ArmRun], *, cluster: bool = Fa
     if not left:
         return
     costs = [cost(study, r) for r in left]
-    checks: list[Callable[[], None]] = [lambda: _check_head_dims(study, left)]
-    if not cluster:
-        checks.append(lambda: _check_devices(study, left, costs))
-    checks.append(lambda: _check_disk(study, left, costs))
-    complaints = []
-    for check in checks:
-        try:
-            check()
-        except ValueError as error:
-            complaints.append(str(error))
+    devices = "" if cluster else _devices(study, left, max(c.memory for c in costs))
+    complaints = [what for what in (_head_dims(study, left), devices, _disk(study, left, costs)) if what]
     if complaints:
         raise ValueError("\n  and ".join(complaints))
 
 
-def _check_disk(study: StudyConfig, runs: Sequence[ArmRun], costs: Sequence[Cost]) -> None:
-    there = sum(_size(r.folder / directory.CHECKPOINTS) for r in runs)
+def _disk(study: StudyConfig, runs: Sequence[ArmRun], costs: Sequence[Cost]) -> str:
+    """What is wrong where the disk is too full for the checkpoints, as the others below say it."""
+    there = sum(
+        path.stat().st_size
+        for run in runs
+        for path in (run.folder / directory.CHECKPOINTS).rglob("*")
+        if path.is_file() and not path.is_symlink()
+    )
     needed = max(0, sum(c.disk for c in costs) - there)
-    free = shutil.disk_usage(_existing(study.out)).free
-    if needed > free:
-        raise ValueError(
-            f"{study.out}: expected {gigabytes(needed)} free for the checkpoints of {len(runs)} runs, got "
-            f"{gigabytes(free)}; keep fewer of them (checkpoint_points in the base), or choose --out on another disk"
-        )
+    out = study.out.resolve()
+    free = shutil.disk_usage(next(folder for folder in (out, *out.parents) if folder.exists())).free
+    if needed <= free:
+        return ""
+    return (
+        f"{study.out}: expected {gigabytes(needed)} free for the checkpoints of {len(runs)} runs, got "
+        f"{gigabytes(free)}; keep fewer of them (checkpoint_points in the base), or choose --out on another disk"
+    )
 
 
-def _check_devices(study: StudyConfig, runs: Sequence[ArmRun], costs: Sequence[Cost]) -> None:
-    """Raise ValueError where this machine's GPUs, or its memory, are too few."""
+def _devices(study: StudyConfig, runs: Sequence[ArmRun], largest: int) -> str:
+    """This machine's GPUs, or its memory, for arms of which the largest takes so many bytes."""
     wants_gpu = [r for r in runs if r.setting("trainer.accelerator") in ("gpu", "cuda")]
     if wants_gpu and not study.gpus:
-        raise ValueError(
+        return (
             f"arm {wants_gpu[0].arm}: asks for a GPU (trainer.accelerator), and the study gives its arms none; "
             "expected gpus: 1, or a share of one"
         )
-    places = slots(study)
-    largest = max(c.memory for c in costs)
+    try:
+        workers = min(len(slots(study)), len(runs))
+    except ValueError as error:
+        return str(error)
     if study.gpus:
-        _check_gpu_memory(study, largest)
-        return
-    workers = min(len(places), len(runs))
-    memory = _memory()
-    if memory is not None and workers * (largest + PROCESS_BYTES) > memory:
-        raise ValueError(
-            f"{workers} arms at a time: expected {gigabytes(workers * (largest + PROCESS_BYTES))} of memory, got "
-            f"{gigabytes(memory)}; use fewer --workers"
-        )
+        import torch
+
+        memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+        if largest > memory * study.gpus:
+            return (
+                f"an arm's weights, gradients and moments take {gigabytes(largest)}, and it has {study.gpus:g} GPU of "
+                f"{gigabytes(memory)}; expected more gpus for each arm"
+            )
+        return ""
+    available, needed = _memory(), workers * (largest + PROCESS_BYTES)
+    if available is None or needed <= available:
+        return ""
+    return (
+        f"{workers} arms at a time: expected {gigabytes(needed)} of memory, got {gigabytes(available)}; use fewer "
+        "--workers"
+    )
 
 
-def _check_head_dims(study: StudyConfig, runs: Sequence[ArmRun]) -> None:
-    """Raise ValueError for an arm for a GPU whose head dim the kernels there do not take."""
+def _head_dims(study: StudyConfig, runs: Sequence[ArmRun]) -> str:
+    """An arm for a GPU whose head dim the kernels there do not take."""
     from sinkbed.kernels.triton.tiles import HEAD_DIMS
 
     for run in runs:
         accelerator = run.setting("trainer.accelerator", "auto")
         dim = DecoderConfig(**run.setting("model.decoder", {})).dim
         if (study.gpus or accelerator in ("gpu", "cuda")) and accelerator != "cpu" and dim not in HEAD_DIMS:
-            raise ValueError(
+            return (
                 f"arm {run.arm}: head dim (model.decoder.head_dim, or d_model / heads): expected one that the Triton "
                 f"kernels take, {', '.join(map(str, HEAD_DIMS))}; got {dim}"
             )
-
-
-def _check_gpu_memory(study: StudyConfig, largest: int) -> None:
-    import torch
-
-    memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
-    share = memory * max(study.gpus, 1) if study.gpus >= 1 else memory * study.gpus
-    if largest > share:
-        raise ValueError(
-            f"an arm's weights, gradients and moments take {gigabytes(largest)}, and it has {study.gpus:g} GPU of "
-            f"{gigabytes(memory)}; expected more gpus for each arm"
-        )
-
-
-def _existing(path: Path) -> Path:
-    path = path.resolve()
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def _size(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+    return ""
 
 
 def _memory() -> int | None:

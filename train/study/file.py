@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from sinkbed.ranges import check_number
+from sinkbed.ranges import check_choice, check_number
 from sinkbed.train.config.yaml_files import read_yaml
-from sinkbed.train.measure.modes import check_modes
+from sinkbed.train.measure.modes import MODE_LABELS
+from sinkbed.train.run import directory
 
 Overlay = Path | dict[str, Any]
 """Keys of a run config: in a file, or as they are."""
@@ -57,14 +58,11 @@ class Effect:
     """What a reader has to know of it, such as that it was expected only after the runs; stands behind the name."""
 
     def __post_init__(self) -> None:
-        if self.metric not in METRICS:
-            raise ValueError(f"effect {self.name!r}: metric: expected one of {', '.join(METRICS)}; got {self.metric}")
-        try:
-            check_modes([mode for mode in (self.mode, self.against_mode) if mode is not None])
-        except ValueError as error:
-            raise ValueError(f"effect {self.name!r}: {error}") from None
-        if self.expected not in get_args(Expected):
-            raise ValueError(f"effect {self.name!r}: expected: one of up, down, none; got {self.expected!r}")
+        check_choice(f"effect {self.name!r}: metric", self.metric, METRICS)
+        check_choice(f"effect {self.name!r}: expected", self.expected, get_args(Expected))
+        for key, mode in (("mode", self.mode), ("against_mode", self.against_mode)):
+            if mode is not None:
+                check_choice(f"effect {self.name!r}: {key}", mode, list(MODE_LABELS))
         check_number(f"effect {self.name!r}: tolerance", self.tolerance, least=0)
         if (self.expected == "none") != (self.tolerance > 0):
             raise ValueError(
@@ -121,9 +119,9 @@ class StudyConfig:
                 raise ValueError(f"study.{name}: expected at least one, got none")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"study.seeds: expected distinct seeds, got {self.seeds}")
-        for name in ("workers", "cpus"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"study.{name}: expected at least 1, got {getattr(self, name)}")
+        check_number("study.cpus", self.cpus, least=1, integer=True)
+        if self.workers is not None:
+            check_number("study.workers", self.workers, least=1, integer=True)
         check_number("study.gpus", self.gpus, least=0)
         if self.gpus > 1 and self.gpus != int(self.gpus):
             raise ValueError(f"study.gpus: expected 0, a share below 1 or a whole number; got {self.gpus}")
@@ -148,7 +146,10 @@ def load_study(path: Path, size: str | None = None) -> StudyConfig:
     Raises FileNotFoundError, or ValueError that names the key at fault.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a study file, such as those in configs/study, got none there")
+        raise FileNotFoundError(
+            f"{path}: expected a study file, such as those in configs/study, got none there"
+            + directory.did_you_mean(path)
+        )
     raw = _mapping(path, "the file", read_yaml(path), (*_FILE_KEYS, "grid", "sizes"))
     sizes = _mapping(path, "sizes", raw.pop("sizes", None) or {}, None)
     if size is None and sizes:
@@ -168,13 +169,9 @@ def load_study(path: Path, size: str | None = None) -> StudyConfig:
     for key in ("title", "question", "published_source"):
         if not isinstance(raw.get(key, ""), str):
             raise ValueError(f"{path}: {key}: expected text, got {raw[key]!r}; put it in quotes")
-    for key, kind, words in (("seeds", list, "a list of integers"), ("workers", int, "an integer"), ("cpus", int, "")):
-        value = raw.get(key)
-        items = value if isinstance(value, list) else [value]
-        if value is not None and (not isinstance(value, kind) or not all(type(x) is int for x in items)):
-            raise ValueError(f"{path}: {key}: expected {words or 'an integer'}, got {value!r}")
-    if type(raw.get("gpus", 0)) not in (int, float):
-        raise ValueError(f"{path}: gpus: expected a number, got {raw['gpus']!r}")
+    seeds = raw.get("seeds", [0])
+    if not isinstance(seeds, list) or not all(type(seed) is int for seed in seeds):
+        raise ValueError(f"{path}: seeds: expected a list of integers, got {seeds!r}")
     arms = _arms(path, raw.get("arms") or {}) | _grid(path, raw.pop("grid", None) or {})
     _check_published(path, raw.get("published") or {}, arms)
     raw |= {
@@ -224,9 +221,8 @@ def _overlays(path: Path, what: str, value: Any) -> list[Overlay]:
 
 
 def _arms(path: Path, value: Any) -> dict[str, list[Overlay]]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: arms: expected a mapping of arm name to list of overlays, got {value!r}")
-    return {_name(path, name): _overlays(path, f"arm {name}", overlays) for name, overlays in value.items()}
+    arms = _mapping(path, "arms", value, None)
+    return {_name(path, name): _overlays(path, f"arm {name}", overlays) for name, overlays in arms.items()}
 
 
 def _name(path: Path, name: Any) -> str:

@@ -1,13 +1,13 @@
-"""The runner of one machine: arms side by side, each in a process of its own, by cores or by GPUs."""
+"""Running the arms of a study: on this machine side by side, each in a process of its own, by cores or by GPUs."""
 
 from __future__ import annotations
 
 import os
 import queue
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,76 +50,101 @@ def slots(study: StudyConfig) -> list[dict[str, str]]:
     return places[: study.workers]
 
 
-class Runner:
-    """Runs arms, each `sinkbed fit` in a process of its own with its output in fit.log."""
+class Runner(ABC):
+    """Runs arms as futures of why each failed, or of nothing; what hinders one is its failure, not the study's."""
 
     def __init__(self, study: StudyConfig, runs: Sequence[ArmRun]) -> None:
         self.study = study
         self.runs = runs
-        self.places: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
-        self.workers = 0
-        for place in slots(study):
-            self.places.put(place)
-            self.workers += 1
-        self.processes: dict[str, FitProcess] = {}
         self.failed: dict[str, str] = {}
-        self.seconds: dict[Path, float] = {}
-        """How long each arm took that was started anew, from its turn to its end."""
-        self.stopping = False
 
-    def run_arm(self, run: ArmRun) -> None:
-        """Start or resume one arm and wait for it; what hinders that is the arm's failure, not the study's."""
-        if self.stopping:
-            return
-        place = self.places.get()
-        try:
-            self._run_arm(run, place)
-        except Exception as error:  # the folder is in use, the disk is full, no process can be made or asked after
-            self.failed[run.folder.name] = str(error) or type(error).__name__
-        finally:
-            self.processes.pop(run.folder.name, None)
-            self.places.put(place)
+    @abstractmethod
+    def start(self, runs: Sequence[ArmRun]) -> list[Future[str]]:
+        """Have these arms run, as many at a time as there is room for."""
 
-    def _run_arm(self, run: ArmRun, place: dict[str, str]) -> None:
-        name, began = run.folder.name, time.perf_counter()
-        arguments = begin(run, self.study.name)
-        if arguments is None:
-            return
-        process = FitProcess(arguments, run.folder / LOG, place, fork=run.can_be_forked)
-        self.processes[name] = process
-        if self.stopping:  # told to stop between the check above and here
-            process.terminate()
-        status = process.wait()
-        del self.processes[name]
-        if "--ckpt_path" not in arguments:
-            self.seconds[run.folder] = time.perf_counter() - began
-        if not self.stopping and (failed := conclude(run, status)):
-            self.failed[name] = failed
+    @abstractmethod
+    def stop(self) -> None:
+        """Have the arms that run save and stop."""
 
     def overhead(self) -> float | None:
-        """Seconds an arm, the median, that were neither training nor measuring: its start, its files, its end."""
-        files = {folder / directory.MEASUREMENT: seconds for folder, seconds in self.seconds.items()}
-        spent = [s - sum(directory.read_json(f)["seconds"].values()) for f, s in files.items() if f.exists()]
-        return median(spent) if spent else None
+        """Seconds an arm, the median, that were neither training nor measuring; None where they are not known."""
+        return None
 
     def run(self, progress: bool) -> None:
         """Run what is not finished. Interrupting stops the arms; they resume next time."""
         todo = [r for r in self.runs if r.status() != "finished"]
-        with ThreadPoolExecutor(self.workers) as pool:
-            futures = [pool.submit(self.run_arm, run) for run in todo]
-            try:
-                watch(self.runs, len(self.runs) - len(todo), lambda: _done(futures), progress)
-            except BaseException:
-                self.stopping = True
-                for process in list(self.processes.values()):
-                    process.terminate()
-                raise
-        for future in futures:
-            future.result()
+        futures = self.start(todo)
+        try:
+            watch(self.runs, len(self.runs) - len(todo), lambda: len(wait(futures, timeout=0.5).done), progress)
+        except BaseException:
+            self.stop()
+            raise
+        for run, future in zip(todo, futures, strict=True):
+            error = future.exception()
+            if failed := future.result() if error is None else _reason(error):
+                self.failed[run.folder.name] = failed
 
 
-def _done(futures: Sequence[Future[Any]]) -> int:
-    return len(wait_for(futures, timeout=0.5).done)
+def _reason(error: BaseException) -> str:
+    """The last line of an error; of what may not be meant for a user, the kind too."""
+    lines = str(error).strip().splitlines()
+    kind = [] if lines and isinstance(error, ValueError | OSError) else [type(error).__name__]
+    return ": ".join((*kind, *lines[-1:]))
+
+
+class LocalRunner(Runner):
+    """Runs arms on this machine, each `sinkbed fit` in a process of its own with its output in fit.log."""
+
+    def __init__(self, study: StudyConfig, runs: Sequence[ArmRun]) -> None:
+        super().__init__(study, runs)
+        self.places: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+        places = slots(study)
+        for place in places:
+            self.places.put(place)
+        self.pool = ThreadPoolExecutor(len(places))
+        self.processes: dict[str, FitProcess] = {}
+        self.seconds: dict[Path, float] = {}
+        """How long each arm took that was started anew, from its turn to its end."""
+        self.stopping = False
+
+    def start(self, runs: Sequence[ArmRun]) -> list[Future[str]]:
+        """A thread waits for each process."""
+        return [self.pool.submit(self.run_arm, run) for run in runs]
+
+    def stop(self) -> None:
+        """Terminate the processes, and wait for them."""
+        self.stopping = True
+        for process in list(self.processes.values()):
+            process.terminate()
+        self.pool.shutdown()
+
+    def run_arm(self, run: ArmRun) -> str:
+        """Start or resume one arm and wait for it; why it failed, or nothing."""
+        if self.stopping:
+            return ""
+        place = self.places.get()
+        name, began = run.folder.name, time.perf_counter()
+        try:
+            arguments = begin(run, self.study.name)
+            if arguments is None:
+                return ""
+            process = FitProcess(arguments, run.folder / LOG, place, fork=run.can_be_forked)
+            self.processes[name] = process
+            if self.stopping:  # told to stop between the check above and here
+                process.terminate()
+            status = process.wait()
+            if "--ckpt_path" not in arguments:
+                self.seconds[run.folder] = time.perf_counter() - began
+            return "" if self.stopping else conclude(run, status)
+        finally:
+            self.processes.pop(name, None)
+            self.places.put(place)
+
+    def overhead(self) -> float | None:
+        """Its start, its files, its end."""
+        files = {folder / directory.MEASUREMENT: seconds for folder, seconds in self.seconds.items()}
+        spent = [s - sum(directory.read_json(f)["seconds"].values()) for f, s in files.items() if f.exists()]
+        return median(spent) if spent else None
 
 
 def watch(runs: Sequence[ArmRun], finished_before: int, done: Callable[[], int], progress: bool) -> None:

@@ -7,6 +7,7 @@ on a GPU or of several devices is started by a command of its own instead. None 
 from __future__ import annotations
 
 import functools
+import math
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -18,6 +19,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +79,7 @@ class FitProcess:
     def wait(self) -> int:
         """Exit status; a negative number where a signal ended it."""
         if self._started is not None:
-            return self._started.wait()
+            return self._started.wait(timeout=math.inf)  # which looks again and again: an interrupt is seen
         while True:
             with _lock:
                 status = self._forked.exitcode
@@ -128,19 +131,8 @@ def _fit(arguments: list[str], log: str, variables: dict[str, str]) -> None:
 
 def call(function: Callable[..., Any], *arguments: Any) -> Any:
     """What a function returns in a process that has imported everything. Raises ChildProcessError where it dies."""
-    receiver, sender = _context.Pipe(duplex=False)
-    process = _context.Process(target=_send, args=(sender, function, arguments))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        process.join()
-        raise ChildProcessError(f"{function.__name__}: its process ended with status {process.exitcode}") from None
-    finally:
-        receiver.close()
-        process.join()
-
-
-def _send(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    sender.send(function(*arguments))
+    with ProcessPoolExecutor(1, mp_context=_context) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise ChildProcessError(f"{function.__name__}: {error}") from None

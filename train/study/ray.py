@@ -7,20 +7,17 @@ wrong fails once, and Ray repeats only what died with its worker or node. The re
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
-from sinkbed.train.run.world import end_with_parent
 from sinkbed.train.study.arms import LOG, ArmRun, begin, conclude, environment
 from sinkbed.train.study.file import StudyConfig
-from sinkbed.train.study.local import watch
+from sinkbed.train.study.local import Runner
+from sinkbed.train.study.processes import FitProcess
 
 _SECONDS_FOR_THE_DEAD = 120.0
 """Longest wait for a process of a node that Ray gave up: it may live a little longer."""
@@ -29,30 +26,21 @@ _SECONDS_FOR_THE_DEAD = 120.0
 def run_arm(run: ArmRun, group: str, folder: str) -> str:
     """On a worker: start or resume an arm and wait for it; why it failed, or nothing."""
     os.chdir(folder)
-    # Ray cancels by an interrupt, which goes unseen where a shell in the background has it ignored, or in a long wait.
+    # Ray cancels by an interrupt, which goes unseen where a shell in the background has it ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     arguments = begin(run, group, _SECONDS_FOR_THE_DEAD)
     if arguments is None:
         return ""
-    with (run.folder / LOG).open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sinkbed", *arguments],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment(),
-            preexec_fn=functools.partial(end_with_parent, os.getpid()),  # Ray kills workers
-        )
-        try:
-            while (status := process.poll()) is None:
-                time.sleep(0.2)
-        except BaseException:  # cancelled: the arm saves and stops, and is no failure
-            process.terminate()
-            process.wait()
-            raise
-    return conclude(run, status)
+    process = FitProcess(arguments, run.folder / LOG, {}, fork=False)  # ends with its worker, which Ray may kill
+    try:
+        return conclude(run, process.wait())
+    except BaseException:  # cancelled: the arm saves and stops, and is no failure
+        process.terminate()
+        process.wait()
+        raise
 
 
-class RayRunner:
+class RayRunner(Runner):
     """Runs arms on a Ray cluster. Raises ValueError where Ray is not installed or no node has what an arm asks for."""
 
     def __init__(self, study: StudyConfig, runs: Sequence[ArmRun], address: str, retries: int) -> None:
@@ -66,11 +54,10 @@ class RayRunner:
             import ray
         except ImportError:
             raise ValueError("--ray: expected the package ray, got none; pip install -e '.[ray]'") from None
+        super().__init__(study, runs)
         self.ray: Any = ray
-        self.study = study
-        self.runs = runs
         self.retries = retries
-        self.failed: dict[str, str] = {}
+        self.tasks: list[Any] = []
         variables = {name: value for name, value in environment().items() if os.environ.get(name) != value}
         if not ray.is_initialized():
             try:
@@ -89,40 +76,17 @@ class RayRunner:
                 + ("; ".join(f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes) or "no node")
             )
 
-    def overhead(self) -> None:
-        """Not known: it is the cluster's scheduling too."""
-
-    def run(self, progress: bool) -> None:
-        """Run what is not finished. Interrupting stops the arms; they resume next time."""
-        todo = [r for r in self.runs if r.status() != "finished"]
+    def start(self, runs: Sequence[ArmRun]) -> list[Future[str]]:
+        """A task each, which Ray places."""
         task = self.ray.remote(run_arm).options(
             num_cpus=self.study.cpus, num_gpus=self.study.gpus, max_retries=self.retries, retry_exceptions=False
         )
         # A study's paths are relative to the folder it was called from.
-        tasks = {task.remote(run, self.study.name, os.getcwd()): run for run in todo}
-        pending = list(tasks)
+        self.tasks = [task.remote(run, self.study.name, os.getcwd()) for run in runs]
+        return [each.future() for each in self.tasks]
 
-        def done() -> int:
-            nonlocal pending
-            ended, pending = self.ray.wait(pending, num_returns=len(pending), timeout=0.5) if pending else ([], [])
-            for each in ended:
-                self._collect(each, tasks[each])
-            return len(todo) - len(pending)
-
-        try:
-            watch(self.runs, len(self.runs) - len(todo), done, progress)
-        except BaseException:
-            for each in pending:
-                self.ray.cancel(each)
-            self.ray.wait(pending, num_returns=len(pending), timeout=60)
-            raise
-
-    def _collect(self, task: Any, run: ArmRun) -> None:
-        """What became of a task that has ended."""
-        try:
-            failed = self.ray.get(task)
-        except self.ray.exceptions.RayError as error:
-            lines = str(error).strip().splitlines()
-            failed = f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
-        if failed:
-            self.failed[run.folder.name] = failed
+    def stop(self) -> None:
+        """Cancel the tasks, and wait for them."""
+        for each in self.tasks:
+            self.ray.cancel(each)
+        self.ray.wait(self.tasks, num_returns=len(self.tasks), timeout=60)

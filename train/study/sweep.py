@@ -9,7 +9,6 @@ The arms that agents ran are those of the study: `sinkbed study FILE` then write
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,10 +60,9 @@ def log_summary(study: StudyConfig, runs: Sequence[ArmRun], tables: dict[str, Se
         return
     import wandb
 
-    from sinkbed.train.run.wandb import has_wandb_key
+    from sinkbed.train.run.wandb import wandb_mode
 
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
+    mode = wandb_mode(mode)
     known = directory.read_json(study.out / SUMMARY) if (study.out / SUMMARY).exists() else {}
     known = {"wandb_id": known.get("wandb_id") or secrets.token_hex(4)}
     write_json(study.out / SUMMARY, known)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import time
 
@@ -166,7 +167,9 @@ def test_every_measure_of_a_run_is_that_of_its_hugging_face_folder(run_dir, expo
     assert "perturbation/spread" in header.split(",") and [r.split(",")[0] for r in rows] == ["input", "0", "1"]
     assert set(ours["files"]) | {"probe.json"} == {path.name for path in out.iterdir()}
     printed = capsys.readouterr().out
-    assert "States by layer: BOS + text" in printed and "With a cache of keys" in printed
+    assert re.search(r"natural +bos +0 ", printed) and f"report: {out / 'index.html'}, 16 tables" in printed
+    assert "by layer" not in printed, "they are in the report"
+    assert "States by layer: BOS + text" in page and "With a cache of keys" in page
 
 
 def test_an_earlier_report_is_replaced_whole_or_not_at_all(run_dir, tmp_path, capsys):
@@ -268,7 +271,7 @@ def rows_of(segments, count):
         time.sleep(0.1)
 
 
-def test_a_probe_is_one_more_point_of_the_runs_wandb_history(tiny_store, tmp_path, monkeypatch):
+def test_a_probe_is_one_more_point_of_the_runs_wandb_history(tiny_store, tmp_path, capsys):
     from tests.support.runs import write_run_config
 
     config = write_run_config(tmp_path / "run.yaml", tiny_store)
@@ -277,6 +280,8 @@ def test_a_probe_is_one_more_point_of_the_runs_wandb_history(tiny_store, tmp_pat
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
     probing = ["probe", str(tmp_path / "run"), *ALL, "--modes", "bos", "text", "--wandb"]
     assert main(probing) == 0
+    printed = capsys.readouterr().out
+    assert "States by layer: BOS + text" in printed and "With a cache of keys" in printed
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics, "the record of training is left alone"
     segments = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(segments) == 2

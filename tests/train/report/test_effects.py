@@ -100,6 +100,7 @@ def test_one_run_is_never_a_mean():
     ]
     assert numbers and all(cell.endswith("(1 run)") for cell in numbers)
     assert "no interval" in caption(once)
+    assert caption(once, "A paper").endswith(". Published: A paper."), "sentences end, also those of a study file"
     assert [s.heading for s in sections(once, [found])] == ["Expected effects", "When the sink forms"]
 
 

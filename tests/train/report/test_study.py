@@ -92,6 +92,7 @@ def test_several_studies_make_one_page_of_the_seeds_that_are_finished(finished, 
     assert main(["report", *files, "--out", str(page)]) == 0
     assert f"not on the page: {empty} (no run in {tmp_path / 'none'})" in capsys.readouterr().out
     text = (page / "README.md").read_text()
+    assert set(directory.read_json(page / "studies.json")) == {"other", "study"}
     assert re.findall("^## (.*)", text, re.M) == ["other", "study"]
     assert "| [other](#other) | A study &lt;of&gt; two arms | 1 as expected |" in text
     line = r"\| BOS helps \(a word\) \| fixed − absent \| loss: [+−]?\d\.\d{3} ± \d\.\d{3}"

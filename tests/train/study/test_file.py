@@ -80,7 +80,7 @@ def test_a_tilde_is_the_home_folder(write, tmp_path, monkeypatch):
         ({"arms": {"a": [3]}}, "arm a: expected overlays, each a path or settings; got 3"),
         ({"arms": {"a": []}, "sizes": {"demo": {"titel": 1}}}, "unknown key 'titel'"),
         ({"arms": {"a": []}, "gpus": 1.5}, "gpus: expected 0, a share below 1 or a whole number"),
-        ({"arms": {"a": []}, "gpus": "all"}, "gpus: expected a number"),
+        ({"arms": {"a": []}, "gpus": "all"}, "gpus: expected at least 0, got 'all'"),
         ({"arms": {"a": []}, "gpus": float("nan")}, "gpus: expected at least 0, got nan"),
         ({"arms": {"a": []}, "title": True}, "title: expected text, got True; put it in quotes"),
         ({"arms": {"a": []}, "published": {"a": {"bos": [float("inf"), 1]}}}, "published.a"),
@@ -101,7 +101,7 @@ def test_a_wrong_key_is_named(write, keys, message):
     ("change", "message"),
     [
         ({"metric": "sinks"}, "metric: expected one of sink_rate_0.2"),
-        ({"expected": "more"}, "expected: one of up, down, none; got 'more'"),
+        ({"expected": "more"}, "expected: expected one of up, down, none, got 'more'"),
         ({"expected": "none"}, "tolerance: expected more than 0 with expected: none"),
         ({"expected": "none", "tolerance": float("inf")}, "tolerance: expected at least 0, got inf"),
         ({"tolerance": "x"}, "tolerance: expected at least 0, got 'x'"),

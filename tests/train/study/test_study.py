@@ -121,8 +121,8 @@ def test_what_fit_would_refuse_is_refused_before_any_arm_is_started(study, capsy
         (("title:", "# "), "expected the key 'title'"),
         (("workers: 2", "seeds: 0"), "seeds: expected a list of integers, got 0"),
         (("workers: 2", "seeds: [a]"), "seeds: expected a list of integers, got ['a']"),
-        (("workers: 2", "workers: two"), "workers: expected an integer, got 'two'"),
-        (("workers: 2", "workers: 0"), "study.workers: expected at least 1"),
+        (("workers: 2", "workers: two"), "workers: expected an integer of at least 1, got 'two'"),
+        (("workers: 2", "workers: 0"), "study.workers: expected an integer of at least 1"),
         (("workers: 2", "seeds: [1, 1]"), "expected distinct seeds"),
         (("workers: 2", "workers: [}"), "expected YAML"),
         (("  fixed: {bos: [90.84, 2.69]}", "  fixd: {bos: [90.84, 2.69]}"), "published.fixd"),
@@ -194,6 +194,8 @@ def test_a_killed_study_takes_its_arms_along(study, forked):
 def test_a_missing_study_is_named(capsys):
     assert main(["study", "nowhere.yaml"]) == 1
     assert "nowhere.yaml" in capsys.readouterr().err
+    assert main(["study", str(ROOT / "configs" / "study" / "pakcing.yaml")]) == 1
+    assert f"did you mean {ROOT / 'configs' / 'study' / 'packing.yaml'}?" in capsys.readouterr().err
 
 
 def test_the_shipped_studies_name_files_that_exist():
