@@ -97,6 +97,6 @@ def to_llama(decoder: Decoder) -> dict[str, Tensor]:
     return {name: weight.detach().float().contiguous() for name, weight in state.items()}
 
 
-ROPEdef _halves(weight: Tensor, dim: int) -> Tensor:
+def _halves(weight: Tensor, dim: int) -> Tensor:
     """Rows of a projection [H·D, C] from neighbouring rotary pairs to halves."""
     return weight.unflatten(0, (-1, dim // 2, 2)).transpose(1, 2).flatten(0, 2)
