@@ -74,7 +74,10 @@ def llama_config(
 def to_llama(decoder: Decoder) -> dict[str, Tensor]:
     """The decoder's weights under Llama's names; tied ones once."""
     c = decoder.config
-    state = {"model.embed_tokens.weight": decoder.embedding.weight, "model.norm.weight": decoder.norm.weight}
+    state: dict[str, Tensor] = {
+        "model.embed_tokens.weight": decoder.embedding.weight,
+        "model.norm.weight": cast(Tensor, decoder.norm.weight),
+    }
     if not c.tie_embeddings:
         state["lm_head.weight"] = decoder.head.weight
     for i, block in enumerate(cast(Any, decoder.blocks)):
