@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sinkbed.kernels.normalizers import NORMALIZERS
 from sinkbed.model.attention_parts import ATTENTION_PARTS
@@ -57,7 +57,7 @@ class DecoderConfig:
     """Added to the mean square in a norm."""
     feed_forward: Choice = "swiglu"
     """Feed-forward of a block, a file of model/feed_forward."""
-    attention_parts: tuple[Choice, ...] = ()
+    attention_parts: list[Choice] = field(default_factory=list)
     """What attention has besides its projections (gates, norms of heads …), in order; files of
     model/attention_parts."""
     tie_embeddings: bool = False
@@ -80,7 +80,7 @@ class DecoderConfig:
             object.__setattr__(self, name, plain(choice))
         for choice in self.attention_parts:
             ATTENTION_PARTS.check(choice)
-        object.__setattr__(self, "attention_parts", tuple(map(plain, self.attention_parts)))
+        object.__setattr__(self, "attention_parts", list(map(plain, self.attention_parts)))
         if self.normalizer != "softmax" and self.sink != "none":
             raise ValueError(
                 f"sink: expected none beside normalizer {self.normalizer!r}, whose weights no sink logit joins, got "

@@ -81,7 +81,12 @@ class Decoder(nn.Module):
             targets: [B, T] next tokens, `loss.IGNORED` where none counts. With them the mean loss is returned
                 and the logits are not kept.
             statistics: also return each layer's sink statistics.
+
+        Raises ValueError for rows longer than the position encoding has positions.
         """
+        most = self.position.max_length
+        if most is not None and tokens.shape[1] > most:
+            raise ValueError(f"tokens: expected at most the {most} positions of this model, got {tokens.shape[1]}")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         run = ForwardPass(

@@ -15,14 +15,14 @@ from sinkbed.model.decoder import Decoder
 from sinkbed.model.positions.rope import Rope
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-_PARTS = {
+_PARTS: dict[str, Any] = {
     "sink": "none",
     "normalizer": "softmax",
     "softcap": None,
     "norm": "rms",
     "feed_forward": "swiglu",
     "block": "pre_norm",
-    "attention_parts": (),
+    "attention_parts": [],
 }
 
 

@@ -61,6 +61,16 @@ def peak_bytes() -> int:
     return max(own, 1_024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) if own else 0
 
 
+def memory_of_tree(pid: int | str) -> int:
+    """Bytes of a process and of all that it has started, pages that several share counted in parts."""
+    try:
+        below = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
+        own = re.search(r"Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text())
+    except OSError:  # it has just ended
+        return 0
+    return (1_024 * int(own[1]) if own else 0) + sum(map(memory_of_tree, below))
+
+
 def matmul_flops() -> float:
     """FLOP/s of large float32 matrix products with the current threads: the ceiling of training."""
     import torch

@@ -9,6 +9,7 @@ from typing import Any
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.prepare.prepare import available_cores
 from sinkbed.model import Decoder, DecoderConfig
+from sinkbed.model.positions import POSITIONS
 from sinkbed.plain_text import counted
 from sinkbed.ranges import check_number
 from sinkbed.train.loop.optim import OptimizerConfig
@@ -59,9 +60,32 @@ def check_settings(config: Any) -> None:
     check_number("trainer.log_every_n_steps", trainer.log_every_n_steps or 0, least=1)
     optimizer.check_steps(trainer.max_steps)
     strategy.check_context(data.context_length)
+    _check_positions(decoder, strategy, data.context_length)
     measure.check_context(data.context_length)
     for mode in {*measure.modes, *measure.live_modes}:
         measure.check_placed(mode, strategy)
+
+
+def _check_positions(decoder: DecoderConfig, strategy: Strategy, context_length: int) -> None:
+    """Raise ValueError for rows that the position encoding cannot place."""
+    position = POSITIONS.make(decoder.position, decoder)
+    if position.max_length is not None and position.max_length < context_length:
+        raise ValueError(
+            f"model.decoder.position: expected at least the data.context_length={context_length} positions, got "
+            f"{position.max_length}; set {{{POSITIONS.name_of(decoder.position)}: {{length: {context_length}}}}}"
+        )
+    if position.slopes is None:
+        return
+    if strategy.prefix_lm:
+        raise ValueError(
+            f"model.decoder.position: {decoder.position} lowers logits by the distance back to a key; expected no keys "
+            f"ahead, got data.strategy.prefix_lm={strategy.prefix_lm}"
+        )
+    if strategy.positions == "document" and strategy.mask != "intra_document":
+        raise ValueError(
+            "data.strategy.positions: expected row, or mask: intra_document, as the distance between documents "
+            f"that {decoder.position} needs is that in the row, got document"
+        )
 
 
 def use_threads(threads: int | None) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.intervals import Interval, area, curve, paired, verdict
-from sinkbed.train.report.result import Result, fixed, spread
+from sinkbed.train.report.result import Result, fixed, mean, spread
 
 if TYPE_CHECKING:
     from sinkbed.train.study.arms import ArmRun
@@ -24,13 +24,15 @@ LABELS = {
     "sink_rate_0.8": "sink rate % (eps 0.8)",
     "sink_rate_placed": "sink rate % at the placed token",
     "sink_mass": "sink mass",
+    "sink_rate_share": "sink rate % of shares",
+    "sink_share": "sink share",
     "loss": "loss",
     "bits_per_byte": "bits per byte",
     "loss_gap": "loss gap",
     "sink_rate_area": "sink rate % over log tokens",
     "onset_tokens": "onset, tokens",
 }
-DIGITS = {"sink_mass": 3, "loss": 3, "bits_per_byte": 3, "loss_gap": 3, "onset_tokens": 0}
+DIGITS = {"sink_mass": 3, "sink_share": 3, "loss": 3, "bits_per_byte": 3, "loss_gap": 3, "onset_tokens": 0}
 """Decimals of a figure; others have one."""
 VERDICTS = (
     "A verdict is on the mean difference of arms on the same documents (one store), paired by seed. Reproduced: its "
@@ -47,7 +49,9 @@ def figure(result: Result, metric: str, mode: str) -> float | None:
     `loss_gap`: loss of the mode − loss with BOS (as trained, where BOS was not measured), nats. `sink_rate_area`: mean
     of the live sink rate (eps 0.3) over the logarithm of tokens, in %, of the last hundredfold. `onset_tokens`: the
     first live measurement at `measure.onset_rate`, in the first live mode whatever the mode here. `sink_rate_placed`:
-    at the last position where the strategy places a token; None in modes that do not place it.
+    at the last position where the strategy places a token; None in modes that do not place it. `sink_rate_share` (eps
+    0.3) and `sink_share` read the mass as its share of the query's weights of tokens; without a learned sink or another
+    normaliser these add up to 1, and both are as `sink_rate_0.3` and `sink_mass`.
     """
     if metric == "onset_tokens":
         onset = result.final["onset_tokens"]
@@ -70,6 +74,10 @@ def figure(result: Result, metric: str, mode: str) -> float | None:
         at_0 = mode in ("as_trained", {"bos": "bos", "random": "random_first"}.get(leading[0]))
         only = leading[0] not in ("none", None) and all(what == "none" for what in leading[1:])
         return result.value(mode, "0.3") if at_0 and only else None
+    if metric in ("sink_rate_share", "sink_share"):
+        key, plain = ("rate_share", "rate") if metric == "sink_rate_share" else ("share", "mass")
+        measured = modes[mode].get(key) or modes[mode][plain]
+        return mean(measured["0.3"] if isinstance(measured, dict) else measured)
     return result.value(mode, {"sink_mass": "mass"}.get(metric, metric.removeprefix("sink_rate_")))
 
 

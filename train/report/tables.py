@@ -11,6 +11,7 @@ from sinkbed.plain_text import csv_of
 from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.effects import (
     DIGITS,
+    LABELS,
     VERDICTS,
     Outcome,
     counts,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from sinkbed.train.study.file import Published
 
 _MOST_PAIRS = 60
+_DERIVED = ("loss_gap", "sink_rate_placed", "sink_rate_area", "sink_rate_share", "sink_share")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def table_of(summary: Sequence[Line]) -> tuple[tuple[str, ...], list[tuple[str, 
 def summarise(results: Sequence[Result], published: Published) -> list[Line]:
     """The study's table, a line for an arm in a mode over its seeds, arms in their order."""
     lines = []
+    shares = ("sink_rate_share", "sink_share") if has_shares(results) else ()
     for arm in arms_of(results):
         of_arm = [r for r in results if r.arm == arm]
         for mode in of_arm[0].final["modes"]:
@@ -76,11 +79,20 @@ def summarise(results: Sequence[Result], published: Published) -> list[Line]:
                 "input": MODE_LABELS[mode],
                 "sink rate %": spread([r.value(mode, "0.3") for r in of_arm], 1),
                 "sink mass": spread([r.value(mode, "mass") for r in of_arm], 3),
+                **{
+                    LABELS[name]: spread(list(figures(results, arm, name, mode).values()), DIGITS.get(name, 1))
+                    for name in shares
+                },
                 "loss": spread([r.value(mode, "loss") for r in of_arm], 3),
                 "loss gap": spread(gap, 3),
                 "published: sink % / loss": " / ".join("–" if x is None else f"{x:.2f}" for x in reported),
             })  # fmt: skip
     return lines
+
+
+def has_shares(results: Sequence[Result]) -> bool:
+    """Whether some run's weights of tokens need not add up to 1 for a query."""
+    return any(mode.get("share") for r in results for mode in r.final["modes"].values())
 
 
 def _span(values: Sequence[int]) -> str:
@@ -100,10 +112,16 @@ def definitions(results: Sequence[Result]) -> str:
     tokens = [m["tokens"] for m in modes]
     targets = f"the same {tokens[0]:,} targets in every mode" if len(set(tokens)) == 1 else ""
     targets = targets or f"the same targets in every mode, {_span(tokens)} of them depending on the arm"
+    share = ""
+    if has_shares(results):
+        share = (
+            "Where a query's weights of tokens need not add up to 1, the mass is the weight as it is, and the share is "
+            "the mass over their sum. "
+        )
     return (
         f"Sink rate: eps 0.3, T = {_span([r.final['sink_tokens'] for r in results])}, "
         f"{_span([m['documents'] for m in modes])} held-out documents, all layers and heads (arXiv "
-        f"2410.10781). Sink mass: mean attention on key 0 of the other queries. Loss: nats per token of "
+        f"2410.10781). Sink mass: mean attention on key 0 of the other queries. {share}Loss: nats per token of "
         f"{targets}. "
         f"Loss gap: loss − loss(BOS + text), or − loss(as trained) where BOS + text was not measured."
     )
@@ -235,7 +253,7 @@ def _row(result: Result, mode: str) -> dict[str, Any]:
         "sink_alpha": result.value(mode, "alpha"),
         "loss": measured["loss"],
         "bits_per_byte": measured["bits_per_byte"],
-        **{name: figure(result, name, mode) for name in ("loss_gap", "sink_rate_placed", "sink_rate_area")},
+        **{name: figure(result, name, mode) for name in _DERIVED},
     }
     return {
         "arm": result.arm,

@@ -30,7 +30,7 @@ METRICS, MEASUREMENT, RUN, CHECKPOINTS = "metrics.jsonl", "measurement.json", "r
 
 
 LAST, LOCK = "last.ckpt", ".lock"
-FORMAT = 4
+FORMAT = 5
 """Of run directories and checkpoints; those of another one are refused."""
 CHECKSUMS = "checksums.json"
 """In a folder of which every file counts: the sha256 of each."""
@@ -202,7 +202,7 @@ def check_format(path: Path, version: object) -> None:
         written = f"format {version}" if isinstance(version, int) else "none"
         raise ValueError(
             f"{path}: expected format {FORMAT} of runs and checkpoints, got {written}, which another version of "
-            "sinkbed wrote (0.1 had other names of settings); use that version with it, or train it anew"
+            "sinkbed wrote (before 0.3 settings had other names); use that version with it, or train it anew"
         )
 
 
