@@ -175,6 +175,69 @@ class Toy(torch.nn.Module, Normalizer):
     assert not torch.allclose(weights.sum(-1), torch.ones(1))
 
 
+def test_a_block(add):
+    add("""
+from sinkbed.model.blocks import BLOCKS
+from sinkbed.model.block import Block
+
+@BLOCKS.register("toy")
+class Toy(Block):
+    def join(self, x, part, name):
+        return x + 2 * part(getattr(self, f"{name}_norm")(x))
+""")
+    losses, _ = trained(block="toy")
+    assert losses[-1] < losses[0] - 0.1 and losses != trained()[0]
+
+
+def test_a_sink(add):
+    add("""
+import torch
+from sinkbed.model.sinks import SINKS, Sink
+
+@SINKS.register("toy")
+class Toy(torch.nn.Module, Sink):
+    def __init__(self, config, *, logit: float = 1.0):
+        super().__init__()
+        self.logit = logit
+        self.v = torch.nn.Parameter(torch.zeros(config.n_heads, config.dim))
+
+    def key(self, q):
+        return q.new_full(q.shape[:3], self.logit), self.v
+""")
+    losses, decoder = trained(sink={"toy": {"logit": 3.0}})
+    assert losses[-1] < losses[0] - 0.1 and (decoder.blocks[0].attention.sink.v != 0).any()
+    measured = decoder(torch.arange(8)[None], statistics=True).statistics[0]
+    first_query = measured.first_key_mass[..., 0] + measured.learned_sink_mass[..., 0]
+    torch.testing.assert_close(first_query, torch.ones(1, 2))
+    assert measured.learned_sink_mass[..., 0].min() > 0.9  # e³ against one key
+
+
+def test_an_attention_part_and_an_initialisation(add):
+    add("""
+import torch
+from sinkbed.model.attention_parts import ATTENTION_PARTS, AttentionPart
+from sinkbed.model.initializers import INITIALIZERS
+
+@ATTENTION_PARTS.register("toy")
+class Toy(torch.nn.Module, AttentionPart):
+    def __init__(self, config, layer, *, per_head: bool = True):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.full((config.n_heads,), 1.0 + layer))
+
+    def output(self, o, x):
+        return o * self.factor[:, None]
+
+@INITIALIZERS.register("toy")
+def toy(config):
+    return lambda name, matrix: 0.5 if name == "embedding.weight" else config.init_std
+""")
+    losses, decoder = trained(attention_parts=["qk_norm", {"toy": {"per_head": True}}], init="toy")
+    assert losses[-1] < losses[0] - 0.1 and decoder.embedding.weight.std() > 0.4
+    assert [round(float(b.attention.parts[1].factor.mean())) for b in decoder.blocks] == [1, 2]
+    with pytest.raises(ValueError, match=r"attention_parts: expected options of toy \(per_head\); got 'heads'"):
+        trained(attention_parts=[{"toy": {"heads": 2}}])
+
+
 def test_options_are_looked_at_where_a_choice_is_made():
     for packing in ({"concat": {"bogus": 1}}, {"best_fit": {"bogus": 1}}, {"pad": 5}, 5):
         with pytest.raises(ValueError, match=r"data.strategy.packing"):

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "model": ["kernels", "kernels.normalizers", *PARTS],
     **{part: ["model"] for part in PARTS},
     "model.attention_parts": ["model", "model.norms"],
-    "model.blocks": ["kernels", "model", "model.feed_forward", "model.norms"],
+    "model.blocks": ["model", "model.norms"],
     "model.hf": ["kernels", "model", "model.positions"],
     "train.run": BELOW,
     "train.config": [*BELOW, "train.run"],

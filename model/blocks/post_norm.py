@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from sinkbed.model.block import Block
 from sinkbed.model.blocks import BLOCKS
-from sinkbed.model.blocks._block import Block
 
 
 @BLOCKS.register("post_norm")

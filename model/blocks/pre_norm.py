@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from sinkbed.model.block import Block
 from sinkbed.model.blocks import BLOCKS
-from sinkbed.model.blocks._block import Block
 
 
 @BLOCKS.register("pre_norm")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sinkbed.model.feed_forward import FEED_FORWARDS
-from sinkbed.model.feed_forward._layers import GatedFeedForward
+from sinkbed.model.layers import GatedFeedForward
 
 
 @FEED_FORWARDS.register("geglu")

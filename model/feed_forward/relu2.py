@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sinkbed.model.feed_forward import FEED_FORWARDS
-from sinkbed.model.feed_forward._layers import FeedForward
+from sinkbed.model.layers import FeedForward
 
 
 @FEED_FORWARDS.register("relu2")

@@ -47,8 +47,7 @@ class Registry:
         """Every variant there is; imports none."""
         spec = find_spec(self.package)
         assert spec is not None and spec.submodule_search_locations is not None
-        modules = (module.name for module in iter_modules(spec.submodule_search_locations))
-        return sorted({*self._variants, *(name for name in modules if not name.startswith("_"))})
+        return sorted({*self._variants, *(module.name for module in iter_modules(spec.submodule_search_locations))})
 
     def __getitem__(self, choice: Choice) -> Any:
         """The variant that is chosen. Raises ValueError for a name that is none's."""

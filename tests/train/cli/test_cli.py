@@ -118,7 +118,7 @@ def test_a_wrong_argument_is_one_short_message(arguments, message, capsys, tmp_p
          "expected a run or its checkpoint, got nothing there"),
         ("threads: 1\n", [], "expected a value for model.decoder.n_layers"),
         ("threads: 1\n", ["--config", str(ROOT / "configs/run/demo.yaml"), "--model.decoder.position", "rop"],
-         "model.decoder.position: expected one of rope, or"),
+         "model.decoder.position: expected one of alibi, learned, none, rope, sinusoidal, or"),
         ("", [], "expected YAML with keys, such as the files in configs/; got an empty file"),
     ],
 )  # fmt: skip

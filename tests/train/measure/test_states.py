@@ -241,3 +241,11 @@ def close(found, expected, **tolerances):
     expected = torch.as_tensor(expected, dtype=torch.float64)
     found = torch.as_tensor(found, dtype=torch.float64)
     torch.testing.assert_close(found, expected, **{"rtol": 1e-4, "atol": 1e-5, **tolerances})
+
+
+def test_a_gradient_that_vanishes_has_no_ratio_and_stops_no_run(probe):
+    """Where no loss depends on a state at all, its ratio was nan, which ended the training that measured it."""
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(n_layers=1, d_model=8, n_heads=2, d_ff=12, block="post_norm"), 1000)
+    torch.nn.init.zeros_(decoder.head.weight)
+    assert measure_gradients(decoder, excerpts_of(probe, "text", strategy=Strategy()), 100).ratio == [0.0, 0.0]

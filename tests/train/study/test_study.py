@@ -97,7 +97,10 @@ def test_what_a_killed_study_left_half_written_is_removed(finished):
         ),
         ("model: {optimizer: {warmup_steps: 11}}", "warm-up of 11 and cooldown of 0 steps do not fit"),
         ("model: {max_grad_norm: -1}", "model.max_grad_norm: expected more than 0, got -1"),
-        ("model: {decoder: {position: {rope: {shar: 1}}}}", "position: expected options of rope (none); got 'shar'"),
+        (
+            "model: {decoder: {position: {rope: {shar: 1}}}}",
+            "options of rope (theta, share); got 'shar'",
+        ),
         ("model: {optimizer: {name: {adamw: {shar: 1}}}}", "name: expected options of adamw (none); got 'shar'"),
         ("data: {micro_batch_size: 3}", "data.batch_size=4: expected a multiple of micro_batch_size=3"),
         ("trainer: {fast_dev_run: true}", "trainer.fast_dev_run: has no effect here"),

@@ -21,7 +21,7 @@ class Gradients:
     norm: list[list[float]]
     """[L+1][T] norm of the gradient at h_t."""
     ratio: list[float]
-    """[L+1] at h_0 over the mean of the others."""
+    """[L+1] at h_0 over the mean of the others; 0 where that at h_0 is 0."""
 
 
 def measure_gradients(model: Any, excerpts: Excerpts, batch_tokens: int) -> Gradients:
@@ -35,7 +35,8 @@ def measure_gradients(model: Any, excerpts: Excerpts, batch_tokens: int) -> Grad
             for layer, gradient in enumerate(torch.autograd.grad(loss, states)):
                 norms = gradient.float().norm(dim=-1)
                 totals.add("norm", layer, norms)
-                totals.add("ratio", layer, norms[:, 0] / norms[:, 1:].mean(-1))
+                first, others = norms[:, 0], norms[:, 1:].mean(-1)
+                totals.add("ratio", layer, (first / others).masked_fill(first == 0, 0.0))
     gradients = Gradients(norm=totals.means("norm"), ratio=totals.means("ratio"))
     return finite(gradients, f"gradients, mode {excerpts.mode}")
 
