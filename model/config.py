@@ -15,7 +15,7 @@ from sinkbed.model.sinks import SINKS
 from sinkbed.ranges import check_number
 from sinkbed.registry import Choice, plain
 
-_REGISTRIES = {
+PARTS = {
     "position": POSITIONS,
     "block": BLOCKS,
     "norm": NORMS,
@@ -24,6 +24,7 @@ _REGISTRIES = {
     "sink": SINKS,
     "init": INITIALIZERS,
 }
+"""Parts of which a decoder has one, by their keys."""
 _MOST_LAYERS = 10_000
 """A module takes a millisecond to make; a slip of the hand should not take minutes."""
 
@@ -74,7 +75,7 @@ class DecoderConfig:
     """Standard deviation of the normal initialisation."""
 
     def __post_init__(self) -> None:
-        for name, registry in _REGISTRIES.items():
+        for name, registry in PARTS.items():
             choice = getattr(self, name)
             registry.check(choice)
             object.__setattr__(self, name, plain(choice))
@@ -90,7 +91,8 @@ class DecoderConfig:
         for name in ("d_model", "n_heads"):
             check_number(name, getattr(self, name), least=1)
         if self.feed_forward in ("none", "linear"):
-            check_number(f"d_ff beside feed_forward {self.feed_forward}", self.d_ff, least=0, most=0)
+            if self.d_ff:
+                raise ValueError(f"d_ff: expected 0 beside feed_forward {self.feed_forward}, got {self.d_ff!r}")
         else:
             check_number("d_ff", self.d_ff, least=1)
         if self.n_kv_heads is not None and (self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from sinkbed.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NORMALIZERS = Registry("model.decoder.normalizer", __name__)
 
@@ -39,6 +39,8 @@ class Normalizer:
 
         A variant may have a quicker form than this one, which may write over the logits and the gradient it is given.
         """
+        import torch
+
         with torch.enable_grad():
             inputs = (logits.detach().requires_grad_(), *self.parameters())
             weights = self.weights(inputs[0])

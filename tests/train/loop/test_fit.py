@@ -349,6 +349,18 @@ def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path, monkeypat
         (("--data.context_length", "1000000"), "1000000"),
         (("--data.batch_size", "4", "--data.micro_batch_size", "3"), "expected a multiple of micro_batch_size=3"),
         (("--trainer.max_steps", "-1"), "trainer.max_steps: expected at least 1"),
+        (("--model.decoder.position", "{learned: {length: 8}}"), "positions, got 8; set {learned: {length: "),
+        (
+            ("--model.decoder.position", "alibi", "--data.strategy.prefix_lm", "4"),
+            "expected no keys ahead, got data.strategy.prefix_lm=4",
+        ),
+        (
+            ("--model.decoder.position", "alibi", "--data.strategy.positions", "document"),
+            "data.strategy.positions: expected row, or mask: intra_document",
+        ),
+        (("--model.decoder.position", "{rope: {share: 0.01}}"), "expected an even number of dimensions to rotate"),
+        (("--model.decoder.normalizer", "sigmoid", "--model.decoder.sink", "learned"), "sink: expected none beside"),
+        (("--model.decoder.feed_forward", "none"), "d_ff: expected 0 beside feed_forward none, got"),
         (("--trainer.accumulate_grad_batches", "2"), "set data.micro_batch_size"),
         (("--threads", "0"), "threads: expected at least 1"),
         (("--trainer.log_every_n_steps", "0"), "trainer.log_every_n_steps: expected at least 1"),
