@@ -6,6 +6,8 @@ import json
 import pytest
 import torch
 
+from sinkbed.model.attention_parts import ATTENTION_PARTS
+from sinkbed.model.config import PARTS
 from sinkbed.train.bench import attention as bench_attention
 from sinkbed.train.bench import measure as bench_metering
 from sinkbed.train.bench import prepare as bench_prepare
@@ -183,3 +185,12 @@ def test_one_long_line_is_compared_with_the_same_bytes_as_many(capsys):
     many, one = (line.split() for line in capsys.readouterr().out.splitlines())
     assert many[:2] == ["many", "lines"] and one[:2] == ["one", "line"] and many[2] == one[2]
     assert 50 < float(one[-2].replace(",", "")) < 1_500, "MB"
+
+
+def test_every_variant_of_every_part_takes_a_step(capsys, fit):
+    names = [name for registry in PARTS.values() for name in registry.names] + ATTENTION_PARTS.names
+    command = ["bench", "parts", "--config", str(fit), "--batch", "1", "--length", "16", "--repeats", "1"]
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert lines[0].startswith("base") and lines[0].endswith("1.00")
+    assert len(lines) == 1 + len(names) - len(PARTS) + 1  # the base's own variants are no others; and a soft cap
