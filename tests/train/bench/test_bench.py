@@ -189,7 +189,7 @@ def test_one_long_line_is_compared_with_the_same_bytes_as_many(capsys):
 
 def test_every_variant_of_every_part_takes_a_step(capsys, fit):
     names = [name for registry in PARTS.values() for name in registry.names] + ATTENTION_PARTS.names
-    command = ["bench", "parts", "--config", str(fit), "--batch", "1", "--length", "16", "--repeats", "1"]
+    command = ["bench", "parts", "--config", str(fit.config), "--batch", "1", "--length", "16", "--repeats", "1"]
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
     assert lines[0].startswith("base") and lines[0].endswith("1.00")
