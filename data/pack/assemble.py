@@ -54,10 +54,10 @@ def pack(
     length, strategy = layout.context_length, layout.strategy
     placed = () if placed_ids is None else strategy.placed
     slots = np.delete(np.arange(length), placed)
-    pieces = layout.pieces(index, led=placed_ids is not None or not strategy.placed)
+    pieces = layout.pieces(index, with_first=placed_ids is not None or not strategy.placed)
     at = places(pieces)
     content = _content(layout, pieces, at, len(slots) + 1, gather, padding_id)
-    lead = len(strategy.leading) if placed else 0
+    lead = len(strategy.first_tokens) if placed else 0
     skip = lead - len(placed)
     tokens = np.empty((len(index), length), dtype=np.int64)
     tokens[:, lead:] = content[:, skip:-1]
@@ -114,10 +114,10 @@ def _content(
 
 def _predicted(content: NDArray[Any], layout: Layout, placed: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
     """[N, T] the content [N, W] that each row position predicts: that after the last slot up to it."""
-    length, lead = layout.context_length, len(layout.strategy.leading) if placed else 0
+    length, lead = layout.context_length, len(layout.strategy.first_tokens) if placed else 0
     slots = np.delete(np.arange(length), placed)
     predicted = np.empty((len(content), length), dtype=dtype)
-    # Beyond the leading positions slots are consecutive: a slice does what an index of all columns would.
+    # Beyond the first tokens slots are consecutive: a slice does what an index of all columns would.
     predicted[:, lead:] = content[:, lead - len(placed) + 1 :]
     predicted[:, :lead] = content[:, np.searchsorted(slots, np.arange(lead), side="right")]
     return predicted
@@ -144,7 +144,7 @@ def loss_mask(layout: Layout, pieces: Pieces, at: NDArray[np.int64], placed: tup
         beyond = np.flatnonzero(sizes > pieces.inputs)
         counted[beyond, pieces.inputs[beyond]] = False
     if not placed and strategy.placed:
-        opens = pieces.context + (strategy.opening == "none")
+        opens = pieces.context + (strategy.first_of_row == "none")
         counted &= columns >= opens[:, None]
     mask = _predicted(counted, layout, placed, np.bool_)
     mask[:, [p - 1 for p in placed if p]] = False  # what follows is no text

@@ -59,10 +59,10 @@ def audit(rows: Rows) -> dict[str, Any]:
     c, placed = _Counts(), 0
     for index in _chunks(rows):
         _count_structure(c, layout, index)
-        led = rows.led(index, np.zeros_like(index))
-        placed += int(led.sum()) * len(rows.strategy.placed)
+        with_first = rows.with_first(index, np.zeros_like(index))
+        placed += int(with_first.sum()) * len(rows.strategy.placed)
         for kind in (True, False):
-            if (of_kind := index[led == kind]).size:
+            if (of_kind := index[with_first == kind]).size:
                 _count_contents(c, rows, of_kind, kind)
     read = c.inputs - c.repeated
     # Of a part of the rows, what the others hold is not cropped but left for another run.
@@ -116,26 +116,26 @@ def _count_structure(c: _Counts, layout: Layout, index: NDArray[np.int64]) -> No
     c.not_whole += int((seen & begins & ~pieces.repeated & (end < pieces.length)).sum())
 
 
-def _count_contents(c: _Counts, rows: Rows, index: NDArray[np.int64], led: bool) -> None:
+def _count_contents(c: _Counts, rows: Rows, index: NDArray[np.int64], with_first: bool) -> None:
     """Tokens and targets of rows that all have their first token, or all lack it."""
     layout, strategy = rows.layout, rows.strategy
-    pieces = layout.pieces(index, led or not strategy.placed)
+    pieces = layout.pieces(index, with_first or not strategy.placed)
     at = places(pieces)
     size = pieces.end - pieces.begin
     c.inputs += int(pieces.inputs.sum())
     again = np.minimum(size, pieces.inputs[pieces.row] - at)[pieces.repeated]
     c.repeated += int(pieces.context.sum() + again.sum())
-    c.bos += _opened_by_bos(rows, pieces, at, led)
+    c.bos += _opened_by_bos(rows, pieces, at, with_first)
 
-    c.targets += int(loss_mask(layout, pieces, at, strategy.placed if led else ()).sum())
+    c.targets += int(loss_mask(layout, pieces, at, strategy.placed if with_first else ()).sum())
 
 
-def _opened_by_bos(rows: Rows, pieces: Pieces, at: NDArray[np.int64], led: bool) -> int:
+def _opened_by_bos(rows: Rows, pieces: Pieces, at: NDArray[np.int64], with_first: bool) -> int:
     """Rows whose token at position 0 is BOS, whether by the first token or by where a document's marker falls."""
-    manifest, layout, opening = rows.store.manifest, rows.layout, rows.strategy.opening
-    if led and opening != "none":
+    manifest, layout, first_of_row = rows.store.manifest, rows.layout, rows.strategy.first_of_row
+    if with_first and first_of_row != "none":
         # A random token is never a special one.
-        bos = opening != "random" and manifest.token_id(opening) == manifest.bos_id
+        bos = first_of_row != "random" and manifest.token_id(first_of_row) == manifest.bos_id
         return len(pieces.inputs) if bos else 0
     first = at == 0
     opened = np.zeros_like(first)

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, Sampler
 
 from sinkbed.data.order import permute
 from sinkbed.data.pack.assemble import Row, has_first_token, pack, random_tokens
-from sinkbed.data.pack.layout import Concat, Layout, Planned
+from sinkbed.data.pack.layout import Layout, Planned, Stream
 from sinkbed.data.pack.methods import PACKINGS
 from sinkbed.data.pack.plan import Plan, PlanSettings
 from sinkbed.data.pack.strategy import Strategy
@@ -120,14 +120,17 @@ class Rows(Dataset[Batch]):
             raise IndexError(f"row {number.min()}: rows are numbered from 0")
         epoch = number // len(self)
         slot = self._slots(number)
-        led = self.led(slot, epoch)
-        if led.all():
-            row = self._pack(slot, epoch, led=True)
-        elif not led.any():
-            row = self._pack(slot, epoch, led=False)
+        with_first = self.with_first(slot, epoch)
+        if with_first.all():
+            row = self._pack(slot, epoch, with_first=True)
+        elif not with_first.any():
+            row = self._pack(slot, epoch, with_first=False)
         else:
-            parts = [self._pack(slot[some], epoch[some], led=kind) for kind, some in ((True, led), (False, ~led))]
-            back = np.argsort(np.argsort(~led, kind="stable"), kind="stable")
+            parts = [
+                self._pack(slot[some], epoch[some], with_first=kind)
+                for kind, some in ((True, with_first), (False, ~with_first))
+            ]
+            back = np.argsort(np.argsort(~with_first, kind="stable"), kind="stable")
             row = Row(*(np.concatenate(columns)[back] for columns in zip(*parts, strict=True)))
         tokens, targets, loss_mask, doc_start, doc_end = map(torch.from_numpy, row)
         index = torch.arange(self.context_length)
@@ -158,19 +161,19 @@ class Rows(Dataset[Batch]):
             slots[inside] = self._block[1][number[inside] - block * _BLOCK]
         return slots
 
-    def led(self, slot: np.ndarray, epoch: np.ndarray) -> np.ndarray:
+    def with_first(self, slot: np.ndarray, epoch: np.ndarray) -> np.ndarray:
         """[N] whether each row of an epoch [N] has its first token."""
         strategy = self.strategy
         if strategy.first_token_share == 1:
             return np.full(len(slot), bool(strategy.placed))
         return has_first_token(slot, share=strategy.first_token_share, seed=self.seed, epoch=epoch)
 
-    def _pack(self, slot: np.ndarray, epoch: np.ndarray, *, led: bool) -> Row:
-        manifest, leading = self.store.manifest, self.strategy.leading
-        placed = np.empty((len(slot), len(self.strategy.placed)), dtype=np.int64) if led else None
+    def _pack(self, slot: np.ndarray, epoch: np.ndarray, *, with_first: bool) -> Row:
+        manifest, first_tokens = self.store.manifest, self.strategy.first_tokens
+        placed = np.empty((len(slot), len(self.strategy.placed)), dtype=np.int64) if with_first else None
         if placed is not None:
             for column, position in enumerate(self.strategy.placed):
-                what = leading[position]
+                what = first_tokens[position]
                 if what == "random":
                     placed[:, column] = random_tokens(
                         slot,
@@ -195,7 +198,7 @@ class Rows(Dataset[Batch]):
             "end_id": end,
         }
         if PACKINGS[strategy.packing].is_stream:
-            return Concat(**common)
+            return Stream(**common)
         room = self.context_length - len(strategy.placed)
         settings = PlanSettings(strategy=strategy, room=room, extras=(start is not None) + (end is not None))
         return Planned(

@@ -113,8 +113,8 @@ class Layout(ABC):
         """Whether a row that opens inside a document counts the token it opens with."""
 
     @abstractmethod
-    def pieces(self, index: Ints, led: bool = True) -> Pieces:
-        """The pieces in rows `index` [N], each in 0 .. R - 1; `led`: these rows have their first token."""
+    def pieces(self, index: Ints, with_first: bool = True) -> Pieces:
+        """The pieces in rows `index` [N], each in 0 .. R - 1; `with_first`: these rows have their first token."""
 
     @property
     def pads(self) -> bool:
@@ -131,7 +131,7 @@ class Layout(ABC):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Concat(Layout):
+class Stream(Layout):
     """One stream of all documents, cut into rows."""
 
     @property
@@ -142,17 +142,17 @@ class Concat(Layout):
     @property
     def counts_beyond(self) -> bool:
         """Unless the next row's first token predicts it."""
-        return self.strategy.opening == "none"
+        return self.strategy.first_of_row == "none"
 
     @property
     def counts_resumed(self) -> bool:
         """By the first token, or whatever stands in its place."""
         return True
 
-    def pieces(self, index: Ints, led: bool = True) -> Pieces:
+    def pieces(self, index: Ints, with_first: bool = True) -> Pieces:
         """See `Layout.pieces`."""
         opens = index * self.room
-        context = np.minimum(0 if led else self.context_length - self.room, opens)
+        context = np.minimum(0 if with_first else self.context_length - self.room, opens)
         begin, beyond = opens - context, opens + self.room + 1  # the last one is a target only
         head, tail = self.offsets.find(np.concatenate([begin, beyond - 1]), self.extras).reshape(2, -1)
         per_row = tail - head + 1
@@ -205,7 +205,7 @@ class Planned(Layout):
         """See `Layout.verify`."""
         self.plan.verify()
 
-    def pieces(self, index: Ints, led: bool = True) -> Pieces:
+    def pieces(self, index: Ints, with_first: bool = True) -> Pieces:
         """See `Layout.pieces`. Rows without their first token begin with the same piece."""
         per_row, document, begin = self.plan.read(index)
         repeated, begin = begin < 0, np.maximum(begin, 0)

@@ -62,21 +62,21 @@ class Strategy:
     """Where position 0 is: at the start of the row, or of each document in it."""
 
     @property
-    def leading(self) -> tuple[FirstToken | int, ...]:
+    def first_tokens(self) -> tuple[FirstToken | int, ...]:
         """`first_token` as what stands at row positions 0, 1, ...; empty where the text has them all."""
         if isinstance(self.first_token, list):
             return tuple(self.first_token)
         return () if self.first_token == "none" else (self.first_token,)
 
     @property
-    def opening(self) -> FirstToken | int:
+    def first_of_row(self) -> FirstToken | int:
         """What stands at row position 0."""
-        return self.leading[0] if self.leading else "none"
+        return self.first_tokens[0] if self.first_tokens else "none"
 
     @property
     def placed(self) -> tuple[int, ...]:
         """Row positions that hold a token which is not of the text."""
-        return tuple(i for i, what in enumerate(self.leading) if what != "none")
+        return tuple(i for i, what in enumerate(self.first_tokens) if what != "none")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "packing", plain(self.packing))
@@ -147,10 +147,10 @@ class Strategy:
                 f"window: expected at most {context_length - 1} with context_length {context_length}, got "
                 f"{self.window}, which limits nothing; null for no window"
             )
-        if len(self.leading) >= context_length:
+        if len(self.first_tokens) >= context_length:
             raise ValueError(
                 f"first_token: expected at most {context_length - 1} positions with context_length {context_length}, "
-                f"so that text is left, got {len(self.leading)}"
+                f"so that text is left, got {len(self.first_tokens)}"
             )
         for name in ("shared_prefix", "prefix_lm"):
             if getattr(self, name) >= context_length:
@@ -162,7 +162,7 @@ class Strategy:
     def check_vocabulary(self, vocab_size: int, special_ids: tuple[int, ...], where: object) -> None:
         """Raise ValueError where a token id lies outside the vocabulary, or a random one has none to be drawn from."""
         for name, ids in (
-            ("first_token", self.leading),
+            ("first_token", self.first_tokens),
             ("document_start", (self.document_start,)),
             ("document_end", (self.document_end,)),
         ):
@@ -171,7 +171,7 @@ class Strategy:
                     raise ValueError(
                         f"{name}: expected an id less than {vocab_size} (the vocabulary of {where}), got {token}"
                     )
-        if "random" in self.leading and vocab_size <= len(special_ids):
+        if "random" in self.first_tokens and vocab_size <= len(special_ids):
             raise ValueError("first_token: expected no random one with a vocabulary of special tokens only, got random")
 
 

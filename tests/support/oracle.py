@@ -181,13 +181,17 @@ def _fill_up(rows: list[list[Piece]], heads: list[Piece], room: int) -> None:
 
 
 def planned_row(
-    documents: Sequence[Sequence[int]], strategy: Strategy, length: int, pieces: list[Piece], leading: list[int | None]
+    documents: Sequence[Sequence[int]],
+    strategy: Strategy,
+    length: int,
+    pieces: list[Piece],
+    first_tokens: list[int | None],
 ) -> OracleRow:
-    """One row, position by position. `leading`: what stands at positions 0, 1, ...; None for text."""
+    """One row, position by position. `first_tokens`: what stands at positions 0, 1, ...; None for text."""
     room = length - len(strategy.placed)
     texts = [marked(document, strategy) for document in documents]
     content = [(piece, place) for piece in pieces for place in range(piece.begin, piece.end)]
-    placed = [i < len(leading) and leading[i] is not None for i in range(length)]
+    placed = [i < len(first_tokens) and first_tokens[i] is not None for i in range(length)]
     following = iter(content)
     # What of the documents stands at each position.
     held = [None if is_placed else next(following, None) for is_placed in placed]
@@ -222,7 +226,7 @@ def planned_row(
     starts = [owners.index(owner) for owner in owners]
     return OracleRow(
         tokens=[
-            leading[i] if placed[i] else texts[what[0].document][what[1]] if (what := held[i]) else EOS  # type: ignore[misc]
+            first_tokens[i] if placed[i] else texts[what[0].document][what[1]] if (what := held[i]) else EOS  # type: ignore[misc]
             for i in range(length)
         ],
         targets=targets,

@@ -107,14 +107,14 @@ def first_id(strategy: Strategy, tokenizer: OurTokenizer, bos: str) -> int | Non
                 f"data.strategy.{name}: got {getattr(strategy, name)}{beside}, which neither Llama nor Mistral of "
                 "Hugging Face can express"
             )
-    if any(what != "none" for what in strategy.leading[1:]):
+    if any(what != "none" for what in strategy.first_tokens[1:]):
         raise ValueError(
             f"data.strategy.first_token: got {strategy.first_token}, whose tokens past position 0 no tokenizer "
             "places; only a first token can be exported"
         )
     if bos != "as_trained":
         return tokenizer.bos_id if bos == "always" else None
-    what = strategy.opening if strategy.leading else strategy.document_start
+    what = strategy.first_of_row if strategy.first_tokens else strategy.document_start
     if isinstance(what, int):
         return what
     return {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}.get(what)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from sinkbed.train.measure.masks import strategy_mask
-from sinkbed.train.measure.modes import InferenceMode, leading_tokens
+from sinkbed.train.measure.modes import InferenceMode, first_tokens_of
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ def first_tokens(
     """
     import torch
 
-    leading = leading_tokens(mode, strategy)
+    first_tokens = first_tokens_of(mode, strategy)
     usable = [t for t in range(len(probe.token_bytes)) if t not in probe.special_ids]
 
     def token(what: str | int, position: int, row: int) -> int:
@@ -35,8 +35,8 @@ def first_tokens(
             return usable[(row + 1 + position * 2**20) * 2_654_435_761 % 2**32 % len(usable)]
         return {"bos": probe.bos_id, "eos": probe.eos_id}[what] if isinstance(what, str) else what
 
-    positions = tuple(i for i, what in enumerate(leading) if what != "none")
-    placed = [[token(leading[i], i, row) for i in positions] for row in rows]
+    positions = tuple(i for i, what in enumerate(first_tokens) if what != "none")
+    placed = [[token(first_tokens[i], i, row) for i in positions] for row in rows]
     return torch.tensor(placed, dtype=torch.int64).reshape(len(rows), len(positions)), positions
 
 

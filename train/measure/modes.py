@@ -32,10 +32,10 @@ def check_modes(names: Sequence[str]) -> tuple[InferenceMode, ...]:
     return tuple(mode for name in names for mode in MODES if mode == name)
 
 
-def leading_tokens(mode: InferenceMode, strategy: Strategy) -> tuple[str | int, ...]:
+def first_tokens_of(mode: InferenceMode, strategy: Strategy) -> tuple[str | int, ...]:
     """What a mode puts at row positions 0, 1, ...: `none` where the text goes on, empty where it has them all."""
     by_mode: dict[str, tuple[str | int, ...]] = {"bos": ("bos",), "text": (), "random_first": ("random",)}
-    leading = by_mode.get(mode, strategy.leading)
-    if mode in ("as_trained", "first_key_masked") and not leading and strategy.document_start != "none":
+    first_tokens = by_mode.get(mode, strategy.first_tokens)
+    if mode in ("as_trained", "first_key_masked") and not first_tokens and strategy.document_start != "none":
         return (strategy.document_start,)
-    return leading
+    return first_tokens

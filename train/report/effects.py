@@ -69,10 +69,10 @@ def figure(result: Result, metric: str, mode: str) -> float | None:
         if placed:
             return sum(map(sum, placed)) / sum(map(len, placed))
         # One that is placed at position 0, and nowhere after, is the first key.
-        leading = result.strategy["first_token"]
-        leading = leading if isinstance(leading, list) else [leading]
-        at_0 = mode in ("as_trained", {"bos": "bos", "random": "random_first"}.get(leading[0]))
-        only = leading[0] not in ("none", None) and all(what == "none" for what in leading[1:])
+        first_tokens = result.strategy["first_token"]
+        first_tokens = first_tokens if isinstance(first_tokens, list) else [first_tokens]
+        at_0 = mode in ("as_trained", {"bos": "bos", "random": "random_first"}.get(first_tokens[0]))
+        only = first_tokens[0] not in ("none", None) and all(what == "none" for what in first_tokens[1:])
         return result.value(mode, "0.3") if at_0 and only else None
     if metric in ("sink_rate_share", "sink_share"):
         key, plain = ("rate_share", "rate") if metric == "sink_rate_share" else ("share", "mass")

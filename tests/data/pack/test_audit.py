@@ -155,13 +155,13 @@ def test_rows_without_their_first_token_are_audited_as_drawn(make_store: MakeSto
     rows = Rows(make_store([[5, 6, 7, 8, 9]] * 60), strategy, 8)
     tokens = rows.__getitems__(list(range(len(rows)))).tokens
     found = audit(rows)
-    led = int((tokens[:, 0] == BOS).sum())
-    assert 0 < led < len(rows)
-    assert found["share_of_rows_that_begin_with_bos"] == led / len(rows)
+    with_first = int((tokens[:, 0] == BOS).sum())
+    assert 0 < with_first < len(rows)
+    assert found["share_of_rows_that_begin_with_bos"] == with_first / len(rows)
     # The first row of the stream has nothing before it: where it is drawn without BOS it ends in padding.
     padded = int((tokens[:, -1] == 1).sum())
     assert padded == round(found["share_of_tokens_padding"] * len(rows) * 8) <= 1
-    repeated = len(rows) - led - padded
+    repeated = len(rows) - with_first - padded
     assert found["share_of_tokens_repeated"] == pytest.approx(repeated / (len(rows) * 7 + repeated))
 
 

@@ -277,7 +277,7 @@ FIRST: list[Any] = ["none", "bos", 77, ["none", "bos"], ["bos", "none", 77], [77
 
 
 def leading_ids(strategy: Strategy) -> list[int | None]:
-    return [None if what == "none" else BOS if what == "bos" else int(what) for what in strategy.leading]
+    return [None if what == "none" else BOS if what == "bos" else int(what) for what in strategy.first_tokens]
 
 
 def fields_that_count(row: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -411,10 +411,10 @@ def test_a_share_of_rows_has_the_first_token_and_the_others_the_text_before(make
     rows, whole = Rows(store, strategy, 8), Rows(store, Strategy(first_token="bos", document_end="none"), 8)
     found, fixed = rows_in_stream_order(rows), rows_in_stream_order(whole)
     stream = [token for token, _ in stream_of(documents_of([40] * 50), strategy)]
-    led = [place for place, row in found.items() if row["tokens"][0] == BOS]
-    assert 0.2 < len(led) / len(found) < 0.4
+    with_first = [place for place, row in found.items() if row["tokens"][0] == BOS]
+    assert 0.2 < len(with_first) / len(found) < 0.4
     for place, row in found.items():
-        if place in led:
+        if place in with_first:
             assert row == fixed[place]
         elif place:
             assert row["tokens"] == [stream[place * 7 - 1], *fixed[place]["tokens"][1:]]
@@ -423,7 +423,7 @@ def test_a_share_of_rows_has_the_first_token_and_the_others_the_text_before(make
     again = rows.__getitems__(list(range(len(rows), 2 * len(rows)))).tokens[:, 0] == BOS
     assert again.sum() not in (0, len(rows)), "drawn anew in each epoch"
     slots = permute(np.arange(len(rows)), len(rows), seed=0, epoch=1)
-    assert {int(slot) for slot, has in zip(slots, again.tolist(), strict=True) if has} != set(led)
+    assert {int(slot) for slot, has in zip(slots, again.tolist(), strict=True) if has} != set(with_first)
 
 
 def test_a_row_of_whole_documents_without_its_first_token_moves_up(make_store: MakeStore) -> None:

@@ -89,11 +89,11 @@ def test_a_strategy_cannot_be_changed_and_knows_no_other_axis() -> None:
 
 
 def test_what_stands_at_leading_positions_is_one_list_however_it_is_written() -> None:
-    assert (Strategy().leading, Strategy().placed, Strategy().opening) == ((), (), "none")
+    assert (Strategy().first_tokens, Strategy().placed, Strategy().first_of_row) == ((), (), "none")
     bos = Strategy(first_token="bos")
-    assert (bos.leading, bos.placed, bos.opening) == (("bos",), (0,), "bos")
+    assert (bos.first_tokens, bos.placed, bos.first_of_row) == (("bos",), (0,), "bos")
     later = Strategy(first_token=["none", 7, "none", "random"])
-    assert (later.placed, later.opening) == ((1, 3), "none")
+    assert (later.placed, later.first_of_row) == ((1, 3), "none")
 
 
 def test_a_token_id_outside_the_vocabulary_is_refused() -> None:
