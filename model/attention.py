@@ -9,18 +9,31 @@ from torch import Tensor, nn
 
 from sinkbed.kernels import AttentionOutput, Implementation, Mask, Statistics, attention
 from sinkbed.kernels.normalizers import NORMALIZERS, Normalizer
+from sinkbed.kernels.scoring import Scoring
 from sinkbed.model.attention_parts import ATTENTION_PARTS
 from sinkbed.model.config import DecoderConfig
 from sinkbed.model.positions import PositionEncoding
+from sinkbed.model.registers import of_tokens
 from sinkbed.model.sinks import SINKS, Sink
 
 
 class Operator(nn.Module):
     """`kernels.attention` as a module without weights: hooks see what it is given and what it makes."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, **options: Any) -> AttentionOutput:
-        """See `kernels.attention`."""
-        return attention(q, k, v, mask, **options)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, *, registers: int = 0, **options: Any
+    ) -> AttentionOutput:
+        """See `kernels.attention`; statistics without the first `registers` positions of a row."""
+        out = attention(q, k, v, mask, **options)
+        if not registers or out.statistics is None:
+            return out
+        assert mask is not None
+        return of_tokens(out, q, k, mask, scoring_of(q, options), registers)
+
+
+def scoring_of(q: Tensor, options: dict[str, Any]) -> Scoring:
+    """How the operator scores, of what it is called with."""
+    return Scoring(scale=q.shape[-1] ** -0.5, **{name: options[name] for name in ("softcap", "slopes", "normalizer")})
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -72,6 +85,7 @@ class SelfAttention(nn.Module):
             sink_logit=logit,
             sink_value=value,
             normalizer=self.normalizer,
+            registers=c.n_registers,
             statistics=run.statistics,
             implementation=run.implementation,
         )

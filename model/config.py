@@ -69,6 +69,8 @@ class DecoderConfig:
     """Logits are softcap · tanh(logits / softcap) where set (Gemma 2, arXiv 2408.00118)."""
     sink: Choice = "none"
     """A key that is no token's, for attention to rest on, a file of model/sinks."""
+    n_registers: int = 0
+    """Learned vectors before every row, which every query sees (arXiv 2309.16588)."""
     init: Choice = "residual_scaled"
     """How matrices are drawn, a file of model/initializers."""
     init_std: float = 0.02
@@ -86,6 +88,12 @@ class DecoderConfig:
             raise ValueError(
                 f"sink: expected none beside normalizer {self.normalizer!r}, whose weights no sink logit joins, got "
                 f"{self.sink!r}"
+            )
+        check_number("n_registers", self.n_registers, least=0)
+        if self.n_registers and self.normalizer != "softmax":
+            raise ValueError(
+                f"n_registers: expected 0 beside normalizer {self.normalizer!r}, under which their mass is not "
+                f"measured, got {self.n_registers}"
             )
         check_number("n_layers", self.n_layers, least=1, most=_MOST_LAYERS)
         for name in ("d_model", "n_heads"):

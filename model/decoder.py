@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sinkbed.kernels import Implementation, Mask, Statistics
-from sinkbed.kernels.scoring import Scoring
-from sinkbed.model.attention import ForwardPass, Operator
+from sinkbed.model.attention import ForwardPass, Operator, scoring_of
 from sinkbed.model.blocks import BLOCKS
 from sinkbed.model.config import DecoderConfig
 from sinkbed.model.initializers import INITIALIZERS
@@ -22,6 +21,7 @@ from sinkbed.model.loss import linear_cross_entropy
 from sinkbed.model.norms import NORMS
 from sinkbed.model.observe import Attentions, LayerAttention
 from sinkbed.model.positions import POSITIONS, PositionEncoding
+from sinkbed.model.registers import with_registers, without_registers
 
 
 class DecoderOutput(NamedTuple):
@@ -46,6 +46,7 @@ class Decoder(nn.Module):
         self.checkpoint_activations = False
         """Whether training computes each block again in its backward pass instead of keeping what is inside."""
         self.embedding = nn.Embedding(vocab_size, config.d_model)
+        self.registers = nn.Parameter(torch.empty(config.n_registers, config.d_model)) if config.n_registers else None
         self.position: PositionEncoding = POSITIONS.make(config.position, config)
         blocks = [BLOCKS.make(config.block, config, layer) for layer in range(config.n_layers)]
         self.blocks = nn.ModuleList(blocks)
@@ -89,6 +90,14 @@ class Decoder(nn.Module):
             raise ValueError(f"tokens: expected at most the {most} positions of this model, got {tokens.shape[1]}")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.position.embed(self.embedding(tokens), positions)
+        if self.registers is not None:
+            count = len(self.registers)
+            mask = Mask(rows=len(x), length=x.shape[1]) if mask is None else mask
+            mask = with_registers(mask, count, x.device)
+            x = torch.cat([self.registers.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+            before = torch.arange(-count, 0, device=x.device).expand(*positions.shape[:-1], -1)
+            positions = torch.cat([before, positions], dim=-1)
         run = ForwardPass(
             position=self.position,
             prepared=self.position.prepare(positions),
@@ -96,7 +105,6 @@ class Decoder(nn.Module):
             statistics=statistics,
             implementation=self.implementation,
         )
-        x = self.position.embed(self.embedding(tokens), positions)
         per_layer: list[Statistics] = []
         again = self.checkpoint_activations and torch.is_grad_enabled()
         for block in self.blocks:
@@ -104,7 +112,7 @@ class Decoder(nn.Module):
             x, layer = call(x, run)
             if layer is not None:
                 per_layer.append(layer)
-        x = self.norm(x)
+        x = self.norm(x[:, self.config.n_registers :])
         seen = tuple(per_layer) if statistics else None
         if targets is None:
             return DecoderOutput(self.head(x), None, seen)
@@ -118,12 +126,12 @@ class Decoder(nn.Module):
         def hook(layer: int) -> Any:
             def seen(module: nn.Module, args: Any, options: dict[str, Any], output: Any) -> None:
                 q, k, v, mask = args
-                mask = Mask(rows=len(q), length=q.shape[2]) if mask is None else mask
-                scoring = Scoring(
-                    scale=q.shape[-1] ** -0.5,
-                    **{name: options[name] for name in ("softcap", "slopes", "normalizer")},
-                )
-                attention(LayerAttention(layer, q, k, v, output.lse, mask, scoring, output.statistics))
+                if self.registers is not None:
+                    mask = without_registers(mask, len(self.registers))
+                    q, k, v, lse = (each[:, :, len(self.registers) :] for each in (q, k, v, output.lse))
+                else:
+                    mask, lse = Mask(rows=len(q), length=q.shape[2]) if mask is None else mask, output.lse
+                attention(LayerAttention(layer, q, k, v, lse, mask, scoring_of(q, options), output.statistics))
 
             return seen
 

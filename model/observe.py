@@ -82,7 +82,9 @@ def observing(model: Any, *, attention: Attentions | None = None, hidden: Hidden
         # Compiled code does not look for hooks that came after it.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if hidden is not None:
-            for handle in _hidden_hooks(model.blocks, hidden):
+            registers = getattr(model, "registers", None)
+            count = 0 if registers is None else len(registers)
+            for handle in _hidden_hooks(model.blocks, _of_tokens(hidden, count) if count else hidden):
                 stack.callback(handle.remove)
         if attention is not None:
             stack.enter_context(model.observed(attention))
@@ -98,6 +100,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def _of_tokens(hidden: Hidden, count: int) -> Hidden:
+    """The same callback for rows that begin with so many registers, of which it knows nothing."""
+
+    def call(layer: int, h: Tensor) -> Tensor | None:
+        replaced = hidden(layer, h[:, count:])
+        return None if replaced is None else torch.cat([h[:, :count], replaced], dim=1)
+
+    return call
 
 
 def _hidden_hooks(blocks: nn.ModuleList, hidden: Hidden) -> Iterator[Any]:

@@ -23,6 +23,7 @@ _PARTS: dict[str, Any] = {
     "feed_forward": "swiglu",
     "block": "pre_norm",
     "attention_parts": [],
+    "n_registers": 0,
 }
 
 

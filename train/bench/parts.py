@@ -25,7 +25,7 @@ def variants(base: DecoderConfig) -> dict[str, DecoderConfig]:
                 changes[f"{key}: {name}"] = {key: name}
     for name in ATTENTION_PARTS.names:
         changes[f"attention_parts: [{name}]"] = {"attention_parts": [name]}
-    changes["softcap: 30"] = {"softcap": 30.0}
+    changes |= {"softcap: 30": {"softcap": 30.0}, "n_registers: 1": {"n_registers": 1}}
     for name in ("gelu", "relu", "relu2", "silu"):
         changes[f"feed_forward: {name}"] |= {"d_ff": base.d_ff * 3 // 2}
     for name in ("linear", "none"):

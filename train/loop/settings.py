@@ -74,8 +74,18 @@ def _check_positions(decoder: DecoderConfig, strategy: Strategy, context_length:
             f"model.decoder.position: expected at least the data.context_length={context_length} positions, got "
             f"{position.max_length}; set {{{POSITIONS.name_of(decoder.position)}: {{length: {context_length}}}}}"
         )
+    if decoder.n_registers and strategy.shared_prefix > 1:
+        raise ValueError(
+            "model.decoder.n_registers: expected 0 beside data.strategy.shared_prefix="
+            f"{strategy.shared_prefix}, which a mode that hides key 0 would part from it, got {decoder.n_registers}"
+        )
     if position.slopes is None:
         return
+    if decoder.n_registers and strategy.mask == "intra_document":
+        raise ValueError(
+            f"model.decoder.n_registers: expected 0 beside {decoder.position} and mask: intra_document, where each "
+            f"document would be at another distance from them, got {decoder.n_registers}"
+        )
     if strategy.prefix_lm:
         raise ValueError(
             f"model.decoder.position: {decoder.position} lowers logits by the distance back to a key; expected no keys "

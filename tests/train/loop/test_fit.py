@@ -358,6 +358,17 @@ def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path, monkeypat
             ("--model.decoder.position", "alibi", "--data.strategy.positions", "document"),
             "data.strategy.positions: expected row, or mask: intra_document",
         ),
+        (
+            (
+                "--model.decoder.n_registers",
+                "1",
+                "--data.strategy.mask",
+                "intra_document",
+                "--data.strategy.shared_prefix",
+                "2",
+            ),
+            "model.decoder.n_registers: expected 0 beside data.strategy.shared_prefix=2",
+        ),
         (("--model.decoder.position", "{rope: {share: 0.01}}"), "expected an even number of dimensions to rotate"),
         (("--model.decoder.normalizer", "sigmoid", "--model.decoder.sink", "learned"), "sink: expected none beside"),
         (("--model.decoder.feed_forward", "none"), "d_ff: expected 0 beside feed_forward none, got"),

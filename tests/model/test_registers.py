@@ -1,0 +1,66 @@
+"""Registers: vectors before every row that every query sees, and that nothing measured counts as tokens."""
+
+import pytest
+import torch
+
+from sinkbed.kernels import interval_mask
+from sinkbed.model import Decoder, DecoderConfig
+from sinkbed.model.observe import observing
+
+SHAPE = dict(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, init_std=0.3)
+TOKENS = torch.arange(40).view(2, 20) % 37
+
+
+def decoder(**parts):
+    torch.manual_seed(0)
+    return Decoder(DecoderConfig(**SHAPE, **parts), 40)
+
+
+def test_they_are_what_tokens_with_such_embeddings_would_be():
+    """Without positions that are relative, a register is a token whose embedding is its vector."""
+    ours = decoder(n_registers=2, position="none")
+    plain = decoder(position="none")
+    plain.load_state_dict({k: v for k, v in ours.state_dict().items() if k != "registers"})
+    with torch.no_grad():
+        plain.embedding.weight[38:] = ours.registers
+    prefixed = torch.cat([torch.tensor([[38, 39]]).expand(2, -1), TOKENS], dim=1)
+    torch.testing.assert_close(ours(TOKENS).logits, plain(prefixed).logits[:, 2:])
+
+
+@pytest.mark.parametrize("sink", ["none", "kv_bias"])
+@pytest.mark.parametrize("position", ["rope", "learned", "alibi"])
+def test_what_is_measured_is_attention_of_tokens_on_tokens(position, sink):
+    model = decoder(n_registers=3, position=position, sink=sink)
+    layers, widths = [], []
+    with torch.no_grad(), observing(model, attention=layers.append, hidden=lambda _, h: widths.append(h.shape[1])):
+        output = model(TOKENS, statistics=True)
+    assert output.logits.shape == (2, 20, 40) and set(widths) == {20}
+    for layer, measured in zip(layers, output.statistics, strict=True):
+        weights = torch.cat([block for _, block in layer.blocks(7)], dim=2)
+        assert weights.shape == (2, 4, 20, 20) and measured.learned_sink_mass.min() > 0
+        torch.testing.assert_close(weights[..., 0], measured.first_key_mass)
+        assert torch.equal(measured.first_key_mass, measured.document_mass)
+        sums = weights.sum(-1) + measured.learned_sink_mass
+        torch.testing.assert_close(sums, torch.ones_like(sums))
+
+
+def test_every_document_sees_them_and_no_other_document():
+    model = decoder(n_registers=3)
+    start = torch.tensor([[0] * 8 + [8] * 12] * 2, dtype=torch.int32)
+    mask = interval_mask(2, 20, doc_start=start, document=True)
+    with torch.no_grad():
+        packed = model(TOKENS, mask=mask).logits
+        torch.testing.assert_close(packed[:, :8], model(TOKENS[:, :8]).logits)
+        alone = model(TOKENS[:, 8:], torch.arange(8, 20)).logits
+        torch.testing.assert_close(packed[:, 8:], alone)
+        without = model(TOKENS[:, 8:], torch.arange(8, 20), interval_mask(2, 12, hide_first_key=True)).logits
+    assert not torch.allclose(without[:, 1:], alone[:, 1:])
+    with pytest.raises(ValueError, match="registers: expected statistics of rows of one document"):
+        model(TOKENS, mask=mask, statistics=True)
+
+
+def test_they_learn():
+    model = decoder(n_registers=2)
+    model(TOKENS[:, :-1], targets=TOKENS[:, 1:]).loss.backward()
+    assert (model.registers.grad.norm(dim=1) > 0).all()
+    assert model.parameter_count() == decoder().parameter_count() + 2 * 32
