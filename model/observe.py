@@ -105,9 +105,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _of_tokens(hidden: Hidden, count: int) -> Hidden:
     """The same callback for rows that begin with so many registers, of which it knows nothing."""
 
-    def call(layer: int, h: Tensor) -> Tensor | None:
-        replaced = hidden(layer, h[:, count:])
-        return None if replaced is None else torch.cat([h[:, :count], replaced], dim=1)
+    def call(layer: int, h: Tensor) -> Tensor:
+        registers, tokens = h[:, :count], h[:, count:]
+        replaced = hidden(layer, tokens)
+        # Always put back: what the callback keeps must be what the next block reads, to differentiate by it.
+        return torch.cat([registers, tokens if replaced is None else replaced], dim=1)
 
     return call
 

@@ -59,6 +59,13 @@ def test_every_document_sees_them_and_no_other_document():
         model(TOKENS, mask=mask, statistics=True)
 
 
+def test_a_loss_is_differentiated_by_the_states_of_tokens():
+    model, states = decoder(n_registers=2), []
+    with observing(model, hidden=lambda _, h: states.append(h)):
+        loss = model(TOKENS[:, :-1], targets=TOKENS[:, 1:]).loss
+    assert all(g.shape == (2, 19, 32) and g.norm() > 0 for g in torch.autograd.grad(loss, states))
+
+
 def test_they_learn():
     model = decoder(n_registers=2)
     model(TOKENS[:, :-1], targets=TOKENS[:, 1:]).loss.backward()
