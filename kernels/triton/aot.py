@@ -191,7 +191,21 @@ def _launch(variant: Variant) -> None:
         statistics = "+" in variant.kernel
         docs = interval if statistics and variant.mask != "one_document" else None
         triton_gpu._forward(
-            q, k, k, first_key, end_key, first_query, last_query, docs, docs, sink_logit, slopes, 0, 0, *scoring, statistics
+            q,
+            k,
+            k,
+            first_key,
+            end_key,
+            first_query,
+            last_query,
+            docs,
+            docs,
+            sink_logit,
+            slopes,
+            0,
+            0,
+            *scoring,
+            statistics,
         )
     elif variant.kernel == "received":
         triton_gpu._received(q, k, lse, first_query, last_query, 0, 0, scale)

@@ -11,7 +11,8 @@ The transpose of an interval mask is an interval mask too: key j is seen by the 
 last_query[j], which is what the dK/dV kernel walks. No atomics: a rerun is bitwise equal.
 
 Letters: B rows, H query heads, G query heads per key head, T positions, D head dim (BLOCK_D: its next power of
-two). Logits are kept in base 2: exp(x) = exp2(x · log2 e). Prefixes: p_ pointer, b_ block in registers.
+two). Logits are kept in base 2: exp(x) = exp2(x · log2 e). Prefixes: p_ pointer, b_ block in registers. The mask on
+tiles is in `mask`, logits and weights are in `scoring`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,20 @@ from sinkbed.kernels.triton.mask import (
     query_block_tiles,
     visible,
 )
-from sinkbed.kernels.triton.scoring import LN2, LOG2E, finish, hide, raw, scores, slope, start, step, through_cap, weight
+from sinkbed.kernels.triton.scoring import (
+    LN2,
+    LOG2E,
+    exponents,
+    finish,
+    raw,
+    scores,
+    slope,
+    start,
+    step,
+    through_cap,
+    weight,
+)
+
 
 @triton.jit
 def _at_tile(p, stride, position):
@@ -76,7 +90,8 @@ def _forward_step(
     if MASKED:
         seen = visible(rows[:, None], keys[None, :], b_first[:, None], b_end[:, None], shared_from, shared_to,
                        HAS_FIRST, HAS_END)  # fmt: skip
-        b_s = hide(b_s, seen, NORMALIZER)
+        # Softpick gives a logit of 0 no weight, and no part in the sum.
+        b_s = tl.where(seen, b_s, 0.0 if NORMALIZER == "softpick" else float("-inf"))
     b_p, b_max, b_sum, b_total, b_keep = step(b_s, scale2, b_max, b_sum, b_total, NORMALIZER, STATISTICS)
     b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_keep[:, None], input_precision=PRECISION)
     return b_o, b_max, b_sum, b_total
@@ -99,7 +114,10 @@ def forward_kernel(
     HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_SINK: tl.constexpr,
     STATISTICS: tl.constexpr, NORMALIZER: tl.constexpr, NORMALIZED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output, lse (natural log; of a normaliser, of what its weights are divided by) and statistics of BLOCK_M queries of one head. Grid: (B·H, query blocks)."""
+    """Output, lse (natural log; of a normaliser, that of its divisor) and statistics of BLOCK_M queries of one head.
+
+    Grid: (B·H, query blocks).
+    """
     bh = tl.program_id(0)
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
@@ -179,11 +197,9 @@ def forward_kernel(
         anchor = row0 * 0
         while anchor <= row1:
             b_k = _load_rows(k, anchor + n, k_t, T, D, BLOCK_D)  # [16, BLOCK_D]
-            b_s, _tanh = scores(
-                b_q, b_k, rows[:, None] - (anchor + n)[None, :], cap, head_slope, bias, PRECISION
-            )
-            b_x = tl.sum(tl.where((n == 0)[None, :], b_s, 0.0), 1) * scale2
-            b_mass = raw(b_x, b_max, NORMALIZER) / b_divisor
+            b_s, _tanh = scores(b_q, b_k, rows[:, None] - (anchor + n)[None, :], cap, head_slope, bias, PRECISION)
+            b_s = tl.sum(tl.where((n == 0)[None, :], b_s, 0.0), 1)
+            b_mass = raw(exponents(b_s, scale2, b_max, NORMALIZER), b_max, NORMALIZER) / b_divisor
             b_row = tl.where(anchor == 0, b_mass, b_row)
             b_document = tl.where(b_start == anchor, b_mass, b_document)
             if HAS_DOCS:
@@ -232,11 +248,11 @@ def _dq_step(
     b_k = _load_tile(p_k, stride_kt, key0, T, D, BLOCK_N, BLOCK_D, EVEN_D, MASKED)
     b_v = _load_tile(p_v, stride_vt, key0, T, D, BLOCK_N, BLOCK_D, EVEN_D, MASKED)
     b_s, b_tanh = scores(b_q, b_k, rows[:, None] - keys[None, :], cap, head_slope, bias, PRECISION)
+    b_x = exponents(b_s, scale2, b_lse2[:, None], NORMALIZER)
     if MASKED:
         seen = visible(rows[:, None], keys[None, :], b_first[:, None], b_end[:, None], shared_from, shared_to,
                        HAS_FIRST, HAS_END)  # fmt: skip
-        b_s = hide(b_s, seen, NORMALIZER)
-    b_x = b_s * scale2
+        b_x = tl.where(seen, b_x, float("-inf"))
     b_p = weight(b_x, b_lse2[:, None], NORMALIZER, NORMALIZED)
     b_dp = tl.dot(b_g, tl.trans(b_v), input_precision=PRECISION)
     b_ds = slope(b_x, b_lse2[:, None], b_p, b_dp, b_delta[:, None], NORMALIZER, NORMALIZED)
@@ -313,10 +329,10 @@ def _dkv_step(
     b_q = _load_tile(_at_tile(p_q, stride_qt, row0), stride_qt, row0, T, D, BLOCK_M, BLOCK_D, EVEN_D, MASKED)
     b_g = _load_tile(_at_tile(p_g, stride_gt, row0), stride_gt, row0, T, D, BLOCK_M, BLOCK_D, EVEN_D, MASKED)
     b_st, b_tanh = scores(b_k, b_q, rows[None, :] - keys[:, None], cap, head_slope, bias, PRECISION)
+    b_xt = exponents(b_st, scale2, b_lse2[None, :], NORMALIZER)  # [BLOCK_N, BLOCK_M]
     if MASKED:
         seen = (rows[None, :] >= b_from[:, None]) & (rows[None, :] < b_to[:, None])
-        b_st = hide(b_st, seen, NORMALIZER)
-    b_xt = b_st * scale2  # [BLOCK_N, BLOCK_M]
+        b_xt = tl.where(seen, b_xt, float("-inf"))
     b_pt = weight(b_xt, b_lse2[None, :], NORMALIZER, NORMALIZED)
     b_dv = tl.dot(b_pt.to(b_g.dtype), b_g, b_dv, input_precision=PRECISION)
     b_dpt = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION)
@@ -390,10 +406,11 @@ def _received_step(
     b_lse2 = _load_values(p_lse, rows, T, MASKED) * LOG2E
     b_q = _load_tile(_at_tile(p_q, stride_qt, row0), stride_qt, row0, T, D, BLOCK_M, BLOCK_D, EVEN_D, MASKED)
     b_st, _tanh = scores(b_k, b_q, rows[None, :] - keys[:, None], None, None, None, PRECISION)  # [BLOCK_N, BLOCK_M]
+    b_xt = exponents(b_st, scale2, b_lse2[None, :], "softmax")
     if MASKED:
         seen = (rows[None, :] >= b_from[:, None]) & (rows[None, :] < b_to[:, None])
-        b_st = hide(b_st, seen, "softmax")
-    return b_received + tl.sum(weight(b_st * scale2, b_lse2[None, :], "softmax", False), 1)
+        b_xt = tl.where(seen, b_xt, float("-inf"))
+    return b_received + tl.sum(weight(b_xt, b_lse2[None, :], "softmax", False), 1)
 
 
 @triton.jit

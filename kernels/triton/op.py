@@ -136,7 +136,8 @@ def _forward(
         scale, _in_scores(softcap, scale), _in_scores(bias, scale), eps,
         BLOCK_M=t.block_m, BLOCK_N=t.block_n, HAS_FIRST=first_key is not None, HAS_END=end_key is not None,
         HAS_DOCS=doc_start is not None, HAS_SINK=sink_logit is not None, STATISTICS=statistics,
-        NORMALIZER=normalizer, NORMALIZED=normalized, **meta, num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
+        NORMALIZER=normalizer, NORMALIZED=normalized, **meta,
+        num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return outputs
 
@@ -308,8 +309,8 @@ def _fused(scoring: Scoring) -> Fused:
     fused = Fused("softmax") if normalizer is None else normalizer.triton
     if fused is None:
         raise ValueError(
-            f"normalizer {type(normalizer).__name__}: expected implementation 'torch' or 'reference', which have it, got "
-            "'triton', whose kernels lack it"
+            f"normalizer {type(normalizer).__name__}: expected implementation 'torch' or 'reference', which have it, "
+            "got 'triton', whose kernels lack it"
         )
     return fused
 

@@ -10,8 +10,8 @@ A normaliser is what the functions below do for its name, a constexpr:
     sigmoid    sigmoid(logit)
     elu        elu(logit) + 1
 
-NORMALIZED divides the last two by their sum. What a row is divided by stays with it as `lse2`, its logarithm, from which
-the backward pass has the weights again.
+NORMALIZED divides the last two by their sum. The logarithm of what a row is divided by is kept as `lse2`: from it the
+backward pass computes the weights again.
 """
 
 from __future__ import annotations
@@ -52,12 +52,6 @@ def through_cap(b_ds, b_tanh, cap):
 
 
 @triton.jit
-def hide(b_s, b_seen, NORMALIZER: tl.constexpr):
-    """Scores whose weight is 0 where the mask hides the key; for softpick, whose part in the sum is 0 as well."""
-    return tl.where(b_seen, b_s, 0.0 if NORMALIZER == "softpick" else float("-inf"))
-
-
-@triton.jit
 def start(BLOCK_M: tl.constexpr, NORMALIZER: tl.constexpr):
     """Maximum, sum and sum of the weights of rows that have seen nothing."""
     b_zero = tl.zeros([BLOCK_M], tl.float32)
@@ -65,12 +59,21 @@ def start(BLOCK_M: tl.constexpr, NORMALIZER: tl.constexpr):
 
 
 @triton.jit
+def exponents(b_s, scale2, b_max, NORMALIZER: tl.constexpr):
+    """Logits in base 2, less b_max where the normaliser has a maximum."""
+    if NORMALIZER == "softmax" or NORMALIZER == "softpick":
+        return b_s * scale2 - b_max
+    else:
+        return b_s * scale2
+
+
+@triton.jit
 def raw(b_x, b_max, NORMALIZER: tl.constexpr):
-    """Weights before division, relative to exp2(max) where the normaliser has a maximum."""
+    """Weights before division, from `exponents`."""
     if NORMALIZER == "softmax":
-        return tl.math.exp2(b_x - b_max)
+        return tl.math.exp2(b_x)
     elif NORMALIZER == "softpick":
-        return tl.maximum(tl.math.exp2(b_x - b_max) - tl.math.exp2(-b_max), 0.0)
+        return tl.maximum(tl.math.exp2(b_x) - tl.math.exp2(-b_max), 0.0)
     elif NORMALIZER == "sigmoid":
         return 1.0 / (1.0 + tl.math.exp2(-b_x))
     else:
@@ -87,10 +90,11 @@ def step(b_s, scale2, b_max, b_sum, b_total, NORMALIZER: tl.constexpr, STATISTIC
     if NORMALIZER == "softmax" or NORMALIZER == "softpick":
         b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale2)
         b_keep = tl.math.exp2(b_max - b_new)
-    b_p = raw(b_s * scale2, b_new[:, None], NORMALIZER)
+    b_x = exponents(b_s, scale2, b_new[:, None], NORMALIZER)
+    b_p = raw(b_x, b_new[:, None], NORMALIZER)
     b_part = b_p
     if NORMALIZER == "softpick":
-        b_part = tl.abs(tl.math.exp2(b_s * scale2 - b_new[:, None]) - tl.math.exp2(-b_new)[:, None])
+        b_part = tl.abs(tl.math.exp2(b_x) - tl.math.exp2(-b_new)[:, None])
         if STATISTICS:
             b_total = b_total * b_keep + tl.sum(b_p, 1)
     b_sum = b_sum * b_keep + tl.sum(b_part, 1)
@@ -111,7 +115,7 @@ def finish(b_max, b_sum, b_inside, eps, NORMALIZER: tl.constexpr, NORMALIZED: tl
 
 @triton.jit
 def weight(b_x, b_lse2, NORMALIZER: tl.constexpr, NORMALIZED: tl.constexpr):
-    """Weights, from what the forward pass left."""
+    """Weights, from the `exponents` less lse2."""
     b_p = raw(b_x, b_lse2, NORMALIZER)
     return b_p * tl.math.exp2(-b_lse2) if NORMALIZED else b_p
 
@@ -122,8 +126,9 @@ def slope(b_x, b_lse2, b_p, b_dp, b_delta, NORMALIZER: tl.constexpr, NORMALIZED:
     if NORMALIZER == "softmax":
         return b_p * (b_dp - b_delta)
     elif NORMALIZER == "softpick":
-        b_picked = tl.where(b_x > 0, b_dp - b_delta, tl.where(b_x < 0, b_delta, 0.0))
-        return tl.math.exp2(b_x - b_lse2) * b_picked
+        b_e = tl.math.exp2(b_x)
+        b_one = tl.math.exp2(-b_lse2)
+        return b_e * tl.where(b_e > b_one, b_dp - b_delta, tl.where(b_e < b_one, b_delta, 0.0))
     else:
         if NORMALIZED:
             b_dp = b_dp - b_delta
