@@ -12,6 +12,7 @@ from sinkbed.kernels.triton.aot import (
     DTYPES,
     KERNELS,
     MASKS,
+    SCORINGS,
     instructions_of,
     loops_of,
     spilled_bytes,
@@ -107,6 +108,7 @@ def test_the_baseline_holds_every_variant_and_spills_no_more_than_is_allowed():
     expected |= {(k, "document", "bf16", "16") for k in kernels}
     expected |= {(k, "prefix_lm", "bf16", d) for k in kernels for d in ("32", "64", "128")}
     expected |= {("forward+statistics", "one_document", "bf16", d) for d in ("32", "64", "128")}
+    expected |= {(k, m, "bf16", d) for k in ("forward", "dq", "dkv") for m in SCORINGS for d in ("64", "128")}
     assert set(table) == {(a, *rest) for a in CHIPS for rest in expected}
     found: dict[str, dict[int, int]] = {}
     for (*names, head_dim), line in table.items():
@@ -189,6 +191,10 @@ COMPILED = [
     ("sm_90", "dq", "document", "fp32", 32),
     ("sm_100", "forward+statistics", "one_document", "bf16", 64),
     ("gfx942", "dq", "document", "bf16", 96),
+    ("sm_80", "dkv", "softcap", "bf16", 64),
+    ("sm_90", "dq", "alibi", "bf16", 64),
+    ("sm_90", "forward", "sigmoid", "bf16", 64),
+    ("sm_90", "dkv", "softpick", "bf16", 64),
 ]
 
 
