@@ -161,8 +161,8 @@ def compile_variant(variant: Variant, tiles: Tiles | None = None) -> Counts:
     return _count(kernel, options, chip)
 
 
-def is_stored(kernel: str, mask: str, dtype: str, head_dim: int) -> bool:
-    """Whether the stored table has this variant, on every chip."""
+def is_stored(arch: str, kernel: str, mask: str, dtype: str, head_dim: int) -> bool:
+    """Whether the stored table has this variant."""
     if mask == "document":
         return head_dim > 16 or dtype == "bf16"
     if mask == "causal":
@@ -171,7 +171,8 @@ def is_stored(kernel: str, mask: str, dtype: str, head_dim: int) -> bool:
     if mask == "one_document" and kernel != "forward+statistics":
         return False
     if mask in SCORINGS:
-        return dtype == "bf16" and head_dim in (64, 128) and kernel in ("forward", "dq", "dkv")
+        of_training = kernel in ("forward", "dq", "dkv") and arch in ("sm_80", "sm_90")
+        return of_training and dtype == "bf16" and head_dim in (64, 128)
     return dtype == "bf16" and head_dim in (32, 64, 128)
 
 

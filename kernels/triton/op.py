@@ -297,7 +297,10 @@ def triton_attention(
         mask.doc_start if statistics else None, mask.doc_end if statistics else None, inside, scoring.slopes,
         *mask.shared, scoring.scale, scoring.softcap, *normalizer, statistics,
     )  # fmt: skip
-    seen = Statistics(*(None if x.numel() == 0 else x for x in measured)) if statistics else None
+    seen = None
+    if statistics:
+        first_key_mass, document_mass, *optional = measured
+        seen = Statistics(first_key_mass, document_mass, *(x if x.numel() else None for x in optional))
     if outside is not None:
         return with_key(output, lse, seen, outside, sink_value)
     return output, (lse if scoring.normalizer is None else None), seen
