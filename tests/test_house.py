@@ -32,7 +32,7 @@ MAY_IMPORT = {
     # Variants of a part stand in a folder of their own; who uses the part knows the folder's registry only.
     "kernels": ["kernels.normalizers", "kernels.triton"],
     "kernels.normalizers": ["kernels"],
-    "kernels.triton": ["kernels"],
+    "kernels.triton": ["kernels", "kernels.normalizers"],
     "model": ["kernels", "kernels.normalizers", *PARTS],
     **{part: ["model"] for part in PARTS},
     "model.attention_parts": ["model", "model.norms"],

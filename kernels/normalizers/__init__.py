@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, NamedTuple
 
 from sinkbed.registry import Registry
 
@@ -13,18 +13,31 @@ if TYPE_CHECKING:
 NORMALIZERS = Registry("model.decoder.normalizer", __name__)
 
 
+class Fused(NamedTuple):
+    """A normaliser as the Triton kernels compute it."""
+
+    name: str
+    """In `kernels.triton.scoring`."""
+    normalized: bool = False
+    """Whether its weights are divided by their sum."""
+    bias: float | None = None
+    """Added to the logits."""
+    eps: float = 1e-8
+    """Added to what weights are divided by."""
+
+
 class Normalizer:
     """What takes the place of the softmax. It is made from the number of heads; one with weights is an `nn.Module` too.
 
-    The implementations `reference` and `torch` take any; `triton` takes those that name their functions.
+    The implementations `reference` and `torch` take any; `triton` takes those that say how it computes them.
 
     Where the weights of a query do not add up to 1, "sink" has two readings, and both are measured: the *mass* on the
     first key is its weight as it is, the *share* is that weight over the sum of the query's weights
     (arXiv 2410.10781, §6, reads the share).
     """
 
-    triton: ClassVar[str | None] = None
-    """Name of its functions in `kernels.triton`, if it has any."""
+    triton: Fused | None = None
+    """None: the Triton kernels lack it."""
 
     def weights(self, logits: Tensor) -> Tensor:
         """Weights [B, H, M, T] of the keys for M of the queries; logits [B, H, M, T] are −inf where a key is hidden."""

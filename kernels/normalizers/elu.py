@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from sinkbed.kernels.normalizers import NORMALIZERS, Normalizer, shares
+from sinkbed.kernels.normalizers import NORMALIZERS, Fused, Normalizer, shares
 
 
 @NORMALIZERS.register("elu")
@@ -14,6 +14,7 @@ class ELU(Normalizer):
 
     def __init__(self, heads: int, *, normalized: bool = False) -> None:
         self.normalized = normalized
+        self.triton = Fused("elu", normalized)
 
     def weights(self, logits: Tensor) -> Tensor:
         weights = F.elu(logits) + 1

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sinkbed.kernels.normalizers import NORMALIZERS, Normalizer, shares
+from sinkbed.kernels.normalizers import NORMALIZERS, Fused, Normalizer, shares
 
 
 @NORMALIZERS.register("sigmoid")
@@ -16,6 +16,7 @@ class Sigmoid(Normalizer):
 
     def __init__(self, heads: int, *, normalized: bool = False, bias: float = 0.0) -> None:
         self.normalized, self.bias = normalized, bias
+        self.triton = Fused("sigmoid", normalized, bias or None)
 
     def weights(self, logits: Tensor) -> Tensor:
         weights = (logits + self.bias if self.bias else logits).sigmoid()

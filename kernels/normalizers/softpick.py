@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sinkbed.kernels.normalizers import NORMALIZERS, Normalizer
+from sinkbed.kernels.normalizers import NORMALIZERS, Fused, Normalizer
 
 
 @NORMALIZERS.register("softpick")
@@ -19,6 +19,7 @@ class Softpick(Normalizer):
 
     def __init__(self, heads: int, *, eps: float = 1e-8) -> None:
         self.eps = eps
+        self.triton = Fused("softpick", eps=eps)
 
     def weights(self, logits: Tensor) -> Tensor:
         largest = logits.amax(-1, keepdim=True).detach()  # cancels, but for eps

@@ -23,14 +23,17 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from sinkbed.kernels.normalizers import Fused
 from sinkbed.kernels.triton import kernels as triton_kernels
 from sinkbed.kernels.triton import op as triton_gpu
 from sinkbed.kernels.triton.tiles import Tiles, override
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MASKS = ("document", "causal", "prefix_lm", "one_document")
+SCORINGS = ("softcap", "alibi", "sigmoid", "softpick")
+MASKS = ("document", "causal", "prefix_lm", "one_document", *SCORINGS)
 """`document` and `causal`; `prefix_lm`: a prefix LM within documents, a learned sink, a gradient of lse and a T that
-is no multiple of 16; `one_document`: causal, with such a T and statistics of rows without documents."""
+is no multiple of 16; `one_document`: causal, with such a T and statistics of rows without documents; `softcap` to
+`softpick`: `document`, with that scoring."""
 KERNELS = ("forward", "forward+statistics", "delta", "dq", "dkv", "received")
 # The opcode and no modifier: HFMA2.MMA moves a constant.
 _MATRIX = re.compile(r"(?:@!?U?P\w+\s+)?((?:[HIDQO]|[HIQ]G|UTC[HIQO])MMA|v_mfma)(?![A-Z0-9])")
@@ -158,8 +161,8 @@ def compile_variant(variant: Variant, tiles: Tiles | None = None) -> Counts:
     return _count(kernel, options, chip)
 
 
-def is_stored(kernel: str, mask: str, dtype: str, head_dim: int) -> bool:
-    """Whether the stored table has this variant, on every chip."""
+def is_stored(arch: str, kernel: str, mask: str, dtype: str, head_dim: int) -> bool:
+    """Whether the stored table has this variant."""
     if mask == "document":
         return head_dim > 16 or dtype == "bf16"
     if mask == "causal":
@@ -167,30 +170,50 @@ def is_stored(kernel: str, mask: str, dtype: str, head_dim: int) -> bool:
     # What adds little to the loops is compiled for one dtype and the head dims that are used most.
     if mask == "one_document" and kernel != "forward+statistics":
         return False
+    if mask in SCORINGS:
+        of_training = kernel in ("forward", "dq", "dkv") and arch in ("sm_80", "sm_90")
+        return of_training and dtype == "bf16" and head_dim in (64, 128)
     return dtype == "bf16" and head_dim in (32, 64, 128)
 
 
 def _launch(variant: Variant) -> None:
-    T = 256 if variant.mask in ("document", "causal") else 761
+    T = 761 if variant.mask in ("prefix_lm", "one_document") else 256
     q, k = (torch.zeros(1, h, T, variant.head_dim, dtype=DTYPES[variant.dtype]) for h in (4, 2))
     interval, lse = torch.zeros(1, T, dtype=torch.int32), torch.zeros(1, 4, T)
     prefix_lm = variant.mask == "prefix_lm"
-    first_key = last_query = interval if variant.mask == "document" or prefix_lm else None
+    first_key = last_query = None if variant.mask in ("causal", "one_document") else interval
     end_key = first_query = interval if prefix_lm else None  # None: the diagonal
     sink_logit = torch.zeros(4) if prefix_lm else None
+    slopes = torch.zeros(4) if variant.mask == "alibi" else None
+    softcap = 50.0 if variant.mask == "softcap" else None
     scale = variant.head_dim**-0.5
+    scoring = (scale, softcap, *Fused(variant.mask if variant.mask in ("sigmoid", "softpick") else "softmax"))
     if variant.kernel.startswith("forward"):
         statistics = "+" in variant.kernel
         docs = interval if statistics and variant.mask != "one_document" else None
         triton_gpu._forward(
-            q, k, k, first_key, end_key, first_query, last_query, docs, docs, sink_logit, 0, 0, scale, statistics
+            q,
+            k,
+            k,
+            first_key,
+            end_key,
+            first_query,
+            last_query,
+            docs,
+            docs,
+            sink_logit,
+            slopes,
+            0,
+            0,
+            *scoring,
+            statistics,
         )
     elif variant.kernel == "received":
         triton_gpu._received(q, k, lse, first_query, last_query, 0, 0, scale)
     else:
         ends = (first_key, end_key, first_query, last_query)
         grad_lse = lse if prefix_lm else None
-        triton_gpu._backward_kernels(q, grad_lse, q, k, k, q, lse, *ends, sink_logit, 0, 0, scale)
+        triton_gpu._backward_kernels(q, grad_lse, q, k, k, q, lse, *ends, sink_logit, slopes, 0, 0, *scoring)
 
 
 def _count(kernel: Any, options: dict[str, Any], chip: Chip) -> Counts:

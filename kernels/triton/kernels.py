@@ -11,7 +11,8 @@ The transpose of an interval mask is an interval mask too: key j is seen by the 
 last_query[j], which is what the dK/dV kernel walks. No atomics: a rerun is bitwise equal.
 
 Letters: B rows, H query heads, G query heads per key head, T positions, D head dim (BLOCK_D: its next power of
-two). Logits are kept in base 2: exp(x) = exp2(x · log2 e). Prefixes: p_ pointer, b_ block in registers.
+two). Logits are kept in base 2: exp(x) = exp2(x · log2 e). Prefixes: p_ pointer, b_ block in registers. The mask on
+tiles is in `mask`, logits and weights are in `scoring`.
 """
 
 from __future__ import annotations
@@ -19,104 +20,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
-# Where a row's maximum starts: low enough for any logit, finite so that −inf − max is never NaN.
-_LOWEST = tl.constexpr(-3.0e38)
-
-
-@triton.jit
-def tile_ranges(low, low_full, high, high_full, shared_from, shared_to, BLOCK: tl.constexpr):
-    """Tiles of size BLOCK that cover [low, high) and are whole inside [low_full, high_full), and, before them, those
-    of the shared prefix [shared_from, shared_to).
-
-    Returns: number and first of the shared tiles; the tile ranges [left, full), [full, right), [right, end).
-    """
-    left = low // BLOCK
-    end = tl.cdiv(high, BLOCK)
-    full = tl.minimum(tl.cdiv(low_full, BLOCK), end)
-    right = tl.maximum(full, high_full // BLOCK)
-    shared = tl.minimum(shared_from // BLOCK, left)
-    shared_count = tl.minimum(tl.cdiv(shared_to, BLOCK), left) - shared
-    return tl.maximum(shared_count, 0), shared, left, full, right, end
-
-
-@triton.jit
-def masked_tile(t, shared_count, shared, left, full, right):
-    """Tile visited in turn t of the masked loop: shared ones, then the left end, then the right end."""
-    u = t - shared_count
-    tile = tl.where(u < full - left, left + u, right + u - (full - left))
-    return tl.where(t < shared_count, shared + t, tile)
-
-
-@triton.jit
-def query_block_tiles(
-    p_first, p_end, row0, T, shared_from, shared_to,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr,
-):  # fmt: skip
-    """`tile_ranges` of the keys that queries row0 .. row0 + BLOCK_M − 1 see; p_first and p_end point at the row."""
-    row1 = tl.minimum(row0 + BLOCK_M, T) - 1
-    low, low_full = 0, 0
-    if HAS_FIRST:
-        low = tl.load(p_first + row0)
-        low_full = tl.load(p_first + row1)
-    high, high_full = row1 + 1, row0 + 1
-    if HAS_END:
-        high = tl.load(p_end + row1)
-        high_full = tl.load(p_end + row0)
-    return tile_ranges(low, low_full, high, high_full, shared_from, shared_to, BLOCK_N)
-
-
-@triton.jit
-def key_block_tiles(
-    p_first_query, p_last_query, key0, T, shared_from, shared_to,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr,
-):  # fmt: skip
-    """Tiles of queries that see keys key0 .. key0 + BLOCK_N − 1: [left, full), [full, right), [right, end)."""
-    key1 = tl.minimum(key0 + BLOCK_N, T) - 1
-    low, low_full = key0, key1
-    if HAS_END:
-        low = tl.load(p_first_query + key0)
-        low_full = tl.load(p_first_query + key1)
-    high, high_full = T, T
-    if HAS_FIRST:
-        high_full = tl.load(p_last_query + key0)
-        high = tl.load(p_last_query + key1)
-    _none, _shared, left, full, right, end = tile_ranges(low, low_full, high, high_full, 0, 0, BLOCK_M)
-    if HAS_FIRST:
-        # Keys of the shared prefix are seen by every later query.
-        holds_shared = (key0 < shared_to) & (key1 >= shared_from)
-        end = tl.where(holds_shared, tl.cdiv(T, BLOCK_M), end)
-    return left, full, right, end
-
-
-@triton.jit
-def visible(rows, keys, b_first, b_end, shared_from, shared_to, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr):
-    """The mask's definition on a tile; rows, b_first, b_end broadcast against keys."""
-    if HAS_END:
-        seen = keys < b_end
-    else:
-        seen = keys <= rows
-    if HAS_FIRST:
-        shared = (keys >= shared_from) & (keys < shared_to) & (keys <= rows)
-        seen = (seen & (keys >= b_first)) | shared
-    return seen
-
-
-@triton.jit
-def _load_queries(
-    p_first_query, p_last_query, keys, T, shared_from, shared_to, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr
-):
-    """The mask's transpose: `keys` are seen by queries b_from .. b_to − 1; keys of the shared prefix by all later ones,
-    keys beyond T by none."""
-    b_from = keys
-    b_to = tl.zeros_like(keys) + T
-    if HAS_END:
-        b_from = tl.load(p_first_query + keys, mask=keys < T, other=T)
-    if HAS_FIRST:
-        b_to = tl.load(p_last_query + keys, mask=keys < T, other=0)
-        b_to = tl.where((keys >= shared_from) & (keys < shared_to), T, b_to)
-    return b_from, b_to
+from sinkbed.kernels.triton.mask import (
+    key_block_tiles,
+    load_interval,
+    load_queries,
+    masked_tile,
+    query_block_tiles,
+    visible,
+)
+from sinkbed.kernels.triton.scoring import (
+    LN2,
+    LOG2E,
+    exponents,
+    finish,
+    raw,
+    scores,
+    slope,
+    start,
+    step,
+    through_cap,
+    weight,
+)
 
 
 @triton.jit
@@ -126,36 +50,51 @@ def _at_tile(p, stride, position):
 
 
 @triton.jit
-def _softmax_step(
-    b_q, b_o, b_max, b_sum, p_k, p_v, stride_kt, stride_vt, key0, T, D, scale2,
+def _load_tile(
+    p, stride, first, T, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr
+):
+    """[BLOCK, BLOCK_D] from p, which is position `first` of a head; zero outside D, and if MASKED outside T."""
+    n = tl.arange(0, BLOCK)
+    d = tl.arange(0, BLOCK_D)
+    if MASKED or not EVEN_D:
+        inside = (n >= 0)[:, None] & (d < D)[None, :]
+        if MASKED:
+            inside = inside & (first + n < T)[:, None]
+        return tl.load(p + n[:, None] * stride + d[None, :], mask=inside, other=0.0)
+    else:
+        return tl.load(p + n[:, None] * stride + d[None, :])
+
+
+@triton.jit
+def _load_values(p, rows, T, MASKED: tl.constexpr):
+    """A value a row."""
+    if MASKED:
+        return tl.load(p + rows, mask=rows < T, other=0.0)
+    else:
+        return tl.load(p + rows)
+
+
+@triton.jit
+def _forward_step(
+    b_q, b_o, b_max, b_sum, b_total, p_k, p_v, stride_kt, stride_vt, key0, T, D, scale2, cap, head_slope, bias,
     rows, b_first, b_end, shared_from, shared_to,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, STATISTICS: tl.constexpr, NORMALIZER: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax (arXiv 2205.14135) over one tile of keys."""
-    d = tl.arange(0, BLOCK_D)
+    """One tile of keys."""
     keys = key0 + tl.arange(0, BLOCK_N)
-    n = tl.arange(0, BLOCK_N)
-    inside = (n >= 0)[:, None] & (d < D)[None, :]
-    if MASKED:
-        inside = inside & (keys < T)[:, None]
-    if MASKED or not EVEN_D:
-        b_k = tl.load(p_k + n[:, None] * stride_kt + d[None, :], mask=inside, other=0.0)  # [BLOCK_N, BLOCK_D]
-        b_v = tl.load(p_v + n[:, None] * stride_vt + d[None, :], mask=inside, other=0.0)
-    else:
-        b_k = tl.load(p_k + n[:, None] * stride_kt + d[None, :])
-        b_v = tl.load(p_v + n[:, None] * stride_vt + d[None, :])
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    b_k = _load_tile(p_k, stride_kt, key0, T, D, BLOCK_N, BLOCK_D, EVEN_D, MASKED)
+    b_v = _load_tile(p_v, stride_vt, key0, T, D, BLOCK_N, BLOCK_D, EVEN_D, MASKED)
+    b_s, _tanh = scores(b_q, b_k, rows[:, None] - keys[None, :], cap, head_slope, bias, PRECISION)  # [BLOCK_M, BLOCK_N]
     if MASKED:
         seen = visible(rows[:, None], keys[None, :], b_first[:, None], b_end[:, None], shared_from, shared_to,
                        HAS_FIRST, HAS_END)  # fmt: skip
-        b_s = tl.where(seen, b_s, float("-inf"))
-    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale2)
-    b_p = tl.math.exp2(b_s * scale2 - b_new[:, None])
-    b_keep = tl.math.exp2(b_max - b_new)
-    b_sum = b_sum * b_keep + tl.sum(b_p, 1)
+        # Softpick gives a logit of 0 no weight, and no part in the sum.
+        b_s = tl.where(seen, b_s, 0.0 if NORMALIZER == "softpick" else float("-inf"))
+    b_p, b_max, b_sum, b_total, b_keep = step(b_s, scale2, b_max, b_sum, b_total, NORMALIZER, STATISTICS)
     b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_keep[:, None], input_precision=PRECISION)
-    return b_o, b_new, b_sum
+    return b_o, b_max, b_sum, b_total
 
 
 @triton.jit
@@ -167,27 +106,18 @@ def _load_rows(p, rows, stride, T, D, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _load_interval(p_first, p_end, rows, T, HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr):
-    """first_key and end_key of `rows`, where there are any; queries beyond T see nothing."""
-    b_first = rows
-    b_end = rows
-    if HAS_FIRST:
-        b_first = tl.load(p_first + rows, mask=rows < T, other=T)
-    if HAS_END:
-        b_end = tl.load(p_end + rows, mask=rows < T, other=0)
-    return b_first, b_end
-
-
-@triton.jit
 def forward_kernel(
-    q, k, v, o, lse, first_key_mass, document_mass, learned_sink_mass, first_key, end_key,
-    doc_start, doc_end, sink_logit, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
-    H, G, T, D, shared_from, shared_to, scale,
+    q, k, v, o, lse, first_key_mass, document_mass, learned_sink_mass, row_sum, first_key, end_key,
+    doc_start, doc_end, sink_logit, slopes, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
+    H, G, T, D, shared_from, shared_to, scale, cap, bias, eps,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_SINK: tl.constexpr,
-    STATISTICS: tl.constexpr, PRECISION: tl.constexpr,
+    STATISTICS: tl.constexpr, NORMALIZER: tl.constexpr, NORMALIZED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output, lse (natural log) and statistics of BLOCK_M queries of one head. Grid: (B·H, query blocks)."""
+    """Output, lse (natural log; of a normaliser, that of its divisor) and statistics of BLOCK_M queries of one head.
+
+    Grid: (B·H, query blocks).
+    """
     bh = tl.program_id(0)
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
@@ -202,50 +132,54 @@ def forward_kernel(
         first_key += b * T
     if HAS_END:
         end_key += b * T
-    scale2 = scale * _LOG2E
+    scale2 = scale * LOG2E
 
     b_q = _load_rows(q, rows, q_t, T, D, BLOCK_D)
-    b_first, b_end = _load_interval(first_key, end_key, rows, T, HAS_FIRST, HAS_END)
+    b_first, b_end = load_interval(first_key, end_key, rows, T, HAS_FIRST, HAS_END)
+    head_slope = None if slopes is None else tl.load(slopes + h) / scale
     b_o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    b_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_max, b_sum, b_total = start(BLOCK_M, NORMALIZER)
     shared_count, shared, left, full, right, end = query_block_tiles(
         first_key, end_key, row0, T, shared_from, shared_to, BLOCK_M, BLOCK_N, HAS_FIRST, HAS_END
     )
     for t in range(0, shared_count + (full - left) + (end - right)):
         key0 = masked_tile(t, shared_count, shared, left, full, right) * BLOCK_N
         p_k, p_v = _at_tile(k, k_t, key0), _at_tile(v, v_t, key0)
-        b_o, b_max, b_sum = _softmax_step(
-            b_q, b_o, b_max, b_sum, p_k, p_v, k_t, v_t, key0, T, D, scale2, rows, b_first, b_end, shared_from,
-            shared_to, BLOCK_N, BLOCK_D, EVEN_D, True, HAS_FIRST, HAS_END, PRECISION,
+        b_o, b_max, b_sum, b_total = _forward_step(
+            b_q, b_o, b_max, b_sum, b_total, p_k, p_v, k_t, v_t, key0, T, D, scale2, cap, head_slope, bias,
+            rows, b_first, b_end, shared_from, shared_to, BLOCK_N, BLOCK_D, EVEN_D, True, HAS_FIRST, HAS_END,
+            STATISTICS, NORMALIZER, PRECISION,
         )  # fmt: skip
     p_k, p_v = _at_tile(k, k_t, full * BLOCK_N), _at_tile(v, v_t, full * BLOCK_N)
-    for _ in range(0, right - full):
-        b_o, b_max, b_sum = _softmax_step(
-            b_q, b_o, b_max, b_sum, p_k, p_v, k_t, v_t, 0, T, D, scale2, rows, b_first, b_end,
-            shared_from, shared_to, BLOCK_N, BLOCK_D, EVEN_D, False, HAS_FIRST, HAS_END, PRECISION,
+    for t in range(0, right - full):
+        b_o, b_max, b_sum, b_total = _forward_step(
+            b_q, b_o, b_max, b_sum, b_total, p_k, p_v, k_t, v_t, (full + t) * BLOCK_N, T, D, scale2, cap, head_slope,
+            bias, rows, b_first, b_end, shared_from, shared_to, BLOCK_N, BLOCK_D, EVEN_D, False, HAS_FIRST, HAS_END,
+            STATISTICS, NORMALIZER, PRECISION,
         )  # fmt: skip
         p_k += BLOCK_N * tl.cast(k_t, tl.int64)
         p_v += BLOCK_N * tl.cast(v_t, tl.int64)
 
     if HAS_SINK:
-        sink2 = tl.load(sink_logit + h).to(tl.float32) * _LOG2E
+        sink2 = tl.load(sink_logit + h).to(tl.float32) * LOG2E
         b_new = tl.maximum(b_max, sink2)
         b_keep = tl.math.exp2(b_max - b_new)
         b_p = tl.math.exp2(sink2 - b_new)
         b_sum = b_sum * b_keep + b_p
         b_o = b_o * b_keep[:, None]
         b_max = b_new
-    b_sum = tl.where(rows < T, b_sum, 1.0)
+    b_divisor, b_lse2 = finish(b_max, b_sum, rows < T, eps, NORMALIZER, NORMALIZED)
     d = tl.arange(0, BLOCK_D)
     inside = (rows < T)[:, None] & (d < D)[None, :]
-    b_o = b_o / b_sum[:, None]
+    b_o = b_o / b_divisor[:, None]
     tl.store(o + rows.to(tl.int64)[:, None] * o_t + d[None, :], b_o.to(o.dtype.element_ty), mask=inside)
     at = bh.to(tl.int64) * T + rows
-    tl.store(lse + at, (b_max + tl.math.log2(b_sum)) * _LN2, mask=rows < T)
+    tl.store(lse + at, b_lse2 * LN2, mask=rows < T)
 
     if STATISTICS and HAS_SINK:
-        tl.store(learned_sink_mass + at, b_p / b_sum, mask=rows < T)
+        tl.store(learned_sink_mass + at, b_p / b_divisor, mask=rows < T)
+    if STATISTICS and NORMALIZER != "softmax":
+        tl.store(row_sum + at, (b_total if NORMALIZER == "softpick" else b_sum) / b_divisor, mask=rows < T)
     if STATISTICS:
         # One 16-wide product per document that the block touches: its first column is the logit of the first key.
         # The mass comes from the running maximum and sum: exp(logit − lse) would lose digits at large logits.
@@ -263,9 +197,9 @@ def forward_kernel(
         anchor = row0 * 0
         while anchor <= row1:
             b_k = _load_rows(k, anchor + n, k_t, T, D, BLOCK_D)  # [16, BLOCK_D]
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-            b_logit = tl.sum(tl.where((n == 0)[None, :], b_s, 0.0), 1) * scale2
-            b_mass = tl.math.exp2(b_logit - b_max) / b_sum
+            b_s, _tanh = scores(b_q, b_k, rows[:, None] - (anchor + n)[None, :], cap, head_slope, bias, PRECISION)
+            b_s = tl.sum(tl.where((n == 0)[None, :], b_s, 0.0), 1)
+            b_mass = raw(exponents(b_s, scale2, b_max, NORMALIZER), b_max, NORMALIZER) / b_divisor
             b_row = tl.where(anchor == 0, b_mass, b_row)
             b_document = tl.where(b_start == anchor, b_mass, b_document)
             if HAS_DOCS:
@@ -304,42 +238,36 @@ def delta_kernel(
 
 @triton.jit
 def _dq_step(
-    b_q, b_g, b_dq, b_lse2, b_delta, p_k, p_v, stride_kt, stride_vt, key0, T, D, scale2,
+    b_q, b_g, b_dq, b_lse2, b_delta, p_k, p_v, stride_kt, stride_vt, key0, T, D, scale2, cap, head_slope, bias,
     rows, b_first, b_end, shared_from, shared_to,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, NORMALIZER: tl.constexpr, NORMALIZED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    d = tl.arange(0, BLOCK_D)
-    n = tl.arange(0, BLOCK_N)
-    keys = key0 + n
-    inside = (n >= 0)[:, None] & (d < D)[None, :]
-    if MASKED:
-        inside = inside & (keys < T)[:, None]
-    if MASKED or not EVEN_D:
-        b_k = tl.load(p_k + n[:, None] * stride_kt + d[None, :], mask=inside, other=0.0)  # [BLOCK_N, BLOCK_D]
-        b_v = tl.load(p_v + n[:, None] * stride_vt + d[None, :], mask=inside, other=0.0)
-    else:
-        b_k = tl.load(p_k + n[:, None] * stride_kt + d[None, :])
-        b_v = tl.load(p_v + n[:, None] * stride_vt + d[None, :])
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-    b_s = b_s * scale2 - b_lse2[:, None]
+    keys = key0 + tl.arange(0, BLOCK_N)
+    b_k = _load_tile(p_k, stride_kt, key0, T, D, BLOCK_N, BLOCK_D, EVEN_D, MASKED)
+    b_v = _load_tile(p_v, stride_vt, key0, T, D, BLOCK_N, BLOCK_D, EVEN_D, MASKED)
+    b_s, b_tanh = scores(b_q, b_k, rows[:, None] - keys[None, :], cap, head_slope, bias, PRECISION)
+    b_x = exponents(b_s, scale2, b_lse2[:, None], NORMALIZER)
     if MASKED:
         seen = visible(rows[:, None], keys[None, :], b_first[:, None], b_end[:, None], shared_from, shared_to,
                        HAS_FIRST, HAS_END)  # fmt: skip
-        b_s = tl.where(seen, b_s, float("-inf"))
-    b_p = tl.math.exp2(b_s)
+        b_x = tl.where(seen, b_x, float("-inf"))
+    b_p = weight(b_x, b_lse2[:, None], NORMALIZER, NORMALIZED)
     b_dp = tl.dot(b_g, tl.trans(b_v), input_precision=PRECISION)
-    b_ds = b_p * (b_dp - b_delta[:, None])
+    b_ds = slope(b_x, b_lse2[:, None], b_p, b_dp, b_delta[:, None], NORMALIZER, NORMALIZED)
+    b_ds = through_cap(b_ds, b_tanh, cap)
     return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
 
 
 @triton.jit
 def dq_kernel(
-    q, k, v, grad_o, lse, delta, dq, first_key, end_key,
+    q, k, v, grad_o, lse, delta, dq, first_key, end_key, slopes,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, dq_b, dq_h, dq_t,
-    H, G, T, D, shared_from, shared_to, scale,
+    H, G, T, D, shared_from, shared_to, scale, cap, bias,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, NORMALIZER: tl.constexpr, NORMALIZED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of BLOCK_M queries of one head. Grid: (B·H, query blocks)."""
     bh = tl.program_id(0)
@@ -353,13 +281,14 @@ def dq_kernel(
         first_key += b * T
     if HAS_END:
         end_key += b * T
-    scale2 = scale * _LOG2E
+    scale2 = scale * LOG2E
     b_q = _load_rows(q + b * q_b + h * q_h, rows, q_t, T, D, BLOCK_D)
     b_g = _load_rows(grad_o + b * g_b + h * g_h, rows, g_t, T, D, BLOCK_D)
     at = bh.to(tl.int64) * T + rows
-    b_lse2 = tl.load(lse + at, mask=rows < T, other=0.0) * _LOG2E
+    b_lse2 = tl.load(lse + at, mask=rows < T, other=0.0) * LOG2E
     b_delta = tl.load(delta + at, mask=rows < T, other=0.0)
-    b_first, b_end = _load_interval(first_key, end_key, rows, T, HAS_FIRST, HAS_END)
+    b_first, b_end = load_interval(first_key, end_key, rows, T, HAS_FIRST, HAS_END)
+    head_slope = None if slopes is None else tl.load(slopes + h) / scale
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     shared_count, shared, left, full, right, end = query_block_tiles(
         first_key, end_key, row0, T, shared_from, shared_to, BLOCK_M, BLOCK_N, HAS_FIRST, HAS_END
@@ -368,14 +297,16 @@ def dq_kernel(
         key0 = masked_tile(t, shared_count, shared, left, full, right) * BLOCK_N
         p_k, p_v = _at_tile(k, k_t, key0), _at_tile(v, v_t, key0)
         b_dq = _dq_step(
-            b_q, b_g, b_dq, b_lse2, b_delta, p_k, p_v, k_t, v_t, key0, T, D, scale2, rows, b_first, b_end,
-            shared_from, shared_to, BLOCK_N, BLOCK_D, EVEN_D, True, HAS_FIRST, HAS_END, PRECISION,
+            b_q, b_g, b_dq, b_lse2, b_delta, p_k, p_v, k_t, v_t, key0, T, D, scale2, cap, head_slope, bias,
+            rows, b_first, b_end, shared_from, shared_to, BLOCK_N, BLOCK_D, EVEN_D, True, HAS_FIRST, HAS_END,
+            NORMALIZER, NORMALIZED, PRECISION,
         )  # fmt: skip
     p_k, p_v = _at_tile(k, k_t, full * BLOCK_N), _at_tile(v, v_t, full * BLOCK_N)
-    for _ in range(0, right - full):
+    for t in range(0, right - full):
         b_dq = _dq_step(
-            b_q, b_g, b_dq, b_lse2, b_delta, p_k, p_v, k_t, v_t, 0, T, D, scale2, rows, b_first, b_end,
-            shared_from, shared_to, BLOCK_N, BLOCK_D, EVEN_D, False, HAS_FIRST, HAS_END, PRECISION,
+            b_q, b_g, b_dq, b_lse2, b_delta, p_k, p_v, k_t, v_t, (full + t) * BLOCK_N, T, D, scale2, cap, head_slope,
+            bias, rows, b_first, b_end, shared_from, shared_to, BLOCK_N, BLOCK_D, EVEN_D, False, HAS_FIRST, HAS_END,
+            NORMALIZER, NORMALIZED, PRECISION,
         )  # fmt: skip
         p_k += BLOCK_N * tl.cast(k_t, tl.int64)
         p_v += BLOCK_N * tl.cast(v_t, tl.int64)
@@ -387,49 +318,38 @@ def dq_kernel(
 
 @triton.jit
 def _dkv_step(
-    b_k, b_v, b_dk, b_dv, p_q, p_g, p_lse, p_delta, stride_qt, stride_gt, row0, T, D, scale2,
-    b_from, b_to,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    b_k, b_v, b_dk, b_dv, p_q, p_g, p_lse, p_delta, stride_qt, stride_gt, row0, T, D, scale2, cap, head_slope, bias,
+    keys, b_from, b_to,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr,
+    NORMALIZER: tl.constexpr, NORMALIZED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    d = tl.arange(0, BLOCK_D)
-    m = tl.arange(0, BLOCK_M)
-    rows = row0 + m
-    p_q += tl.cast(row0, tl.int64) * stride_qt
-    p_g += tl.cast(row0, tl.int64) * stride_gt
-    inside = (m >= 0)[:, None] & (d < D)[None, :]
-    if MASKED:
-        inside = inside & (rows < T)[:, None]
-        b_lse2 = tl.load(p_lse + rows, mask=rows < T, other=0.0) * _LOG2E
-        b_delta = tl.load(p_delta + rows, mask=rows < T, other=0.0)
-    else:
-        b_lse2 = tl.load(p_lse + rows) * _LOG2E
-        b_delta = tl.load(p_delta + rows)
-    if MASKED or not EVEN_D:
-        b_q = tl.load(p_q + m[:, None] * stride_qt + d[None, :], mask=inside, other=0.0)  # [BLOCK_M, BLOCK_D]
-        b_g = tl.load(p_g + m[:, None] * stride_gt + d[None, :], mask=inside, other=0.0)
-    else:
-        b_q = tl.load(p_q + m[:, None] * stride_qt + d[None, :])
-        b_g = tl.load(p_g + m[:, None] * stride_gt + d[None, :])
-    b_st = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-    b_st = b_st * scale2 - b_lse2[None, :]
+    rows = row0 + tl.arange(0, BLOCK_M)
+    b_lse2 = _load_values(p_lse, rows, T, MASKED) * LOG2E
+    b_delta = _load_values(p_delta, rows, T, MASKED)
+    b_q = _load_tile(_at_tile(p_q, stride_qt, row0), stride_qt, row0, T, D, BLOCK_M, BLOCK_D, EVEN_D, MASKED)
+    b_g = _load_tile(_at_tile(p_g, stride_gt, row0), stride_gt, row0, T, D, BLOCK_M, BLOCK_D, EVEN_D, MASKED)
+    b_st, b_tanh = scores(b_k, b_q, rows[None, :] - keys[:, None], cap, head_slope, bias, PRECISION)
+    b_xt = exponents(b_st, scale2, b_lse2[None, :], NORMALIZER)  # [BLOCK_N, BLOCK_M]
     if MASKED:
         seen = (rows[None, :] >= b_from[:, None]) & (rows[None, :] < b_to[:, None])
-        b_st = tl.where(seen, b_st, float("-inf"))
-    b_pt = tl.math.exp2(b_st)
+        b_xt = tl.where(seen, b_xt, float("-inf"))
+    b_pt = weight(b_xt, b_lse2[None, :], NORMALIZER, NORMALIZED)
     b_dv = tl.dot(b_pt.to(b_g.dtype), b_g, b_dv, input_precision=PRECISION)
     b_dpt = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION)
-    b_dst = b_pt * (b_dpt - b_delta[None, :])
+    b_dst = slope(b_xt, b_lse2[None, :], b_pt, b_dpt, b_delta[None, :], NORMALIZER, NORMALIZED)
+    b_dst = through_cap(b_dst, b_tanh, cap)
     b_dk = tl.dot(b_dst.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
 
 
 @triton.jit
 def dkv_kernel(
-    q, k, v, grad_o, lse, delta, dk, dv, first_query, last_query,
+    q, k, v, grad_o, lse, delta, dk, dv, first_query, last_query, slopes,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
-    H, G, T, D, shared_from, shared_to, scale,
+    H, G, T, D, shared_from, shared_to, scale, cap, bias,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, NORMALIZER: tl.constexpr, NORMALIZED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BLOCK_N keys of one key head, summed over its G query heads. Grid: (B·H/G, key blocks)."""
     bh = tl.program_id(0)
@@ -442,8 +362,8 @@ def dkv_kernel(
         last_query += b * T
     if HAS_END:
         first_query += b * T
-    b_from, b_to = _load_queries(first_query, last_query, keys, T, shared_from, shared_to, HAS_FIRST, HAS_END)
-    scale2 = scale * _LOG2E
+    b_from, b_to = load_queries(first_query, last_query, keys, T, shared_from, shared_to, HAS_FIRST, HAS_END)
+    scale2 = scale * LOG2E
     b_k = _load_rows(k + b * k_b + hkv * k_h, keys, k_t, T, D, BLOCK_D)
     b_v = _load_rows(v + b * v_b + hkv * v_h, keys, v_t, T, D, BLOCK_D)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -457,16 +377,18 @@ def dkv_kernel(
         p_g = grad_o + b * g_b + h * g_h
         p_lse = lse + (b * H + h) * T
         p_delta = delta + (b * H + h) * T
+        head_slope = None if slopes is None else tl.load(slopes + h) / scale
         for t in range(0, (full - left) + (end - right)):
             row0 = masked_tile(t, 0, 0, left, full, right) * BLOCK_M
             b_dk, b_dv = _dkv_step(
-                b_k, b_v, b_dk, b_dv, p_q, p_g, p_lse, p_delta, q_t, g_t, row0, T, D, scale2, b_from,
-                b_to, BLOCK_M, BLOCK_D, EVEN_D, True, PRECISION,
+                b_k, b_v, b_dk, b_dv, p_q, p_g, p_lse, p_delta, q_t, g_t, row0, T, D, scale2, cap, head_slope, bias,
+                keys, b_from, b_to, BLOCK_M, BLOCK_D, EVEN_D, True, NORMALIZER, NORMALIZED, PRECISION,
             )  # fmt: skip
         for tile in range(full, right):
             b_dk, b_dv = _dkv_step(
-                b_k, b_v, b_dk, b_dv, p_q, p_g, p_lse, p_delta, q_t, g_t, tile * BLOCK_M, T, D, scale2, b_from,
-                b_to, BLOCK_M, BLOCK_D, EVEN_D, False, PRECISION,
+                b_k, b_v, b_dk, b_dv, p_q, p_g, p_lse, p_delta, q_t, g_t, tile * BLOCK_M, T, D, scale2, cap,
+                head_slope, bias, keys, b_from, b_to, BLOCK_M, BLOCK_D, EVEN_D, False, NORMALIZER, NORMALIZED,
+                PRECISION,
             )  # fmt: skip
     d = tl.arange(0, BLOCK_D)
     inside = (keys < T)[:, None] & (d < D)[None, :]
@@ -477,29 +399,18 @@ def dkv_kernel(
 
 @triton.jit
 def _received_step(
-    b_k, b_received, p_q, p_lse, stride_qt, row0, T, D, scale2, b_from, b_to,
+    b_k, b_received, p_q, p_lse, stride_qt, row0, T, D, scale2, keys, b_from, b_to,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    d = tl.arange(0, BLOCK_D)
-    m = tl.arange(0, BLOCK_M)
-    rows = row0 + m
-    p_q += tl.cast(row0, tl.int64) * stride_qt
-    inside = (m >= 0)[:, None] & (d < D)[None, :]
-    if MASKED:
-        inside = inside & (rows < T)[:, None]
-        b_lse2 = tl.load(p_lse + rows, mask=rows < T, other=0.0) * _LOG2E
-    else:
-        b_lse2 = tl.load(p_lse + rows) * _LOG2E
-    if MASKED or not EVEN_D:
-        b_q = tl.load(p_q + m[:, None] * stride_qt + d[None, :], mask=inside, other=0.0)  # [BLOCK_M, BLOCK_D]
-    else:
-        b_q = tl.load(p_q + m[:, None] * stride_qt + d[None, :])
-    b_st = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-    b_st = b_st * scale2 - b_lse2[None, :]
+    rows = row0 + tl.arange(0, BLOCK_M)
+    b_lse2 = _load_values(p_lse, rows, T, MASKED) * LOG2E
+    b_q = _load_tile(_at_tile(p_q, stride_qt, row0), stride_qt, row0, T, D, BLOCK_M, BLOCK_D, EVEN_D, MASKED)
+    b_st, _tanh = scores(b_k, b_q, rows[None, :] - keys[:, None], None, None, None, PRECISION)  # [BLOCK_N, BLOCK_M]
+    b_xt = exponents(b_st, scale2, b_lse2[None, :], "softmax")
     if MASKED:
         seen = (rows[None, :] >= b_from[:, None]) & (rows[None, :] < b_to[:, None])
-        b_st = tl.where(seen, b_st, float("-inf"))
-    return b_received + tl.sum(tl.math.exp2(b_st), 1)
+        b_xt = tl.where(seen, b_xt, float("-inf"))
+    return b_received + tl.sum(weight(b_xt, b_lse2[None, :], "softmax", False), 1)
 
 
 @triton.jit
@@ -519,8 +430,8 @@ def received_kernel(
         last_query += b * T
     if HAS_END:
         first_query += b * T
-    b_from, b_to = _load_queries(first_query, last_query, keys, T, shared_from, shared_to, HAS_FIRST, HAS_END)
-    scale2 = scale * _LOG2E
+    b_from, b_to = load_queries(first_query, last_query, keys, T, shared_from, shared_to, HAS_FIRST, HAS_END)
+    scale2 = scale * LOG2E
     b_k = _load_rows(k + b * k_b + (h // G) * k_h, keys, k_t, T, D, BLOCK_D)
     b_received = tl.zeros([BLOCK_N], tl.float32)
     p_q = q + b * q_b + h * q_h
@@ -531,12 +442,12 @@ def received_kernel(
     for t in range(0, (full - left) + (end - right)):
         row0 = masked_tile(t, 0, 0, left, full, right) * BLOCK_M
         b_received = _received_step(
-            b_k, b_received, p_q, p_lse, q_t, row0, T, D, scale2, b_from, b_to, BLOCK_M, BLOCK_D, EVEN_D,
-            True, PRECISION,
+            b_k, b_received, p_q, p_lse, q_t, row0, T, D, scale2, keys, b_from, b_to, BLOCK_M, BLOCK_D,
+            EVEN_D, True, PRECISION,
         )  # fmt: skip
     for tile in range(full, right):
         b_received = _received_step(
-            b_k, b_received, p_q, p_lse, q_t, tile * BLOCK_M, T, D, scale2, b_from, b_to, BLOCK_M, BLOCK_D, EVEN_D,
-            False, PRECISION,
+            b_k, b_received, p_q, p_lse, q_t, tile * BLOCK_M, T, D, scale2, keys, b_from, b_to, BLOCK_M,
+            BLOCK_D, EVEN_D, False, PRECISION,
         )  # fmt: skip
     tl.store(received + bh.to(tl.int64) * T + keys, b_received, mask=keys < T)

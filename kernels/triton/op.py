@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from sinkbed.kernels.mask import Mask
+from sinkbed.kernels.normalizers import Fused
 from sinkbed.kernels.scoring import Scoring
 from sinkbed.kernels.statistics import Statistics, with_key
 from sinkbed.kernels.triton import kernels as triton_kernels
@@ -40,18 +41,20 @@ def _architecture() -> str | None:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
+# The last five of a normaliser, as `Fused` has them; "softmax" is none.
+_SCORING = "float scale, float? softcap, str normalizer, bool normalized, float? bias, float eps"
 torch.library.define(
     "sinkbed::attention_triton",
     "(Tensor q, Tensor k, Tensor v, Tensor? first_key, Tensor? end_key, Tensor? first_query, Tensor? last_query, "
-    "Tensor? doc_start, Tensor? doc_end, Tensor? sink_logit, int shared_from, int shared_to, float scale, "
-    "bool statistics) -> (Tensor output, Tensor lse, Tensor first_key_mass, Tensor document_mass, "
-    "Tensor learned_sink_mass)",
+    "Tensor? doc_start, Tensor? doc_end, Tensor? sink_logit, Tensor? slopes, int shared_from, int shared_to, "
+    f"{_SCORING}, bool statistics) -> (Tensor output, Tensor lse, Tensor first_key_mass, Tensor document_mass, "
+    "Tensor learned_sink_mass, Tensor row_sum)",
 )
 torch.library.define(
     "sinkbed::attention_triton_backward",
     "(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor output, Tensor lse, Tensor? first_key, "
-    "Tensor? end_key, Tensor? first_query, Tensor? last_query, Tensor? sink_logit, int shared_from, int shared_to, "
-    "float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? end_key, Tensor? first_query, Tensor? last_query, Tensor? sink_logit, Tensor? slopes, int shared_from, "
+    f"int shared_to, {_SCORING}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "sinkbed::attention_received_triton",
@@ -98,32 +101,42 @@ def _empty_like(x: Tensor) -> Tensor:
     return copy if copy.stride(-1) == 1 else x.new_empty(x.shape)
 
 
-def _outputs(q: Tensor, statistics: bool, sink: bool) -> tuple[Tensor, ...]:
-    """Output, lse, and three statistics, empty where they are not asked for."""
+def _outputs(q: Tensor, statistics: bool, sink: bool, normalizer: str) -> tuple[Tensor, ...]:
+    """Output, lse, and four statistics, empty where there are none or they are not asked for."""
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    asked = (statistics, statistics, statistics and sink)
-    return _empty_like(q), lse, *(torch.empty_like(lse) if yes else lse.new_empty(0) for yes in asked)
+    wanted = (statistics, statistics, statistics and sink, statistics and normalizer != "softmax")
+    return _empty_like(q), lse, *(torch.empty_like(lse) if yes else lse.new_empty(0) for yes in wanted)
+
+
+def _in_scores(x: float | None, scale: float) -> float | None:
+    """In the unit of the kernels' scores."""
+    return None if x is None else x / scale
 
 
 @_on_its_device
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, first_key: Tensor | None, end_key: Tensor | None, first_query: Tensor | None,
     last_query: Tensor | None, doc_start: Tensor | None, doc_end: Tensor | None, sink_logit: Tensor | None,
-    shared_from: int, shared_to: int, scale: float, statistics: bool,
+    slopes: Tensor | None, shared_from: int, shared_to: int, scale: float, softcap: float | None, normalizer: str,
+    normalized: bool, bias: float | None, eps: float, statistics: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     _check(q)
     B, H, T, D = q.shape
-    outputs = _outputs(q, statistics, sink_logit is not None)
+    outputs = _outputs(q, statistics, sink_logit is not None, normalizer)
     o = outputs[0]
     q, k, v = _readable(q, k, v)
-    first_key, end_key, doc_start, doc_end, sink_logit = _contiguous(first_key, end_key, doc_start, doc_end, sink_logit)
+    first_key, end_key, doc_start, doc_end, sink_logit, slopes = _contiguous(
+        first_key, end_key, doc_start, doc_end, sink_logit, slopes
+    )
     meta = _meta(q)
     t = tiles(_architecture(), "forward", q.dtype.itemsize, meta["BLOCK_D"])
     triton_kernels.forward_kernel[(B * H, triton.cdiv(T, t.block_m))](
-        q, k, v, *outputs, first_key, end_key, doc_start, doc_end, sink_logit,
-        *_strides(q, k, v, o), H, H // k.shape[1], T, D, shared_from, shared_to, scale,
+        q, k, v, *outputs, first_key, end_key, doc_start, doc_end, sink_logit, slopes,
+        *_strides(q, k, v, o), H, H // k.shape[1], T, D, shared_from, shared_to,
+        scale, _in_scores(softcap, scale), _in_scores(bias, scale), eps,
         BLOCK_M=t.block_m, BLOCK_N=t.block_n, HAS_FIRST=first_key is not None, HAS_END=end_key is not None,
-        HAS_DOCS=doc_start is not None, HAS_SINK=sink_logit is not None, STATISTICS=statistics, **meta,
+        HAS_DOCS=doc_start is not None, HAS_SINK=sink_logit is not None, STATISTICS=statistics,
+        NORMALIZER=normalizer, NORMALIZED=normalized, **meta,
         num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return outputs
@@ -133,7 +146,8 @@ def _forward(
 def _backward_kernels(
     grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor,
     first_key: Tensor | None, end_key: Tensor | None, first_query: Tensor | None, last_query: Tensor | None,
-    sink_logit: Tensor | None, shared_from: int, shared_to: int, scale: float,
+    sink_logit: Tensor | None, slopes: Tensor | None, shared_from: int, shared_to: int, scale: float,
+    softcap: float | None, normalizer: str, normalized: bool, bias: float | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     _check(q)
     B, H, T, D = q.shape
@@ -141,12 +155,14 @@ def _backward_kernels(
     dq, dk, dv = _empty_like(q), _empty_like(k), _empty_like(v)
     grad, q, k, v, output = _readable(grad, q, k, v, output)
     lse = lse.contiguous()
-    grad_lse, first_key, end_key, first_query, last_query, sink_logit = _contiguous(
-        grad_lse, first_key, end_key, first_query, last_query, sink_logit
+    grad_lse, first_key, end_key, first_query, last_query, sink_logit, slopes = _contiguous(
+        grad_lse, first_key, end_key, first_query, last_query, sink_logit, slopes
     )
     delta = torch.empty_like(lse)
     meta = _meta(q)
-    interval = {"HAS_FIRST": first_key is not None, "HAS_END": end_key is not None}
+    meta |= {"HAS_FIRST": first_key is not None, "HAS_END": end_key is not None}
+    meta |= {"NORMALIZER": normalizer, "NORMALIZED": normalized}
+    factors = scale, _in_scores(softcap, scale), _in_scores(bias, scale)
     triton_kernels.delta_kernel[(B * H, triton.cdiv(T, 64))](
         output, grad, grad_lse, delta, *_strides(output, grad), H, T, D,
         BLOCK_M=64, BLOCK_D=meta["BLOCK_D"], HAS_GRAD_LSE=grad_lse is not None, num_warps=4,
@@ -154,15 +170,15 @@ def _backward_kernels(
     )  # fmt: skip
     t = tiles(_architecture(), "dq", q.dtype.itemsize, meta["BLOCK_D"])
     triton_kernels.dq_kernel[(B * H, triton.cdiv(T, t.block_m))](
-        q, k, v, grad, lse, delta, dq, first_key, end_key, *_strides(q, k, v, grad, dq),
-        H, groups, T, D, shared_from, shared_to, scale, BLOCK_M=t.block_m, BLOCK_N=t.block_n, **interval, **meta,
+        q, k, v, grad, lse, delta, dq, first_key, end_key, slopes, *_strides(q, k, v, grad, dq),
+        H, groups, T, D, shared_from, shared_to, *factors, BLOCK_M=t.block_m, BLOCK_N=t.block_n, **meta,
         num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
     )  # fmt: skip
     t = tiles(_architecture(), "dkv", q.dtype.itemsize, meta["BLOCK_D"])
     triton_kernels.dkv_kernel[(B * k.shape[1], triton.cdiv(T, t.block_n))](
-        q, k, v, grad, lse, delta, dk, dv, first_query, last_query,
-        *_strides(q, k, v, grad, dk, dv), H, groups, T, D, shared_from, shared_to, scale,
-        BLOCK_M=t.block_m, BLOCK_N=t.block_n, **interval, **meta,
+        q, k, v, grad, lse, delta, dk, dv, first_query, last_query, slopes,
+        *_strides(q, k, v, grad, dk, dv), H, groups, T, D, shared_from, shared_to, *factors,
+        BLOCK_M=t.block_m, BLOCK_N=t.block_n, **meta,
         num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
     )  # fmt: skip
     if sink_logit is None:
@@ -201,8 +217,8 @@ for _device in ("cuda", "cpu"):  # "cpu" for the interpreter
 
 @torch.library.register_fake("sinkbed::attention_triton")
 def _(q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    sink_logit, statistics = rest[8], rest[-1]
-    return _outputs(q, statistics, sink_logit is not None)
+    sink_logit, normalizer, statistics = rest[8], rest[-5], rest[-1]
+    return _outputs(q, statistics, sink_logit is not None, normalizer)
 
 
 @torch.library.register_fake("sinkbed::attention_triton_backward")
@@ -221,21 +237,21 @@ def _(q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, first_key, end_key, first_query, last_query, _, _, sink_logit, *settings, _ = inputs
+    q, k, v, first_key, end_key, first_query, last_query, _, _, sink_logit, slopes, *settings, _ = inputs
     o, lse, *others = output
-    ctx.save_for_backward(q, k, v, o, lse, first_key, end_key, first_query, last_query, sink_logit)
-    ctx.settings = settings  # shared_from, shared_to, scale
-    ctx.mark_non_differentiable(*others)
+    ctx.save_for_backward(q, k, v, o, lse, first_key, end_key, first_query, last_query, sink_logit, slopes)
+    ctx.settings = settings  # shared_from to eps
+    ctx.mark_non_differentiable(*others, *([lse] if settings[4] != "softmax" else []))
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    q, k, v, o, lse, first_key, end_key, first_query, last_query, sink_logit = ctx.saved_tensors
+    q, k, v, o, lse, first_key, end_key, first_query, last_query, sink_logit, slopes = ctx.saved_tensors
     dq, dk, dv, dsink = torch.ops.sinkbed.attention_triton_backward(
         torch.zeros_like(o) if grad is None else grad, grad_lse, q, k, v, o, lse, first_key, end_key, first_query,
-        last_query, sink_logit, *ctx.settings,
+        last_query, sink_logit, slopes, *ctx.settings,
     )  # fmt: skip
-    return dq, dk, dv, *[None] * 6, (None if sink_logit is None else dsink), *[None] * 4
+    return dq, dk, dv, *[None] * 6, (None if sink_logit is None else dsink), *[None] * 10
 
 
 def _no_second_backward(ctx: Any, *_: Any) -> None:
@@ -273,34 +289,33 @@ def triton_attention(
     for a scoring that the kernels lack.
     """
     _check(q)
-    _check_scoring(scoring)
+    normalizer = _fused(scoring)
     outside = sink_logit if sink_value is not None or (sink_logit is not None and sink_logit.ndim == 3) else None
     inside = sink_logit if outside is None else None
-    output, lse, first_key_mass, document_mass, learned_sink_mass = torch.ops.sinkbed.attention_triton(
+    output, lse, *measured = torch.ops.sinkbed.attention_triton(
         q, k, v, mask.first_key, mask.end_key, mask.first_query, mask.last_query,
-        mask.doc_start if statistics else None, mask.doc_end if statistics else None, inside,
-        *mask.shared, scoring.scale, statistics,
+        mask.doc_start if statistics else None, mask.doc_end if statistics else None, inside, scoring.slopes,
+        *mask.shared, scoring.scale, scoring.softcap, *normalizer, statistics,
     )  # fmt: skip
-    measured = None
+    seen = None
     if statistics:
-        measured = Statistics(first_key_mass, document_mass, None if inside is None else learned_sink_mass)
+        first_key_mass, document_mass, *optional = measured
+        seen = Statistics(first_key_mass, document_mass, *(x if x.numel() else None for x in optional))
     if outside is not None:
-        return with_key(output, lse, measured, outside, sink_value)
-    return output, lse, measured
+        return with_key(output, lse, seen, outside, sink_value)
+    return output, (lse if scoring.normalizer is None else None), seen
 
 
-def _check_scoring(scoring: Scoring) -> None:
-    lacking = {
-        "softcap": scoring.softcap is not None,
-        "slopes": scoring.slopes is not None,
-        f"normalizer {type(scoring.normalizer).__name__}": scoring.normalizer is not None,
-    }
-    for name, asked_for in lacking.items():
-        if asked_for:
-            raise ValueError(
-                f"{name}: expected implementation 'torch' or 'reference', which have it, got 'triton', whose kernels "
-                "lack it"
-            )
+def _fused(scoring: Scoring) -> Fused:
+    """The normaliser as the kernels have it. Raises ValueError for what they lack."""
+    normalizer = scoring.normalizer
+    fused = Fused("softmax") if normalizer is None else normalizer.triton
+    if fused is None:
+        raise ValueError(
+            f"normalizer {type(normalizer).__name__}: expected implementation 'torch' or 'reference', which have it, "
+            "got 'triton', whose kernels lack it"
+        )
+    return fused
 
 
 def triton_received(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float) -> Tensor:

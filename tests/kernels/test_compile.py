@@ -12,6 +12,7 @@ from sinkbed.kernels.triton.aot import (
     DTYPES,
     KERNELS,
     MASKS,
+    SCORINGS,
     instructions_of,
     loops_of,
     spilled_bytes,
@@ -68,21 +69,21 @@ def test_spilled_bytes_are_what_the_instructions_store_and_load():
 SPILLED = {
     "sm_80 dkv document bf16": {96: 36, 128: 32},
     "sm_80 dkv document fp16": {96: 36, 128: 32},
-    "sm_80 dkv document fp32": {32: 32, 96: 8, 128: 8},
+    "sm_80 dkv document fp32": {32: 36, 96: 8, 128: 8},
     "sm_80 forward+statistics document fp32": {96: 8},
-    "sm_80 dkv causal bf16": {96: 20, 128: 16},
-    "sm_80 dkv causal fp16": {96: 20, 128: 16},
-    "sm_80 dkv causal fp32": {32: 20, 64: 8, 96: 8, 128: 8},
+    "sm_80 dkv causal bf16": {96: 24, 128: 20},
+    "sm_80 dkv causal fp16": {96: 24, 128: 20},
+    "sm_80 dkv causal fp32": {32: 20, 64: 16, 96: 8, 128: 8},
     "sm_89 dkv document bf16": {96: 36, 128: 32},
     "sm_89 dkv document fp16": {96: 36, 128: 32},
     "sm_89 dkv document fp32": {32: 16, 128: 8},
     "sm_89 dkv causal bf16": {96: 24, 128: 20},
     "sm_89 dkv causal fp16": {96: 24, 128: 20},
     "sm_89 dkv causal fp32": {32: 16, 96: 8, 128: 8},
-    "sm_90 dkv document fp32": {32: 12, 64: 24},
+    "sm_90 dkv document fp32": {32: 52, 64: 24, 96: 12, 128: 8},
     "sm_90 dq document fp32": {64: 8},
     "sm_90 dq causal fp32": {32: 36, 64: 20},
-    "sm_90 dkv causal fp32": {32: 12, 96: 20, 128: 20},
+    "sm_90 dkv causal fp32": {32: 44, 128: 8},
     "sm_90 received causal fp32": {32: 4},
     "sm_100 delta document fp16": {64: 8},
     "sm_100 dkv document fp32": {32: 12, 64: 20, 96: 20, 128: 12},
@@ -94,6 +95,11 @@ SPILLED = {
     "sm_80 dkv prefix_lm bf16": {64: 8, 128: 156},
     "sm_89 dkv prefix_lm bf16": {128: 152},
     "sm_90 dkv prefix_lm bf16": {128: 4},
+    "sm_80 dkv softcap bf16": {128: 32},
+    "sm_80 dkv alibi bf16": {128: 32},
+    "sm_80 dkv sigmoid bf16": {128: 28},
+    "sm_80 dkv softpick bf16": {128: 32},
+    "sm_90 dq softcap bf16": {128: 8},
 }
 
 
@@ -107,7 +113,8 @@ def test_the_baseline_holds_every_variant_and_spills_no_more_than_is_allowed():
     expected |= {(k, "document", "bf16", "16") for k in kernels}
     expected |= {(k, "prefix_lm", "bf16", d) for k in kernels for d in ("32", "64", "128")}
     expected |= {("forward+statistics", "one_document", "bf16", d) for d in ("32", "64", "128")}
-    assert set(table) == {(a, *rest) for a in CHIPS for rest in expected}
+    scorings = itertools.product(("sm_80", "sm_90"), ("forward", "dq", "dkv"), SCORINGS, ("bf16",), ("64", "128"))
+    assert set(table) == {(a, *rest) for a in CHIPS for rest in expected} | set(scorings)
     found: dict[str, dict[int, int]] = {}
     for (*names, head_dim), line in table.items():
         assert int(line["shared"]) <= CHIPS[names[0]].shared_block
@@ -189,6 +196,10 @@ COMPILED = [
     ("sm_90", "dq", "document", "fp32", 32),
     ("sm_100", "forward+statistics", "one_document", "bf16", 64),
     ("gfx942", "dq", "document", "bf16", 96),
+    ("sm_80", "dkv", "softcap", "bf16", 64),
+    ("sm_90", "dq", "alibi", "bf16", 64),
+    ("sm_90", "forward", "sigmoid", "bf16", 64),
+    ("sm_90", "dkv", "softpick", "bf16", 64),
 ]
 
 

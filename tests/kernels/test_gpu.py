@@ -6,6 +6,7 @@ import torch
 
 from sinkbed.kernels import Mask, attention, attention_received, interval_mask
 from tests.support.masks import MASKS, boundaries
+from tests.support.scorings import SCORINGS, scoring
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,16 +16,19 @@ DEVICE = "cuda"
 LENGTHS = [130, 1, 63, 250, 300, 17]  # T 761: no multiple of a tile
 
 
-def values(implementation, dtype, mask, inputs, sink=None):
-    """Output, lse, statistics, attention got, gradients."""
+def values(implementation, dtype, mask, inputs, sink=None, **arguments):
+    """Output, statistics, gradients; with the plain softmax lse and attention received."""
     q, k, v = (x.to(dtype).requires_grad_() for x in inputs)
     logit = None if sink is None else sink.to(dtype, copy=True).requires_grad_()
-    out = attention(q, k, v, mask, sink_logit=logit, statistics=True, implementation=implementation)
-    received = attention_received(q, k, out.lse.detach(), mask, implementation=implementation)
+    out = attention(q, k, v, mask, sink_logit=logit, statistics=True, implementation=implementation, **arguments)
+    of_softmax = []
+    if not arguments:
+        of_softmax = [out.lse, attention_received(q, k, out.lse.detach(), mask, implementation=implementation)]
     weight = torch.linspace(-1, 1, out.output.numel(), device=DEVICE).view_as(out.output).to(inputs[0].dtype).to(dtype)
     differentiated = [x for x in (q, k, v, logit) if x is not None]
-    grads = torch.autograd.grad((out.output * weight).sum() + out.lse.sum(), differentiated)
-    found = [out.output, out.lse, *(x for x in out.statistics or () if x is not None), received, *grads]
+    loss = (out.output * weight).sum() + sum(x.sum() for x in of_softmax[:1])
+    grads = torch.autograd.grad(loss, differentiated)
+    found = [out.output, *(x for x in out.statistics or () if x is not None), *of_softmax, *grads]
     return [x.detach() for x in found]
 
 
@@ -52,6 +56,22 @@ def test_values_statistics_and_gradients_equal_the_float64_reference(name, dtype
     found = values("triton", dtype, mask, inputs, sink)
     ordinary = values("reference", dtype, mask, inputs, sink)
     floor = 5e-5 if dtype == torch.float32 else 2e-3
+    for ours, theirs in zip(relative(found, expected), relative(ordinary, expected), strict=True):
+        assert ours <= max(2 * theirs, floor)
+
+
+@pytest.mark.parametrize("name", SCORINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("D", [64, 128])
+def test_scorings_equal_the_float64_reference(name, dtype, D):
+    start, end = (x.to(DEVICE) for x in boundaries(LENGTHS, rows=2))
+    mask = interval_mask(2, sum(LENGTHS), doc_start=start, doc_end=end, document=True, shared_prefix=1)
+    inputs, arguments = drawn(2, 2, 1, sum(LENGTHS), D, dtype), scoring(**SCORINGS[name], device=DEVICE)
+    expected, found, ordinary = (
+        values(implementation, of, mask, inputs, **arguments)
+        for implementation, of in (("reference", torch.float64), ("triton", dtype), ("reference", dtype))
+    )
+    floor = 1e-4 if dtype == torch.float32 else 2e-3
     for ours, theirs in zip(relative(found, expected), relative(ordinary, expected), strict=True):
         assert ours <= max(2 * theirs, floor)
 
@@ -182,7 +202,7 @@ def test_the_operators_pass_opcheck():
     q, k, v = (x.requires_grad_() for x in drawn(1, 4, 2, T, 64, torch.float32))
     sink = torch.zeros(4, device=DEVICE, requires_grad=True)
     ends = (mask.first_key, mask.end_key, mask.first_query, mask.last_query)
-    arguments = (q, k, v, *ends, start, mask.doc_end, sink, 0, 0, 0.125, True)
+    arguments = (q, k, v, *ends, start, mask.doc_end, sink, None, 0, 0, 0.125, None, "softmax", False, None, 0.0, True)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.sinkbed.attention_triton.default, arguments, test_utils=tests)
     received = (q.detach(), k.detach(), torch.zeros(1, 4, T, device=DEVICE), *ends[2:], 0, 0, 0.125)

@@ -26,6 +26,10 @@ def unwritten_outputs_are_nan():
     torch.use_deterministic_algorithms(False)
 
 
+SOFTMAX = (0.25, None, "softmax", False, None, 0.0)
+"""The scoring of the operators: a scale, no softcap, no normaliser."""
+
+
 def small_tiles(m=16, n=16):
     from sinkbed.kernels.triton.tiles import Tiles, override
 
@@ -263,11 +267,11 @@ def test_the_operators_themselves_take_any_strides():
     grad, sink = torch.randn_like(q), torch.tensor([0.5, -1.0])
     results = []
     for f in (lambda x: x, strided):
-        forward = (*map(f, (q, k, v)), *map(f, (*bounds, start, mask.doc_end, sink)), 0, 0, 0.25, True)
+        forward = (*map(f, (q, k, v)), *map(f, (*bounds, start, mask.doc_end, sink)), None, 0, 0, *SOFTMAX, True)
         found = ops.attention_triton(*forward)
         lse = found[1]
         back = ops.attention_triton_backward(
-            f(grad), f(lse), *map(f, (q, k, v, found[0], lse, *bounds, sink)), 0, 0, 0.25
+            f(grad), f(lse), *map(f, (q, k, v, found[0], lse, *bounds, sink)), None, 0, 0, *SOFTMAX
         )
         received = ops.attention_received_triton(*map(f, (q, k, lse, *bounds[2:])), 0, 0, 0.25)
         results.append([*found, *back, received])
@@ -283,7 +287,7 @@ def test_inputs_whose_elements_overlap_have_outputs_of_their_own():
     found = attention(q, q, q, implementation="triton").output.detach()
     expected = attention(exact, exact, exact, implementation="reference").output
     assert worst([found], [expected]) < 5e-6
-    torch.library.opcheck(torch.ops.sinkbed.attention_triton.default, (q, q, q, *[None] * 7, 0, 0, 0.25, True))
+    torch.library.opcheck(torch.ops.sinkbed.attention_triton.default, (q, q, q, *[None] * 8, 0, 0, *SOFTMAX, True))
 
 
 def test_a_stride_whose_offsets_leave_32_bits_is_copied():
@@ -311,7 +315,7 @@ def test_the_walk_over_documents_ends_whatever_the_documents_are():
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(20)
     try:
-        torch.ops.sinkbed.attention_triton(q, k, v, *[None] * 4, start, end, None, 0, 0, 0.25, True)
+        torch.ops.sinkbed.attention_triton(q, k, v, *[None] * 4, start, end, None, None, 0, 0, *SOFTMAX, True)
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
@@ -375,7 +379,7 @@ def test_the_operators_pass_opcheck():
     q, k, v = inputs(1, 2, 1, 21, 16, torch.float32)
     sink = torch.zeros(2, requires_grad=True)
     boundaries_and_sink = (mask.first_key, None, None, mask.last_query, start, mask.doc_end, sink)
-    arguments = (q, k, v, *boundaries_and_sink, 0, 0, 0.25, True)
+    arguments = (q, k, v, *boundaries_and_sink, None, 0, 0, *SOFTMAX, True)
     torch.library.opcheck(torch.ops.sinkbed.attention_triton.default, arguments)
     q, k, lse = q.detach(), k.detach(), torch.zeros(1, 2, 21)
     received = torch.ops.sinkbed.attention_received_triton.default

@@ -17,7 +17,7 @@ if "triton" not in available("cpu"):
 import triton
 import triton.language as tl
 
-from sinkbed.kernels.triton.kernels import key_block_tiles, query_block_tiles
+from sinkbed.kernels.triton.mask import key_block_tiles, query_block_tiles
 
 
 @triton.jit

@@ -178,7 +178,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         # delta reads no mask; a prefix LM's brings it a gradient of lse.
         (arch, kernel, "document" if kernel == "delta" and mask != "prefix_lm" else mask, dtype, head_dim, tiles)
         for arch, mask, dtype, head_dim, kernel in itertools.product(arguments.arch, *sizes, arguments.kernel)
-        if not arguments.all or is_stored(kernel, mask, dtype, head_dim)
+        if not arguments.all or is_stored(arch, kernel, mask, dtype, head_dim)
     )
     lines = compile_all(list(tasks), arguments.workers)
     print_table(lines)
