@@ -21,7 +21,7 @@ def test_a_bias_is_a_key_that_every_query_sees(name, implementation):
 
     def plain(x):
         return (
-            heads(*projections(attention, x), extra=key_of(attention.sink, c.dim)).flatten(2) @ attention.out.weight.T
+            heads(*projections(attention, x), extra=key_of(attention.sink)).flatten(2) @ attention.out.weight.T
         )
 
     run = forward_pass(c, implementation=implementation)
