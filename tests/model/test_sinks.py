@@ -20,9 +20,7 @@ def test_a_bias_is_a_key_that_every_query_sees(name, implementation):
     attention = drawn(SelfAttention(c, 0))
 
     def plain(x):
-        return (
-            heads(*projections(attention, x), extra=key_of(attention.sink)).flatten(2) @ attention.out.weight.T
-        )
+        return heads(*projections(attention, x), extra=key_of(attention.sink)).flatten(2) @ attention.out.weight.T
 
     run = forward_pass(c, implementation=implementation)
     assert_same(lambda x: attention(x, run)[0], plain, attention, stream())

@@ -12,13 +12,15 @@ from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.model.positions import POSITIONS
 from sinkbed.plain_text import counted
 from sinkbed.ranges import check_number
-from sinkbed.train.loop.optim import OptimizerConfig
+from sinkbed.train.loop.optim import OptimizerConfig, build_optimizer
 from sinkbed.train.loop.optimizers import OPTIMIZERS
 from sinkbed.train.measure.config import MeasureConfig
 
+_SMALLEST = DecoderConfig(n_layers=1, d_model=2, n_heads=1, d_ff=2)
+
 
 def training_bytes(optimizer: OptimizerConfig) -> int:
-    """Bytes of a parameter's weight, its gradient and what the optimizer keeps of it, float32."""
+    """About the bytes of a parameter's weight, its gradient and what the optimizer keeps of it, float32."""
     return 8 + 4 * OPTIMIZERS[optimizer.name].state_tensors
 
 
@@ -58,7 +60,12 @@ def check_settings(config: Any) -> None:
             f"trainer.max_steps: expected at least 1 (the schedules need the end), got {trainer.max_steps}"
         )
     check_number("trainer.log_every_n_steps", trainer.log_every_n_steps or 0, least=1)
-    optimizer.check_steps(trainer.max_steps)
+    build_optimizer(Decoder(_SMALLEST, 1), optimizer, trainer.max_steps)  # which checks the optimizer's own options
+    if "fsdp" in str(trainer.strategy) and not OPTIMIZERS[optimizer.name].shards:
+        raise ValueError(
+            f"model.optimizer.name: expected one that works on sharded matrices beside trainer.strategy "
+            f"{trainer.strategy}, got {OPTIMIZERS.name_of(optimizer.name)}; take trainer.strategy ddp"
+        )
     strategy.check_context(data.context_length)
     _check_positions(decoder, strategy, data.context_length)
     measure.check_context(data.context_length)
