@@ -126,10 +126,11 @@ def groups_by_place(model: torch.nn.Module, config: OptimizerConfig) -> list[dic
     return [{"params": of_blocks, "weight_decay": config.weight_decay}, *rest]
 
 
-def check_betas(key: str, betas: tuple[float, float]) -> None:
-    """Raise ValueError for decay rates of moments that are not at least 0 and less than 1."""
+def check_betas(key: str, betas: tuple[float, float]) -> tuple[float, float]:
+    """Decay rates of moments, which YAML writes as a list; raises ValueError where one is not at least 0 and below 1."""
     for beta in betas:
         check_number(key, beta, least=0, below=1)
+    return betas[0], betas[1]
 
 
 def build_optimizer(

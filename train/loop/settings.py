@@ -6,6 +6,8 @@ import os
 import sys
 from typing import Any
 
+import torch
+
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.prepare.prepare import available_cores
 from sinkbed.model import Decoder, DecoderConfig
@@ -60,7 +62,9 @@ def check_settings(config: Any) -> None:
             f"trainer.max_steps: expected at least 1 (the schedules need the end), got {trainer.max_steps}"
         )
     check_number("trainer.log_every_n_steps", trainer.log_every_n_steps or 0, least=1)
-    build_optimizer(Decoder(_SMALLEST, 1), optimizer, trainer.max_steps)  # which checks the optimizer's own options
+    with torch.device("meta"):  # where no random number is drawn
+        smallest = Decoder(_SMALLEST, 1)
+    build_optimizer(smallest.to_empty(device="cpu"), optimizer, trainer.max_steps)  # which checks its own options
     if "fsdp" in str(trainer.strategy) and not OPTIMIZERS[optimizer.name].shards:
         raise ValueError(
             f"model.optimizer.name: expected one that works on sharded matrices beside trainer.strategy "
@@ -107,8 +111,6 @@ def _check_positions(decoder: DecoderConfig, strategy: Strategy, context_length:
 
 def use_threads(threads: int | None) -> None:
     """Have torch compute with so many threads, where a number is given; a word where they are more than the cores."""
-    import torch
-
     if threads is None:
         return
     check_number("threads", threads, least=1)

@@ -108,7 +108,9 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 def plain(choice: Choice) -> Choice:
     """A choice without options as its name alone, tuples as lists: what means the same is the same."""
-    [(name, options)] = choice.items() if isinstance(choice, dict) and len(choice) == 1 else [(choice, True)]
-    if isinstance(options, dict) and options:
-        return {name: {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}}
-    return name if not options else choice
+    if not isinstance(choice, dict) or len(choice) != 1:
+        return choice
+    [(name, options)] = choice.items()
+    if not options:
+        return name
+    return {name: {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}}

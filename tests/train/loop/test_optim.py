@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sinkbed.model import Decoder, DecoderConfig
+from sinkbed.train.loop import trainer
 from sinkbed.train.loop.optim import OptimizerConfig, build_optimizer, decay_until, learning_rate_factor
 from sinkbed.train.loop.optimizers import OPTIMIZERS
 from sinkbed.train.loop.settings import training_bytes
@@ -113,6 +114,28 @@ def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     with pytest.raises(ValueError, match=r"pytorch-optimizer, got none; pip install -e '.\[optimizers\]'"):
         training_bytes(OptimizerConfig(name="lion"))
+
+
+def test_what_a_run_checks_before_it_starts(fit, capsys, monkeypatch):
+    """Options of the optimizer, and whether it takes sharded parameters; and no random number is drawn for it."""
+    pytest.importorskip("pytorch_optimizer")
+    assert fit("--model.optimizer.name", "{adamw: {eps: -1}}")[0] == 1
+    assert "model.optimizer.name.adamw.eps: expected more than 0, got -1" in capsys.readouterr().err
+    status, folder = fit("--model.optimizer.name", "soap", "--trainer.strategy", "fsdp2")
+    assert status == 1 and not folder.exists()
+    assert "expected one that works on sharded matrices beside trainer.strategy fsdp2" in capsys.readouterr().err
+    states = []
+    original = trainer.check_settings
+
+    def watched(config):
+        states.append(torch.get_rng_state())
+        original(config)
+        states.append(torch.get_rng_state())
+        raise ValueError("stop here")
+
+    monkeypatch.setattr(trainer, "check_settings", watched)
+    assert fit()[0] == 1
+    assert torch.equal(*states)
 
 
 def test_accumulated_decay_is_the_sum_of_rates_times_decay_whatever_it_goes_on_from():

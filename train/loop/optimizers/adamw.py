@@ -26,7 +26,7 @@ class AdamW(torch.optim.AdamW):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
     ) -> None:
-        check_betas("model.optimizer.name.adamw.betas", betas)
+        betas = check_betas("model.optimizer.name.adamw.betas", betas)
         check_number("model.optimizer.name.adamw.eps", eps, above=0)
         groups = parameter_groups(model, config)
-        super().__init__(groups, lr=config.lr, betas=tuple(betas), eps=eps, fused=True)
+        super().__init__(groups, lr=config.lr, betas=betas, eps=eps, fused=True)

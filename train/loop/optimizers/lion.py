@@ -20,5 +20,5 @@ class Lion(_library.Lion):
     def __init__(
         self, model: torch.nn.Module, config: OptimizerConfig, *, betas: tuple[float, float] = (0.9, 0.99)
     ) -> None:
-        check_betas("model.optimizer.name.lion.betas", betas)
-        super().__init__(parameter_groups(model, config), lr=config.lr, betas=tuple(betas))
+        betas = check_betas("model.optimizer.name.lion.betas", betas)
+        super().__init__(parameter_groups(model, config), lr=config.lr, betas=betas)

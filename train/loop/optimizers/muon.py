@@ -32,11 +32,11 @@ class Muon(torch.optim.Optimizer):
         eps: float = 1e-8,
     ) -> None:
         check_number("model.optimizer.name.muon.momentum", momentum, least=0, below=1)
-        check_betas("model.optimizer.name.muon.betas", betas)
+        betas = check_betas("model.optimizer.name.muon.betas", betas)
         check_number("model.optimizer.name.muon.eps", eps, above=0)
         matrices, *rest = groups_by_place(model, config)
         muon = torch.optim.Muon([matrices], lr=config.lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
-        adamw = torch.optim.AdamW(rest, lr=config.lr, betas=tuple(betas), eps=eps, fused=True)
+        adamw = torch.optim.AdamW(rest, lr=config.lr, betas=betas, eps=eps, fused=True)
         self.parts = (muon, adamw)
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
 

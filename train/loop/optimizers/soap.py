@@ -28,10 +28,10 @@ class SOAP(_library.SOAP):
         eps: float = 1e-8,
         frequency: int = 10,
     ) -> None:
-        check_betas("model.optimizer.name.soap.betas", betas)
+        betas = check_betas("model.optimizer.name.soap.betas", betas)
         check_number("model.optimizer.name.soap.eps", eps, above=0)
         check_number("model.optimizer.name.soap.frequency", frequency, least=1)
         blocks, *rest = groups_by_place(model, config)
         width = max((min(p.shape) for group in rest for p in group["params"] if p.ndim > 1), default=1)
         groups = [blocks, *({**group, "max_precondition_dim": width} for group in rest)]
-        super().__init__(groups, lr=config.lr, betas=tuple(betas), eps=eps, precondition_frequency=frequency)
+        super().__init__(groups, lr=config.lr, betas=betas, eps=eps, precondition_frequency=frequency)
