@@ -127,7 +127,7 @@ def groups_by_place(model: torch.nn.Module, config: OptimizerConfig) -> list[dic
 
 
 def check_betas(key: str, betas: tuple[float, float]) -> tuple[float, float]:
-    """Decay rates of moments, which YAML writes as a list; raises ValueError where one is not at least 0 and below 1."""
+    """Decay rates of moments, a list in YAML; raises ValueError where one is not at least 0 and less than 1."""
     for beta in betas:
         check_number(key, beta, least=0, below=1)
     return betas[0], betas[1]

@@ -113,4 +113,6 @@ def plain(choice: Choice) -> Choice:
     [(name, options)] = choice.items()
     if not options:
         return name
+    if not isinstance(options, dict):
+        return choice
     return {name: {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}}
