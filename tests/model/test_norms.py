@@ -23,7 +23,7 @@ def dynamic_tanh(x, alpha, weight, bias):
 @pytest.mark.parametrize(
     ("choice", "plain"),
     [("rms", rms), ("layer", layer), ({"layer": {"bias": False}}, layer), ("dynamic_tanh", dynamic_tanh)],
-    ids=str,
+    ids=["rms", "layer", "layer without bias", "dynamic_tanh"],
 )
 @pytest.mark.parametrize("fused", [True, False], ids=["as on a CPU", "as elsewhere"])
 def test_a_norm_is_its_formula(choice, plain, fused, monkeypatch):
