@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sinkbed.model.config import DecoderConfig
 from sinkbed.model.decoder import Decoder
-from sinkbed.model.hf.architectures._architecture import OF_LLAMA, Architecture, name_of
+from sinkbed.model.hf.architecture import OF_LLAMA, Architecture, name_of
 from sinkbed.model.hf.architectures.gemma2 import GEMMA2
 from sinkbed.model.hf.architectures.gpt2 import GPT2
 from sinkbed.model.hf.architectures.gpt_oss import GPT_OSS

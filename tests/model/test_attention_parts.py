@@ -46,7 +46,7 @@ PARTS = [
 
 @pytest.mark.parametrize(("choice", "formula", "shapes"), PARTS, ids=[str(part[0]) for part in PARTS])
 def test_a_part_is_its_formula(choice, formula, shapes):
-    c = config(attention_parts=(choice,))
+    c = config(attention_parts=[choice])
     attention = drawn(SelfAttention(c, 0))
     [part] = attention.parts
     assert {name: tuple(p.shape) for name, p in part.named_parameters()} == shapes
@@ -69,7 +69,7 @@ def test_parts_act_in_the_order_of_the_list():
 
 
 def test_value_residual_mixes_in_the_values_of_the_first_layer():
-    c = config(attention_parts=("value_residual",), n_layers=3)
+    c = config(attention_parts=["value_residual"], n_layers=3)
     layers = torch.nn.ModuleList(SelfAttention(c, layer) for layer in range(3))
     assert [[*part.parameters()] for part in layers[0].parts] == [[]] and layers[2].parts[0].share.item() == 0.5
     drawn(layers)
@@ -94,7 +94,7 @@ def test_value_residual_mixes_in_the_values_of_the_first_layer():
 
 def test_value_residual_is_the_same_with_activation_checkpointing():
     torch.manual_seed(0)
-    model = Decoder(config(attention_parts=("value_residual",), n_layers=3, position="rope"), 30)
+    model = Decoder(config(attention_parts=["value_residual"], n_layers=3, position="rope"), 30)
     tokens = torch.arange(18).view(2, 9)
     gradients = []
     for model.checkpoint_activations in (False, True):

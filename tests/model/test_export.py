@@ -44,8 +44,8 @@ MODELS = {
         dict(feed_forward="reglu"),
     ],
     "Qwen3ForCausalLM": [
-        dict(attention_parts=("qk_norm",), norm_eps=1e-3, tie_embeddings=True),
-        dict(attention_parts=("qk_norm",), head_dim=6, position={"rope": {"theta": 500.0}}, feed_forward="geglu"),
+        dict(attention_parts=["qk_norm"], norm_eps=1e-3, tie_embeddings=True),
+        dict(attention_parts=["qk_norm"], head_dim=6, position={"rope": {"theta": 500.0}}, feed_forward="geglu"),
     ],
     "GptOssForCausalLM": [
         dict(sink="learned", head_dim=6, position={"rope": {"theta": 500.0}}),
@@ -96,9 +96,9 @@ def test_an_exported_folder_gives_our_logits(name, shape, window, tmp_path):
 REFUSED = [
     (dict(sink="k_bias"), "sink: expected learned or off_by_one, which Hugging Face's gpt-oss has, got 'k_bias'"),
     (dict(sink="learned", feed_forward="gelu"), "feed_forward: expected swiglu, which Hugging Face's gpt-oss has"),
-    (dict(sink="learned", attention_parts=("qk_norm",)), "sink: expected none, which Hugging Face's Qwen 3 has"),
+    (dict(sink="learned", attention_parts=["qk_norm"]), "sink: expected none, which Hugging Face's Qwen 3 has"),
     (dict(attention_parts=("qk_norm", "head_norm")), r"attention_parts: expected \['qk_norm'\], which .* Qwen 3 has"),
-    (dict(attention_parts=("v_bias",)), r"attention_parts: expected none, which .* Llama has, got \['v_bias'\]"),
+    (dict(attention_parts=["v_bias"]), r"attention_parts: expected none, which .* Llama has, got \['v_bias'\]"),
     (dict(softcap=3.0), "block: expected sandwich_norm, which Hugging Face's Gemma 2 has, got 'pre_norm'"),
     (dict(**GEMMA, norm="layer"), "norm: expected rms, which Hugging Face's Gemma 2 has, got 'layer'"),
     (dict(block="post_norm"), "block: expected pre_norm, which Hugging Face's Llama has, got 'post_norm'"),

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sinkbed.model.decoder import Decoder
-from sinkbed.model.hf.architectures._architecture import Architecture, name_of
+from sinkbed.model.hf.architecture import Architecture, name_of
 
 _ACTIVATIONS = {"gelu": "gelu_new", "relu": "relu", "relu2": "relu2", "silu": "silu"}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sinkbed.model.decoder import Decoder
-from sinkbed.model.hf.architectures._architecture import (
+from sinkbed.model.hf.architecture import (
     Architecture,
     gate_and_up,
     layer_types,

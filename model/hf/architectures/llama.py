@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sinkbed.model.decoder import Decoder
-from sinkbed.model.hf.architectures._architecture import (
+from sinkbed.model.hf.architecture import (
     Architecture,
     gated,
     name_of,

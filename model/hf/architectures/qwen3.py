@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sinkbed.model.decoder import Decoder
-from sinkbed.model.hf.architectures._architecture import (
+from sinkbed.model.hf.architecture import (
     Architecture,
     gated,
     halves,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sinkbed.model import Decoder, DecoderConfig
+from sinkbed.train import loop
 from sinkbed.train.loop import trainer
 from sinkbed.train.loop.optim import OptimizerConfig, build_optimizer, decay_until, learning_rate_factor
 from sinkbed.train.loop.optimizers import OPTIMIZERS
@@ -107,10 +108,10 @@ def test_an_option_is_the_same_as_a_list_and_as_a_tuple():
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):
-    for name in ("sinkbed.train.loop.optimizers.lion", "sinkbed.train.loop.optimizers._library"):
+    for name in ("sinkbed.train.loop.optimizers.lion", "sinkbed.train.loop.extra_optimizers"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.delitem(OPTIMIZERS._variants, "lion", raising=False)
-    monkeypatch.delattr("sinkbed.train.loop.optimizers._library", raising=False)
+    monkeypatch.delattr(loop, "extra_optimizers", raising=False)
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     with pytest.raises(ValueError, match=r"pytorch-optimizer, got none; pip install -e '.\[optimizers\]'"):
         training_bytes(OptimizerConfig(name="lion"))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from sinkbed.train.loop import extra_optimizers
 from sinkbed.train.loop.optim import OptimizerConfig, check_betas, parameter_groups
-from sinkbed.train.loop.optimizers import OPTIMIZERS, _library
+from sinkbed.train.loop.optimizers import OPTIMIZERS
 
 
 @OPTIMIZERS.register("lion")
-class Lion(_library.Lion):
+class Lion(extra_optimizers.Lion):
     """pytorch-optimizer's. `betas` weigh the momentum in the step and in what is kept of it.
 
     Its learning rate is a third to a tenth of AdamW's, its weight decay as many times larger.

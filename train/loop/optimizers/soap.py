@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from sinkbed.ranges import check_number
+from sinkbed.train.loop import extra_optimizers
 from sinkbed.train.loop.optim import OptimizerConfig, check_betas, groups_by_place
-from sinkbed.train.loop.optimizers import OPTIMIZERS, _library
+from sinkbed.train.loop.optimizers import OPTIMIZERS
 
 
 @OPTIMIZERS.register("soap")
-class SOAP(_library.SOAP):
+class SOAP(extra_optimizers.SOAP):
     """pytorch-optimizer's. The side of embeddings and output matrix that is the vocabulary stays as it is.
 
     `betas` and `eps` are Adam's; the bases are computed anew every `frequency` steps. The first step only gathers

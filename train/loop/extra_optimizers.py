@@ -1,4 +1,4 @@
-"""The package pytorch-optimizer, which is an extra."""
+"""The optimizers of the package pytorch-optimizer, which is an extra."""
 
 try:
     from pytorch_optimizer import SOAP, Lion
