@@ -44,6 +44,7 @@ OF_LLAMA: dict[str, tuple[Any, ...]] = {
     "normalizer": ("softmax",),
     "softcap": (None,),
     "sink": ("none",),
+    "n_registers": (0,),
 }
 
 

@@ -28,7 +28,7 @@ def architecture_of(config: DecoderConfig) -> Architecture:
     for part, known in (OF_LLAMA | architecture.parts).items():
         value = getattr(config, part)
         if known and name_of(value) not in known:
-            expected = " or ".join(str(each or "none") for each in known)
+            expected = " or ".join("none" if each in (None, []) else str(each) for each in known)
             raise ValueError(
                 f"model.decoder.{part}: expected {expected}, which Hugging Face's {architecture.name} has, "
                 f"got {value!r}"

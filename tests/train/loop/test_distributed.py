@@ -132,7 +132,8 @@ def test_muon_steps_on_sharded_matrices_as_on_whole_ones(launch, tmp_path):
         torch.testing.assert_close(found[1]["state_dict"][name], weight, atol=1e-3, rtol=1e-3)
     [ours], [theirs] = found[1]["optimizer_states"], found[0]["optimizer_states"]
     assert [g["params"] for g in ours["param_groups"]] == [g["params"] for g in theirs["param_groups"]]
-    assert {n: [*s] for n, s in ours["state"].items()} == {n: [*s] for n, s in theirs["state"].items()}
+    kept = [{name: sorted(state) for name, state in each["state"].items()} for each in (ours, theirs)]
+    assert kept[0] == kept[1] and ["momentum_buffer"] in kept[0].values()
 
 
 def parts(folder):
