@@ -133,14 +133,15 @@ class Toy(Packing):
 def test_an_optimizer(add):
     add("""
 import torch
+from sinkbed.train.loop.optim import parameter_groups
 from sinkbed.train.loop.optimizers import OPTIMIZERS
 
 @OPTIMIZERS.register("toy")
 class Toy(torch.optim.SGD):
-    state_tensors = 1
+    state_tensors, shards = 1, True
 
-    def __init__(self, groups, config, *, momentum=0.5):
-        super().__init__(groups, lr=config.lr, momentum=momentum)
+    def __init__(self, model, config, *, momentum=0.5):
+        super().__init__(parameter_groups(model, config), lr=config.lr, momentum=momentum)
 """)
     config = OptimizerConfig(name={"toy": {"momentum": 0.25}}, lr=0.1, weight_decay=0.2)
     optimizer, _ = build_optimizer(Decoder(DecoderConfig(n_layers=1, d_model=8, n_heads=1, d_ff=8), 32), config, 10)

@@ -18,7 +18,16 @@ PARTS = [
     f"model.{part}"
     for part in ("attention_parts", "blocks", "feed_forward", "initializers", "norms", "positions", "sinks")
 ]
-BELOW = [*DATA, "kernels", "kernels.normalizers", "kernels.triton", "model", "model.hf", *PARTS]
+BELOW = [
+    *DATA,
+    "kernels",
+    "kernels.normalizers",
+    "kernels.triton",
+    "model",
+    "model.hf",
+    "model.hf.architectures",
+    *PARTS,
+]
 BELOW_LOOP = [*BELOW, "train.run", "train.config", "train.measure", "train.measure.measures"]
 LOOP = ["train.loop", "train.loop.callbacks", "train.loop.optimizers"]
 MAY_IMPORT = {
@@ -37,7 +46,8 @@ MAY_IMPORT = {
     **{part: ["model"] for part in PARTS},
     "model.attention_parts": ["model", "model.norms"],
     "model.blocks": ["model", "model.norms"],
-    "model.hf": ["kernels", "model", "model.positions"],
+    "model.hf": ["kernels", "model", "model.hf.architectures", "model.positions"],
+    "model.hf.architectures": ["model", "model.hf"],
     "train.run": BELOW,
     "train.config": [*BELOW, "train.run"],
     "train.measure": [*BELOW, "train.run", "train.config", "train.measure.measures"],

@@ -1,4 +1,4 @@
-"""`sinkbed export`: a checkpoint as a Hugging Face folder (Llama; with a window Mistral), whose logits equal ours."""
+"""`sinkbed export`: a checkpoint as a Hugging Face folder, whose logits equal ours."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def run(command: str, argv: Sequence[str]) -> int:
 
     checkpoint, _ = open_run(arguments.run)  # first: a path that is none is answered before torch is imported
     from sinkbed.data.files import sha256_file, sync_folder, write_json
-    from sinkbed.model.hf.llama import CONFIG, WEIGHTS, llama_config, to_llama
+    from sinkbed.model.hf.export import CONFIG, WEIGHTS, export
     from sinkbed.train.run.directory import CHECKSUMS
 
     decoder, strategy = load_decoder(checkpoint)
     identity = checkpoint["sinkbed"]
     tokenizer = run_tokenizer(identity, arguments.store)
     first = first_id(strategy, tokenizer, arguments.bos)
-    config = llama_config(
+    config, weights = export(
         decoder,
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
@@ -60,7 +60,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     partial = out.parent / f".{out.name}.{os.getpid()}.partial"
     partial.mkdir()
     try:
-        save_file(to_llama(decoder), partial / WEIGHTS, metadata={"format": "pt"})
+        save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
         write_tokenizer(partial, tokenizer, first, identity["context_length"])
         write_json(partial / CONFIG, config, seal=False)
         generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
@@ -77,8 +77,8 @@ def run(command: str, argv: Sequence[str]) -> int:
         shutil.rmtree(partial, ignore_errors=True)
     token = "no token" if first is None else repr(tokenizer.backend.id_to_token(first))
     print(
-        f"{arguments.out}: step {checkpoint['global_step']}, {decoder.parameter_count():,} parameters; its tokenizer "
-        f"puts {token} before a text"
+        f"{arguments.out}: step {checkpoint['global_step']}, {decoder.parameter_count():,} parameters, as "
+        f"{config['architectures'][0]}; its tokenizer puts {token} before a text"
     )
     print(f"lm_eval --model hf --model_args {lm_eval_arguments(arguments.out, first, tokenizer.bos_id)} --tasks ...")
     return 0
@@ -98,14 +98,14 @@ def lm_eval_arguments(folder: Path, first: int | None, bos_id: int) -> str:
 def first_id(strategy: Strategy, tokenizer: OurTokenizer, bos: str) -> int | None:
     """The token before each text; None for none.
 
-    Raises ValueError for a strategy under which the model is more than a Llama and its tokenizer can be told.
+    Raises ValueError for a strategy under which the model is more than Hugging Face's and its tokenizer can be told.
     """
     for name in ("prefix_lm", *(("shared_prefix",) if strategy.window is not None else ())):
         if getattr(strategy, name):
             beside = f" beside window {strategy.window}" if name == "shared_prefix" else ""
             raise ValueError(
-                f"data.strategy.{name}: got {getattr(strategy, name)}{beside}, which neither Llama nor Mistral of "
-                "Hugging Face can express"
+                f"data.strategy.{name}: got {getattr(strategy, name)}{beside}, which no model of Hugging Face's can "
+                "express"
             )
     if any(what != "none" for what in strategy.first_tokens[1:]):
         raise ValueError(

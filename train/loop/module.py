@@ -20,7 +20,8 @@ from sinkbed.ranges import check_number
 from sinkbed.train.loop.datamodule import TokenData
 from sinkbed.train.loop.fsdp import FSDP2Strategy, shard
 from sinkbed.train.loop.identity import check_identity
-from sinkbed.train.loop.optim import OptimizerConfig, build_optimizer, learning_rate_factor
+from sinkbed.train.loop.optim import OptimizerConfig, build_optimizer, decay_until, learning_rate_factor
+from sinkbed.train.loop.optimizers import OPTIMIZERS
 from sinkbed.train.measure.masks import strategy_mask
 from sinkbed.train.run import directory
 from sinkbed.train.run.metrics import record
@@ -87,6 +88,7 @@ class SinkbedModule(L.LightningModule):
         self._counts: list[Tensor] = []
         self._last: tuple[int, Tensor, Tensor] | None = None
         self._window: tuple[float, int] | None = None
+        self._decay: tuple[int, float] = (0, 0.0)
 
     @property
     def data(self) -> TokenData:
@@ -212,9 +214,11 @@ class SinkbedModule(L.LightningModule):
 
     def _log_training(self, step: int, loss: Tensor, norm: Tensor) -> None:
         now = time.perf_counter()
+        self._decay = (step, decay_until(self.optimizer_config, step, self.trainer.max_steps, since=self._decay))
         values = {
             "train/loss": float(loss),
             "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],
+            "train/accumulated_decay": self._decay[1],
             "train/grad_norm": float(norm),
         }
         if self._window is not None:
@@ -254,7 +258,7 @@ class SinkbedModule(L.LightningModule):
             "seed": data.seed,
             "unique_rows": data.unique_rows,
             "seed_everything": int(os.environ.get("PL_GLOBAL_SEED", 0)),
-            "optimizer": {**dataclasses.asdict(self.optimizer_config), "betas": list(self.optimizer_config.betas)},
+            "optimizer": dataclasses.asdict(self.optimizer_config),
             "max_grad_norm": self.max_grad_norm,
             "max_steps": trainer.max_steps,
             "precision": str(trainer.precision),
@@ -293,15 +297,16 @@ class SinkbedModule(L.LightningModule):
         assert self.decoder is not None
         factor = learning_rate_factor(c, checkpoint["global_step"], self.trainer.max_steps)
         fresh, _ = build_optimizer(self.decoder, c, self.trainer.max_steps)
+        before, after = (OPTIMIZERS.name_of(name) for name in (checkpoint["sinkbed"]["optimizer"]["name"], c.name))
+        names = iter(self._parameter_names(fresh))
         for state in checkpoint["optimizer_states"]:
-            if checkpoint["sinkbed"]["optimizer"]["name"] != c.name:  # what another one kept has another meaning
-                state["state"] = {}
+            if before != after:  # what another one kept has another meaning
+                state |= {"state": {}, "param_groups": [{} for _ in fresh.param_groups]}
             for group, ours in zip(state["param_groups"], fresh.param_groups, strict=True):
-                parameters = group["params"]
-                group.clear()
+                parameters = [next(names) for _ in ours["params"]]
                 group |= {**ours, "params": parameters, "lr": c.lr * factor, "initial_lr": c.lr}
         for schedule in checkpoint["lr_schedulers"]:
-            schedule["base_lrs"] = [c.lr] * len(schedule["base_lrs"])
+            schedule["base_lrs"] = [c.lr] * len(fresh.param_groups)
         for name in ("SinkMonitor", "StateMonitor", "Checkpoints"):
             checkpoint["callbacks"].pop(name, None)
 

@@ -1,10 +1,10 @@
-"""The optimizer's settings, its parameter groups (decay on matrices only), and the learning-rate schedules."""
+"""The optimizer's settings, the groups of its parameters (decay on matrices only), and the learning-rate schedules."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sinkbed.ranges import check_number
 from sinkbed.registry import Choice, plain
@@ -20,13 +20,9 @@ class OptimizerConfig:
     """An optimizer and its schedule. Raises ValueError for values outside their range."""
 
     name: Choice = "adamw"
-    """A file of train/loop/optimizers."""
+    """A file of train/loop/optimizers; what it has of its own, such as AdamW's betas, are options of it."""
     lr: float = 4e-4
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of the moment estimates."""
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled decay, multiplied by the learning rate; on matrices only, never on norms or sink logits."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -46,10 +42,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         OPTIMIZERS.check(self.name)
         object.__setattr__(self, "name", plain(self.name))
-        for name in ("lr", "eps"):
-            check_number(f"optimizer.{name}", getattr(self, name), above=0)
-        for beta in self.betas:
-            check_number("optimizer.betas", beta, least=0, below=1)
+        check_number("optimizer.lr", self.lr, above=0)
         check_number("optimizer.weight_decay", self.weight_decay, least=0)
         check_number("optimizer.final_fraction", self.final_fraction, least=0, most=1)
         for name in ("warmup", "cooldown"):
@@ -101,22 +94,56 @@ def learning_rate_factor(config: OptimizerConfig, step: int, total_steps: int) -
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def decay_until(config: OptimizerConfig, step: int, total_steps: int, since: tuple[int, float] = (0, 0.0)) -> float:
+    """Σ lr · weight_decay over the first `step` optimizer steps of `total_steps`: −log of what decay alone would leave
+    of a matrix, to first order. `since` is a step before and its sum, to go on from.
+    """
+    first, total = since
+    for earlier in range(first, step):
+        total += config.lr * learning_rate_factor(config, earlier, total_steps) * config.weight_decay
+    return total
+
+
+def parameter_groups(model: torch.nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """The two usual groups: matrices with weight decay, the rest without."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def groups_by_place(model: torch.nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Three groups: the weight matrices of blocks, whose sides are both widths of the model, then the two usual groups
+    of the rest, embeddings and output matrix among them."""
+    weights = [p for name, p in model.named_parameters() if "blocks." in name and name.endswith("weight")]
+    of_blocks = [p for p in weights if p.requires_grad and p.ndim == 2]
+    known = set(map(id, of_blocks))
+    rest = [
+        {**group, "params": [p for p in group["params"] if id(p) not in known]}
+        for group in parameter_groups(model, config)
+    ]
+    return [{"params": of_blocks, "weight_decay": config.weight_decay}, *rest]
+
+
+def check_betas(key: str, betas: tuple[float, float]) -> tuple[float, float]:
+    """Decay rates of moments, a list in YAML; raises ValueError where one is not at least 0 and less than 1."""
+    for beta in betas:
+        check_number(key, beta, least=0, below=1)
+    return betas[0], betas[1]
+
+
 def build_optimizer(
     model: torch.nn.Module, config: OptimizerConfig, total_steps: int
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """The optimizer over two groups (matrices with decay, the rest without) and its schedule, stepped each step.
+    """The optimizer of a model and its schedule, stepped each step.
 
-    Raises ValueError: see `OptimizerConfig.check_steps`.
+    Raises ValueError: see `OptimizerConfig.check_steps`, and for options of the optimizer out of their range.
     """
     import torch
 
     config.check_steps(total_steps)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = OPTIMIZERS.make(config.name, groups, config)
+    optimizer = OPTIMIZERS.make(config.name, model, config)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(config, step, total_steps)
     )

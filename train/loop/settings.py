@@ -6,19 +6,23 @@ import os
 import sys
 from typing import Any
 
+import torch
+
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.prepare.prepare import available_cores
 from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.model.positions import POSITIONS
 from sinkbed.plain_text import counted
 from sinkbed.ranges import check_number
-from sinkbed.train.loop.optim import OptimizerConfig
+from sinkbed.train.loop.optim import OptimizerConfig, build_optimizer
 from sinkbed.train.loop.optimizers import OPTIMIZERS
 from sinkbed.train.measure.config import MeasureConfig
 
+_SMALLEST = DecoderConfig(n_layers=1, d_model=2, n_heads=1, d_ff=2)
+
 
 def training_bytes(optimizer: OptimizerConfig) -> int:
-    """Bytes of a parameter's weight, its gradient and what the optimizer keeps of it, float32."""
+    """About the bytes of a parameter's weight, its gradient and what the optimizer keeps of it, float32."""
     return 8 + 4 * OPTIMIZERS[optimizer.name].state_tensors
 
 
@@ -58,7 +62,14 @@ def check_settings(config: Any) -> None:
             f"trainer.max_steps: expected at least 1 (the schedules need the end), got {trainer.max_steps}"
         )
     check_number("trainer.log_every_n_steps", trainer.log_every_n_steps or 0, least=1)
-    optimizer.check_steps(trainer.max_steps)
+    with torch.device("meta"):  # where no random number is drawn
+        smallest = Decoder(_SMALLEST, 1)
+    build_optimizer(smallest.to_empty(device="cpu"), optimizer, trainer.max_steps)  # which checks its own options
+    if "fsdp" in str(trainer.strategy) and not OPTIMIZERS[optimizer.name].shards:
+        raise ValueError(
+            f"model.optimizer.name: expected one that works on sharded matrices beside trainer.strategy "
+            f"{trainer.strategy}, got {OPTIMIZERS.name_of(optimizer.name)}; take trainer.strategy ddp"
+        )
     strategy.check_context(data.context_length)
     _check_positions(decoder, strategy, data.context_length)
     measure.check_context(data.context_length)
@@ -100,8 +111,6 @@ def _check_positions(decoder: DecoderConfig, strategy: Strategy, context_length:
 
 def use_threads(threads: int | None) -> None:
     """Have torch compute with so many threads, where a number is given; a word where they are more than the cores."""
-    import torch
-
     if threads is None:
         return
     check_number("threads", threads, least=1)

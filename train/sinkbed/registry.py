@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 V = TypeVar("V")
 
@@ -88,9 +88,9 @@ class Registry:
                 raise ValueError(
                     f"{self.key}: expected options of {name} ({', '.join(known) or 'none'}); got {option!r}"
                 )
-            kind = known[option]
-            if kind in (int, float, str, bool) and type(value) is not kind and (kind, type(value)) != (float, int):
-                raise ValueError(f"{self.key}.{name}.{option}: expected {kind.__name__}, got {value!r}")
+            if not _is_of(value, known[option]):
+                kind = inspect.formatannotation(known[option])
+                raise ValueError(f"{self.key}.{name}.{option}: expected {kind}, got {value!r}")
         return options
 
     def make(self, choice: Choice, *arguments: Any) -> Any:
@@ -98,7 +98,21 @@ class Registry:
         return self[choice](*arguments, **self.check(choice))
 
 
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type, as far as that is a plain one or a tuple of those, which YAML writes as a list."""
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        return isinstance(value, list | tuple) and len(value) == len(kinds) and all(map(_is_of, value, kinds))
+    return kind not in (int, float, str, bool) or type(value) is kind or (kind, type(value)) == (float, int)
+
+
 def plain(choice: Choice) -> Choice:
-    """A choice without options as its name alone: what means the same is the same."""
-    [(name, options)] = choice.items() if isinstance(choice, dict) and len(choice) == 1 else [(choice, True)]
-    return name if not options else choice
+    """A choice without options as its name alone, tuples as lists: what means the same is the same."""
+    if not isinstance(choice, dict) or len(choice) != 1:
+        return choice
+    [(name, options)] = choice.items()
+    if not options:
+        return name
+    if not isinstance(options, dict):
+        return choice
+    return {name: {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}}

@@ -63,6 +63,25 @@ def test_a_window_makes_it_a_mistral(tiny_store, tmp_path):
     assert (found - without).abs().max() > 1e-3, "the window is under test"
 
 
+def test_the_parts_of_the_decoder_say_which_model_it_is(tiny_store, tmp_path, capsys):
+    config = write_run_config(tmp_path / "run.yaml", tiny_store)
+    parts = ["--model.decoder.position", "{learned: {length: 64}}", "--model.decoder.norm", "layer"]
+    options = ["--wandb.mode", "disabled", "--trainer.max_steps", "2", *parts]
+    for name, feed_forward in (("gpt2", "gelu"), ("none", "swiglu")):
+        run, out = tmp_path / name, tmp_path / f"{name}-hf"
+        arguments = ["fit", "--config", str(config), "--run_dir", str(run), *options]
+        assert main([*arguments, "--model.decoder.feed_forward", feed_forward]) == 0
+        assert main(["export", str(run), "--out", str(out)]) == (feed_forward == "swiglu")
+    said = capsys.readouterr()
+    assert "parameters, as GPT2LMHeadModel; its tokenizer puts" in said.out
+    assert "model.decoder.feed_forward: expected gelu or relu" in said.err and not out.exists()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2-hf")
+    decoder, _ = load_decoder(open_run(tmp_path / "gpt2")[0])
+    tokens = torch.randint(2, 300, (2, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, decoder(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("axes", "bos", "expected"),
     [

@@ -5,6 +5,7 @@ import torch
 
 from sinkbed.data.store.token_store import TokenStore
 from sinkbed.train.loop.callbacks.sinks import SinkMonitor
+from sinkbed.train.loop.optim import parameter_groups
 from sinkbed.train.loop.optimizers import OPTIMIZERS
 from sinkbed.train.run import directory
 from sinkbed.train.run.checkpoint import load_checkpoint
@@ -261,10 +262,10 @@ def test_a_fork_is_a_new_run_with_settings_of_its_own_that_names_its_parent(fit)
 
 def test_a_fork_with_another_optimizer_leaves_what_the_old_one_kept_behind(fit, monkeypatch):
     class Toy(torch.optim.SGD):
-        state_tensors = 1
+        state_tensors, shards = 1, True
 
-        def __init__(self, groups, config):
-            super().__init__(groups, lr=config.lr, momentum=0.5)
+        def __init__(self, model, config):
+            super().__init__(parameter_groups(model, config), lr=config.lr, momentum=0.5)
 
     monkeypatch.setitem(OPTIMIZERS._variants, "toy", Toy)
     _, parent = fit(run_dir="parent")
@@ -274,6 +275,42 @@ def test_a_fork_with_another_optimizer_leaves_what_the_old_one_kept_behind(fit, 
     [state] = load_checkpoint(fork / "checkpoints" / "last.ckpt")["optimizer_states"]
     assert {key for kept in state["state"].values() for key in kept} == {"momentum_buffer"}
     assert all("betas" not in group and group["momentum"] == 0.5 for group in state["param_groups"])
+
+
+def available(name):
+    if name in ("lion", "soap"):
+        pytest.importorskip("pytorch_optimizer")
+    return ("--model.optimizer.name", name, "--model.optimizer.lr", "1e-3")
+
+
+@pytest.mark.parametrize("name", ["muon", "soap"])
+def test_a_run_under_any_optimizer_is_resumed_bit_for_bit(fit, monkeypatch, name):
+    options = available(name)
+    _, whole = fit(*options, run_dir="whole")
+    revive = kill_at(monkeypatch, 7)
+    with pytest.raises(Killed):
+        fit(*options, run_dir="cut")
+    revive()
+    status, cut = fit(*options, "--ckpt_path", "last", run_dir="cut")
+    assert status == 0 and points(cut) == points(whole)
+    assert equal(training_state(cut, 10), training_state(whole, 10))
+    [first, *_, last] = [p for p in points(whole) if "train/loss" in p]
+    assert last["train/loss"] < first["train/loss"]
+    rates = [p["train/lr"] for p in points(whole) if "train/loss" in p]
+    assert len(rates) == 10 and last["train/accumulated_decay"] == pytest.approx(0.1 * sum(rates))
+
+
+@pytest.mark.parametrize(("before", "after"), [("adamw", "muon"), ("soap", "soap")])
+def test_a_fork_may_have_an_optimizer_with_other_groups(fit, before, after):
+    _, parent = fit(*available(before), run_dir="parent")
+    checkpoint = str(parent / "checkpoints" / "step-0000003.ckpt")
+    status, fork = fit("--fork", checkpoint, *available(after), run_dir="fork")
+    assert status == 0
+    [state] = load_checkpoint(fork / "checkpoints" / "last.ckpt")["optimizer_states"]
+    parameters = [name for group in state["param_groups"] for name in group["params"]]
+    assert sorted(parameters) == sorted({*parameters} & {*state["state"]}), "each once, with a state of its own"
+    same = equal(weights(fork, 10), weights(parent, 10))
+    assert same == (before == after)
 
 
 def test_a_fork_into_another_model_is_refused(fit, capsys):

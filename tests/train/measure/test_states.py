@@ -175,15 +175,14 @@ def test_the_map_is_of_the_head_that_looks_most_at_the_first_key(models, probe):
 
 def test_a_decoder_of_ours_is_observed_as_its_export_is(probe, tmp_path):
     """The same code for both: states and gradients of a decoder equal those of the Llama made of it."""
-    from sinkbed.model.hf.llama import llama_config, to_llama
+    from sinkbed.model.hf.export import export
 
     torch.manual_seed(5)
     config = DecoderConfig(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, init_std=0.3)
     decoder = Decoder(config, 96)
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**llama_config(decoder, bos_id=0, eos_id=1, context_length=64))
-    )
-    theirs.load_state_dict(to_llama(decoder))
+    settings, weights = export(decoder, bos_id=0, eos_id=1, context_length=64)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
+    theirs.load_state_dict(weights)
     theirs.save_pretrained(tmp_path)
     ours = HFModel.load(str(tmp_path))
     for mode in ("bos", "text", "first_key_masked"):

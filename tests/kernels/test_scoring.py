@@ -1,0 +1,145 @@
+"""Scores and normalisers beyond the plain softmax: blocks of queries against the dense definition, in float64."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sinkbed.kernels import attention, blockwise, interval_mask
+from sinkbed.kernels.normalizers import NORMALIZERS, Normalizer
+from tests.support.masks import MASKS, boundaries, inputs
+
+B, H, T, D = 3, 4, 23, 6
+
+
+class Shifted(torch.nn.Module, Normalizer):
+    """A normaliser with weights of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.linspace(-1, 1, H, dtype=torch.float64)[:, None, None])
+
+    def weights(self, logits):
+        return (logits + self.shift).sigmoid()
+
+
+def normalizer(choice):
+    return dict(normalizer=NORMALIZERS.make(choice, H))
+
+
+def drawn(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).requires_grad_()
+
+
+SLOPES = torch.tensor([0.5, 0.25, 0.1, 0.0], dtype=torch.float64)
+SCORINGS = {
+    "softcap": lambda: dict(softcap=0.7),
+    "slopes": lambda: dict(slopes=SLOPES),
+    "sink a query": lambda: dict(sink_logit=drawn(B, H, T)),
+    "sink a query, value": lambda: dict(sink_logit=drawn(B, H, T), sink_value=drawn(H, D)),
+    "sink a head, value": lambda: dict(sink_logit=drawn(H), sink_value=drawn(H, D)),
+    "softcap, slopes, sink a query, value": lambda: dict(
+        softcap=0.7, slopes=SLOPES, sink_logit=drawn(B, H, T), sink_value=drawn(H, D)
+    ),
+    "sigmoid": lambda: normalizer("sigmoid"),
+    "sigmoid, bias": lambda: normalizer({"sigmoid": {"bias": -2.0}}),
+    "sigmoid, normalized": lambda: normalizer({"sigmoid": {"normalized": True}}),
+    "elu": lambda: normalizer("elu"),
+    "elu, normalized": lambda: normalizer({"elu": {"normalized": True}}),
+    "softpick": lambda: normalizer("softpick"),
+    "softpick, softcap, slopes": lambda: dict(**normalizer("softpick"), softcap=0.7, slopes=SLOPES),
+    "weights of its own": lambda: dict(normalizer=Shifted()),
+    "weights of its own, softcap": lambda: dict(normalizer=Shifted(), softcap=0.7),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_blocks_equal_the_dense_definition(name, scoring, monkeypatch):
+    monkeypatch.setattr(blockwise, "_QUERIES", 5)
+    monkeypatch.setattr(blockwise, "_BLOCK_LOGITS", 2 * H * T * 5)
+    assert len(list(blockwise._blocks(torch.empty(B, H, T, D), interval_mask(B, T)))) == 2 * 5, "several of each"
+    start, end = boundaries([5, 1, 1, 12, 4], rows=B)
+    mask = interval_mask(B, T, doc_start=start, doc_end=end, **MASKS[name](start, end))
+
+    def run(implementation):
+        q, k, v = inputs(B, H, H // 2, T, D)
+        options = SCORINGS[scoring]()
+        out = attention(q, k, v, mask, statistics=True, implementation=implementation, **options)
+        weight = torch.linspace(-1, 1, out.output.numel(), dtype=torch.float64).view_as(out.output)
+        total = (out.output * weight).sum()
+        if out.lse is not None:
+            total = total + (out.lse * weight[..., 0].cos()).sum()
+        own = [x for x in options.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+        own += [p for x in options.values() if isinstance(x, torch.nn.Module) for p in x.parameters()]
+        gradients = torch.autograd.grad(total, [q, k, v, *own])
+        return [out.output, *gradients, *(x for x in (out.lse, *out.statistics) if x is not None)]
+
+    ours, dense = run("torch"), run("reference")
+    assert len(ours) == len(dense)
+    for a, b in zip(ours, dense, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("scoring", ["softcap", "slopes", "sigmoid", "softpick", "weights of its own"])
+def test_what_is_measured_is_what_the_definition_says(scoring):
+    """First key, first key of the document and sum of a query's weights, each from a weight that is computed here."""
+    start, end = boundaries([9, 14], rows=B)
+    mask = interval_mask(B, T, doc_start=start, doc_end=end)
+    q, k, v = inputs(B, H, H, T, D)
+    options = SCORINGS[scoring]()
+    logits = q @ k.mT / D**0.5
+    if "softcap" in options:
+        logits = 0.7 * torch.tanh(logits / 0.7)
+    if "slopes" in options:
+        logits = logits + SLOPES[:, None, None] * (torch.arange(T) - torch.arange(T)[:, None])
+    logits = logits.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
+    if scoring == "softpick":
+        options["normalizer"].eps = 0.0  # the paper's code has it, its formula does not
+        excess = logits.exp() - 1
+        size = excess.abs().masked_fill(logits == -torch.inf, 0).sum(-1, keepdim=True)
+        weights = excess.relu() / size
+    elif "normalizer" in options:
+        weights = (logits + getattr(options["normalizer"], "shift", 0)).sigmoid()
+    else:
+        weights = logits.softmax(-1)
+    out = attention(q, k, v, mask, statistics=True, implementation="torch", **options)
+    torch.testing.assert_close(out.output, weights @ v, atol=1e-10, rtol=1e-10)
+    seen = out.statistics
+    torch.testing.assert_close(seen.first_key_mass, weights[..., 0], atol=1e-10, rtol=1e-10)
+    at_start = torch.stack([weights[:, :, i, int(start[0, i])] for i in range(T)], -1)
+    torch.testing.assert_close(seen.document_mass, at_start, atol=1e-10, rtol=1e-10)
+    if "normalizer" in options:
+        torch.testing.assert_close(seen.row_sum, weights.sum(-1), atol=1e-10, rtol=1e-10)
+        assert out.lse is None
+    else:
+        assert seen.row_sum is None
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that an operator has made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("scoring", ["softcap", "slopes", "sigmoid", "elu, normalized", "softpick"])
+@pytest.mark.parametrize("document", [False, True])
+def test_no_matrix_of_all_queries_and_keys_is_made(scoring, document):
+    length = 512
+    start, end = boundaries([200, 312])
+    mask = interval_mask(1, length, doc_start=start, doc_end=end, document=document)
+
+    def largest(implementation):
+        q, k, v = inputs(1, H, 1, length, 2, torch.float32)
+        with Largest() as mode:
+            out = attention(q, k, v, mask, statistics=True, implementation=implementation, **SCORINGS[scoring]())
+            out.output.sum().backward()
+        return mode.elements
+
+    assert largest("torch") <= H * 64 * length < length**2 <= largest("reference")
