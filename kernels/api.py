@@ -97,14 +97,20 @@ def attention(
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, or an implementation that does not run
             on this device. Nothing falls back silently.
-        NotImplementedError: for a gradient of the gradients, which `reference` alone has.
+        RuntimeError: for a gradient of the gradients, which `reference` alone has.
     """
     _validate(q, k, v, sink_logit)
     _validate_scoring(q, softcap, slopes, sink_logit, sink_value, normalizer)
     mask = _fitting(mask, q)
     scoring = Scoring(scale=_checked_scale(scale, q), softcap=softcap, slopes=slopes, normalizer=normalizer)
     functions = _choose(implementation, q.device)
-    return AttentionOutput(*functions.attention(q, k, v, mask, scoring, sink_logit, sink_value, statistics))
+    out = AttentionOutput(*functions.attention(q, k, v, mask, scoring, sink_logit, sink_value, statistics))
+    if out.statistics is None or sink_logit is None or out.lse is None:
+        return out
+    with torch.no_grad():  # 1 − the sink's mass would be lost where that is nearly all
+        _, lse_of_tokens, _ = functions.attention(q, k, v, mask, scoring, None, None, False)
+        row_sum = (lse_of_tokens - out.lse).exp()
+    return out._replace(statistics=out.statistics._replace(row_sum=row_sum))
 
 
 def attention_received(
@@ -209,6 +215,8 @@ def _validate_scoring(
         raise ValueError(f"softcap: expected a finite number above 0, got {softcap}")
     if slopes is not None:
         _check_tensor("slopes", slopes, q, {f"[H={H}]": (H,)})
+        if slopes.requires_grad:
+            raise ValueError("slopes: expected a tensor without a gradient, which none is computed for, got one with")
     if sink_value is not None:
         _check_tensor("sink_value", sink_value, q, {f"[H={H}, D={D}]": (H, D)})
         if sink_logit is None:

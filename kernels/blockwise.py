@@ -33,7 +33,8 @@ def blockwise_attention(
     statistics: bool,
 ) -> tuple[Tensor, Tensor | None, Statistics | None]:
     """Shapes as in `kernels.api.attention`; differentiable in every input, and in the weights of a normaliser."""
-    parameters = () if scoring.normalizer is None else scoring.normalizer.parameters()
+    own = () if scoring.normalizer is None else scoring.normalizer.parameters()
+    parameters = [parameter for parameter in own if parameter.requires_grad]
     output, lse, *measured = _Blockwise.apply(q, k, v, mask, scoring, statistics, *parameters)
     seen = Statistics(measured[0], measured[1], None, row_sum=measured[2]) if statistics else None
     return (output, lse, seen) if sink_logit is None else with_key(output, lse, seen, sink_logit, sink_value)

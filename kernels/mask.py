@@ -145,20 +145,22 @@ class Mask:
         shared = (key >= self.shared_from) & (key < self.shared_prefix)
         return torch.where(shared, self.length, last) - first
 
-    def visible(self, device: torch.device | None = None, queries: slice = slice(None)) -> Tensor:
+    def visible(
+        self, device: torch.device | None = None, queries: slice = slice(None), rows: slice = slice(None)
+    ) -> Tensor:
         """The mask written out: [B, 1, M, T] bool, True where query i (second to last axis) sees key j.
 
-        M is T, or the length of the slice of queries asked for.
+        B and M are those of the slices of rows and queries that are asked for.
         """
         device = device if device is not None else self._device()
         query = torch.arange(self.length, device=device)[queries, None]
         key = torch.arange(self.length, device=device)[None, :]
         causal = key <= query
-        below_end = causal if self.end_key is None else key < self.end_key[:, queries, None]
-        above_start = True if self.first_key is None else key >= self.first_key[:, queries, None]
+        below_end = causal if self.end_key is None else key < self.end_key[rows, queries, None]
+        above_start = True if self.first_key is None else key >= self.first_key[rows, queries, None]
         shared = (key >= self.shared_from) & (key < self.shared_prefix)
         visible = below_end & above_start | causal & shared
-        return visible.expand(self.rows, len(query), self.length)[:, None]
+        return visible.expand(len(range(self.rows)[rows]), len(query), self.length)[:, None]
 
     def bias(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The mask as an additive [B, 1, T, T] float: 0 where visible, -inf elsewhere. Cached per dtype,

@@ -34,20 +34,20 @@ class Scoring:
     def logits(self, q: Tensor, k: Tensor, mask: Mask, queries: slice) -> Tensor:
         """[B, H, M, T] logits of M of the queries, −inf where hidden.
 
-        q [B, H, T, D] and k [B, Hkv, T, D], whose dtype is that of the products.
+        q [B, H, T, D] and k [B, Hkv, T, D]; products are taken at least in float32.
         """
         return self.block(q, k, mask, slice(None), queries, k.shape[2])[0]
 
     def block(
         self, q: Tensor, k: Tensor, mask: Mask, rows: slice, queries: slice, end: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits [B, H, M, N] of M of the queries and the first N = `end` keys, at least in float32, and their
+        """Logits [B, H, M, N] of M of the queries and the first N = `end` keys, taken at least in float32, and their
         derivative by the scaled products; None where it is 1. q and k are those of these rows."""
         B, H, T, D = q.shape
         k = k[:, :, :end]
-        grouped = q[:, :, queries].to(k.dtype).reshape(B, k.shape[1], -1, D)  # the query heads of a key head together
-        logits = ((grouped * self.scale) @ k.mT).view(B, H, -1, end)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        dtype = torch.promote_types(k.dtype, torch.float32)
+        grouped = q[:, :, queries].to(dtype).reshape(B, k.shape[1], -1, D)  # the query heads of a key head together
+        logits = ((grouped * self.scale) @ k.to(dtype).mT).view(B, H, -1, end)
         derivative = None
         if self.softcap is not None:
             bent = logits.div_(self.softcap).tanh_()
@@ -61,7 +61,7 @@ class Scoring:
             seen = torch.ones(logits.shape[2], end - queries.start, dtype=torch.bool, device=q.device).tril_()
             logits[..., queries.start :].masked_fill_(~seen, float("-inf"))
         else:
-            logits.masked_fill_(~mask.visible(q.device, queries)[rows, ..., :end], float("-inf"))
+            logits.masked_fill_(~mask.visible(q.device, queries, rows)[..., :end], float("-inf"))
         return logits, derivative
 
 

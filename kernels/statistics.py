@@ -23,9 +23,9 @@ class Statistics(NamedTuple):
     """Attention mass on the first key of the query's document (1 for a document's first query, by
     construction); exactly 0 where the mask hides it."""
     learned_sink_mass: Tensor | None
-    """Attention mass on the learned sink logit; None without one."""
+    """Attention mass on the learned sink, and in a decoder with registers on these; None without any."""
     row_sum: Tensor | None = None
-    """Sum of the query's weights, where a normaliser other than the softmax may make it differ from 1."""
+    """Sum of the query's weights of tokens, where that need not be 1: beside a learned sink, or with a normaliser."""
 
 
 class TopSinks(NamedTuple):
@@ -93,7 +93,7 @@ def with_key(
     """
     logit = per_query(logit, lse)
     mass = (logit - lse).sigmoid()
-    kept = 1 - mass
+    kept = (lse - logit).sigmoid()
     output = output * kept[..., None].to(output.dtype)
     if value is not None:
         output = output + mass[..., None].to(output.dtype) * value[:, None]

@@ -84,6 +84,9 @@ class DecoderConfig:
         for choice in self.attention_parts:
             ATTENTION_PARTS.check(choice)
         object.__setattr__(self, "attention_parts", list(map(plain, self.attention_parts)))
+        parts = [ATTENTION_PARTS.name_of(choice) for choice in self.attention_parts]
+        if len(set(parts)) < len(parts):
+            raise ValueError(f"attention_parts: expected each once, got {', '.join(parts)}")
         if self.normalizer != "softmax" and self.sink != "none":
             raise ValueError(
                 f"sink: expected none beside normalizer {self.normalizer!r}, whose weights no sink logit joins, got "
@@ -111,8 +114,6 @@ class DecoderConfig:
                 "head_dim"
             )
         check_number("head_dim", self.dim, least=1)
-        if self.dim % 2 and self.position == "rope":
-            raise ValueError(f"head_dim: expected an even number (RoPE rotates pairs), got {self.dim}")
         for name in ("norm_eps", "init_std"):
             check_number(name, getattr(self, name), above=0)
         if self.softcap is not None:

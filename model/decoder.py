@@ -61,7 +61,7 @@ class Decoder(nn.Module):
         """Draw every matrix anew, as `config.init` says. Vectors stay as made."""
         std = INITIALIZERS.make(self.config.init, self.config)
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:
                 nn.init.normal_(parameter, std=std(name, parameter), generator=generator)
 
     def forward(

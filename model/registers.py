@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sinkbed.kernels import AttentionOutput, Mask
 from sinkbed.kernels.scoring import Scoring
+from sinkbed.kernels.statistics import blocks_of
 
 
 def with_registers(mask: Mask, count: int, device: torch.device) -> Mask:
@@ -59,22 +60,21 @@ def without_registers(mask: Mask, count: int) -> Mask:
 
 
 def of_tokens(out: AttentionOutput, q: Tensor, k: Tensor, mask: Mask, scoring: Scoring, count: int) -> AttentionOutput:
-    """Statistics of the queries and keys that are tokens, of attention over rows that begin with registers.
-
-    Raises ValueError for rows of several documents, whose first token's mass the kernels do not give.
-    """
-    assert out.statistics is not None and out.lse is not None and mask.doc_start is not None
-    if (mask.doc_start[:, count:] > count).any():
-        raise ValueError("registers: expected statistics of rows of one document, got several documents in a row")
-    queries = slice(count, None)
-    logits, _ = scoring.block(q, k, mask, slice(None), slice(count, mask.length), count)
-    mass = (logits - out.lse[:, :, queries, None]).exp().sum(-1)
-    learned = out.statistics.learned_sink_mass
-    first = out.statistics.document_mass[:, :, queries]
+    """Statistics of the queries and keys that are tokens, of attention over rows that begin with `count` registers."""
+    assert out.statistics is not None and out.lse is not None
+    weights = []
+    for block in blocks_of(mask.length - count):
+        queries = slice(count + block.start, count + block.stop)
+        logits = scoring.logits(q, k, mask, queries)
+        own = logits.sub_(out.lse[:, :, queries, None]).exp_()
+        weights.append(torch.stack([own[..., :count].sum(-1), own[..., count], own[..., count:].sum(-1)]))
+    on_registers, first_key, row_sum = torch.cat(weights, dim=-1)
+    document, learned = out.statistics.document_mass[:, :, count:], out.statistics.learned_sink_mass
     return out._replace(
         statistics=out.statistics._replace(
-            first_key_mass=first,
-            document_mass=first,
-            learned_sink_mass=mass if learned is None else mass + learned[:, :, queries],
+            first_key_mass=first_key,
+            document_mass=document,
+            learned_sink_mass=on_registers if learned is None else on_registers + learned[:, :, count:],
+            row_sum=row_sum,
         )
     )

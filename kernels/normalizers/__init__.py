@@ -48,16 +48,21 @@ class Normalizer:
         return ()
 
     def linearized(self, logits: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
-        """The weights, and what takes a gradient of theirs to that of the logits and of each of `parameters`.
+        """The weights, and what takes a gradient of theirs to that of the logits and of each of `parameters` that
+        requires one.
 
         A variant may have a quicker form than this one, which may write over the logits and the gradient it is given.
         """
         import torch
 
         with torch.enable_grad():
-            inputs = (logits.detach().requires_grad_(), *self.parameters())
+            inputs = (logits.detach().requires_grad_(), *(p for p in self.parameters() if p.requires_grad))
             weights = self.weights(inputs[0])
-        return weights.detach(), lambda d_weights: torch.autograd.grad(weights, inputs, d_weights)
+
+        def pullback(d_weights: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(weights, inputs, d_weights, allow_unused=True, materialize_grads=True)
+
+        return weights.detach(), pullback
 
 
 def shares(weights: Tensor) -> Tensor:

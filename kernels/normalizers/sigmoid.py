@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sinkbed.kernels.normalizers import NORMALIZERS, Fused, Normalizer, shares
+from sinkbed.ranges import check_number
 
 
 @NORMALIZERS.register("sigmoid")
@@ -15,6 +16,7 @@ class Sigmoid(Normalizer):
     """sigmoid(logit + bias), a weight for each key by itself; `normalized` divides by their sum."""
 
     def __init__(self, heads: int, *, normalized: bool = False, bias: float = 0.0) -> None:
+        check_number("model.decoder.normalizer.sigmoid.bias", bias)
         self.normalized, self.bias = normalized, bias
         self.triton = Fused("sigmoid", normalized, bias or None)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sinkbed.kernels.normalizers import NORMALIZERS, Fused, Normalizer
+from sinkbed.ranges import check_number
 
 
 @NORMALIZERS.register("softpick")
@@ -18,6 +19,7 @@ class Softpick(Normalizer):
     """
 
     def __init__(self, heads: int, *, eps: float = 1e-8) -> None:
+        check_number("model.decoder.normalizer.softpick.eps", eps, above=0)
         self.eps = eps
         self.triton = Fused("softpick", eps=eps)
 

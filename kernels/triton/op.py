@@ -312,7 +312,7 @@ def _fused(scoring: Scoring) -> Fused:
     fused = Fused("softmax") if normalizer is None else normalizer.triton
     if fused is None:
         raise ValueError(
-            f"normalizer {type(normalizer).__name__}: expected implementation 'torch' or 'reference', which have it, "
+            f"normalizer {type(normalizer).__name__}: expected implementation 'reference', which has any, "
             "got 'triton', whose kernels lack it"
         )
     return fused

@@ -15,7 +15,7 @@ class VBias(nn.Module, AttentionPart):
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(config.n_heads, config.dim))
+        self.bias = nn.Parameter(torch.zeros(config.n_heads * config.dim))  # a vector: no decay
 
     def output(self, o: Tensor, x: Tensor) -> Tensor:
-        return o + self.bias.to(o.dtype)
+        return o + self.bias.to(o.dtype).view(o.shape[2:])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from sinkbed.model.config import DecoderConfig
 from sinkbed.model.eager import is_eager_cpu
@@ -31,6 +32,7 @@ class _SwiGLUCPU(torch.autograd.Function):
         return ((activated * up) @ down.T).view(*x.shape[:-1], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         flat, gate_up, down, sigmoid, up, activated = ctx.saved_tensors
         w_gate, w_up = gate_up.chunk(2)

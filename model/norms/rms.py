@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from sinkbed.model.config import DecoderConfig
 from sinkbed.model.eager import is_eager_cpu
@@ -28,6 +29,7 @@ class _RMSNormCPU(torch.autograd.Function):
         return (x * rstd).mul_(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
         dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(

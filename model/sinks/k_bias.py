@@ -15,7 +15,7 @@ class KBias(nn.Module, Sink):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.k = nn.Parameter(torch.zeros(config.n_heads, config.dim))
+        self.k = nn.Parameter(torch.zeros(config.n_heads * config.dim))  # a vector: it starts at 0, without decay
 
     def key(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
-        return torch.einsum("bhtd,hd->bht", q, self.k.to(q.dtype)) * q.shape[-1] ** -0.5, None
+        return torch.einsum("bhtd,hd->bht", q, self.k.to(q.dtype).view(q.shape[1], -1)) * q.shape[-1] ** -0.5, None

@@ -16,8 +16,8 @@ class KVBias(KBias):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
-        self.v = nn.Parameter(torch.zeros(config.n_heads, config.dim))
+        self.v = nn.Parameter(torch.zeros(config.n_heads * config.dim))
 
     def key(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
         logit, _ = super().key(q)
-        return logit, self.v.to(q.dtype)
+        return logit, self.v.to(q.dtype).view(q.shape[1], -1)

@@ -143,3 +143,42 @@ def test_no_matrix_of_all_queries_and_keys_is_made(scoring, document):
         return mode.elements
 
     assert largest("torch") <= H * 64 * length < length**2 <= largest("reference")
+
+
+@pytest.mark.parametrize("logit", [10.0, 17.0, 25.0])
+@pytest.mark.parametrize("scoring", [{}, {"softcap": 30.0}])
+def test_a_sink_that_takes_nearly_all_leaves_the_shares_of_tokens_as_they_were(logit, scoring):
+    """1 − its mass lost them in float32, and with it the output of the tokens."""
+    q, k, v = (x.detach() for x in inputs(2, H, 2, 40, 8, torch.float32))
+    plain = attention(q, k, v, statistics=True, **scoring)
+    for implementation in ("torch", "reference"):
+        sink = torch.full((H,), logit)
+        out = attention(q, k, v, sink_logit=sink, statistics=True, implementation=implementation, **scoring)
+        assert out.statistics.learned_sink_mass.min() > 0.9
+        share = out.statistics.first_key_mass / out.statistics.row_sum
+        torch.testing.assert_close(share, plain.statistics.first_key_mass, atol=1e-4, rtol=1e-4)
+        scale = out.statistics.row_sum[..., None]
+        torch.testing.assert_close(out.output / scale, plain.output, atol=1e-4, rtol=1e-4)
+
+
+def test_in_bfloat16_blocks_err_as_the_fused_kernel_does():
+    """Logits were rounded to bfloat16 before the softmax: seven times the error."""
+    q, k, v = (x.detach() for x in inputs(1, 2, 2, 256, 64, torch.float32))
+    exact = attention(q.bfloat16().double(), k.bfloat16().double(), v.bfloat16().double(), implementation="reference")
+    errors = [
+        (attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), **scoring).output - exact.output).square().mean().sqrt()
+        for scoring in ({}, {"slopes": torch.zeros(2)})
+    ]
+    assert errors[1] < 1.5 * errors[0]
+
+
+def test_a_frozen_normaliser_and_slopes_that_would_learn():
+    q, k, v = inputs(1, H, H, 9, 6)
+    frozen = Shifted().requires_grad_(False)
+    attention(q, k, v, normalizer=frozen).output.sum().backward()
+    assert frozen.shift.grad is None and q.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="slopes: expected a tensor without a gradient"):
+        attention(q, k, v, slopes=drawn(H))
+    for option in ({"softpick": {"eps": 0.0}}, {"sigmoid": {"bias": float("nan")}}):
+        with pytest.raises(ValueError, match=r"model.decoder.normalizer.\w+.\w+: expected"):
+            NORMALIZERS.make(option, H)

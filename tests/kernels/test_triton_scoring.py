@@ -24,7 +24,8 @@ def values(implementation, dtype, mask, q, k, v, sink_logit=None, **arguments):
     q, k, v, *sink = tensors.values()
     sink_logit = sink[0] if sink else None
     out = attention(q, k, v, mask, sink_logit=sink_logit, statistics=True, implementation=implementation, **arguments)
-    assert (out.lse is None) == (out.statistics.row_sum is not None) == (arguments["normalizer"] is not None)
+    assert (out.lse is None) == (arguments["normalizer"] is not None)
+    assert (out.statistics.row_sum is None) == (out.lse is not None and not sink)
     measured = {"output": out.output, "lse": out.lse, **out.statistics._asdict()}
     loss = (out.output * torch.linspace(-1, 1, out.output.numel()).view_as(out.output).to(dtype)).sum()
     if out.lse is not None:
@@ -156,7 +157,7 @@ def test_a_normaliser_that_the_kernels_lack_is_refused_by_name():
             return logits.exp().cos()
 
     q, k, v = inputs(1, 2, 2, 8, 16, torch.float32)
-    with pytest.raises(ValueError, match="normalizer Cosine: expected implementation 'torch' or 'reference'"):
+    with pytest.raises(ValueError, match="normalizer Cosine: expected implementation 'reference'"):
         attention(q, k, v, normalizer=Cosine(), implementation="triton")
 
 

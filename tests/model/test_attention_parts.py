@@ -26,7 +26,7 @@ def output_gate(part, x, q, k, v):
 
 
 def v_bias(part, x, q, k, v):
-    return heads(q, k, v) + part.bias
+    return heads(q, k, v) + part.bias.view(4, 6)
 
 
 def value_gate(part, x, q, k, v):
@@ -39,7 +39,7 @@ PARTS = [
     ("output_gate", output_gate, {"gate.weight": (24, 20)}),
     ({"output_gate": {"per": "head"}}, output_gate, {"gate.weight": (4, 20)}),
     ({"output_gate": {"per": "head", "inputs": 5}}, output_gate, {"gate.weight": (4, 5)}),
-    ("v_bias", v_bias, {"bias": (4, 6)}),
+    ("v_bias", v_bias, {"bias": (24,)}),
     ("value_gate", value_gate, {"gate.weight": (12, 20)}),
 ]
 
@@ -63,7 +63,7 @@ def test_parts_act_in_the_order_of_the_list():
         attention = drawn(SelfAttention(config(attention_parts=order), 0))
         output = heads(*projections(attention, x))
         for name, part in zip(order, attention.parts, strict=True):
-            output = output + part.bias if name == "v_bias" else rms(output, part.weight)
+            output = output + part.bias.view(4, 6) if name == "v_bias" else rms(output, part.weight)
         expected = output.flatten(2) @ attention.out.weight.T
         torch.testing.assert_close(attention(x, forward_pass(attention.config))[0], expected)
 

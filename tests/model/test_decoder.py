@@ -112,7 +112,6 @@ def test_every_sink_option_trains_and_reports_its_mass(sink):
         (dict(n_heads=5, n_kv_heads=None), "d_model: expected a multiple of n_heads=5"),
         (dict(n_kv_heads=3), "n_kv_heads: expected a divisor of n_heads=4"),
         (dict(n_layers=0), "n_layers: expected at least 1"),
-        (dict(head_dim=7), "head_dim: expected an even number"),
         (dict(init_std=0), "init_std: expected more than 0"),
     ],
 )
@@ -132,3 +131,26 @@ def test_the_shipped_shapes_have_the_size_in_their_name(name, low, high):
     with open(f"configs/model/{name}.yaml") as file, torch.device("meta"):
         model = Decoder(DecoderConfig(**yaml.safe_load(file)["model"]["decoder"]), vocab)
     assert low < model.parameter_count() < high
+
+
+def test_a_gradient_of_the_gradients_is_refused_and_never_wrong():
+    """The forms by hand took their own gradients for constants."""
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(n_layers=1, d_model=16, n_heads=2, d_ff=24), 30)
+    decoder.implementation = "reference"
+    tokens = torch.arange(10)[None]
+    loss = decoder(tokens, targets=tokens).loss
+    gradient, *_ = torch.autograd.grad(loss, list(decoder.parameters()), create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(gradient.square().sum(), list(decoder.parameters()))
+
+
+def test_rotary_positions_need_an_even_head_dim():
+    with pytest.raises(ValueError, match="head_dim: expected an even number of dimensions"):
+        Decoder(DecoderConfig(**{**SMALL, "head_dim": 7, "position": {"rope": {"theta": 500.0}}}), 30)
+    Decoder(DecoderConfig(**{**SMALL, "head_dim": 7, "position": "none"}), 30)
+
+
+def test_a_part_of_attention_stands_once():
+    with pytest.raises(ValueError, match="attention_parts: expected each once, got qk_norm, v_bias, qk_norm"):
+        DecoderConfig(n_layers=1, d_model=16, n_heads=2, d_ff=24, attention_parts=["qk_norm", "v_bias", "qk_norm"])

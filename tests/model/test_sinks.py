@@ -10,7 +10,7 @@ from tests.support.plain import assert_same, config, drawn, forward_pass, heads,
 
 def key_of(sink):
     """Key and value [H, D] of k_bias and kv_bias."""
-    return sink.k, getattr(sink, "v", torch.zeros_like(sink.k))
+    return sink.k.view(4, 6), getattr(sink, "v", torch.zeros_like(sink.k)).view(4, 6)
 
 
 @pytest.mark.parametrize("name", ["k_bias", "kv_bias"])

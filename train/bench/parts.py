@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,10 +15,7 @@ from sinkbed.train.bench.training import decoder_config, decoder_step, random_ba
 
 
 def variants(base: DecoderConfig) -> dict[str, DecoderConfig]:
-    """The base with one part changed, for every variant of every part, by name.
-
-    Feed-forwards without a gate are half as wide again, so that they have as many parameters.
-    """
+    """The base with one part changed, for every variant of every part that it goes with, by name."""
     changes: dict[str, dict[str, Any]] = {}
     for key, registry in PARTS.items():
         for name in registry.names:
@@ -26,11 +24,12 @@ def variants(base: DecoderConfig) -> dict[str, DecoderConfig]:
     for name in ATTENTION_PARTS.names:
         changes[f"attention_parts: [{name}]"] = {"attention_parts": [name]}
     changes |= {"softcap: 30": {"softcap": 30.0}, "n_registers: 1": {"n_registers": 1}}
-    for name in ("gelu", "relu", "relu2", "silu"):
-        changes[f"feed_forward: {name}"] |= {"d_ff": base.d_ff * 3 // 2}
-    for name in ("linear", "none"):
-        changes[f"feed_forward: {name}"] |= {"d_ff": 0}
-    return {name: dataclasses.replace(base, **change) for name, change in changes.items()}
+    made: dict[str, DecoderConfig] = {}
+    for name, change in changes.items():
+        for d_ff in (base.d_ff, 0):  # some feed-forwards have no width
+            with suppress(ValueError):
+                made.setdefault(name, dataclasses.replace(base, d_ff=d_ff, **change))
+    return made
 
 
 def run(arguments: Any) -> int:

@@ -94,13 +94,18 @@ def check_identity(checkpoint: dict[str, Any], ours: dict[str, Any], fork: bool 
         for name, saved_value, own_value in differences(theirs.get(key), value, _CONFIG_KEYS.get(key, key))
     ]
     if pairs and fork:
-        raise ValueError(f"--fork: expected the checkpoint's own model and vocabulary, got {'; '.join(pairs)}")
+        raise ValueError(
+            f"--fork: expected the checkpoint's own model and vocabulary, got {'; '.join(pairs)}; train it from the beginning, "
+            "without --fork"
+        )
     if pairs:
         only_length = len(pairs) == 1 and theirs.get("max_steps") != ours["max_steps"]
         why = "; a run can be made longer where optimizer.schedule is constant, before its cooldown" * only_length
+        same_weights = all(theirs.get(key) == ours[key] for key in _FORK)
+        new = "and --fork CHECKPOINT instead of" if same_weights else "without"
         raise ValueError(
             f"resuming: expected the run's own configuration, got {'; '.join(pairs)}{why}. Start from the "
-            "run's config.yaml, or make a new run of it: another run_dir, and --fork CHECKPOINT instead of --ckpt_path"
+            f"run's config.yaml, or make a new run of it: another run_dir, {new} --ckpt_path"
         )
 
 

@@ -71,13 +71,13 @@ def check_settings(config: Any) -> None:
             f"{trainer.strategy}, got {OPTIMIZERS.name_of(optimizer.name)}; take trainer.strategy ddp"
         )
     strategy.check_context(data.context_length)
-    _check_positions(decoder, strategy, data.context_length)
+    _check_positions(decoder, strategy, measure, data.context_length)
     measure.check_context(data.context_length)
     for mode in {*measure.modes, *measure.live_modes}:
         measure.check_placed(mode, strategy)
 
 
-def _check_positions(decoder: DecoderConfig, strategy: Strategy, context_length: int) -> None:
+def _check_positions(decoder: DecoderConfig, strategy: Strategy, measure: MeasureConfig, context_length: int) -> None:
     """Raise ValueError for rows that the position encoding cannot place."""
     position = POSITIONS.make(decoder.position, decoder)
     if position.max_length is not None and position.max_length < context_length:
@@ -85,10 +85,12 @@ def _check_positions(decoder: DecoderConfig, strategy: Strategy, context_length:
             f"model.decoder.position: expected at least the data.context_length={context_length} positions, got "
             f"{position.max_length}; set {{{POSITIONS.name_of(decoder.position)}: {{length: {context_length}}}}}"
         )
-    if decoder.n_registers and strategy.shared_prefix > 1:
+    hides = "first_key_masked" in (*measure.modes, *measure.live_modes)
+    if decoder.n_registers and strategy.shared_prefix > 1 and hides:
         raise ValueError(
-            "model.decoder.n_registers: expected 0 beside data.strategy.shared_prefix="
-            f"{strategy.shared_prefix}, which a mode that hides key 0 would part from it, got {decoder.n_registers}"
+            f"measure.modes: expected none that hides key 0 between registers and the other keys of "
+            f"data.strategy.shared_prefix={strategy.shared_prefix}, got first_key_masked; leave it out of "
+            "modes and live_modes"
         )
     if position.slopes is None:
         return

@@ -194,7 +194,9 @@ def measurement_table(step: int, results: dict[InferenceMode, ModeResult], sink_
         figures = (f"{m[f'{key}/{mode}']:{width}.{digits}f}" for key, width, digits in columns.values())
         lines.append(f"{MODE_LABELS[mode]:26}" + "".join(figures))
     if first.share is not None:
-        lines.append("share: the mass over the sum of a query's weights of tokens, which need not be 1 in this model")
+        lines.append(
+            "share: the mass over the sum of a query's weights of tokens; masses are as they are, query 0 in the rate"
+        )
     return "\n".join(lines)
 
 
@@ -234,11 +236,8 @@ def _shares(statistics: Sequence[Statistics], sink_tokens: int) -> torch.Tensor 
 
     layers = []
     for layer in statistics:
-        total = layer.row_sum
-        if total is None and layer.learned_sink_mass is not None:
-            total = 1 - layer.learned_sink_mass
-        if total is None:
+        if layer.row_sum is None:
             return None
-        share = (layer.first_key_mass / total).masked_fill(total == 0, 0.0)
+        share = (layer.first_key_mass / layer.row_sum).masked_fill(layer.row_sum == 0, 0.0)
         layers.append(share[..., :sink_tokens].float().cpu())
     return torch.stack(layers, dim=1)

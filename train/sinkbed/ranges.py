@@ -25,6 +25,7 @@ def check_number(
         bounds += [f"at most {most:g}"] if most < math.inf else []
         bounds += [f"less than {below:g}"] if below < math.inf else []
         expected = ("an integer of " if integer else "") + (" and ".join(bounds) or "a finite number")
+        expected = f"a finite number, {expected}" if value in (math.inf, -math.inf) and bounds else expected
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 

@@ -55,7 +55,10 @@ class Registry:
         if name not in self._variants:
             import_module(f"{self.package}.{name}")
         if name not in self._variants:
-            raise ValueError(f"{self.package}.{name}: expected a variant that is registered as {name!r}, got none")
+            raise ValueError(
+                f"{self.package}.{name}: expected a variant that is registered under the name of its file, {name!r}, got "
+                "none; rename one of them"
+            )
         return self._variants[name]
 
     def name_of(self, choice: Choice) -> str:

@@ -367,7 +367,7 @@ def test_write_atomic_leaves_the_old_file_when_writing_fails(tmp_path, monkeypat
                 "--data.strategy.shared_prefix",
                 "2",
             ),
-            "model.decoder.n_registers: expected 0 beside data.strategy.shared_prefix=2",
+            "data.strategy.shared_prefix=2, got first_key_masked; leave it out",
         ),
         (("--model.decoder.position", "{rope: {share: 0.01}}"), "expected an even number of dimensions to rotate"),
         (("--model.decoder.normalizer", "sigmoid", "--model.decoder.sink", "learned"), "sink: expected none beside"),

@@ -215,7 +215,7 @@ def test_resuming_on_another_token_store_is_refused(fit, tiny_store, tmp_path, c
     out = tmp_path / "other"
     prepare(PrepareConfig(source=source, tokenizer=tokenizer, validation_share=0.1, out=str(out)), progress=False)
     message = refused(capsys, fit("--data.store", str(out), "--ckpt_path", "last")[0])
-    assert "sha256 of the token store's documents" in message and "--fork" in message
+    assert "sha256 of the token store's documents" in message and "another run_dir" in message
     named = "sha256 of the token store's tokenizer" in message and "vocabulary: the checkpoint has 300" in message
     assert named == (change == "vocabulary")
     assert fit("--ckpt_path", "last")[0] == 0

@@ -12,13 +12,14 @@ from sinkbed.train.loop.optimizers import OPTIMIZERS
 
 @OPTIMIZERS.register("soap")
 class SOAP(extra_optimizers.SOAP):
-    """pytorch-optimizer's. The side of embeddings and output matrix that is the vocabulary stays as it is.
+    """pytorch-optimizer's. The longer side of embeddings and output matrix, most often the vocabulary's,
+    stays as it is.
 
     `betas` and `eps` are Adam's; the bases are computed anew every `frequency` steps. The first step only gathers
     statistics. Each matrix keeps two square ones for each side, so FSDP2, which cuts matrices, is refused.
     """
 
-    state_tensors, shards = 6, False
+    state_tensors, shards = 10, False  # two moments, and two square matrices a side
 
     def __init__(
         self,
