@@ -95,8 +95,8 @@ def check_identity(checkpoint: dict[str, Any], ours: dict[str, Any], fork: bool 
     ]
     if pairs and fork:
         raise ValueError(
-            f"--fork: expected the checkpoint's own model and vocabulary, got {'; '.join(pairs)}; train it from the beginning, "
-            "without --fork"
+            f"--fork: expected the checkpoint's own model and vocabulary, got {'; '.join(pairs)}; train it from the "
+            "beginning, without --fork"
         )
     if pairs:
         only_length = len(pairs) == 1 and theirs.get("max_steps") != ours["max_steps"]

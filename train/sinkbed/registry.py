@@ -56,8 +56,8 @@ class Registry:
             import_module(f"{self.package}.{name}")
         if name not in self._variants:
             raise ValueError(
-                f"{self.package}.{name}: expected a variant that is registered under the name of its file, {name!r}, got "
-                "none; rename one of them"
+                f"{self.package}.{name}: expected a variant registered under the name of its file, {name!r}, got none; "
+                "rename one of them"
             )
         return self._variants[name]
 
