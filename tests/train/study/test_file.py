@@ -103,7 +103,7 @@ def test_a_wrong_key_is_named(write, keys, message):
         ({"metric": "sinks"}, "metric: expected one of sink_rate_0.2"),
         ({"expected": "more"}, "expected: expected one of up, down, none, got 'more'"),
         ({"expected": "none"}, "tolerance: expected more than 0 with expected: none"),
-        ({"expected": "none", "tolerance": float("inf")}, "tolerance: expected at least 0, got inf"),
+        ({"expected": "none", "tolerance": float("inf")}, "tolerance: expected a finite number, at least 0, got inf"),
         ({"tolerance": "x"}, "tolerance: expected at least 0, got 'x'"),
         ({"tolerance": 1}, "tolerance: expected more than 0 with expected: none, and 0 otherwise"),
         ({"against": "c"}, "expected an arm of the study, got 'c'"),

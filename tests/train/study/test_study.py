@@ -101,7 +101,7 @@ def test_what_a_killed_study_left_half_written_is_removed(finished):
             "model: {decoder: {position: {rope: {shar: 1}}}}",
             "options of rope (theta, share); got 'shar'",
         ),
-        ("model: {optimizer: {name: {adamw: {shar: 1}}}}", "name: expected options of adamw (none); got 'shar'"),
+        ("model: {optimizer: {name: {adamw: {shar: 1}}}}", "name: expected options of adamw (betas, eps); got 'shar'"),
         ("data: {micro_batch_size: 3}", "data.batch_size=4: expected a multiple of micro_batch_size=3"),
         ("trainer: {fast_dev_run: true}", "trainer.fast_dev_run: has no effect here"),
         ("model: {decoder: {n_layers: 1000000}}", "n_layers: expected at least 1 and at most 10000"),
