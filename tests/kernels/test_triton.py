@@ -112,6 +112,7 @@ def test_head_dims(D):
     groups=st.sampled_from([1, 2]),
     tile=st.sampled_from([(16, 16), (16, 32), (32, 16)]),
 )
+@pytest.mark.slow
 def test_any_mask_layout_and_tile(lengths, window, document, shared, prefix, hide, groups, tile):
     T = sum(lengths)
     start, end = boundaries(lengths)

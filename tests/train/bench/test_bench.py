@@ -86,6 +86,7 @@ def test_packings_are_compared_by_rate_and_by_what_they_leave_out(capsys, tiny_s
     assert all(float(value) > 0 for line in lines[3:] for value in line[24:].split()[:3])
 
 
+@pytest.mark.slow
 def test_memory_is_measured_on_generated_stores_that_are_removed(capsys, fit, tmp_path):
     sizes = ["--megabytes", "1", "--length", "64", "--batch", "4", "--batches", "3"]
     assert main(["bench", "data", "--parts", "memory", "--scratch", str(tmp_path), *sizes]) == 0
@@ -96,6 +97,7 @@ def test_memory_is_measured_on_generated_stores_that_are_removed(capsys, fit, tm
     assert not list(tmp_path.glob("sinkbed-bench-*"))
 
 
+@pytest.mark.slow
 def test_saving_and_resuming_are_measured_on_real_runs(capsys, fit, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     config = ["--config", str(fit.config), "--resume", str(fit.config), "--vocab_size", "300", "--repeats", "1"]
@@ -140,6 +142,7 @@ def test_a_contender_that_loses_tokens_is_not_compared(monkeypatch, corpus):
 TINY = ["--layers", "2", "--hidden", "16", "--heads", "2", "--kv_heads", "1", "--ffn", "24", "--vocab_size", "50"]
 
 
+@pytest.mark.slow
 def test_measuring_is_compared_with_eager_attention_on_the_same_model(capsys, fit):
     sizes = [*TINY, "--length", "256", "--documents", "3", "--tokens", "16", "--decoder_vocab_size", "60"]
     options = ["--config", str(fit.config), "--repeats", "1", "--threads", "1", "--draws", "3", "--directions", "8"]

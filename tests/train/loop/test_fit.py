@@ -423,6 +423,7 @@ def test_wandb_holds_the_same_points_against_tokens(fit):
     assert len(images) == 4 and all((binary.parent / "files" / path).exists() for path in images)
 
 
+@pytest.mark.slow
 def test_a_wandb_server_that_does_not_answer_costs_a_warning_only(fit):
     folder = fit.config.parent / "run"
     environment = {
@@ -440,6 +441,7 @@ def test_a_wandb_server_that_does_not_answer_costs_a_warning_only(fit):
         assert not path.is_file() or b"0" * 40 not in path.read_bytes(), f"the key is in {path}"
 
 
+@pytest.mark.slow
 def test_tokens_per_second_leaves_measuring_out(fit, monkeypatch):
     from sinkbed.train.loop.callbacks import sinks
 

@@ -112,6 +112,7 @@ def test_an_arm_whose_process_is_killed_fails_alone(study, monkeypatch, capsys):
     assert [r.status() for r in plan(load_study(study))] == ["finished", "failed"]
 
 
+@pytest.mark.slow
 def test_an_arm_of_several_devices_is_a_command_of_its_own(study, monkeypatch):
     """Lightning's launcher repeats the command line, which a forked process does not have."""
     (study.parent / "none.yaml").write_text(

@@ -140,6 +140,7 @@ def test_a_shipped_study_has_arms_that_can_be_built(path, size):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+@pytest.mark.slow
 def test_the_command_line_takes_a_shipped_study(path):
     study = load_study(path)
     assert check_configs(plan(study)[: len(study.arms)]) == ""

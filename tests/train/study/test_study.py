@@ -177,6 +177,7 @@ def test_forcing_a_study_that_runs_clears_nothing(finished, capsys):
 
 
 @pytest.mark.parametrize("forked", [True, False])
+@pytest.mark.slow
 def test_a_killed_study_takes_its_arms_along(study, forked):
     config = study.parent / "run.yaml"
     config.write_text(config.read_text().replace("max_steps: 10", "max_steps: 200000"))
@@ -234,6 +235,7 @@ def test_a_terminated_study_has_its_arms_save_and_goes_on_later(study):
         assert f"stopped at step {saved}" in (run.folder / LOG).read_text()
 
 
+@pytest.mark.slow
 def test_a_name_that_yaml_reads_as_something_else_is_a_name(study):
     study.write_text(
         study.read_text().replace("  absent: [none.yaml]", '  "on": []\n  "0.5": []\n  "1e-2": [none.yaml]')

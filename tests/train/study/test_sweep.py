@@ -41,6 +41,7 @@ def agent_commands(path):
         yield [word for part in command for word in (parts["args"] if part == "${args}" else [part])]
 
 
+@pytest.mark.slow
 def test_the_agents_of_a_sweep_run_the_arms_of_the_study(tiny_store, tmp_path, capsys):
     study = write_study(tmp_path, tiny_store)
     assert main(["study", str(study), "--sweep", str(tmp_path / "sweep.yaml")]) == 0
