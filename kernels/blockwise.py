@@ -17,7 +17,7 @@ from sinkbed.kernels.mask import Mask
 from sinkbed.kernels.scoring import Scoring
 from sinkbed.kernels.statistics import Statistics, blocks_of, with_key
 
-_QUERIES, _BLOCK_LOGITS = 64, 2**19
+_QUERIES, _BLOCK_LOGITS = 64, 2**19  # of a block: measured, see `_blocks`
 
 Pullback = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -84,7 +84,7 @@ class _Blockwise(torch.autograd.Function):
         d_parameters: list[Any] = [0] * ctx.parameters
         for rows, queries, end in _blocks(q, ctx.mask):
             keys = (rows, slice(None), slice(end))
-            logits, slope = scoring.block(q[rows], k[rows], ctx.mask, rows, queries, end)
+            logits, derivative = scoring.block(q[rows], k[rows], ctx.mask, rows, queries, end)
             weights, pullback = (
                 _softmax(logits) if scoring.normalizer is None else scoring.normalizer.linearized(logits)
             )
@@ -97,8 +97,8 @@ class _Blockwise(torch.autograd.Function):
             d_logits, *d_of_block = pullback(d_weights)
             if grad_lse is not None:
                 d_logits = d_logits + weights * grad_lse[rows, :, queries, None]
-            if slope is not None:
-                d_logits = d_logits * slope
+            if derivative is not None:
+                d_logits = d_logits * derivative
             d_products = _grouped(d_logits.to(q.dtype), k)
             dq[rows, :, queries] = _heads(d_products @ k[keys], q).mul_(scoring.scale)
             dk[keys] += d_products.mT @ (_grouped(q[rows, :, queries], k) * scoring.scale)

@@ -26,6 +26,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     )
     variants.add_argument("--batch", type=int, help="rows (default: the config's)")
     variants.add_argument("--length", type=int, help="T, tokens a row (default: the config's)")
+    variants.add_argument("--layers", type=int, help="L (default: the config's)")
+    variants.add_argument("--operator", action="store_true", help="attention alone, under every way to score keys")
     variants.add_argument("--only", nargs="+", help="variants with one of these in their name, such as norm")
     variants.add_argument("--vocab_size", type=int, default=512)
     variants.add_argument("--threads", type=int, default=1)

@@ -185,8 +185,10 @@ class SinkbedModule(L.LightningModule):
         tensors: dict[str, Tensor] = dict(self.named_parameters())
         for optimizer in self.trainer.optimizers:
             for number, state in enumerate(optimizer.state.values()):
-                kept = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-                tensors |= {f"{key} of parameter {number}": value for key, value in kept.items()}
+                for key, value in state.items():
+                    each = value if isinstance(value, list) else [value]  # SOAP keeps lists
+                    kept = {f"{key}{at or ''}": part for at, part in enumerate(each) if isinstance(part, Tensor)}
+                    tensors |= {f"{name} of parameter {number}": part for name, part in kept.items()}
         parts = {name: local_part(tensor.detach()) for name, tensor in tensors.items()}
         # The extremes of a tensor take no copy of it, and nan is among them where it is anywhere.
         extremes = {name: torch.stack(torch.aminmax(part)).float() for name, part in parts.items() if part.numel()}

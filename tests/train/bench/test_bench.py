@@ -6,13 +6,15 @@ import json
 import pytest
 import torch
 
+from sinkbed.kernels.normalizers import NORMALIZERS
 from sinkbed.model.attention_parts import ATTENTION_PARTS
-from sinkbed.model.config import PARTS
+from sinkbed.model.config import PARTS, DecoderConfig
 from sinkbed.train.bench import attention as bench_attention
 from sinkbed.train.bench import measure as bench_metering
 from sinkbed.train.bench import prepare as bench_prepare
 from sinkbed.train.bench.attention_peers import Case
 from sinkbed.train.bench.data import PACKINGS
+from sinkbed.train.bench.parts import variants
 from sinkbed.train.cli import bench
 from sinkbed.train.cli.main import main
 
@@ -197,3 +199,13 @@ def test_every_variant_of_every_part_takes_a_step(capsys, fit):
     lines = capsys.readouterr().out.splitlines()[1:]
     assert lines[0].startswith("base") and lines[0].endswith("1.00")
     assert len(lines) == 1 + len(names) - len(PARTS) + 2  # the base's own variants are no others; soft cap, register
+    assert main([*command, "--operator"]) == 0
+    timed = [line[:36].strip() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert timed[0] == "softmax" and {*NORMALIZERS.names, "softcap", "ALiBi", "KV bias"} <= {*timed}
+
+
+def test_variants_that_do_not_go_with_the_base_are_named():
+    base = DecoderConfig(n_layers=1, d_model=16, n_heads=2, d_ff=0, feed_forward="none", sink="learned")
+    made, left_out = variants(base)
+    assert made["feed_forward: gelu"].d_ff == 64 and made["position: none"].d_ff == 0
+    assert left_out == ["normalizer: elu", "normalizer: sigmoid", "normalizer: softpick"]
