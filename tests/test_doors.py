@@ -15,6 +15,7 @@ from sinkbed.data.store.token_store import TokenStore
 from sinkbed.data.tokenizer import Tokenizer
 from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.model.observe import observing
+from sinkbed.registry import Registry
 from sinkbed.train.cli.main import main
 from sinkbed.train.loop.optim import OptimizerConfig, build_optimizer
 from sinkbed.train.loop.settings import training_bytes
@@ -24,8 +25,16 @@ from tests.train.conftest import write_run_config
 
 
 @pytest.fixture
-def add(tmp_path):
-    """Write one file and load it, as an import by a user's own code does."""
+def add(tmp_path, monkeypatch):
+    """Write one file and load it, as an import by a user's own code does; its toy is forgotten after the test."""
+    register = Registry.register
+
+    def register_for_now(registry, name):
+        if name == "toy":
+            monkeypatch.setitem(registry._variants, name, None)
+        return register(registry, name)
+
+    monkeypatch.setattr(Registry, "register", register_for_now)
 
     def write(code):
         path = tmp_path / "variant.py"
@@ -278,8 +287,7 @@ MEASURES.register("toy")(
 """
 
 
-def test_a_measure(add, tiny_store, tmp_path, monkeypatch):
-    monkeypatch.setitem(MEASURES._variants, "toy", None)  # forgotten afterwards
+def test_a_measure(add, tiny_store, tmp_path):
     add(TOY)
     run = tmp_path / "run"
     config = write_run_config(tmp_path / "run.yaml", tiny_store)
