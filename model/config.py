@@ -86,38 +86,42 @@ class DecoderConfig:
         object.__setattr__(self, "attention_parts", list(map(plain, self.attention_parts)))
         parts = [ATTENTION_PARTS.name_of(choice) for choice in self.attention_parts]
         if len(set(parts)) < len(parts):
-            raise ValueError(f"attention_parts: expected each once, got {', '.join(parts)}")
+            raise ValueError(f"model.decoder.attention_parts: expected each once, got {', '.join(parts)}")
         if self.normalizer != "softmax" and self.sink != "none":
             raise ValueError(
-                f"sink: expected none beside normalizer {self.normalizer!r}, whose weights no sink logit joins, got "
-                f"{self.sink!r}"
+                f"model.decoder.sink: expected none beside normalizer {self.normalizer!r}, whose weights no sink logit "
+                f"joins, got {self.sink!r}"
             )
-        check_number("n_registers", self.n_registers, least=0)
+        check_number("model.decoder.n_registers", self.n_registers, least=0)
         if self.n_registers and self.normalizer != "softmax":
             raise ValueError(
-                f"n_registers: expected 0 beside normalizer {self.normalizer!r}, under which their mass is not "
-                f"measured, got {self.n_registers}"
+                f"model.decoder.n_registers: expected 0 beside normalizer {self.normalizer!r}, under which their mass "
+                f"is not measured, got {self.n_registers}"
             )
-        check_number("n_layers", self.n_layers, least=1, most=_MOST_LAYERS)
+        check_number("model.decoder.n_layers", self.n_layers, least=1, most=_MOST_LAYERS)
         for name in ("d_model", "n_heads"):
-            check_number(name, getattr(self, name), least=1)
+            check_number(f"model.decoder.{name}", getattr(self, name), least=1)
         if self.feed_forward in ("none", "linear"):
             if self.d_ff:
-                raise ValueError(f"d_ff: expected 0 beside feed_forward {self.feed_forward}, got {self.d_ff!r}")
+                raise ValueError(
+                    f"model.decoder.d_ff: expected 0 beside feed_forward {self.feed_forward}, got {self.d_ff!r}"
+                )
         else:
-            check_number("d_ff", self.d_ff, least=1)
+            check_number("model.decoder.d_ff", self.d_ff, least=1)
         if self.n_kv_heads is not None and (self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads):
-            raise ValueError(f"n_kv_heads: expected a divisor of n_heads={self.n_heads}, got {self.n_kv_heads}")
+            raise ValueError(
+                f"model.decoder.n_kv_heads: expected a divisor of n_heads={self.n_heads}, got {self.n_kv_heads}"
+            )
         if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(
-                f"d_model: expected a multiple of n_heads={self.n_heads}, got {self.d_model}; change one, or set "
-                "head_dim"
+                f"model.decoder.d_model: expected a multiple of n_heads={self.n_heads}, got {self.d_model}; change "
+                "one, or set head_dim"
             )
-        check_number("head_dim", self.dim, least=1)
+        check_number("model.decoder.head_dim", self.dim, least=1)
         for name in ("norm_eps", "init_std"):
-            check_number(name, getattr(self, name), above=0)
+            check_number(f"model.decoder.{name}", getattr(self, name), above=0)
         if self.softcap is not None:
-            check_number("softcap", self.softcap, above=0)
+            check_number("model.decoder.softcap", self.softcap, above=0)
 
     @property
     def groups(self) -> int:

@@ -81,8 +81,8 @@ class Toy(torch.nn.Module, PositionEncoding):
     losses, decoder = trained(position={"toy": {"length": 16}})
     assert losses[-1] < losses[0] - 0.1 and decoder.position.table.weight.grad.abs().sum() > 0
     assert decoder.parameter_count() == Decoder.parameters_of(decoder.config, 32)
-    with pytest.raises(ValueError, match=r"options of toy \(length\); got 'size'"):
-        trained(position={"toy": {"size": 16}})
+    with pytest.raises(ValueError, match=r"options of toy \(length\); got 'lenght'; did you mean length\?"):
+        trained(position={"toy": {"lenght": 16}})
     for value in ("abc", 16.5, True):
         with pytest.raises(ValueError, match=rf"position.toy.length: expected int, got {value!r}"):
             trained(position={"toy": {"length": value}})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import importlib
 import locale
@@ -11,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from sinkbed.plain_text import did_you_mean
 from sinkbed.train.run.world import leave
 
 # command -> (module with run(argv), one line of help)
@@ -65,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sinkbed {metadata.version('sinkbed')}, torch {metadata.version('torch')}")
         return 0
     if not argv or argv[0] not in (*COMMANDS, "-h", "--help"):
-        near = difflib.get_close_matches(argv[0], COMMANDS, n=1) if argv else ()
-        meant = f"{argv[0]!r}; did you mean {near[0]}?" if near else repr(argv[0]) if argv else "nothing"
+        meant = f"{argv[0]!r}{did_you_mean(argv[0], COMMANDS)}" if argv else "nothing"
         print(f"sinkbed: expected one of {', '.join(COMMANDS)}; got {meant}", file=sys.stderr)
         print("sinkbed --help says what each is for", file=sys.stderr)
         return 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import sys
 from argparse import ArgumentError
@@ -13,6 +12,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from sinkbed.plain_text import did_you_mean
 from sinkbed.train.config.keys import is_known, located, unknown, wrong_keys
 from sinkbed.train.config.yaml_files import read_mapping
 
@@ -159,9 +159,8 @@ def _expected(key: str, kind: str, value: str) -> str:
     value = value.strip()
     if value.lower() in ("nan", "inf", "-inf"):
         kind = "a finite number"
-    near = difflib.get_close_matches(value, re.findall(r"'(.*?)'", kind), n=1)
-    meant = f"; did you mean {near[0]}?" if near else ""
-    return f"{key}: expected {kind}, got {value!r}{meant}"
+    choices = re.findall("'(.*?)'", kind)
+    return f"{key}: expected {kind}, got {value!r}{did_you_mean(value, choices)}"
 
 
 def _readable(kind: str) -> str:

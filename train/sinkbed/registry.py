@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
 from typing import Any, TypeVar, get_args, get_origin
+
+from sinkbed.plain_text import did_you_mean
 
 V = TypeVar("V")
 
@@ -65,10 +66,9 @@ class Registry:
         """The name that is chosen. Raises ValueError for one that is none's; imports no variant."""
         name = next(iter(choice), None) if isinstance(choice, dict) and len(choice) == 1 else choice
         if not isinstance(name, str) or name not in self.names:
-            near = get_close_matches(str(name), self.names, n=1)
             raise ValueError(
                 f"{self.key}: expected one of {', '.join(self.names)}, or {{name: {{option: value}}}} with its "
-                f"options; got {choice!r}{f'; did you mean {near[0]}?' if near else ''}"
+                f"options; got {choice!r}{did_you_mean(str(name), self.names)}"
             )
         return name
 
@@ -90,6 +90,7 @@ class Registry:
             if option not in known:
                 raise ValueError(
                     f"{self.key}: expected options of {name} ({', '.join(known) or 'none'}); got {option!r}"
+                    f"{did_you_mean(option, known)}"
                 )
             if not _is_of(value, known[option]):
                 kind = inspect.formatannotation(known[option])
