@@ -103,8 +103,8 @@ class Mask:
     @property
     def shared(self) -> tuple[int, int]:
         """Where the shared prefix begins and ends; (0, 0) where it adds nothing to the intervals."""
-        some = self.first_key is not None and self.shared_from < self.shared_prefix
-        return (self.shared_from, self.shared_prefix) if some else (0, 0)
+        adds = self.first_key is not None and self.shared_from < self.shared_prefix
+        return (self.shared_from, self.shared_prefix) if adds else (0, 0)
 
     # The transpose of an interval mask is one too: key j is in the interval of queries first_query[j] .. last_query[j].
 

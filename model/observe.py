@@ -125,11 +125,11 @@ def _hidden_hooks(blocks: nn.ModuleList, hidden: Hidden) -> Iterator[Any]:
 
     def after(layer: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            whole = isinstance(output, Tensor)
-            replaced = hidden(layer, output if whole else output[0])
+            is_tensor = isinstance(output, Tensor)
+            replaced = hidden(layer, output if is_tensor else output[0])
             if replaced is None:
                 return None
-            return replaced if whole else (replaced, *output[1:])
+            return replaced if is_tensor else (replaced, *output[1:])
 
         return hook
 

@@ -66,8 +66,8 @@ def audit(rows: Rows) -> dict[str, Any]:
                 _count_contents(c, rows, of_kind, kind)
     read = c.inputs - c.repeated
     # Of a part of the rows, what the others hold is not cropped but left for another run.
-    whole = rows.unique_rows is None
-    documents = store.documents if whole else c.begun
+    every_row = rows.unique_rows is None
+    documents = store.documents if every_row else c.begun
     return {
         "strategy": dataclasses.asdict(rows.strategy),
         "context_length": length,
@@ -86,8 +86,8 @@ def audit(rows: Rows) -> dict[str, Any]:
         "share_of_tokens_padding": 1 - (c.inputs + placed) / (count * length),
         "documents_cut": c.not_whole,
         "share_of_documents_cut": c.not_whole / max(1, documents),
-        "tokens_cropped": layout.stream_length - read if whole else None,
-        "share_of_tokens_cropped": 1 - read / layout.stream_length if whole else None,
+        "tokens_cropped": layout.stream_length - read if every_row else None,
+        "share_of_tokens_cropped": 1 - read / layout.stream_length if every_row else None,
         "share_of_tokens_repeated": c.repeated / c.inputs,
         "share_of_targets_not_counted": 1 - c.targets / (count * length),
         "document_order": _digest(store.offsets),

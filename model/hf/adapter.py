@@ -176,28 +176,28 @@ class HFModel(nn.Module):
         Raises ValueError for attention that the operator cannot express.
         """
         mask = Mask(rows=len(tokens), length=tokens.shape[1]) if mask is None else mask
-        asked = Pass(mask, statistics, observer=self.observer)
+        current = Pass(mask, statistics, observer=self.observer)
         # Told that no token is padding, transformers does not look for documents in the positions: `mask` has them.
         given = {} if positions is None else {"position_ids": positions, "attention_mask": torch.ones_like(tokens)}
         try:
-            with asking(asked):
+            with asking(current):
                 logits = self.model(input_ids=tokens, use_cache=False, **given).logits
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            if not asked.sampled:
+            if not current.sampled:
                 raise
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"{type(self.model).__name__}: expected a model that hands its mask on to its attention as it is, "
                 f"got a forward pass that fails on a sample of the mask's rows: {reason}"
             ) from error
-        if asked.layers != self.config.n_layers:
+        if current.layers != self.config.n_layers:
             raise ValueError(
-                f"{type(self.model).__name__}: got {asked.layers} layers whose attention can be observed, expected "
+                f"{type(self.model).__name__}: got {current.layers} layers whose attention can be observed, expected "
                 f"{self.config.n_layers}; the others are no softmax attention, or bypass transformers' interface for it"
             )
-        return DecoderOutput(logits, None, tuple(asked.per_layer) if statistics else None)
+        return DecoderOutput(logits, None, tuple(current.per_layer) if statistics else None)
 
 
 def _check_packages(gguf: str | None, device_map: object) -> None:

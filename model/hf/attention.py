@@ -61,9 +61,9 @@ _PASS: ContextVar[Pass | None] = ContextVar("pass", default=None)
 
 
 @contextmanager
-def asking(asked: Pass) -> Iterator[None]:
-    """Every layer that is called inside answers what `asked` asks."""
-    token = _PASS.set(asked)
+def asking(current: Pass) -> Iterator[None]:
+    """Every layer that is called inside answers what `current` asks."""
+    token = _PASS.set(current)
     try:
         yield
     finally:
@@ -126,9 +126,9 @@ def sampled_mask(
     from transformers.masking_utils import sdpa_mask
 
     queries = sampled_queries(q_length, device) + q_offset
-    asked = _PASS.get()
-    if asked is not None and len(queries) < q_length:
-        asked.sampled = True
+    current = _PASS.get()
+    if current is not None and len(queries) < q_length:
+        current.sampled = True
 
     def of_sample(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return mask_function(batch, head, queries[query], key)
@@ -183,8 +183,8 @@ def attend(
 
     Raises ValueError for an attention that the operator cannot express.
     """
-    asked = _PASS.get()
-    assert asked is not None, "called outside of HFModel"
+    current = _PASS.get()
+    assert current is not None, "called outside of HFModel"
     name = type(module).__name__
     if is_causal is False or not getattr(module, "is_causal", True):
         raise ValueError(f"{name}: got attention in both directions, expected a causal language model")
@@ -201,18 +201,18 @@ def attend(
         )
     if attention_mask is not None:
         _check_own_mask(name, attention_mask, query.shape[2], sliding_window)
-    mask = asked.within(sliding_window, query.device)
+    mask = current.within(sliding_window, query.device)
     query, key = query.to(value.dtype), key.to(value.dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = attention(
-        query, key, value, mask, scale=scale, softcap=softcap, sink_logit=s_aux, statistics=asked.statistics
+        query, key, value, mask, scale=scale, softcap=softcap, sink_logit=s_aux, statistics=current.statistics
     )
-    if asked.observer is not None:
+    if current.observer is not None:
         scoring = Scoring(scale=scale, softcap=softcap)
-        asked.observer(LayerAttention(asked.layers, query, key, value, out.lse, mask, scoring, out.statistics))
-    asked.layers += 1
+        current.observer(LayerAttention(current.layers, query, key, value, out.lse, mask, scoring, out.statistics))
+    current.layers += 1
     if out.statistics is not None:
-        asked.per_layer.append(Statistics(*(None if s is None else s.cpu() for s in out.statistics)))  # type: ignore[arg-type]
+        current.per_layer.append(Statistics(*(None if s is None else s.cpu() for s in out.statistics)))  # type: ignore[arg-type]
     return out.output.transpose(1, 2).contiguous(), None
 
 

@@ -193,11 +193,11 @@ def begin(run: ArmRun, group: str, seconds: float = SECONDS_FOR_THE_DEAD) -> lis
     None where the process that was waited for has finished it. Raises ValueError, the folder as it was, where another
     process still writes to it after so many seconds.
     """
-    held = hold(run.folder, seconds)
+    lock = hold(run.folder, seconds)
     try:
         return None if run.status() == "finished" else make_ready(run, group)
     finally:
-        held.close()
+        lock.close()
 
 
 def make_ready(run: ArmRun, group: str) -> list[str]:

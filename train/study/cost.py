@@ -134,8 +134,8 @@ def print_plan(study: StudyConfig, runs: Sequence[ArmRun]) -> None:
 def _sums(costs: Sequence[Cost], rates: dict[str, float]) -> list[str]:
     flops = sum(c.flops for c in costs)
     hours = [flops / rate / 3600 for rate in rates.values()]
-    shown = [f"{h:,.0f}" if h >= 100 else f"{h:.2g}" for h in hours]
-    return [f"{sum(c.tokens for c in costs):,}", f"{flops:.2g}", *shown, gigabytes(sum(c.disk for c in costs))]
+    per_rate = [f"{h:,.0f}" if h >= 100 else f"{h:.2g}" for h in hours]
+    return [f"{sum(c.tokens for c in costs):,}", f"{flops:.2g}", *per_rate, gigabytes(sum(c.disk for c in costs))]
 
 
 def gigabytes(size: float) -> str:

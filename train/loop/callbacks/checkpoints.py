@@ -138,8 +138,8 @@ class Checkpoints(Checkpoint):
         accelerator need not wait for it."""
         if trainer.world_size > 1:
             agreed = 0 if self._told is None else int(self._told)
-            told = torch.tensor(self.stop or 0, device=trainer.strategy.root_device)
-            self._told = trainer.strategy.reduce(told, reduce_op="max")  # type: ignore[assignment]
+            signal_here = torch.tensor(self.stop or 0, device=trainer.strategy.root_device)
+            self._told = trainer.strategy.reduce(signal_here, reduce_op="max")  # type: ignore[assignment]
             if not agreed:
                 return False
             self.stop = signal.Signals(agreed)
