@@ -11,6 +11,11 @@ from torch import Tensor
 
 
 def is_eager_cpu(x: Tensor) -> bool:
-    """Whether the forms written for CPUs apply; the compiler and accelerators fuse the plain ones better, and
-    autocast must see the plain operators."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+    """Whether the forms written for CPUs apply; the compiler and accelerators fuse the plain ones better."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that matrix products with x are taken in: autocast's (`trainer.precision: bf16-mixed`), or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

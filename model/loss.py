@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sinkbed.model.eager import product_dtype
+
 IGNORED = -100
 _BLOCK_LOGITS = 2**25
 """Logits of one block, at most: 128 MB in float32."""
@@ -27,18 +29,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         share = counted / counted.sum().clamp_min(1)
         index = targets.clamp_min(0)[:, None]
         loss = hidden.new_zeros(())
-        d_hidden = torch.empty_like(hidden)
+        weight = weight.to(product_dtype(hidden))
+        d_hidden = torch.empty_like(hidden, dtype=weight.dtype)
         d_weight: Tensor | None = None
         rows = max(1, _BLOCK_LOGITS // len(weight))
         for h, t, s, dh in zip(
             hidden.split(rows), index.split(rows), share.split(rows), d_hidden.split(rows), strict=True
         ):
-            logits = h @ weight.T
+            h = h.to(weight.dtype)
+            logits = (h @ weight.T).float()
             logits -= logits.amax(-1, keepdim=True)
             target = logits.gather(1, t)[:, 0]
             total = logits.exp_().sum(-1)  # one exponential serves the loss and its gradient
             loss += torch.dot(total.log() - target, s)
-            d_logits = logits.mul_((s / total)[:, None]).scatter_add_(1, t, -s[:, None])
+            d_logits = logits.mul_((s / total)[:, None]).scatter_add_(1, t, -s[:, None]).to(weight.dtype)
             torch.mm(d_logits, weight, out=dh)
             d_weight = d_logits.T @ h if d_weight is None else d_weight.addmm_(d_logits.T, h)
         ctx.save_for_backward(d_hidden, d_weight)
@@ -58,10 +62,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         hidden: [N, C], float32 for the blockwise form; weight: [V, C], the output matrix.
         targets: [N] token ids; `IGNORED` does not count.
     """
-    plain = (
-        torch.compiler.is_compiling() or hidden.dtype != torch.float32 or torch.is_autocast_enabled(hidden.device.type)
-    )
-    if plain:
+    if torch.compiler.is_compiling() or hidden.dtype != torch.float32:
         loss = F.cross_entropy((hidden @ weight.T).float(), targets, ignore_index=IGNORED, reduction="sum")
         return loss / (targets != IGNORED).sum().clamp_min(1)
     return _LinearCrossEntropy.apply(hidden, weight, targets)

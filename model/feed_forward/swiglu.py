@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sinkbed.model.config import DecoderConfig
-from sinkbed.model.eager import is_eager_cpu
+from sinkbed.model.eager import is_eager_cpu, product_dtype
 from sinkbed.model.feed_forward import FEED_FORWARDS
 
 
@@ -23,7 +23,7 @@ class _SwiGLUCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        flat = x.flatten(0, -2)
+        flat, gate_up, down = (each.to(product_dtype(x)) for each in (x.flatten(0, -2), gate_up, down))
         w_gate, w_up = gate_up.chunk(2)
         gate, up = flat @ w_gate.T, flat @ w_up.T
         sigmoid = gate.sigmoid()
@@ -38,7 +38,7 @@ class _SwiGLUCPU(torch.autograd.Function):
         w_gate, w_up = gate_up.chunk(2)
         d_gate_up = torch.empty_like(gate_up)
         d_w_gate, d_w_up = d_gate_up.chunk(2)
-        upstream = grad.flatten(0, -2)
+        upstream = grad.flatten(0, -2).to(flat.dtype)
         hidden = activated * up
         d_down = upstream.T @ hidden
         d_hidden = upstream @ down

@@ -55,6 +55,6 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / √(mean(x²) + eps) · weight; x [..., C], weight [C]."""
-    if is_eager_cpu(x):
+    if is_eager_cpu(x) and x.dtype == weight.dtype:
         return _RMSNormCPU.apply(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)

@@ -179,6 +179,26 @@ def test_long_rows_of_documents_are_computed_document_by_document(sink, monkeypa
     assert calls[:5] == [300, 1, 200, 99, 600] and not mask._bias
 
 
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("sink", [False, True])
+def test_gradients_in_bfloat16(kind, sink):
+    torch.manual_seed(0)
+    start, end = boundaries([70, 80], rows=2)
+    mask = interval_mask(2, 150, doc_start=start, doc_end=end, **MASKS[kind](start, end))
+    leaves = [x.detach().bfloat16() for x in inputs(2, 4, 2, 150, 16)]
+    leaves += [torch.tensor([0.5, -1.0, 2.0, 0.0]).bfloat16()] if sink else []
+    weight = torch.randn(2, 4, 150, 16)
+
+    def gradients(implementation, dtype):
+        q, k, v, *logit = (x.to(dtype, copy=True).requires_grad_() for x in leaves)
+        out = attention(q, k, v, mask, sink_logit=logit[0] if logit else None, implementation=implementation)
+        return torch.autograd.grad(out.output, [q, k, v, *logit], weight.to(dtype))
+
+    for ours, exact in zip(gradients("torch", torch.bfloat16), gradients("reference", torch.float64), strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours - exact).norm() <= 0.01 * exact.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_statistics_of_16_bit_inputs_are_summed_in_float32(dtype):
     """Products in q's dtype gave probabilities of 1.2."""

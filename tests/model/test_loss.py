@@ -32,6 +32,24 @@ def test_no_counted_target_is_no_loss_and_no_gradient():
     assert loss.item() == 0 and not hidden.grad.any() and not weight.grad.any()
 
 
+@pytest.mark.parametrize("block", [2**25, 11 * 3])
+def test_under_autocast_products_are_in_bfloat16_and_gradients_in_float32(block, monkeypatch):
+    monkeypatch.setattr(loss_module, "_BLOCK_LOGITS", block)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(10, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
+    targets = torch.randint(11, (10,))
+    rounded = [x.detach().bfloat16().float().requires_grad_() for x in (hidden, weight)]
+    expected = F.cross_entropy(rounded[0] @ rounded[1].T, targets)
+    expected_grads = torch.autograd.grad(expected, rounded)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, targets)
+    grads = torch.autograd.grad(loss, [hidden, weight])
+    assert loss.dtype == grads[0].dtype == grads[1].dtype == torch.float32
+    torch.testing.assert_close(loss, expected, atol=0.01, rtol=0)
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-2)
+
+
 def test_half_precision_takes_the_plain_form():
     hidden, weight = torch.randn(6, 4), torch.randn(5, 4)
     targets = torch.randint(5, (6,))

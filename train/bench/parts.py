@@ -16,7 +16,7 @@ from sinkbed.kernels.normalizers import NORMALIZERS
 from sinkbed.model.attention_parts import ATTENTION_PARTS
 from sinkbed.model.config import PARTS, DecoderConfig
 from sinkbed.train.bench.timing import interleave
-from sinkbed.train.bench.training import decoder_config, decoder_step, random_batch, read_config
+from sinkbed.train.bench.training import decoder_step, random_batch, shape_of
 
 
 def variants(base: DecoderConfig) -> tuple[dict[str, DecoderConfig], list[str]]:
@@ -65,14 +65,7 @@ def operator_steps(base: DecoderConfig, batch: int, length: int) -> dict[str, Ca
 
 def run(arguments: Any) -> int:
     """Median ms, and the ratio to the base's, measured in turn."""
-    config = read_config(arguments.config)
-    base = decoder_config(config)
-    if arguments.layers:
-        base = dataclasses.replace(base, n_layers=arguments.layers)
-    B = arguments.batch or config["data"]["batch_size"]
-    T = arguments.length or config["data"]["context_length"]
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
+    base, B, T = shape_of(arguments)
     left_out: list[str] = []
     if arguments.operator:
         steps = operator_steps(base, B, T)

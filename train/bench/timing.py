@@ -71,10 +71,10 @@ def memory_of_tree(pid: int | str) -> int:
     return (1_024 * int(own[1]) if own else 0) + sum(map(memory_of_tree, below))
 
 
-def matmul_flops() -> float:
-    """FLOP/s of large float32 matrix products with the current threads: the ceiling of training."""
+def matmul_flops(dtype: str = "float32") -> float:
+    """FLOP/s of large matrix products with the current threads: the ceiling of training."""
     import torch
 
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    a, b = torch.randn(2, 2048, 2048, dtype=getattr(torch, dtype))
     [timing] = interleave({"matmul": lambda: a @ b}, repeats=7, warmup=2)
     return 2 * 2048**3 / timing.median

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -31,6 +32,29 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     parser.add_class_arguments(DecoderConfig, "decoder")
     shape = parser.instantiate_classes(parser.parse_object({"decoder": config["model"]["decoder"]})).decoder
     return shape if isinstance(shape, DecoderConfig) else DecoderConfig(**vars(shape))
+
+
+class Shape(NamedTuple):
+    """What a training step is measured at."""
+
+    decoder: DecoderConfig
+    rows: int
+    length: int
+
+
+def shape_of(arguments: Any) -> Shape:
+    """The shape in the run config of a command line, where this says no other; uses its threads and a fixed seed."""
+    config = read_config(arguments.config)
+    decoder = decoder_config(config)
+    if arguments.d_model:
+        d_ff = decoder.d_ff * arguments.d_model // decoder.d_model
+        decoder = dataclasses.replace(decoder, d_model=arguments.d_model, d_ff=d_ff)
+    if arguments.layers:
+        decoder = dataclasses.replace(decoder, n_layers=arguments.layers)
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    data = config["data"]
+    return Shape(decoder, arguments.batch or data["batch_size"], arguments.length or data["context_length"])
 
 
 def random_batch(rows: int, length: int, vocab_size: int) -> Batch:
@@ -60,28 +84,31 @@ def step_of(module: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callab
     return step
 
 
-def decoder_step(shape: DecoderConfig, batch: Batch, vocab_size: int, compiled: bool = False) -> Callable[[], None]:
-    """`step_of` a decoder of ours."""
+def decoder_step(
+    shape: DecoderConfig, batch: Batch, vocab_size: int, compiled: bool = False, bfloat16: bool = False
+) -> Callable[[], None]:
+    """`step_of` a decoder of ours; `bfloat16`: as under `trainer.precision: bf16-mixed`."""
     decoder = Decoder(shape, vocab_size)
     forward = torch.compile(decoder) if compiled else decoder
-    return step_of(decoder, lambda: forward(batch.tokens, targets=counted_targets(batch)).loss)
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            return forward(batch.tokens, targets=counted_targets(batch)).loss
+
+    return step_of(decoder, loss)
 
 
 def run(arguments: Any) -> int:
     """One optimizer step (forward, loss, backward, clipping, AdamW) of our decoder and of HF's Llama."""
-    config = read_config(arguments.config)
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
         raise ValueError("bench training: the peer is missing; pip install -e '.[bench]'") from None
 
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    shape = decoder_config(config)
-    B, T, V = config["data"]["batch_size"], config["data"]["context_length"], arguments.vocab_size
+    (shape, B, T), V = shape_of(arguments), arguments.vocab_size
     batch = random_batch(B, T, V)
 
-    def peer(compiled: bool) -> Callable[[], None]:
+    def peer(compiled: bool = False, bfloat16: bool = False) -> Callable[[], None]:
         llama = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=V,
@@ -98,27 +125,36 @@ def run(arguments: Any) -> int:
         forward = torch.compile(llama) if compiled else llama
 
         def loss() -> torch.Tensor:
-            logits = forward(input_ids=batch.tokens).logits
-            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                logits = forward(input_ids=batch.tokens).logits
+            return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten())
 
         return step_of(llama, loss)
 
-    contenders = {"HF Llama (SDPA)": peer(False), "Sinkbed": decoder_step(shape, batch, V)}
+    ways: dict[str, dict[str, Any]] = {"": {}}
+    if arguments.bfloat16:
+        ways[", bfloat16"] = {"bfloat16": True}
     if arguments.compile:
-        contenders |= {"HF Llama, compiled": peer(True), "Sinkbed, compiled": decoder_step(shape, batch, V, True)}
+        ways[", compiled"] = {"compiled": True}
+    contenders: dict[str, Callable[[], None]] = {}
+    for name, way in ways.items():
+        contenders |= {f"HF Llama{name}": peer(**way), f"Sinkbed{name}": decoder_step(shape, batch, V, **way)}
     timings = interleave(contenders, arguments.repeats, warmup=5)
     base = timings[0].median
     count = Decoder(shape, V).parameter_count()
     # 6 FLOP a parameter and token, without the embedding's lookup; attention 6·T·C a layer and token (causal).
     lookup = 0 if shape.tie_embeddings else V * shape.d_model
     flops = 6 * (count - lookup + shape.n_layers * T * shape.n_heads * shape.dim) * B * T
-    ceiling = matmul_flops()
+    peaks = {dtype: matmul_flops(dtype) for dtype in ("float32", "bfloat16")[: 1 + arguments.bfloat16]}
     print(f"{count:,} parameters, {B} rows of {T} tokens, {arguments.threads} threads, {arguments.repeats} steps each")
     print(f"{'':24}{'ms/step':>9}{'tokens/s':>10}{'vs HF':>7}{'of matmul peak':>16}")
     for t in timings:
-        share = flops / t.median / ceiling
+        share = flops / t.median / peaks["bfloat16" if "bfloat16" in t.name else "float32"]
         print(f"{t.name:24}{t.median * 1e3:9.1f}{B * T / t.median:10,.0f}{base / t.median:7.2f}{100 * share:15.0f}%")
-    print(f"matrix products reach {ceiling / 1e9:.0f} GFLOP/s here: the limit is {flops / ceiling * 1e3:.1f} ms/step")
+    for dtype, peak in peaks.items():
+        print(
+            f"matrix products in {dtype} reach {peak / 1e9:.0f} GFLOP/s here: at least {flops / peak * 1e3:.1f} ms/step"
+        )
     if arguments.profile:
         from torch.profiler import profile
 

@@ -14,24 +14,25 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     benches = parser.add_subparsers(dest="bench", metavar="BENCH", required=True)
     one = benches.add_parser("training", help="training step against Hugging Face's Llama at the same shape")
-    one.add_argument("--config", type=Path, default=Path("configs/run/demo.yaml"), help="run config with the shape")
-    one.add_argument("--vocab_size", type=int, default=512)
-    one.add_argument("--threads", type=int, default=1)
-    one.add_argument("--repeats", type=int, default=30)
+    one.add_argument("--bfloat16", action="store_true", help="also both with products in bfloat16, as bf16-mixed")
     one.add_argument("--compile", action="store_true", help="also both under torch.compile (needs a C++ compiler)")
     one.add_argument("--profile", action="store_true", help="print where our step spends its time")
     variants = benches.add_parser("parts", help="training step with each variant of a part, against the config's own")
-    variants.add_argument(
-        "--config", type=Path, default=Path("configs/run/demo.yaml"), help="run config with the shape"
-    )
-    variants.add_argument("--batch", type=int, help="rows (default: the config's)")
-    variants.add_argument("--length", type=int, help="T, tokens a row (default: the config's)")
-    variants.add_argument("--layers", type=int, help="L (default: the config's)")
     variants.add_argument("--operator", action="store_true", help="attention alone, under every way to score keys")
     variants.add_argument("--only", nargs="+", help="variants with one of these in their name, such as norm")
-    variants.add_argument("--vocab_size", type=int, default=512)
-    variants.add_argument("--threads", type=int, default=1)
-    variants.add_argument("--repeats", type=int, default=15)
+    for each in (one, variants):
+        each.add_argument(
+            "--config", type=Path, default=Path("configs/run/demo.yaml"), help="run config with the shape"
+        )
+        each.add_argument("--batch", type=int, help="rows (default: the config's)")
+        each.add_argument("--length", type=int, help="T, tokens a row (default: the config's)")
+        each.add_argument("--layers", type=int, help="L (default: the config's)")
+        each.add_argument(
+            "--d_model", type=int, help="C; the feed-forward keeps its proportion (default: the config's)"
+        )
+        each.add_argument("--vocab_size", type=int, default=512)
+        each.add_argument("--threads", type=int, default=1)
+        each.add_argument("--repeats", type=int, default=15)
     two = benches.add_parser("attention", help="the attention operator against SDPA, FlexAttention and others")
     two.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     two.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16; float32 on a CPU")

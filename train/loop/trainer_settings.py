@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
 from sinkbed.train.config.arguments import ShortErrors
@@ -72,9 +73,19 @@ def check_trainer(trainer: Any) -> None:
             "trainer.precision: 16-mixed overflows to find its loss scale, which counts as diverged here; got "
             f"{trainer.precision}, expected bf16-mixed, bf16-true or 32-true"
         )
+    if trainer.accelerator == "cpu" and str(trainer.precision).startswith("bf16") and not _has_bfloat16():
+        raise ValueError(
+            "trainer.precision: expected 32-true on a CPU without arithmetic in bfloat16, which would only be slower, "
+            f"got {trainer.precision}"
+        )
     for name, (fixed, instead) in _TRAINER_FIXED.items():
         if trainer.get(name, fixed) not in (fixed, None):
             raise ValueError(f"trainer.{name}: has no effect here, got {trainer.get(name)}; set {instead} instead")
+
+
+def _has_bfloat16() -> bool:
+    """Whether the CPU multiplies in bfloat16 (AVX512-BF16, AMX, Arm's BF16)."""
+    return any(there and "bf16" in name for name, there in torch.cpu.get_capabilities().items())
 
 
 def expand_home(config: Any, *keys: str) -> None:

@@ -192,6 +192,16 @@ def test_one_long_line_is_compared_with_the_same_bytes_as_many(capsys):
     assert 50 < float(one[-2].replace(",", "")) < 1_500, "MB"
 
 
+@pytest.mark.slow
+def test_a_training_step_in_float32_and_bfloat16(capsys, fit):
+    shape = ["--layers", "1", "--d_model", "32", "--batch", "1", "--length", "16", "--repeats", "1"]
+    assert main(["bench", "training", "--config", str(fit.config), "--bfloat16", *shape]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "1 rows of 16 tokens" in lines[0]
+    names = ["HF Llama", "Sinkbed", "HF Llama, bfloat16", "Sinkbed, bfloat16"]
+    assert [line[:24].strip() for line in lines[2:6]] == names and lines[2].split()[4] == "1.00"
+
+
 def test_every_variant_of_every_part_takes_a_step(capsys, fit):
     names = [name for registry in PARTS.values() for name in registry.names] + ATTENTION_PARTS.names
     command = ["bench", "parts", "--config", str(fit.config), "--batch", "1", "--length", "16", "--repeats", "1"]

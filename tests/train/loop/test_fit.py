@@ -476,8 +476,16 @@ def test_validate_gives_the_numbers_of_the_final_measurement(fit, capsys, tmp_pa
     assert "expected a run directory" in capsys.readouterr().err
 
 
-def test_bf16_autocast_trains(fit):
+def test_bf16_autocast_trains(fit, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     status, folder = fit("--trainer.precision", "bf16-mixed")
     assert status == 0
     losses = [p["train/loss"] for p in points(folder) if "train/loss" in p]
     assert losses[-1] < losses[0]
+
+
+def test_bf16_is_refused_on_a_cpu_that_lacks_it(fit, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
+    status, folder = fit("--trainer.precision", "bf16-mixed")
+    assert status == 1 and not folder.exists()
+    assert "trainer.precision: expected 32-true on a CPU without arithmetic in bfloat16" in capsys.readouterr().err
