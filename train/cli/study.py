@@ -66,7 +66,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     warm_up()
     runs = plan(study)
     todo = [r for r in runs if r.status() != "finished"]
-    from sinkbed.train.report.effects import check_measured
+    from sinkbed.train.report.effects import check, check_measured
     from sinkbed.train.study.cost import check_fits, check_stores, print_plan
 
     if todo and (complaint := call(check_configs, todo) or call(check_stores, todo)):
@@ -76,10 +76,34 @@ def run(command: str, argv: Sequence[str]) -> int:
 
     if arguments.dry_run:
         print_plan(study, runs)
+        _print_seeds(study)
     check_fits(study, runs, cluster=arguments.ray is not None)  # before hours of preparing, too
     if arguments.dry_run:
         return 0
     _prepare(study, arguments.quiet)
+
+    from sinkbed.train.report.study import of_all_seeds, split_finished, write_report
+
+    while True:
+        failed = _run_arms(study, arguments)
+        finished, results, missing = split_finished(of_all_seeds(study))
+        wide = [item.name for item in check(results, study.effects, {}) if item.too_wide]
+        if failed or not wide or len(study.seeds) >= (study.most_seeds or 0):
+            break
+        study = dataclasses.replace(study, seeds=[*study.seeds, max(study.seeds) + 1])
+        print(f"one seed more, {len(study.seeds)} of at most {study.most_seeds}, for the interval of {wide[0]!r}")
+    if finished:
+        write_report(study, finished, results, missing, track=True)
+    for name, why in failed.items():
+        print(f"arm {name} failed: {why}", file=sys.stderr)
+    lacking = {r.folder for r in plan(study)} - {r.folder for r in finished}  # a damaged one did not fail
+    return 1 if failed or lacking else 0
+
+
+def _run_arms(study: StudyConfig, arguments: argparse.Namespace) -> dict[str, str]:
+    """Run what is not finished; why each failed that did."""
+    from sinkbed.train.study.cost import check_fits
+
     runs = plan(study)  # of the token store that is there now
     lock = directory.lock(study.out)
     remove_temporaries(study.out)
@@ -106,16 +130,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     beside = "" if overhead is None else f"; an arm {overhead:.1f} s beside training and measuring (median)"
     print(f"arms took {time.perf_counter() - began:.0f} s{beside}")
     lock.close()
-
-    from sinkbed.train.report.study import of_all_seeds, split_finished, write_report
-
-    finished, results, missing = split_finished(of_all_seeds(study))
-    if finished:
-        write_report(study, finished, results, missing, track=True)
-    for name, why in runner.failed.items():
-        print(f"arm {name} failed: {why}", file=sys.stderr)
-    lacking = {r.folder for r in runs} - {r.folder for r in finished}  # a damaged one did not fail
-    return 1 if runner.failed or lacking else 0
+    return dict(runner.failed)
 
 
 def _stop(*_: Any) -> None:
@@ -128,7 +143,20 @@ def chosen(arguments: argparse.Namespace) -> StudyConfig:
     study = load_study(arguments.study, arguments.size)
     names = ("workers", "seeds", "out")
     changes = {k: getattr(arguments, k) for k in names if getattr(arguments, k, None) is not None}
+    if "seeds" in changes:  # those, and no more
+        changes["most_seeds"] = None
     return dataclasses.replace(study, **changes)
+
+
+def _print_seeds(study: StudyConfig) -> None:
+    """How many seeds the effects take, from the arms that are finished."""
+    from sinkbed.train.report.effects import check
+    from sinkbed.train.report.study import of_all_seeds, split_finished
+
+    _, results, _ = split_finished(of_all_seeds(study))
+    for item in check(results, study.effects, {}):
+        if item.seeds:
+            print(item.seeds)
 
 
 def _prepare(study: StudyConfig, quiet: bool) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.modes import MODE_LABELS
-from sinkbed.train.report.intervals import Interval, area, curve, paired, verdict
+from sinkbed.train.report.intervals import Interval, area, curve, paired, seeds_for, verdict
 from sinkbed.train.report.result import Result, fixed, mean, spread
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ LABELS = {
     "loss": "loss",
     "bits_per_byte": "bits per byte",
     "loss_gap": "loss gap",
+    "sink_rate_deep": "sink rate %, layers 3 and up",
     "sink_rate_area": "sink rate % over log tokens",
+    "sink_rate_peak": "highest live sink rate %",
     "onset_tokens": "onset, tokens",
 }
 DIGITS = {"sink_mass": 3, "sink_share": 3, "loss": 3, "bits_per_byte": 3, "loss_gap": 3, "onset_tokens": 0}
@@ -47,7 +49,8 @@ def figure(result: Result, metric: str, mode: str) -> float | None:
     """A figure of a run; None where it was not measured, or an onset was not reached.
 
     `loss_gap`: loss of the mode − loss with BOS (as trained, where BOS was not measured), nats. `sink_rate_area`: mean
-    of the live sink rate (eps 0.3) over the logarithm of tokens, in %, of the last hundredfold. `onset_tokens`: the
+    of the live sink rate (eps 0.3) over the logarithm of tokens, in %, of the last hundredfold; `sink_rate_peak`: its
+    maximum; `sink_rate_deep`: the final one without the first two layers. `onset_tokens`: the
     first live measurement at `measure.onset_rate`, in the first live mode whatever the mode here. `sink_rate_placed`:
     at the last position where the strategy places a token; None in modes that do not place it. `sink_rate_share` (eps
     0.3) and `sink_share` read the mass as its share of the query's weights of tokens; without a learned sink or another
@@ -58,12 +61,16 @@ def figure(result: Result, metric: str, mode: str) -> float | None:
         return None if onset is None else float(onset)
     if metric == "sink_rate_area":
         return area(curve(result.points, f"sink/rate_eps0.3/{mode}"))
+    if metric == "sink_rate_peak":
+        return max((rate for _, rate in curve(result.points, f"sink/rate_eps0.3/{mode}")), default=None)
     modes = result.final["modes"]
     if mode not in modes:
         return None
     if metric == "loss_gap":
         reference = reference_mode(modes)
         return None if reference is None else modes[mode]["loss"] - modes[reference]["loss"]
+    if metric == "sink_rate_deep":
+        return mean(modes[mode]["rate"]["0.3"][2:]) if len(modes[mode]["rate"]["0.3"]) > 2 else None
     if metric == "sink_rate_placed":
         placed = (modes[mode].get("rate_placed") or {}).get("0.3")
         if placed:
@@ -101,7 +108,7 @@ def check_measured(study: StudyConfig, runs: Sequence[ArmRun]) -> None:
     """Raise ValueError for an effect whose arms will not be measured in the mode that it is about."""
     of_arm = {run.arm: run for run in runs}
     for effect in study.effects:
-        key = "live_modes" if effect.metric == "sink_rate_area" else "modes"
+        key = "live_modes" if effect.metric in ("sink_rate_area", "sink_rate_peak") else "modes"
         for arm, mode in ((effect.arm, effect.mode), effect.other):
             modes = of_arm[arm].setting(f"measure.{key}", getattr(MeasureConfig, key))
             if mode not in modes and effect.metric != "onset_tokens":
@@ -127,6 +134,24 @@ class Outcome:
     def name(self) -> str:
         """The effect's name, with its note."""
         return self.effect.name + (f" ({self.effect.note})" if self.effect.note else "")
+
+    @property
+    def too_wide(self) -> bool:
+        """Whether the interval of the difference is wider than it should be."""
+        wanted = self.effect.half_width
+        return wanted is not None and not (self.difference is not None and self.difference.half <= wanted)
+
+    @property
+    def seeds(self) -> str:
+        """How many seeds the interval takes that is wanted of it, from those seen; empty where none is."""
+        wanted, seen = self.effect.half_width or self.effect.tolerance, self.difference
+        if not wanted:
+            return ""
+        takes = f"±{wanted:g} takes "
+        if seen is None or seen.count < 2:
+            return f"{self.name}: {takes}a number of seeds that two or more would tell"
+        half = fixed(seen.half, DIGITS.get(self.effect.metric, 1))
+        return f"{self.name}: ±{half} with {seen.count} seeds; {takes}about {seeds_for(wanted, seen)}"
 
     @property
     def subtraction(self) -> str:

@@ -70,6 +70,15 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
+def seeds_for(half_width: float, seen: Interval) -> int:
+    """About how many seeds give an interval of this half-width, if more vary as those of `seen`, at least two, do."""
+    deviation = seen.half * math.sqrt(seen.count) / t_quantile(seen.count - 1)
+    count = 2
+    while t_quantile(count - 1) * deviation > half_width * math.sqrt(count):
+        count += 1
+    return count
+
+
 def paired(ours: dict[int, float], theirs: dict[int, float]) -> Interval | None:
     """The difference of two arms over the seeds that both have, `ours` minus `theirs`; None without a common seed."""
     both = sorted(set(ours) & set(theirs))

@@ -26,8 +26,8 @@ Published = dict[str, dict[str, list[float | None]]]
 """Arm -> inference mode -> [sink metric in %, loss]; null where a paper gives one of them only."""
 METRICS = (
     *("sink_rate_0.2", "sink_rate_0.3", "sink_rate_0.5", "sink_rate_0.8", "sink_rate_placed", "sink_mass"),
-    *("sink_rate_share", "sink_share"),
-    *("loss", "bits_per_byte", "loss_gap", "sink_rate_area", "onset_tokens"),
+    *("sink_rate_share", "sink_share", "sink_rate_deep"),
+    *("loss", "bits_per_byte", "loss_gap", "sink_rate_area", "sink_rate_peak", "onset_tokens"),
 )
 _MOST_ARMS = 1_000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -53,6 +53,8 @@ class Effect:
     """Whether the figure is larger than the other one, smaller, or the same within `tolerance`."""
     tolerance: float = 0.0
     """`none`: differences up to this, in the metric's unit, count as the same."""
+    half_width: float | None = None
+    """How narrow the 95 % interval of the difference should be, in the metric's unit; see `most_seeds`."""
     source: str = ""
     """Where the effect is published."""
     note: str = ""
@@ -65,6 +67,8 @@ class Effect:
             if mode is not None:
                 check_choice(f"effect {self.name!r}: {key}", mode, list(MODE_LABELS))
         check_number(f"effect {self.name!r}: tolerance", self.tolerance, least=0)
+        if self.half_width is not None:
+            check_number(f"effect {self.name!r}: half_width", self.half_width, above=0)
         if (self.expected == "none") != (self.tolerance > 0):
             raise ValueError(
                 f"effect {self.name!r}: tolerance: expected more than 0 with expected: none, and 0 otherwise; got "
@@ -95,6 +99,9 @@ class StudyConfig:
     """Arm name -> overlays on the base; those of the file's `arms`, then those of its `grid`."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """Each arm runs once a seed (model, row order and random first tokens)."""
+    most_seeds: int | None = None
+    """Where set, one seed more is run at a time, up to so many, until the interval of every effect is as narrow as its
+    `half_width`. The rule looks at widths alone, never at which side of 0 a difference lies."""
     workers: int | None = None
     """Arms that run at a time on this machine; None: as many as its cores, or GPUs, are for."""
     cpus: int = 1
@@ -120,6 +127,10 @@ class StudyConfig:
                 raise ValueError(f"study.{name}: expected at least one, got none")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"study.seeds: expected distinct seeds, got {self.seeds}")
+        if self.most_seeds is not None:
+            check_number("study.most_seeds", self.most_seeds, least=len(self.seeds), integer=True)
+            if all(effect.half_width is None for effect in self.effects):
+                raise ValueError("study.most_seeds: expected a half_width in one of the effects, got none")
         check_number("study.cpus", self.cpus, least=1, integer=True)
         if self.workers is not None:
             check_number("study.workers", self.workers, least=1, integer=True)

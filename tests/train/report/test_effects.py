@@ -59,11 +59,27 @@ def effect(**keys):
         ({"metric": "onset_tokens", "expected": "down"}, "not measured"),
         ({"mode": "as_trained"}, "not measured"),
         ({"metric": "sink_rate_area"}, "reproduced"),
+        ({"metric": "sink_rate_peak"}, "reproduced"),
+        ({"metric": "sink_rate_deep"}, "not measured"),
     ],
 )
 def test_effects_are_judged_by_differences_of_the_same_seeds(keys, verdict):
     [found] = check(study(), [effect(**keys)], {})
     assert found.verdict == verdict
+
+
+def test_rates_of_a_curve_and_of_deep_layers():
+    run = result("fixed", 0, 30.0, 3.0)
+    assert figure(run, "sink_rate_peak", "bos") == 30.0 and figure(run, "sink_rate_peak", "text") is None
+    run.final["modes"]["bos"]["rate"]["0.3"] = [[100.0, 100.0], [100.0, 100.0], [10.0, 20.0], [30.0, 0.0]]
+    assert figure(run, "sink_rate_deep", "bos") == 15.0
+
+
+def test_an_interval_may_be_wider_than_it_should_be():
+    narrow, wide, absent = check(
+        study(), [effect(half_width=0.3), effect(half_width=0.1), effect(half_width=9, mode="as_trained")], {}
+    )
+    assert (narrow.too_wide, wide.too_wide, absent.too_wide) == (False, True, True)
 
 
 def test_arms_by_themselves_would_not_have_shown_it():

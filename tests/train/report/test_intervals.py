@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from sinkbed.train.report.intervals import Interval, area, paired, t_quantile, verdict
+from sinkbed.train.report.intervals import Interval, area, paired, seeds_for, t_quantile, verdict
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,14 @@ def test_one_run_has_no_interval_and_exceeds_nothing():
     assert (one.mean, one.count) == (5.0, 1) and math.isnan(one.half) and not one.exceeds_noise()
     with pytest.raises(ValueError, match="at least one value"):
         Interval.of([])
+
+
+def test_the_number_of_seeds_that_a_width_takes():
+    """Deviation 1: with 4, 10 and 30 seeds the half-widths are 1.591, 0.7154 and 0.3734 (tables of Student's t)."""
+    deviation_one = Interval.of([-1.0, 0.0, 1.0])
+    for count, half in ((4, 1.5913), (10, 0.71537), (30, 0.37342)):
+        assert seeds_for(1.001 * half, deviation_one) == count and seeds_for(0.999 * half, deviation_one) == count + 1
+    assert seeds_for(1, Interval.of([2.0, 2.0])) == 2, "what does not vary"
 
 
 def test_pairing_by_seed_sees_through_what_seeds_share():

@@ -131,6 +131,8 @@ def test_what_fit_would_refuse_is_refused_before_any_arm_is_started(study, capsy
         (("  fixed: {bos: [90.84, 2.69]}", "  fixd: {bos: [90.84, 2.69]}"), "published.fixd"),
         (("  fixed: {bos: [90.84, 2.69]}", "  fixed: {bos: [90.84]}"), "published.fixed"),
         (("base: [run.yaml]", "base: run.yaml"), "base: a list of configs"),
+        (("workers: 2", "most_seeds: 4"), "study.most_seeds: expected a half_width in one of the effects"),
+        (("workers: 2", "most_seeds: 0"), "study.most_seeds: expected an integer of at least 1, got 0"),
         (("  absent: [none.yaml]", "  fixed: [none.yaml]"), "expected each key once, got 'fixed' here and in"),
         (
             (
@@ -208,6 +210,19 @@ def test_the_shipped_studies_name_files_that_exist():
     assert shipped
     for path in shipped:
         assert plan(load_study(path))
+
+
+def test_seeds_are_added_until_the_intervals_are_as_narrow_as_they_should_be(study, capsys):
+    """One seed has no interval, two have a wide one: the second is enough, and a third is not run."""
+    wide = "{name: E, metric: loss, arm: fixed, against: absent, expected: up, half_width: 1000}"
+    study.write_text(study.read_text() + f"most_seeds: 3\neffects: [{wide}]\n")
+    assert main(["study", str(study), "--dry_run"]) == 0
+    assert "E: ±1000 takes a number of seeds that two or more would tell" in capsys.readouterr().out
+    assert main(["study", str(study), "--quiet"]) == 0
+    assert "one seed more, 2 of at most 3, for the interval of 'E'" in capsys.readouterr().out
+    assert {row["seed"] for row in table(study)} == {"0", "1"}
+    assert main(["study", str(study), "--dry_run"]) == 0
+    assert re.search(r"E: ±\d+\.\d+ with 2 seeds; ±1000 takes about 2\n", capsys.readouterr().out)
 
 
 def test_a_terminated_study_has_its_arms_save_and_goes_on_later(study):
