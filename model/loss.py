@@ -62,7 +62,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         hidden: [N, C], float32 for the blockwise form; weight: [V, C], the output matrix.
         targets: [N] token ids; `IGNORED` does not count.
     """
-    if torch.compiler.is_compiling() or hidden.dtype != torch.float32:
+    on_cpu = hidden.device.type == "cpu"
+    under_autocast = torch.is_autocast_enabled(hidden.device.type)
+    if torch.compiler.is_compiling() or hidden.dtype != torch.float32 or (under_autocast and not on_cpu):
         loss = F.cross_entropy((hidden @ weight.T).float(), targets, ignore_index=IGNORED, reduction="sum")
         return loss / (targets != IGNORED).sum().clamp_min(1)
     return _LinearCrossEntropy.apply(hidden, weight, targets)

@@ -23,7 +23,7 @@ from sinkbed.data.files import write_atomic
 from sinkbed.kernels import attention
 from sinkbed.plain_text import csv_of
 from sinkbed.train.bench.attention_peers import OURS, Case, Contender, contenders
-from sinkbed.train.bench.timing import Timing, interleave, matmul_flops
+from sinkbed.train.bench.timing import Timing, by_events, interleave, matmul_flops
 
 LAYOUTS = ("causal", "even", "mixed")
 _WIDTH = 33  # of the longest name
@@ -94,15 +94,14 @@ def measure(case: Case, repeats: int) -> tuple[dict[str, tuple[Timing, Timing]],
         if name in absent or isinstance(contender, str):
             continue
         steps = _forward_step(contender, inputs), _both_step(contender, inputs, grad)
-        if case.device.type == "cuda":
-            steps = _synchronised(steps[0]), _synchronised(steps[1])
         # Once alone: who has no memory for the whole length leaves before the timing.
         for step in steps:
             _tried(name, step, absent)
         if name not in absent:
             forward[name], both[name] = steps
-    first = interleave(forward, repeats, warmup=3)
-    second = interleave(both, repeats, warmup=3)
+    clock = by_events if case.device.type == "cuda" else None
+    first = interleave(forward, repeats, 3, clock)
+    second = interleave(both, repeats, 3, clock)
     return {a.name: (a, b) for a, b in zip(first, second, strict=True)}, absent
 
 
@@ -116,14 +115,6 @@ def _forward_step(contender: Contender, inputs: list[Tensor]) -> Callable[[], An
 
 def _both_step(contender: Contender, inputs: list[Tensor], grad: Tensor) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(contender(*inputs), inputs, grad)
-
-
-def _synchronised(step: Callable[[], Any]) -> Callable[[], None]:
-    def call() -> None:
-        step()
-        torch.cuda.synchronize()
-
-    return call
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

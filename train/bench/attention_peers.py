@@ -128,7 +128,7 @@ def _flex(case: Case) -> Contender:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     start, _ = case.boundaries()
-    compiled = torch.compile(flex_attention)
+    compiled = torch.compile(flex_attention, dynamic=False)
 
     @functools.cache
     def block_mask() -> Any:

@@ -29,16 +29,44 @@ class Timing:
         return statistics.median(self.seconds)
 
 
-def interleave(contenders: dict[str, Callable[[], Any]], repeats: int, warmup: int) -> list[Timing]:
-    """Time the contenders in turn, so that whatever else the machine does falls on all of them alike."""
+def interleave(
+    contenders: dict[str, Callable[[], Any]],
+    repeats: int,
+    warmup: int,
+    clock: Callable[[Callable[[], Any]], float] | None = None,
+) -> list[Timing]:
+    """Time the contenders in turn, so that whatever else the machine does falls on all of them alike.
+
+    `clock` gives the seconds of a call; None: as this process waits for it.
+    """
+    clock = clock or waited
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(warmup + repeats):
         for name, step in contenders.items():
-            began = time.perf_counter()
-            step()
+            taken = clock(step)
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(taken)
     return [Timing(name, steps) for name, steps in seconds.items()]
+
+
+def waited(step: Callable[[], Any]) -> float:
+    """Seconds until a call returns."""
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+def by_events(step: Callable[[], Any]) -> float:
+    """Seconds that a call keeps the GPU busy, which spins first, so that the host is ahead of it."""
+    import torch
+
+    torch.cuda._sleep(1_000_000)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def in_new_process(function: Callable[..., _Result], *arguments: Any) -> _Result:

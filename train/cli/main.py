@@ -31,6 +31,7 @@ COMMANDS = {
         "sinkbed.train.cli.kernels",
         "compile the Triton kernels ahead of time: registers, spills, instructions",
     ),
+    "check": ("sinkbed.train.cli.check", "check gpu: all that a GPU alone can tell of the kernels, in eight minutes"),
     "bench": (
         "sinkbed.train.cli.bench",
         "ratios against named peers: training, attention, measure, data, prepare, checkpoint",
