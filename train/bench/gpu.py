@@ -168,8 +168,8 @@ def touch(device: str, sizes: Sizes) -> None:
     T = shape[3]
     start = (torch.arange(T, device=device) // 70 * 70).int()[None]
     end = (start + 70).clamp_max(T).int()
-    for kind in ({"shared_prefix": 1}, {"prefix_lm": T // 2}):
-        mask = interval_mask(1, T, doc_start=start, doc_end=end, document=True, **kind)
+    for shared, prefix in ((1, 0), (0, T // 2)):
+        mask = interval_mask(1, T, doc_start=start, doc_end=end, document=True, shared_prefix=shared, prefix_lm=prefix)
         q, k, v = inputs(shape, 64, device)
         sink = torch.zeros(2, device=device, requires_grad=True)
         out = attention(q, k, v, mask, sink_logit=sink, statistics=True, implementation="triton")
