@@ -53,6 +53,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     what.add_argument("--change", nargs=2, metavar=("OLD", "NEW"), help="perturbation: this word in the first prompt")
     what.add_argument("--directions", type=_directions, default=16, help="jacobian: directions a document, or exact")
     what.add_argument("--jacobian_documents", type=int, default=8, help="documents of the jacobian")
+    what.add_argument("--vocabulary", type=int, default=512, help="vocabulary: tokens that are put at position 0")
     what.add_argument("--cache", type=int, help="streaming: keys (default: a quarter of the longest document)")
     what.add_argument("--kept", type=int, nargs="+", default=[0, 1, 2, 4], help="streaming: first keys kept")
     what.add_argument("--checkpoints", action="store_true", help="also along all checkpoints of a run")

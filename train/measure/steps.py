@@ -50,7 +50,7 @@ class Measurement:
             self._changed_word()
         self._perplexities(names)
         if self.arguments.checkpoints:
-            self._along()
+            self._along({"states": MEASURES["states"]} | {n: m for n, m in measures("states").items() if n in names})
 
     def _sinks(self) -> None:
         header = f"{'input':10}{'mode':20}{'key':>5}{'sink rate %':>13}{'sink mass':>11}{'loss':>9}{'bits/byte':>11}"
@@ -86,9 +86,7 @@ class Measurement:
                 def step(
                     name: str = name, mode: str = mode, measure: Measure = measure, excerpts: Excerpts = excerpts
                 ) -> None:
-                    a = self.arguments
-                    options = {option: getattr(a, option) for option in measure.options}
-                    result = measure.measure(self.subject.model, excerpts, a.batch_tokens, **options)
+                    result = self._measured(measure, self.subject.model, excerpts)
                     into.setdefault(name, {})[mode] = plain(result)
                     if length:
                         self.result.setdefault("by_length", {})[length] = into
@@ -97,6 +95,10 @@ class Measurement:
 
                 at = f", {length} tokens" if length else ""
                 self.steps.add(f"{name}, mode {mode}{at}", len(excerpts.rows), step)
+
+    def _measured(self, measure: Measure, model: Any, excerpts: Excerpts) -> Any:
+        options = {option: getattr(self.arguments, option) for option in measure.options}
+        return measure.measure(model, excerpts, self.arguments.batch_tokens, **options)
 
     def _strongest(self, mode: str, excerpts: Excerpts) -> None:
         """Draw the strongest head, the same one in every mode, and put the text of token ids beside them."""
@@ -156,14 +158,14 @@ class Measurement:
                 passes = 1 + len(self.arguments.kept)
                 self.steps.add(f"streaming, mode {mode}", passes * documents, streaming)
 
-    def _along(self) -> None:
-        """Sinks and norms at every checkpoint of the run, oldest first, and the onset."""
+    def _along(self, followed: dict[str, Measure]) -> None:
+        """Sinks, and the figures of some measures, at every checkpoint of the run, oldest first, and the onset."""
         assert self.subject.run_dir is not None
         points: list[dict[str, Any]] = []
         for path in directory.checkpoints(self.subject.run_dir):
 
             def step(path: Any = path) -> None:
-                points.append(self._of_checkpoint(path))
+                points.append(self._of_checkpoint(path, followed))
                 reached = [i for i, p in enumerate(points) if p["step"] and self._rate(p) >= self.config.onset_rate]
                 self.result["checkpoints"] = {
                     "points": points,
@@ -175,7 +177,7 @@ class Measurement:
 
             self.steps.add(f"{path.stem}", 2 * len(self.modes) * len(self.natural.documents), step)
 
-    def _of_checkpoint(self, path: Any) -> dict[str, Any]:
+    def _of_checkpoint(self, path: Any, followed: dict[str, Measure]) -> dict[str, Any]:
         from sinkbed.train.run.checkpoint import load_checkpoint
         from sinkbed.train.run.load import load_decoder
 
@@ -187,10 +189,10 @@ class Measurement:
         for mode in self.modes:
             c = self.config
             excerpts = Excerpts.of(self.natural, mode, strategy, c.sink_tokens, c.documents)
-            states = MEASURES["states"]
-            measured = states.measure(decoder, excerpts, c.batch_tokens)
-            sinks = measure_sinks(decoder, self.natural, mode, strategy, c)
-            point["modes"][mode] = sinks.metrics(mode) | states.metrics(measured, mode)
+            figures = measure_sinks(decoder, self.natural, mode, strategy, c).metrics(mode)
+            for measure in followed.values():
+                figures |= measure.metrics(self._measured(measure, decoder, excerpts), mode)
+            point["modes"][mode] = figures
         return point
 
     def _rate(self, point: dict[str, Any]) -> float:

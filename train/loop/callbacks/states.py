@@ -74,6 +74,8 @@ class StateMonitor(L.Callback):
         assert probe is not None and decoder is not None
         values: dict[str, float] = {}
         for measure in measures(*due).values():
+            if not measure.while_training:
+                continue
             if measure.differentiates and isinstance(trainer.strategy, FSDP2Strategy):
                 continue
             documents = measure.live_documents or c.state_documents

@@ -72,6 +72,7 @@ class Measure:
     """Options of `sinkbed probe` that it takes."""
     documents: str = "mixing_documents"
     """The option of `sinkbed probe` that says how many documents are read."""
+    while_training: bool = True
     live: Mapping[str, Any] = field(default_factory=dict)
     """Its options while training."""
     live_documents: int | None = None
