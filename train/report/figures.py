@@ -88,7 +88,7 @@ def drawing() -> Iterator[None]:
 
 def files(pictures: Sequence[Picture], formats: Sequence[str] = ("svg", "pdf")) -> dict[str, bytes]:
     """File name -> content of every picture, the same bytes each time; formats: svg, pdf, png."""
-    out = {}
+    out: dict[str, bytes] = {}
     with drawing():
         for picture in pictures:
             sheet = _sheet(picture)
@@ -151,7 +151,8 @@ def embedded(picture: Picture) -> tuple[list[str], dict[str, tuple[str, str]]]:
             figure, axis = plt.subplots(figsize=(panel.width, panel.height))
             panel.draw(axis)
             figure.suptitle(panel.title, x=0.01, ha="left", size=10, weight="bold")
-            for handle in axis.get_legend_handles_labels()[0]:
+            handles: list[Any] = axis.get_legend_handles_labels()[0]
+            for handle in handles:
                 name = (handle.get_gid() or "").removeprefix("series:")
                 series[name] = (handle.get_color(), MARKERS.get(handle.get_marker(), "■"))
             drawings.append(_for_page(_saved(figure, "svg").decode(), f"{picture.title}: {panel.title}"))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sinkbed.train.measure.measures import measures
+from sinkbed.train.measure.measures import Group, measures
 from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.effects import LABELS, figures, reference_mode
 from sinkbed.train.report.figures import (
@@ -76,13 +76,14 @@ def pictures(results: Sequence[Result], curves: Sequence[Result]) -> dict[str, P
                     for panel in _curve_panels(curves, column.title, column.log, live[:1])
                 ],
             )
-            for group, title in (("states", "States"), ("mixing", "Mixing"))
+            for group, title in _GROUPS.items()
             if live
         ),
     ]  # fmt: skip
     return {picture.name: picture for picture in all_pictures if picture.panels}
 
 
+_GROUPS: dict[Group, str] = {"states": "States", "mixing": "Mixing"}
 _RESULT_WORDS = (
     "Every seed is a mark, the mean of several a bar. Sink rate: share of (document, layer, head) whose mean attention "
     "on the first key is above 0.3. Loss gap: what the loss gains where the model reads another input than with BOS."
@@ -123,7 +124,12 @@ def _dots(results: Sequence[Result], metric: str, modes: Sequence[str], xlabel: 
             offset = (n - (len(by_mode) - 1) / 2) * 0.8 / len(by_mode)
             marks = [(value, row + offset) for row, values in enumerate(rows) for value in values]
             alone = max(map(len, rows)) == 1
-            style = {"linestyle": "", "marker": marker, "markersize": 5 if alone else 3.5, "alpha": 1 if alone else 0.6}
+            style: dict[str, Any] = {
+                "linestyle": "",
+                "marker": marker,
+                "markersize": 5 if alone else 3.5,
+                "alpha": 1 if alone else 0.6,
+            }
             gid = series_id(MODE_LABELS[mode])
             axis.plot(*zip(*marks, strict=True), color=colour, label=MODE_LABELS[mode], gid=gid, **style)
             means = [(np.mean(values), row + offset) for row, values in enumerate(rows) if len(values) > 1]
