@@ -178,25 +178,21 @@ class Outcome:
         return f"{effect.arm}, {MODE_LABELS[effect.mode]} − {arm}, {MODE_LABELS[mode]}"
 
     def columns(self) -> dict[str, str]:
-        """Header -> cell."""
-        effect, digits = self.effect, DIGITS.get(self.effect.metric, 1)
-        other_arm, other_mode = effect.other
-        theirs = ""
+        """Header -> cell, for a reader; `record` has the numbers."""
+        effect, published = self.effect, ""
         if self.published is not None:
-            a, b = (fixed(x, 2) for x in self.published)
-            theirs = f"{a} against {b} ({fixed(self.published[0] - self.published[1], 2, sign=True)})"
-        expected = {"up": "larger", "down": "smaller", "none": f"same within {effect.tolerance:g}"}[effect.expected]
+            ours, other = self.published
+            published = f"{fixed(ours, 2)} against {fixed(other, 2)} ({fixed(ours - other, 2, sign=True)})"
         return {
             "effect": self.name,
-            "figure": LABELS[effect.metric],
-            "arm": f"{effect.arm}, {MODE_LABELS[effect.mode]}",
-            "against": f"{other_arm}, {MODE_LABELS[other_mode]}",
-            "ours": spread(self.ours, digits),
-            "theirs": spread(self.theirs, digits),
-            "difference": spread(self.difference, digits, sign=True),
-            "expected": expected,
-            "published": theirs,
             "verdict": self.finding,
+            "of": self.subtraction,
+            "figure": LABELS[effect.metric],
+            "difference": spread(self.difference, DIGITS.get(effect.metric, 1), sign=True),
+            "expected": {"up": "larger", "down": "smaller", "none": f"same within {effect.tolerance:g}"}[
+                effect.expected
+            ],
+            "published": published,
             "source": effect.source,
         }
 

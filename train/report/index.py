@@ -12,7 +12,7 @@ from sinkbed.data.files import write_files, write_json
 from sinkbed.plain_text import markdown, markdown_table
 from sinkbed.train.report.effects import VERDICTS, Outcome, check, counts, listed
 from sinkbed.train.report.result import Result
-from sinkbed.train.report.tables import caption, filled, summary
+from sinkbed.train.report.tables import caption, effects_table, summary
 from sinkbed.train.run import directory
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ def _section(study: StudyConfig, name: str, results: Sequence[Result], effects: 
     lines = [f"## {name}", "", f"**{title}** {markdown(study.question)}".rstrip(), ""]
     lines += [f"![{title}]({quote(name)}.png)", ""]
     if effects:
-        lines += [*markdown_table(*_effects(effects)), ""]
+        table = effects_table(effects)
+        lines += [*markdown_table(table.header, table.cells()), ""]
     main = summary(results, {})
     lines += [*markdown_table(main.header, main.cells()), ""]
     lines += [
@@ -100,16 +101,3 @@ def _command(study: StudyConfig, results: Sequence[Result]) -> str:
     size = f" --size {study.size}" if study.size not in ("", "demo") else ""
     chosen = "" if seeds == sorted(study.seeds) else f" --seeds {' '.join(map(str, seeds))}"
     return f"sinkbed study {study.source}{size}{chosen}"
-
-
-def _effects(effects: Sequence[Outcome]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    lines = []
-    for item in effects:
-        cells = item.columns()
-        lines.append({
-            "expected effect": cells["effect"],
-            "of": item.subtraction,
-            "difference": f"{cells['figure']}: {cells['difference']}" if cells["difference"] else "",
-            **{name: cells[name] for name in ("expected", "published", "verdict", "source")},
-        })  # fmt: skip
-    return filled(lines)

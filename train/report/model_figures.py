@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sinkbed.train.measure.measures import Column, Group
@@ -183,37 +184,34 @@ def _visible_modes(modes: Measured) -> Measured:
 
 def _heads(modes: Measured) -> list[Panel]:
     maps = {mode: next(iter(keys.values()))["mass"] for mode, keys in _visible_modes(modes).items()}
-    scale = mass_scale(list(maps.values()))
+    top, height = mass_scale(list(maps.values())), max(2.2, 1 + 0.2 * len(next(iter(maps.values()))))
+    return [Panel(MODE_LABELS[mode], partial(_draw_heads, mass=mass, top=top), height) for mode, mass in maps.items()]
 
-    def draws(mass: Any) -> Callable[[Axes], None]:
-        def draw(axis: Axes) -> None:
-            heat(axis, mass, "sink mass", scale)
-            whole_ticks(axis.xaxis, axis.yaxis)
-            axis.set_xlabel("head")
-            axis.set_ylabel("layer")
 
-        return draw
-
-    height = max(2.2, 1 + 0.2 * len(next(iter(maps.values()))))
-    return [Panel(MODE_LABELS[mode], draws(mass), height) for mode, mass in maps.items()]
+def _draw_heads(axis: Axes, mass: Any, top: float) -> None:
+    heat(axis, mass, "sink mass", top)
+    whole_ticks(axis.xaxis, axis.yaxis)
+    axis.set_xlabel("head")
+    axis.set_ylabel("layer")
 
 
 def _map(modes: Measured) -> list[Panel]:
-    def draws(strongest: Measured) -> Callable[[Axes], None]:
-        def draw(axis: Axes) -> None:
-            heat(axis, strongest["attention"], "attention", 1, root=True, aspect="equal")
-            labels = [_visible(text) for text in strongest["text"]]
-            axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=5)
-            axis.set_yticks(range(len(labels)), labels, fontsize=5)
-            axis.set_xlabel("key")
-            axis.set_ylabel("query")
-
-        return draw
-
     return [
-        Panel(f"{MODE_LABELS[mode]}: layer {strongest['layer']}, head {strongest['head']}", draws(strongest), 4.6, 5.4)
+        Panel(
+            f"{MODE_LABELS[mode]}: layer {strongest['layer']}, head {strongest['head']}",
+            partial(_draw_map, strongest=strongest), 5.6, 6.4,
+        )
         for mode, strongest in _visible_modes(modes).items()
-    ]
+    ]  # fmt: skip
+
+
+def _draw_map(axis: Axes, strongest: Measured) -> None:
+    heat(axis, strongest["attention"], "attention", 1, root=True, aspect="equal")
+    labels = [_visible(text) for text in strongest["text"]]
+    axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
+    axis.set_yticks(range(len(labels)), labels, fontsize=6)
+    axis.set_xlabel("key")
+    axis.set_ylabel("query")
 
 
 def _visible(text: str) -> str:
@@ -223,47 +221,45 @@ def _visible(text: str) -> str:
 
 
 def _norm(modes: Measured) -> list[Panel]:
-    depth = len(next(iter(modes.values()))["norm"]) - 1
-
-    def draws(norms: Sequence[Sequence[float]]) -> Callable[[Axes], None]:
-        def draw(axis: Axes) -> None:
-            import matplotlib.cm
-            from matplotlib.colors import Normalize
-
-            scale = matplotlib.cm.ScalarMappable(Normalize(-1, depth - 1), "viridis")
-            for layer, values in enumerate(norms):
-                axis.plot(values, color=scale.cmap(layer / max(1, depth)), linewidth=1)
-            axis.set_yscale("log")
-            axis.set_xlabel("position in the row")
-            axis.set_ylabel("‖h‖")
-            whole_ticks(axis.figure.colorbar(scale, ax=axis, label="layer").ax.yaxis)
-
-        return draw
-
-    return [Panel(MODE_LABELS[mode], draws(measured["norm"])) for mode, measured in modes.items()]
+    return [Panel(MODE_LABELS[mode], partial(_draw_norms, norms=part["norm"])) for mode, part in modes.items()]
 
 
-def _change(modes: Measured, labels: Sequence[str] | None = None) -> list[Panel]:
+def _draw_norms(axis: Axes, norms: Sequence[Sequence[float]]) -> None:
+    import matplotlib.cm
+    from matplotlib.colors import Normalize
+
+    depth = len(norms) - 1
+    scale = matplotlib.cm.ScalarMappable(Normalize(-1, depth - 1), "viridis")
+    for layer, values in enumerate(norms):
+        axis.plot(values, color=scale.cmap(layer / max(1, depth)), linewidth=1)
+    axis.set_yscale("log")
+    axis.set_xlabel("position in the row")
+    axis.set_ylabel("‖h‖")
+    whole_ticks(axis.figure.colorbar(scale, ax=axis, label="layer").ax.yaxis)
+
+
+def _change(modes: Measured, labels: Sequence[str] = ()) -> list[Panel]:
     """How states change by layer and token; of one text, whose tokens are `labels`, or relative, over documents."""
-    key, what = ("relative", "relative change") if labels is None else ("change", "change")
-    first = next(iter(modes.values()))[key]
-    top = max(max(map(max, measured[key])) for measured in modes.values()) or 1.0
-    extent = (-0.5, len(first[0]) - 0.5, -1.5, len(first) - 1.5)
+    maps = {mode: part["change" if labels else "relative"] for mode, part in modes.items()}
+    top = max(max(map(max, values)) for values in maps.values()) or 1.0
+    rows, columns = len(first := next(iter(maps.values()))), len(first[0])
+    width, height = min(14, max(7, 0.14 * columns)), max(1.7, 1.1 + 0.16 * rows) + 0.6 * bool(labels)
+    return [
+        Panel(MODE_LABELS[mode], partial(_draw_change, values=values, top=top, labels=labels), height, width)
+        for mode, values in maps.items()
+    ]
 
-    def draws(values: Any) -> Callable[[Axes], None]:
-        def draw(axis: Axes) -> None:
-            heat(axis, values, what, top, root=True, cmap="magma", origin="lower", extent=extent)
-            axis.set_ylabel("layer")
-            whole_ticks(axis.yaxis)
-            if labels is None:
-                axis.set_xlabel("token of the text")
-            else:
-                axis.set_xticks(range(len(labels)), [_visible(t) for t in labels], rotation=90, fontsize=6)
 
-        return draw
-
-    width, height = min(14, max(7, 0.14 * len(first[0]))), max(1.7, 1.1 + 0.16 * len(first)) + 0.6 * bool(labels)
-    return [Panel(MODE_LABELS[mode], draws(measured[key]), height, width) for mode, measured in modes.items()]
+def _draw_change(axis: Axes, values: Any, top: float, labels: Sequence[str]) -> None:
+    extent = (-0.5, len(values[0]) - 0.5, -1.5, len(values) - 1.5)
+    what = "change" if labels else "relative change"
+    heat(axis, values, what, top, root=True, cmap="magma", origin="lower", extent=extent)
+    axis.set_ylabel("layer")
+    whole_ticks(axis.yaxis)
+    if labels:
+        axis.set_xticks(range(len(labels)), [_visible(t) for t in labels], rotation=90, fontsize=6)
+    else:
+        axis.set_xlabel("token of the text")
 
 
 def _position(positions: Measured) -> list[Panel]:

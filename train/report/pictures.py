@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +26,6 @@ from sinkbed.train.report.figures import (
     short,
     stacked,
     token_axis,
-    whole_ticks,
 )
 from sinkbed.train.report.intervals import Interval, curve
 from sinkbed.train.report.result import Result, arms_of, modes_of
@@ -155,21 +155,23 @@ def _curve_panels(results: Sequence[Result], title: str, key: str, modes: Sequen
     low, high = min(values, default=0.0), max(values, default=1.0)
     margin = 0.06 * (high - low)
 
-    def draws(arms: dict[str, list[dict[float, float]]]) -> Callable[[Axes], None]:
-        def draw(axis: Axes) -> None:
-            for n, (arm, runs) in enumerate(arms.items()):
-                _draw_arm(axis, arm, runs, look(n), marked=len(arms) <= _MOST_MARKED)
-            token_axis(axis, [t for runs in arms.values() for run in runs for t in run])
-            axis.grid(axis="y")
-            if len(by_mode) > 1 and margin:
-                axis.set_ylim(low - margin if low else 0, high + margin)
-
-        return draw
-
+    limits = (low - margin if low else 0, high + margin) if len(by_mode) > 1 and margin else None
     return [
-        Panel(f"{title}: {MODE_LABELS[mode]}" if len(modes) > 1 else title, draws(arms))
+        Panel(
+            f"{title}: {MODE_LABELS[mode]}" if len(modes) > 1 else title,
+            partial(_draw_arms, arms=arms, limits=limits),
+        )
         for mode, arms in by_mode.items()
     ]
+
+
+def _draw_arms(axis: Axes, arms: dict[str, list[dict[float, float]]], limits: tuple[float, float] | None) -> None:
+    for n, (arm, runs) in enumerate(arms.items()):
+        _draw_arm(axis, arm, runs, look(n), marked=len(arms) <= _MOST_MARKED)
+    token_axis(axis, [t for runs in arms.values() for run in runs for t in run])
+    axis.grid(axis="y")
+    if limits is not None:
+        axis.set_ylim(*limits)
 
 
 def _series(results: Sequence[Result], key: str, mode: str) -> dict[str, list[dict[float, float]]]:
@@ -227,7 +229,8 @@ def _heat_panels(results: Sequence[Result], live: Sequence[str]) -> list[Panel]:
         for mode in modes_of(results)
         if mode != "first_key_masked"
     }
-    panels = _stacks("by head, after training", by_head, "head", lambda axis: whole_ticks(axis.xaxis))
+    heads = max(len(layer) for maps in by_head.values() for values in maps.values() for layer in values)
+    panels = _stacks("by head, after training", by_head, "head", {n: str(n) for n in range(0, heads, -(-heads // 8))})
     times = [t for r in first.values() for mode in live for t in r.maps(mode) if t > 0]
     if len(set(times)) < 2:
         return panels
@@ -237,10 +240,8 @@ def _heat_panels(results: Sequence[Result], live: Sequence[str]) -> list[Panel]:
         for mode in live
     }
 
-    def token_ticks(axis: Axes) -> None:
-        axis.set_xticks(range(0, len(grid), 13), [short(t) for t in grid[::13]])
-
-    return panels + _stacks("by layer, while training", by_layer, "tokens seen", token_ticks)
+    ticks = {n: short(grid[n]) for n in range(0, len(grid), 13)}
+    return panels + _stacks("by layer, while training", by_layer, "tokens seen", ticks)
 
 
 def _over_time(maps: dict[int, list[list[float]]], grid: np.ndarray) -> np.ndarray:
@@ -250,25 +251,24 @@ def _over_time(maps: dict[int, list[list[float]]], grid: np.ndarray) -> np.ndarr
     return np.array([np.mean(maps[times[index]], axis=1) for index in at]).T
 
 
-def _stacks(what: str, by_mode: dict[str, dict[str, Any]], xlabel: str, ticks: Callable[[Axes], None]) -> list[Panel]:
+def _stacks(what: str, by_mode: dict[str, dict[str, Any]], xlabel: str, ticks: dict[int, str]) -> list[Panel]:
     """A panel a mode: a map an arm, under each other, on one scale."""
     top = mass_scale([values for maps in by_mode.values() for values in maps.values()])
-
-    def draws(maps: dict[str, Any]) -> Callable[[Axes], None]:
-        def draw(axis: Axes) -> None:
-            values, middles = stacked(maps)
-            heat(axis, values, "sink mass", top)
-            named_rows(axis, list(maps), middles)
-            ticks(axis)
-            axis.set_xlabel(xlabel)
-            axis.set_ylabel("layers of an arm, downwards")
-            axis.spines[:].set_visible(False)
-
-        return draw
-
     return [
         Panel(
-            f"{MODE_LABELS[mode]}, {what}", draws(maps), 1.2 + 0.13 * sum(len(values) + 1 for values in maps.values())
+            f"{MODE_LABELS[mode]}, {what}",
+            partial(_draw_stack, maps=maps, top=top, xlabel=xlabel, ticks=ticks),
+            1.2 + 0.13 * sum(len(values) + 1 for values in maps.values()),
         )
         for mode, maps in by_mode.items()
     ]
+
+
+def _draw_stack(axis: Axes, maps: dict[str, Any], top: float, xlabel: str, ticks: dict[int, str]) -> None:
+    values, middles = stacked(maps)
+    heat(axis, values, "sink mass", top)
+    named_rows(axis, list(maps), middles)
+    axis.set_xticks(list(ticks), list(ticks.values()))
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel("layers of an arm, downwards")
+    axis.spines[:].set_visible(False)

@@ -209,19 +209,16 @@ def made_by(results: Sequence[Result]) -> str:
 
 def sections(results: Sequence[Result], effects: Sequence[Outcome]) -> list[Table]:
     """Effects, arms and differences, each where there is something to say."""
-    parts = [_effects(effects)] if effects else []
+    parts = [effects_table(effects)] if effects else []
     parts.append(_arms(results))
     pairs = _pairs(results)
     return parts + ([pairs] if pairs is not None else [])
 
 
-def _effects(effects: Sequence[Outcome]) -> Table:
-    lines = [item.columns() for item in effects]
-    # What is read first, on a narrow screen too.
-    first = ("effect", "verdict", "figure", "difference", "expected")
-    header, cells = filled([{name: line[name] for name in dict.fromkeys((*first, *line))} for line in lines])
+def effects_table(effects: Sequence[Outcome]) -> Table:
+    """A row an expected effect."""
     note = f"{listed(counts(effects))}. {VERDICTS} Effects that share an arm are not independent of each other."
-    return Table("effects", "Expected effects", header, cells, note)
+    return Table("effects", "Expected effects", *filled([item.columns() for item in effects]), note)
 
 
 def _arms(results: Sequence[Result]) -> Table:

@@ -100,8 +100,8 @@ def test_several_studies_make_one_page_of_the_seeds_that_are_finished(finished, 
     assert set(directory.read_json(page / "studies.json")) == {"other", "study"}
     assert re.findall("^## (.*)", text, re.M) == ["other", "study"]
     assert "| [other](#other) | A study &lt;of&gt; two arms | 1 as expected |" in text
-    line = r"\| BOS helps \(a word\) \| fixed − absent \| loss: [+−]?\d\.\d{3} ± \d\.\d{3}"
-    assert re.search(line + r" \| same within 9 \| as expected \|", text)
+    line = r"\| BOS helps \(a word\) \| as expected \| fixed − absent \| loss \| [+−]?\d\.\d{3} ± \d\.\d{3}"
+    assert re.search(line + r" \| same within 9 \|", text)
     assert f"`sinkbed study {other} --seeds 0 1`: 4 runs" in text and "Made by sinkbed" in text
     assert "In all: 1 as expected." in text
     assert all((page / f"{name}.png").is_file() for name in ("study", "other"))
