@@ -92,7 +92,7 @@ def picture(content: Picture) -> str:
     return f'{legend}<div class="panels" style="--across:{content.across}">{panels}</div>{paragraph(content.words)}'
 
 
-_ALL = (("1", "all"), ("0", "none"))
+_ALL = (("1", "show all"), ("0", "hide all"))
 
 
 def effects(items: Sequence[tuple[str, str, str, str, str]]) -> str:

@@ -139,6 +139,7 @@ def page(
             *(html.folded(table.title, html.table(table)) for table in (*more, every)),
         ),
         html.section("More pictures", *(html.folded(p.title, html.picture(p)) for p in pictures.values())),
+        html.paragraph("Beside this page: every figure as SVG and PDF, the tables as Markdown, CSV and Parquet."),
     ]  # fmt: skip
     return html.document(study.title, parts)
 
