@@ -65,13 +65,12 @@ def write_report(
     from sinkbed.train.report.figures import files
     from sinkbed.train.report.pictures import pictures
 
-    notices = [f"Not in it: {what}." for what in missing]
     finished = [r for r in results if not r.progress]
-    for r in results:
-        if r.progress:
-            where = "in the curves alone" if finished else "as of its last measurement"
-            notices.append(f"Not finished: {r.arm}, seed {r.seed} ({r.progress}), {where}.")
-    print("".join(f"{notice}\n" for notice in notices), end="")
+    where = "in the curves alone" if finished else "as of its last measurement"
+    notices = [f"Not in the report: {what}." for what in missing]
+    notices += [f"Not finished: {r.arm}, seed {r.seed} ({r.progress}), {where}." for r in results if r.progress]
+    for notice in notices:
+        print(notice[0].lower() + notice[1:-1])
     final = finished or results
     folder = study.out / "report"
     effects = check(final, study.effects, study.published) if finished else []
@@ -197,10 +196,9 @@ def split_finished(runs: Sequence[ArmRun]) -> tuple[list[ArmRun], list[Result], 
                 results.append(load_result(run.folder, run.arm, run.seed))
                 finished += [run] if not results[-1].progress else []
                 continue
-        except FileNotFoundError:
-            pass
         except (OSError, ValueError) as error:
-            status, why = "damaged", str(error)
+            if status == "finished" or not isinstance(error, FileNotFoundError):  # else there is nothing to read yet
+                status, why = "damaged", str(error)
         missing.append(f"{run.folder.name} ({_STATUS.get(status, status)}{f': {why}' if why else ''})")
     return finished, results, missing
 

@@ -168,14 +168,14 @@ def test_a_report_keeps_seeds_that_the_file_does_not_name_and_says_what_is_missi
     assert main(["report", str(finished)]) == 0
     assert {r["seed"] for r in table(finished)} == {"0", "1"}
     report = finished.parent / "out" / "report"
-    assert "Not in it" not in (report / "table.md").read_text() and not (report / "effects.csv").exists()
+    assert "Not in the report" not in (report / "table.md").read_text() and not (report / "effects.csv").exists()
     (report / "effects.csv").write_text("of effects that the file has no more\n")
     unfinished = finished.parent / "out" / "runs" / "absent-seed1"
     (unfinished / directory.MEASUREMENT).unlink()
     directory.note(unfinished, finished=False)
     for notice in (
         "Not finished: absent, seed 1 (step 10 of 10), in the curves alone.",
-        "Not in it: absent-seed1 (interrupted).",
+        "Not in the report: absent-seed1 (interrupted).",
     ):
         assert main(["report", str(finished)]) == 0
         for name in ("table.md", "index.html"):
