@@ -1,6 +1,6 @@
 """`sinkbed report`: what a study found, as a table, figures and one self-contained HTML page.
 
-Reads the run directories only, so it can be made again at any time, also of a study that is half done.
+Reads the run directories only, so it can be made again at any time, also of runs that have not finished.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sinkbed.train.config.arguments import PlainParser
-from sinkbed.train.report.study import load_folder, of_all_seeds, split_finished, tell_missing, write_report
+from sinkbed.train.report.study import load_folder, of_all_seeds, split_finished, write_report
 
 
 def run(command: str, argv: Sequence[str]) -> int:
-    """Make the report of a study anew from what is finished, or one of any runs."""
+    """Make the report of a study anew, or one of any runs."""
     from sinkbed.train.cli.study import chosen
     from sinkbed.train.study.arms import ArmRun, plan
     from sinkbed.train.study.file import StudyConfig
@@ -68,11 +68,11 @@ def run(command: str, argv: Sequence[str]) -> int:
             )
         seen[each.arm, each.seed] = each.folder
     finished, results, missing = split_finished(runs)
-    if not finished:
+    if not results:
         others = f" ({'; '.join(missing[:3])})" if missing else ""
         raise ValueError(
-            f"{', '.join(map(str, arguments.what))}: expected at least one finished run, got none in {study.out}"
-            f"{others}; name another folder with --out, or finish one with `sinkbed study` or `sinkbed fit`"
+            f"{', '.join(map(str, arguments.what))}: expected at least one run that was measured, got none in "
+            f"{study.out}{others}; name another folder with --out, or start one with `sinkbed study` or `sinkbed fit`"
         )
     write_report(study, finished, results, missing)
     return 0
@@ -94,8 +94,8 @@ def _digest(arguments: argparse.Namespace) -> int:
             print(f"not on the page: {path} (no run in {study.out})")
             continue
         _, results, missing = split_finished(runs)
-        tell_missing(missing)
-        if results:
+        print("".join(f"not on the page: {what}\n" for what in missing), end="")
+        if results := [r for r in results if not r.progress]:
             studies.append((study, results))
     if not studies:
         raise ValueError("report: expected a study with a finished run, got none; start one with `sinkbed study`")

@@ -81,8 +81,11 @@ class ModeResult:
         for eps in self.rate:
             out[f"sink/rate_eps{eps}/{mode}"] = _mean(self.rate[eps])
             out[f"sink/rate_full_eps{eps}/{mode}"] = _mean(self.rate_full[eps])
+            if eps == "0.3" and len(self.rate[eps]) > 2:
+                out[f"sink/rate_deep_eps0.3/{mode}"] = _mean(self.rate[eps][2:])
         for layer, heads in enumerate(self.mass):
             out[f"sink/mass/layer{layer}/{mode}"] = sum(heads) / len(heads)
+        out[f"sink/strongest_head/{mode}"] = max(map(max, self.mass))
         if self.rate_placed is not None and self.mass_placed is not None:
             out[f"sink/mass_placed/{mode}"] = _mean(self.mass_placed)
             for eps in self.rate_placed:

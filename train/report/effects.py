@@ -43,6 +43,15 @@ VERDICTS = (
     "reproduced, of what has no source."
 )
 """What they mean, for a reader."""
+SIGNS = {
+    "reproduced": ("✓", "good"),
+    "as expected": ("✓", "good"),
+    "not reproduced": ("✗", "bad"),
+    "not as expected": ("✗", "bad"),
+    "within noise": ("≈", "open"),
+    "not measured": ("–", "open"),
+}
+"""A sign of each verdict, and its kind on a page."""
 
 
 def figure(result: Result, metric: str, mode: str) -> float | None:
@@ -154,6 +163,11 @@ class Outcome:
         return f"{self.name}: ±{half} with {seen.count} seeds; {takes}about {seeds_for(wanted, seen)}"
 
     @property
+    def finding(self) -> str:
+        """The verdict, without that it is of one run, which a report says once."""
+        return self.verdict.removeprefix("one run: ")
+
+    @property
     def subtraction(self) -> str:
         """Which arms, or modes of one, the difference is of."""
         effect, (arm, mode) = self.effect, self.effect.other
@@ -164,25 +178,21 @@ class Outcome:
         return f"{effect.arm}, {MODE_LABELS[effect.mode]} − {arm}, {MODE_LABELS[mode]}"
 
     def columns(self) -> dict[str, str]:
-        """Header -> cell."""
-        effect, digits = self.effect, DIGITS.get(self.effect.metric, 1)
-        other_arm, other_mode = effect.other
-        theirs = ""
+        """Header -> cell, for a reader; `record` has the numbers."""
+        effect, published = self.effect, ""
         if self.published is not None:
-            a, b = (fixed(x, 2) for x in self.published)
-            theirs = f"{a} against {b} ({fixed(self.published[0] - self.published[1], 2, sign=True)})"
-        expected = {"up": "larger", "down": "smaller", "none": f"same within {effect.tolerance:g}"}[effect.expected]
+            ours, other = self.published
+            published = f"{fixed(ours, 2)} against {fixed(other, 2)} ({fixed(ours - other, 2, sign=True)})"
         return {
             "effect": self.name,
+            "verdict": self.finding,
+            "of": self.subtraction,
             "figure": LABELS[effect.metric],
-            "arm": f"{effect.arm}, {MODE_LABELS[effect.mode]}",
-            "against": f"{other_arm}, {MODE_LABELS[other_mode]}",
-            "ours": spread(self.ours, digits),
-            "theirs": spread(self.theirs, digits),
-            "difference": spread(self.difference, digits, sign=True),
-            "expected": expected,
-            "published": theirs,
-            "verdict": self.verdict,
+            "difference": spread(self.difference, DIGITS.get(effect.metric, 1), sign=True),
+            "expected": {"up": "larger", "down": "smaller", "none": f"same within {effect.tolerance:g}"}[
+                effect.expected
+            ],
+            "published": published,
             "source": effect.source,
         }
 
@@ -215,8 +225,8 @@ def _plain(value: float | None) -> float | None:
 
 
 def check(results: Sequence[Result], effects: Sequence[Effect], published: Published) -> list[Outcome]:
-    """Every expected effect against what the runs gave, by differences of the same seeds."""
-    outcomes = []
+    """Every expected effect against what the finished runs gave, by differences of the same seeds."""
+    results, outcomes = [r for r in results if not r.progress], []
     for effect in effects:
         arm, mode = effect.other
         ours = figures(results, effect.arm, effect.metric, effect.mode)
@@ -238,8 +248,8 @@ def check(results: Sequence[Result], effects: Sequence[Effect], published: Publi
 
 
 def counts(effects: Sequence[Outcome]) -> dict[str, int]:
-    """How many effects came to which verdict."""
-    return dict(Counter(item.verdict for item in effects))
+    """How many effects came to which verdict; that of one run is said elsewhere."""
+    return dict(Counter(item.finding for item in effects))
 
 
 def listed(verdicts: dict[str, int]) -> str:

@@ -10,19 +10,9 @@ from urllib.parse import quote
 
 from sinkbed.data.files import write_files, write_json
 from sinkbed.plain_text import markdown, markdown_table
-from sinkbed.train.report.effects import (
-    DIGITS,
-    VERDICTS,
-    Outcome,
-    check,
-    counts,
-    figures,
-    label,
-    listed,
-    reference_mode,
-)
-from sinkbed.train.report.result import Result, arms_of, spread
-from sinkbed.train.report.tables import caption, filled
+from sinkbed.train.report.effects import VERDICTS, Outcome, check, counts, listed
+from sinkbed.train.report.result import Result
+from sinkbed.train.report.tables import caption, effects_table, summary
 from sinkbed.train.run import directory
 
 if TYPE_CHECKING:
@@ -39,7 +29,8 @@ def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[Result]]], folder
     Raises ValueError where two studies have one name, and FileExistsError where the folder has files of these names
     that are not of such a page. Nothing is written before all is read.
     """
-    from sinkbed.train.report.figures import study_figures
+    from sinkbed.train.report.figures import files as files_of
+    from sinkbed.train.report.pictures import pictures
 
     names = [study.source.stem if study.source else study.name for study, _ in studies]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -57,7 +48,7 @@ def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[Result]]], folder
         effects = check(results, study.effects, study.published)
         section = "\n".join(_section(study, name, results, effects))
         parts[name] = {"title": study.title, "verdicts": counts(effects), "section": section}
-        files[f"{name}.png"] = study_figures(results, "result")["result.png"]
+        files[f"{name}.png"] = files_of([pictures(results, results)["result"]], ["png"])["result.png"]
     parts = dict(sorted(parts.items()))
     total: Counter[str] = Counter()
     for part in parts.values():
@@ -92,8 +83,10 @@ def _section(study: StudyConfig, name: str, results: Sequence[Result], effects: 
     lines = [f"## {name}", "", f"**{title}** {markdown(study.question)}".rstrip(), ""]
     lines += [f"![{title}]({quote(name)}.png)", ""]
     if effects:
-        lines += [*markdown_table(*_effects(effects)), ""]
-    lines += [*markdown_table(*_arms(results)), ""]
+        table = effects_table(effects)
+        lines += [*markdown_table(table.header, table.cells()), ""]
+    main = summary(results, {})
+    lines += [*markdown_table(main.header, main.cells()), ""]
     lines += [
         f"`{_command(study, results)}`: {len(results)} runs, "
         f"{seconds / 60:.0f} minutes of training and measuring, summed over runs. "
@@ -108,36 +101,3 @@ def _command(study: StudyConfig, results: Sequence[Result]) -> str:
     size = f" --size {study.size}" if study.size not in ("", "demo") else ""
     chosen = "" if seeds == sorted(study.seeds) else f" --seeds {' '.join(map(str, seeds))}"
     return f"sinkbed study {study.source}{size}{chosen}"
-
-
-def _effects(effects: Sequence[Outcome]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    lines = []
-    for item in effects:
-        cells = item.columns()
-        lines.append({
-            "expected effect": cells["effect"],
-            "of": item.subtraction,
-            "difference": f"{cells['figure']}: {cells['difference']}" if cells["difference"] else "",
-            **{name: cells[name] for name in ("expected", "published", "verdict", "source")},
-        })  # fmt: skip
-    return filled(lines)
-
-
-def _arms(results: Sequence[Result]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and cells: an arm a line, the sink with its first token and with the text alone."""
-    modes = {mode for r in results for mode in r.final["modes"]}
-    first = reference_mode(modes) or next(iter(results[0].final["modes"]))
-    columns = [("sink_rate_0.3", first), ("sink_rate_0.3", "text"), ("sink_mass", first), ("loss", first)]
-    columns.append(("loss_gap", "text"))
-    if any(r.final["modes"].get(first, {}).get("rate_placed") for r in results):
-        columns.insert(1, ("sink_rate_placed", first))
-    columns = [column for column in dict.fromkeys(columns) if column[1] in modes]
-    cells: list[tuple[str, ...]] = []
-    for arm in arms_of(results):
-        values = {column: figures(results, arm, *column).values() for column in columns}
-        # An arm that is trained on the text alone has been measured on it once.
-        gaps = values.get(("loss_gap", "text"), ())
-        once = first != "bos" and bool(gaps) and not any(gaps)
-        kept = {column: () if once and column[1] == "text" else tuple(of) for column, of in values.items()}
-        cells.append((arm, *(spread(of, DIGITS.get(metric, 1)) for (metric, _), of in kept.items())))
-    return ("arm", *(label(*column) for column in columns)), cells

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import html
 import io
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sinkbed.data.files import write_files, write_json
 from sinkbed.plain_text import counted, csv_text
 from sinkbed.train.config.yaml_files import read_mapping
-from sinkbed.train.report.figures import drawing, image
-from sinkbed.train.report.html import document, drawn, table
-from sinkbed.train.report.model_figures import figures
+from sinkbed.train.report import html
+from sinkbed.train.report.figures import files as files_of
+from sinkbed.train.report.model_figures import pictures
 from sinkbed.train.report.model_tables import Measured, scalars, tables
+from sinkbed.train.report.table import Table
 from sinkbed.train.run import directory
 
 RECORD = "probe.json"
@@ -23,7 +22,7 @@ _UNFINISHED = "being_written"
 
 
 def write(measured: Measured, folder: Path) -> Path:
-    """Write probe.json, a CSV a table, the figures as PNG and SVG, and index.html; returns the page.
+    """Write probe.json, a CSV a table, the figures as SVG, PDF and PNG, and index.html; returns the page.
 
     An earlier report is removed before the first file of this one is written, so that a folder never holds figures of
     two measurements. probe.json comes first and last: it says what a writer that is killed left unfinished.
@@ -35,12 +34,8 @@ def write(measured: Measured, folder: Path) -> Path:
         if Path(name).name == name:
             (folder / name).unlink(missing_ok=True)
     files: dict[str, str | bytes] = {f"{t.name}.csv": csv_text(t.keys or t.header, t.rows) for t in tables(measured)}
-    parts = []
-    with drawing():
-        for name, title, words, figure in figures(measured):
-            files |= {f"{name}.svg": (svg := image(figure, "svg")), f"{name}.png": image(figure)}
-            parts.append(drawn(title, svg, words))
-    files["index.html"] = _page(measured, parts)
+    files |= files_of(list(pictures(measured)), ("svg", "pdf", "png"))
+    files["index.html"] = _page(measured)
     write_json(record, {**measured, _UNFINISHED: True, "files": sorted(files)})
     write_files(folder, files)
     write_json(record, {**measured, "files": sorted(files)})
@@ -76,7 +71,7 @@ def check_writable(option: str, path: Path) -> None:
         raise ValueError(f"{option} {path}: expected a place to write to, got {above}, which cannot be written to")
 
 
-def _page(measured: Measured, figures: Sequence[str]) -> str:
+def _page(measured: Measured) -> str:
     settings = measured["settings"]
     origin = counted(measured["documents"], "prompt" if settings["prompts"] else "held-out document")
     origin += f" of {settings['prompts']}" if settings["prompts"] else ""
@@ -86,14 +81,18 @@ def _page(measured: Measured, figures: Sequence[str]) -> str:
         f"the first {few} of them (Jacobian: of {min(few, settings['jacobian_documents'])}, directions: "
         f"{settings['directions']}). One measurement of one model: no interval over seeds."
     )
-    body = [f'<p class="note">{html.escape(intro)}</p>', *figures]
-    for t in tables(measured):
-        note = f'<p class="note">{html.escape(t.note)}</p>' if t.note else ""
-        body.append(f"<h2>{html.escape(t.title)}</h2>{table(t.header, t.cells())}{note}")
     options = [(name, str(value)) for name, value in settings.items() if value not in (None, [], False)]
-    body += ["<h2>Settings</h2>", table(("option", "value"), [*options, *measured["versions"].items()])]
+    used = Table("settings", "Settings", ("option", "value"), [*options, *measured["versions"].items()])
+    every = tables(measured)
+    first = [t for t in every if t.name == "sinks"]
+    body = [
+        html.paragraph(intro),
+        *(html.section(t.title, html.table(t)) for t in first),
+        *(html.section(picture.title, html.picture(picture)) for picture in pictures(measured)),
+        html.section("Numbers", *(html.folded(t.title, html.table(t)) for t in (*every, used) if t not in first)),
+    ]
     ending = f" (incomplete: {measured['incomplete']})" if "incomplete" in measured else ""
-    return document(f"Probe of {measured['model']}{ending}", body)
+    return html.document(f"Probe of {measured['model']}{ending}", body)
 
 
 def log_to_wandb(measured: Measured, run_dir: Path, step: int) -> str:
@@ -115,9 +114,9 @@ def log_to_wandb(measured: Measured, run_dir: Path, step: int) -> str:
                 f"--wandb: expected a run with W&B, got wandb.mode: disabled in {run_dir / directory.CONFIG}"
             )
         row: dict[str, Any] = {"probe/step": step, "train/tokens": _tokens_of(run_dir, step), **scalars(measured)}
-        with drawing():
-            for name, _, words, figure in figures(measured):
-                row[f"probe/figure/{name}"] = wandb.Image(Image.open(io.BytesIO(image(figure))), caption=words)
+        for picture in pictures(measured):
+            [image] = files_of([picture], ["png"]).values()
+            row[f"probe/figure/{picture.name}"] = wandb.Image(Image.open(io.BytesIO(image)), caption=picture.words)
         for t in tables(measured):
             row[f"probe/table/{t.name}"] = wandb.Table(columns=list(t.header), data=t.cells())
         tracker.log_beside(row)

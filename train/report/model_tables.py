@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, get_args
 
-from sinkbed.plain_text import console
 from sinkbed.train.measure.measures import Column, Group, measures
 from sinkbed.train.measure.modes import MODE_LABELS
-from sinkbed.train.report.result import fixed
+from sinkbed.train.report.table import Row, Table
 
 Measured = dict[str, Any]
 """What a probe measured, as `steps.Measurement.result` has it."""
-Row = tuple[str | float | int | None, ...]
 
 ALONG: tuple[tuple[str, str, Callable[[Measured, str], float]], ...] = (
     ("sink rate %", "sink rate, % (eps 0.3)", lambda v, mode: v[f"sink/rate_eps0.3/{mode}"]),
@@ -29,36 +26,6 @@ ALONG: tuple[tuple[str, str, Callable[[Measured, str], float]], ...] = (
 
 def _below(metrics: dict[str, float], prefix: str) -> list[float]:
     return [value for key, value in metrics.items() if key.startswith(prefix)]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the terminal, the page and a CSV file."""
-
-    name: str
-    title: str
-    header: tuple[str, ...]
-    rows: list[Row]
-    note: str = ""
-    keys: tuple[str, ...] = ()
-    """Names of the columns in the CSV file, where the titles are formulas."""
-
-    def cells(self) -> list[tuple[str, ...]]:
-        """Rows as text: four significant digits."""
-        return [tuple(_cell(value) for value in row) for row in self.rows]
-
-
-def _cell(value: str | float | int | None) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int):
-        return f"{value:,}"
-    size = abs(value)
-    if size and (size >= 1e5 or size < 1e-3):
-        return f"{value:.2e}"
-    return fixed(value, 3 if size < 10 else 2 if size < 100 else 1)
 
 
 def note_of(measured: Measured, group: Group) -> str:
@@ -248,17 +215,6 @@ def scalars(measured: Measured) -> dict[str, float]:
 
 def print_tables(measured: Measured) -> None:
     """The tables but that of the sinks, which was printed line by line."""
-    from rich import box
-    from rich.table import Table as Drawn
-
-    terminal = console(180)
     for t in tables(measured):
-        if t.name == "sinks":
-            continue
-        drawn = Drawn(title=t.title, title_justify="left", box=box.SIMPLE_HEAD, caption_justify="left")
-        drawn.caption = t.note or None
-        for name in t.header:
-            drawn.add_column(name, justify="left" if name in ("mode", "token", "keys") else "right")
-        for row in t.cells():
-            drawn.add_row(*row)
-        terminal.print(drawn)
+        if t.name != "sinks":
+            t.print(180)

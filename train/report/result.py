@@ -1,4 +1,4 @@
-"""What a finished run found, read from its directory, and how its figures are written."""
+"""What a run found, read from its directory, and how its figures are written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sinkbed.train.run import directory
 
 @dataclass(frozen=True)
 class Result:
-    """One finished run: its strategy, its points and its final measurement."""
+    """One run: its strategy, its points and its final measurement."""
 
     arm: str
     seed: int
@@ -27,6 +27,17 @@ class Result:
     """Digests of the token store and its documents; equal where two runs read the same ones."""
     made_by: tuple[dict[str, Any], ...] = ()
     """Provenance of each process that the run was made by."""
+    progress: str = ""
+    """How far a run is that has not finished; its final measurement is then its last live one."""
+
+    @property
+    def layers(self) -> int:
+        """Layers of the model."""
+        return max(len(mode["mass"]) for mode in self.final["modes"].values())
+
+    def maps(self, mode: str) -> dict[int, list[list[float]]]:
+        """Tokens -> sink mass [L][H] at the measurements while training."""
+        return {p["train/tokens"]: p[key] for p in self.points if (key := f"sink/heatmap/{mode}") in p}
 
     def value(self, mode: str, key: str) -> float:
         """A figure of the final measurement: `loss`, `bits_per_byte`, `mass`, or an eps for a sink rate."""
@@ -46,32 +57,74 @@ def arms_of(results: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(r.arm for r in results))
 
 
-def common_modes(results: Sequence[Result]) -> list[str]:
-    """Inference modes that every run was measured in, in the first run's order."""
-    return [m for m in results[0].final["modes"] if all(m in r.final["modes"] for r in results)]
+def modes_of(results: Sequence[Result]) -> list[str]:
+    """Inference modes that any run was measured in: the one with the first token, then text, then others."""
+    order = {"bos": 0, "as_trained": 1, "text": 2}
+    return sorted(dict.fromkeys(m for r in results for m in r.final["modes"]), key=lambda m: order.get(m, 3))
 
 
 def load_result(folder: Path, arm: str, seed: int) -> Result:
-    """Read one run directory. Raises FileNotFoundError or ValueError that names the file at fault."""
-    for name in (directory.CONFIG, directory.MEASUREMENT):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: expected a finished run, got no such file")
-    directory.check_finished(folder)
+    """Read one run directory, of a run that has not finished up to its last measurement.
+
+    Raises FileNotFoundError where nothing was measured yet, ValueError that names a damaged file.
+    """
+    if not (folder / directory.CONFIG).is_file():
+        raise FileNotFoundError(f"{folder / directory.CONFIG}: expected a run directory, got no such file")
+    finished = (folder / directory.MEASUREMENT).is_file()
+    if finished:
+        directory.check_finished(folder)
     config = read_mapping(folder / directory.CONFIG)
     audit, run = (
         {} if not path.is_file() else directory.read_json(path)
         for path in (folder / directory.AUDIT, folder / directory.RUN)
     )
+    points = list(directory.read_metrics(folder / directory.METRICS))
+    final = directory.read_json(folder / directory.MEASUREMENT) if finished else _last_measured(folder, points, config)
+    progress = "" if finished else f"step {points[-1]['step']:,} of {config['trainer']['max_steps']:,}"
     return Result(
         arm=arm,
         seed=seed,
         strategy=config["data"]["strategy"],
         context_length=config["data"]["context_length"],
-        points=list(directory.read_metrics(folder / directory.METRICS)),
-        final=directory.read_json(folder / directory.MEASUREMENT),
+        points=points,
+        final=final,
         documents=f"{audit.get('store_digest', '')} {audit.get('document_order', '')}",
         made_by=tuple(run.get("made_by", ())),
+        progress=progress,
     )
+
+
+def _last_measured(folder: Path, points: Sequence[dict[str, Any]], config: dict[str, Any]) -> dict[str, Any]:
+    """The last live measurement in the form of a final one."""
+    last = next((p for p in reversed(points) if any(key.startswith("sink/heatmap/") for key in p)), None)
+    if last is None:
+        raise FileNotFoundError(f"{folder / directory.METRICS}: expected a run with a measurement, got none yet")
+    measured = config["measure"]
+    onset = f"sink/rate_eps0.3/{measured['live_modes'][0]}"
+    reached = (p["train/tokens"] for p in points if p["step"] and p.get(onset, -1) >= measured["onset_rate"])
+    modes = {}
+    for mode in measured["live_modes"]:
+        value = {key.removesuffix(f"/{mode}"): value for key, value in last.items() if key.endswith(f"/{mode}")}
+        modes[mode] = {
+            "mass": value["sink/heatmap"],
+            "alpha": [[value["sink/alpha"]]],
+            **{
+                name: {eps: [[value[f"sink/{name}_eps{eps}"]]] for eps in ("0.2", "0.3", "0.5", "0.8")}
+                for name in ("rate", "rate_full")
+            },
+            "loss": value["val/loss"],
+            "bits_per_byte": value["val/bits_per_byte"],
+            "documents": measured["live_documents"],
+            "tokens": None,
+        }
+    return {
+        "modes": modes,
+        "step": last["step"],
+        "tokens": last["train/tokens"],
+        "onset_tokens": next(reached, None),
+        "parameters": None,
+        "sink_tokens": measured["sink_tokens"],
+    }
 
 
 def describe(strategy: dict[str, Any]) -> tuple[str, str]:
@@ -117,9 +170,9 @@ def fixed(value: float, digits: int, *, sign: bool = False) -> str:
 
 
 def spread(figures: Interval | Sequence[float] | None, digits: int, *, sign: bool = False) -> str:
-    """Mean and the half-width of its 95 % interval; of one run, that it is one."""
+    """Mean and the half-width of its 95 % interval; of one run, the figure alone."""
     if figures is None or (not isinstance(figures, Interval) and not figures):
         return ""
     interval = figures if isinstance(figures, Interval) else Interval.of(figures)
     mean = fixed(interval.mean, digits, sign=sign)
-    return f"{mean} (1 run)" if interval.count == 1 else f"{mean} ± {fixed(interval.half, digits)}"
+    return mean if interval.count == 1 else f"{mean} ± {fixed(interval.half, digits)}"

@@ -1,4 +1,4 @@
-"""The report of one study, or of any finished runs."""
+"""The report of one study, or of any runs, also of those that are still running."""
 
 from __future__ import annotations
 
@@ -9,57 +9,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sinkbed.data.files import write_files
-from sinkbed.plain_text import console, csv_of, markdown, markdown_table, visible
+from sinkbed.plain_text import counted, csv_of, markdown, markdown_table
 from sinkbed.train.config.yaml_files import read_mapping
-from sinkbed.train.report.result import Result, load_result
+from sinkbed.train.report import html
+from sinkbed.train.report.effects import SIGNS, VERDICTS, Outcome
+from sinkbed.train.report.result import Result, arms_of, load_result
+from sinkbed.train.report.table import Table
 from sinkbed.train.report.tables import (
-    STRATEGY,
-    Line,
-    Section,
+    answer,
+    by_mode,
     caption,
     effects_csv,
     parquet,
     rows_of,
     sections,
-    summarise,
-    table_of,
+    summary,
     verdicts,
 )
 from sinkbed.train.run import directory
 
 if TYPE_CHECKING:
+    from sinkbed.train.report.figures import Picture
     from sinkbed.train.study.arms import ArmRun
     from sinkbed.train.study.file import StudyConfig
 
 
-def to_markdown(title: str, summary: Sequence[Line], note: str, more: Sequence[Section] = ()) -> str:
-    """table.md: the result, its note, then the other tables under headings, as a paper's appendix takes them."""
-    lines = [f"# {markdown(title)}", "", *markdown_table(*table_of(summary)), "", markdown(note), ""]
-    for section in more:
-        cells = markdown_table(section.header, section.cells)
-        lines += [f"## {markdown(section.heading)}", "", *cells, "", markdown(section.note), ""]
+def to_markdown(title: str, tables: Sequence[Table]) -> str:
+    """table.md: the result, then the other tables under headings, as a paper's appendix takes them."""
+    lines = [f"# {markdown(title)}", ""]
+    for number, table in enumerate(tables):
+        heading = [f"## {markdown(table.title)}", ""] if number else []
+        note = [line for part in table.note.split("\n\n") if part for line in (markdown(part), "")]
+        lines += [*heading, *markdown_table(table.header, table.cells()), "", *note]
     return "\n".join(lines)
-
-
-def print_table(title: str, summary: Sequence[Line], note: str) -> None:
-    """The table in the terminal; an arm's name, mask and BOS stand once, on its first line."""
-    from rich.table import Table
-
-    table = Table(title=visible(title), caption=note, caption_justify="left", title_justify="left")
-    header, lines = table_of(summary)
-    words = sum(name in ("arm", "input", *STRATEGY) for name in header)
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index < words else "right")
-    before = None
-    for arm, line in zip([line["arm"] for line in summary], lines, strict=True):
-        cells = list(line)
-        if arm == before:
-            cells[: words - 1] = [""] * (words - 1)
-        elif before is not None:
-            table.add_section()
-        before = arm
-        table.add_row(*cells)
-    console(170).print(table)
 
 
 def write_report(
@@ -70,49 +52,111 @@ def write_report(
     *,
     track: bool = False,
 ) -> Path:
-    """Write the report of finished runs, at least one, and their results to the study's report/ and print its table.
+    """Write the report of runs, at least one, and their results to the study's report/ and print its table.
+
+    What has not finished is in the curves; in the tables only where nothing has.
 
     Args:
-        missing: what is not among them and why, as `split_finished` says it.
+        runs: those that have finished.
+        missing: what is not among the results and why, as `split_finished` says it.
         track: send the tables to W&B too, as a run of the study's group.
     """
     from sinkbed.train.report.effects import check
-    from sinkbed.train.report.figures import study_figures
-    from sinkbed.train.report.html import page
+    from sinkbed.train.report.figures import files
+    from sinkbed.train.report.pictures import pictures
 
-    tell_missing(missing)
+    finished = [r for r in results if not r.progress]
+    where = "in the curves alone" if finished else "as of its last measurement"
+    notices = [f"Not in the report: {what}." for what in missing]
+    notices += [f"Not finished: {r.arm}, seed {r.seed} ({r.progress}), {where}." for r in results if r.progress]
+    for notice in notices:
+        print(notice[0].lower() + notice[1:-1])
+    final = finished or results
     folder = study.out / "report"
-    note = caption(results, study.published_source if study.published else "")
-    absent = [f"Not in it: {what}." for what in missing]
-    summary, rows = summarise(results, study.published), rows_of(results)
-    effects = check(results, study.effects, study.published)
-    more = sections(results, effects)
-    files: dict[str, str | bytes] = {
+    effects = check(final, study.effects, study.published) if finished else []
+    note = caption(final, study.published_source if study.published else "")
+    main = dataclasses.replace(summary(final, study.published, study.title), note=note)
+    rows, more, drawn = rows_of(final), sections(final, effects), pictures(final, results)
+    whole = dataclasses.replace(main, note="\n\n".join([note, *notices]))
+    content: dict[str, str | bytes] = {
         "table.csv": csv_of(rows, tuple(rows[0])),
-        "table.md": to_markdown(study.title, summary, "\n\n".join([note, *absent]), more),
+        "table.md": to_markdown(study.title, [whole, *more, *by_mode(final)]),
         **({"effects.csv": effects_csv(effects)} if effects else {}),
         **parquet(results, rows),
-        **study_figures(results),
-        "index.html": page(study, results, summary, note, more, absent),
+        **files(list(drawn.values())),
+        **files([drawn["result"]], ["png"]),
+        "index.html": page(study, final, effects, main, more, drawn, notices),
     }
-    write_files(folder, files)
+    write_files(folder, content)
     if not effects:
         (folder / "effects.csv").unlink(missing_ok=True)
-    print_table(study.title, summary, note)
+    main.print()
     if effects:
         print("\n".join(verdicts(effects)))
-    seconds = [r.final["seconds"] for r in results]
-    training = sum(s["training"] for s in seconds)
-    measuring = sum(s["measuring_live"] + s["measuring_final"] for s in seconds)
-    print(f"training {training:.0f} s, measuring {measuring:.1f} s ({100 * measuring / training:.1f} %), over all arms")
+    if finished:
+        seconds = [r.final["seconds"] for r in finished]
+        training = sum(s["training"] for s in seconds)
+        measuring = sum(s["measuring_live"] + s["measuring_final"] for s in seconds)
+        share = f"({100 * measuring / training:.1f} %)"
+        print(f"training {training:.0f} s, measuring {measuring:.1f} s {share}, over all arms")
     if track:
         from sinkbed.train.study.sweep import log_summary
 
-        header, cells = table_of(summary)
-        table = [dict(zip(header, line, strict=True)) for line in cells]
+        table = [dict(zip(main.header, line, strict=True)) for line in main.cells()]
         log_summary(study, runs, {"table": table, "effects": [item.record() for item in effects], "runs": rows})
-    print(f"report: {folder / 'index.html'} (also table.csv, table.md, *.parquet, *.png beside it)")
+    print(f"report: {folder / 'index.html'} (beside it: table.csv, table.md, *.parquet; figures as *.svg, *.pdf)")
     return folder
+
+
+def page(
+    study: StudyConfig,
+    results: Sequence[Result],
+    effects: Sequence[Outcome],
+    main: Table,
+    more: Sequence[Table],
+    pictures: dict[str, Picture],
+    notices: Sequence[str],
+) -> str:
+    """index.html: the answer, the picture of it, the expected effects, curves; the rest folds."""
+    rows = rows_of(results)
+    every = Table("every", "Every measurement", tuple(rows[0]), [list(map(_plain, row.values())) for row in rows])
+    seeds = len({r.seed for r in results})
+    facts = [counted(len(arms_of(results)), "arm"), counted(seeds, "seed"), counted(len(results), "run")]
+    first, curves = pictures.pop("result"), pictures.pop("curves", None)
+    parts = [
+        html.paragraph(study.question, "question"),
+        html.paragraph(" · ".join(facts), "facts"),
+        html.paragraph(answer(results, effects), "answer"),
+        html.notices(notices),
+        html.section(first.title, html.picture(first)),
+        html.section("Expected effects", _effects(effects)) if effects else "",
+        html.section(curves.title, html.picture(curves)) if curves else "",
+        html.section(
+            "Numbers",
+            html.folded("Every arm", html.table(main)),
+            html.folded("By input", *(f"<h3>{table.title}</h3>{html.table(table)}" for table in by_mode(results))),
+            *(html.folded(table.title, html.table(table)) for table in (*more, every)),
+        ),
+        html.section("More pictures", *(html.folded(p.title, html.picture(p)) for p in pictures.values())),
+        html.paragraph("Beside this page: every figure as SVG and PDF, the tables as Markdown, CSV and Parquet."),
+    ]  # fmt: skip
+    return html.document(study.title, parts)
+
+
+def _plain(value: str | float | None) -> str:
+    return "" if value is None else str(value)
+
+
+def _effects(effects: Sequence[Outcome]) -> str:
+    items = []
+    for item in effects:
+        cells, (sign, kind) = item.columns(), SIGNS[item.finding]
+        difference = f"{cells['figure']} {cells['difference']}, " if cells["difference"] else ""
+        detail = f"{item.subtraction}: {difference}expected {cells['expected']}"
+        detail += f"; published {cells['published']}" if cells["published"] else ""
+        detail += f"; {cells['source']}" if cells["source"] else ""
+        items.append((sign, kind, item.finding, item.name, detail))
+    return html.effects(items) + html.paragraph(VERDICTS)
 
 
 def of_all_seeds(study: StudyConfig) -> list[ArmRun]:
@@ -126,11 +170,11 @@ def of_all_seeds(study: StudyConfig) -> list[ArmRun]:
 
 
 def load_folder(folder: Path) -> list[tuple[Path, str, int]]:
-    """(run directory, arm, seed) of the finished runs of a folder: a run, a study, or a folder of runs."""
+    """(run directory, arm, seed) of the runs of a folder, finished or not: a run, a study, or a folder of runs."""
     below = (folder, *sorted(folder.glob("*/")), *sorted(folder.glob("runs/*/")))
     runs = []
     for path in below:
-        if (path / directory.MEASUREMENT).is_file() and (path / directory.CONFIG).is_file():
+        if (path / directory.METRICS).is_file() and (path / directory.CONFIG).is_file():
             arm, seed = path.name, 0
             with contextlib.suppress(ValueError, LookupError, TypeError):  # what is damaged is said when it is read
                 seed = read_mapping(path / directory.CONFIG)["data"]["seed"]
@@ -141,25 +185,22 @@ def load_folder(folder: Path) -> list[tuple[Path, str, int]]:
 
 
 def split_finished(runs: Sequence[ArmRun]) -> tuple[list[ArmRun], list[Result], list[str]]:
-    """The runs that a report can be made of and their results; the others by name with why they are not."""
+    """The runs that have finished; results of them, and of the others that were measured; why the rest have none."""
     finished, results, missing = [], [], []
     for run in runs:
+        status, why = "not measured yet", ""
         try:
-            status = run.status() if run.settings else "finished"
-            why = "" if status == "finished" else run.reason()
-            if status == "finished":
+            status = run.status() if run.settings else status
+            why = run.reason() if status in ("failed", "other") else ""
+            if not why:
                 results.append(load_result(run.folder, run.arm, run.seed))
-                finished.append(run)
+                finished += [run] if not results[-1].progress else []
                 continue
         except (OSError, ValueError) as error:
-            status, why = "damaged", str(error)
+            if status == "finished" or not isinstance(error, FileNotFoundError):  # else there is nothing to read yet
+                status, why = "damaged", str(error)
         missing.append(f"{run.folder.name} ({_STATUS.get(status, status)}{f': {why}' if why else ''})")
     return finished, results, missing
 
 
 _STATUS = {"other": "of other settings", "new": "not run"}
-
-
-def tell_missing(missing: Sequence[str]) -> None:
-    for what in missing:
-        print(f"not in the report: {what}")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sinkbed.plain_text import csv_of
+from sinkbed.plain_text import counted, csv_of
 from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.effects import (
     DIGITS,
     LABELS,
+    SIGNS,
     VERDICTS,
     Outcome,
     counts,
@@ -23,8 +23,9 @@ from sinkbed.train.report.effects import (
     same_documents,
     same_targets,
 )
-from sinkbed.train.report.intervals import paired
-from sinkbed.train.report.result import Result, arms_of, common_modes, describe, mean, spread
+from sinkbed.train.report.intervals import Interval, paired
+from sinkbed.train.report.result import Result, arms_of, describe, mean, modes_of, spread
+from sinkbed.train.report.table import Table
 
 if TYPE_CHECKING:
     from sinkbed.train.study.file import Published
@@ -33,61 +34,107 @@ _MOST_PAIRS = 60
 _DERIVED = ("loss_gap", "sink_rate_placed", "sink_rate_area", "sink_rate_share", "sink_share")
 
 
-@dataclass(frozen=True)
-class Section:
-    """A table under a heading, with a note below it."""
+def filled(lines: Sequence[dict[str, str]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and cells of lines (header -> cell), without the columns that no line has anything for."""
+    header = tuple(name for name in lines[0] if any(line[name] for line in lines))
+    return header, [tuple(line[name] for name in header) for line in lines]
 
-    heading: str
-    header: tuple[str, ...]
-    cells: list[tuple[str, ...]]
-    note: str
+
+def answer(results: Sequence[Result], effects: Sequence[Outcome]) -> str:
+    """What the study found, in a few sentences: where the sink is, whether arms differ, what became of the effects."""
+    mode = main_mode(results)
+    rates = {arm: figures(results, arm, "sink_rate_0.3", mode) for arm in arms_of(results)}
+    means = {arm: Interval.of(list(values.values())) for arm, values in rates.items() if values}
+    low, high = (choose(means, key=lambda arm: means[arm].mean) for choose in (min, max))
+    at = {arm: f"{spread(interval, 1)} %" for arm, interval in means.items()}
+    given = "As trained" if mode == "as_trained" else f"With {MODE_LABELS[mode]} as input"
+    if len(means) == 1:
+        sentences = [f"{given}, the sink rate is {at[low]}."]
+    else:
+        difference = paired(rates[high], rates[low]) if same_documents(results, low, high) else None
+        noise = ""
+        if difference is not None and difference.count > 1:
+            noise = f", within the noise of {difference.count} seeds"
+            if difference.exceeds_noise():
+                noise = f", a difference of {spread(difference, 1)}"
+                noise += f" (the extremes of {len(means)} arms, so chosen)" if len(means) > 2 else ""
+        sentences = [f"{given}, the sink rate goes from {at[low]} ({low}) to {at[high]} ({high}){noise}."]
+    gaps = {arm: list(figures(results, arm, "loss_gap", "text").values()) for arm in means}
+    if any(gaps.values()) and mode != "text":
+        arm = max((arm for arm in gaps if gaps[arm]), key=lambda arm: mean([gaps[arm]]))
+        costs = f"{'Reading' if len(gaps) == 1 else f'In {arm}, where it costs most, reading'} the text alone"
+        sentences.append(f"{costs} changes the loss by {spread(gaps[arm], 3, sign=True)} nats per token.")
+    if effects:
+        sentences.append(f"{counted(len(effects), 'expected effect')}: {listed(counts(effects))}.")
+    if max(map(len, rates.values())) == 1:
+        sentences.append("One run an arm: no telling a difference from noise.")
+    return " ".join(sentences)
+
+
+def main_mode(results: Sequence[Result]) -> str:
+    """The mode that tables compare arms in: the first of those that most runs were measured in."""
+    return max(modes_of(results), key=lambda mode: sum(mode in r.final["modes"] for r in results))
+
+
+def summary(results: Sequence[Result], published: Published, title: str = "") -> Table:
+    """The study's table, a row an arm over its seeds: its strategy, the sink and the loss in the two main modes."""
+    modes, mode = modes_of(results), main_mode(results)
+    columns = [("sink_rate_0.3", mode), ("sink_rate_placed", mode), ("sink_rate_0.3", "text"), ("sink_mass", mode)]
+    columns += [(name, mode) for name in ("sink_rate_share", "sink_share") if has_shares(results)]
+    columns += [("loss", mode), ("loss_gap", "text")]
+    if not any(r.final["modes"].get(mode, {}).get("rate_placed") for r in results):
+        columns.remove(("sink_rate_placed", mode))
+    columns = [column for column in dict.fromkeys(columns) if column[1] in modes]
+    reported = list(dict.fromkeys(m for arm in arms_of(results) for m in published.get(arm, {})))
+    lines = []
+    for arm in arms_of(results):
+        values = {column: list(figures(results, arm, *column).values()) for column in columns}
+        # An arm that is trained on the text alone has been measured on it once.
+        gaps = values.get(("loss_gap", "text"), [])
+        once = mode != "bos" and bool(gaps) and not any(gaps)
+        strategy = next(r.strategy for r in results if r.arm == arm)
+        lines.append({
+            "arm": arm,
+            **dict(zip(STRATEGY, describe(strategy), strict=True)),
+            **{
+                label(*column): "" if once and column[1] == "text" else spread(of, DIGITS.get(column[0], 1))
+                for column, of in values.items()
+            },
+            **{
+                f"published, {MODE_LABELS[m]}: sink % / loss": " / ".join(
+                    "–" if x is None else f"{x:.2f}" for x in published.get(arm, {}).get(m, ())
+                )
+                for m in reported
+            },
+        })  # fmt: skip
+    shared = STRATEGY if len(lines) > 1 and len({tuple(line[name] for name in STRATEGY) for line in lines}) == 1 else ()
+    return Table(
+        "summary", title, *filled([{name: cell for name, cell in line.items() if name not in shared} for line in lines])
+    )
 
 
 STRATEGY = ("mask in training", "BOS in training")
 
 
-Line = dict[str, str]
-"""Header -> cell."""
-
-
-def filled(lines: Sequence[Line]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and cells, without the columns that no line has anything for."""
-    header = tuple(name for name in lines[0] if any(line[name] for line in lines))
-    return header, [tuple(line[name] for name in header) for line in lines]
-
-
-def table_of(summary: Sequence[Line]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and cells, without the strategy's where all arms share it."""
-    strategies = {tuple(line[name] for name in STRATEGY) for line in summary}
-    shared = STRATEGY if len({line["arm"] for line in summary}) > 1 and len(strategies) == 1 else ()
-    return filled([{name: cell for name, cell in line.items() if name not in shared} for line in summary])
-
-
-def summarise(results: Sequence[Result], published: Published) -> list[Line]:
-    """The study's table, a line for an arm in a mode over its seeds, arms in their order."""
-    lines = []
+def by_mode(results: Sequence[Result]) -> list[Table]:
+    """A table a figure: a row an arm, modes as columns."""
+    modes = modes_of(results)
     shares = ("sink_rate_share", "sink_share") if has_shares(results) else ()
-    for arm in arms_of(results):
-        of_arm = [r for r in results if r.arm == arm]
-        for mode in of_arm[0].final["modes"]:
-            reported = published.get(arm, {}).get(mode, ())
-            reference = reference_mode(of_arm[0].final["modes"])
-            gap = list(figures(results, arm, "loss_gap", mode).values()) if mode != reference else []
-            lines.append({
+    tables = []
+    for metric in ("sink_rate_0.3", "sink_mass", *shares, "loss", "loss_gap"):
+        lines = [
+            {
                 "arm": arm,
-                **dict(zip(STRATEGY, describe(of_arm[0].strategy), strict=True)),
-                "input": MODE_LABELS[mode],
-                "sink rate %": spread([r.value(mode, "0.3") for r in of_arm], 1),
-                "sink mass": spread([r.value(mode, "mass") for r in of_arm], 3),
                 **{
-                    LABELS[name]: spread(list(figures(results, arm, name, mode).values()), DIGITS.get(name, 1))
-                    for name in shares
+                    MODE_LABELS[m]: spread(list(figures(results, arm, metric, m).values()), DIGITS.get(metric, 1))
+                    for m in modes
+                    if (metric, m) != ("loss_gap", reference_mode(modes))
                 },
-                "loss": spread([r.value(mode, "loss") for r in of_arm], 3),
-                "loss gap": spread(gap, 3),
-                "published: sink % / loss": " / ".join("–" if x is None else f"{x:.2f}" for x in reported),
-            })  # fmt: skip
-    return lines
+            }
+            for arm in arms_of(results)
+        ]
+        tables.append(Table(metric, LABELS[metric][0].upper() + LABELS[metric][1:], *filled(lines)))
+    return [table for table in tables if len(table.header) > 1]
 
 
 def has_shares(results: Sequence[Result]) -> bool:
@@ -109,9 +156,11 @@ def caption(results: Sequence[Result], published: str = "") -> str:
 def definitions(results: Sequence[Result]) -> str:
     """What the figures of these runs are."""
     modes = [next(iter(r.final["modes"].values())) for r in results]
-    tokens = [m["tokens"] for m in modes]
-    targets = f"the same {tokens[0]:,} targets in every mode" if len(set(tokens)) == 1 else ""
-    targets = targets or f"the same targets in every mode, {_span(tokens)} of them depending on the arm"
+    tokens = [m["tokens"] for m in modes if m["tokens"]]  # those of a run that is not finished are not known
+    targets = (
+        f"the same {tokens[0]:,} targets in every mode" if len(set(tokens)) == 1 else "the same targets in every mode"
+    )
+    targets += f", {_span(tokens)} of them depending on the arm" if len(set(tokens)) > 1 else ""
     share = ""
     if has_shares(results):
         share = (
@@ -136,14 +185,17 @@ def circumstances(results: Sequence[Result]) -> str:
     several = f"{over} over seeds {', '.join(map(str, seeds))}" + (f" (of fewer: {fewer})" if fewer else "")
     if len(seeds) == 1:
         several = f"one seed ({seeds[0]}), one run an arm: no interval, and no telling a difference from noise"
+    elif min(map(len, of_arms.values())) == 1:
+        several += "; figures without ± are of one run"
     strategies = {describe(r.strategy) for r in results}
     shared = ""
     if len(strategies) == 1 and len({r.arm for r in results}) > 1:
         mask, bos = next(iter(strategies))
         shared = f" All arms: mask {mask}; BOS {bos}."
+    parameters = [r.final["parameters"] for r in results if r.final["parameters"]]
+    size = f"{_span(parameters)} parameters, " if parameters else ""
     return (
-        f"{_span([r.final['parameters'] for r in results])} "
-        f"parameters, {_span([r.final['tokens'] for r in results])} training tokens, context "
+        f"{size}{_span([r.final['tokens'] for r in results])} training tokens, context "
         f"{_span([r.context_length for r in results])}; {several}.{shared}"
     )
 
@@ -155,38 +207,30 @@ def made_by(results: Sequence[Result]) -> str:
     return describe_provenance([made for r in results for made in r.made_by], sum(not r.made_by for r in results))
 
 
-def sections(results: Sequence[Result], effects: Sequence[Outcome]) -> list[Section]:
+def sections(results: Sequence[Result], effects: Sequence[Outcome]) -> list[Table]:
     """Effects, arms and differences, each where there is something to say."""
-    parts = [_effects(effects)] if effects else []
+    parts = [effects_table(effects)] if effects else []
     parts.append(_arms(results))
     pairs = _pairs(results)
     return parts + ([pairs] if pairs is not None else [])
 
 
-def _effects(effects: Sequence[Outcome]) -> Section:
-    lines = [item.columns() for item in effects]
-    # What is read first, on a narrow screen too.
-    first = ("effect", "verdict", "figure", "difference", "expected")
-    header, cells = filled([{name: line[name] for name in dict.fromkeys((*first, *line))} for line in lines])
+def effects_table(effects: Sequence[Outcome]) -> Table:
+    """A row an expected effect."""
     note = f"{listed(counts(effects))}. {VERDICTS} Effects that share an arm are not independent of each other."
-    return Section("Expected effects", header, cells, note)
+    return Table("effects", "Expected effects", *filled([item.columns() for item in effects]), note)
 
 
-def _modes(results: Sequence[Result]) -> list[str]:
-    """Inference modes of all runs, the one with the first token first, then text."""
-    order = {"bos": 0, "as_trained": 0, "text": 1}
-    return sorted(common_modes(results), key=lambda m: order.get(m, 2)) or list(results[0].final["modes"])[:1]
-
-
-def _arms(results: Sequence[Result]) -> Section:
-    mode = _modes(results)[0]
+def _arms(results: Sequence[Result]) -> Table:
+    mode = main_mode(results)
     cells: list[tuple[str, ...]] = []
     for arm in arms_of(results):
         runs = sum(r.arm == arm for r in results)
         onsets = [tokens / 1000 for tokens in figures(results, arm, "onset_tokens", mode).values()]
         areas = list(figures(results, arm, "sink_rate_area", mode).values())
         cells.append((arm, str(runs), spread(areas, 1), spread(onsets, 0) or "never", f"{len(onsets)} of {runs}"))
-    return Section(
+    return Table(
+        "arms",
         "When the sink forms",
         ("arm", "runs", label("sink_rate_area", mode), "onset, thousand tokens", "reached"),
         cells,
@@ -195,26 +239,30 @@ def _arms(results: Sequence[Result]) -> Section:
     )
 
 
-def _pairs(results: Sequence[Result]) -> Section | None:
+def _pairs(results: Sequence[Result]) -> Table | None:
     """Paired differences of every two arms; those that exceed the noise are marked."""
-    arms, modes = arms_of(results), _modes(results)
+    arms, modes, mode = arms_of(results), modes_of(results), main_mode(results)
     if len(arms) < 2 or len({r.seed for r in results}) < 2:
         return None
-    columns = [(metric, modes[0]) for metric in ("sink_rate_0.3", "sink_mass", "loss")]
+    columns = [(metric, mode) for metric in ("sink_rate_0.3", "sink_mass", "loss")]
     if "text" in modes and reference_mode(modes) is not None:
         columns.append(("loss_gap", "text"))
-    lines: list[tuple[str, ...]] = []
-    for a, b in itertools.combinations(arms, 2):
-        if same_documents(results, a, b):
-            lines.append((a, b, *(_difference(results, a, b, metric, mode) for metric, mode in columns)))
-    cells, left_out = lines, ""
+    runs = {arm: [r for r in results if r.arm == arm] for arm in arms}
+    lines = [
+        (a, b, *(_difference([*runs[a], *runs[b]], a, b, *column) for column in columns))
+        for a, b in itertools.combinations(arms, 2)
+        if same_documents([*runs[a], *runs[b]], a, b)
+    ]
+    left_out = ""
     if len(lines) > _MOST_PAIRS:
         cells = [line for line in lines if any(cell.endswith("*") for cell in line[2:])]
         left_out = f" Of {len(lines)} pairs, the {len(cells)} that have a difference beyond the noise are listed."
-    return Section(
+        lines = cells
+    return Table(
+        "differences",
         "Differences of arms",
         ("arm", "minus", *(label(*column) for column in columns)),
-        cells,
+        lines,
         "Mean difference of arms on the same documents (one store), paired by seed, ± half-width of its 95 % interval. "
         "*: the interval leaves 0 out; of twenty differences that are none, one does so by chance. Losses and gaps "
         f"over other targets (a prefix LM's, another context's) are not compared.{left_out}",
@@ -232,12 +280,14 @@ def _difference(results: Sequence[Result], a: str, b: str, metric: str, mode: st
 
 def verdicts(effects: Sequence[Outcome]) -> list[str]:
     """The effects for a terminal, a line each."""
-    width = max(len(item.verdict) for item in effects)
+    width = max(len(item.finding) for item in effects)
     lines = []
     for item in effects:
         cells = item.columns()
         unit = "" if not cells["difference"] else f": {cells['figure']} {cells['difference']}"
-        lines.append(f"{item.verdict:{width}}  {item.effect.name}{unit} (expected {cells['expected']})")
+        lines.append(
+            f"{SIGNS[item.finding][0]} {item.finding:{width}}  {item.effect.name}{unit} (expected {cells['expected']})"
+        )
     return lines
 
 

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from sinkbed.data.files import write_json
 from sinkbed.ranges import check_number
 from sinkbed.train.run import directory
+from sinkbed.train.run.charts import Charts, Detail, Map
 from sinkbed.train.run.metrics import IN_A_POINT
 from sinkbed.train.run.wandb_files import earlier_steps, in_time, mend_wandb_files
 
@@ -37,6 +38,8 @@ class WandbConfig:
     """Display name; null is the run directory's name."""
     tags: list[str] = field(default_factory=list)
     """Tags of the run."""
+    detail: Detail = "layers"
+    """Charts: headline (sink, losses, training), layers (also maps of layers and heads), all (also each figure)."""
     finish_seconds: float = 300.0
     """Longest wait for the upload when the run ends; `wandb sync` uploads what was left."""
 
@@ -71,16 +74,20 @@ class Tracker(WandbLogger):
     written offline continue one count.
     """
 
-    def __init__(self, run: Any, run_dir: Path, *, sent: int, steps: Sequence[int], number: int) -> None:
+    def __init__(
+        self, run: Any, run_dir: Path, charts: Charts, *, sent: int, steps: Sequence[int], number: int
+    ) -> None:
         """Configure what is left out.
 
         Args:
+            charts: what W&B is sent of a point.
             sent: points of metrics.jsonl that W&B had when this process began.
             steps: the training step of each; fewer than `sent` where they are not known.
             number: W&B's step of the next point: `sent`, and what was logged beside the points.
         """
         super().__init__(experiment=run, save_dir=str(run_dir))
         self.run_dir = run_dir
+        self.charts = charts
         self.sent = sent
         self.number = number
         """W&B's step of the next point."""
@@ -111,21 +118,18 @@ class Tracker(WandbLogger):
             self.log_beside(beside)
 
     def log_point(self, point: dict[str, Any]) -> None:
-        """Send one line of metrics.jsonl; a map becomes an image, a gap is left out."""
+        """Send the charts of one line of metrics.jsonl; a map becomes an image."""
+        charts = self.charts.row(point)
         if self._has(point["step"]) or self.lost:
             return
         import wandb
 
-        row: dict[str, Any] = {}
-        for key, value in point.items():
-            if key == "step":
-                row["trainer/global_step"] = value
-            elif isinstance(value, list):
-                scale = "layers down, heads across; 0 dark to 1 bright, by the root"
-                caption = f"{key}: {scale}; {point['train/tokens']:,} tokens"
-                row[key] = wandb.Image(heatmap_image(value), caption=caption)
-            elif value is not None:
-                row[key] = value
+        row = {
+            key: wandb.Image(heatmap_image(value.values, value.top), caption=value.caption)
+            if isinstance(value, Map)
+            else value
+            for key, value in charts.items()
+        }
         try:
             self.experiment.log(row, step=self.number, commit=True)
         except Exception as error:
@@ -137,13 +141,14 @@ class Tracker(WandbLogger):
         self.number += 1
 
 
-def heatmap_image(values: list[list[float]]) -> np.ndarray:
-    """A [L][H] map of masses in [0, 1] as an RGB image, layers downwards from the first, heads across.
+def heatmap_image(values: list[list[float]], top: float = 1.0) -> np.ndarray:
+    """A map of values in [0, top], [rows][columns], as an RGB image, rows downwards from the first.
 
-    Colours go by the square root, so that masses far below 1 differ, on a scale that is the same for every image.
+    Colours go by the square root, so that values far below `top` differ.
     Drawn by hand because a matplotlib figure would cost more than the measurement itself.
     """
-    levels = np.sqrt(np.clip(np.nan_to_num(np.asarray(values, dtype=np.float64)), 0, 1))[..., None]
+    shares = np.asarray(values, dtype=np.float64) / (top or 1.0)
+    levels = np.sqrt(np.clip(np.nan_to_num(shares), 0, 1))[..., None]
     low, middle, high = np.array([13, 8, 60]), np.array([187, 55, 84]), np.array([252, 255, 164])
     colour = np.where(levels < 0.5, low + (middle - low) * levels * 2, middle + (high - middle) * (levels * 2 - 1))
     cell = max(4, 256 // max(levels.shape[:2]))
@@ -262,7 +267,7 @@ def _start(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) -> Trac
     number = run.starting_step if mode == "online" else len(rows)
     sent = number - sum(beside < number for beside in known.get("beside", ()))
     steps = [step for step in rows if step is not None]
-    tracker = Tracker(run, run_dir, sent=sent, steps=steps[:sent], number=number)
+    tracker = Tracker(run, run_dir, Charts(config.detail), sent=sent, steps=steps[:sent], number=number)
     for point in directory.read_metrics(run_dir / directory.METRICS):
         tracker.log_point(point)
     return tracker

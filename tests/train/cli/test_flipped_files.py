@@ -203,8 +203,8 @@ def flipped(name, before, number):
 @pytest.fixture
 def tables_only(monkeypatch):
     """Reports without their drawings, which are of the same numbers."""
-    monkeypatch.setattr("sinkbed.train.report.figures.study_figures", lambda *_: {})
-    monkeypatch.setattr("sinkbed.train.report.html.page", lambda *_: "")
+    monkeypatch.setattr("sinkbed.train.report.figures.files", lambda *_: {})
+    monkeypatch.setattr("sinkbed.train.report.study.page", lambda *_: "")
 
 
 FOLDERS = ("store", ".begun.partial", "stopped", "finished", "study", "probe", "export")

@@ -186,7 +186,13 @@ def test_an_earlier_report_is_replaced_whole_or_not_at_all(run_dir, tmp_path, ca
     assert not captured.out and (out / "probe.json").read_bytes() == before
     assert main([*probing, "--force"]) == 0
     left = {path.name for path in out.iterdir()}
-    assert left == {"probe.json", "index.html", "sinks.csv", "sink_heads.png", "sink_heads.svg", "mine.txt"}
+    assert left == {
+        "probe.json",
+        "index.html",
+        "sinks.csv",
+        "mine.txt",
+        *(f"sink_heads.{kind}" for kind in ("svg", "pdf", "png")),
+    }
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_what_wandb_lost_to_a_kill_is_sent_again(fit, monkeypatch):
     for ours, theirs in zip(tracked, read_wandb_file(reference), strict=True):
         assert ours.keys() ^ theirs.keys() <= {"train/tokens_per_second"}
         assert all(ours[k] == theirs[k] for k in ours if k.startswith(("sink/mass", "sink/rate", "train/loss", "val/")))
-    images = [row["sink/heatmap/bos/path"] for row in tracked if "sink/heatmap/bos/path" in row]
+    images = [row["sink_maps/heads/bos/path"] for row in tracked if "sink_maps/heads/bos/path" in row]
     assert len(images) == 4 and all(list(folder.glob(f"wandb/*/files/{path}")) for path in images)
 
 
@@ -410,7 +410,7 @@ def test_a_missing_config_is_named(capsys):
 
 
 def test_wandb_holds_the_same_points_against_tokens(fit):
-    _, folder = fit()
+    _, folder = fit("--wandb.detail", "all")
     [binary] = folder.glob("wandb/offline-run-*/run-*.wandb")
     history = list(read_wandb_file(binary))
     ours = points(folder)
@@ -419,7 +419,7 @@ def test_wandb_holds_the_same_points_against_tokens(fit):
         for key, value in point.items():
             if isinstance(value, float | int) and key != "step":
                 assert theirs[key] == pytest.approx(value), key
-    images = [row["sink/heatmap/bos/path"] for row in history if "sink/heatmap/bos/path" in row]
+    images = [row["sink_maps/heads/bos/path"] for row in history if "sink_maps/heads/bos/path" in row]
     assert len(images) == 4 and all((binary.parent / "files" / path).exists() for path in images)
 
 

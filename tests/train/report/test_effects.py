@@ -10,7 +10,7 @@ import pytest
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.train.report.effects import check, figure
 from sinkbed.train.report.result import Result
-from sinkbed.train.report.tables import caption, effects_csv, parquet, rows_of, sections, summarise, table_of
+from sinkbed.train.report.tables import answer, by_mode, caption, effects_csv, parquet, rows_of, sections, summary
 from sinkbed.train.study.file import Effect
 
 
@@ -91,8 +91,8 @@ def test_arms_by_themselves_would_not_have_shown_it():
 def test_other_documents_are_no_pairs():
     [found] = check(study(documents="others"), [effect()], {})
     assert found.difference is None and found.verdict == "not measured"
-    assert "Differences of arms" in [s.heading for s in sections(study(), [])]
-    assert all(not s.cells for s in sections(study(documents="others"), []) if s.heading == "Differences of arms")
+    assert "Differences of arms" in [s.title for s in sections(study(), [])]
+    assert all(not s.rows for s in sections(study(documents="others"), []) if s.title == "Differences of arms")
 
 
 def test_the_published_figures_stand_beside_ours_with_their_difference():
@@ -101,23 +101,44 @@ def test_the_published_figures_stand_beside_ours_with_their_difference():
     assert rate.columns()["published"] == "90.84 against 65.10 (+25.74)"
     assert loss.published is None, "a paper may give one of the two figures only"
     assert rate.columns()["difference"] == "+20.1 ± 0.2"
-    rows = table_of(summarise(study(), published))[1]
-    assert [row[-1] for row in rows if row[-1]] == ["90.84 / 2.69", "65.10 / –"]
+    rows = summary(study(), published).rows
+    assert [row[-1] for row in rows] == ["90.84 / 2.69", "65.10 / –"]
 
 
-def test_one_run_is_never_a_mean():
+def test_that_there_is_one_run_is_said_once():
     once = study(seeds=(4,))
     [found] = check(once, [effect()], {})
-    assert found.verdict == "one run: as expected"
-    assert found.columns()["difference"] == "+20.4 (1 run)"
-    header, cells = table_of(summarise(once, {}))
-    numbers = [
-        cell for row in cells for name, cell in zip(header, row, strict=True) if name in ("loss", "loss gap") and cell
-    ]
-    assert numbers and all(cell.endswith("(1 run)") for cell in numbers)
-    assert "no interval" in caption(once)
+    assert (found.verdict, found.finding) == ("one run: as expected", "as expected")
+    assert found.columns()["difference"] == "+20.4" and found.columns()["verdict"] == "as expected"
+    tables = [summary(once, {}), *by_mode(once), *sections(once, [found])]
+    assert not any("±" in cell or "run" in cell for table in tables for row in table.rows for cell in row)
+    assert "no interval" in caption(once) and answer(once, []).count("One run an arm") == 1
     assert caption(once, "A paper").endswith(". Published: A paper."), "sentences end, also those of a study file"
-    assert [s.heading for s in sections(once, [found])] == ["Expected effects", "When the sink forms"]
+    assert [table.title for table in sections(once, [found])] == ["Expected effects", "When the sink forms"]
+    assert "figures without ±" not in caption(study())
+    assert "figures without ± are of one run" in caption([*study(), result("once", 0, 1, 1)])
+
+
+def test_the_answer_names_the_extremes_and_whether_they_differ():
+    found = check(study(), [effect(), effect(expected="down")], {})
+    assert answer(study(), found) == (
+        "With BOS + text as input, the sink rate goes from 25.0 ± 37.3 % (none) to 45.1 ± 37.5 % (fixed), a difference "
+        "of 20.1 ± 0.2. In fixed, where it costs most, reading the text alone changes the loss by +1.500 ± 0.000 nats "
+        "per token. 2 expected effects: 1 reproduced, 1 not reproduced."
+    )
+    more = [*study(), *(result("third", seed, 30 + 15 * seed, 3.0) for seed in range(3))]
+    assert "± 0.2 (the extremes of 3 arms, so chosen)" in answer(more, [])
+    same = [result(arm, seed, 30 + (seed if arm == "a" else -seed), 3.0) for arm in "ab" for seed in (-1, 0, 2)]
+    assert "within the noise of 3 seeds" in answer(same, [])
+    alone = answer([result("a", 0, 30, 3.0)], [])
+    assert alone.startswith("With BOS + text as input, the sink rate is 30.0 %. Reading the text alone changes")
+
+
+def test_a_table_by_input_has_a_row_an_arm():
+    rate, *_, gap = by_mode(study())
+    assert (rate.title, rate.header) == ("Sink rate %", ("arm", "BOS + text", "text"))
+    assert [row[0] for row in rate.rows] == ["fixed", "none"] and rate.rows[1][2] == "2.5 ± 3.7"
+    assert gap.header == ("arm", "text"), "the reference has no gap"
 
 
 def test_the_caption_spans_the_runs():
@@ -128,9 +149,9 @@ def test_the_caption_spans_the_runs():
 
 def test_onsets_are_of_the_runs_that_reached_one():
     late = [result("late", s, 1.0, 3.0, onset=None if s else 5000) for s in range(3)]
-    [arms] = [s for s in sections([*study(), *late], []) if s.heading == "When the sink forms"]
-    by_arm = {row[0]: row for row in arms.cells}
-    assert by_arm["late"][-2:] == ("5 (1 run)", "1 of 3")
+    [arms] = [s for s in sections([*study(), *late], []) if s.title == "When the sink forms"]
+    by_arm = {row[0]: row for row in arms.rows}
+    assert by_arm["late"][-2:] == ("5", "1 of 3")
     assert by_arm["none"][-2:] == ("never", "0 of 3")
     assert by_arm["fixed"][-1] == "3 of 3"
 
@@ -150,29 +171,10 @@ def test_losses_over_other_targets_are_not_compared():
     metrics = ("loss", "bits_per_byte", "sink_rate_0.3")
     found = check(results, [effect(metric=metric) for metric in metrics], {})
     assert [item.verdict for item in found] == ["not measured", "not measured", "reproduced"]
-    [pairs] = [s for s in sections(results, []) if s.heading == "Differences of arms"]
-    [cells] = pairs.cells
+    [pairs] = [s for s in sections(results, []) if s.title == "Differences of arms"]
+    [cells] = pairs.rows
     assert dict(zip(pairs.header, cells, strict=True))["loss, BOS + text"] == "" and "other targets" in pairs.note
     assert "*" in cells[2]
-
-
-def test_heat_maps_of_arms_measured_at_other_tokens_share_a_slider():
-    from sinkbed.train.report.html import _heatmaps
-
-    def arm(name, times):
-        points = [
-            {"step": t, "train/tokens": t, "sink/mass/bos": t / 1000, "sink/heatmap/bos": [[t / 1000]]} for t in times
-        ]
-        return Result(
-            name, 0, dataclasses.asdict(Strategy(first_token="bos")), 128, points, result(name, 0, 30, 3.0).final
-        )
-
-    figure = _heatmaps([arm("few", (0, 100, 200)), arm("many", (0, 10, 90, 110, 190, 250))])
-    assert [frame.name for frame in figure.frames] == ["0", "100", "200", "250"]
-    assert [[trace.z[0][0] for trace in frame.data] for frame in figure.frames] == [
-        [0, 0], [0.1, 0.09], [0.2, 0.19], [0.2, 0.25],
-    ]  # fmt: skip
-    assert [trace.z[0][0] for trace in figure.data] == [0.2, 0.25], "what is drawn first is the end"
 
 
 def test_what_has_no_source_is_not_called_reproduced():
@@ -186,19 +188,18 @@ def test_the_caption_says_which_arms_have_fewer_seeds():
 
 
 def test_differences_beyond_the_noise_are_marked():
-    [pairs] = [s for s in sections(study(), []) if s.heading == "Differences of arms"]
-    [row] = pairs.cells
+    [pairs] = [s for s in sections(study(), []) if s.title == "Differences of arms"]
+    [row] = pairs.rows
     by_column = dict(zip(pairs.header, row, strict=True))
     assert by_column["sink rate %, BOS + text"] == "+20.1 ± 0.2 *"
     assert by_column["loss, BOS + text"] == "0.000 ± 0.000"
 
 
 def test_a_table_that_all_arms_share_a_strategy_in_leaves_it_out():
-    header, _ = table_of(summarise([result("a", 0, 1, 1), result("b", 0, 2, 2)], {}))
-    assert header[:2] == ("arm", "input")
+    header = summary([result("a", 0, 1, 1), result("b", 0, 2, 2)], {}).header
+    assert header[:2] == ("arm", "sink rate %, BOS + text")
     assert "All arms: mask causal; BOS fixed at position 0." in caption([result("a", 0, 1, 1), result("b", 0, 2, 2)])
-    header, _ = table_of(summarise(study(), {}))
-    assert header[:3] == ("arm", "mask in training", "BOS in training")
+    assert summary(study(), {}).header[:3] == ("arm", "mask in training", "BOS in training")
 
 
 def test_all_numbers_are_in_files():

@@ -40,7 +40,7 @@ def browser():
 
 @pytest.fixture(params=[1280, 400], ids=["wide", "narrow"])
 def page(request, browser, page_file):
-    """The page open in a window of a width, without a network; whatever goes wrong fails the test."""
+    """The page in a window of a width, all of it unfolded, without a network; whatever goes wrong fails the test."""
     found = browser.new_page(viewport={"width": request.param, "height": 900})
     wrong, asked = [], []
     found.on("pageerror", lambda error: wrong.append(str(error)))
@@ -48,66 +48,91 @@ def page(request, browser, page_file):
     found.on("request", lambda made: asked.append(made.url))
     found.context.set_offline(True)
     found.goto(page_file.as_uri())
-    found.wait_for_function("document.querySelectorAll('.plotly-graph-div .main-svg').length >= 3")
+    found.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
+    found.wait_for_function("document.querySelectorAll('svg').length >= 9")
     yield found
     assert wrong == []
     assert [url for url in asked if not url.startswith(("file://", "data:", "blob:"))] == []
     found.close()
 
 
-def opacity(page, graph):
-    """Whether each trace with points is drawn, by arm, in the graph of that number."""
-    return page.evaluate(
-        "n => Object.fromEntries(document.querySelectorAll('.plotly-graph-div')[n]._fullData.map("
-        "(t, i) => [t.name + ' ' + i, t.visible]))",
-        graph,
-    )
-
-
-def test_it_fits_the_window_and_can_be_read(page):
+def test_nothing_is_cut_and_all_of_it_can_be_read(page):
     width = page.viewport_size["width"]
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page itself does not scroll sideways"
+    beyond = page.evaluate(
+        "[...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll, .wide') && "
+        "e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"
+    )
+    assert beyond == []
+    texts = page.evaluate(
+        "[...document.querySelectorAll('svg text')].map(text => { const box = text.getBoundingClientRect(), "
+        "whole = text.closest('svg').getBoundingClientRect(); return [text.textContent, box.left - whole.left, "
+        "whole.right - box.right, box.top - whole.top, whole.bottom - box.bottom]; })"
+    )
+    assert len(texts) > 100 and [text for text in texts if min(text[1:]) < -2] == []
     sizes = page.evaluate(
-        "[...document.querySelectorAll('p, td, th, figcaption, h2')].map(e => parseFloat(getComputedStyle(e).fontSize))"
+        "[...document.querySelectorAll('p, td, th, summary, h2')].map(e => parseFloat(getComputedStyle(e).fontSize))"
     )
     assert len(sizes) > 50 and min(sizes) >= 12
-    hidden = page.evaluate(
-        "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 1 && "
-        "getComputedStyle(e).overflowX !== 'auto').length"
+    drawings = page.evaluate("[...document.querySelectorAll('svg')].map(e => e.getBoundingClientRect().width)")
+    assert all(260 <= drawing <= width for drawing in drawings)
+
+
+def test_a_table_says_that_it_scrolls(page):
+    page.wait_for_function("document.querySelector('.scrolls')")
+    wide = page.evaluate(
+        "[...document.querySelectorAll('.scroll')].map(e => [e.scrollWidth > e.clientWidth + 1, "
+        "getComputedStyle(e, '::before').content.includes('scrolls'), e.tabIndex])"
     )
-    assert hidden == 0, "a table wider than the window scrolls by itself"
-    plots = page.evaluate(
-        "[...document.querySelectorAll('.plotly-graph-div')].map(e => e.getBoundingClientRect().width)"
+    assert len(wide) > 5 and any(wider for wider, _, _ in wide)
+    assert all(wider == said and at == 0 for wider, said, at in wide)
+
+
+def visible(page):
+    """Series -> whether each part of it is drawn."""
+    parts = page.evaluate(
+        "[...document.querySelectorAll('.series')].map(e => [e.dataset.series, getComputedStyle(e).display !== 'none'])"
     )
-    assert len(plots) == 3 and all(0.6 * width <= found <= width for found in plots)
+    return {name: [on for other, on in parts if other == name] for name in dict(parts)}
 
 
-def test_a_legend_entry_hides_and_shows_an_arm_with_its_interval(page):
-    before = opacity(page, 0)
-    assert len(before) == 6 and set(before.values()) == {True}, "interval, with BOS, text: of two arms"
-    entry = page.locator(".plotly-graph-div").nth(0).locator(".legendtoggle").first
-    entry.scroll_into_view_if_needed()
-    entry.click()
-    page.wait_for_timeout(600)  # plotly waits for a second press
-    after = opacity(page, 0)
-    assert {name.split()[0] for name, shown in after.items() if shown == "legendonly"} == {"fixed"}
-    assert sum(shown is True for shown in after.values()) == 3, "the other arm is left as it was"
-    entry.click()
-    page.wait_for_timeout(600)
-    assert opacity(page, 0) == before
+def test_a_legend_hides_and_shows_an_arm_in_every_picture_also_by_keyboard(page):
+    before = visible(page)
+    assert {"fixed", "absent", "BOS + text"} <= set(before) and all(map(all, before.values()))
+    assert len(before["fixed"]) == 7 * 3, "two seeds and their mean, in seven panels"
+    chips = page.locator(".chip:has(input[value=fixed])")
+    assert chips.count() == 2
+    chips.first.click()
+    after = visible(page)
+    assert not any(after["fixed"]) and after["absent"] == before["absent"]
+    assert page.locator("input[value=fixed]:checked").count() == 0, "the other legend follows"
+    page.locator("input[value=fixed]").first.focus()
+    page.keyboard.press("Space")
+    assert visible(page) == before
+    page.locator("button[data-all='0']").last.click()
+    assert not any(map(any, (visible(page)[name] for name in ("BOS + text", "text"))))
 
 
-def test_the_slider_moves_the_heat_maps_through_training(page):
-    maps = "document.querySelectorAll('.plotly-graph-div')[2]"
-    last = page.evaluate(f"JSON.stringify([...{maps}._fullData.map(t => t.z)])")
-    steps = page.evaluate(f"{maps}._fullLayout.sliders[0].steps.map(s => s.label)")
-    assert len(steps) >= 3
-    rail = page.locator(".plotly-graph-div").nth(2).locator(".slider-rail-touch-rect")
-    rail.scroll_into_view_if_needed()
-    box = rail.bounding_box()
-    page.mouse.click(box["x"] + 3, box["y"] + box["height"] / 2)
-    page.wait_for_function(f"{maps}._fullLayout.sliders[0].active === 0")
-    page.wait_for_function(f"last => JSON.stringify([...{maps}._fullData.map(t => t.z)]) !== last", arg=last)
+def test_it_is_readable_in_the_dark(page):
+    def luminance(colour):
+        levels = [int(x) / 255 for x in colour.strip("rgba()").split(",")[:3]]
+        return sum(
+            w * (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4)
+            for w, x in zip((0.2126, 0.7152, 0.0722), levels, strict=True)
+        )
+
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        ground, *texts = page.evaluate(
+            "[getComputedStyle(document.body).backgroundColor, ...['p', '.note', 'svg text', 'summary', "
+            "'.effects small', '.good > b, .bad > b, .open > b', 'button.chip']"
+            ".map(s => document.querySelector(s)).map(e => "
+            "getComputedStyle(e)[e.tagName === 'text' ? 'fill' : 'color'])]"
+        )
+        assert (luminance(ground) < 0.05) == (scheme == "dark")
+        for text in texts:
+            light, dark = sorted((luminance(ground), luminance(text)), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (scheme, text)
 
 
 def test_a_press_on_a_header_sorts_its_table(page):
@@ -119,12 +144,18 @@ def test_a_press_on_a_header_sorts_its_table(page):
     button.click()
     down = [float(x) for x in cells.all_inner_texts()]
     assert down == sorted(down, reverse=True) and len(set(down)) > 2
+    assert table.locator("th").nth(column).get_attribute("aria-sort") == "descending"
     button.click()
     assert [float(x) for x in cells.all_inner_texts()] == sorted(down)
 
 
-def test_the_effects_and_differences_are_on_it(page):
-    headings = page.locator("h2").all_inner_texts()
-    assert headings[:4] == ["Result", "Expected effects", "When the sink forms", "Differences of arms"]
-    text = page.locator("main").inner_text()
-    assert "An effect" in text and "±" in text and "(1 run)" not in text
+def test_the_answer_comes_first_then_the_picture_then_effects_and_curves(page):
+    assert page.locator("h2").all_inner_texts() == [
+        "Sink rate, and what leaving BOS out costs", "Expected effects", "While training", "Numbers", "More pictures",
+    ]  # fmt: skip
+    assert "the sink rate goes from" in page.locator(".answer").inner_text()
+    assert page.locator(".effects li").inner_text().startswith(("✓", "✗", "≈"))
+    assert page.locator("summary").all_inner_texts() == [
+        "Every arm", "By input", "Expected effects", "When the sink forms", "Differences of arms", "Every measurement",
+        "Losses", "Loss by input", "Where the sink sits",
+    ]  # fmt: skip

@@ -1,9 +1,13 @@
 """What the report of a study holds."""
 
 import csv
+import json
 import re
 import shutil
 from html.parser import HTMLParser
+
+import pyarrow.parquet as pq
+import pytest
 
 from sinkbed.train.cli.main import main
 from sinkbed.train.run import directory
@@ -27,8 +31,9 @@ def test_the_page_needs_no_network_and_escapes_what_users_wrote(finished):
     links.feed(page)
     assert links.found == []
     assert "A study &lt;of&gt; two arms" in page and "<of>" not in page
-    assert page.count("plotly-graph-div") == 3
-    assert len(re.findall(r"<tr><td>", page)) == 6 + 2 + 6, "the result, the arms, every measurement"
+    assert page.count("<svg") == page.count("</svg>") >= 9
+    assert len(re.findall(r"<tr><td", page)) == 2 + 4 * 2 + 2 + 6, "arms, by input, onsets, every measurement"
+    assert page.index('class="answer"') < page.index("<svg") < page.index("<table")
 
 
 def test_the_table_has_no_column_for_what_nobody_published(finished):
@@ -37,7 +42,7 @@ def test_the_table_has_no_column_for_what_nobody_published(finished):
     assert main(["report", str(finished)]) == 0
     report = finished.parent / "out" / "report"
     for name in ("table.md", "index.html"):
-        assert "ublished" not in (report / name).read_text().split("</style>")[-1].split("<script>")[0]
+        assert "ublished" not in (report / name).read_text()
 
 
 def test_a_number_is_never_minus_zero():
@@ -47,10 +52,10 @@ def test_a_number_is_never_minus_zero():
     assert spread([-0.0001, 0.0002], 2) == "0.00 ± 0.00"
 
 
-def test_a_mean_of_one_run_says_so():
+def test_a_mean_has_an_interval_but_of_one_run():
     from sinkbed.train.report.result import spread
 
-    assert spread([0.5], 2) == "0.50 (1 run)"
+    assert spread([0.5], 2) == "0.50"
     assert spread([1.0, 2.0, 3.0], 2) == "2.00 ± 2.48", "t at 2 degrees of freedom is 4.303"
     assert spread([], 2) == ""
 
@@ -78,7 +83,7 @@ def test_runs_and_folders_of_runs_can_be_reported(finished, fit, capsys, tmp_pat
     assert "got arm absent, seed 0 in both" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert main(["report", str(tmp_path / "empty")]) == 1
-    assert "expected at least one finished run, got none" in capsys.readouterr().err
+    assert "expected at least one run that was measured, got none" in capsys.readouterr().err
 
 
 def test_several_studies_make_one_page_of_the_seeds_that_are_finished(finished, capsys, tmp_path):
@@ -95,8 +100,8 @@ def test_several_studies_make_one_page_of_the_seeds_that_are_finished(finished, 
     assert set(directory.read_json(page / "studies.json")) == {"other", "study"}
     assert re.findall("^## (.*)", text, re.M) == ["other", "study"]
     assert "| [other](#other) | A study &lt;of&gt; two arms | 1 as expected |" in text
-    line = r"\| BOS helps \(a word\) \| fixed − absent \| loss: [+−]?\d\.\d{3} ± \d\.\d{3}"
-    assert re.search(line + r" \| same within 9 \| as expected \|", text)
+    line = r"\| BOS helps \(a word\) \| as expected \| fixed − absent \| loss \| [+−]?\d\.\d{3} ± \d\.\d{3}"
+    assert re.search(line + r" \| same within 9 \|", text)
     assert f"`sinkbed study {other} --seeds 0 1`: 4 runs" in text and "Made by sinkbed" in text
     assert "In all: 1 as expected." in text
     assert all((page / f"{name}.png").is_file() for name in ("study", "other"))
@@ -104,19 +109,16 @@ def test_several_studies_make_one_page_of_the_seeds_that_are_finished(finished, 
     assert main(["report", str(other), "--seeds", "0", "1"]) == 0
     report = (finished.parent / "out" / "report" / "table.md").read_text().split("## ")[0]
     [line] = re.findall(r"^\| fixed \| (.*) \|$", text.split("## other")[1].split("## study")[0], re.M)
-    rate, _, mass, loss, gap = line.split(" | ")
-    assert f"| BOS + text | {rate} | {mass} | {loss} |" in report and f"| {gap} |" in report
+    assert line in report
     # One seed of a study that has more.
     assert main(["report", *files, "--out", str(page), "--seeds", "1"]) == 0
     one = (page / "README.md").read_text().split("## study")[1]
-    assert "(1 run)" in one and "±" not in one and f"`sinkbed study {finished} --seeds 1`" in one
+    assert one.count("one run an arm") == 1 and "±" not in one and f"`sinkbed study {finished} --seeds 1`" in one
     # A study that is not named stays on the page as it was; of one whose settings changed, it is said.
     (finished.parent / "none.yaml").write_text("data: {strategy: {first_token: random}}\n")
     capsys.readouterr()
     assert main(["report", str(finished), str(empty), "--out", str(page), "--seeds", "0"]) == 0
-    assert (
-        "not in the report: absent-seed0 (of other settings: data.strategy.first_token was" in capsys.readouterr().out
-    )
+    assert "not on the page: absent-seed0 (of other settings: data.strategy.first_token was" in capsys.readouterr().out
     again = (page / "README.md").read_text()
     assert re.findall("^## (.*)", again, re.M) == ["other", "study"] and "| absent |" not in again.split("## study")[1]
     assert "| absent |" in again.split("## study")[0] and again.count("| [other](#other) |") == 1
@@ -141,7 +143,7 @@ def test_seeds_give_an_interval_in_the_table(finished):
     assert {r["seed"] for r in table(finished)} == {"0", "1"}
     markdown = (finished.parent / "out" / "report" / "table.md").read_text()
     assert re.search(r"\d\.\d{3} ± \d\.\d{3}", markdown)
-    assert "(1 run)" not in markdown and "Differences of arms" in markdown
+    assert "one run" not in markdown and "Differences of arms" in markdown
 
 
 def test_the_report_can_be_made_again_from_what_is_finished(finished):
@@ -166,13 +168,45 @@ def test_a_report_keeps_seeds_that_the_file_does_not_name_and_says_what_is_missi
     assert main(["report", str(finished)]) == 0
     assert {r["seed"] for r in table(finished)} == {"0", "1"}
     report = finished.parent / "out" / "report"
-    assert "Not in it" not in (report / "table.md").read_text() and not (report / "effects.csv").exists()
+    assert "Not in the report" not in (report / "table.md").read_text() and not (report / "effects.csv").exists()
     (report / "effects.csv").write_text("of effects that the file has no more\n")
-    (finished.parent / "out" / "runs" / "absent-seed1" / directory.MEASUREMENT).unlink()
-    assert main(["report", str(finished)]) == 0
-    for name in ("table.md", "index.html"):
-        text = (report / name).read_text()
-        assert "Not in it: absent-seed1 (interrupted)." in text and "(of fewer: absent 0)" in text
+    unfinished = finished.parent / "out" / "runs" / "absent-seed1"
+    (unfinished / directory.MEASUREMENT).unlink()
+    directory.note(unfinished, finished=False)
+    for notice in (
+        "Not finished: absent, seed 1 (step 10 of 10), in the curves alone.",
+        "Not in the report: absent-seed1 (interrupted).",
+    ):
+        assert main(["report", str(finished)]) == 0
+        for name in ("table.md", "index.html"):
+            text = (report / name).read_text()
+            assert notice in text and "(of fewer: absent 0)" in text
+        curves = pq.read_table(report / "curves.parquet").to_pylist()
+        assert (("absent", 1) in {(row["arm"], row["seed"]) for row in curves}) == notice.startswith("Not finished")
+        (unfinished / directory.METRICS).unlink(missing_ok=True)
     assert not (report / "effects.csv").exists()
     assert main(["report", str(finished), "--seeds", "1"]) == 0
     assert {r["seed"] for r in table(finished)} == {"1"}
+
+
+def test_a_run_that_is_still_going_is_reported_as_far_as_it_is(fit, tmp_path, capsys):
+    _, folder = fit(run_dir="alone")
+    measured = directory.read_json(folder / directory.MEASUREMENT)
+    points = (folder / directory.METRICS).read_text().splitlines(keepends=True)
+    (folder / directory.MEASUREMENT).unlink()
+    half = next(n for n, line in enumerate(points) if '"sink/heatmap' in line and json.loads(line)["step"] >= 4)
+    (folder / directory.METRICS).write_text("".join(points[: half + 1]) + points[half + 1][:20])
+    last = json.loads(points[half])
+    assert main(["report", str(folder)]) == 0
+    page = (folder / "report" / "index.html").read_text()
+    assert f"Not finished: alone, seed 0 (step {last['step']} of 10), as of its last measurement." in page
+    assert page.count("<svg") >= 7
+    with (folder / "report" / "table.csv").open() as file:
+        rows = {row["mode"]: row for row in csv.DictReader(file)}
+    assert float(rows["text"]["loss"]) == pytest.approx(last["val/loss/text"], abs=1e-6)
+    assert last["val/loss/text"] > measured["modes"]["text"]["loss"] + 0.1
+    assert float(rows["text"]["sink_rate_0.3"]) == pytest.approx(last["sink/rate_eps0.3/text"], abs=1e-4)
+    assert int(rows["text"]["tokens"]) == last["train/tokens"]
+    (folder / directory.METRICS).write_text("")
+    assert main(["report", str(folder)]) == 1
+    assert "got none in" in capsys.readouterr().err
