@@ -47,6 +47,8 @@ class Server:
 
     def __init__(self):
         self.runs = {}
+        self.views = []
+        """Workspaces and reports as they were sent."""
         self.delay = 0.0
         self.silent = False
         """Takes connections and closes them without a word."""
@@ -67,9 +69,20 @@ class Server:
     def answer(self, query, variables):
         """Data of a GraphQL request."""
         name = (re.search(r"(?:query|mutation)\s+(\w+)", query) or [None, ""])[1]
-        if name == "Viewer":
+        if name in ("Viewer", "GetDefaultEntity"):
             viewer = {"id": "u", "entity": "tester", "username": "tester", "email": "", "flags": "{}"}
             return {"viewer": viewer | {"teams": {"edges": []}}}
+        if name == "ProjectInternalId":
+            return {"project": {"id": "p", "internalId": "p"}}
+        if name == "GetProjects":
+            node = {"id": "p", "name": "sinkbed", "entityName": "tester", "isBenchmark": False, "user": None}
+            edges = [{"node": node | {"createdAt": "2026-01-01T00:00:00"}, "cursor": ""}]
+            return {"models": {"edges": edges, "pageInfo": {"endCursor": None, "hasNextPage": False}}}
+        if "upsertView" in query:
+            self.views.append(variables)
+            return {
+                "upsertView": {"view": {"id": f"view{len(self.views)}", "name": variables["name"]}, "inserted": True}
+            }
         if name == "RunResumeStatus":
             run = self.runs.get(variables["name"])
             bucket = None if run is None else run.bucket()

@@ -21,6 +21,7 @@ COMMANDS = {
     "study": ("sinkbed.train.cli.study", "run the arms of a study, measure and compare them"),
     "report": ("sinkbed.train.cli.report", "table, figures and one HTML page of a study"),
     "runs": ("sinkbed.train.cli.runs", "the runs below a folder: how far each is, its loss and its sink"),
+    "view": ("sinkbed.train.cli.view", "W&B's page of a project: sink curves, losses, maps, runs grouped by arm"),
     "generate": ("sinkbed.train.cli.generate", "a look at what a run writes"),
     "probe": (
         "sinkbed.train.cli.probe",
