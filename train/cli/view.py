@@ -101,7 +101,7 @@ def workspace(entity: str, project: str, group: str | None, modes: Sequence[str]
     import wandb_workspaces.workspaces as ws
     from wandb_workspaces.expr import Tags
 
-    by_arm = {} if group is None else {"groupby": [Tags()]}
+    by_arm: list[Any] = [] if group is None else [Tags()]
     return ws.Workspace(
         entity=entity,
         project=project,
@@ -111,7 +111,7 @@ def workspace(entity: str, project: str, group: str | None, modes: Sequence[str]
             for name, inside in panels(modes).items()
         ],
         settings=ws.WorkspaceSettings(x_axis="train/tokens"),
-        runset_settings=ws.RunsetSettings(filters=_filter(group), **by_arm),
+        runset_settings=ws.RunsetSettings(filters=_filter(group), groupby=by_arm),
     )
 
 
