@@ -184,7 +184,7 @@ def compile_variant(variant: Variant, tiles: Tiles | None = None) -> Counts:
 
 
 def is_stored(arch: str, kernel: str, mask: str, dtype: str, head_dim: int) -> bool:
-    """Whether the stored table has this variant: on two chips whatever differs in kind, on the others a document mask."""
+    """Whether the stored table has this variant: on two chips what differs in kind, on others a document mask."""
     central, common = arch in ("sm_80", "sm_90"), head_dim in (64, 128)
     if mask == "document":
         return (dtype == "bf16" and (central or common)) or (central and head_dim == 64)

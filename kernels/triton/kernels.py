@@ -373,14 +373,14 @@ def dkv_kernel(
     b_k = _load_rows(k + b * k_b + head * k_h, keys, k_t, T, D, BLOCK_D)
     b_v = _load_rows(v + b * v_b + head * v_h, keys, v_t, T, D, BLOCK_D)
     scale2 = scale * LOG2E
-    # From here on these are the group's.
-    q_hl, g_hl = tl.cast(q_h, tl.int64), tl.cast(g_h, tl.int64)
+    # From here on these are those of the group.
     q += b * q_b + head * G * q_h
     grad_o += b * g_b + head * G * g_h
     lse += (b * H + head * G) * T
     delta += (b * H + head * G) * T
     if slopes is not None:
         slopes += head * G
+    stride_qh, stride_gh = tl.cast(q_h, tl.int64), tl.cast(g_h, tl.int64)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     left, full, right, end = key_block_tiles(
@@ -394,7 +394,7 @@ def dkv_kernel(
         row0 = masked_tile(t, 0, 0, left, full, right) * BLOCK_M
         head_slope = None if slopes is None else tl.load(slopes + g) / scale
         b_dk, b_dv = _dkv_step(
-            b_k, b_v, b_dk, b_dv, _at_tile(q + g * q_hl, q_t, row0), _at_tile(grad_o + g * g_hl, g_t, row0),
+            b_k, b_v, b_dk, b_dv, _at_tile(q + g * stride_qh, q_t, row0), _at_tile(grad_o + g * stride_gh, g_t, row0),
             lse + g * T + row0, delta + g * T + row0, q_t, g_t, row0, T, D, scale2, cap, head_slope, bias, keys,
             b_from, b_to, BLOCK_M, BLOCK_D, EVEN_D, True, NORMALIZER, NORMALIZED, PRECISION,
         )  # fmt: skip

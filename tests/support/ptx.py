@@ -61,7 +61,7 @@ class Program:
     def __init__(self, text: str) -> None:
         entry = text[text.index(".entry") :]
         self.parameters: list[tuple[str, str]] = re.findall(r"\.param \.(\w+)[^\n]*? (\w+_param_\d+)", entry)
-        self.threads = int(re.search(r"\.reqntid (\d+)", entry)[1])  # type: ignore[index]
+        self.threads = int(re.search(r"\.reqntid (\d+)", entry)[1])
         self.statements: list[Statement] = []
         self.labels: dict[str, int] = {}
         body = entry[entry.index("\n{\n") + 3 : entry.index("\n}")]
@@ -93,7 +93,7 @@ class Group:
     at: int = 0
     done: bool = False
     copies: list[list[Callable[[], None]]] = field(default_factory=lambda: [[]])
-    """cp.async groups in order; the last is open (§9.7.9.25.3)."""
+    """cp.async groups in order; the last is open (§9.7.9)."""
     products: list[list[Product]] = field(default_factory=lambda: [[]])
     """wgmma groups, likewise (§9.7.15)."""
     sums: dict[int, Array] = field(default_factory=dict)
@@ -191,8 +191,8 @@ class Decoder:
         if operand.startswith("%"):
             slot = self.slot(operand)
             if _width(operand) == bits:
-                return lambda group: group.registers[slot].view(dtype)  # type: ignore[union-attr]
-            return lambda group: group.registers[slot].astype(UNSIGNED[bits]).view(dtype)  # type: ignore[union-attr]
+                return lambda group: group.registers[slot].view(dtype)
+            return lambda group: group.registers[slot].astype(UNSIGNED[bits]).view(dtype)
         constant = np.full(self.lanes, _constant(operand, bits), UNSIGNED[bits]).view(dtype)
         return lambda group: constant
 

@@ -57,7 +57,7 @@ def _elementwise(functions: tuple[Callable[..., Array], Callable[..., Array]]) -
 
 
 def _shift(function: Callable[[Array, Array], Array]) -> Make:
-    """§9.7.8.7: amounts are unsigned and clamped to the width."""
+    """§9.7.8: amounts are unsigned and clamped to the width."""
 
     def make(statement: Statement, decoder: Decoder) -> Execute:
         kind = statement.opcode.split(".")[-1]
@@ -76,7 +76,7 @@ def _shift(function: Callable[[Array, Array], Array]) -> Make:
 
 
 def _funnel_shift(statement: Statement, decoder: Decoder) -> Execute:
-    """shf (§9.7.8.6): the upper half of b:a shifted left, the lower half shifted right."""
+    """shf (§9.7.8): the upper half of b:a shifted left, the lower half shifted right."""
     left = ".l." in statement.opcode
     write = decoder.write(statement.operands[0], "b32")
     a, b, c = (decoder.read(x, "u32") for x in statement.operands[1:])
@@ -90,7 +90,7 @@ def _funnel_shift(statement: Statement, decoder: Decoder) -> Execute:
 
 
 def _multiply(statement: Statement, decoder: Decoder) -> Execute:
-    """mul, mad, fma (§9.7.1.3, §9.7.1.4, §9.7.3.6): of integers `lo`, `hi` or `wide`."""
+    """mul, mad, fma (§9.7.1, §9.7.3): of integers `lo`, `hi` or `wide`."""
     parts, kind = statement.opcode.split("."), statement.opcode.split(".")[-1]
     wide = "wide" in parts
     kind_out = f"{kind[0]}{2 * bits_of(kind)}" if wide or "hi" in parts else kind
@@ -122,7 +122,7 @@ _BOOLEAN = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
 
 def _set_predicate(statement: Statement, decoder: Decoder) -> Execute:
-    """setp (§9.7.5.2, §9.7.6.2): of floats `ltu` and the like are true of NaN, `lt` and the like false."""
+    """setp (§9.7.6): of floats `ltu` and the like are true of NaN, `lt` and the like false."""
     _, name, *modifiers, kind = statement.opcode.split(".")
     unordered = kind == "f32" and name.endswith("u")
     compare = _COMPARISONS[name.removesuffix("u") if unordered else name]
@@ -144,7 +144,7 @@ def _set_predicate(statement: Statement, decoder: Decoder) -> Execute:
 
 
 def _select(statement: Statement, decoder: Decoder) -> Execute:
-    """selp (§9.7.6.3)."""
+    """selp (§9.7.6)."""
     kind = statement.opcode.split(".")[-1]
     write, chosen = decoder.write(statement.operands[0], kind), decoder.read(statement.operands[3], "pred")
     a, b = (decoder.read(x, kind) for x in statement.operands[1:3])
@@ -152,7 +152,7 @@ def _select(statement: Statement, decoder: Decoder) -> Execute:
 
 
 def _extract(statement: Statement, decoder: Decoder) -> Execute:
-    """bfe (§9.7.1.19), of constant positions."""
+    """bfe (§9.7.1), of constant positions."""
     kind = statement.opcode.split(".")[-1]
     write, a = decoder.write(statement.operands[0], kind), decoder.read(statement.operands[1], kind)
     position, length = (int(x, 0) for x in statement.operands[2:])
@@ -169,7 +169,7 @@ def _extract(statement: Statement, decoder: Decoder) -> Execute:
 
 
 def _convert(statement: Statement, decoder: Decoder) -> Execute:
-    """cvt (§9.7.9.21); of two floats the first becomes the upper half."""
+    """cvt (§9.7.9); of two floats the first becomes the upper half."""
     *_, to, of = statement.opcode.split(".")
     write = decoder.write(statement.operands[0], "b32" if to == "tf32" else to)
     read = [decoder.read(x, of) for x in statement.operands[1:]]
@@ -191,7 +191,7 @@ def _convert(statement: Statement, decoder: Decoder) -> Execute:
 
 
 def _move(statement: Statement, decoder: Decoder) -> Execute:
-    """mov (§9.7.9.3, §9.7.9.4), which also packs and unpacks."""
+    """mov (§9.7.9), which also packs and unpacks."""
     kind = statement.opcode.split(".")[-1]
     to, of = (split(x.strip("{} ")) for x in statement.operands)
     part = kind if len(to) == len(of) else f"b{bits_of(kind) // max(len(to), len(of))}"
@@ -211,7 +211,7 @@ def _move(statement: Statement, decoder: Decoder) -> Execute:
 
 
 def _access(statement: Statement, decoder: Decoder) -> Execute:
-    """ld and st (§9.7.9.8, §9.7.9.11) of parameters, of shared and of global memory."""
+    """ld and st (§9.7.9) of parameters, of shared and of global memory."""
     mnemonic, space, *_, kind = statement.opcode.split(".")
     loads = mnemonic == "ld"
     where, what = statement.operands if not loads else reversed(statement.operands)
@@ -248,7 +248,7 @@ def _rows(group: Group, space: str, addresses: Array, dtype: type, width: int, w
 
 
 def _copy(statement: Statement, decoder: Decoder) -> Execute:
-    """cp.async (§9.7.9.25.3): bytes beyond the source's size are zero."""
+    """cp.async (§9.7.9): bytes beyond the source's size are zero."""
     parts = statement.opcode.split(".")
     if "commit_group" in parts:
         return lambda group, mask: group.copies.append([])
@@ -282,7 +282,7 @@ def _copy(statement: Statement, decoder: Decoder) -> Execute:
 
 
 def _shuffle(statement: Statement, decoder: Decoder) -> Execute:
-    """shfl.sync (§9.7.9.6): within the 32 lanes of each warp."""
+    """shfl.sync (§9.7.9): within the 32 lanes of each warp."""
     across = {"bfly": np.bitwise_xor, "idx": lambda lane, which: which}[statement.opcode.split(".")[2]]
     write = decoder.write(statement.operands[0].split("|")[0], "b32")
     value, which = (decoder.read(x, "u32") for x in statement.operands[1:3])
@@ -317,7 +317,7 @@ def _leave(statement: Statement, decoder: Decoder) -> Execute:
 
 
 def _fence(statement: Statement, decoder: Decoder) -> Execute:
-    """fence.proxy.async (§9.7.13.4): what was written so far is seen by wgmma."""
+    """fence.proxy.async (§9.7.13): what was written so far is seen by wgmma."""
 
     def execute(group: Group, mask: Array | None) -> None:
         group.block.shared.unfenced[:] = False
@@ -330,8 +330,8 @@ _TABLE: dict[str, Make] = {
     for name, of in {
         "add": np.add, "sub": np.subtract, "neg": np.negative, "abs": np.abs,
         "min": (np.fmin, np.minimum), "max": (np.fmax, np.maximum),
-        "div": (np.divide, lambda a, b: (a - np.fmod(a, b)) // b), "rem": np.fmod,
-        "ex2": np.exp2, "lg2": np.log2, "rcp": np.reciprocal, "sqrt": np.sqrt,
+        "div": (np.divide, lambda a, b: (a - np.fmod(a, b)) // b),
+        "ex2": np.exp2, "lg2": np.log2, "rcp": np.reciprocal,
         "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.bitwise_not,
     }.items()
 } | {

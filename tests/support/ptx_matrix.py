@@ -50,7 +50,7 @@ def _a_matrix(registers: list[Array], kind: str) -> Array:
 
 
 def matrix_product(statement: Statement, decoder: Decoder) -> Execute:
-    """mma.sync m16n8k* (§9.7.14.5): D = A · B + C in float32."""
+    """mma.sync m16n8k* (§9.7.14): D = A · B + C in float32."""
     kind = statement.opcode.split(".")[-2]
     names = [split(x.strip("{} ")) for x in statement.operands]
     write = [decoder.write(x, "f32") for x in names[0]]
@@ -67,7 +67,7 @@ def matrix_product(statement: Statement, decoder: Decoder) -> Execute:
 
 
 def load_matrix(statement: Statement, decoder: Decoder) -> Execute:
-    """ldmatrix (§9.7.14.5.15): lane 8·j + i of a warp names row i of the 8 × 8 matrix j."""
+    """ldmatrix (§9.7.14): lane 8·j + i of a warp names row i of the 8 × 8 matrix j."""
     names = split(statement.operands[0].strip("{} "))
     write, address = [decoder.write(x, "b32") for x in names], decoder.address(statement.operands[1])
     transposed, count = "trans" in statement.opcode.split("."), len(names)
@@ -86,7 +86,7 @@ def load_matrix(statement: Statement, decoder: Decoder) -> Execute:
 
 
 def store_matrix(statement: Statement, decoder: Decoder) -> Execute:
-    """stmatrix (§9.7.14.5.16), the inverse."""
+    """stmatrix (§9.7.14), the inverse."""
     names = split(statement.operands[1].strip("{} "))
     read, address = [decoder.read(x, "b32") for x in names], decoder.address(statement.operands[0])
     transposed, count = "trans" in statement.opcode.split("."), len(names)
@@ -105,7 +105,7 @@ def store_matrix(statement: Statement, decoder: Decoder) -> Execute:
 
 @functools.lru_cache(maxsize=4096)
 def described(descriptor: int, rows: int, transposed: bool) -> Array:
-    """Bytes in shared memory of the [rows, 16] operand of a matrix descriptor (§9.7.15.5.1).
+    """Bytes in shared memory of the [rows, 16] operand of a matrix descriptor (§9.7.15).
 
     Rows are of 16, 32, 64 or 128 bytes; the 16-byte units of the last three are swizzled by the address's bits from 7
     on. `leading` and `stride` are the steps between these boxes along k or m and across.
@@ -125,7 +125,7 @@ def described(descriptor: int, rows: int, transposed: bool) -> Array:
 
 def _described(group: Group, descriptor: int, rows: int, transposed: bool, kind: str) -> Array:
     memory, at = group.block.shared.rows(group.bit, described(descriptor, rows, transposed), np.uint16, 1, False)
-    if group.block.shared.unfenced[at].any():
+    if group.block.shared.unfenced.reshape(-1, 2)[at].any():
         raise Fault("shared memory written since the last fence.proxy.async")
     return TO_FLOAT[kind](memory[at, 0])
 
@@ -161,7 +161,7 @@ def group_product(statement: Statement, decoder: Decoder) -> Execute:
         def finish() -> None:
             warps = group.threads[::32] // 32 % 4
             if left is None:
-                x = _a_matrix([group.registers[r] for r in of], kind)  # type: ignore[misc]
+                x = _a_matrix([group.registers[r] for r in of], kind)
             else:
                 x = _described(group, descriptors[0], 64, turned[:-1] == [True], kind).reshape(4, 16, 16)[warps]
             y = _described(group, descriptors[1], n, turned[-1:] == [True], kind)

@@ -34,7 +34,7 @@ class Memory:
 
 
 def rows_of(storage: Array, offsets: Array, dtype: type, width: int) -> tuple[Array, Array]:
-    """`storage` as [rows, width] of dtype, and the row of each offset, which must be aligned (§5.4.4)."""
+    """`storage` as [rows, width] of dtype, and the row of each offset, which must be aligned (§5.4)."""
     size = np.dtype(dtype).itemsize * width
     if (offsets % size).any():
         raise Fault(f"an access of {size} bytes that is not aligned")
@@ -50,10 +50,10 @@ class Shared:
     def __init__(self, size: int) -> None:
         size = -(-size // 16) * 16
         self.storage = np.full(size, 0xFF, np.uint8)
-        self.readers, self.writers = (np.zeros(size // 2, np.uint16) for _ in range(2))
-        """A bit a group, for every two bytes."""
-        self.unfenced = np.zeros(size // 2, np.bool_)
-        """Written, and not yet visible to the asynchronous proxy, through which wgmma reads (§9.7.13.4)."""
+        self.readers, self.writers = (np.zeros(size, np.uint16) for _ in range(2))
+        """A bit a group, for every byte."""
+        self.unfenced = np.zeros(size, np.bool_)
+        """Written, and not yet visible to the asynchronous proxy, through which wgmma reads (§9.7.13)."""
 
     def rows(self, bit: int, addresses: Array, dtype: type, width: int, writes: bool) -> tuple[Array, Array]:
         """[rows, width] of dtype and the row of each address, for a group of warps that reads or writes them."""
@@ -62,11 +62,11 @@ class Shared:
             raise Fault(f"byte {int(addresses.max())} of shared memory, which has {len(self.storage)}")
         rows, at = rows_of(self.storage, addresses, dtype, width)
         mine, others = (self.writers, self.readers) if writes else (self.readers, self.writers)
-        if (others.reshape(-1, size // 2)[at] & ~np.uint16(bit)).any():
+        if (others.reshape(-1, size)[at] & ~np.uint16(bit)).any():
             raise Fault("a race: shared memory that other warps " + ("read" if writes else "write"))
-        mine.reshape(-1, size // 2)[at] |= np.uint16(bit)
+        mine.reshape(-1, size)[at] |= np.uint16(bit)
         if writes:
-            self.unfenced.reshape(-1, size // 2)[at] = True
+            self.unfenced.reshape(-1, size)[at] = True
         return rows, at
 
     def settle(self) -> None:
