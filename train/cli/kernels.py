@@ -153,7 +153,7 @@ def print_table(lines: Sequence[dict[str, Any]]) -> None:
             continue
         products = f"{line['matrix']} {line['unit']}" if line["unit"] else ""
         table.add_row(*(str(line[k]) for k in names), *_derived(line), products)
-    console(170).print(table)
+    console(180).print(table)
 
 
 def run(command: str, argv: Sequence[str]) -> int:
