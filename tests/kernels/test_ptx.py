@@ -166,7 +166,7 @@ def test_what_is_removed_is_missed(runs, arch, pattern, unnoticed):
     ("sm_90", r"or\.b64(\s+\S+ \S+) 46116862\d+;", rf"or.b64\1 {(2 << 62) + (64 << 32) + (1 << 16)};", None),
     ("sm_80", r"xor\.b32(\s+%r\d+, %r\d+,) 64;", r"xor.b32\1 32;", None),
     ("sm_90", r"(ld\.global\S+ .*?\+) 0 \]", r"\1 2097152 ]", "in no tensor"),
-    ("sm_90", r"(cp\.async\.cg\S+ \[.*?\], \[.*?\+) 0 \]", rf"\1 {sum(LENGTHS['bf16']) * 128 - 2048} ]", "which has"),
+    ("sm_90", r"(cp\.async\.cg\S+ \[.*?\], \[.*?\+) 0 \]", rf"\1 {sum(LENGTHS['bf16']) * 128 - 2048} ]", "(thread"),
     ("sm_90", r"(wgmma\.mma_async[^{]*\{[^}]*\}, \{(%r\d+).*;)", r"\1\nmov.b32 \2, 0;", "overwritten"),
 ])  # fmt: skip
 def test_a_wrong_swizzle_address_or_operand_is_noticed(runs, arch, pattern, replacement, reason):
