@@ -26,6 +26,7 @@ torch.set_num_threads(1)
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`pytest tests/train/loop/test_faults.py --kills 200` is the long form of the fault tests."""
     parser.addoption("--kills", type=int, default=8, help="random kills of training runs, over all of them")
+    parser.addoption("--every_kernel", action="store_true", help="compiled kernels: every setting with every other")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -34,7 +34,8 @@ MASKS = ("document", "causal", "prefix_lm", "one_document", *SCORINGS)
 """`document` and `causal`; `prefix_lm`: a prefix LM within documents, a learned sink, a gradient of lse and a T that
 is no multiple of 16; `one_document`: causal, with such a T and statistics of rows without documents; `softcap` to
 `softpick`: `document`, with that scoring."""
-KERNELS = ("forward", "forward+statistics", "delta", "dq", "dkv", "received")
+KERNELS = ("forward", "forward+statistics", "delta", "dq", "dkv", "dkv+groups", "received")
+"""`dkv`: a key head for every query head; `dkv+groups`: one for two."""
 # The opcode and no modifier: HFMA2.MMA moves a constant.
 _MATRIX = re.compile(r"(?:@!?U?P\w+\s+)?((?:[HIDQO]|[HIQ]G|UTC[HIQO])MMA|v_mfma)(?![A-Z0-9])")
 _LOCAL = re.compile(r"(?:@!?U?P\w+\s+)?(?:(?P<store>STL|scratch_store)|LDL|scratch_load)(?P<width>\S*)")
@@ -49,13 +50,23 @@ class Chip:
     shared_block: int
     """Bytes of shared memory that one block may have."""
     warp_size: int = 32
+    shared_sm: int = 0
+    """Bytes of shared memory of a multiprocessor; 0 where `blocks` is not known."""
+    warps_sm: int = 64
+    """Warps of a multiprocessor at most."""
+
+    def blocks(self, registers: int, warps: int, shared: int) -> int:
+        """Blocks that a multiprocessor holds at a time, by its 65,536 registers, its shared memory and its warps
+        (CUDA C++ Programming Guide, compute capabilities); 0: not known."""
+        by_registers = 65_536 // (-(-registers // 8) * 8 * 32 * warps)
+        return min(by_registers, self.shared_sm // (shared + 1024), self.warps_sm // warps)
 
 
 CHIPS = {
-    "sm_80": Chip("cuda", 80, 166912),
-    "sm_89": Chip("cuda", 89, 101376),
-    "sm_90": Chip("cuda", 90, 232448),
-    "sm_100": Chip("cuda", 100, 232448),
+    "sm_80": Chip("cuda", 80, 166912, shared_sm=167936),
+    "sm_89": Chip("cuda", 89, 101376, shared_sm=102400, warps_sm=48),
+    "sm_90": Chip("cuda", 90, 232448, shared_sm=233472),
+    "sm_100": Chip("cuda", 100, 232448, shared_sm=233472),
     "gfx942": Chip("hip", "gfx942", 65536, warp_size=64),
 }
 
@@ -85,6 +96,8 @@ class Counts:
     moves to accumulation registers is no spill."""
     reloaded: int
     """Bytes a lane loads again, counted in the same way."""
+    in_loops: int
+    """Bytes that a lane stores or loads for want of registers in a turn of each of the loops over tiles."""
     shared: int
     """Bytes a block."""
     unit: str
@@ -120,6 +133,18 @@ class _Target:
         return torch.device("cpu")
 
 
+def stand_in(arch: str) -> Chip:
+    """Compile for `arch`, one of CHIPS, from here on in this process.
+
+    Raises RuntimeError in Triton's interpreter, where nothing compiles.
+    """
+    if triton_gpu.interpreted():
+        raise RuntimeError("compiling: expected a process without TRITON_INTERPRET, got one with it")
+    chip = CHIPS[arch]
+    triton.runtime.driver.set_active(_Target(chip, 1 + list(CHIPS).index(arch)))
+    return chip
+
+
 class _Recorder:
     """A kernel that compiles where it would be launched, or does nothing where it is not asked for."""
 
@@ -140,10 +165,7 @@ def compile_variant(variant: Variant, tiles: Tiles | None = None) -> Counts:
 
     Raises RuntimeError in Triton's interpreter, where nothing compiles, and whatever the compiler raises.
     """
-    if triton_gpu.interpreted():
-        raise RuntimeError("compiling: expected a process without TRITON_INTERPRET, got one with it")
-    chip = CHIPS[variant.arch]
-    triton.runtime.driver.set_active(_Target(chip, 1 + list(CHIPS).index(variant.arch)))
+    chip = stand_in(variant.arch)
     name = variant.kernel.split("+")[0]
     compiled: list[Any] = []
     originals = {n: getattr(triton_kernels, f"{n}_kernel") for n in ("forward", "delta", "dq", "dkv", "received")}
@@ -162,23 +184,19 @@ def compile_variant(variant: Variant, tiles: Tiles | None = None) -> Counts:
 
 
 def is_stored(arch: str, kernel: str, mask: str, dtype: str, head_dim: int) -> bool:
-    """Whether the stored table has this variant."""
+    """Whether the stored table has this variant: on two chips what differs in kind, on others a document mask."""
+    central, common = arch in ("sm_80", "sm_90"), head_dim in (64, 128)
     if mask == "document":
-        return head_dim > 16 or dtype == "bf16"
-    if mask == "causal":
-        return head_dim > 16 and kernel != "delta"  # which reads no mask
-    # What adds little to the loops is compiled for one dtype and the head dims that are used most.
-    if mask == "one_document" and kernel != "forward+statistics":
-        return False
-    if mask in SCORINGS:
-        of_training = kernel in ("forward", "dq", "dkv") and arch in ("sm_80", "sm_90")
-        return of_training and dtype == "bf16" and head_dim in (64, 128)
-    return dtype == "bf16" and head_dim in (32, 64, 128)
+        return (dtype == "bf16" and (central or common)) or (central and head_dim == 64)
+    of_mask = {"one_document": kernel == "forward+statistics", "causal": kernel != "delta"}  # which reads no mask
+    of_mask |= dict.fromkeys(SCORINGS, kernel in ("forward", "dq", "dkv+groups"))
+    return central and common and dtype == "bf16" and of_mask.get(mask, True)
 
 
 def _launch(variant: Variant) -> None:
     T = 761 if variant.mask in ("prefix_lm", "one_document") else 256
-    q, k = (torch.zeros(1, h, T, variant.head_dim, dtype=DTYPES[variant.dtype]) for h in (4, 2))
+    heads = (4, 4 if variant.kernel == "dkv" else 2)
+    q, k = (torch.zeros(1, h, T, variant.head_dim, dtype=DTYPES[variant.dtype]) for h in heads)
     interval, lse = torch.zeros(1, T, dtype=torch.int32), torch.zeros(1, 4, T)
     prefix_lm = variant.mask == "prefix_lm"
     first_key = last_query = None if variant.mask in ("causal", "one_document") else interval
@@ -222,12 +240,16 @@ def _count(kernel: Any, options: dict[str, Any], chip: Chip) -> Counts:
     spilled, reloaded = spilled_bytes(lines)
     full, masked = tile_loops(lines)
     code = instructions_of(lines)
+    for segment in [code, *(code[slice(*loop)] * 2 for loop in loops_of(lines))]:
+        if wrong := overwritten_operand(segment):
+            raise RuntimeError(f"miscompiled: an operand of {wrong[0]} in flight is overwritten by {wrong[1]}")
     units = [match[1] for line in code[slice(*full) if full else slice(None)] if (match := _MATRIX.match(line))]
     return Counts(
         tiles=f"{options.get('BLOCK_M')}x{options.get('BLOCK_N', '')} w{metadata.num_warps} s{metadata.num_stages}",
         registers=registers,
         spilled=spilled,
         reloaded=reloaded,
+        in_loops=sum(sum(spilled_bytes(code[slice(*loop)])) for loop in (full, masked) if loop),
         shared=metadata.shared,
         unit=units[0] if units else "",
         matrix=len(units),
@@ -282,6 +304,37 @@ def spilled_bytes(lines: list[str]) -> tuple[int, int]:
         words = re.search(r"dwordx(\d)", access["width"])
         total[bool(access["store"])] += int(bits[1]) // 8 if bits else 4 * int(words[1]) if words else 4
     return total[True], total[False]
+
+
+_PRODUCT = re.compile(r"HGMMA\S*\s+R\d+, R(\d+), gdesc")
+# Of an instruction that writes registers, the first of them; what stores, compares, jumps or waits writes none.
+_WRITES = re.compile(
+    r"(?:@!?U?P\w+\s+)?(?!ST|RED|BAR|BRA|EXIT|WARP|DEPBAR|[IFDHU]*SETP|R2P|R2UR|U)(\S+)\s+(?:!?P\w+, )*R(\d+)"
+)
+
+
+def overwritten_operand(code: list[str]) -> tuple[str, str] | None:
+    """The first HGMMA whose A registers another instruction writes before the wait for it, and that instruction.
+
+    A fault of ptxas before 13.3 (triton-lang/triton#11781). Products are taken to be in flight up to the next wait.
+    """
+    flying: dict[str, set[int]] = {}
+    for line in code:
+        if "WARPGROUP.DEPBAR" in line:
+            flying = {}
+        elif match := _WRITES.match(line):
+            opcode, first = match[1], int(match[2])
+            size = re.search(r"HGMMA\.64x(\d+)x|\.(64|128|WIDE)\b|LDSM\S*\.([24])$", opcode)
+            count = 1
+            if size:
+                words = {"64": 2, "WIDE": 2, "128": 4}
+                count = int(size[1]) // 2 if size[1] else words[size[2]] if size[2] else int(size[3])
+            for product, operands in flying.items():
+                if operands & set(range(first, first + count)):
+                    return product, line
+        if match := _PRODUCT.match(line):
+            flying[line] = set(range(int(match[1]), int(match[1]) + 4))
+    return None
 
 
 def instructions_of(lines: list[str]) -> list[str]:

@@ -28,6 +28,7 @@ from sinkbed.kernels.triton.mask import (
     query_block_tiles,
     visible,
 )
+from sinkbed.kernels.triton.order import place
 from sinkbed.kernels.triton.scoring import (
     LN2,
     LOG2E,
@@ -66,12 +67,13 @@ def _load_tile(
 
 
 @triton.jit
-def _load_values(p, rows, T, MASKED: tl.constexpr):
-    """A value a row."""
+def _load_values(p, first, T, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """[BLOCK] from p, which is position `first` of a head: a value a position, if MASKED zero outside T."""
+    n = tl.arange(0, BLOCK)
     if MASKED:
-        return tl.load(p + rows, mask=rows < T, other=0.0)
+        return tl.load(p + n, mask=first + n < T, other=0.0)
     else:
-        return tl.load(p + rows)
+        return tl.load(p + n)
 
 
 @triton.jit
@@ -109,20 +111,20 @@ def _load_rows(p, rows, stride, T, D, BLOCK_D: tl.constexpr):
 def forward_kernel(
     q, k, v, o, lse, first_key_mass, document_mass, learned_sink_mass, row_sum, first_key, end_key,
     doc_start, doc_end, sink_logit, slopes, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t,
-    H, G, T, D, shared_from, shared_to, scale, cap, bias, eps,
+    H, G, T, D, section, shared_from, shared_to, scale, cap, bias, eps,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_SINK: tl.constexpr,
     STATISTICS: tl.constexpr, NORMALIZER: tl.constexpr, NORMALIZED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output, lse (natural log; of a normaliser, that of its divisor) and statistics of BLOCK_M queries of one head.
 
-    Grid: (B·H, query blocks).
+    Grid: B·H · query blocks.
     """
-    bh = tl.program_id(0)
+    blocks = tl.cdiv(T, BLOCK_M)
+    bh, turn = place(tl.program_id(0), tl.num_programs(0) // blocks, blocks, section)
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
-    # The last query block has the most keys: it starts first.
-    row0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
+    row0 = (blocks - 1 - turn) * BLOCK_M  # the last query block has the most keys
     rows = row0 + tl.arange(0, BLOCK_M)
     q += b * q_b + h * q_h
     k += b * k_b + (h // G) * k_h
@@ -222,11 +224,12 @@ def delta_kernel(
     o, grad_o, grad_lse, delta, o_b, o_h, o_t, g_b, g_h, g_t, H, T, D,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
 ):  # fmt: skip
-    """delta_i = Σ_d dO_id O_id − dlse_i, so that dS = P ∘ (dP − delta). Grid: (B·H, query blocks)."""
-    bh = tl.program_id(0)
+    """delta_i = Σ_d dO_id O_id − dlse_i, so that dS = P ∘ (dP − delta). Grid: B·H · query blocks."""
+    blocks = tl.cdiv(T, BLOCK_M)
+    bh = tl.program_id(0) // blocks
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     b_o = _load_rows(o + b * o_b + h * o_h, rows, o_t, T, D, BLOCK_D).to(tl.float32)
     b_g = _load_rows(grad_o + b * g_b + h * g_h, rows, g_t, T, D, BLOCK_D).to(tl.float32)
     b_delta = tl.sum(b_o * b_g, 1)
@@ -264,16 +267,17 @@ def _dq_step(
 def dq_kernel(
     q, k, v, grad_o, lse, delta, dq, first_key, end_key, slopes,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, dq_b, dq_h, dq_t,
-    H, G, T, D, shared_from, shared_to, scale, cap, bias,
+    H, G, T, D, section, shared_from, shared_to, scale, cap, bias,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, NORMALIZER: tl.constexpr, NORMALIZED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of BLOCK_M queries of one head. Grid: (B·H, query blocks)."""
-    bh = tl.program_id(0)
+    """dQ of BLOCK_M queries of one head. Grid: B·H · query blocks."""
+    blocks = tl.cdiv(T, BLOCK_M)
+    bh, turn = place(tl.program_id(0), tl.num_programs(0) // blocks, blocks, section)
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
-    row0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
+    row0 = (blocks - 1 - turn) * BLOCK_M
     rows = row0 + tl.arange(0, BLOCK_M)
     k += b * k_b + (h // G) * k_h
     v += b * v_b + (h // G) * v_h
@@ -318,16 +322,17 @@ def dq_kernel(
 
 @triton.jit
 def _dkv_step(
-    b_k, b_v, b_dk, b_dv, p_q, p_g, p_lse, p_delta, stride_qt, stride_gt, row0, T, D, scale2, cap, head_slope, bias,
-    keys, b_from, b_to,
+    b_k, b_v, b_dk, b_dv, p_q, p_g, p_lse, p_delta, q_t, g_t, row0, T, D, scale2, cap, head_slope, bias, keys,
+    b_from, b_to,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr,
     NORMALIZER: tl.constexpr, NORMALIZED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """One tile of queries, to whose first the pointers point."""
     rows = row0 + tl.arange(0, BLOCK_M)
-    b_lse2 = _load_values(p_lse, rows, T, MASKED) * LOG2E
-    b_delta = _load_values(p_delta, rows, T, MASKED)
-    b_q = _load_tile(_at_tile(p_q, stride_qt, row0), stride_qt, row0, T, D, BLOCK_M, BLOCK_D, EVEN_D, MASKED)
-    b_g = _load_tile(_at_tile(p_g, stride_gt, row0), stride_gt, row0, T, D, BLOCK_M, BLOCK_D, EVEN_D, MASKED)
+    b_lse2 = _load_values(p_lse, row0, T, BLOCK_M, MASKED) * LOG2E
+    b_delta = _load_values(p_delta, row0, T, BLOCK_M, MASKED)
+    b_q = _load_tile(p_q, q_t, row0, T, D, BLOCK_M, BLOCK_D, EVEN_D, MASKED)
+    b_g = _load_tile(p_g, g_t, row0, T, D, BLOCK_M, BLOCK_D, EVEN_D, MASKED)
     b_st, b_tanh = scores(b_k, b_q, rows[None, :] - keys[:, None], cap, head_slope, bias, PRECISION)
     b_xt = exponents(b_st, scale2, b_lse2[None, :], NORMALIZER)  # [BLOCK_N, BLOCK_M]
     if MASKED:
@@ -346,55 +351,85 @@ def _dkv_step(
 def dkv_kernel(
     q, k, v, grad_o, lse, delta, dk, dv, first_query, last_query, slopes,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, g_b, g_h, g_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
-    H, G, T, D, shared_from, shared_to, scale, cap, bias,
+    H, G, T, D, section, shared_from, shared_to, scale, cap, bias,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, NORMALIZER: tl.constexpr, NORMALIZED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, GROUPED: tl.constexpr, NORMALIZER: tl.constexpr,
+    NORMALIZED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of BLOCK_N keys of one key head, summed over its G query heads. Grid: (B·H/G, key blocks)."""
-    bh = tl.program_id(0)
+    """dK and dV of BLOCK_N keys of one key head, summed over its G query heads. Grid: B·H/G · key blocks."""
+    blocks = tl.cdiv(T, BLOCK_N)
+    bh, block = place(tl.program_id(0), tl.num_programs(0) // blocks, blocks, section)
     heads = H // G
     b = (bh // heads).to(tl.int64)
-    hkv = (bh % heads).to(tl.int64)
-    key0 = tl.program_id(1) * BLOCK_N
+    hkv = bh % heads
+    key0 = block * BLOCK_N  # the first key block has the most queries
     keys = key0 + tl.arange(0, BLOCK_N)
     if HAS_FIRST:
         last_query += b * T
     if HAS_END:
         first_query += b * T
     b_from, b_to = load_queries(first_query, last_query, keys, T, shared_from, shared_to, HAS_FIRST, HAS_END)
+    head = hkv.to(tl.int64)
+    b_k = _load_rows(k + b * k_b + head * k_h, keys, k_t, T, D, BLOCK_D)
+    b_v = _load_rows(v + b * v_b + head * v_h, keys, v_t, T, D, BLOCK_D)
     scale2 = scale * LOG2E
-    b_k = _load_rows(k + b * k_b + hkv * k_h, keys, k_t, T, D, BLOCK_D)
-    b_v = _load_rows(v + b * v_b + hkv * v_h, keys, v_t, T, D, BLOCK_D)
+    # From here on these are those of the group.
+    q += b * q_b + head * G * q_h
+    grad_o += b * g_b + head * G * g_h
+    lse += (b * H + head * G) * T
+    delta += (b * H + head * G) * T
+    if slopes is not None:
+        slopes += head * G
+    stride_qh, stride_gh = tl.cast(q_h, tl.int64), tl.cast(g_h, tl.int64)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     left, full, right, end = key_block_tiles(
         first_query, last_query, key0, T, shared_from, shared_to, BLOCK_M, BLOCK_N, HAS_FIRST, HAS_END
     )
-    for g in range(0, G):
-        h = hkv * G + g
-        p_q = q + b * q_b + h * q_h
-        p_g = grad_o + b * g_b + h * g_h
-        p_lse = lse + (b * H + h) * T
-        p_delta = delta + (b * H + h) * T
-        head_slope = None if slopes is None else tl.load(slopes + h) / scale
-        for t in range(0, (full - left) + (end - right)):
-            row0 = masked_tile(t, 0, 0, left, full, right) * BLOCK_M
-            b_dk, b_dv = _dkv_step(
-                b_k, b_v, b_dk, b_dv, p_q, p_g, p_lse, p_delta, q_t, g_t, row0, T, D, scale2, cap, head_slope, bias,
-                keys, b_from, b_to, BLOCK_M, BLOCK_D, EVEN_D, True, NORMALIZER, NORMALIZED, PRECISION,
-            )  # fmt: skip
-        for tile in range(full, right):
-            b_dk, b_dv = _dkv_step(
-                b_k, b_v, b_dk, b_dv, p_q, p_g, p_lse, p_delta, q_t, g_t, tile * BLOCK_M, T, D, scale2, cap,
-                head_slope, bias, keys, b_from, b_to, BLOCK_M, BLOCK_D, EVEN_D, False, NORMALIZER, NORMALIZED,
-                PRECISION,
-            )  # fmt: skip
+    # The query heads of the group follow one another in one loop: of two nested ones the inner is filled and drained
+    # anew for each head, and takes more registers.
+    count = (full - left) + (end - right)
+    g, t = 0, 0
+    for _n in range(0, count * G if GROUPED else count):
+        row0 = masked_tile(t, 0, 0, left, full, right) * BLOCK_M
+        head_slope = None if slopes is None else tl.load(slopes + g) / scale
+        b_dk, b_dv = _dkv_step(
+            b_k, b_v, b_dk, b_dv, _at_tile(q + g * stride_qh, q_t, row0), _at_tile(grad_o + g * stride_gh, g_t, row0),
+            lse + g * T + row0, delta + g * T + row0, q_t, g_t, row0, T, D, scale2, cap, head_slope, bias, keys,
+            b_from, b_to, BLOCK_M, BLOCK_D, EVEN_D, True, NORMALIZER, NORMALIZED, PRECISION,
+        )  # fmt: skip
+        t += 1
+        if GROUPED:
+            g = tl.where(t == count, g + 1, g)
+            t = tl.where(t == count, 0, t)
+    # Here the pointers move on by themselves: a tile, or to the first of the next head.
+    count = right - full
+    row0 = full * BLOCK_M
+    p_q, p_g = _at_tile(q, q_t, row0), _at_tile(grad_o, g_t, row0)
+    step_q, step_g = BLOCK_M * tl.cast(q_t, tl.int64), BLOCK_M * tl.cast(g_t, tl.int64)
+    next_q, next_g = q_h - (count - 1) * step_q, g_h - (count - 1) * step_g
+    at, t, g = row0, 0, 0
+    for _n in range(0, count * G if GROUPED else count):
+        head_slope = None if slopes is None else tl.load(slopes + g) / scale
+        b_dk, b_dv = _dkv_step(
+            b_k, b_v, b_dk, b_dv, p_q, p_g, lse + at, delta + at, q_t, g_t, row0 + t * BLOCK_M, T, D, scale2, cap,
+            head_slope, bias, keys, b_from, b_to, BLOCK_M, BLOCK_D, EVEN_D, False, NORMALIZER, NORMALIZED, PRECISION,
+        )  # fmt: skip
+        t += 1
+        if GROUPED:
+            ends = t == count
+            t = tl.where(ends, 0, t)
+            g = tl.where(ends, g + 1, g)
+            p_q += tl.where(ends, next_q, step_q)
+            p_g += tl.where(ends, next_g, step_g)
+            at += tl.where(ends, T - (count - 1) * BLOCK_M, BLOCK_M)
+        else:
+            p_q, p_g, at = p_q + step_q, p_g + step_g, at + BLOCK_M
     d = tl.arange(0, BLOCK_D)
     inside = (keys < T)[:, None] & (d < D)[None, :]
     at = keys.to(tl.int64)[:, None]
-    tl.store(dk + b * dk_b + hkv * dk_h + at * dk_t + d[None, :], (b_dk * scale).to(dk.dtype.element_ty), mask=inside)
-    tl.store(dv + b * dv_b + hkv * dv_h + at * dv_t + d[None, :], b_dv.to(dv.dtype.element_ty), mask=inside)
+    tl.store(dk + b * dk_b + head * dk_h + at * dk_t + d[None, :], (b_dk * scale).to(dk.dtype.element_ty), mask=inside)
+    tl.store(dv + b * dv_b + head * dv_h + at * dv_t + d[None, :], b_dv.to(dv.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -403,7 +438,7 @@ def _received_step(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = row0 + tl.arange(0, BLOCK_M)
-    b_lse2 = _load_values(p_lse, rows, T, MASKED) * LOG2E
+    b_lse2 = _load_values(p_lse + row0, row0, T, BLOCK_M, MASKED) * LOG2E
     b_q = _load_tile(_at_tile(p_q, stride_qt, row0), stride_qt, row0, T, D, BLOCK_M, BLOCK_D, EVEN_D, MASKED)
     b_st, _tanh = scores(b_k, b_q, rows[None, :] - keys[:, None], None, None, None, PRECISION)  # [BLOCK_N, BLOCK_M]
     b_xt = exponents(b_st, scale2, b_lse2[None, :], "softmax")
@@ -416,15 +451,16 @@ def _received_step(
 @triton.jit
 def received_kernel(
     q, k, lse, received, first_query, last_query, q_b, q_h, q_t, k_b, k_h, k_t,
-    H, G, T, D, shared_from, shared_to, scale,
+    H, G, T, D, section, shared_from, shared_to, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attention that BLOCK_N keys receive from one query head. Grid: (B·H, key blocks)."""
-    bh = tl.program_id(0)
+    """Attention that BLOCK_N keys receive from one query head. Grid: B·H · key blocks."""
+    blocks = tl.cdiv(T, BLOCK_N)
+    bh, block = place(tl.program_id(0), tl.num_programs(0) // blocks, blocks, section)
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
-    key0 = tl.program_id(1) * BLOCK_N
+    key0 = block * BLOCK_N
     keys = key0 + tl.arange(0, BLOCK_N)
     if HAS_FIRST:
         last_query += b * T

@@ -19,10 +19,9 @@ from sinkbed.kernels.normalizers import Fused
 from sinkbed.kernels.scoring import Scoring
 from sinkbed.kernels.statistics import Statistics, with_key
 from sinkbed.kernels.triton import kernels as triton_kernels
-from sinkbed.kernels.triton.tiles import HEAD_DIMS, tiles
+from sinkbed.kernels.triton.order import section
+from sinkbed.kernels.triton.tiles import HEAD_DIMS, Tiles, tiles
 
-_LONGEST = 65_535 * 16
-"""T at most: the second axis of a grid holds 65,535 blocks, the smallest of which are 16 positions."""
 _WIDEST = 2**31 // 128
 """Stride of T below which offsets inside a tile of at most 128 positions fit 32 bits."""
 _Result = TypeVar("_Result")
@@ -82,6 +81,14 @@ def _meta(q: Tensor) -> dict[str, Any]:
     return {"BLOCK_D": block_d, "EVEN_D": block_d == D, "PRECISION": "tf32x3" if nvidia else "ieee"}
 
 
+def _tiles(kernel: str, q: Tensor) -> Tiles:
+    return tiles(_architecture(), kernel, q.dtype.itemsize, triton.next_power_of_2(q.shape[-1]))
+
+
+def _head_bytes(x: Tensor) -> int:
+    return x.shape[2] * x.shape[3] * x.itemsize
+
+
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(s for x in tensors for s in x.stride()[:3])
 
@@ -129,15 +136,16 @@ def _forward(
         first_key, end_key, doc_start, doc_end, sink_logit, slopes
     )
     meta = _meta(q)
-    t = tiles(_architecture(), "forward", q.dtype.itemsize, meta["BLOCK_D"])
-    triton_kernels.forward_kernel[(B * H, triton.cdiv(T, t.block_m))](
+    t = _tiles("forward+statistics" if statistics else "forward", q)
+    G = H // k.shape[1]
+    triton_kernels.forward_kernel[(B * H * triton.cdiv(T, t.block_m),)](
         q, k, v, *outputs, first_key, end_key, doc_start, doc_end, sink_logit, slopes,
-        *_strides(q, k, v, o), H, H // k.shape[1], T, D, shared_from, shared_to,
-        scale, _in_scores(softcap, scale), _in_scores(bias, scale), eps,
+        *_strides(q, k, v, o), H, G, T, D, G * section(B * H // G, 2 * _head_bytes(q)), shared_from, shared_to, scale,
+        _in_scores(softcap, scale), _in_scores(bias, scale), eps,
         BLOCK_M=t.block_m, BLOCK_N=t.block_n, HAS_FIRST=first_key is not None, HAS_END=end_key is not None,
         HAS_DOCS=doc_start is not None, HAS_SINK=sink_logit is not None, STATISTICS=statistics,
         NORMALIZER=normalizer, NORMALIZED=normalized, **meta,
-        num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
+        **t.options,
     )  # fmt: skip
     return outputs
 
@@ -151,7 +159,7 @@ def _backward_kernels(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     _check(q)
     B, H, T, D = q.shape
-    groups = H // k.shape[1]
+    G = H // k.shape[1]
     dq, dk, dv = _empty_like(q), _empty_like(k), _empty_like(v)
     grad, q, k, v, output = _readable(grad, q, k, v, output)
     lse = lse.contiguous()
@@ -163,23 +171,24 @@ def _backward_kernels(
     meta |= {"HAS_FIRST": first_key is not None, "HAS_END": end_key is not None}
     meta |= {"NORMALIZER": normalizer, "NORMALIZED": normalized}
     factors = scale, _in_scores(softcap, scale), _in_scores(bias, scale)
-    triton_kernels.delta_kernel[(B * H, triton.cdiv(T, 64))](
+    triton_kernels.delta_kernel[(B * H * triton.cdiv(T, 64),)](
         output, grad, grad_lse, delta, *_strides(output, grad), H, T, D,
         BLOCK_M=64, BLOCK_D=meta["BLOCK_D"], HAS_GRAD_LSE=grad_lse is not None, num_warps=4,
         enable_fp_fusion=True,
     )  # fmt: skip
-    t = tiles(_architecture(), "dq", q.dtype.itemsize, meta["BLOCK_D"])
-    triton_kernels.dq_kernel[(B * H, triton.cdiv(T, t.block_m))](
+    t = _tiles("dq", q)
+    triton_kernels.dq_kernel[(B * H * triton.cdiv(T, t.block_m),)](
         q, k, v, grad, lse, delta, dq, first_key, end_key, slopes, *_strides(q, k, v, grad, dq),
-        H, groups, T, D, shared_from, shared_to, *factors, BLOCK_M=t.block_m, BLOCK_N=t.block_n, **meta,
-        num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
-    )  # fmt: skip
-    t = tiles(_architecture(), "dkv", q.dtype.itemsize, meta["BLOCK_D"])
-    triton_kernels.dkv_kernel[(B * k.shape[1], triton.cdiv(T, t.block_n))](
-        q, k, v, grad, lse, delta, dk, dv, first_query, last_query, slopes,
-        *_strides(q, k, v, grad, dk, dv), H, groups, T, D, shared_from, shared_to, *factors,
+        H, G, T, D, G * section(B * H // G, 2 * _head_bytes(q)), shared_from, shared_to, *factors,
         BLOCK_M=t.block_m, BLOCK_N=t.block_n, **meta,
-        num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
+        **t.options,
+    )  # fmt: skip
+    t = _tiles("dkv+groups" if G > 1 else "dkv", q)
+    triton_kernels.dkv_kernel[(B * H // G * triton.cdiv(T, t.block_n),)](
+        q, k, v, grad, lse, delta, dk, dv, first_query, last_query, slopes,
+        *_strides(q, k, v, grad, dk, dv), H, G, T, D, section(B * H // G, 2 * G * _head_bytes(q)), shared_from,
+        shared_to, *factors, BLOCK_M=t.block_m, BLOCK_N=t.block_n, GROUPED=G > 1, **meta,
+        **t.options,
     )  # fmt: skip
     if sink_logit is None:
         return dq, dk, dv, q.new_empty(0)
@@ -199,12 +208,13 @@ def _received(
     first_query, last_query = _contiguous(first_query, last_query)
     received = torch.empty_like(lse)
     meta = _meta(q)
-    t = tiles(_architecture(), "received", q.dtype.itemsize, meta["BLOCK_D"])
-    triton_kernels.received_kernel[(B * H, triton.cdiv(T, t.block_n))](
+    t = _tiles("received", q)
+    triton_kernels.received_kernel[(B * H * triton.cdiv(T, t.block_n),)](
         q, k, lse, received, first_query, last_query, *_strides(q, k),
-        H, H // k.shape[1], T, D, shared_from, shared_to, scale, BLOCK_M=t.block_m, BLOCK_N=t.block_n,
+        H, H // k.shape[1], T, D, section(B * H, _head_bytes(q)), shared_from, shared_to, scale,
+        BLOCK_M=t.block_m, BLOCK_N=t.block_n,
         HAS_FIRST=last_query is not None, HAS_END=first_query is not None, **meta,
-        num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
+        **t.options,
     )  # fmt: skip
     return received
 
@@ -269,8 +279,6 @@ def _check(q: Tensor) -> None:
         raise ValueError(f"q: expected a head dim of {', '.join(map(str, HEAD_DIMS))}, got {q.shape[-1]}")
     if q.dtype == torch.float64:
         raise ValueError("q: expected float32, float16 or bfloat16, got torch.float64; use implementation='reference'")
-    if q.shape[2] > _LONGEST:
-        raise ValueError(f"q: expected a row of at most {_LONGEST:,} positions, got {q.shape[2]:,}")
 
 
 def triton_attention(
@@ -285,8 +293,7 @@ def triton_attention(
 ) -> tuple[Tensor, Tensor | None, Statistics | None]:
     """Attention by the Triton kernels; shapes as in `kernels.api.attention`.
 
-    Raises ValueError for head dims other than HEAD_DIMS, for float64, for rows of more than a million positions, and
-    for a scoring that the kernels lack.
+    Raises ValueError for head dims other than HEAD_DIMS, for float64, and for a scoring that the kernels lack.
     """
     _check(q)
     normalizer = _fused(scoring)

@@ -4,6 +4,7 @@ variants against the stored one. Compiling needs a process without Triton's inte
 import csv
 import itertools
 import json
+import re
 
 import pytest
 
@@ -14,10 +15,13 @@ from sinkbed.kernels.triton.aot import (
     MASKS,
     SCORINGS,
     instructions_of,
+    is_stored,
     loops_of,
+    overwritten_operand,
     spilled_bytes,
     tile_loops,
 )
+from sinkbed.kernels.triton.tiles import HEAD_DIMS
 from sinkbed.train.cli.kernels import BASELINE, compile_all, read_table, violations
 from sinkbed.train.cli.main import main
 
@@ -64,74 +68,60 @@ def test_spilled_bytes_are_what_the_instructions_store_and_load():
     assert spilled_bytes(amd) == (8, 4)
 
 
-# Bytes that a lane spills, by head dim; what is not here spills nothing. Beside the table, because `--write` stores
-# whatever it finds.
-SPILLED = {
-    "sm_80 dkv document bf16": {96: 36, 128: 32},
-    "sm_80 dkv document fp16": {96: 36, 128: 32},
-    "sm_80 dkv document fp32": {32: 36, 96: 8, 128: 8},
-    "sm_80 forward+statistics document fp32": {96: 8},
-    "sm_80 dkv causal bf16": {96: 24, 128: 20},
-    "sm_80 dkv causal fp16": {96: 24, 128: 20},
-    "sm_80 dkv causal fp32": {32: 20, 64: 16, 96: 8, 128: 8},
-    "sm_89 dkv document bf16": {96: 36, 128: 32},
-    "sm_89 dkv document fp16": {96: 36, 128: 32},
-    "sm_89 dkv document fp32": {32: 16, 128: 8},
-    "sm_89 dkv causal bf16": {96: 24, 128: 20},
-    "sm_89 dkv causal fp16": {96: 24, 128: 20},
-    "sm_89 dkv causal fp32": {32: 16, 96: 8, 128: 8},
-    "sm_90 dkv document fp32": {32: 52, 64: 24, 96: 12, 128: 8},
-    "sm_90 dq document fp32": {64: 8},
-    "sm_90 dq causal fp32": {32: 36, 64: 20},
-    "sm_90 dkv causal fp32": {32: 44, 128: 8},
-    "sm_90 received causal fp32": {32: 4},
-    "sm_100 delta document fp16": {64: 8},
-    "sm_100 dkv document fp32": {32: 12, 64: 20, 96: 20, 128: 12},
-    "sm_100 dq document fp32": {64: 32},
-    "sm_100 dq causal fp32": {32: 36},
-    "sm_100 dkv causal fp32": {32: 24, 96: 12, 128: 20},
-    "gfx942 dkv document fp32": {96: 100, 128: 100},
-    "gfx942 dkv causal fp32": {96: 56, 128: 56},
-    "sm_80 dkv prefix_lm bf16": {64: 8, 128: 156},
-    "sm_89 dkv prefix_lm bf16": {128: 152},
-    "sm_90 dkv prefix_lm bf16": {128: 4},
-    "sm_80 dkv softcap bf16": {128: 32},
-    "sm_80 dkv alibi bf16": {128: 32},
-    "sm_80 dkv sigmoid bf16": {128: 28},
-    "sm_80 dkv softpick bf16": {128: 32},
-    "sm_90 dq softcap bf16": {128: 8},
+# Bytes that a lane stores or loads for want of registers in a turn of the loops over tiles; what is not here, none.
+# Beside the table, because `--write` stores whatever it finds.
+IN_LOOPS = {
+    "sm_80 forward+statistics causal bf16 64": 4,
+    "sm_80 forward+statistics prefix_lm bf16 64": 12,
+    "sm_90 dq softcap bf16 64": 44,
+    "sm_90 dkv+groups softcap bf16 64": 12,
+    "sm_90 dkv+groups softcap bf16 128": 4,
+    "sm_90 dkv+groups alibi bf16 64": 4,
+    "sm_90 dkv+groups alibi bf16 128": 4,
 }
 
 
-def test_the_baseline_holds_every_variant_and_spills_no_more_than_is_allowed():
+def test_the_baseline_holds_every_variant_and_spills_in_loops_only_what_is_allowed():
     table = read_table(BASELINE)
-    kernels = ("forward", "forward+statistics", "delta", "dq", "dkv", "received")
-    sizes = list(itertools.product(("bf16", "fp16", "fp32"), ("32", "64", "96", "128")))
-    expected = {
-        (k, m, *s) for k in kernels for m in ("document", "causal") for s in sizes if (k, m) != ("delta", "causal")
+    variants = itertools.product(CHIPS, KERNELS, MASKS, DTYPES, HEAD_DIMS)
+    reads_no_mask = ("delta", "one_document", "causal", *SCORINGS)
+    assert set(table) == {
+        (*map(str, v),) for v in variants if is_stored(*v) and not (v[1] == "delta" and v[2] in reads_no_mask)
     }
-    expected |= {(k, "document", "bf16", "16") for k in kernels}
-    expected |= {(k, "prefix_lm", "bf16", d) for k in kernels for d in ("32", "64", "128")}
-    expected |= {("forward+statistics", "one_document", "bf16", d) for d in ("32", "64", "128")}
-    scorings = itertools.product(("sm_80", "sm_90"), ("forward", "dq", "dkv"), SCORINGS, ("bf16",), ("64", "128"))
-    assert set(table) == {(a, *rest) for a in CHIPS for rest in expected} | set(scorings)
-    found: dict[str, dict[int, int]] = {}
-    for (*names, head_dim), line in table.items():
+    in_loops = {}
+    for names, line in table.items():
         assert int(line["shared"]) <= CHIPS[names[0]].shared_block
         assert names[1] == "delta" or (
             int(line["matrix"]) > 0 and 0 < int(line["full_loop"]) < int(line["masked_loop"])
         )
-        if int(line["spilled"]) > 0:
-            found.setdefault(" ".join(names), {})[int(head_dim)] = int(line["spilled"])
-    assert found == SPILLED
+        if int(line["in_loops"]) > 0:
+            in_loops[" ".join(names)] = int(line["in_loops"])
+    assert in_loops == IN_LOOPS
 
 
-def test_what_training_runs_spills_nothing():
-    for name, by_head_dim in SPILLED.items():
-        arch, kernel, mask, dtype = name.split()
-        promised = kernel in ("forward", "forward+statistics", "dq") or (kernel == "dkv" and arch == "sm_90")
-        if promised and dtype != "fp32" and mask in ("document", "causal"):
-            assert set(by_head_dim) <= {96}, name
+@pytest.mark.parametrize(
+    ("kernel", "head_dim", "most"),
+    [("dkv", "128", 600), ("dkv+groups", "128", 600), ("dkv", "64", 350), ("dkv+groups", "64", 350),
+     ("forward", "64", 240), ("forward+statistics", "64", 245)],
+)  # fmt: skip
+def test_what_an_h100_trains_with_takes_few_instructions_and_spills_in_no_loop(kernel, head_dim, most):
+    """Instructions that warps issue for 1,000 pairs of a query and a key."""
+    for mask in ("document", "causal", "prefix_lm"):
+        line = read_table(BASELINE)["sm_90", kernel, mask, "bf16", head_dim]
+        queries, keys, warps = map(int, re.findall(r"\d+", line["tiles"])[:3])
+        assert 1000 * int(line["full_loop"]) * warps / (queries * keys) <= most
+        assert line["in_loops"] == "0"
+
+
+def test_an_operand_that_is_overwritten_before_the_wait_is_seen():
+    """triton-lang/triton#11781: ptxas gave a product's A registers away while it was in flight."""
+    product = "HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR4], R24"
+    wait = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    for other in ("MOV R6, R1", "@!P0 LDS.128 R4, [R9+0x10]", "LDSM.16.M88.4 R1, [R9]", "IMAD.WIDE R3, R1, R2, R5"):
+        assert overwritten_operand([product, other, wait]) == (product, other)
+    for other in ("LDS.128 R0, [R4]", "STS [R6], R5", "MOV R8, R4", "ISETP.GE.AND P0, PT, R4, R5, PT", "R2UR UR4, R4"):
+        assert overwritten_operand([product, other, wait]) is None
+    assert overwritten_operand([product, wait, "MOV R6, R1"]) is None
 
 
 def executed(line, length):
@@ -145,20 +135,19 @@ def executed(line, length):
 
 
 def test_what_statistics_cost_is_what_the_readme_says():
-    """In instructions, bf16, D 32, 64 and 128: the loop over full tiles, and rows of one document of 512."""
+    """In instructions, bf16: the loop over full tiles, and rows of one document of 512."""
     table = read_table(BASELINE)
     loop, row = [], []
-    for arch, mask, head_dim in itertools.product(CHIPS, ("document", "causal"), ("32", "64", "128")):
-        plain, measured = (table[arch, f"forward{k}", mask, "bf16", head_dim] for k in ("", "+statistics"))
-        assert plain["tiles"] == measured["tiles"]
-        loop.append(int(measured["full_loop"]) / int(plain["full_loop"]) - 1)
-        row.append(executed(measured, 512) / executed(plain, 512) - 1)
+    for (arch, kernel, mask, dtype, head_dim), plain in table.items():
+        if kernel == "forward" and mask in ("document", "causal") and dtype == "bf16" and head_dim != "16":
+            measured = table[arch, "forward+statistics", mask, dtype, head_dim]
+            assert plain["tiles"] == measured["tiles"]
+            loop.append(int(measured["full_loop"]) / int(plain["full_loop"]) - 1)
+            row.append(executed(measured, 512) / executed(plain, 512) - 1)
     readme = (BASELINE.parent.parent / "README.md").read_text().replace("\n", " ")
     assert f"add at most {100 * max(loop):.0f} % to the loop over full tiles" in readme
     percent = f"{100 * min(row):.0f} to {100 * max(row):.0f} %"
     assert f"{percent} to the whole forward pass of one document at T 512" in readme
-    assert int(table["sm_80", "forward+statistics", "document", "bf16", "64"]["full_loop"]) <= 351
-    assert int(table["sm_90", "forward+statistics", "document", "bf16", "64"]["full_loop"]) <= 305
 
 
 def test_a_worse_table_is_refused_with_every_reason():
@@ -166,11 +155,12 @@ def test_a_worse_table_is_refused_with_every_reason():
     stored = read_table(BASELINE)
     good = {
         **stored[key],
-        **{n: int(stored[key][n]) for n in ("shared", "matrix", "spilled", "full_loop")},
+        **{n: int(stored[key][n]) for n in ("shared", "matrix", "spilled", "in_loops", "full_loop")},
     }
     assert violations([good], stored) == []
     worse = {
         "spilled": good["spilled"] + 4,
+        "in_loops": good["in_loops"] + 4,
         "shared": 300_000,
         "matrix": 0,
         "full_loop": good["full_loop"] * 1.03,
@@ -186,20 +176,23 @@ def test_a_worse_table_is_refused_with_every_reason():
 
 COMPILED = [
     ("sm_80", "forward+statistics", "document", "bf16", 64),
-    ("sm_80", "dkv", "document", "fp16", 128),
-    ("sm_80", "received", "causal", "bf16", 32),
-    ("sm_89", "forward", "document", "fp16", 64),
+    ("sm_80", "dkv+groups", "causal", "bf16", 128),
+    ("sm_80", "received", "document", "bf16", 32),
+    ("sm_89", "forward", "document", "bf16", 64),
     ("sm_90", "forward+statistics", "prefix_lm", "bf16", 64),
     ("sm_90", "dq", "causal", "bf16", 128),
     ("sm_90", "dkv", "prefix_lm", "bf16", 64),
-    ("sm_90", "delta", "prefix_lm", "bf16", 128),
-    ("sm_90", "dq", "document", "fp32", 32),
-    ("sm_100", "forward+statistics", "one_document", "bf16", 64),
-    ("gfx942", "dq", "document", "bf16", 96),
-    ("sm_80", "dkv", "softcap", "bf16", 64),
+    ("sm_90", "dq", "document", "fp16", 64),
+    ("sm_90", "dq", "document", "fp32", 64),
+    ("sm_90", "forward+statistics", "one_document", "bf16", 64),
+    ("sm_90", "delta", "document", "bf16", 16),
+    ("sm_100", "dkv+groups", "document", "bf16", 64),
+    ("gfx942", "dq", "document", "bf16", 128),
+    ("sm_80", "dkv+groups", "softcap", "bf16", 64),
+    ("sm_80", "dq", "document", "bf16", 96),
     ("sm_90", "dq", "alibi", "bf16", 64),
     ("sm_90", "forward", "sigmoid", "bf16", 64),
-    ("sm_90", "dkv", "softpick", "bf16", 64),
+    ("sm_90", "dkv+groups", "softpick", "bf16", 64),
 ]
 
 
@@ -208,7 +201,7 @@ def test_the_kernels_compile_to_no_worse_than_the_baseline():
     """Every chip, kernel, mask, dtype and head dim is in some variant; all of them are `sinkbed kernels --all`."""
     lines = compile_all([(*variant, None) for variant in COMPILED], workers=2)
     assert violations(lines, read_table(BASELINE)) == []
-    for i, names in enumerate((tuple(CHIPS), KERNELS, MASKS, tuple(DTYPES), (32, 64, 96, 128))):
+    for i, names in enumerate((tuple(CHIPS), KERNELS, MASKS, tuple(DTYPES), HEAD_DIMS)):
         assert {variant[i] for variant in COMPILED} == set(names)
 
 

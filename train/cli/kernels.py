@@ -7,6 +7,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from sinkbed.plain_text import console, csv_of
 
 BASELINE = Path(__file__).resolve().parents[2] / "kernels" / "triton" / "baseline.csv"
 _KEYS = ("arch", "kernel", "mask", "dtype", "head_dim")
-_CHECKED = ("tiles", "spilled", "unit", "matrix", "full_loop")
+_CHECKED = ("tiles", "spilled", "in_loops", "unit", "matrix", "full_loop")
 _GROWTH = 1.02  # of a loop over full tiles, before a check fails
 
 
@@ -47,12 +48,13 @@ def compile_all(tasks: Sequence[Any], workers: int) -> list[dict[str, Any]]:
     spawn = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory() as cache,
-        ProcessPoolExecutor(workers, spawn, initializer=_compile_only, initargs=(cache,)) as pool,
+        ProcessPoolExecutor(workers, spawn, initializer=compile_only, initargs=(cache,)) as pool,
     ):
         return list(tqdm(pool.map(compile_one, tasks), "compiling", len(tasks), unit=" kernels"))
 
 
-def _compile_only(cache: str) -> None:
+def compile_only(cache: str) -> None:
+    """Make a process that has not imported triton one that compiles, with its cache in a folder."""
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_CACHE_DIR"] = cache  # a warm cache would hide a compiler's failure
 
@@ -100,6 +102,10 @@ def violations(lines: Sequence[dict[str, Any]], baseline: dict[tuple[str, ...], 
             )
         if line["spilled"] > int(stored["spilled"]):
             messages.append(f"{name}: expected at most {stored['spilled']} spilled bytes, got {line['spilled']}")
+        if line["in_loops"] > int(stored["in_loops"]):
+            messages.append(
+                f"{name}: expected at most {stored['in_loops']} bytes spilled in the loops, got {line['in_loops']}"
+            )
         if line["full_loop"] > _GROWTH * int(stored["full_loop"]):
             messages.append(
                 f"{name}: expected at most {stored['full_loop']} instructions for a full tile (and 2 %), got "
@@ -114,6 +120,16 @@ def to_csv(lines: Sequence[dict[str, Any]]) -> str:
     return csv_of(lines, [n for n in names if n != "error"])
 
 
+def _derived(line: dict[str, Any]) -> tuple[str, str]:
+    """Instructions that warps issue for 1,000 pairs of a query and a key, and blocks on a multiprocessor."""
+    from sinkbed.kernels.triton.aot import CHIPS
+
+    queries, keys, warps = map(int, re.findall(r"\d+", line["tiles"].replace("x ", "x0 "))[:3])
+    blocks = CHIPS[line["arch"]].blocks(line["registers"], warps, line["shared"])
+    pairs = queries * keys
+    return f"{1000 * line['full_loop'] * warps / pairs:.0f}" if pairs else "", str(blocks or "")
+
+
 def print_table(lines: Sequence[dict[str, Any]]) -> None:
     """The lines for people."""
     from rich.table import Table
@@ -121,10 +137,10 @@ def print_table(lines: Sequence[dict[str, Any]]) -> None:
     table = Table(title="Compiled ahead of time: static counts, nothing was run", title_justify="left")
     names = {
         "arch": "GPU", "kernel": "kernel", "mask": "mask", "dtype": "dtype", "head_dim": "D", "tiles": "tile",
-        "registers": "reg.", "spilled": "spilled B", "shared": "shared B",
+        "registers": "reg.", "spilled": "spilled B", "in_loops": "in loops", "shared": "shared B",
         "full_loop": "full tile", "masked_loop": "masked",
     }  # fmt: skip
-    for name in (*names.values(), "products"):
+    for name in (*names.values(), "a 1,000 pairs", "blocks", "products"):
         left = name in ("GPU", "kernel", "mask", "dtype", "tile")
         table.add_column(name, justify="left" if left else "right", no_wrap=left)
     before = None
@@ -135,8 +151,9 @@ def print_table(lines: Sequence[dict[str, Any]]) -> None:
         if "error" in line:
             table.add_row(*(str(line[k]) for k in _KEYS), line["error"])
             continue
-        table.add_row(*(str(line[k]) for k in names), f"{line['matrix']} {line['unit']}" if line["unit"] else "")
-    console(150).print(table)
+        products = f"{line['matrix']} {line['unit']}" if line["unit"] else ""
+        table.add_row(*(str(line[k]) for k in names), *_derived(line), products)
+    console(180).print(table)
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -157,7 +174,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument("--mask", nargs="+", choices=MASKS, default=("document",), help="default: document")
     parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=("bf16",), help="default: bf16")
     parser.add_argument("--head_dim", nargs="+", type=int, choices=HEAD_DIMS, default=(64, 128), help="default: 64 128")
-    parser.add_argument("--all", action="store_true", help="every variant of the stored table")
+    parser.add_argument(
+        "--all", action="store_true", help="every variant of the stored table, which is made anew with --write"
+    )
     parser.add_argument(
         "--tiles", nargs=4, type=int, metavar=("M", "N", "WARPS", "STAGES"), help="instead of the table's"
     )
@@ -190,8 +209,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     if arguments.check:
         wrong = violations(lines, baseline)
     if arguments.write and not wrong:
-        # Lines of variants that were not compiled now stay.
-        stored: dict[tuple[str, ...], Any] = dict(read_table(BASELINE)) if BASELINE.is_file() else {}
+        # Lines of variants that were not compiled now stay, but for a whole new table.
+        keep = BASELINE.is_file() and not arguments.all
+        stored: dict[tuple[str, ...], Any] = dict(read_table(BASELINE)) if keep else {}
         stored |= {tuple(str(line[key]) for key in _KEYS): line for line in lines}
         write_atomic(BASELINE, to_csv(list(stored.values())))
     for message in wrong:
