@@ -10,7 +10,7 @@ from sinkbed.data.files import write_atomic
 from sinkbed.train.config.arguments import PlainParser
 from sinkbed.train.measure.modes import MODE_LABELS, check_modes
 
-_OF_MODES = {
+_OF_MODES: dict[str, dict[str, str]] = {
     "Sink": {
         "sink rate, % (eps 0.3)": "sink/rate_eps0.3/{}",
         "sink mass": "sink/mass/{}",
@@ -20,7 +20,7 @@ _OF_MODES = {
     "Losses": {"loss, nats": "val/loss/{}", "bits per byte": "val/bits_per_byte/{}"},
 }
 """Section -> title -> metric of an inference mode."""
-_ALONE = {
+_ALONE: dict[str, dict[str, tuple[str, ...]]] = {
     "Sink": {
         "packed rows: document starts against row starts": ("sink/packed_document_mass", "sink/packed_first_key_mass")
     },
