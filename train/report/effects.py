@@ -39,10 +39,8 @@ DIGITS = {"sink_mass": 3, "sink_share": 3, "loss": 3, "bits_per_byte": 3, "loss_
 VERDICTS = (
     "A verdict is on the mean difference of arms on the same documents (one store), paired by seed. Reproduced: its "
     "95 % interval lies on the expected side of 0 (for the same: inside the tolerance). Not reproduced: it lies on "
-    "another side. Within noise: it reaches both. One comparison in twenty leaves 0 out by chance. As expected: "
-    "reproduced, of what has no source."
+    "another side. Within noise: it reaches both. As expected: reproduced, of what has no source."
 )
-"""What they mean, for a reader."""
 SIGNS = {
     "reproduced": ("✓", "good"),
     "as expected": ("✓", "good"),
@@ -83,12 +81,12 @@ def figure(result: Result, metric: str, mode: str) -> float | None:
     if metric == "sink_rate_placed":
         placed = (modes[mode].get("rate_placed") or {}).get("0.3")
         if placed:
-            return sum(map(sum, placed)) / sum(map(len, placed))
+            return mean(placed)
         # One that is placed at position 0, and nowhere after, is the first key.
         first_tokens = result.strategy["first_token"]
-        first_tokens = first_tokens if isinstance(first_tokens, list) else [first_tokens]
-        at_0 = mode in ("as_trained", {"bos": "bos", "random": "random_first"}.get(first_tokens[0]))
-        only = first_tokens[0] not in ("none", None) and all(what == "none" for what in first_tokens[1:])
+        first, *others = first_tokens if isinstance(first_tokens, list) else [first_tokens]
+        at_0 = mode in ("as_trained", {"bos": "bos", "random": "random_first"}.get(first))
+        only = first not in ("none", None) and all(what == "none" for what in others)
         return result.value(mode, "0.3") if at_0 and only else None
     if metric in ("sink_rate_share", "sink_share"):
         key, plain = ("rate_share", "rate") if metric == "sink_rate_share" else ("share", "mass")
@@ -106,6 +104,11 @@ def figures(results: Sequence[Result], arm: str, metric: str, mode: str) -> dict
     """Seed -> figure of an arm, where there is one."""
     values = {r.seed: figure(r, metric, mode) for r in results if r.arm == arm}
     return {seed: value for seed, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def written(metric: str, values: Interval | Iterable[float] | None, *, sign: bool = False) -> str:
+    """A figure over runs, or a difference, with its decimals; see `spread`."""
+    return spread(values, DIGITS.get(metric, 1), sign=sign)
 
 
 def label(metric: str, mode: str) -> str:
@@ -132,8 +135,8 @@ class Outcome:
     """What became of an expected effect."""
 
     effect: Effect
-    ours: Interval | None
-    theirs: Interval | None
+    arm: Interval | None
+    against: Interval | None
     difference: Interval | None
     published: tuple[float, float] | None
     """The published figures of `arm` and of what it is compared with, where both are known."""
@@ -168,6 +171,11 @@ class Outcome:
         return self.verdict.removeprefix("one run: ")
 
     @property
+    def measured(self) -> str:
+        """The figure and its difference, where there is one."""
+        return f"{LABELS[self.effect.metric]} {written(self.effect.metric, self.difference, sign=True)}".strip()
+
+    @property
     def subtraction(self) -> str:
         """Which arms, or modes of one, the difference is of."""
         effect, (arm, mode) = self.effect, self.effect.other
@@ -181,14 +189,14 @@ class Outcome:
         """Header -> cell, for a reader; `record` has the numbers."""
         effect, published = self.effect, ""
         if self.published is not None:
-            ours, other = self.published
-            published = f"{fixed(ours, 2)} against {fixed(other, 2)} ({fixed(ours - other, 2, sign=True)})"
+            a, b = self.published
+            published = f"{fixed(a, 2)} against {fixed(b, 2)} ({fixed(a - b, 2, sign=True)})"
         return {
             "effect": self.name,
             "verdict": self.finding,
             "of": self.subtraction,
             "figure": LABELS[effect.metric],
-            "difference": spread(self.difference, DIGITS.get(effect.metric, 1), sign=True),
+            "difference": written(effect.metric, self.difference, sign=True),
             "expected": {"up": "larger", "down": "smaller", "none": f"same within {effect.tolerance:g}"}[
                 effect.expected
             ],
@@ -199,11 +207,10 @@ class Outcome:
     def record(self) -> dict[str, Any]:
         """As a row of effects.csv: plain numbers, empty where there is none."""
         effect, (arm, mode) = self.effect, self.effect.other
-        parts = {"": self.difference, "arm_": self.ours, "against_": self.theirs}
-        numbers: dict[str, Any] = {}
-        for name, part in parts.items():
-            numbers[f"{name or 'difference_'}mean"] = _plain(part.mean if part else None)
-            numbers[f"{name or 'difference_'}half_width"] = _plain(part.half if part else None)
+        numbers: dict[str, float | None] = {}
+        for name, part in (("difference", self.difference), ("arm", self.arm), ("against", self.against)):
+            mean, half = (part.mean, part.half) if part else (math.nan, math.nan)
+            numbers[f"{name}_mean"], numbers[f"{name}_half_width"] = _finite(mean), _finite(half)
         return {
             "effect": effect.name,
             "metric": effect.metric,
@@ -220,46 +227,51 @@ class Outcome:
         }
 
 
-def _plain(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else round(value, 6)
+def _finite(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None
 
 
 def check(results: Sequence[Result], effects: Sequence[Effect], published: Published) -> list[Outcome]:
     """Every expected effect against what the finished runs gave, by differences of the same seeds."""
     results, outcomes = [r for r in results if not r.progress], []
     for effect in effects:
-        arm, mode = effect.other
-        ours = figures(results, effect.arm, effect.metric, effect.mode)
-        theirs = figures(results, arm, effect.metric, mode)
-        both = same_documents(results, effect.arm, arm)
-        both = both and same_targets(results, effect.metric, (effect.arm, effect.mode), (arm, mode))
-        difference = paired(ours, theirs) if both else None
-        outcomes.append(
-            Outcome(
-                effect,
-                Interval.of(list(ours.values())) if ours else None,
-                Interval.of(list(theirs.values())) if theirs else None,
-                difference,
-                _published(published, effect),
-                _named(verdict(difference, effect.expected, effect.tolerance), effect),
-            )
-        )
+        cells = (effect.arm, effect.mode), effect.other
+        by_seed = [list(figures(results, arm, effect.metric, mode).values()) for arm, mode in cells]
+        intervals = [Interval.of(values) if values else None for values in by_seed]
+        between = difference(results, effect.metric, *cells)
+        name = verdict(between, effect.expected, effect.tolerance)
+        if not effect.source:  # what nobody has published cannot be reproduced
+            name = name.replace("reproduced", "as expected")
+        outcomes.append(Outcome(effect, *intervals, between, _published(published, effect), name))
     return outcomes
 
 
-def counts(effects: Sequence[Outcome]) -> dict[str, int]:
+def difference(results: Sequence[Result], metric: str, one: tuple[str, str], other: tuple[str, str]) -> Interval | None:
+    """Of a figure of two (arm, mode), paired by seed; None where documents or targets are not the same."""
+    if not same_documents(results, one[0], other[0]) or not same_targets(results, metric, one, other):
+        return None
+    return paired(*(figures(results, arm, metric, mode) for arm, mode in (one, other)))
+
+
+def counts(effects: Sequence[Outcome]) -> Counter[str]:
     """How many effects came to which verdict; that of one run is said elsewhere."""
-    return dict(Counter(item.finding for item in effects))
+    return Counter(item.finding for item in effects)
+
+
+def explanation(verdicts: Counter[str], most_seeds: int | None = None) -> str:
+    """What these verdicts mean, for a reader; `most_seeds`: the study's."""
+    made = verdicts.total() - verdicts["not measured"]
+    rule = "Seeds were added one at a time until every interval was as narrow as its half_width, at most"
+    return (
+        f"{VERDICTS} Comparisons made: {made}; where nothing differs, one in twenty leaves 0 out by chance."
+        + (f" {rule} {most_seeds}." if most_seeds else "")
+        + " Effects that share an arm are not independent of each other."
+    )
 
 
 def listed(verdicts: dict[str, int]) -> str:
     """`30 reproduced, 2 within noise`."""
     return ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
-
-
-def _named(verdict: str, effect: Effect) -> str:
-    """A verdict; what nobody has published cannot be reproduced."""
-    return verdict if effect.source else verdict.replace("reproduced", "as expected")
 
 
 def same_targets(results: Sequence[Result], metric: str, *cells: tuple[str, str]) -> bool:
@@ -290,8 +302,8 @@ def same_documents(results: Sequence[Result], *arms: str) -> bool:
 def _published(published: Published, effect: Effect) -> tuple[float, float] | None:
     index = 1 if effect.metric == "loss" else 0 if effect.metric.startswith("sink_rate_0") else None
     arm, mode = effect.other
-    ours, theirs = published.get(effect.arm, {}).get(effect.mode), published.get(arm, {}).get(mode)
-    if index is None or not ours or not theirs:
+    pair = published.get(effect.arm, {}).get(effect.mode), published.get(arm, {}).get(mode)
+    if index is None or not all(pair):
         return None
-    a, b = ours[index], theirs[index]
+    a, b = (values[index] for values in pair if values)
     return None if a is None or b is None else (a, b)

@@ -1,7 +1,7 @@
 """Figures: panels, and how they become files (SVG, PDF, PNG) and drawings on a page.
 
-A picture is a few panels. Its files show them on one sheet, for a paper; on a page each is a drawing of its own, so
-that they stand beside or below each other as the window allows. What belongs to an arm, or a mode, is one series: it
+A picture is a few panels on one sheet, for a paper; a page cuts them out, so that they stand beside or below each other
+as the window allows. What belongs to an arm, or a mode, is one series: it
 has one look everywhere, and a page can hide it.
 """
 
@@ -12,9 +12,9 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,7 +48,7 @@ STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.6,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
     "legend.frameon": False,
-    "figure.constrained_layout.use": True,
+    "font.sans-serif": ["DejaVu Sans"],
     "svg.fonttype": "none",
     "svg.hashsalt": "sinkbed",
 }
@@ -64,6 +64,13 @@ class Panel:
     width: float = 4.6
 
 
+def mode_panels(
+    parts: Mapping[str, Any], draw: Callable[[Any, Axes], None], title: str = "{}", **size: float
+) -> list[Panel]:
+    """A panel a mode, of what is the mode's; `title` with {} for its name."""
+    return [Panel(title.format(MODE_LABELS[mode]), partial(draw, part), **size) for mode, part in parts.items()]
+
+
 @dataclass(frozen=True)
 class Picture:
     """Panels under a title; `name` is that of its files, `words` say what is seen."""
@@ -76,101 +83,85 @@ class Picture:
     """Panels beside each other in the files."""
 
 
-@contextmanager
-def drawing() -> Iterator[None]:
-    """matplotlib without a window, in the style of all our figures."""
+@dataclass(frozen=True)
+class Drawing:
+    """A picture that was drawn."""
+
+    picture: Picture
+    files: dict[str, bytes]
+    """File name -> content, the same bytes each time."""
+    boxes: Sequence[tuple[float, float, float, float]]
+    """Of each panel in the SVG file: left, top, width, height in points."""
+    series: dict[str, tuple[str, str]]
+    """Label -> colour and marker."""
+
+
+def draw(picture: Picture, formats: Sequence[str] = ("svg", "pdf")) -> Drawing:
+    """All panels on one sheet with a legend, in formats among svg, pdf and png."""
     import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 
-    matplotlib.use("Agg")
+    panels, across = picture.panels, min(picture.across, len(picture.panels))
+    heights = [max(p.height for p in panels[at : at + across]) for at in range(0, len(panels), across)]
+    width, height = across * max(p.width for p in panels), sum(heights)
     with matplotlib.rc_context(STYLE):
-        yield
-
-
-def files(pictures: Sequence[Picture], formats: Sequence[str] = ("svg", "pdf")) -> dict[str, bytes]:
-    """File name -> content of every picture, the same bytes each time; formats: svg, pdf, png."""
-    out: dict[str, bytes] = {}
-    with drawing():
-        for picture in pictures:
-            sheet = _sheet(picture)
-            out |= {f"{picture.name}.{kind}": _saved(sheet, kind) for kind in formats}
-    return out
-
-
-def _sheet(picture: Picture) -> Figure:
-    """All panels of a picture in one figure, with a legend."""
-    import matplotlib.pyplot as plt
-
-    panels = picture.panels
-    across = min(picture.across, len(panels))
-    down = -(-len(panels) // across)
-    heights = [max(p.height for p in panels[row * across : (row + 1) * across]) for row in range(down)]
-    width = across * max(p.width for p in panels)
-    figure, axes = plt.subplots(
-        down, across, figsize=(width, sum(heights)), squeeze=False, gridspec_kw={"height_ratios": heights}
-    )
-    labels: dict[str, Any] = {}
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        panel.draw(axis)
-        axis.set_title(panel.title)
-        labels |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    if len(labels) > 1:
-        columns = max(1, int(width / 2.3))
-        figure.set_figheight(sum(heights) + 0.2 * -(-len(labels) // columns))
-        figure.legend(labels.values(), labels, loc="outside lower left", ncols=columns)
-    return figure
+        figure = Figure((width, height), dpi=72, layout="constrained")
+        grid = figure.add_gridspec(len(heights), across, height_ratios=heights)
+        parts: list[list[Axes]] = []  # of each panel: its axes, with the bars that explain colours
+        handles: dict[str, Any] = {}
+        for number, panel in enumerate(panels):
+            before = len(figure.axes)
+            axis = figure.add_subplot(grid[number])
+            panel.draw(axis)
+            axis.set_title(panel.title)
+            parts.append(figure.axes[before:])
+            for part in parts[-1]:
+                part.set_gid(f"panel:{number}")
+            handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        if len(handles) > 1:
+            columns = max(1, int(width / 2.3))
+            height += 0.2 * -(-len(handles) // columns)
+            figure.set_figheight(height)
+            figure.legend(handles.values(), handles, loc="outside lower left", ncols=columns)
+        figure.get_layout_engine().execute(figure)  # type: ignore[union-attr]
+        figure.set_layout_engine(None)  # once for all formats
+        bounds = [Bbox.union([box for part in own if (box := part.get_tightbbox())]) for own in parts]
+        files = {f"{picture.name}.{kind}": _saved(figure, kind) for kind in formats}
+    boxes = [(box.x0, 72 * height - box.y1, box.width, box.height) for box in bounds]
+    series = {
+        (handle.get_gid() or "").removeprefix("series:"): (handle.get_color(), MARKERS.get(handle.get_marker(), "■"))
+        for handle in handles.values()
+    }
+    return Drawing(picture, files, boxes, series)
 
 
 def _saved(figure: Figure, kind: str) -> bytes:
-    """A figure as a file, and closed for pyplot; printed by its canvas, as `savefig` would draw it twice."""
-    import matplotlib.pyplot as plt
-    from matplotlib.backends import backend_agg, backend_pdf, backend_svg
-
     buffer = io.BytesIO()
-    figure.set_dpi(140 if kind == "png" else 72)
-    figure.set_facecolor("white" if kind == "png" else "none")
-    if kind == "svg":  # without dates a figure is the same bytes each time
-        backend_svg.FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    elif kind == "pdf":
-        backend_pdf.FigureCanvasPdf(figure).print_pdf(buffer, metadata={"CreationDate": None})
-    else:
-        backend_agg.FigureCanvasAgg(figure).print_png(buffer)
-    figure.set_layout_engine("none")  # laid out once for all formats
-    plt.close(figure)
+    options: dict[str, Any] = {"dpi": 140, "facecolor": "white"}
+    if kind != "png":  # without a date a figure is the same bytes each time
+        options = {"metadata": {"Date" if kind == "svg" else "CreationDate": None}}
+    figure.savefig(buffer, format=kind, **options)
     return buffer.getvalue()
 
 
-def embedded(picture: Picture) -> tuple[list[str], dict[str, tuple[str, str]]]:
-    """The panels as SVG elements of a page, and label -> (colour, marker) of their series."""
-    import matplotlib.pyplot as plt
-
-    drawings, series = [], {}
-    with drawing():
-        for panel in picture.panels:
-            figure, axis = plt.subplots(figsize=(panel.width, panel.height))
-            panel.draw(axis)
-            figure.suptitle(panel.title, x=0.01, ha="left", size=10, weight="bold")
-            handles: list[Any] = axis.get_legend_handles_labels()[0]
-            for handle in handles:
-                name = (handle.get_gid() or "").removeprefix("series:")
-                series[name] = (handle.get_color(), MARKERS.get(handle.get_marker(), "■"))
-            drawings.append(_for_page(_saved(figure, "svg").decode(), f"{picture.title}: {panel.title}"))
-    return drawings, series
-
-
-def _for_page(svg: str, label: str) -> str:
-    """An SVG file as an element that takes the theme of its page, names its series, and has no ids that others have."""
-    svg = re.sub(r"<metadata>.*?</metadata>|\n\s*", lambda found: "" if found[0][0] == "<" else "\n", svg, flags=re.S)
-    svg = re.sub(
-        r'<g id="series:([^"]*)">', r'<g class="series" data-series="\1"><title>\1</title>', svg[svg.index("<svg") :]
-    )
-    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)
-    svg = re.sub(
-        r'width="[\d.]+pt" height="[\d.]+pt"', "", svg.replace(INK, "currentColor").replace(LINE, "var(--line)")
-    )
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
+def embedded(drawing: Drawing) -> list[str]:
+    """The panels, cut out of the SVG file, as elements of a page: they take its theme and name their series."""
+    picture = drawing.picture
+    svg = drawing.files[f"{picture.name}.svg"].decode().replace(INK, "currentColor").replace(LINE, "var(--line)")
+    svg = re.sub(r'<g id="series:([^"]*)">', r'<g class="series" data-series="\1"><title>\1</title>', svg)
+    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # which other drawings have too
+    shared = re.findall(r"^ <defs>.*?^ </defs>", svg, re.M | re.S)
+    widest = max(width for _, _, width, _ in drawing.boxes)
+    elements = []
+    for number, (panel, (left, top, _, height)) in enumerate(zip(picture.panels, drawing.boxes, strict=True)):
+        parts = re.findall(rf'^  <g id="panel:{number}">(.*?)^  </g>', svg, re.M | re.S)
+        content = re.sub(r"\n\s*", "\n", "".join([*(f"<g>{part}</g>" for part in parts), *shared]))
+        elements.append(
+            f'<svg role="img" aria-label="{html.escape(f"{picture.title}: {panel.title}")}" '
+            f'viewBox="{left - 2:.1f} {top - 2:.1f} {widest + 4:.1f} {height + 4:.1f}">{content}</svg>'
+        )
+    return elements
 
 
 def look(index: int) -> tuple[str, str]:

@@ -6,7 +6,8 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from sinkbed.train.report.figures import INK, Picture, embedded
+from sinkbed.train.report.effects import SIGNS, Outcome
+from sinkbed.train.report.figures import INK, Drawing, embedded
 from sinkbed.train.report.table import Table
 
 _CSS, _SCRIPT = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
@@ -72,34 +73,36 @@ def _is_text(cell: str) -> bool:
     return len(cell) > _MOST_DIGITS or (cell[:1].isalpha() and cell not in ("nan", "never", "input"))
 
 
-def picture(content: Picture) -> str:
-    """Drawings beside or below each other, with a legend that hides and shows what belongs together."""
-    drawings, series = embedded(content)
+def picture(drawing: Drawing) -> str:
+    """Panels beside or below each other, with a legend that hides and shows what belongs together."""
+    content, series = drawing.picture, drawing.series
     chips = "".join(
         f'<label class="chip"><input type="checkbox" checked value="{html.escape(name)}">'
         f'<b aria-hidden="true" style="color:{colour}">{marker}</b>{html.escape(name)}</label>'
         for name, (colour, marker) in series.items()
     ).replace(INK, "inherit")
     if len(series) > 2:
-        chips += "".join(f'<button type="button" class="chip" data-all="{on}">{word}</button>' for on, word in _ALL)
+        for on, word in enumerate(("hide all", "show all")):
+            chips += f'<button type="button" class="chip" data-all="{on}">{word}</button>'
     legend = f"<fieldset><legend>Shown (press to hide)</legend>{chips}</fieldset>" if len(series) > 1 else ""
     panels = "".join(
-        f'<div class="wide" tabindex="0" style="--least:{60 * panel.width:.0f}px">{drawing}</div>'
+        f'<div class="wide" tabindex="0" style="--least:{60 * panel.width:.0f}px">{svg}</div>'
         if panel.width > _WIDE
-        else f"<div>{drawing}</div>"
-        for panel, drawing in zip(content.panels, drawings, strict=True)
+        else f"<div>{svg}</div>"
+        for panel, svg in zip(content.panels, embedded(drawing), strict=True)
     )
     return f'{legend}<div class="panels" style="--across:{content.across}">{panels}</div>{paragraph(content.words)}'
 
 
-_ALL = (("1", "show all"), ("0", "hide all"))
-
-
-def effects(items: Sequence[tuple[str, str, str, str, str]]) -> str:
-    """(sign, kind, verdict, name, details) of each expected effect, as a list."""
-    lines = (
-        f'<li class="{kind}"><b title="{html.escape(verdict)}" aria-hidden="true">{sign}</b><div>{html.escape(name)}: '
-        f"{html.escape(verdict)}<small>{html.escape(detail)}</small></div></li>"
-        for sign, kind, verdict, name, detail in items
-    )
-    return f'<ul class="effects">{"".join(lines)}</ul>'
+def effects(outcomes: Sequence[Outcome]) -> str:
+    """A list of the expected effects: the sign of its verdict, and what it is of."""
+    items = []
+    for item in outcomes:
+        (sign, kind), cells = SIGNS[item.finding], item.columns()
+        published = f"published {cells['published']}" if cells["published"] else ""
+        details = (f"{item.subtraction}: {item.measured}, expected {cells['expected']}", published, cells["source"])
+        items.append(
+            f'<li class="{kind}"><b title="{item.finding}" aria-hidden="true">{sign}</b><div>{html.escape(item.name)}: '
+            f"{item.finding}<small>{html.escape('; '.join(filter(None, details)))}</small></div></li>"
+        )
+    return f'<ul class="effects">{"".join(items)}</ul>'

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from sinkbed.data.files import write_files, write_json
 from sinkbed.plain_text import markdown, markdown_table
-from sinkbed.train.report.effects import VERDICTS, Outcome, check, counts, listed
+from sinkbed.train.report.effects import Outcome, check, counts, explanation, listed
 from sinkbed.train.report.result import Result
 from sinkbed.train.report.tables import caption, effects_table, summary
 from sinkbed.train.run import directory
@@ -29,7 +29,7 @@ def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[Result]]], folder
     Raises ValueError where two studies have one name, and FileExistsError where the folder has files of these names
     that are not of such a page. Nothing is written before all is read.
     """
-    from sinkbed.train.report.figures import files as files_of
+    from sinkbed.train.report.figures import draw
     from sinkbed.train.report.pictures import pictures
 
     names = [study.source.stem if study.source else study.name for study, _ in studies]
@@ -46,54 +46,42 @@ def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[Result]]], folder
     files: dict[str, str | bytes] = {}
     for name, (study, results) in zip(names, studies, strict=True):
         effects = check(results, study.effects, study.published)
-        section = "\n".join(_section(study, name, results, effects))
+        section = _section(study, name, results, effects)
         parts[name] = {"title": study.title, "verdicts": counts(effects), "section": section}
-        files[f"{name}.png"] = files_of([pictures(results, results)["result"]], ["png"])["result.png"]
+        files[f"{name}.png"] = draw(pictures(results, results)[0], ["png"]).files["result.png"]
     parts = dict(sorted(parts.items()))
-    total: Counter[str] = Counter()
-    for part in parts.values():
-        total.update(part["verdicts"])
+    total = sum((Counter(part["verdicts"]) for part in parts.values()), Counter())
     # A heading's anchor as GitHub names it.
     index = [
         (f"[{name}](#{name.lower().replace(' ', '-')})", part["title"], listed(part["verdicts"]))
         for name, part in parts.items()
     ]
-    lines = [
+    blocks = [
         "# What the studies found",
-        "",
         "Written by `sinkbed report`, which has more of each study: curves, heat maps, differences of all arms.",
-        "",
-        *markdown_table(("study", "question", "expected effects"), index),
-        "",
+        "\n".join(markdown_table(("study", "question", "expected effects"), index)),
         f"In all: {listed(dict(total.most_common())) or 'no effects'}.",
-        "",
-        f"Cells are mean ± half-width of the 95 % t interval over seeds. {VERDICTS} Effects that share an arm, also "
-        "those of several studies, are not independent of each other.",
-        "",
+        f"Cells are mean ± half-width of the 95 % t interval over seeds. {explanation(total)}",
         *(part["section"] for part in parts.values()),
     ]
     write_json(folder / RECORD, parts)  # first: a page without it would be another file
-    write_files(folder, {**files, NAME: "\n".join(lines).rstrip() + "\n"})
+    write_files(folder, {**files, NAME: "\n\n".join(blocks) + "\n"})
     return folder / NAME
 
 
-def _section(study: StudyConfig, name: str, results: Sequence[Result], effects: Sequence[Outcome]) -> list[str]:
+def _section(study: StudyConfig, name: str, results: Sequence[Result], effects: Sequence[Outcome]) -> str:
     seconds = sum(sum(r.final["seconds"].values()) for r in results)
     title = markdown(study.title)
-    lines = [f"## {name}", "", f"**{title}** {markdown(study.question)}".rstrip(), ""]
-    lines += [f"![{title}]({quote(name)}.png)", ""]
-    if effects:
-        table = effects_table(effects)
-        lines += [*markdown_table(table.header, table.cells()), ""]
-    main = summary(results, {})
-    lines += [*markdown_table(main.header, main.cells()), ""]
-    lines += [
-        f"`{_command(study, results)}`: {len(results)} runs, "
-        f"{seconds / 60:.0f} minutes of training and measuring, summed over runs. "
-        + caption(results, study.published_source if study.published else ""),
-        "",
+    tables = [effects_table(effects, study.most_seeds)] if effects else []
+    made = f"`{_command(study, results)}`: {len(results)} runs, {seconds / 60:.0f} minutes of training and measuring"
+    blocks = [
+        f"## {name}",
+        f"**{title}** {markdown(study.question)}".rstrip(),
+        f"![{title}]({quote(name)}.png)",
+        *("\n".join(markdown_table(t.header, t.cells())) for t in (*tables, summary(results, {}))),
+        f"{made}, summed over runs. {caption(results, study.published_source if study.published else '')}",
     ]
-    return lines
+    return "\n\n".join(blocks)
 
 
 def _command(study: StudyConfig, results: Sequence[Result]) -> str:

@@ -79,10 +79,10 @@ def seeds_for(half_width: float, seen: Interval) -> int:
     return count
 
 
-def paired(ours: dict[int, float], theirs: dict[int, float]) -> Interval | None:
-    """The difference of two arms over the seeds that both have, `ours` minus `theirs`; None without a common seed."""
-    both = sorted(set(ours) & set(theirs))
-    return Interval.of([ours[seed] - theirs[seed] for seed in both]) if both else None
+def paired(one: dict[int, float], other: dict[int, float]) -> Interval | None:
+    """The difference of two arms over the seeds that both have, `one` minus `other`; None without a common seed."""
+    differences = [one[seed] - other[seed] for seed in sorted(set(one) & set(other))]
+    return Interval.of(differences) if differences else None
 
 
 def verdict(difference: Interval | None, expected: str, tolerance: float = 0.0) -> str:
@@ -95,9 +95,7 @@ def verdict(difference: Interval | None, expected: str, tolerance: float = 0.0) 
         return "not measured"
     if difference.count == 1:
         size = abs(difference.mean)
-        as_expected = size <= tolerance if expected == "none" else (difference.mean > 0) == (expected == "up")
-        if expected != "none" and size == 0:
-            as_expected = False
+        as_expected = {"none": size <= tolerance, "up": difference.mean > 0, "down": difference.mean < 0}[expected]
         return "one run: as expected" if as_expected else "one run: not as expected"
     if expected == "none":
         if -tolerance <= difference.low and difference.high <= tolerance:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from sinkbed.data.files import write_files, write_json
 from sinkbed.plain_text import counted, csv_text
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.report import html
-from sinkbed.train.report.figures import files as files_of
+from sinkbed.train.report.figures import Drawing, draw
 from sinkbed.train.report.model_figures import pictures
 from sinkbed.train.report.model_tables import Measured, scalars, tables
 from sinkbed.train.report.table import Table
@@ -34,8 +35,10 @@ def write(measured: Measured, folder: Path) -> Path:
         if Path(name).name == name:
             (folder / name).unlink(missing_ok=True)
     files: dict[str, str | bytes] = {f"{t.name}.csv": csv_text(t.keys or t.header, t.rows) for t in tables(measured)}
-    files |= files_of(list(pictures(measured)), ("svg", "pdf", "png"))
-    files["index.html"] = _page(measured)
+    drawings = [draw(picture, ("svg", "pdf", "png")) for picture in pictures(measured)]
+    for drawing in drawings:
+        files |= drawing.files
+    files["index.html"] = _page(measured, drawings)
     write_json(record, {**measured, _UNFINISHED: True, "files": sorted(files)})
     write_files(folder, files)
     write_json(record, {**measured, "files": sorted(files)})
@@ -71,7 +74,7 @@ def check_writable(option: str, path: Path) -> None:
         raise ValueError(f"{option} {path}: expected a place to write to, got {above}, which cannot be written to")
 
 
-def _page(measured: Measured) -> str:
+def _page(measured: Measured, drawings: Sequence[Drawing]) -> str:
     settings = measured["settings"]
     origin = counted(measured["documents"], "prompt" if settings["prompts"] else "held-out document")
     origin += f" of {settings['prompts']}" if settings["prompts"] else ""
@@ -88,7 +91,7 @@ def _page(measured: Measured) -> str:
     body = [
         html.paragraph(intro),
         *(html.section(t.title, html.table(t)) for t in first),
-        *(html.section(picture.title, html.picture(picture)) for picture in pictures(measured)),
+        *(html.section(drawing.picture.title, html.picture(drawing)) for drawing in drawings),
         html.section("Numbers", *(html.folded(t.title, html.table(t)) for t in (*every, used) if t not in first)),
     ]
     ending = f" (incomplete: {measured['incomplete']})" if "incomplete" in measured else ""
@@ -115,7 +118,7 @@ def log_to_wandb(measured: Measured, run_dir: Path, step: int) -> str:
             )
         row: dict[str, Any] = {"probe/step": step, "train/tokens": _tokens_of(run_dir, step), **scalars(measured)}
         for picture in pictures(measured):
-            [image] = files_of([picture], ["png"]).values()
+            [image] = draw(picture, ["png"]).files.values()
             row[f"probe/figure/{picture.name}"] = wandb.Image(Image.open(io.BytesIO(image)), caption=picture.words)
         for t in tables(measured):
             row[f"probe/table/{t.name}"] = wandb.Table(columns=list(t.header), data=t.cells())

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sinkbed.train.measure.measures import Column, Group
 from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.figures import (
@@ -17,6 +19,7 @@ from sinkbed.train.report.figures import (
     heat,
     line,
     mass_scale,
+    mode_panels,
     series_id,
     token_axis,
     whole_ticks,
@@ -34,70 +37,36 @@ def pictures(measured: Measured) -> Iterator[Picture]:
     """Of everything that was measured."""
     change = measured.get("change", {})
     drawings: tuple[tuple[str, Any, Callable[[Any], list[Panel]], str, str], ...] = (
-        (
-            "sink_heads", measured.get("sinks", {}).get("natural"), _heads,
-            "Where the sink sits",
-            "Mean attention on the first key, layers down, heads across.",
-        ),
-        (
-            "attention", measured.get("map"), _map,
-            "The strongest sink head",
-            "Attention of the head with most mass on the first key in the first mode, and of the same head in the "
-            "others; first document, queries down, keys across. Colours go by the square root.",
-        ),
-        (
-            "norms", measured.get("states"), _norm,
-            "Norms of the hidden states",
-            "‖h‖ by position in the row; a line a layer, dark to bright with depth (in: what the first block reads).",
-        ),
-        (
-            "states", _by_depth(measured, "states"), list,
-            "The first token against the others",
-            note_of(measured, "states"),
-        ),
-        (
-            "change", change, lambda change: _change(change["modes"], change["text"]),
-            f"One word changed: {change.get('old')} → {change.get('new')}",
-            "Norm of the change of the hidden states, layers up, tokens across, on one scale "
-            "(after Figure 2 of arXiv 2504.02732).",
-        ),
-        (
-            "perturbation", measured.get("perturbation"), _change,
-            "How far a changed token reaches",
-            "Change of the hidden states over their mean norm after one token was replaced; mean over documents, "
-            "layers up, text tokens across, on one scale; colours go by the square root.",
-        ),
-        (
-            "mixing", _by_depth(measured, "mixing"), list,
-            "Mixing by depth",
-            note_of(measured, "mixing"),
-        ),
-        (
-            "by_length", measured.get("by_length"), _length,
-            "Mixing by context length",
-            "The last layer's figures.",
-        ),
-        (
-            "positions", measured.get("positions"), _position,
-            "Perplexity by position in the document",
-            "Of the targets at these positions; perplexity on a logarithmic axis.",
-        ),
-        (
-            "streaming", measured.get("streaming"), _streaming,
-            "With a cache of keys",
-            "Loss when a query sees the first k keys and the last ones of a cache of constant size; dashed: the keys "
-            "seen in training.",
-        ),
-        (
-            "checkpoints", measured.get("checkpoints"), _checkpoint,
-            "Along the run's checkpoints",
-            "Tokens on a logarithmic axis but for the start. Norm ratio: the largest over layers; value ratio: the "
-            "smallest.",
-        ),
+        ("sink_heads", measured.get("sinks", {}).get("natural"), _heads, "Where the sink sits",
+         "Mean attention on the first key, layers down, heads across."),
+        ("attention", measured.get("map"), _map, "The strongest sink head",
+         "Attention of the head with most mass on the first key in the first mode, and of the same head in the others; "
+         "first document, queries down, keys across. Colours go by the square root."),
+        ("norms", measured.get("states"), _norm, "Norms of the hidden states",
+         "‖h‖ by position in the row; a line a layer, dark to bright with depth (in: what the first block reads)."),
+        ("states", measured, partial(_by_depth, "states"), "The first token against the others",
+         note_of(measured, "states")),
+        ("change", change, lambda change: _change(change["modes"], change["text"]),
+         f"One word changed: {change.get('old')} → {change.get('new')}",
+         "Norm of the change of the hidden states, layers up, tokens across, on one scale (after Figure 2 of arXiv "
+         "2504.02732)."),
+        ("perturbation", measured.get("perturbation"), _change, "How far a changed token reaches",
+         "Change of the hidden states over their mean norm after one token was replaced; mean over documents, layers "
+         "up, text tokens across, on one scale; colours go by the square root."),
+        ("mixing", measured, partial(_by_depth, "mixing"), "Mixing by depth", note_of(measured, "mixing")),
+        ("by_length", measured.get("by_length"), _length, "Mixing by context length", "The last layer's figures."),
+        ("positions", measured.get("positions"), _position, "Perplexity by position in the document",
+         "Of the targets at these positions; perplexity on a logarithmic axis."),
+        ("streaming", measured.get("streaming"), _streaming, "With a cache of keys",
+         "Loss when a query sees the first k keys and the last ones of a cache of constant size; dashed: the keys seen "
+         "in training."),
+        ("checkpoints", measured.get("checkpoints"), _checkpoint, "Along the run's checkpoints",
+         "Tokens on a logarithmic axis but for the start. Norm ratio: the largest over layers; value ratio: the "
+         "smallest."),
     )  # fmt: skip
-    for name, part, draw, title, words in drawings:
-        if part:
-            yield Picture(name, title, words, draw(part), across=1 if name in ("change", "perturbation") else 3)
+    for name, part, panels_of, title, words in drawings:
+        if part and (panels := panels_of(part)):
+            yield Picture(name, title, words, panels, across=1 if name in ("change", "perturbation") else 3)
 
 
 def _curves(title: str, lines: Mapping[str, Line], xlabel: str, scale: Callable[[Axes, list[float]], None]) -> Panel:
@@ -122,7 +91,7 @@ def _drawn(measured: Measured, group: Group) -> list[tuple[str, Column]]:
     return [(name, column) for name, column in columns_of(measured, group) if not column.title.startswith("±")]
 
 
-def _by_depth(measured: Measured, group: Group) -> list[Panel]:
+def _by_depth(group: Group, measured: Measured) -> list[Panel]:
     """A panel for each column of a group; layer −1 is what the first block reads."""
 
     def of_mode(column: Column, result: Any) -> Line:
@@ -136,82 +105,71 @@ def _by_depth(measured: Measured, group: Group) -> list[Panel]:
             axis.set_yscale("log")
 
     return [
-        _curves(
-            column.title, {mode: of_mode(column, result) for mode, result in measured[name].items()}, "layer", scale
-        )
+        _curves(column.title, {mode: of_mode(column, of) for mode, of in measured[name].items()}, "layer", scale)
         for name, column in _drawn(measured, group)
     ]
 
 
 def _length(by_length: Measured) -> list[Panel]:
-    measured = next(iter(by_length.values()))
+    first = next(iter(by_length.values()))
     lengths = [int(length) for length in by_length]
 
     def of_mode(name: str, column: Column, mode: str) -> Line:
-        values = [last_layer(of_length, name, column, mode) for of_length in by_length.values()]
+        values = [last_layer(measured, name, column, mode) for measured in by_length.values()]
         return lengths, [math.nan if value is None else value for value in values], ()  # a probe that was interrupted
 
     def scale(axis: Axes, _: list[float]) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, [str(length) for length in lengths])
 
+    modes = modes_of(first, "mixing")
     return [
-        _curves(
-            column.title, {mode: of_mode(name, column, mode) for mode in modes_of(measured, "mixing")}, "tokens", scale
-        )
-        for name, column in _drawn(measured, "mixing")
+        _curves(column.title, {mode: of_mode(name, column, mode) for mode in modes}, "tokens", scale)
+        for name, column in _drawn(first, "mixing")
     ]
 
 
 def _checkpoint(checkpoints: Measured) -> list[Panel]:
     points = checkpoints["points"]
     tokens = [point["tokens"] for point in points]
-    return [
-        _curves(
-            title,
-            {mode: (tokens, [read(p["modes"][mode], mode) for p in points], ()) for mode in points[0]["modes"]},
-            "tokens seen",
-            lambda axis, _: token_axis(axis, tokens),
-        )
+    lines = {
+        title: {mode: (tokens, [read(p["modes"][mode], mode) for p in points], ()) for mode in points[0]["modes"]}
         for _, title, read in ALONG
+    }
+    return [
+        _curves(title, of_modes, "tokens seen", lambda axis, _: token_axis(axis, tokens))
+        for title, of_modes in lines.items()
     ]
 
 
-def _visible_modes(modes: Measured) -> Measured:
-    """Those in which there is something on key 0 to be seen, unless there are no others."""
+def _key_0_seen(modes: Measured) -> Measured:
+    """The modes in which key 0 can be seen, unless there are no others."""
     return {mode: part for mode, part in modes.items() if mode != "first_key_masked"} or modes
 
 
 def _heads(modes: Measured) -> list[Panel]:
-    maps = {mode: next(iter(keys.values()))["mass"] for mode, keys in _visible_modes(modes).items()}
-    top, height = mass_scale(list(maps.values())), max(2.2, 1 + 0.2 * len(next(iter(maps.values()))))
-    return [Panel(MODE_LABELS[mode], partial(_draw_heads, mass=mass, top=top), height) for mode, mass in maps.items()]
+    maps = {mode: next(iter(keys.values()))["mass"] for mode, keys in _key_0_seen(modes).items()}
+    top = mass_scale(list(maps.values()))
 
+    def draw(mass: Any, axis: Axes) -> None:
+        heat(axis, mass, "sink mass", top)
+        whole_ticks(axis.xaxis, axis.yaxis)
+        axis.set(xlabel="head", ylabel="layer")
 
-def _draw_heads(axis: Axes, mass: Any, top: float) -> None:
-    heat(axis, mass, "sink mass", top)
-    whole_ticks(axis.xaxis, axis.yaxis)
-    axis.set_xlabel("head")
-    axis.set_ylabel("layer")
+    return mode_panels(maps, draw, height=max(2.2, 1 + 0.2 * len(next(iter(maps.values())))))
 
 
 def _map(modes: Measured) -> list[Panel]:
-    return [
-        Panel(
-            f"{MODE_LABELS[mode]}: layer {strongest['layer']}, head {strongest['head']}",
-            partial(_draw_map, strongest=strongest), 5.6, 6.4,
-        )
-        for mode, strongest in _visible_modes(modes).items()
-    ]  # fmt: skip
+    def draw(strongest: Measured, axis: Axes) -> None:
+        heat(axis, strongest["attention"], "attention", 1, root=True, aspect="equal")
+        labels = [_visible(text) for text in strongest["text"]]
+        axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
+        axis.set_yticks(range(len(labels)), labels, fontsize=6)
+        axis.set(xlabel="key", ylabel="query")
 
-
-def _draw_map(axis: Axes, strongest: Measured) -> None:
-    heat(axis, strongest["attention"], "attention", 1, root=True, aspect="equal")
-    labels = [_visible(text) for text in strongest["text"]]
-    axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
-    axis.set_yticks(range(len(labels)), labels, fontsize=6)
-    axis.set_xlabel("key")
-    axis.set_ylabel("query")
+    head = next(iter(modes.values()))
+    title = f"{{}}: layer {head['layer']}, head {head['head']}"
+    return mode_panels(_key_0_seen(modes), draw, title, height=5.6, width=6.4)
 
 
 def _visible(text: str) -> str:
@@ -221,45 +179,37 @@ def _visible(text: str) -> str:
 
 
 def _norm(modes: Measured) -> list[Panel]:
-    return [Panel(MODE_LABELS[mode], partial(_draw_norms, norms=part["norm"])) for mode, part in modes.items()]
-
-
-def _draw_norms(axis: Axes, norms: Sequence[Sequence[float]]) -> None:
     import matplotlib.cm
     from matplotlib.colors import Normalize
 
-    depth = len(norms) - 1
-    scale = matplotlib.cm.ScalarMappable(Normalize(-1, depth - 1), "viridis")
-    for layer, values in enumerate(norms):
-        axis.plot(values, color=scale.cmap(layer / max(1, depth)), linewidth=1)
-    axis.set_yscale("log")
-    axis.set_xlabel("position in the row")
-    axis.set_ylabel("‖h‖")
-    whole_ticks(axis.figure.colorbar(scale, ax=axis, label="layer").ax.yaxis)
+    def draw(states: Measured, axis: Axes) -> None:
+        depth = len(states["norm"]) - 1
+        scale = matplotlib.cm.ScalarMappable(Normalize(-1, depth - 1), "viridis")
+        for layer, values in enumerate(states["norm"]):
+            axis.plot(values, color=scale.to_rgba(layer - 1), linewidth=1)
+        axis.set(yscale="log", xlabel="position in the row", ylabel="‖h‖")
+        whole_ticks(axis.figure.colorbar(scale, ax=axis, label="layer").ax.yaxis)
+
+    return mode_panels(modes, draw)
 
 
 def _change(modes: Measured, labels: Sequence[str] = ()) -> list[Panel]:
     """How states change by layer and token; of one text, whose tokens are `labels`, or relative, over documents."""
-    maps = {mode: part["change" if labels else "relative"] for mode, part in modes.items()}
+    key, name = ("change", "change") if labels else ("relative", "relative change")
+    maps = {mode: part[key] for mode, part in modes.items()}
     top = max(max(map(max, values)) for values in maps.values()) or 1.0
-    rows, columns = len(first := next(iter(maps.values()))), len(first[0])
-    width, height = min(14, max(7, 0.14 * columns)), max(1.7, 1.1 + 0.16 * rows) + 0.6 * bool(labels)
-    return [
-        Panel(MODE_LABELS[mode], partial(_draw_change, values=values, top=top, labels=labels), height, width)
-        for mode, values in maps.items()
-    ]
+    rows, columns = np.shape(next(iter(maps.values())))
 
+    def draw(values: Any, axis: Axes) -> None:
+        extent = (-0.5, columns - 0.5, -1.5, rows - 1.5)
+        heat(axis, values, name, top, root=True, cmap="magma", origin="lower", extent=extent)
+        axis.set(ylabel="layer", xlabel="" if labels else "token of the text")
+        whole_ticks(axis.yaxis)
+        if labels:
+            axis.set_xticks(range(len(labels)), [_visible(t) for t in labels], rotation=90, fontsize=6)
 
-def _draw_change(axis: Axes, values: Any, top: float, labels: Sequence[str]) -> None:
-    extent = (-0.5, len(values[0]) - 0.5, -1.5, len(values) - 1.5)
-    what = "change" if labels else "relative change"
-    heat(axis, values, what, top, root=True, cmap="magma", origin="lower", extent=extent)
-    axis.set_ylabel("layer")
-    whole_ticks(axis.yaxis)
-    if labels:
-        axis.set_xticks(range(len(labels)), [_visible(t) for t in labels], rotation=90, fontsize=6)
-    else:
-        axis.set_xlabel("token of the text")
+    height = max(1.7, 1.1 + 0.16 * rows) + 0.6 * bool(labels)
+    return mode_panels(maps, draw, height=height, width=min(14, max(7, 0.14 * columns)))
 
 
 def _position(positions: Measured) -> list[Panel]:
@@ -267,8 +217,7 @@ def _position(positions: Measured) -> list[Panel]:
 
     def scale(axis: Axes, _: list[float]) -> None:
         axis.set_xticks(range(len(spans)), [f"{s['start']}–{s['end'] - 1}" for s in spans], rotation=30, ha="right")
-        axis.set_yscale("log")
-        axis.set_ylabel("perplexity")
+        axis.set(yscale="log", ylabel="perplexity")
 
     lines = {mode: (range(len(of)), [span["perplexity"] for span in of], ()) for mode, of in positions.items()}
     return [_curves("Perplexity", lines, "position in the document, tokens", scale)]
@@ -281,8 +230,7 @@ def _streaming(streaming: Measured) -> list[Panel]:
             at = [f"{each['kept']} + {each['window']}" for each in cached]
             line(axis, at, [s["loss"] for s in cached], MODE_LABELS[mode], (colour, marker), linestyle="")  # type: ignore[arg-type]
             axis.axhline(lines[0]["loss"], color=colour, linestyle="--", linewidth=1, gid=series_id(MODE_LABELS[mode]))
-        axis.set_xlabel("keys kept at the start + last keys")
-        axis.set_ylabel("loss, nats per token")
+        axis.set(xlabel="keys kept at the start + last keys", ylabel="loss, nats per token")
         axis.grid(axis="y")
 
     return [Panel("Loss", draw)]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from statistics import fmean
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 from sinkbed.train.measure.measures import Column, Group, measures
 from sinkbed.train.measure.modes import MODE_LABELS
+from sinkbed.train.report.result import mean
 from sinkbed.train.report.table import Row, Table
 
 Measured = dict[str, Any]
@@ -86,12 +86,8 @@ def _sinks(measured: Measured) -> Iterator[tuple[str, str, str, dict[str, float]
         for mode, keys in modes.items():
             for key, result in keys.items():
                 of_key = "" if key == "0" else "_placed"
-                rates = {eps: mean_of(heads) for eps, heads in result[f"rate{of_key}"].items()}
-                yield kind, mode, key, rates, mean_of(result[f"mass{of_key}"]), result
-
-
-def mean_of(rows: Sequence[Sequence[float]]) -> float:
-    return fmean(x for row in rows for x in row)
+                rates = {eps: mean(heads) for eps, heads in result[f"rate{of_key}"].items()}
+                yield kind, mode, key, rates, mean(result[f"mass{of_key}"]), result
 
 
 def _layer_name(index: int) -> str | int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,13 +22,14 @@ from sinkbed.train.report.figures import (
     line,
     look,
     mass_scale,
+    mode_panels,
     named_rows,
     series_id,
     short,
     stacked,
     token_axis,
 )
-from sinkbed.train.report.intervals import Interval, curve
+from sinkbed.train.report.intervals import Interval
 from sinkbed.train.report.result import Result, arms_of, modes_of
 
 if TYPE_CHECKING:
@@ -37,61 +39,53 @@ FEWEST_FOR_A_BAND = 4
 """Seeds from which on an interval is drawn; of fewer it is so wide that it hides the lines."""
 _MOST_MARKED = 24
 """Arms up to which curves have markers."""
-
-
-def pictures(results: Sequence[Result], curves: Sequence[Result]) -> dict[str, Picture]:
-    """By name, those that there is something for; `curves` are of the runs that are not finished too."""
-    live = live_modes(curves)
-    curve_words = "Measured on fewer documents than the final figures. Tokens on a logarithmic axis."
-    seeds = max(sum(r.arm == arm for r in curves) for arm in arms_of(curves))
-    if seeds > 1:
-        thin, band = "Thin: a seed each; thick: their mean.", "Shaded: 95 % interval of the mean."
-        curve_words = f"{thin if seeds < FEWEST_FOR_A_BAND else band} {curve_words}"
-    all_pictures = [
-        Picture("result", "Sink rate, and what leaving BOS out costs", _RESULT_WORDS, _result(results), across=2),
-        Picture(
-            "curves", "While training", curve_words,
-            _curve_panels(curves, "sink rate, %", "sink/rate_eps0.3/{mode}", live)
-            + _curve_panels(curves, "sink mass", "sink/mass/{mode}", live),
-            across=2,
-        ),
-        Picture(
-            "loss", "Losses", curve_words,
-            _curve_panels(curves, "validation loss", "val/loss/{mode}", live)
-            + _curve_panels(curves, "training loss", "train/loss", [""]),
-        ),
-        Picture(
-            "final_loss", "Loss by input", "Every seed is a mark, the mean of several a bar.",
-            _dots(results, "loss", modes_of(results), "validation loss, nats per token"),
-        ),
-        Picture("heatmaps", "Where the sink sits", _HEAT_WORDS, _heat_panels(results, live), across=2),
-        *(
-            Picture(
-                group, title, f"Input: {MODE_LABELS[live[0]]}. Means over layers. {curve_words}",
-                [
-                    panel
-                    for measure in measures(group).values()
-                    for column in measure.columns
-                    if column.log
-                    for panel in _curve_panels(curves, column.title, column.log, live[:1])
-                ],
-            )
-            for group, title in _GROUPS.items()
-            if live
-        ),
-    ]  # fmt: skip
-    return {picture.name: picture for picture in all_pictures if picture.panels}
-
-
 _GROUPS: dict[Group, str] = {"states": "States", "mixing": "Mixing"}
+_ONE_MARK = "Every seed is a mark, the mean of several a bar."
 _RESULT_WORDS = (
-    "Every seed is a mark, the mean of several a bar. Sink rate: share of (document, layer, head) whose mean attention "
-    "on the first key is above 0.3. Loss gap: what the loss gains where the model reads another input than with BOS."
+    f"{_ONE_MARK} Sink rate: share of (document, layer, head) whose mean attention on the first key is above 0.3. Loss "
+    "gap: what the loss gains where the model reads another input than with BOS."
 )
 _HEAT_WORDS = (
     "Mean attention on the first key (sink mass), first seed. By head: after training, a block of layers an arm, "
     "layers down from the first, heads across. By layer: mean over heads while training."
 )
+
+
+def pictures(results: Sequence[Result], curves: Sequence[Result]) -> list[Picture]:
+    """Those that there is something for, the result first; `curves` are of the runs that are not finished too."""
+    live = live_modes(curves)
+    words = "Measured on fewer documents than the final figures. Tokens on a logarithmic axis."
+    seeds = max(sum(r.arm == arm for r in curves) for arm in arms_of(curves))
+    if seeds >= FEWEST_FOR_A_BAND:
+        words = f"Shaded: 95 % interval of the mean. {words}"
+    elif seeds > 1:
+        words = f"Thin: a seed each; thick: their mean. {words}"
+
+    def panels(title: str, key: str, modes: Sequence[str] = live) -> list[Panel]:
+        return _curve_panels(curves, title, key, modes)
+
+    every = [
+        Picture("result", "Sink rate, and what leaving BOS out costs", _RESULT_WORDS, _result(results), across=2),
+        Picture(
+            "curves", "While training", words,
+            panels("sink rate, %", "sink/rate_eps0.3/{mode}") + panels("sink mass", "sink/mass/{mode}"), across=2,
+        ),
+        Picture(
+            "loss", "Losses", words,
+            panels("validation loss", "val/loss/{mode}") + panels("training loss", "train/loss", [""]),
+        ),
+        Picture(
+            "final_loss", "Loss by input", _ONE_MARK,
+            _dots(results, "loss", modes_of(results), "validation loss, nats per token"),
+        ),
+        Picture("heatmaps", "Where the sink sits", _HEAT_WORDS, _heat_panels(results, live), across=2),
+    ]  # fmt: skip
+    for group, title in _GROUPS.items() if live else ():
+        columns = [c for measure in measures(group).values() for c in measure.columns if c.log]
+        of_group = [panel for c in columns for panel in panels(c.title, c.log, live[:1])]
+        note = f"Input: {MODE_LABELS[live[0]]}. Means over layers. {words}"
+        every.append(Picture(group, title, note, of_group))
+    return [picture for picture in every if picture.panels]
 
 
 def live_modes(results: Sequence[Result]) -> list[str]:
@@ -121,87 +115,75 @@ def _dots(results: Sequence[Result], metric: str, modes: Sequence[str], xlabel: 
     def draw(axis: Axes) -> None:
         for n, (mode, rows) in enumerate(by_mode.items()):
             colour, marker = MODE_LOOKS[mode]
+            style: dict[str, Any] = {"color": colour, "gid": series_id(MODE_LABELS[mode])}
             offset = (n - (len(by_mode) - 1) / 2) * 0.8 / len(by_mode)
             marks = [(value, row + offset) for row, values in enumerate(rows) for value in values]
-            alone = max(map(len, rows)) == 1
-            style: dict[str, Any] = {
-                "linestyle": "",
-                "marker": marker,
-                "markersize": 5 if alone else 3.5,
-                "alpha": 1 if alone else 0.6,
-            }
-            gid = series_id(MODE_LABELS[mode])
-            axis.plot(*zip(*marks, strict=True), color=colour, label=MODE_LABELS[mode], gid=gid, **style)
+            size, alpha = (5, 1) if max(map(len, rows)) == 1 else (3.5, 0.6)
+            axis.plot(*zip(*marks, strict=True), marker, label=MODE_LABELS[mode], markersize=size, alpha=alpha, **style)
             means = [(np.mean(values), row + offset) for row, values in enumerate(rows) if len(values) > 1]
             if means:
-                axis.plot(*zip(*means, strict=True), "|", color=colour, markersize=8, markeredgewidth=2, gid=gid)
+                axis.plot(*zip(*means, strict=True), "|", markersize=8, markeredgewidth=2, **style)
         named_rows(axis, arms)
-        axis.set_ylim(len(arms) - 0.5, -0.5)
+        axis.set(ylim=(len(arms) - 0.5, -0.5), xlabel=xlabel)
         axis.grid(axis="x")
         for row in range(len(arms) - 1):
             axis.axhline(row + 0.5, color=LINE, linewidth=0.6)
         if metric != "loss":
             axis.axvline(0, color=INK, linewidth=0.8)
-        axis.set_xlabel(xlabel)
 
     return [Panel(LABELS[metric].replace(" %", ""), draw, 0.9 + 0.34 * len(arms))] if by_mode else []
+
+
+Runs = Sequence[dict[float, float]]
+"""Of each run tokens -> value."""
 
 
 def _curve_panels(results: Sequence[Result], title: str, key: str, modes: Sequence[str]) -> list[Panel]:
     """A panel a mode on one scale: an arm a line."""
     by_mode = {mode: _series(results, key, mode) for mode in modes}
-    by_mode = {mode: arms for mode, arms in by_mode.items() if any(map(len, arms.values()))}
+    by_mode = {mode: arms for mode, arms in by_mode.items() if any(arms.values())}
     values = [value for arms in by_mode.values() for runs in arms.values() for value in _extent(runs)]
-    low, high = min(values, default=0.0), max(values, default=1.0)
+    low, high = min(values, default=0.0), max(values, default=0.0)
     margin = 0.06 * (high - low)
 
-    limits = (low - margin if low else 0, high + margin) if len(by_mode) > 1 and margin else None
-    return [
-        Panel(
-            f"{title}: {MODE_LABELS[mode]}" if len(modes) > 1 else title,
-            partial(_draw_arms, arms=arms, limits=limits),
-        )
-        for mode, arms in by_mode.items()
-    ]
+    def draw(arms: dict[str, Runs], axis: Axes) -> None:
+        for n, (arm, runs) in enumerate(arms.items()):
+            _draw_arm(axis, arm, runs, look(n), marked=len(arms) <= _MOST_MARKED)
+        token_axis(axis, [t for runs in arms.values() for run in runs for t in run])
+        axis.grid(axis="y")
+        if len(by_mode) > 1 and margin:
+            axis.set_ylim(low - margin if low else 0, high + margin)
+
+    if len(modes) == 1:
+        return [Panel(title, partial(draw, arms)) for arms in by_mode.values()]
+    return mode_panels(by_mode, draw, f"{title}: {{}}")
 
 
-def _draw_arms(axis: Axes, arms: dict[str, list[dict[float, float]]], limits: tuple[float, float] | None) -> None:
-    for n, (arm, runs) in enumerate(arms.items()):
-        _draw_arm(axis, arm, runs, look(n), marked=len(arms) <= _MOST_MARKED)
-    token_axis(axis, [t for runs in arms.values() for run in runs for t in run])
-    axis.grid(axis="y")
-    if limits is not None:
-        axis.set_ylim(*limits)
-
-
-def _series(results: Sequence[Result], key: str, mode: str) -> dict[str, list[dict[float, float]]]:
-    """Arm -> of each of its runs tokens -> value, the mean over layers where the key names one."""
+def _series(results: Sequence[Result], key: str, mode: str) -> dict[str, Runs]:
+    """Of each arm's runs, the mean over layers where the key names one."""
     arms: dict[str, list[dict[float, float]]] = {}
     for r in results:
-        names = [key.format(mode=mode, layer=layer) for layer in range(r.layers)] if "{layer}" in key else []
-        if names:
-            points = [(p["train/tokens"], [p[name] for name in names if p.get(name) is not None]) for p in r.points]
-            run = {tokens: sum(values) / len(values) for tokens, values in points if values}
-        else:
-            run = dict(curve(r.points, key.format(mode=mode)))
+        names = dict.fromkeys(key.format(mode=mode, layer=layer) for layer in range(r.layers))
+        points = [(p["train/tokens"], [p[name] for name in names if p.get(name) is not None]) for p in r.points]
+        run = {tokens: fmean(values) for tokens, values in points if values}
         arms.setdefault(r.arm, []).extend([run] if run else [])
-    return arms
+    return {**arms}
 
 
-def _mean(runs: Sequence[dict[float, float]]) -> tuple[list[float], list[Interval]]:
+def _mean(runs: Runs) -> tuple[list[float], list[Interval]]:
     """Tokens that every run was measured at, and the interval over runs."""
     tokens = sorted(set.intersection(*map(set, runs))) if runs else []
     return tokens, [Interval.of([run[t] for run in runs]) for t in tokens]
 
 
-def _extent(runs: Sequence[dict[float, float]]) -> list[float]:
+def _extent(runs: Runs) -> list[float]:
     """The values that an axis must reach: of few runs each, of many their means."""
     if len(runs) >= FEWEST_FOR_A_BAND:
         return [value.mean for value in _mean(runs)[1]]
     return [value for run in runs for value in run.values()]
 
 
-def _draw_arm(axis: Axes, arm: str, runs: Sequence[dict[float, float]], look: tuple[str, str], *, marked: bool) -> None:
+def _draw_arm(axis: Axes, arm: str, runs: Runs, look: tuple[str, str], *, marked: bool) -> None:
     tokens, values = _mean(runs)
     if not tokens:
         return
@@ -218,28 +200,25 @@ def _draw_arm(axis: Axes, arm: str, runs: Sequence[dict[float, float]], look: tu
 def _heat_panels(results: Sequence[Result], live: Sequence[str]) -> list[Panel]:
     """Mass by head after training, a panel a mode; and by layer while training."""
     first = {arm: next(r for r in results if r.arm == arm) for arm in arms_of(results)}
-    unknown = {
-        arm: np.full(np.shape(next(iter(r.final["modes"].values()))["mass"]), np.nan) for arm, r in first.items()
-    }
+    shapes = {arm: np.shape(next(iter(r.final["modes"].values()))["mass"]) for arm, r in first.items()}
+    unknown = {arm: {"mass": np.full(shape, np.nan)} for arm, shape in shapes.items()}
     by_head = {
-        mode: {
-            arm: r.final["modes"][mode]["mass"] if mode in r.final["modes"] else unknown[arm]
-            for arm, r in first.items()
-        }
+        mode: {arm: r.final["modes"].get(mode, unknown[arm])["mass"] for arm, r in first.items()}
         for mode in modes_of(results)
         if mode != "first_key_masked"
     }
-    heads = max(len(layer) for maps in by_head.values() for values in maps.values() for layer in values)
+    heads = max(heads for _, heads in shapes.values())
     panels = _stacks("by head, after training", by_head, "head", {n: str(n) for n in range(0, heads, -(-heads // 8))})
     times = [t for r in first.values() for mode in live for t in r.maps(mode) if t > 0]
     if len(set(times)) < 2:
         return panels
     grid = np.geomspace(min(times), max(times), 40)
     by_layer = {
-        mode: {arm: _over_time(maps, grid) if (maps := r.maps(mode)) else unknown[arm] for arm, r in first.items()}
+        mode: {
+            arm: _over_time(maps, grid) if (maps := r.maps(mode)) else unknown[arm]["mass"] for arm, r in first.items()
+        }
         for mode in live
     }
-
     ticks = {n: short(grid[n]) for n in range(0, len(grid), 13)}
     return panels + _stacks("by layer, while training", by_layer, "tokens seen", ticks)
 
@@ -254,21 +233,14 @@ def _over_time(maps: dict[int, list[list[float]]], grid: np.ndarray) -> np.ndarr
 def _stacks(what: str, by_mode: dict[str, dict[str, Any]], xlabel: str, ticks: dict[int, str]) -> list[Panel]:
     """A panel a mode: a map an arm, under each other, on one scale."""
     top = mass_scale([values for maps in by_mode.values() for values in maps.values()])
-    return [
-        Panel(
-            f"{MODE_LABELS[mode]}, {what}",
-            partial(_draw_stack, maps=maps, top=top, xlabel=xlabel, ticks=ticks),
-            1.2 + 0.13 * sum(len(values) + 1 for values in maps.values()),
-        )
-        for mode, maps in by_mode.items()
-    ]
 
+    def draw(maps: dict[str, Any], axis: Axes) -> None:
+        values, middles = stacked(maps)
+        heat(axis, values, "sink mass", top)
+        named_rows(axis, list(maps), middles)
+        axis.set_xticks(list(ticks), list(ticks.values()))
+        axis.set(xlabel=xlabel, ylabel="layers of an arm, downwards")
+        axis.spines[:].set_visible(False)
 
-def _draw_stack(axis: Axes, maps: dict[str, Any], top: float, xlabel: str, ticks: dict[int, str]) -> None:
-    values, middles = stacked(maps)
-    heat(axis, values, "sink mass", top)
-    named_rows(axis, list(maps), middles)
-    axis.set_xticks(list(ticks), list(ticks.values()))
-    axis.set_xlabel(xlabel)
-    axis.set_ylabel("layers of an arm, downwards")
-    axis.spines[:].set_visible(False)
+    rows = sum(len(values) + 1 for values in next(iter(by_mode.values())).values())
+    return mode_panels(by_mode, draw, f"{{}}, {what}", height=1.2 + 0.13 * rows)

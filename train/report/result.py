@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -169,10 +169,12 @@ def fixed(value: float, digits: int, *, sign: bool = False) -> str:
     return (text.lstrip("+-") if float(text) == 0 else text).replace("-", "−")
 
 
-def spread(figures: Interval | Sequence[float] | None, digits: int, *, sign: bool = False) -> str:
+def spread(figures: Interval | Iterable[float] | None, digits: int, *, sign: bool = False) -> str:
     """Mean and the half-width of its 95 % interval; of one run, the figure alone."""
-    if figures is None or (not isinstance(figures, Interval) and not figures):
+    if figures is not None and not isinstance(figures, Interval):
+        values = list(figures)
+        figures = Interval.of(values) if values else None
+    if figures is None:
         return ""
-    interval = figures if isinstance(figures, Interval) else Interval.of(figures)
-    mean = fixed(interval.mean, digits, sign=sign)
-    return mean if interval.count == 1 else f"{mean} ± {fixed(interval.half, digits)}"
+    mean = fixed(figures.mean, digits, sign=sign)
+    return mean if figures.count == 1 else f"{mean} ± {fixed(figures.half, digits)}"

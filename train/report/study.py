@@ -12,14 +12,13 @@ from sinkbed.data.files import write_files
 from sinkbed.plain_text import counted, csv_of, markdown, markdown_table
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.report import html
-from sinkbed.train.report.effects import SIGNS, VERDICTS, Outcome
+from sinkbed.train.report.effects import Outcome, check, counts, explanation
 from sinkbed.train.report.result import Result, arms_of, load_result
 from sinkbed.train.report.table import Table
 from sinkbed.train.report.tables import (
     answer,
     by_mode,
     caption,
-    effects_csv,
     parquet,
     rows_of,
     sections,
@@ -29,19 +28,19 @@ from sinkbed.train.report.tables import (
 from sinkbed.train.run import directory
 
 if TYPE_CHECKING:
-    from sinkbed.train.report.figures import Picture
+    from sinkbed.train.report.figures import Drawing
     from sinkbed.train.study.arms import ArmRun
     from sinkbed.train.study.file import StudyConfig
 
 
-def to_markdown(title: str, tables: Sequence[Table]) -> str:
-    """table.md: the result, then the other tables under headings, as a paper's appendix takes them."""
-    lines = [f"# {markdown(title)}", ""]
+def to_markdown(title: str, tables: Sequence[Table], notices: Sequence[str]) -> str:
+    """table.md: the result and the notices, then the other tables under headings, as a paper's appendix takes them."""
+    blocks = [f"# {markdown(title)}"]
     for number, table in enumerate(tables):
-        heading = [f"## {markdown(table.title)}", ""] if number else []
-        note = [line for part in table.note.split("\n\n") if part for line in (markdown(part), "")]
-        lines += [*heading, *markdown_table(table.header, table.cells()), "", *note]
-    return "\n".join(lines)
+        blocks += [f"## {markdown(table.title)}"] if number else []
+        blocks += ["\n".join(markdown_table(table.header, table.cells())), markdown(table.note)]
+        blocks += [] if number else map(markdown, notices)
+    return "\n\n".join(filter(None, blocks)) + "\n"
 
 
 def write_report(
@@ -51,7 +50,7 @@ def write_report(
     missing: Sequence[str],
     *,
     track: bool = False,
-) -> Path:
+) -> None:
     """Write the report of runs, at least one, and their results to the study's report/ and print its table.
 
     What has not finished is in the curves; in the tables only where nothing has.
@@ -61,8 +60,7 @@ def write_report(
         missing: what is not among the results and why, as `split_finished` says it.
         track: send the tables to W&B too, as a run of the study's group.
     """
-    from sinkbed.train.report.effects import check
-    from sinkbed.train.report.figures import files
+    from sinkbed.train.report.figures import draw
     from sinkbed.train.report.pictures import pictures
 
     finished = [r for r in results if not r.progress]
@@ -76,23 +74,25 @@ def write_report(
     effects = check(final, study.effects, study.published) if finished else []
     note = caption(final, study.published_source if study.published else "")
     main = dataclasses.replace(summary(final, study.published, study.title), note=note)
-    rows, more, drawn = rows_of(final), sections(final, effects), pictures(final, results)
-    whole = dataclasses.replace(main, note="\n\n".join([note, *notices]))
+    rows, more = rows_of(final), sections(final, effects, study.most_seeds)
+    result, *others = pictures(final, results)
+    drawings = [draw(result, ("svg", "pdf", "png")), *map(draw, others)]
     content: dict[str, str | bytes] = {
         "table.csv": csv_of(rows, tuple(rows[0])),
-        "table.md": to_markdown(study.title, [whole, *more, *by_mode(final)]),
-        **({"effects.csv": effects_csv(effects)} if effects else {}),
+        "table.md": to_markdown(study.title, [main, *more, *by_mode(final)], notices),
         **parquet(results, rows),
-        **files(list(drawn.values())),
-        **files([drawn["result"]], ["png"]),
-        "index.html": page(study, final, effects, main, more, drawn, notices),
+        "index.html": page(study, final, effects, [main, *more], drawings, notices),
     }
-    write_files(folder, content)
-    if not effects:
+    for drawing in drawings:
+        content |= drawing.files
+    records = [item.record() for item in effects]
+    if records:
+        content["effects.csv"] = csv_of(records, tuple(records[0]))
+    else:
         (folder / "effects.csv").unlink(missing_ok=True)
+    write_files(folder, content)
     main.print()
-    if effects:
-        print("\n".join(verdicts(effects)))
+    print("".join(f"{line}\n" for line in verdicts(effects)), end="")
     if finished:
         seconds = [r.final["seconds"] for r in finished]
         training = sum(s["training"] for s in seconds)
@@ -103,60 +103,48 @@ def write_report(
         from sinkbed.train.study.sweep import log_summary
 
         table = [dict(zip(main.header, line, strict=True)) for line in main.cells()]
-        log_summary(study, runs, {"table": table, "effects": [item.record() for item in effects], "runs": rows})
+        log_summary(study, runs, {"table": table, "effects": records, "runs": rows})
     print(f"report: {folder / 'index.html'} (beside it: table.csv, table.md, *.parquet; figures as *.svg, *.pdf)")
-    return folder
 
 
 def page(
     study: StudyConfig,
     results: Sequence[Result],
     effects: Sequence[Outcome],
-    main: Table,
-    more: Sequence[Table],
-    pictures: dict[str, Picture],
+    tables: Sequence[Table],
+    drawings: Sequence[Drawing],
     notices: Sequence[str],
 ) -> str:
     """index.html: the answer, the picture of it, the expected effects, curves; the rest folds."""
     rows = rows_of(results)
-    every = Table("every", "Every measurement", tuple(rows[0]), [list(map(_plain, row.values())) for row in rows])
-    seeds = len({r.seed for r in results})
-    facts = [counted(len(arms_of(results)), "arm"), counted(seeds, "seed"), counted(len(results), "run")]
-    first, curves = pictures.pop("result"), pictures.pop("curves", None)
+    main, *more = tables
+    more.append(Table("every", "Every measurement", tuple(rows[0]), [tuple(row.values()) for row in rows]))
+    sizes = {"arm": len(arms_of(results)), "seed": len({r.seed for r in results}), "run": len(results)}
+    curves = [drawing for drawing in drawings if drawing.picture.name == "curves"]
+    others = [drawing for drawing in drawings[1:] if drawing not in curves]
+    explained = html.paragraph(explanation(counts(effects), study.most_seeds))
+
+    def pictured(drawing: Drawing) -> str:
+        return html.section(drawing.picture.title, html.picture(drawing))
+
     parts = [
         html.paragraph(study.question, "question"),
-        html.paragraph(" · ".join(facts), "facts"),
+        html.paragraph(" · ".join(counted(number, noun) for noun, number in sizes.items()), "facts"),
         html.paragraph(answer(results, effects), "answer"),
         html.notices(notices),
-        html.section(first.title, html.picture(first)),
-        html.section("Expected effects", _effects(effects)) if effects else "",
-        html.section(curves.title, html.picture(curves)) if curves else "",
+        pictured(drawings[0]),
+        html.section("Expected effects", html.effects(effects), explained) if effects else "",
+        *map(pictured, curves),
         html.section(
             "Numbers",
             html.folded("Every arm", html.table(main)),
             html.folded("By input", *(f"<h3>{table.title}</h3>{html.table(table)}" for table in by_mode(results))),
-            *(html.folded(table.title, html.table(table)) for table in (*more, every)),
+            *(html.folded(table.title, html.table(table)) for table in more),
         ),
-        html.section("More pictures", *(html.folded(p.title, html.picture(p)) for p in pictures.values())),
+        html.section("More pictures", *(html.folded(other.picture.title, html.picture(other)) for other in others)),
         html.paragraph("Beside this page: every figure as SVG and PDF, the tables as Markdown, CSV and Parquet."),
     ]  # fmt: skip
     return html.document(study.title, parts)
-
-
-def _plain(value: str | float | None) -> str:
-    return "" if value is None else str(value)
-
-
-def _effects(effects: Sequence[Outcome]) -> str:
-    items = []
-    for item in effects:
-        cells, (sign, kind) = item.columns(), SIGNS[item.finding]
-        difference = f"{cells['figure']} {cells['difference']}, " if cells["difference"] else ""
-        detail = f"{item.subtraction}: {difference}expected {cells['expected']}"
-        detail += f"; published {cells['published']}" if cells["published"] else ""
-        detail += f"; {cells['source']}" if cells["source"] else ""
-        items.append((sign, kind, item.finding, item.name, detail))
-    return html.effects(items) + html.paragraph(VERDICTS)
 
 
 def of_all_seeds(study: StudyConfig) -> list[ArmRun]:

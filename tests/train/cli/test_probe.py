@@ -561,7 +561,7 @@ def test_a_probe_that_is_interrupted_while_it_draws_has_its_numbers(run_dir, tmp
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(probe_report, "figures", interrupt)
+    monkeypatch.setattr(probe_report, "draw", interrupt)
     out = tmp_path / "report"
     assert main(["probe", str(run_dir), *SHORT, "--out", str(out)]) == 130
     assert {"sinks", "states", "rank"} <= json.loads((out / "probe.json").read_text()).keys()
