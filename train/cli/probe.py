@@ -133,12 +133,14 @@ def run(command: str, argv: Sequence[str]) -> int:
 def _write(result: dict[str, Any], arguments: Any) -> None:
     """To files, or where there is no folder for them to the terminal."""
     from sinkbed.train.report import model as probe_report
-    from sinkbed.train.report.model_tables import print_tables, tables
+    from sinkbed.train.report.model_tables import tables
 
     if arguments.json is not None:
         write_json(arguments.json, result, seal=False)
     if arguments.out is None:
-        print_tables(result)
+        for table in tables(result):
+            if table.name != "sinks":  # which was printed line by line
+                table.print(180)
     else:
         page = probe_report.write(result, arguments.out)
         print(f"report: {page}, {counted(len(tables(result)), 'table')} and figures; beside it: probe.json, *.csv, …")

@@ -67,14 +67,14 @@ def run(command: str, argv: Sequence[str]) -> int:
                 f"{seen[each.arm, each.seed]} and {each.folder}; report the studies one by one"
             )
         seen[each.arm, each.seed] = each.folder
-    finished, results, missing = split_finished(runs)
+    _, results, missing = split_finished(runs)
     if not results:
         others = f" ({'; '.join(missing[:3])})" if missing else ""
         raise ValueError(
             f"{', '.join(map(str, arguments.what))}: expected at least one run that was measured, got none in "
             f"{study.out}{others}; name another folder with --out, or start one with `sinkbed study` or `sinkbed fit`"
         )
-    write_report(study, finished, results, missing)
+    write_report(study, results, missing)
     return 0
 
 

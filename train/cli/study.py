@@ -93,7 +93,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         study = dataclasses.replace(study, seeds=[*study.seeds, max(study.seeds) + 1])
         print(f"one seed more, {len(study.seeds)} of at most {study.most_seeds}, for the interval of {wide[0]!r}")
     if finished:
-        write_report(study, finished, results, missing, track=True)
+        write_report(study, results, missing, log=finished)
     for name, why in failed.items():
         print(f"arm {name} failed: {why}", file=sys.stderr)
     lacking = {r.folder for r in plan(study)} - {r.folder for r in finished}  # a damaged one did not fail

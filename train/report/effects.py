@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.modes import MODE_LABELS
-from sinkbed.train.report.intervals import Interval, area, curve, paired, seeds_for, verdict
+from sinkbed.train.report.intervals import Interval, area, paired, seeds_for, verdict
 from sinkbed.train.report.result import Result, fixed, mean, spread
 
 if TYPE_CHECKING:
@@ -18,10 +18,8 @@ if TYPE_CHECKING:
     from sinkbed.train.study.file import Effect, Published, StudyConfig
 
 LABELS = {
-    "sink_rate_0.2": "sink rate % (eps 0.2)",
     "sink_rate_0.3": "sink rate %",
-    "sink_rate_0.5": "sink rate % (eps 0.5)",
-    "sink_rate_0.8": "sink rate % (eps 0.8)",
+    **{f"sink_rate_{eps}": f"sink rate % (eps {eps})" for eps in ("0.2", "0.5", "0.8")},
     "sink_rate_placed": "sink rate % at the placed token",
     "sink_mass": "sink mass",
     "sink_rate_share": "sink rate % of shares",
@@ -36,11 +34,6 @@ LABELS = {
 }
 DIGITS = {"sink_mass": 3, "sink_share": 3, "loss": 3, "bits_per_byte": 3, "loss_gap": 3, "onset_tokens": 0}
 """Decimals of a figure; others have one."""
-VERDICTS = (
-    "A verdict is on the mean difference of arms on the same documents (one store), paired by seed. Reproduced: its "
-    "95 % interval lies on the expected side of 0 (for the same: inside the tolerance). Not reproduced: it lies on "
-    "another side. Within noise: it reaches both. As expected: reproduced, of what has no source."
-)
 SIGNS = {
     "reproduced": ("✓", "good"),
     "as expected": ("✓", "good"),
@@ -64,23 +57,23 @@ def figure(result: Result, metric: str, mode: str) -> float | None:
     normaliser these add up to 1, and both are as `sink_rate_0.3` and `sink_mass`.
     """
     if metric == "onset_tokens":
-        onset = result.final["onset_tokens"]
-        return None if onset is None else float(onset)
-    if metric == "sink_rate_area":
-        return area(curve(result.points, f"sink/rate_eps0.3/{mode}"))
-    if metric == "sink_rate_peak":
-        return max((rate for _, rate in curve(result.points, f"sink/rate_eps0.3/{mode}")), default=None)
+        return result.final["onset_tokens"]  # type: ignore[no-any-return]
+    if metric in ("sink_rate_area", "sink_rate_peak"):
+        key = f"sink/rate_eps0.3/{mode}"
+        points = [(p["train/tokens"], p[key]) for p in result.points if p.get(key) is not None]
+        return area(points) if metric == "sink_rate_area" else max((rate for _, rate in points), default=None)
     modes = result.final["modes"]
-    if mode not in modes:
+    measured = modes.get(mode)
+    if measured is None:
         return None
     if metric == "loss_gap":
         reference = reference_mode(modes)
-        return None if reference is None else modes[mode]["loss"] - modes[reference]["loss"]
+        return None if reference is None else measured["loss"] - modes[reference]["loss"]
     if metric == "sink_rate_deep":
-        return mean(modes[mode]["rate"]["0.3"][2:]) if len(modes[mode]["rate"]["0.3"]) > 2 else None
+        deep = measured["rate"]["0.3"][2:]
+        return mean(deep) if deep else None
     if metric == "sink_rate_placed":
-        placed = (modes[mode].get("rate_placed") or {}).get("0.3")
-        if placed:
+        if placed := (measured.get("rate_placed") or {}).get("0.3"):
             return mean(placed)
         # One that is placed at position 0, and nowhere after, is the first key.
         first_tokens = result.strategy["first_token"]
@@ -88,10 +81,10 @@ def figure(result: Result, metric: str, mode: str) -> float | None:
         at_0 = mode in ("as_trained", {"bos": "bos", "random": "random_first"}.get(first))
         only = first not in ("none", None) and all(what == "none" for what in others)
         return result.value(mode, "0.3") if at_0 and only else None
-    if metric in ("sink_rate_share", "sink_share"):
-        key, plain = ("rate_share", "rate") if metric == "sink_rate_share" else ("share", "mass")
-        measured = modes[mode].get(key) or modes[mode][plain]
-        return mean(measured["0.3"] if isinstance(measured, dict) else measured)
+    if metric == "sink_rate_share":
+        return mean((measured.get("rate_share") or measured["rate"])["0.3"])
+    if metric == "sink_share":
+        return mean(measured.get("share") or measured["mass"])
     return result.value(mode, {"sink_mass": "mass"}.get(metric, metric.removeprefix("sink_rate_")))
 
 
@@ -188,6 +181,7 @@ class Outcome:
     def columns(self) -> dict[str, str]:
         """Header -> cell, for a reader; `record` has the numbers."""
         effect, published = self.effect, ""
+        expected = {"up": "larger", "down": "smaller", "none": f"same within {effect.tolerance:g}"}
         if self.published is not None:
             a, b = self.published
             published = f"{fixed(a, 2)} against {fixed(b, 2)} ({fixed(a - b, 2, sign=True)})"
@@ -197,9 +191,7 @@ class Outcome:
             "of": self.subtraction,
             "figure": LABELS[effect.metric],
             "difference": written(effect.metric, self.difference, sign=True),
-            "expected": {"up": "larger", "down": "smaller", "none": f"same within {effect.tolerance:g}"}[
-                effect.expected
-            ],
+            "expected": expected[effect.expected],
             "published": published,
             "source": effect.source,
         }
@@ -207,28 +199,17 @@ class Outcome:
     def record(self) -> dict[str, Any]:
         """As a row of effects.csv: plain numbers, empty where there is none."""
         effect, (arm, mode) = self.effect, self.effect.other
-        numbers: dict[str, float | None] = {}
-        for name, part in (("difference", self.difference), ("arm", self.arm), ("against", self.against)):
-            mean, half = (part.mean, part.half) if part else (math.nan, math.nan)
-            numbers[f"{name}_mean"], numbers[f"{name}_half_width"] = _finite(mean), _finite(half)
-        return {
-            "effect": effect.name,
-            "metric": effect.metric,
-            "arm": effect.arm,
-            "mode": effect.mode,
-            "against": arm,
-            "against_mode": mode,
-            "expected": effect.expected,
-            "tolerance": effect.tolerance,
-            "seeds": self.difference.count if self.difference else 0,
-            **numbers,
-            "verdict": self.verdict,
-            "source": effect.source,
+        numbers = {
+            f"{name}_{column}": round(value, 6) if math.isfinite(value := getattr(part, of, math.nan)) else None
+            for name, part in (("difference", self.difference), ("arm", self.arm), ("against", self.against))
+            for column, of in (("mean", "mean"), ("half_width", "half"))
         }
-
-
-def _finite(value: float) -> float | None:
-    return round(value, 6) if math.isfinite(value) else None
+        return {
+            "effect": effect.name, "metric": effect.metric, "arm": effect.arm, "mode": effect.mode, "against": arm,
+            "against_mode": mode, "expected": effect.expected, "tolerance": effect.tolerance,
+            "seeds": self.difference.count if self.difference else 0, **numbers, "verdict": self.verdict,
+            "source": effect.source,
+        }  # fmt: skip
 
 
 def check(results: Sequence[Result], effects: Sequence[Effect], published: Published) -> list[Outcome]:
@@ -247,8 +228,15 @@ def check(results: Sequence[Result], effects: Sequence[Effect], published: Publi
 
 
 def difference(results: Sequence[Result], metric: str, one: tuple[str, str], other: tuple[str, str]) -> Interval | None:
-    """Of a figure of two (arm, mode), paired by seed; None where documents or targets are not the same."""
-    if not same_documents(results, one[0], other[0]) or not same_targets(results, metric, one, other):
+    """Of a figure of two (arm, mode), paired by seed; None where they are not of the same.
+
+    Arms must have read the documents of one token store; their rows may differ, and some studies ask just that. Losses
+    must be means of the same targets: a prefix LM counts fewer, a shorter context has shorter documents.
+    """
+    of_both = [(r, mode) for arm, mode in (one, other) for r in results if r.arm == arm]
+    targets = {r.final["modes"][mode]["tokens"] for r, mode in of_both if mode in r.final["modes"]}
+    other_targets = metric in ("loss", "bits_per_byte", "loss_gap") and len(targets) > 1
+    if other_targets or len({r.documents for r, _ in of_both}) > 1:
         return None
     return paired(*(figures(results, arm, metric, mode) for arm, mode in (one, other)))
 
@@ -263,40 +251,17 @@ def explanation(verdicts: Counter[str], most_seeds: int | None = None) -> str:
     made = verdicts.total() - verdicts["not measured"]
     rule = "Seeds were added one at a time until every interval was as narrow as its half_width, at most"
     return (
-        f"{VERDICTS} Comparisons made: {made}; where nothing differs, one in twenty leaves 0 out by chance."
-        + (f" {rule} {most_seeds}." if most_seeds else "")
-        + " Effects that share an arm are not independent of each other."
+        "A verdict is on the mean difference of arms on the same documents (one store), paired by seed. Reproduced: "
+        "its 95 % interval lies on the expected side of 0 (for the same: inside the tolerance). Not reproduced: it "
+        "lies on another side. Within noise: it reaches both. As expected: reproduced, of what has no source. "
+        f"Comparisons made: {made}; where nothing differs, one in twenty leaves 0 out by chance. Effects that share an "
+        "arm are not independent of each other." + (f" {rule} {most_seeds}." if most_seeds else "")
     )
 
 
 def listed(verdicts: dict[str, int]) -> str:
     """`30 reproduced, 2 within noise`."""
     return ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
-
-
-def same_targets(results: Sequence[Result], metric: str, *cells: tuple[str, str]) -> bool:
-    """Whether a figure of these arms and modes is the mean of the same targets: losses of others are not compared.
-
-    The probe set is one for a study; a prefix LM counts fewer of its tokens, a shorter context shorter documents.
-    """
-    if metric not in ("loss", "bits_per_byte", "loss_gap"):
-        return True
-    documents = {
-        r.final["modes"][mode]["tokens"]
-        for r in results
-        for arm, mode in cells
-        if r.arm == arm and mode in r.final["modes"]
-    }
-    return len(documents) <= 1
-
-
-def same_documents(results: Sequence[Result], *arms: str) -> bool:
-    """Whether arms read the same documents, those of one token store: only then are they paired by seed.
-
-    Their rows, and so the permutation of rows, may differ: by the strategy, the context length, the number of unique
-    rows. Some studies ask just that.
-    """
-    return len({r.documents for r in results if r.arm in arms}) <= 1
 
 
 def _published(published: Published, effect: Effect) -> tuple[float, float] | None:

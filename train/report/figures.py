@@ -1,8 +1,8 @@
 """Figures: panels, and how they become files (SVG, PDF, PNG) and drawings on a page.
 
 A picture is a few panels on one sheet, for a paper; a page cuts them out, so that they stand beside or below each other
-as the window allows. What belongs to an arm, or a mode, is one series: it
-has one look everywhere, and a page can hide it.
+as the window allows. What belongs to an arm, or a mode, is one series: it has one look everywhere, and a page hides
+it by its id, `series:LABEL`.
 """
 
 from __future__ import annotations
@@ -178,16 +178,11 @@ def drawable(text: str) -> str:
     return written.replace("$", r"\$")  # which would begin a formula
 
 
-def series_id(label: str) -> str:
-    """The id of what belongs to a series, by which a page hides it."""
-    return f"series:{label}"
-
-
 def line(axis: Axes, x: Sequence[float], y: Sequence[float], label: str, look: tuple[str, str], **options: Any) -> None:
     """A curve with markers, at most a dozen of them."""
     colour, marker = look
     options = {"marker": marker, "linewidth": 1.4, "markersize": 4, "markevery": max(1, len(x) // 12), **options}
-    axis.plot(x, y, color=colour, label=drawable(label), gid=series_id(label), **options)
+    axis.plot(x, y, color=colour, label=drawable(label), gid=f"series:{label}", **options)
 
 
 def token_axis(axis: Axes, tokens: Sequence[float]) -> None:
@@ -232,28 +227,24 @@ def named_rows(axis: Axes, names: Sequence[str], at: Sequence[float] | None = No
 
 def heat(axis: Axes, values: Any, label: str, top: float, *, root: bool = False, **options: Any) -> None:
     """A map from 0 to `top`, its colours explained; `root`: they go by the square root."""
-    from matplotlib.colors import Normalize, PowerNorm
+    from matplotlib.colors import PowerNorm
 
-    norm = PowerNorm(0.5, 0, top) if root else Normalize(0, top)
     options = {"cmap": "inferno", "aspect": "auto", "interpolation": "none", **options}
-    image = axis.imshow(np.asarray(values, dtype=float), norm=norm, **options)
+    image = axis.imshow(np.asarray(values, dtype=float), norm=PowerNorm(0.5 if root else 1, 0, top), **options)
     axis.figure.colorbar(image, ax=axis, label=label, aspect=30, pad=0.02)
 
 
 def mass_scale(maps: Sequence[Any]) -> float:
     """Top of the colour scale that all maps share: the largest mass, up to the next tenth."""
-    largest = max(float(np.nanmax(values, initial=0)) for values in maps)
+    largest = max((float(np.max(values, initial=0)) for values in maps), default=0)
     return max(0.1, min(1.0, math.ceil(10 * largest - 1e-9) / 10))
 
 
 def stacked(maps: Mapping[str, Any]) -> tuple[np.ndarray, list[float]]:
     """Maps under each other with a gap between, [rows, widest], and the middle row of each."""
-    blocks = [np.atleast_2d(np.asarray(values, dtype=float)) for values in maps.values()]
-    widest = max(block.shape[1] for block in blocks)
-    rows: list[np.ndarray] = []
-    middles = []
-    for block in blocks:
-        middles.append(len(rows) + (len(block) - 1) / 2)
-        rows += [np.pad(row, (0, widest - len(row)), constant_values=np.nan) for row in block]
-        rows.append(np.full(widest, np.nan))
-    return np.stack(rows[:-1]), middles
+    widest = max(np.shape(values)[1] for values in maps.values())
+    gap = [((0, 1), (0, widest - np.shape(values)[1])) for values in maps.values()]
+    blocks = [np.pad(np.asarray(v, float), g, constant_values=np.nan) for v, g in zip(maps.values(), gap, strict=True)]
+    ends = np.cumsum([len(block) for block in blocks])
+    middles = [float(end) - len(block) / 2 - 1 for end, block in zip(ends, blocks, strict=True)]
+    return np.concatenate(blocks)[:-1], middles

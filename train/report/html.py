@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sinkbed.train.report.effects import SIGNS, Outcome
@@ -73,8 +73,8 @@ def _is_text(cell: str) -> bool:
     return len(cell) > _MOST_DIGITS or (cell[:1].isalpha() and cell not in ("nan", "never", "input"))
 
 
-def picture(drawing: Drawing) -> str:
-    """Panels beside or below each other, with a legend that hides and shows what belongs together."""
+def picture(drawing: Drawing, under: Callable[..., str] = section) -> str:
+    """Panels beside or below each other, with a legend that hides and shows what belongs together; under its title."""
     content, series = drawing.picture, drawing.series
     chips = "".join(
         f'<label class="chip"><input type="checkbox" checked value="{html.escape(name)}">'
@@ -91,7 +91,8 @@ def picture(drawing: Drawing) -> str:
         else f"<div>{svg}</div>"
         for panel, svg in zip(content.panels, embedded(drawing), strict=True)
     )
-    return f'{legend}<div class="panels" style="--across:{content.across}">{panels}</div>{paragraph(content.words)}'
+    panels = f'<div class="panels" style="--across:{content.across}">{panels}</div>'
+    return under(content.title, legend, panels, paragraph(content.words))
 
 
 def effects(outcomes: Sequence[Outcome]) -> str:

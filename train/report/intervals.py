@@ -1,9 +1,7 @@
 """Statistics of a study: what several seeds say about a figure, and about the difference of two arms.
 
-Intervals are Student's t intervals at 95 %: for the mean of an arm over its seeds, and for the mean of the
-differences of two arms under the same seed, which share the documents (one token store) and, at the same number of
-rows, their permutation. They hold for one comparison at a time; of twenty true nulls one exceeds its interval by
-chance.
+Intervals are Student's t at 95 %, for one comparison at a time: for the mean of an arm over its seeds, and of the
+differences of two arms under the same seed, which share the documents and, where they have as many rows, their order.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any
 
 # Student's t at 97.5 %, for 1 to 30 degrees of freedom.
 _T = (
@@ -108,13 +105,9 @@ def verdict(difference: Interval | None, expected: str, tolerance: float = 0.0) 
 def area(points: Sequence[tuple[float, float]]) -> float | None:
     """Mean of a curve over the logarithm of its abscissa, by the trapezoidal rule, over the last hundredfold of it.
 
-    Args:
-        points: (tokens, value) in order, from 0 tokens on, which have no logarithm: their value is that of where the
-            hundredfold begins, if nothing was measured between. So runs are compared over the same stretch however
-            many tokens their first step took.
-
-    Dense early, as sinks form: a rate that is reached tenfold sooner counts for longer. None where nothing was
-    measured before the stretch or at its beginning, and below two points.
+    `points` are (tokens, value) in order, from 0 tokens on, which have no logarithm: their value is that of where the
+    hundredfold begins, if nothing was measured between. So runs are compared over the same stretch however many tokens
+    their first step took. None where nothing was measured before the stretch or at its beginning, and below two points.
     """
     if not points or points[-1][0] <= 0:
         return None
@@ -129,8 +122,3 @@ def area(points: Sequence[tuple[float, float]]) -> float | None:
     kept.insert(0, (math.log(start), y))
     total = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(kept))
     return total / (kept[-1][0] - kept[0][0])
-
-
-def curve(points: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(tokens, value) of a metric in the points of a run, gaps left out."""
-    return [(p["train/tokens"], p[key]) for p in points if p.get(key) is not None]

@@ -28,8 +28,8 @@ def write(measured: Measured, folder: Path) -> Path:
     An earlier report is removed before the first file of this one is written, so that a folder never holds figures of
     two measurements. probe.json comes first and last: it says what a writer that is killed left unfinished.
     """
-    earlier = _record(folder).get("files", [])
     record = folder / RECORD
+    earlier = directory.read_json(record).get("files", []) if record.is_file() else []
     write_json(record, {**measured, _UNFINISHED: True, "files": earlier})  # before figures take their time
     for name in earlier:
         if Path(name).name == name:
@@ -45,11 +45,6 @@ def write(measured: Measured, folder: Path) -> Path:
     return folder / "index.html"
 
 
-def _record(folder: Path) -> dict[str, Any]:
-    """probe.json of a report that is there, whole or not; empty where there is none."""
-    return dict(directory.read_json(folder / RECORD)) if (folder / RECORD).is_file() else {}
-
-
 def check_out(folder: Path, force: bool) -> None:
     """Raise FileExistsError or ValueError, before anything is measured, for a folder that no report can go to."""
     if folder.exists() and not folder.is_dir():
@@ -60,7 +55,7 @@ def check_out(folder: Path, force: bool) -> None:
                 f"--out {folder}: expected a new folder, or the report of an earlier probe, got other files; choose "
                 "another folder"
             )
-        if not force and _UNFINISHED not in _record(folder):
+        if not force and _UNFINISHED not in directory.read_json(folder / RECORD):
             raise FileExistsError(
                 f"--out {folder}: got the report of an earlier probe; choose another folder, or --force to replace it"
             )
@@ -91,7 +86,7 @@ def _page(measured: Measured, drawings: Sequence[Drawing]) -> str:
     body = [
         html.paragraph(intro),
         *(html.section(t.title, html.table(t)) for t in first),
-        *(html.section(drawing.picture.title, html.picture(drawing)) for drawing in drawings),
+        *map(html.picture, drawings),
         html.section("Numbers", *(html.folded(t.title, html.table(t)) for t in (*every, used) if t not in first)),
     ]
     ending = f" (incomplete: {measured['incomplete']})" if "incomplete" in measured else ""
@@ -116,23 +111,18 @@ def log_to_wandb(measured: Measured, run_dir: Path, step: int) -> str:
             raise ValueError(
                 f"--wandb: expected a run with W&B, got wandb.mode: disabled in {run_dir / directory.CONFIG}"
             )
-        row: dict[str, Any] = {"probe/step": step, "train/tokens": _tokens_of(run_dir, step), **scalars(measured)}
+        points = directory.read_metrics(run_dir / directory.METRICS)
+        tokens = max((int(p["train/tokens"]) for p in points if p["step"] <= step), default=0)
+        row: dict[str, Any] = {"probe/step": step, "train/tokens": tokens, **scalars(measured)}
         for picture in pictures(measured):
             [image] = draw(picture, ["png"]).files.values()
             row[f"probe/figure/{picture.name}"] = wandb.Image(Image.open(io.BytesIO(image)), caption=picture.words)
         for t in tables(measured):
             row[f"probe/table/{t.name}"] = wandb.Table(columns=list(t.header), data=t.cells())
         tracker.log_beside(row)
-        where = (
-            tracker.experiment.url
-            or f"the offline run in {run_dir}/wandb; upload it with: wandb sync {run_dir}/wandb/*run-*"
-        )
+        offline = f"the offline run in {run_dir}/wandb; upload it with: wandb sync {run_dir}/wandb/*run-*"
+        where = tracker.experiment.url or offline
         finish_wandb(0)
     finally:
         lock.close()
     return f"logged to {where}"
-
-
-def _tokens_of(run_dir: Path, step: int) -> int:
-    points = [p for p in directory.read_metrics(run_dir / directory.METRICS) if p["step"] <= step]
-    return int(points[-1]["train/tokens"]) if points else 0

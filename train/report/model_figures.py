@@ -20,7 +20,6 @@ from sinkbed.train.report.figures import (
     line,
     mass_scale,
     mode_panels,
-    series_id,
     token_axis,
     whole_ticks,
 )
@@ -186,7 +185,7 @@ def _norm(modes: Measured) -> list[Panel]:
         depth = len(states["norm"]) - 1
         scale = matplotlib.cm.ScalarMappable(Normalize(-1, depth - 1), "viridis")
         for layer, values in enumerate(states["norm"]):
-            axis.plot(values, color=scale.to_rgba(layer - 1), linewidth=1)
+            axis.plot(values, color=scale.cmap(layer / max(1, depth)), linewidth=1)
         axis.set(yscale="log", xlabel="position in the row", ylabel="‖h‖")
         whole_ticks(axis.figure.colorbar(scale, ax=axis, label="layer").ax.yaxis)
 
@@ -229,7 +228,7 @@ def _streaming(streaming: Measured) -> list[Panel]:
             cached, (colour, marker) = [each for each in lines if each["cached"]], MODE_LOOKS[mode]
             at = [f"{each['kept']} + {each['window']}" for each in cached]
             line(axis, at, [s["loss"] for s in cached], MODE_LABELS[mode], (colour, marker), linestyle="")  # type: ignore[arg-type]
-            axis.axhline(lines[0]["loss"], color=colour, linestyle="--", linewidth=1, gid=series_id(MODE_LABELS[mode]))
+            axis.axhline(lines[0]["loss"], color=colour, linestyle="--", linewidth=1, gid=f"series:{MODE_LABELS[mode]}")
         axis.set(xlabel="keys kept at the start + last keys", ylabel="loss, nats per token")
         axis.grid(axis="y")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from typing import Any, get_args
 
 from sinkbed.train.measure.measures import Column, Group, measures
@@ -54,30 +55,22 @@ def modes_of(measured: Measured, *groups: Group) -> list[str]:
 
 def tables(measured: Measured) -> list[Table]:
     """Everything that has the form of a table; a note that several have stands under the first."""
-    notes: set[str] = set()
     out = []
-    for table in _tables(measured):
-        out.append(dataclasses.replace(table, note="") if table.note in notes else table)
-        notes.add(table.note)
-    return out
-
-
-def _tables(measured: Measured) -> Iterator[Table]:
     if "sinks" in measured:
         header = ("input read", "mode", "key", *(f"sink rate %, eps {eps}" for eps in ("0.2", "0.3", "0.5", "0.8")))
         rows: list[Row] = [
             (kind, MODE_LABELS[mode], int(key), *rates.values(), mass, result["loss"], result["bits_per_byte"])
             for kind, mode, key, rates, mass, result in _sinks(measured)
         ]
-        yield Table("sinks", "Sinks", (*header, "sink mass", "loss", "bits per byte"), rows)
-    for group in get_args(Group):
-        for mode in modes_of(measured, group):
-            yield _layer_table(measured, group, mode)
+        out.append(Table("sinks", "Sinks", (*header, "sink mass", "loss", "bits per byte"), rows))
+    out += [_layer_table(measured, group, mode) for group in get_args(Group) for mode in modes_of(measured, group)]
     for mode, states in measured.get("states", {}).items():
-        yield from (_massive_table(mode, states), _received_table(mode, states))
-    for name, table in _OTHERS.items():
-        if name in measured:
-            yield table(measured[name])
+        out += [_massive_table(mode, states), _received_table(mode, states)]
+    others = {"by_length": _length_table, "positions": _position_table, "streaming": _streaming_table}
+    others["checkpoints"] = _checkpoint_table
+    out += [table(measured[name]) for name, table in others.items() if name in measured]
+    notes = [table.note for table in out]
+    return [dataclasses.replace(t, note="") if t.note in notes[:n] else t for n, t in enumerate(out)]
 
 
 def _sinks(measured: Measured) -> Iterator[tuple[str, str, str, dict[str, float], float, Measured]]:
@@ -126,12 +119,11 @@ def _received_table(mode: str, states: Measured) -> Table:
     tokens: list[Row] = [
         (_token(at) + (" at the start" if at["first"] else ""), 100 * at["share"]) for at in states["strongest_token"]
     ]
-    positions += [(None, None)] * (len(tokens) - len(positions))
     return Table(
         f"received-{mode}",
         f"Where most attention goes: {MODE_LABELS[mode]}",
         ("position", "% of cases", "token", "% of cases"),
-        [(*position, *token) for position, token in zip(positions, tokens, strict=False)],
+        [(*position, *token) for position, token in zip_longest(positions, tokens, fillvalue=("", ""))],
         "A case is a (document, layer, head): by position and by token, the key that receives most in it.",
     )
 
@@ -186,14 +178,6 @@ def _checkpoint_table(checkpoints: Measured) -> Table:
     return Table("checkpoints", "Along the run's checkpoints", header, rows, note)
 
 
-_OTHERS: dict[str, Callable[[Measured], Table]] = {
-    "by_length": _length_table,
-    "positions": _position_table,
-    "streaming": _streaming_table,
-    "checkpoints": _checkpoint_table,
-}
-
-
 def scalars(measured: Measured) -> dict[str, float]:
     """Every figure that is one number, under its metric key."""
     out: dict[str, float] = {}
@@ -207,10 +191,3 @@ def scalars(measured: Measured) -> dict[str, float]:
             if value is not None:
                 out[f"probe/{mode}/{name}/{column.key}"] = value
     return out
-
-
-def print_tables(measured: Measured) -> None:
-    """The tables but that of the sinks, which was printed line by line."""
-    for t in tables(measured):
-        if t.name != "sinks":
-            t.print(180)

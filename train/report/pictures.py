@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -24,7 +24,6 @@ from sinkbed.train.report.figures import (
     mass_scale,
     mode_panels,
     named_rows,
-    series_id,
     short,
     stacked,
     token_axis,
@@ -39,7 +38,6 @@ FEWEST_FOR_A_BAND = 4
 """Seeds from which on an interval is drawn; of fewer it is so wide that it hides the lines."""
 _MOST_MARKED = 24
 """Arms up to which curves have markers."""
-_GROUPS: dict[Group, str] = {"states": "States", "mixing": "Mixing"}
 _ONE_MARK = "Every seed is a mark, the mean of several a bar."
 _RESULT_WORDS = (
     f"{_ONE_MARK} Sink rate: share of (document, layer, head) whose mean attention on the first key is above 0.3. Loss "
@@ -53,7 +51,8 @@ _HEAT_WORDS = (
 
 def pictures(results: Sequence[Result], curves: Sequence[Result]) -> list[Picture]:
     """Those that there is something for, the result first; `curves` are of the runs that are not finished too."""
-    live = live_modes(curves)
+    measured = {key.rpartition("/")[2] for r in curves for p in r.points for key in p if key.startswith("sink/mass/")}
+    live = [mode for mode in (reference_mode(measured), "text") if mode and mode in measured]
     words = "Measured on fewer documents than the final figures. Tokens on a logarithmic axis."
     seeds = max(sum(r.arm == arm for r in curves) for arm in arms_of(curves))
     if seeds >= FEWEST_FOR_A_BAND:
@@ -80,19 +79,12 @@ def pictures(results: Sequence[Result], curves: Sequence[Result]) -> list[Pictur
         ),
         Picture("heatmaps", "Where the sink sits", _HEAT_WORDS, _heat_panels(results, live), across=2),
     ]  # fmt: skip
-    for group, title in _GROUPS.items() if live else ():
+    for group in get_args(Group) if live else ():
         columns = [c for measure in measures(group).values() for c in measure.columns if c.log]
         of_group = [panel for c in columns for panel in panels(c.title, c.log, live[:1])]
         note = f"Input: {MODE_LABELS[live[0]]}. Means over layers. {words}"
-        every.append(Picture(group, title, note, of_group))
+        every.append(Picture(group, group.capitalize(), note, of_group))
     return [picture for picture in every if picture.panels]
-
-
-def live_modes(results: Sequence[Result]) -> list[str]:
-    """The two inference modes that the curves show: with the first token, and text; those that were measured live."""
-    measured = {key.rpartition("/")[2] for r in results for p in r.points for key in p if key.startswith("sink/mass/")}
-    first = [mode for mode in ("bos", "as_trained") if mode in measured][:1]
-    return first + [mode for mode in ("text",) if mode in measured]
 
 
 def _result(results: Sequence[Result]) -> list[Panel]:
@@ -115,7 +107,7 @@ def _dots(results: Sequence[Result], metric: str, modes: Sequence[str], xlabel: 
     def draw(axis: Axes) -> None:
         for n, (mode, rows) in enumerate(by_mode.items()):
             colour, marker = MODE_LOOKS[mode]
-            style: dict[str, Any] = {"color": colour, "gid": series_id(MODE_LABELS[mode])}
+            style: dict[str, Any] = {"color": colour, "gid": f"series:{MODE_LABELS[mode]}"}
             offset = (n - (len(by_mode) - 1) / 2) * 0.8 / len(by_mode)
             marks = [(value, row + offset) for row, values in enumerate(rows) for value in values]
             size, alpha = (5, 1) if max(map(len, rows)) == 1 else (3.5, 0.6)
@@ -163,7 +155,8 @@ def _series(results: Sequence[Result], key: str, mode: str) -> dict[str, Runs]:
     """Of each arm's runs, the mean over layers where the key names one."""
     arms: dict[str, list[dict[float, float]]] = {}
     for r in results:
-        names = dict.fromkeys(key.format(mode=mode, layer=layer) for layer in range(r.layers))
+        layers = max(len(measured["mass"]) for measured in r.final["modes"].values())
+        names = dict.fromkeys(key.format(mode=mode, layer=layer) for layer in range(layers))
         points = [(p["train/tokens"], [p[name] for name in names if p.get(name) is not None]) for p in r.points]
         run = {tokens: fmean(values) for tokens, values in points if values}
         arms.setdefault(r.arm, []).extend([run] if run else [])
@@ -187,7 +180,7 @@ def _draw_arm(axis: Axes, arm: str, runs: Runs, look: tuple[str, str], *, marked
     tokens, values = _mean(runs)
     if not tokens:
         return
-    colour, gid = look[0], series_id(arm)
+    colour, gid = look[0], f"series:{arm}"
     if len(runs) >= FEWEST_FOR_A_BAND:
         low, high = [v.low for v in values], [v.high for v in values]
         axis.fill_between(tokens, low, high, color=colour, alpha=0.15, linewidth=0, gid=gid)
@@ -200,24 +193,19 @@ def _draw_arm(axis: Axes, arm: str, runs: Runs, look: tuple[str, str], *, marked
 def _heat_panels(results: Sequence[Result], live: Sequence[str]) -> list[Panel]:
     """Mass by head after training, a panel a mode; and by layer while training."""
     first = {arm: next(r for r in results if r.arm == arm) for arm in arms_of(results)}
-    shapes = {arm: np.shape(next(iter(r.final["modes"].values()))["mass"]) for arm, r in first.items()}
-    unknown = {arm: {"mass": np.full(shape, np.nan)} for arm, shape in shapes.items()}
     by_head = {
-        mode: {arm: r.final["modes"].get(mode, unknown[arm])["mass"] for arm, r in first.items()}
+        mode: {arm: r.final["modes"][mode]["mass"] for arm, r in first.items() if mode in r.final["modes"]}
         for mode in modes_of(results)
         if mode != "first_key_masked"
     }
-    heads = max(heads for _, heads in shapes.values())
+    heads = max((len(layer) for maps in by_head.values() for mass in maps.values() for layer in mass), default=1)
     panels = _stacks("by head, after training", by_head, "head", {n: str(n) for n in range(0, heads, -(-heads // 8))})
     times = [t for r in first.values() for mode in live for t in r.maps(mode) if t > 0]
     if len(set(times)) < 2:
         return panels
     grid = np.geomspace(min(times), max(times), 40)
     by_layer = {
-        mode: {
-            arm: _over_time(maps, grid) if (maps := r.maps(mode)) else unknown[arm]["mass"] for arm, r in first.items()
-        }
-        for mode in live
+        mode: {arm: _over_time(maps, grid) for arm, r in first.items() if (maps := r.maps(mode))} for mode in live
     }
     ticks = {n: short(grid[n]) for n in range(0, len(grid), 13)}
     return panels + _stacks("by layer, while training", by_layer, "tokens seen", ticks)
@@ -231,7 +219,8 @@ def _over_time(maps: dict[int, list[list[float]]], grid: np.ndarray) -> np.ndarr
 
 
 def _stacks(what: str, by_mode: dict[str, dict[str, Any]], xlabel: str, ticks: dict[int, str]) -> list[Panel]:
-    """A panel a mode: a map an arm, under each other, on one scale."""
+    """A panel a mode: a map an arm that was measured in it, under each other, on one scale."""
+    by_mode = {mode: maps for mode, maps in by_mode.items() if maps}
     top = mass_scale([values for maps in by_mode.values() for values in maps.values()])
 
     def draw(maps: dict[str, Any], axis: Axes) -> None:
@@ -242,5 +231,5 @@ def _stacks(what: str, by_mode: dict[str, dict[str, Any]], xlabel: str, ticks: d
         axis.set(xlabel=xlabel, ylabel="layers of an arm, downwards")
         axis.spines[:].set_visible(False)
 
-    rows = sum(len(values) + 1 for values in next(iter(by_mode.values())).values())
+    rows = max((sum(len(values) + 1 for values in maps.values()) for maps in by_mode.values()), default=0)
     return mode_panels(by_mode, draw, f"{{}}, {what}", height=1.2 + 0.13 * rows)

@@ -30,11 +30,6 @@ class Result:
     progress: str = ""
     """How far a run is that has not finished; its final measurement is then its last live one."""
 
-    @property
-    def layers(self) -> int:
-        """Layers of the model."""
-        return max(len(mode["mass"]) for mode in self.final["modes"].values())
-
     def maps(self, mode: str) -> dict[int, list[list[float]]]:
         """Tokens -> sink mass [L][H] at the measurements while training."""
         return {p["train/tokens"]: p[key] for p in self.points if (key := f"sink/heatmap/{mode}") in p}
@@ -42,10 +37,8 @@ class Result:
     def value(self, mode: str, key: str) -> float:
         """A figure of the final measurement: `loss`, `bits_per_byte`, `mass`, or an eps for a sink rate."""
         measured = self.final["modes"][mode]
-        if key in measured["rate"]:
-            return mean(measured["rate"][key])
-        value = measured[key]
-        return float(value) if isinstance(value, int | float) else mean(value)
+        value = measured["rate"].get(key) or measured[key]
+        return mean(value) if isinstance(value, list) else float(value)
 
 
 def mean(rows: list[list[float]]) -> float:
@@ -75,23 +68,19 @@ def load_result(folder: Path, arm: str, seed: int) -> Result:
         directory.check_finished(folder)
     config = read_mapping(folder / directory.CONFIG)
     audit, run = (
-        {} if not path.is_file() else directory.read_json(path)
+        directory.read_json(path) if path.is_file() else {}
         for path in (folder / directory.AUDIT, folder / directory.RUN)
     )
     points = list(directory.read_metrics(folder / directory.METRICS))
-    final = directory.read_json(folder / directory.MEASUREMENT) if finished else _last_measured(folder, points, config)
-    progress = "" if finished else f"step {points[-1]['step']:,} of {config['trainer']['max_steps']:,}"
-    return Result(
-        arm=arm,
-        seed=seed,
-        strategy=config["data"]["strategy"],
-        context_length=config["data"]["context_length"],
-        points=points,
-        final=final,
-        documents=f"{audit.get('store_digest', '')} {audit.get('document_order', '')}",
-        made_by=tuple(run.get("made_by", ())),
-        progress=progress,
-    )
+    strategy, length = config["data"]["strategy"], config["data"]["context_length"]
+    documents = f"{audit.get('store_digest', '')} {audit.get('document_order', '')}"
+    made_by = tuple(run.get("made_by", ()))
+    if finished:
+        final, progress = directory.read_json(folder / directory.MEASUREMENT), ""
+    else:
+        final = _last_measured(folder, points, config)
+        progress = f"step {points[-1]['step']:,} of {config['trainer']['max_steps']:,}"
+    return Result(arm, seed, strategy, length, points, final, documents, made_by, progress)
 
 
 def _last_measured(folder: Path, points: Sequence[dict[str, Any]], config: dict[str, Any]) -> dict[str, Any]:
@@ -105,60 +94,46 @@ def _last_measured(folder: Path, points: Sequence[dict[str, Any]], config: dict[
     modes = {}
     for mode in measured["live_modes"]:
         value = {key.removesuffix(f"/{mode}"): value for key, value in last.items() if key.endswith(f"/{mode}")}
-        modes[mode] = {
-            "mass": value["sink/heatmap"],
-            "alpha": [[value["sink/alpha"]]],
-            **{
-                name: {eps: [[value[f"sink/{name}_eps{eps}"]]] for eps in ("0.2", "0.3", "0.5", "0.8")}
-                for name in ("rate", "rate_full")
-            },
-            "loss": value["val/loss"],
-            "bits_per_byte": value["val/bits_per_byte"],
-            "documents": measured["live_documents"],
-            "tokens": None,
+        rates = {
+            name: {eps: [[value[f"sink/{name}_eps{eps}"]]] for eps in ("0.2", "0.3", "0.5", "0.8")}
+            for name in ("rate", "rate_full")
         }
+        modes[mode] = rates | {
+            "mass": value["sink/heatmap"], "alpha": [[value["sink/alpha"]]], "loss": value["val/loss"],
+            "bits_per_byte": value["val/bits_per_byte"], "documents": measured["live_documents"], "tokens": None,
+        }  # fmt: skip
     return {
-        "modes": modes,
-        "step": last["step"],
-        "tokens": last["train/tokens"],
-        "onset_tokens": next(reached, None),
-        "parameters": None,
-        "sink_tokens": measured["sink_tokens"],
-    }
+        "modes": modes, "step": last["step"], "tokens": last["train/tokens"], "onset_tokens": next(reached, None),
+        "parameters": None, "sink_tokens": measured["sink_tokens"],
+    }  # fmt: skip
 
 
 def describe(strategy: dict[str, Any]) -> tuple[str, str]:
     """Mask, with any packing but `concat`, and first token of a strategy in the words of the published table."""
     mask = "causal" if strategy["mask"] == "causal" else "intra-document"
-    if strategy["shared_prefix"]:
-        what = "position 0" if strategy["shared_prefix"] == 1 else f"positions below {strategy['shared_prefix']}"
-        mask += f", {what} visible to all"
-    if strategy["window"]:
-        mask += f", window {strategy['window']}"
-    if strategy["prefix_lm"]:
-        mask += f", prefix LM {strategy['prefix_lm']}"
+    if prefix := strategy["shared_prefix"]:
+        mask += f", {'position 0' if prefix == 1 else f'positions below {prefix}'} visible to all"
+    mask += f", window {strategy['window']}" if strategy["window"] else ""
+    mask += f", prefix LM {strategy['prefix_lm']}" if strategy["prefix_lm"] else ""
     packing = strategy.get("packing", "concat")
     if packing != "concat":
-        details = ["long ones cropped"] if strategy["overflow"] == "truncate" else []
-        details += {"pad": [], "crop": ["filled up by cropping"], "repeat": ["filled up by repeating"]}[
-            strategy["fill"]
+        [(name, options)] = packing.items() if isinstance(packing, dict) else [(packing, {})]
+        details = [
+            *(["long ones cropped"] if strategy["overflow"] == "truncate" else []),
+            *{"pad": [], "crop": ["filled up by cropping"], "repeat": ["filled up by repeating"]}[strategy["fill"]],
+            *(f"{key} {value}" for key, value in options.items()),
         ]
-        name = packing if isinstance(packing, str) else " ".join(map(str, packing))
-        details += [f"{k} {v}" for k, v in packing[name].items()] if isinstance(packing, dict) else []
         mask += f"; {name}" + (f" ({', '.join(details)})" if details else "")
-    parts = []
-    first = strategy["first_token"]
-    share = strategy.get("first_token_share", 1)
+    first, share = strategy["first_token"], strategy.get("first_token_share", 1)
     rows = "" if share == 1 else f" of {100 * share:g} % of rows"
-    for position, what in enumerate(first if isinstance(first, list) else [first]):
-        if what == "bos":
-            parts.append(f"fixed at position {position}{rows}")
-        elif what != "none":
-            parts.append(f"{'random token' if what == 'random' else f'token {what}'} at position {position}{rows}")
-    if strategy["document_start"] == "bos":
-        parts.append("at document starts")
-    elif strategy["document_start"] != "none":
-        parts.append(f"token {strategy['document_start']} at document starts")
+    words = {"bos": "fixed", "random": "random token"}
+    parts = [
+        f"{words.get(what, f'token {what}')} at position {position}{rows}"
+        for position, what in enumerate(first if isinstance(first, list) else [first])
+        if what != "none"
+    ]
+    if (start := strategy["document_start"]) != "none":
+        parts.append(f"{'' if start == 'bos' else f'token {start} '}at document starts")
     has_bos = any("fixed" in part or part == "at document starts" for part in parts)
     return mask, ("" if has_bos or not parts else "none; ") + " and ".join(parts) or "none"
 

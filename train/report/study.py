@@ -15,16 +15,7 @@ from sinkbed.train.report import html
 from sinkbed.train.report.effects import Outcome, check, counts, explanation
 from sinkbed.train.report.result import Result, arms_of, load_result
 from sinkbed.train.report.table import Table
-from sinkbed.train.report.tables import (
-    answer,
-    by_mode,
-    caption,
-    parquet,
-    rows_of,
-    sections,
-    summary,
-    verdicts,
-)
+from sinkbed.train.report.tables import answer, by_mode, caption, parquet, rows_of, sections, summary, verdicts
 from sinkbed.train.run import directory
 
 if TYPE_CHECKING:
@@ -44,21 +35,12 @@ def to_markdown(title: str, tables: Sequence[Table], notices: Sequence[str]) -> 
 
 
 def write_report(
-    study: StudyConfig,
-    runs: Sequence[ArmRun],
-    results: Sequence[Result],
-    missing: Sequence[str],
-    *,
-    track: bool = False,
+    study: StudyConfig, results: Sequence[Result], missing: Sequence[str], log: Sequence[ArmRun] = ()
 ) -> None:
-    """Write the report of runs, at least one, and their results to the study's report/ and print its table.
+    """Write the report of results, at least one, to the study's report/ and print its table.
 
-    What has not finished is in the curves; in the tables only where nothing has.
-
-    Args:
-        runs: those that have finished.
-        missing: what is not among the results and why, as `split_finished` says it.
-        track: send the tables to W&B too, as a run of the study's group.
+    What has not finished is in the curves; in the tables only where nothing has. `missing`: what is not among the
+    results and why, as `split_finished` says it. `log`: finished runs for whose group W&B is sent the tables too.
     """
     from sinkbed.train.report.figures import draw
     from sinkbed.train.report.pictures import pictures
@@ -99,11 +81,11 @@ def write_report(
         measuring = sum(s["measuring_live"] + s["measuring_final"] for s in seconds)
         share = f"({100 * measuring / training:.1f} %)"
         print(f"training {training:.0f} s, measuring {measuring:.1f} s {share}, over all arms")
-    if track:
+    if log:
         from sinkbed.train.study.sweep import log_summary
 
         table = [dict(zip(main.header, line, strict=True)) for line in main.cells()]
-        log_summary(study, runs, {"table": table, "effects": records, "runs": rows})
+        log_summary(study, log, {"table": table, "effects": records, "runs": rows})
     print(f"report: {folder / 'index.html'} (beside it: table.csv, table.md, *.parquet; figures as *.svg, *.pdf)")
 
 
@@ -123,25 +105,21 @@ def page(
     curves = [drawing for drawing in drawings if drawing.picture.name == "curves"]
     others = [drawing for drawing in drawings[1:] if drawing not in curves]
     explained = html.paragraph(explanation(counts(effects), study.most_seeds))
-
-    def pictured(drawing: Drawing) -> str:
-        return html.section(drawing.picture.title, html.picture(drawing))
-
     parts = [
         html.paragraph(study.question, "question"),
         html.paragraph(" · ".join(counted(number, noun) for noun, number in sizes.items()), "facts"),
         html.paragraph(answer(results, effects), "answer"),
         html.notices(notices),
-        pictured(drawings[0]),
+        html.picture(drawings[0]),
         html.section("Expected effects", html.effects(effects), explained) if effects else "",
-        *map(pictured, curves),
+        *map(html.picture, curves),
         html.section(
             "Numbers",
             html.folded("Every arm", html.table(main)),
             html.folded("By input", *(f"<h3>{table.title}</h3>{html.table(table)}" for table in by_mode(results))),
             *(html.folded(table.title, html.table(table)) for table in more),
         ),
-        html.section("More pictures", *(html.folded(other.picture.title, html.picture(other)) for other in others)),
+        html.section("More pictures", *(html.picture(other, html.folded) for other in others)),
         html.paragraph("Beside this page: every figure as SVG and PDF, the tables as Markdown, CSV and Parquet."),
     ]  # fmt: skip
     return html.document(study.title, parts)
@@ -187,8 +165,6 @@ def split_finished(runs: Sequence[ArmRun]) -> tuple[list[ArmRun], list[Result], 
         except (OSError, ValueError) as error:
             if status == "finished" or not isinstance(error, FileNotFoundError):  # else there is nothing to read yet
                 status, why = "damaged", str(error)
-        missing.append(f"{run.folder.name} ({_STATUS.get(status, status)}{f': {why}' if why else ''})")
+        status = {"other": "of other settings", "new": "not run"}.get(status, status)
+        missing.append(f"{run.folder.name} ({status}{f': {why}' if why else ''})")
     return finished, results, missing
-
-
-_STATUS = {"other": "of other settings", "new": "not run"}

@@ -20,7 +20,6 @@ from sinkbed.train.report.effects import (
     label,
     listed,
     reference_mode,
-    same_documents,
     written,
 )
 from sinkbed.train.report.intervals import Interval
@@ -222,9 +221,8 @@ def _pairs(results: Sequence[Result]) -> list[Table]:
     runs = {arm: [r for r in results if r.arm == arm] for arm in arms}
     lines = []
     for a, b in itertools.combinations(arms, 2):
-        of_both = [*runs[a], *runs[b]]
-        if same_documents(of_both, a, b):
-            between = [(metric, difference(of_both, metric, (a, of), (b, of))) for metric, of in columns]
+        between = [(metric, difference([*runs[a], *runs[b]], metric, (a, of), (b, of))) for metric, of in columns]
+        if any(interval for _, interval in between):
             stars = [" *" if interval and interval.exceeds_noise() else "" for _, interval in between]
             cells = [written(metric, interval, sign=True) for metric, interval in between]
             lines.append((a, b, *map("".join, zip(cells, stars, strict=True))))
@@ -254,26 +252,23 @@ def verdicts(effects: Sequence[Outcome]) -> list[str]:
 
 def rows_of(results: Sequence[Result]) -> list[dict[str, Any]]:
     """A row of table.csv for each arm, seed and mode."""
-    return [_row(r, mode, measured) for r in results for mode, measured in r.final["modes"].items()]
-
-
-def _row(result: Result, mode: str, measured: dict[str, Any]) -> dict[str, Any]:
     derived = ("loss_gap", "sink_rate_placed", "sink_rate_area", "sink_rate_share", "sink_share")
-    values = {
-        **{name: result.value(mode, key) for name, key in (("sink_mass", "mass"), ("sink_alpha", "alpha"))},
-        **{name: measured[name] for name in ("loss", "bits_per_byte")},
-        **{name: figure(result, name, mode) for name in derived},
-    }
-    return {
-        "arm": result.arm,
-        "seed": result.seed,
-        "mode": mode,
-        **{f"sink_rate_{eps}": round(mean(heads), 4) for eps, heads in measured["rate"].items()},
-        "sink_rate_row_0.3": round(mean(measured["rate_full"]["0.3"]), 4),
-        **{name: None if value is None else round(value, 6) for name, value in values.items()},
-        **{name: result.final[name] for name in ("onset_tokens", "tokens", "parameters")},
-        "context_length": result.context_length,
-    }
+    rows = []
+    for r, mode in ((each, mode) for each in results for mode in each.final["modes"]):
+        measured = r.final["modes"][mode]
+        values = {
+            "sink_mass": r.value(mode, "mass"), "sink_alpha": r.value(mode, "alpha"), "loss": measured["loss"],
+            "bits_per_byte": measured["bits_per_byte"], **{name: figure(r, name, mode) for name in derived},
+        }  # fmt: skip
+        rows.append({
+            "arm": r.arm, "seed": r.seed, "mode": mode,
+            **{f"sink_rate_{eps}": round(mean(heads), 4) for eps, heads in measured["rate"].items()},
+            "sink_rate_row_0.3": round(mean(measured["rate_full"]["0.3"]), 4),
+            **{name: None if value is None else round(value, 6) for name, value in values.items()},
+            **{name: r.final[name] for name in ("onset_tokens", "tokens", "parameters")},
+            "context_length": r.context_length,
+        })  # fmt: skip
+    return rows
 
 
 def parquet(results: Sequence[Result], rows: Sequence[dict[str, Any]]) -> dict[str, bytes]:

@@ -8,9 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from sinkbed.data.pack.strategy import Strategy
+from sinkbed.plain_text import csv_of
 from sinkbed.train.report.effects import check, figure
 from sinkbed.train.report.result import Result
-from sinkbed.train.report.tables import answer, by_mode, caption, effects_csv, parquet, rows_of, sections, summary
+from sinkbed.train.report.tables import answer, by_mode, caption, parquet, rows_of, sections, summary
 from sinkbed.train.study.file import Effect
 
 
@@ -64,8 +65,8 @@ def effect(**keys):
     ],
 )
 def test_effects_are_judged_by_differences_of_the_same_seeds(keys, verdict):
-    [found] = check(study(), [effect(**keys)], {})
-    assert found.verdict == verdict
+    [outcome] = check(study(), [effect(**keys)], {})
+    assert outcome.verdict == verdict
 
 
 def test_rates_of_a_curve_and_of_deep_layers():
@@ -83,14 +84,14 @@ def test_an_interval_may_be_wider_than_it_should_be():
 
 
 def test_arms_by_themselves_would_not_have_shown_it():
-    [found] = check(study(), [effect()], {})
-    assert found.ours.low < found.theirs.mean < found.ours.high, "the arms' own intervals overlap"
-    assert found.difference.mean == pytest.approx(20.1) and found.difference.exceeds_noise()
+    [outcome] = check(study(), [effect()], {})
+    assert outcome.arm.low < outcome.against.mean < outcome.arm.high, "the arms' own intervals overlap"
+    assert outcome.difference.mean == pytest.approx(20.1) and outcome.difference.exceeds_noise()
 
 
 def test_other_documents_are_no_pairs():
-    [found] = check(study(documents="others"), [effect()], {})
-    assert found.difference is None and found.verdict == "not measured"
+    [outcome] = check(study(documents="others"), [effect()], {})
+    assert outcome.difference is None and outcome.verdict == "not measured"
     assert "Differences of arms" in [s.title for s in sections(study(), [])]
     assert all(not s.rows for s in sections(study(documents="others"), []) if s.title == "Differences of arms")
 
@@ -107,21 +108,21 @@ def test_the_published_figures_stand_beside_ours_with_their_difference():
 
 def test_that_there_is_one_run_is_said_once():
     once = study(seeds=(4,))
-    [found] = check(once, [effect()], {})
-    assert (found.verdict, found.finding) == ("one run: as expected", "as expected")
-    assert found.columns()["difference"] == "+20.4" and found.columns()["verdict"] == "as expected"
-    tables = [summary(once, {}), *by_mode(once), *sections(once, [found])]
+    [outcome] = check(once, [effect()], {})
+    assert (outcome.verdict, outcome.finding) == ("one run: as expected", "as expected")
+    assert outcome.columns()["difference"] == "+20.4" and outcome.columns()["verdict"] == "as expected"
+    tables = [summary(once, {}), *by_mode(once), *sections(once, [outcome])]
     assert not any("±" in cell or "run" in cell for table in tables for row in table.rows for cell in row)
     assert "no interval" in caption(once) and answer(once, []).count("One run an arm") == 1
     assert caption(once, "A paper").endswith(". Published: A paper."), "sentences end, also those of a study file"
-    assert [table.title for table in sections(once, [found])] == ["Expected effects", "When the sink forms"]
+    assert [table.title for table in sections(once, [outcome])] == ["Expected effects", "When the sink forms"]
     assert "figures without ±" not in caption(study())
     assert "figures without ± are of one run" in caption([*study(), result("once", 0, 1, 1)])
 
 
 def test_the_answer_names_the_extremes_and_whether_they_differ():
-    found = check(study(), [effect(), effect(expected="down")], {})
-    assert answer(study(), found) == (
+    outcomes = check(study(), [effect(), effect(expected="down")], {})
+    assert answer(study(), outcomes) == (
         "With BOS + text as input, the sink rate goes from 25.0 ± 37.3 % (none) to 45.1 ± 37.5 % (fixed), a difference "
         "of 20.1 ± 0.2. In fixed, where it costs most, reading the text alone changes the loss by +1.500 ± 0.000 nats "
         "per token. 2 expected effects: 1 reproduced, 1 not reproduced."
@@ -169,17 +170,28 @@ def test_losses_over_other_targets_are_not_compared():
     for r in results:
         r.final["modes"]["bos"]["tokens"] += r.arm == "none"
     metrics = ("loss", "bits_per_byte", "sink_rate_0.3")
-    found = check(results, [effect(metric=metric) for metric in metrics], {})
-    assert [item.verdict for item in found] == ["not measured", "not measured", "reproduced"]
+    outcomes = check(results, [effect(metric=metric) for metric in metrics], {})
+    assert [item.verdict for item in outcomes] == ["not measured", "not measured", "reproduced"]
     [pairs] = [s for s in sections(results, []) if s.title == "Differences of arms"]
     [cells] = pairs.rows
     assert dict(zip(pairs.header, cells, strict=True))["loss, BOS + text"] == "" and "other targets" in pairs.note
     assert "*" in cells[2]
 
 
+def test_a_reader_learns_how_many_comparisons_there_were_and_what_decided_the_seeds():
+    outcomes = check(study(), [effect(), effect(expected="down"), effect(mode="as_trained")], {})
+    plain, ruled = (sections(study(), outcomes, most)[0].note for most in (None, 8))
+    assert "Comparisons made: 2; where nothing differs, one in twenty leaves 0 out by chance." in plain
+    assert "Seeds were added" not in plain
+    assert (
+        ruled
+        == f"{plain} Seeds were added one at a time until every interval was as narrow as its half_width, at most 8."
+    )
+
+
 def test_what_has_no_source_is_not_called_reproduced():
-    found = check(study(), [effect(source=""), effect(source="", expected="down")], {})
-    assert [item.verdict for item in found] == ["as expected", "not as expected"]
+    outcomes = check(study(), [effect(source=""), effect(source="", expected="down")], {})
+    assert [item.verdict for item in outcomes] == ["as expected", "not as expected"]
 
 
 def test_the_caption_says_which_arms_have_fewer_seeds():
@@ -204,8 +216,9 @@ def test_a_table_that_all_arms_share_a_strategy_in_leaves_it_out():
 
 def test_all_numbers_are_in_files():
     results = study()
-    found = check(results, [effect()], {})
-    [row] = csv.DictReader(io.StringIO(effects_csv(found)))
+    outcomes = check(results, [effect()], {})
+    record = outcomes[0].record()
+    [row] = csv.DictReader(io.StringIO(csv_of([record], tuple(record))))
     assert (row["verdict"], row["seeds"], float(row["difference_mean"])) == ("reproduced", "3", pytest.approx(20.1))
     rows = rows_of(results)
     files = {name: io.BytesIO(content) for name, content in parquet(results, rows).items()}

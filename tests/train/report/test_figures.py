@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sinkbed.train.report.figures import Panel, Picture, embedded, files, heat, line, look, mass_scale, stacked
+from sinkbed.train.report.figures import Panel, Picture, draw, embedded, heat, line, look, mass_scale, stacked
 from sinkbed.train.report.pictures import _curve_panels, _over_time, _series
 from tests.train.report.test_effects import result
 
@@ -35,11 +35,14 @@ def test_a_mean_is_over_layers_and_at_the_tokens_that_every_seed_has():
 
 
 def test_a_page_names_and_hides_series_and_takes_its_own_colours():
-    def draw(axis):
+    def lines(axis):
         line(axis, [1, 2], [3, 4], "a <b> $1", look(0))
         line(axis, [1, 2], [4, 4], "ink", look(7))
 
-    [svg], series = embedded(Picture("name", "A picture", "", [Panel("a panel", draw)]))
+    drawing = draw(Picture("name", "A picture", "", [Panel("a panel", lines), Panel("another", lambda _: None)]))
+    svg, other = embedded(drawing)
+    series = drawing.series
+    assert "another" in other and 'class="series"' not in other, "each panel has its own parts alone"
     assert svg.startswith('<svg role="img" aria-label="A picture: a panel"') and "<metadata" not in svg
     assert 'data-series="a &lt;b&gt; $1"><title>a &lt;b&gt; $1</title>' in svg
     assert list(series) == ["a <b> $1", "ink"] and series["a <b> $1"] == ("#0072B2", "●")
@@ -48,7 +51,7 @@ def test_a_page_names_and_hides_series_and_takes_its_own_colours():
 
 def test_figures_are_files_of_the_same_bytes_each_time():
     picture = Picture("name", "", "", [Panel("a panel", lambda axis: axis.plot([1, 2])), Panel("b", lambda _: None)])
-    both = [files([picture], ("svg", "pdf", "png")) for _ in range(2)]
+    both = [draw(picture, ("svg", "pdf", "png")).files for _ in range(2)]
     assert both[0] == both[1] and list(both[0]) == ["name.svg", "name.pdf", "name.png"]
     assert both[0]["name.pdf"][:5] == b"%PDF-" and both[0]["name.png"][1:4] == b"PNG"
 

@@ -26,8 +26,8 @@ def test_quantiles_fall_towards_the_normals():
 
 def test_the_interval_of_a_mean_holds_it_as_often_as_it_says():
     draws = np.random.default_rng(0).normal(3.0, 2.0, size=(4000, 3))
-    found = [Interval.of(row.tolist()) for row in draws]
-    assert np.mean([i.low <= 3.0 <= i.high for i in found]) == pytest.approx(0.95, abs=0.015)
+    intervals = [Interval.of(row.tolist()) for row in draws]
+    assert np.mean([i.low <= 3.0 <= i.high for i in intervals]) == pytest.approx(0.95, abs=0.015)
 
 
 def test_one_run_has_no_interval_and_exceeds_nothing():
@@ -56,7 +56,7 @@ def test_pairing_by_seed_sees_through_what_seeds_share():
 
 
 @pytest.mark.parametrize(
-    ("values", "expected", "tolerance", "found"),
+    ("values", "expected", "tolerance", "name"),
     [
         ([4.0, 5.0, 6.0], "up", 0, "reproduced"),
         ([4.0, 5.0, 6.0], "down", 0, "not reproduced"),
@@ -73,8 +73,8 @@ def test_pairing_by_seed_sees_through_what_seeds_share():
         ([0.04], "none", 0.05, "one run: as expected"),
     ],
 )
-def test_a_verdict_needs_the_whole_interval(values, expected, tolerance, found):
-    assert verdict(Interval.of(values), expected, tolerance) == found
+def test_a_verdict_needs_the_whole_interval(values, expected, tolerance, name):
+    assert verdict(Interval.of(values), expected, tolerance) == name
 
 
 def test_without_a_difference_there_is_no_verdict():

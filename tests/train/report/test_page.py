@@ -31,29 +31,29 @@ def browser():
     with playwright.sync_playwright() as driver:
         installed = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
         try:
-            found = driver.chromium.launch(executable_path=installed, args=["--no-sandbox"])
+            chromium = driver.chromium.launch(executable_path=installed, args=["--no-sandbox"])
         except playwright.Error as error:
             pytest.skip(f"no browser: {str(error).splitlines()[0]}")
-        yield found
-        found.close()
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(params=[1280, 400], ids=["wide", "narrow"])
 def page(request, browser, page_file):
     """The page in a window of a width, all of it unfolded, without a network; whatever goes wrong fails the test."""
-    found = browser.new_page(viewport={"width": request.param, "height": 900})
-    wrong, asked = [], []
-    found.on("pageerror", lambda error: wrong.append(str(error)))
-    found.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    found.on("request", lambda made: asked.append(made.url))
-    found.context.set_offline(True)
-    found.goto(page_file.as_uri())
-    found.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
-    found.wait_for_function("document.querySelectorAll('svg').length >= 9")
-    yield found
+    opened = browser.new_page(viewport={"width": request.param, "height": 900})
+    wrong, requested = [], []
+    opened.on("pageerror", lambda error: wrong.append(str(error)))
+    opened.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    opened.on("request", lambda made: requested.append(made.url))
+    opened.context.set_offline(True)
+    opened.goto(page_file.as_uri())
+    opened.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
+    opened.wait_for_function("document.querySelectorAll('svg').length >= 9")
+    yield opened
     assert wrong == []
-    assert [url for url in asked if not url.startswith(("file://", "data:", "blob:"))] == []
-    found.close()
+    assert [url for url in requested if not url.startswith(("file://", "data:", "blob:"))] == []
+    opened.close()
 
 
 def test_nothing_is_cut_and_all_of_it_can_be_read(page):
@@ -66,8 +66,8 @@ def test_nothing_is_cut_and_all_of_it_can_be_read(page):
     assert beyond == []
     texts = page.evaluate(
         "[...document.querySelectorAll('svg text')].map(text => { const box = text.getBoundingClientRect(), "
-        "whole = text.closest('svg').getBoundingClientRect(); return [text.textContent, box.left - whole.left, "
-        "whole.right - box.right, box.top - whole.top, whole.bottom - box.bottom]; })"
+        "drawing = text.closest('svg').getBoundingClientRect(); return [text.textContent, box.left - drawing.left, "
+        "drawing.right - box.right, box.top - drawing.top, drawing.bottom - box.bottom]; })"
     )
     assert len(texts) > 100 and [text for text in texts if min(text[1:]) < -2] == []
     sizes = page.evaluate(

@@ -19,17 +19,17 @@ class Links(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.targets = []
 
     def handle_starttag(self, tag, attributes):
-        self.found += [v for k, v in attributes if k in ("src", "href") and v]
+        self.targets += [v for k, v in attributes if k in ("src", "href") and v]
 
 
 def test_the_page_needs_no_network_and_escapes_what_users_wrote(finished):
     page = (finished.parent / "out" / "report" / "index.html").read_text()
     links = Links()
     links.feed(page)
-    assert links.found == []
+    assert links.targets == []
     assert "A study &lt;of&gt; two arms" in page and "<of>" not in page
     assert page.count("<svg") == page.count("</svg>") >= 9
     assert len(re.findall(r"<tr><td", page)) == 2 + 4 * 2 + 2 + 6, "arms, by input, onsets, every measurement"
@@ -67,8 +67,8 @@ def test_runs_and_folders_of_runs_can_be_reported(finished, fit, capsys, tmp_pat
     assert "expected a study file, which makes a study's own report" in capsys.readouterr().err
     assert (out / "report" / "table.md").read_text() == before
     assert main(["report", str(out), "--out", str(tmp_path / "again")]) == 0
-    ours, theirs = ((f / "report" / "table.csv").read_text() for f in (tmp_path / "again", out))
-    assert sorted(ours.splitlines()) == sorted(theirs.splitlines())
+    again, before = ((f / "report" / "table.csv").read_text() for f in (tmp_path / "again", out))
+    assert sorted(again.splitlines()) == sorted(before.splitlines())
     _, folder = fit(run_dir="alone")
     assert main(["report", str(folder)]) == 0
     with (folder / "report" / "table.csv").open() as file:

@@ -43,9 +43,9 @@ def keys(detail, layers):
 
 @pytest.mark.parametrize("layers", [3, 12, 32])
 def test_the_number_of_charts_does_not_grow_with_depth(layers):
-    found = set(keys("layers", layers))
-    assert len(found) == len(set(keys("layers", 3))) <= 60
-    sections = Counter(key.split("/")[0] for key in found)
+    charts = set(keys("layers", layers))
+    assert len(charts) == len(set(keys("layers", 3))) <= 60
+    sections = Counter(key.split("/")[0] for key in charts)
     assert sections["sink"] == 12 and min(sections) == "sink", "the sink's section is the first"
     assert len(set(keys("headline", layers))) < 30 and not any("maps" in key for key in keys("headline", layers))
     every = {key for point in points(layers) for key, value in point.items() if not isinstance(value, list)}
