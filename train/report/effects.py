@@ -217,13 +217,13 @@ def check(results: Sequence[Result], effects: Sequence[Effect], published: Publi
     results, outcomes = [r for r in results if not r.progress], []
     for effect in effects:
         cells = (effect.arm, effect.mode), effect.other
-        by_seed = [list(figures(results, arm, effect.metric, mode).values()) for arm, mode in cells]
-        intervals = [Interval.of(values) if values else None for values in by_seed]
+        by_seed = (list(figures(results, arm, effect.metric, mode).values()) for arm, mode in cells)
+        one, other = (Interval.of(values) if values else None for values in by_seed)
         between = difference(results, effect.metric, *cells)
         name = verdict(between, effect.expected, effect.tolerance)
         if not effect.source:  # what nobody has published cannot be reproduced
             name = name.replace("reproduced", "as expected")
-        outcomes.append(Outcome(effect, *intervals, between, _published(published, effect), name))
+        outcomes.append(Outcome(effect, one, other, between, _published(published, effect), name))
     return outcomes
 
 

@@ -53,28 +53,28 @@ class Charts:
                 if not key.startswith(kinds) and not _LAYER.fullmatch(key) and not _of_another(key, modes)
             }
             keys = dict.fromkeys(key.format(mode) for key in _SINK for mode in modes)
-            row |= {key: numbers[key] for key in [key for key in keys if key in numbers][:MOST_OF_SINK]}
+            of_sink = [key for key in keys if key in numbers][:MOST_OF_SINK]
+            row |= {key: numbers[key] for key in of_sink}
         maps = self._maps(numbers, modes) | _heads(point, modes)  # always, as the next ones hold these
+        row |= {} if self.detail == "headline" else maps
         # Sections are in alphabetical order: the sink's comes first.
-        return {_listed(key): value for key, value in (row if self.detail == "headline" else row | maps).items()}
+        return {f"state/{key}" if key.startswith("mixing/") else key: value for key, value in row.items()}
 
     def _maps(self, numbers: dict[str, Any], modes: list[str]) -> dict[str, Map]:
         """A map for each figure of layers in this point, of its measurements so far."""
         layers: dict[str, list[float]] = {}
         for key, value in numbers.items():
-            if (found := _LAYER.fullmatch(key)) and not _of_another(key, modes):
-                layers.setdefault(found["name"].replace("sink/", "sink_maps/") + (found["mode"] or ""), []).append(
-                    value
-                )
+            if (match := _LAYER.fullmatch(key)) and not _of_another(key, modes):
+                name = match["name"].replace("sink/", "sink_maps/") + (match["mode"] or "")
+                layers.setdefault(name, []).append(value)
         maps = {}
         for key, column in layers.items():
             columns = self.columns.setdefault(key, [])
             columns.append(column)
             values = [list(line) for line in zip(*columns, strict=False)]
             top = max(map(max, values))
-            scale = f"0 dark to {top:.3g} bright, by the root"
-            tokens = f"up to {numbers['train/tokens']:,} tokens"
-            maps[key] = Map(values, top, f"{key}: layers down, measurements across, {tokens}; {scale}")
+            across = f"measurements across, up to {numbers['train/tokens']:,} tokens"
+            maps[key] = Map(values, top, f"{key}: layers down, {across}; 0 dark to {top:.3g} bright, by the root")
         return maps
 
 
@@ -88,15 +88,10 @@ def _heads(point: dict[str, Any], modes: list[str]) -> dict[str, Map]:
 
 
 def _modes_of(numbers: dict[str, Any]) -> list[str]:
-    return list(
-        dict.fromkeys(key.rpartition("/")[2] for key in numbers if key.startswith(("sink/mass/", "state/", "mixing/")))
-    )
+    of_modes = (key for key in numbers if key.startswith(("sink/mass/", "state/", "mixing/")))
+    return list(dict.fromkeys(key.rpartition("/")[2] for key in of_modes))
 
 
 def _of_another(key: str, modes: list[str]) -> bool:
     """Whether a figure of states or of mixing, or a layer's, is of a mode that has no charts."""
     return key.startswith(("sink/", "state/", "mixing/")) and key.count("/") > 1 and key.rpartition("/")[2] not in modes
-
-
-def _listed(key: str) -> str:
-    return f"state/{key}" if key.startswith("mixing/") else key

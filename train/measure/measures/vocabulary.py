@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,10 +33,10 @@ class Vocabulary:
 def measure_vocabulary(model: Any, excerpts: Excerpts, batch_tokens: int, *, vocabulary: int = 512) -> Vocabulary:
     """Measure a model with `vocabulary` tokens at position 0, at most all there are; see `Vocabulary`."""
     device = input_device(model)
-    _, row = excerpts.batch(slice(0, 1), device)
-    known = torch.arange(len(excerpts.probe.token_bytes))
-    tried = known[:: max(1, len(known) // vocabulary)][:vocabulary]
-    size = max(1, batch_tokens // row.tokens.shape[1])
+    known = len(excerpts.probe.token_bytes)
+    count = min(vocabulary, known)
+    tried = torch.arange(count) * known // count
+    size = max(1, batch_tokens // (excerpts.text.shape[1] + 1))
     masses: list[list[torch.Tensor]] = []
 
     def attention(seen: LayerAttention) -> None:
@@ -45,18 +45,16 @@ def measure_vocabulary(model: Any, excerpts: Excerpts, batch_tokens: int, *, voc
 
     with evaluating(model), observing(model, attention=attention):
         for tokens in tried.split(size):
-            batch = excerpts.__class__(
-                excerpts.probe, excerpts.mode, excerpts.strategy, excerpts.rows[:1] * len(tokens),
-                excerpts.text[:1].expand(len(tokens), -1),
-            )  # fmt: skip
-            _, rows = batch.batch(slice(None), device)
+            text = excerpts.text[:1].expand(len(tokens), -1)
+            copies = replace(excerpts, rows=excerpts.rows[:1] * len(tokens), text=text)
+            _, rows = copies.batch(slice(None), device)
             rows.tokens[:, 0] = tokens.to(device)
             masses.append([])
             model(rows.tokens, mask=rows.mask)
     strongest = torch.cat([torch.stack(layers) for layers in masses], 1)  # [L, tokens]
     above = 100.0 * (strongest > _EPS)
     measured = Vocabulary(
-        tokens=len(tried),
+        tokens=count,
         share=above.mean(1).tolist(),
         any_layer=float(above.amax(0).mean()),
         strongest=strongest.mean(1).tolist(),
