@@ -29,7 +29,7 @@ def points(layers, tokens=1024, modes=MODES):
         for column in measure.columns
         for mode in modes
         for layer in range(layers)
-        if column.log
+        if column.log and measure.while_training
     }
     names = ("loss", "lr", "accumulated_decay", "grad_norm", "tokens_per_second")
     heat = {f"sink/heatmap/{mode}": mass for mode in modes}
