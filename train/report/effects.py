@@ -50,10 +50,10 @@ def figure(result: Result, metric: str, mode: str) -> float | None:
 
     `loss_gap`: loss of the mode − loss with BOS (as trained, where BOS was not measured), nats. `sink_rate_area`: mean
     of the live sink rate (eps 0.3) over the logarithm of tokens, in %, of the last hundredfold; `sink_rate_peak`: its
-    maximum; `sink_rate_deep`: the final one without the first two layers. `onset_tokens`: the
-    first live measurement at `measure.onset_rate`, in the first live mode whatever the mode here. `sink_rate_placed`:
-    at the last position where the strategy places a token; None in modes that do not place it. `sink_rate_share` (eps
-    0.3) and `sink_share` read the mass as its share of the query's weights of tokens; without a learned sink or another
+    maximum; `sink_rate_deep`: the final one without the first two layers. `onset_tokens`: the first live measurement at
+    `measure.onset_rate`, in the first live mode whatever the mode here. `sink_rate_placed`: at the last position where
+    the strategy places a token; None in modes that do not place it. `sink_rate_share` (eps 0.3) and
+    `sink_share` read the mass as its share of the query's weights of tokens; without a learned sink or another
     normaliser these add up to 1, and both are as `sink_rate_0.3` and `sink_mass`.
     """
     if metric == "onset_tokens":
@@ -228,7 +228,7 @@ def check(results: Sequence[Result], effects: Sequence[Effect], published: Publi
 
 
 def difference(results: Sequence[Result], metric: str, one: tuple[str, str], other: tuple[str, str]) -> Interval | None:
-    """Of a figure of two (arm, mode), paired by seed; None where they are not of the same.
+    """Of a figure of two (arm, mode), paired by seed; None where they cannot be compared.
 
     Arms must have read the documents of one token store; their rows may differ, and some studies ask just that. Losses
     must be means of the same targets: a prefix LM counts fewer, a shorter context has shorter documents.

@@ -91,7 +91,7 @@ class Drawing:
     files: dict[str, bytes]
     """File name -> content, the same bytes each time."""
     boxes: Sequence[tuple[float, float, float, float]]
-    """Of each panel in the SVG file: left, top, width, height in points."""
+    """Of each panel in the SVG file: left, that of its column, top, right, bottom; in points."""
     series: dict[str, tuple[str, str]]
     """Label -> colour and marker."""
 
@@ -128,7 +128,8 @@ def draw(picture: Picture, formats: Sequence[str] = ("svg", "pdf")) -> Drawing:
         figure.set_layout_engine(None)  # once for all formats
         bounds = [Bbox.union([box for part in own if (box := part.get_tightbbox())]) for own in parts]
         files = {f"{picture.name}.{kind}": _saved(figure, kind) for kind in formats}
-    boxes = [(box.x0, 72 * height - box.y1, box.width, box.height) for box in bounds]
+    lefts = [min(box.x0 for box in bounds[column::across]) for column in range(across)]
+    boxes = [(lefts[n % across], 72 * height - b.y1, b.x1, 72 * height - b.y0) for n, b in enumerate(bounds)]
     series = {
         (handle.get_gid() or "").removeprefix("series:"): (handle.get_color(), MARKERS.get(handle.get_marker(), "■"))
         for handle in handles.values()
@@ -152,14 +153,14 @@ def embedded(drawing: Drawing) -> list[str]:
     svg = re.sub(r'<g id="series:([^"]*)">', r'<g class="series" data-series="\1"><title>\1</title>', svg)
     svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # which other drawings have too
     shared = re.findall(r"^ <defs>.*?^ </defs>", svg, re.M | re.S)
-    widest = max(width for _, _, width, _ in drawing.boxes)
+    width = max(right - left for left, _, right, _ in drawing.boxes) + 4
     elements = []
-    for number, (panel, (left, top, _, height)) in enumerate(zip(picture.panels, drawing.boxes, strict=True)):
+    for number, (panel, (left, top, _, bottom)) in enumerate(zip(picture.panels, drawing.boxes, strict=True)):
         parts = re.findall(rf'^  <g id="panel:{number}">(.*?)^  </g>', svg, re.M | re.S)
         content = re.sub(r"\n\s*", "\n", "".join([*(f"<g>{part}</g>" for part in parts), *shared]))
         elements.append(
             f'<svg role="img" aria-label="{html.escape(f"{picture.title}: {panel.title}")}" '
-            f'viewBox="{left - 2:.1f} {top - 2:.1f} {widest + 4:.1f} {height + 4:.1f}">{content}</svg>'
+            f'viewBox="{left - 2:.1f} {top - 2:.1f} {width:.1f} {bottom - top + 4:.1f}">{content}</svg>'
         )
     return elements
 

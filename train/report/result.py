@@ -74,13 +74,12 @@ def load_result(folder: Path, arm: str, seed: int) -> Result:
     points = list(directory.read_metrics(folder / directory.METRICS))
     strategy, length = config["data"]["strategy"], config["data"]["context_length"]
     documents = f"{audit.get('store_digest', '')} {audit.get('document_order', '')}"
-    made_by = tuple(run.get("made_by", ()))
     if finished:
         final, progress = directory.read_json(folder / directory.MEASUREMENT), ""
     else:
         final = _last_measured(folder, points, config)
         progress = f"step {points[-1]['step']:,} of {config['trainer']['max_steps']:,}"
-    return Result(arm, seed, strategy, length, points, final, documents, made_by, progress)
+    return Result(arm, seed, strategy, length, points, final, documents, tuple(run.get("made_by", ())), progress)
 
 
 def _last_measured(folder: Path, points: Sequence[dict[str, Any]], config: dict[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,10 @@ import subprocess
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 _CODE = ("data", "kernels", "model", "train", "pyproject.toml")
@@ -39,6 +40,8 @@ _COMMIT, _CHANGED = _checkout()  # of the code as it was imported: a study's arm
 def provenance(device: torch.device, processes: int = 1) -> dict[str, Any]:
     """Version, commit of the checkout (None where it is none), whether it was changed, torch, hardware of the first
     process, CPU threads of each, processes."""
+    import torch
+
     try:
         version = metadata.version("sinkbed")
     except metadata.PackageNotFoundError:  # a checkout that is run without being installed
@@ -93,6 +96,8 @@ def _maker(made: dict[str, Any]) -> str:
 
 def _cpu() -> str:
     """Model and the instruction set that torch computes with, which decides the order of sums."""
+    import torch
+
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sinkbed.train.report.figures import Panel, Picture, draw, embedded, heat, line, look, mass_scale, stacked
-from sinkbed.train.report.pictures import _curve_panels, _over_time, _series
+from sinkbed.train.report.pictures import _curve_panels, _over_time, _series, pictures
 from tests.train.report.test_effects import result
 
 
@@ -65,6 +65,20 @@ def test_maps_of_other_shapes_stand_under_each_other():
     np.testing.assert_array_equal(values, [[1, 2, 3], [np.nan] * 3, [4, np.nan, np.nan], [5, np.nan, np.nan]])
     assert middles == [0, 2.5]
     assert [mass_scale([[[x]]]) for x in (0.0, 0.3, 0.31, 1.2)] == pytest.approx([0.1, 0.3, 0.4, 1.0])
+
+
+def test_a_map_is_of_the_arms_that_were_measured_in_its_mode():
+    from matplotlib.figure import Figure
+
+    both, text = result("both", 0, 30, 3), result("text alone", 0, 30, 3)
+    del text.final["modes"]["bos"]
+    [maps] = [picture for picture in pictures([both, text], [both, text]) if picture.name == "heatmaps"]
+    rows = []
+    for panel in maps.panels:
+        axis = Figure().subplots()
+        panel.draw(axis)
+        rows.append([label.get_text() for label in axis.get_yticklabels()])
+    assert rows == [["both"], ["both", "text alone"]]
 
 
 def test_a_map_over_time_holds_the_last_measurement_before():
