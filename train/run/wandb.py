@@ -228,7 +228,6 @@ def _start(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) -> Trac
         name=shortened(config.name or run_dir.name, _LONGEST_NAME),
         tags=[shortened(tag, _LONGEST_TAG) for tag in config.tags] or None,
         id=known["wandb_id"],
-        resume="allow",
         dir=str(run_dir),
         config=settings,
         settings=wandb.Settings(
@@ -245,15 +244,13 @@ def _start(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) -> Trac
             f"Upload it later with: {_sync(run_dir)}"
         )
         mode = "offline"
-    if mode == "offline":
-        arguments.pop("resume", None)  # W&B warns that it has no meaning without a server
+    online = {"resume": "allow"}  # W&B warns that it has no meaning without a server
     try:
-        run = wandb.init(mode=mode, **arguments)
+        run = wandb.init(mode=mode, **arguments, **({} if mode == "offline" else online))
     except Exception as error:  # whatever W&B's client raises
         if mode == "online":
             rank_zero_warn(f"W&B refused the run ({error}); it goes on offline. Upload it later with: {_sync(run_dir)}")
         wandb.teardown()  # the failed attempt still holds the run's id
-        arguments.pop("resume", None)
         mode = "offline"
         run = wandb.init(mode=mode, **arguments)
     run.define_metric("train/tokens")
