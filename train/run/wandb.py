@@ -244,9 +244,8 @@ def _start(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) -> Trac
             f"Upload it later with: {_sync(run_dir)}"
         )
         mode = "offline"
-    online = {"resume": "allow"}  # W&B warns that it has no meaning without a server
-    try:
-        run = wandb.init(mode=mode, **arguments, **({} if mode == "offline" else online))
+    try:  # without a server W&B warns that resuming has no meaning
+        run = wandb.init(mode=mode, resume=None if mode == "offline" else "allow", **arguments)
     except Exception as error:  # whatever W&B's client raises
         if mode == "online":
             rank_zero_warn(f"W&B refused the run ({error}); it goes on offline. Upload it later with: {_sync(run_dir)}")
