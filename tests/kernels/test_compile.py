@@ -205,6 +205,7 @@ def test_the_kernels_compile_to_no_worse_than_the_baseline():
         assert {variant[i] for variant in COMPILED} == set(names)
 
 
+@pytest.mark.slow
 def test_the_command_checks_and_writes_what_it_is_asked_for(tmp_path, capsys):
     path = tmp_path / "table.csv"
     kernels = ["forward+statistics", "received"]

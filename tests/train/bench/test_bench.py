@@ -117,6 +117,7 @@ def corpus(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_preparing_is_compared_on_the_same_text(capsys, corpus, tmp_path):
     options = ["--vocab_size", "300", "--repeats", "1", "--copies", "2", "--folder", str(tmp_path)]
     assert main(["bench", "prepare", "--file", str(corpus), *options]) == 0
@@ -185,6 +186,7 @@ def test_ways_whose_masses_differ_are_not_compared():
         bench_metering.masses_differ(turns)
 
 
+@pytest.mark.slow
 def test_one_long_line_is_compared_with_the_same_bytes_as_many(capsys):
     assert main(["bench", "prepare", "--long_line", "1", "--vocab_size", "300", "--workers", "1"]) == 0
     many, one = (line.split() for line in capsys.readouterr().out.splitlines())

@@ -144,6 +144,7 @@ def numbers(value, path=()):
         yield path, value
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_every_measure_of_a_run_is_that_of_its_hugging_face_folder(run_dir, exported, tiny_store, tmp_path, capsys):
     ours, out = everything(tmp_path / "a", run_dir, "--directions", "exact", "--lengths", "16", "24")
@@ -277,6 +278,7 @@ def rows_of(segments, count):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_probe_is_one_more_point_of_the_runs_wandb_history(tiny_store, tmp_path, capsys):
     from tests.support.runs import write_run_config
 
@@ -329,6 +331,7 @@ def test_probes_of_any_checkpoint_leave_the_count_of_a_resumed_run_alone(killed,
     assert json.loads((folder / "run.json").read_text())["beside"] == beside and len(beside) == 2
 
 
+@pytest.mark.slow
 def test_a_report_is_whole_in_a_browser_without_a_network(run_dir, tmp_path):
     import shutil
     import subprocess

@@ -86,6 +86,7 @@ def test_runs_and_folders_of_runs_can_be_reported(finished, fit, capsys, tmp_pat
     assert "expected at least one run that was measured, got none" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_several_studies_make_one_page_of_the_seeds_that_are_finished(finished, capsys, tmp_path):
     effect = "name: BOS helps, note: a word, metric: loss, arm: fixed, against: absent, expected: none, tolerance: 9"
     other, empty = finished.with_name("other.yaml"), finished.with_name("empty.yaml")

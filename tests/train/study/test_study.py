@@ -225,6 +225,7 @@ def test_seeds_are_added_until_the_intervals_are_as_narrow_as_they_should_be(stu
     assert re.search(r"E: ±\d+\.\d+ with 2 seeds; ±1000 takes about 2\n", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_terminated_study_has_its_arms_save_and_goes_on_later(study):
     """Also in the background of a shell script, where SIGINT is ignored."""
     config = study.parent / "run.yaml"
