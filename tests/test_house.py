@@ -123,7 +123,8 @@ def test_no_module_imports_itself_over_any_number_of_others():
     TopologicalSorter({module: IMPORTS[module] & MODULES.keys() for module in MODULES}).prepare()
 
 
-@pytest.mark.parametrize("installed", ["editable", pytest.param("from a wheel", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("installed", ["editable", "from a wheel"])
 def test_it_is_used_from_a_folder_with_packages_of_the_same_names(installed, tmp_path):
     environment = dict(os.environ)
     if installed == "from a wheel":

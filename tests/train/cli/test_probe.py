@@ -558,6 +558,7 @@ def test_a_probe_that_is_interrupted_keeps_what_it_measured(run_dir, tmp_path, m
     assert "measuring states, mode bos (4 of 9, about " in said, "how far, and how long"
 
 
+@pytest.mark.slow
 def test_a_probe_that_is_interrupted_while_it_draws_has_its_numbers(run_dir, tmp_path, monkeypatch):
     from sinkbed.train.report import model as probe_report
 

@@ -47,6 +47,7 @@ def test_an_arm_whose_files_are_damaged_does_not_hide_the_others(finished, capsy
     assert "Traceback" not in said and ("NaN, which is no number" in said) == (kept == "none")
 
 
+@pytest.mark.slow
 def test_an_arm_made_under_another_configuration_is_refused_unless_forced(finished, capsys):
     (finished.parent / "none.yaml").write_text("data: {strategy: {first_token: random}}\n")
     assert main(["study", str(finished), "--quiet"]) == 1

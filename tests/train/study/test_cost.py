@@ -88,6 +88,7 @@ def test_a_plan_says_which_vocabulary_it_takes_a_store_to_have(study, capsys):
     assert "Token store stores/misspelt is not there yet" in out and "vocabulary is taken to be 32,768" in out
 
 
+@pytest.mark.slow
 def test_the_rate_of_a_core_is_measured_once_there_are_arms(study, capsys):
     assert main(["study", str(study), "--quiet", "--seeds", "0"]) == 0
     capsys.readouterr()
