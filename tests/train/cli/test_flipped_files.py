@@ -11,6 +11,7 @@ import json
 import random
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -203,7 +204,7 @@ def flipped(name, before, number):
 @pytest.fixture
 def tables_only(monkeypatch):
     """Reports without their drawings, which are of the same numbers."""
-    monkeypatch.setattr("sinkbed.train.report.figures.files", lambda *_: {})
+    monkeypatch.setattr("sinkbed.train.report.figures.draw", lambda picture, *_: SimpleNamespace(files={}))
     monkeypatch.setattr("sinkbed.train.report.study.page", lambda *_: "")
 
 
