@@ -226,8 +226,8 @@ def test_another_precision_is_another_run(fit, capsys, monkeypatch):
     with pytest.raises(Killed):
         fit()
     revive()
-    message = refused(capsys, fit("--trainer.precision", "bf16-true", "--ckpt_path", "last")[0])
-    assert "trainer.precision: the checkpoint has '32-true', this configuration 'bf16-true'" in message
+    message = refused(capsys, fit("--trainer.precision", "64-true", "--ckpt_path", "last")[0])
+    assert "trainer.precision: the checkpoint has '32-true', this configuration '64-true'" in message
 
 
 def test_a_fork_is_a_new_run_with_settings_of_its_own_that_names_its_parent(fit):
