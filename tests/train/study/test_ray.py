@@ -89,8 +89,8 @@ def test_arms_go_on_from_their_checkpoints_when_the_study_is_stopped_and_when_a_
 
     def kill():
         if wait_until(lambda: all("resuming" in log for log in logs())):
-            cluster.remove_node(cluster.second, allow_graceful=False)
             killed.append([runs[arm].status() for arm in both])
+            cluster.remove_node(cluster.second, allow_graceful=False)
 
     thread = threading.Thread(target=kill)
     thread.start()
