@@ -97,6 +97,7 @@ def test_everything_with_everything(compiler, request):
             check_scoring(compiler, arch, dtype, D, name, lanes=32)
 
 
+@pytest.mark.slow
 def test_statistics_change_no_bit_of_the_output_and_neither_does_the_order_of_warps(compiler):
     inputs, mask = drawn(1, 1, 1, sum(LENGTHS["bf16"]), 64, torch.bfloat16, "cpu"), masked("document")
     outputs = []

@@ -28,6 +28,7 @@ def batch_of(number: int, count: int = 20) -> Batch:
     return Batch(number, [Document(text, "train", len(text.encode()), 0) for text in texts], last=True)
 
 
+@pytest.mark.slow
 def test_batches_come_back_in_order_with_the_tokens_of_one_process(tokenizer: Tokenizer) -> None:
     found = []
     for workers in (1, 2):

@@ -44,6 +44,7 @@ def test_a_config_names_no_class_unless_it_is_trusted(fit, capsys, tmp_path, mon
     assert not (tmp_path / "ran").exists() and not (tmp_path / "run").exists() and not Path("elsewhere").exists()
 
 
+@pytest.mark.slow
 def test_a_trusted_config_may(fit, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from lightning.pytorch import Callback\n"

@@ -92,7 +92,7 @@ def test_an_error_in_a_data_worker_is_one_message(fit, monkeypatch, capsys):
     assert "Traceback" not in message and time.monotonic() - began < 30
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_a_shard_that_becomes_shorter_under_a_run_is_one_message(fit, tiny_store, tmp_path, workers):
     store = tmp_path / "store"
     shutil.copytree(tiny_store, store)

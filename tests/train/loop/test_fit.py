@@ -67,7 +67,14 @@ def test_the_loss_of_a_step_is_the_mean_over_its_micro_batches(fit):
     assert first[0] == pytest.approx(first[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("extra", [(), ("--data.micro_batch_size", "2"), ("--data.workers", "1")])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (),
+        pytest.param(("--data.micro_batch_size", "2"), marks=pytest.mark.slow),
+        pytest.param(("--data.workers", "1"), marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_resumes_to_the_same_weights_and_points(fit, monkeypatch, extra):
     _, whole = fit(*extra, run_dir="whole")
     revive = kill_at(monkeypatch, 7)

@@ -85,7 +85,10 @@ def test_an_arm_that_was_finished_while_its_folder_was_waited_for_is_kept(finish
 
 @pytest.mark.parametrize(
     ("error", "told"),
-    [(OSError(11, "no process can be made"), "[Errno 11] no process can be made"), (EOFError(), "EOFError")],
+    [
+        (OSError(11, "no process can be made"), "[Errno 11] no process can be made"),
+        pytest.param(EOFError(), "EOFError", marks=pytest.mark.slow),
+    ],
 )
 def test_what_hinders_an_arm_outside_its_process_is_that_arms_failure(study, monkeypatch, capsys, error, told):
     class Refused(runner.FitProcess):

@@ -212,6 +212,7 @@ def test_the_shipped_studies_name_files_that_exist():
         assert plan(load_study(path))
 
 
+@pytest.mark.slow
 def test_seeds_are_added_until_the_intervals_are_as_narrow_as_they_should_be(study, capsys):
     """One seed has no interval, two have a wide one: the second is enough, and a third is not run."""
     wide = "{name: E, metric: loss, arm: fixed, against: absent, expected: up, half_width: 1000}"
@@ -260,6 +261,7 @@ def test_a_name_that_yaml_reads_as_something_else_is_a_name(study):
     assert {r["arm"] for r in table(study)} == {"fixed", "on", "0.5", "1e-2"}
 
 
+@pytest.mark.slow
 def test_preparing_is_waited_for_and_never_forced(study, monkeypatch, capsys):
     asked = []
 
