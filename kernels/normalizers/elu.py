@@ -1,7 +1,5 @@
 """ELU plus one in the softmax's place (arXiv 2410.10781, §6)."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Sigmoid attention (arXiv 2409.04431; for sinks: 2410.10781, §6)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """The softmax, which every implementation has."""
 
-from __future__ import annotations
-
 from sinkbed.kernels.normalizers import NORMALIZERS
 
 

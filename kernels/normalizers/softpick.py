@@ -1,7 +1,5 @@
 """Softpick (arXiv 2504.20966): a softmax that can give nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """RMSNorm on what each head gives (arXiv 2605.06611)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """A gate on what attention gives (arXiv 2505.06708): the query itself says how much of it is wanted."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from sinkbed.model.attention_parts import ATTENTION_PARTS, AttentionPart

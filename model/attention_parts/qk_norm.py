@@ -1,7 +1,5 @@
 """QK-norm (arXiv 2010.04245), as in Qwen 3: queries and keys are normalised, so that logits are bounded."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """A learned vector added to what each head gives (V bias; arXiv 2410.10781, §6)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

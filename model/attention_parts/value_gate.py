@@ -1,7 +1,5 @@
 """A gate on the values (arXiv 2505.06708, position G2): the key says how much of it can be read."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from sinkbed.model.attention_parts import ATTENTION_PARTS, AttentionPart

@@ -1,7 +1,5 @@
 """Value residual (arXiv 2410.17897): later layers see the first layer's values."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

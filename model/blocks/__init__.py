@@ -1,7 +1,5 @@
 """Blocks, a file each: where the norms stand around attention and feed-forward."""
 
-from __future__ import annotations
-
 from sinkbed.registry import Registry
 
 BLOCKS = Registry("model.decoder.block", __name__)

@@ -1,7 +1,5 @@
 """Post-norm, as in the first Transformer (arXiv 1706.03762): the stream itself is normalised after each part."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import ClassVar
 

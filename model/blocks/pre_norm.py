@@ -1,7 +1,5 @@
 """Pre-norm (arXiv 2002.04745): a part reads a normalised stream and writes to the raw one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor

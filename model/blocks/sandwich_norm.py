@@ -1,7 +1,5 @@
 """Sandwich norm (arXiv 2105.13290; Gemma 2): what a part reads is normalised, and what it writes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor

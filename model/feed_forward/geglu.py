@@ -1,7 +1,5 @@
 """GEGLU (arXiv 2002.05202), with the tanh form of GELU, as in Gemma."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

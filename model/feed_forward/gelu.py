@@ -1,7 +1,5 @@
 """GELU (arXiv 1606.08415) in the form with a tanh: the feed-forward of GPT-2."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """One matrix: a feed-forward that cannot act on a token by itself but linearly (arXiv 2603.05498)."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from sinkbed.model.config import DecoderConfig

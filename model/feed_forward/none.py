@@ -1,7 +1,5 @@
 """No feed-forward: blocks of attention only (arXiv 2603.05498)."""
 
-from __future__ import annotations
-
 from sinkbed.model.config import DecoderConfig
 from sinkbed.model.feed_forward import FEED_FORWARDS
 

@@ -1,7 +1,5 @@
 """ReGLU (arXiv 2002.05202)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from sinkbed.model.feed_forward import FEED_FORWARDS

@@ -1,7 +1,5 @@
 """ReLU: the feed-forward of the first Transformer (arXiv 1706.03762)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from sinkbed.model.feed_forward import FEED_FORWARDS

@@ -1,7 +1,5 @@
 """Squared ReLU (Primer, arXiv 2109.08668)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from sinkbed.model.feed_forward import FEED_FORWARDS

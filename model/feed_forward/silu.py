@@ -1,7 +1,5 @@
 """SiLU (arXiv 1702.03118), without a gate."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

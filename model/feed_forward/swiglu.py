@@ -1,7 +1,5 @@
 """SwiGLU (arXiv 2002.05202)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

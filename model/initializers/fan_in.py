@@ -1,7 +1,5 @@
 """By the number of inputs (LeCun): what a matrix gives is as large as what it reads."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor

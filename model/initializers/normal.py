@@ -1,7 +1,5 @@
 """The same for every matrix (BERT, GPT-1)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor

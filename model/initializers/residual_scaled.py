@@ -1,7 +1,5 @@
 """Matrices that write to the residual stream are drawn smaller, so that its size does not grow with depth (GPT-2)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """DynamicTanh (arXiv 2503.10622): no norm, but a squashing of each channel by itself."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

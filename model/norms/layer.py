@@ -1,7 +1,5 @@
 """LayerNorm (arXiv 1607.06450)."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from sinkbed.model.config import DecoderConfig

@@ -1,7 +1,5 @@
 """ALiBi (arXiv 2108.12409): logits fall with the distance, at a slope a head that is fixed."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

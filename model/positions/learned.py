@@ -1,7 +1,5 @@
 """Learned positions (GPT-2): a vector a position, added to the embedded token."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from sinkbed.model.config import DecoderConfig

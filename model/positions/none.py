@@ -1,7 +1,5 @@
 """No positions (NoPE, arXiv 2305.19466): the causal mask alone tells them."""
 
-from __future__ import annotations
-
 from sinkbed.model.config import DecoderConfig
 from sinkbed.model.positions import POSITIONS, PositionEncoding
 

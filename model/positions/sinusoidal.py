@@ -1,7 +1,5 @@
 """Sinusoidal positions (arXiv 1706.03762, §3.5)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """A learned key a head whose value is zero (K bias; arXiv 2410.10781, §6)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """A learned key and value a head (KV bias; arXiv 2402.17762; 2410.10781, §6)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """A learned logit a head that joins the softmax without a value (gpt-oss, arXiv 2508.10925)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

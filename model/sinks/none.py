@@ -1,7 +1,5 @@
 """No learned sink."""
 
-from __future__ import annotations
-
 from sinkbed.model.config import DecoderConfig
 from sinkbed.model.sinks import SINKS
 

@@ -1,7 +1,5 @@
 """Softmax-off-by-one: a logit of 0 for good, exp(x) / (1 + Σ exp(x))."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

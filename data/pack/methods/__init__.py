@@ -3,8 +3,6 @@
 Shapes: I items, R rows, P pieces.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -6,8 +6,6 @@ from a buffer instead: of the waiting items the longest that still fits is taken
 shortest is cropped, so that rows are full (the loader of nanochat, whose rows all begin at a document's start).
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right, insort
 
 import numpy as np

@@ -3,8 +3,6 @@
 It multiplies embeddings by √C and norms by 1 + weight, so both go out as what gives ours; the output matrix is its own.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

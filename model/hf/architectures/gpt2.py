@@ -1,7 +1,5 @@
 """GPT-2: learned positions, LayerNorm, a feed-forward without a gate. Its biases, which ours lacks, are zeros."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

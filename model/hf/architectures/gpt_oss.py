@@ -4,8 +4,6 @@ Its feed-forward is a mixture of experts with a SwiGLU of its own, (up + 1) · g
 limit. One expert, alpha 1, a limit that no activation reaches and a bias of −1 make it ours.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Llama, or with a sliding window Mistral, whose weights have the same names."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from sinkbed.model.decoder import Decoder

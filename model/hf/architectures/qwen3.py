@@ -1,7 +1,5 @@
 """Qwen 3: a Llama with QK-norm."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor
