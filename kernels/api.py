@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -99,16 +100,24 @@ def attention(
             on this device. Nothing falls back silently.
         RuntimeError: for a gradient of the gradients, which `reference` alone has.
     """
-    _validate(q, k, v, sink_logit)
-    _validate_scoring(q, softcap, slopes, sink_logit, sink_value, normalizer)
+    _validate(q, k, v)
+    scoring = Scoring(
+        scale=_checked_scale(scale, q),
+        softcap=softcap,
+        slopes=slopes,
+        normalizer=normalizer,
+        sink_logit=sink_logit,
+        sink_value=sink_value,
+    )
+    _validate_scoring(scoring, q)
     mask = _fitting(mask, q)
-    scoring = Scoring(scale=_checked_scale(scale, q), softcap=softcap, slopes=slopes, normalizer=normalizer)
     functions = _choose(implementation, q.device)
-    out = AttentionOutput(*functions.attention(q, k, v, mask, scoring, sink_logit, sink_value, statistics))
+    out = AttentionOutput(*functions.attention(q, k, v, mask, scoring, statistics))
     if out.statistics is None or sink_logit is None or out.lse is None:
         return out
     with torch.no_grad():  # 1 − the sink's mass would be lost where that is nearly all
-        _, lse_of_tokens, _ = functions.attention(q, k, v, mask, scoring, None, None, False)
+        of_tokens = replace(scoring, sink_logit=None, sink_value=None)
+        _, lse_of_tokens, _ = functions.attention(q, k, v, mask, of_tokens, False)
         row_sum = (lse_of_tokens - out.lse).exp()
     return out._replace(statistics=out.statistics._replace(row_sum=row_sum))
 
@@ -137,7 +146,7 @@ def attention_received(
     Raises:
         ValueError: as `attention`, and for an lse of another shape, device or kind of number.
     """
-    _validate(q, k, k, None)
+    _validate(q, k, k)
     mask = _fitting(mask, q)
     if lse.shape != q.shape[:3] or lse.device != q.device or lse.dtype not in _DTYPES:
         raise ValueError(
@@ -181,7 +190,7 @@ def _checked_scale(scale: float | None, q: Tensor) -> float:
     return scale
 
 
-def _validate(q: Tensor, k: Tensor, v: Tensor, sink_logit: Tensor | None) -> None:
+def _validate(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name}: expected [B, H, T, D], got shape {list(x.shape)}")
@@ -198,21 +207,15 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, sink_logit: Tensor | None) -> Non
             raise ValueError(f"{name}: expected [B={B}, Hkv={Hkv}, T={T}, D={D}] as q and k, got {list(x.shape)}")
     if H % Hkv:
         raise ValueError(f"k: expected a number of heads that divides q's {H}, got {Hkv}")
-    if sink_logit is not None:
-        _check_tensor("sink_logit", sink_logit, q, {f"[H={H}]": (H,), f"[B={B}, H={H}, T={T}]": (B, H, T)})
 
 
-def _validate_scoring(
-    q: Tensor,
-    softcap: float | None,
-    slopes: Tensor | None,
-    sink_logit: Tensor | None,
-    sink_value: Tensor | None,
-    normalizer: Normalizer | None,
-) -> None:
-    H, D = q.shape[1], q.shape[3]
+def _validate_scoring(scoring: Scoring, q: Tensor) -> None:
+    B, H, T, D = q.shape
+    softcap, slopes, sink_logit, sink_value = scoring.softcap, scoring.slopes, scoring.sink_logit, scoring.sink_value
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap: expected a finite number above 0, got {softcap}")
+    if sink_logit is not None:
+        _check_tensor("sink_logit", sink_logit, q, {f"[H={H}]": (H,), f"[B={B}, H={H}, T={T}]": (B, H, T)})
     if slopes is not None:
         _check_tensor("slopes", slopes, q, {f"[H={H}]": (H,)})
         if slopes.requires_grad:
@@ -221,9 +224,10 @@ def _validate_scoring(
         _check_tensor("sink_value", sink_value, q, {f"[H={H}, D={D}]": (H, D)})
         if sink_logit is None:
             raise ValueError("sink_value: expected a sink_logit with it, got none")
-    if normalizer is not None and sink_logit is not None:
+    if scoring.normalizer is not None and sink_logit is not None:
         raise ValueError(
-            f"normalizer {type(normalizer).__name__}: expected no sink_logit beside it, which joins a softmax, got one"
+            f"normalizer {type(scoring.normalizer).__name__}: expected no sink_logit beside it, which joins a softmax, "
+            "got one"
         )
 
 

@@ -23,21 +23,16 @@ Pullback = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 def blockwise_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Mask,
-    scoring: Scoring,
-    sink_logit: Tensor | None,
-    sink_value: Tensor | None,
-    statistics: bool,
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scoring: Scoring, statistics: bool
 ) -> tuple[Tensor, Tensor | None, Statistics | None]:
     """Shapes as in `kernels.api.attention`; differentiable in every input, and in the weights of a normaliser."""
     own = () if scoring.normalizer is None else scoring.normalizer.parameters()
     parameters = [parameter for parameter in own if parameter.requires_grad]
     output, lse, *measured = _Blockwise.apply(q, k, v, mask, scoring, statistics, *parameters)
     seen = Statistics(measured[0], measured[1], None, row_sum=measured[2]) if statistics else None
-    return (output, lse, seen) if sink_logit is None else with_key(output, lse, seen, sink_logit, sink_value)
+    if scoring.sink_logit is None:
+        return output, lse, seen
+    return with_key(output, lse, seen, scoring.sink_logit, scoring.sink_value)
 
 
 class _Blockwise(torch.autograd.Function):

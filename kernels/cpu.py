@@ -154,16 +154,7 @@ def _forward(
 
 
 @torch.library.register_fake("sinkbed::attention_torch")
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    doc_start: Tensor | None,
-    sink_logit: Tensor | None,
-    sink_value: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
 
 
@@ -205,22 +196,9 @@ def _backward_kernel(
 
 
 @torch.library.register_fake("sinkbed::attention_torch_backward")
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    doc_start: Tensor | None,
-    sink_logit: Tensor | None,
-    sink_value: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (q, k, v, sink_logit, sink_value)
-    dq, dk, dv, dsink, d_value = (q.new_empty(0) if x is None else torch.empty_like(x) for x in inputs)
-    return dq, dk, dv, dsink, d_value
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, sink_logit, sink_value, _ = rest
+    return tuple(q.new_empty(0) if x is None else torch.empty_like(x) for x in (q, k, v, sink_logit, sink_value))
 
 
 def _summed_to(gradient: Tensor, sink_logit: Tensor) -> Tensor:
@@ -306,23 +284,17 @@ def _statistics(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float, sin
 
 
 def torch_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Mask,
-    scoring: Scoring,
-    sink_logit: Tensor | None,
-    sink_value: Tensor | None,
-    statistics: bool,
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scoring: Scoring, statistics: bool
 ) -> tuple[Tensor, Tensor | None, Statistics | None]:
     """Attention by the CPU flash kernel, or in blocks where the scoring is not plain; shapes as in `kernels.api`."""
     if not scoring.is_plain:
-        return blockwise_attention(q, k, v, mask, scoring, sink_logit, sink_value, statistics)
+        return blockwise_attention(q, k, v, mask, scoring, statistics)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     by_document = mask.is_document and mask.length >= _BY_DOCUMENT
     bias = None if mask.is_causal or by_document else mask.bias(q.dtype, q.device)
     documents = mask.doc_start if by_document else None
-    output, lse = _attention_torch(q, k, v, bias, documents, sink_logit, sink_value, scoring.scale)
+    sink_logit = scoring.sink_logit
+    output, lse = _attention_torch(q, k, v, bias, documents, sink_logit, scoring.sink_value, scoring.scale)
     if not statistics:
         return output, lse, None
     return output, lse, _statistics(q, k, lse.detach(), mask, scoring.scale, sink_logit)

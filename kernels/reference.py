@@ -13,13 +13,11 @@ from sinkbed.kernels.scoring import Scoring, per_query
 from sinkbed.kernels.statistics import Statistics
 
 
-def probabilities(
-    q: Tensor, k: Tensor, mask: Mask, scoring: Scoring, sink_logit: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+def probabilities(q: Tensor, k: Tensor, mask: Mask, scoring: Scoring) -> tuple[Tensor, Tensor | None]:
     """Attention matrix and log-sum-exp.
 
     Args:
-        q: [B, H, T, D]; k: [B, Hkv, T, D] with H a multiple of Hkv; sink_logit: [H], [B, H, T] or None.
+        q: [B, H, T, D]; k: [B, Hkv, T, D] with H a multiple of Hkv.
 
     Returns:
         A [B, H, T, T] (rows of the softmax sum to 1 minus the mass on the learned sink) and lse [B, H, T] in natural
@@ -37,39 +35,29 @@ def probabilities(
     if scoring.normalizer is not None:
         return scoring.normalizer.weights(logits), None
     lse = logits.logsumexp(-1)
-    if sink_logit is not None:
-        lse = torch.logaddexp(lse, per_query(sink_logit, lse))
+    if scoring.sink_logit is not None:
+        lse = torch.logaddexp(lse, per_query(scoring.sink_logit, lse))
     return (logits - lse[..., None]).exp(), lse
 
 
 def reference_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Mask,
-    scoring: Scoring,
-    sink_logit: Tensor | None,
-    sink_value: Tensor | None,
-    statistics: bool,
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scoring: Scoring, statistics: bool
 ) -> tuple[Tensor, Tensor | None, Statistics | None]:
     """Attention by its definition; differentiable in every input. Shapes as in `kernels.api.attention`."""
-    a, lse = probabilities(q, k, mask, scoring, sink_logit)
+    a, lse = probabilities(q, k, mask, scoring)
     output = a @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     learned_sink_mass = None
-    if sink_logit is not None and lse is not None:
-        learned_sink_mass = (per_query(sink_logit, lse) - lse).exp()
-        if sink_value is not None:
-            output = output + torch.einsum("bht,hd->bhtd", learned_sink_mass.to(v.dtype), sink_value)
+    if scoring.sink_logit is not None and lse is not None:
+        learned_sink_mass = (per_query(scoring.sink_logit, lse) - lse).exp()
+        if scoring.sink_value is not None:
+            output = output + torch.einsum("bht,hd->bhtd", learned_sink_mass.to(v.dtype), scoring.sink_value)
         learned_sink_mass = learned_sink_mass.detach()
     if not statistics:
         return output, lse, None
     with torch.no_grad():
-        first_key_mass = a[..., 0]
-        start = mask.doc_start
-        if start is None:
-            document_mass = first_key_mass
-        else:
-            index = start.long()[:, None, :, None].expand(-1, a.shape[1], -1, 1)
+        first_key_mass = document_mass = a[..., 0]
+        if mask.doc_start is not None:
+            index = mask.doc_start.long()[:, None, :, None].expand(-1, a.shape[1], -1, 1)
             document_mass = a.gather(-1, index)[..., 0]
         row_sum = None if scoring.normalizer is None else a.sum(-1)
         measured = Statistics(first_key_mass.detach(), document_mass.detach(), learned_sink_mass, row_sum)

@@ -25,10 +25,14 @@ class Scoring:
     """[H], a slope a query head (ALiBi, arXiv 2108.12409), without gradient; None: 0."""
     normalizer: Normalizer | None = None
     """None: the softmax."""
+    sink_logit: Tensor | None = None
+    """[H] or [B, H, T], the logit of a key that is no token's, which joins the softmax."""
+    sink_value: Tensor | None = None
+    """[H, D], the value of that key; None: 0."""
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is scaled dot products and a softmax, for which implementations have a faster path."""
+        """Whether tokens have scaled dot products and a softmax, for which implementations have a faster path."""
         return self.softcap is None and self.slopes is None and self.normalizer is None
 
     def logits(self, q: Tensor, k: Tensor, mask: Mask, queries: slice) -> Tensor:

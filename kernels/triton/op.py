@@ -282,14 +282,7 @@ def _check(q: Tensor) -> None:
 
 
 def triton_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Mask,
-    scoring: Scoring,
-    sink_logit: Tensor | None,
-    sink_value: Tensor | None,
-    statistics: bool,
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scoring: Scoring, statistics: bool
 ) -> tuple[Tensor, Tensor | None, Statistics | None]:
     """Attention by the Triton kernels; shapes as in `kernels.api.attention`.
 
@@ -297,8 +290,9 @@ def triton_attention(
     """
     _check(q)
     normalizer = _fused(scoring)
-    outside = sink_logit if sink_value is not None or (sink_logit is not None and sink_logit.ndim == 3) else None
-    inside = sink_logit if outside is None else None
+    logit, value = scoring.sink_logit, scoring.sink_value
+    outside = logit if value is not None or (logit is not None and logit.ndim == 3) else None
+    inside = logit if outside is None else None
     output, lse, *measured = torch.ops.sinkbed.attention_triton(
         q, k, v, mask.first_key, mask.end_key, mask.first_query, mask.last_query,
         mask.doc_start if statistics else None, mask.doc_end if statistics else None, inside, scoring.slopes,
@@ -309,7 +303,7 @@ def triton_attention(
         first_key_mass, document_mass, *optional = measured
         seen = Statistics(first_key_mass, document_mass, *(x if x.numel() else None for x in optional))
     if outside is not None:
-        return with_key(output, lse, seen, outside, sink_value)
+        return with_key(output, lse, seen, outside, value)
     return output, (lse if scoring.normalizer is None else None), seen
 
 

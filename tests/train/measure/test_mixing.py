@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -147,9 +148,10 @@ def test_the_path_sum_equals_an_enumeration_of_paths(decoder, probe, mode):
         decoder(text, mask=mask)
     expected = torch.zeros(T, dtype=torch.float64)
     for b in range(2):
+        scorings = [replace(x.scoring, sink_logit=sink_of(decoder, x.layer)) for x in inputs]
         a = [
-            probabilities(x.q, x.k, mask, x.scoring, sink_of(decoder, x.layer))[0][b].double().sum(0) + torch.eye(T) / H
-            for x in inputs
+            probabilities(x.q, x.k, mask, scoring)[0][b].double().sum(0) + torch.eye(T) / H
+            for x, scoring in zip(inputs, scorings, strict=True)
         ]
         j = T - 1
         for path in itertools.product(range(T), repeat=L):  # path[0] = i, ..., then j
