@@ -201,6 +201,7 @@ def _launch(variant: Variant) -> None:
     prefix_lm = variant.mask == "prefix_lm"
     first_key = last_query = None if variant.mask in ("causal", "one_document") else interval
     end_key = first_query = interval if prefix_lm else None  # None: the diagonal
+    ends = (first_key, end_key, first_query, last_query)
     sink_logit = torch.zeros(4) if prefix_lm else None
     slopes = torch.zeros(4) if variant.mask == "alibi" else None
     softcap = 50.0 if variant.mask == "softcap" else None
@@ -209,27 +210,10 @@ def _launch(variant: Variant) -> None:
     if variant.kernel.startswith("forward"):
         statistics = "+" in variant.kernel
         docs = interval if statistics and variant.mask != "one_document" else None
-        triton_gpu._forward(
-            q,
-            k,
-            k,
-            first_key,
-            end_key,
-            first_query,
-            last_query,
-            docs,
-            docs,
-            sink_logit,
-            slopes,
-            0,
-            0,
-            *scoring,
-            statistics,
-        )
+        triton_gpu._forward(q, k, k, *ends, docs, docs, sink_logit, slopes, 0, 0, *scoring, statistics)
     elif variant.kernel == "received":
         triton_gpu._received(q, k, lse, first_query, last_query, 0, 0, scale)
     else:
-        ends = (first_key, end_key, first_query, last_query)
         grad_lse = lse if prefix_lm else None
         triton_gpu._backward_kernels(q, grad_lse, q, k, k, q, lse, *ends, sink_logit, slopes, 0, 0, *scoring)
 
@@ -273,13 +257,7 @@ def _cuda(kernel: Any) -> tuple[int, list[str]]:
         sass = _run(knobs.nvdisasm.path, "-c", str(binary))
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None
-    lines = []
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            lines.append(f"{label[1]}:")
-        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            lines.append(instruction[1])
-    return int(registers[1]), lines
+    return int(registers[1]), _listing(sass, r"\s*(\.L_x_\d+):", r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);")
 
 
 def _amd(kernel: Any) -> tuple[int, list[str]]:
@@ -287,13 +265,18 @@ def _amd(kernel: Any) -> tuple[int, list[str]]:
     text = kernel.asm["amdgcn"]
     registers = re.search(r"\.vgpr_count:\s+(\d+)", text)
     assert registers is not None
+    return int(registers[1]), _listing(text, r"(\.LBB\w+):", r"\t([a-z]\w+(?:\s[^;]*)?)(?:;|$)")
+
+
+def _listing(text: str, label: str, instruction: str) -> list[str]:
+    """A label, with its colon, or an instruction a line, where they match the patterns."""
     lines = []
     for line in text.splitlines():
-        if label := re.match(r"(\.LBB\w+):", line):
-            lines.append(f"{label[1]}:")
-        elif instruction := re.match(r"\t([a-z]\w+(?:\s.*)?)$", line):
-            lines.append(instruction[1].split(";")[0].strip())
-    return int(registers[1]), lines
+        if match := re.match(label, line):
+            lines.append(f"{match[1]}:")
+        elif match := re.match(instruction, line):
+            lines.append(match[1].strip())
+    return lines
 
 
 def spilled_bytes(lines: list[str]) -> tuple[int, int]:
