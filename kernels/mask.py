@@ -137,8 +137,7 @@ class Mask:
 
     def queries_per_key(self, device: torch.device | None = None) -> Tensor:
         """[B, T] int64, how many queries see key j; at least 1."""
-        device = device if device is not None else self._device()
-        key = torch.arange(self.length, device=device).expand(self.rows, -1)
+        key = torch.arange(self.length, device=device or self.device).expand(self.rows, -1)
         first = key if self.first_query is None else self.first_query.long()
         last = torch.full_like(key, self.length) if self.last_query is None else self.last_query.long()
         # A key of the shared prefix is seen by every later query, whatever the intervals say.
@@ -152,7 +151,7 @@ class Mask:
 
         B and M are those of the slices of rows and queries that are asked for.
         """
-        device = device if device is not None else self._device()
+        device = device or self.device
         query = torch.arange(self.length, device=device)[queries, None]
         key = torch.arange(self.length, device=device)[None, :]
         causal = key <= query
@@ -172,11 +171,11 @@ class Mask:
             )
         return self._bias[dtype]
 
-    def _device(self) -> torch.device:
-        for tensor in (self.first_key, self.end_key, self.doc_start):
-            if tensor is not None:
-                return tensor.device
-        return torch.device("cpu")
+    @property
+    def device(self) -> torch.device:
+        """Of its tensors; a CPU where it has none."""
+        tensors = (self.first_key, self.end_key, self.doc_start)
+        return next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
 
 
 def _check_positions(name: str, tensor: Tensor, rows: int, length: int, device: torch.device | None) -> None:

@@ -68,7 +68,6 @@ class HFModel(nn.Module):
         import transformers
 
         register()
-        source = {key: value for key, value in (("revision", revision), ("gguf_file", gguf)) if value is not None}
         loader: Any = transformers.AutoModelForCausalLM
         try:
             model, loaded = loader.from_pretrained(
@@ -77,7 +76,7 @@ class HFModel(nn.Module):
                 dtype=dtype,
                 trust_remote_code=False,
                 output_loading_info=True,
-                **source,
+                **_source(revision, gguf),
                 **({} if device_map is None else {"device_map": device_map}),
             )
         except Exception as error:  # the library raises whatever its parts do
@@ -103,24 +102,20 @@ class HFModel(nn.Module):
                 "measuring a Hugging Face model needs the package transformers, got none; pip install -e .[hf]"
             ) from None
         _check_packages(gguf, None)
-        source = {key: value for key, value in (("revision", revision), ("gguf_file", gguf)) if value is not None}
-        return _check_config(name, source).get_text_config()
+        return _check_config(name, _source(revision, gguf)).get_text_config()
 
     @staticmethod
     def tokenizer(name: str, *, revision: str | None = None, gguf: str | None = None) -> Any:
         """The model's own tokenizer. Raises ValueError where there is none with a backend of `tokenizers`."""
         import transformers
 
-        options = {"revision": revision, "gguf_file": gguf}
-        given = {key: value for key, value in options.items() if value is not None}
+        source = _source(revision, gguf)
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **given)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **source)
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{name}: expected a tokenizer beside the model, got: {reason}") from error
-        if len(tokenizer.get_vocab()) <= len(
-            tokenizer.all_special_ids
-        ):  # what transformers makes of a folder without files
+            raise ValueError(f"{name}: expected a tokenizer beside the model, got: {_in_short(error)}") from error
+        # What transformers makes of a folder without files.
+        if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
             raise ValueError(f"{name}: expected a tokenizer beside the model, got none (no tokenizer.json)")
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
@@ -187,10 +182,9 @@ class HFModel(nn.Module):
         except RuntimeError as error:
             if not current.sampled:
                 raise
-            reason = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"{type(self.model).__name__}: expected a model that hands its mask on to its attention as it is, "
-                f"got a forward pass that fails on a sample of the mask's rows: {reason}"
+                f"got a forward pass that fails on a sample of the mask's rows: {_in_short(error)}"
             ) from error
         if current.layers != self.config.n_layers:
             raise ValueError(
@@ -200,13 +194,18 @@ class HFModel(nn.Module):
         return DecoderOutput(logits, None, tuple(current.per_layer) if statistics else None)
 
 
+def _source(revision: str | None, gguf: str | None) -> dict[str, str]:
+    """What `from_pretrained` is told of where a model comes from, beside its name."""
+    return {key: value for key, value in (("revision", revision), ("gguf_file", gguf)) if value is not None}
+
+
 def _check_packages(gguf: str | None, device_map: object) -> None:
     """Refuse what needs a package that is not there."""
-    needed: dict[str, tuple[str, ...]] = {"gguf": ("gguf", "accelerate")} if gguf is not None else {}
-    if device_map is not None:
-        needed["device_map"] = ("accelerate",)
-    for option, packages in needed.items():
-        missing = [package for package in packages if find_spec(package) is None]
+    for option, value, packages in (
+        ("gguf", gguf, ("gguf", "accelerate")),
+        ("device_map", device_map, ("accelerate",)),
+    ):
+        missing = [package for package in packages if value is not None and find_spec(package) is None]
         if missing:
             raise ValueError(
                 f"{option}: needs the package{'s' if len(missing) > 1 else ''} {' and '.join(missing)}, got none; "
@@ -287,12 +286,16 @@ def _refusal(name: str, error: Exception) -> ValueError:
             return ValueError(
                 f"{path}: expected whole weights, got a file that is cut off or damaged ({damage}); copy it again"
             )
-    reason = " ".join(str(error).split())[:300]
     kind = "folder" if Path(name).is_dir() else "name"
     return ValueError(
         f"{name}: expected the {kind} of a causal language model that transformers loads without code of its own, "
-        f"found: {reason}"
+        f"found: {_in_short(error)}"
     )
+
+
+def _in_short(error: Exception) -> str:
+    """An error of a library, on one line."""
+    return " ".join(str(error).split())[:300]
 
 
 def special_ids(tokenizer: Any, size: int) -> frozenset[int]:

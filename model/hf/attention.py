@@ -72,32 +72,19 @@ def asking(current: Pass) -> Iterator[None]:
 
 def narrowed(mask: Mask, window: int) -> Mask:
     """The same mask where a query sees at most the last `window` keys, itself included."""
-    device = mask.first_key.device if mask.first_key is not None else None
-    if device is None and mask.doc_start is not None:
-        device = mask.doc_start.device
-    index = torch.arange(mask.length, dtype=torch.int32, device=device)
+    index = torch.arange(mask.length, dtype=torch.int32, device=mask.device)
     first = (index - window + 1).clamp_min(0).expand(mask.rows, -1)
     if mask.first_key is not None:
         first = torch.maximum(first, mask.first_key)
-    return Mask(
-        rows=mask.rows,
-        length=mask.length,
-        first_key=first.contiguous(),
-        end_key=mask.end_key,
-        shared_prefix=mask.shared_prefix if mask.first_key is not None else 0,
-        shared_from=mask.shared_from,
-        doc_start=mask.doc_start,
-    )
+    shared_prefix = 0 if mask.first_key is None else mask.shared_prefix
+    return replace(mask, first_key=first, shared_prefix=shared_prefix, _bias={}, _ends={})
 
 
 def moved(mask: Mask, device: torch.device) -> Mask:
     """The same mask on another device; itself where it is there."""
     tensors = {name: getattr(mask, name) for name in ("first_key", "end_key", "doc_start")}
-    there: dict[int, Tensor] = {}
-    for tensor in tensors.values():
-        if tensor is not None:
-            there.setdefault(id(tensor), tensor.to(device))  # one tensor under two names stays one
-    if all(tensor is None or there[id(tensor)] is tensor for tensor in tensors.values()):
+    there = {id(t): t.to(device) for t in tensors.values() if t is not None}  # one tensor under two names stays one
+    if all(t is None or there[id(t)] is t for t in tensors.values()):
         return mask
     changed: dict[str, Any] = {name: None if t is None else there[id(t)] for name, t in tensors.items()}
     return replace(mask, **changed, _bias={}, _ends={})
