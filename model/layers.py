@@ -16,7 +16,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def activate(self, x: Tensor) -> Tensor:
-        """The activation."""
+        """The activation, [..., F] -> [..., F]."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:

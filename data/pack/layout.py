@@ -150,7 +150,6 @@ class Stream(Layout):
         return True
 
     def pieces(self, index: Ints, with_first: bool = True) -> Pieces:
-        """See `Layout.pieces`."""
         opens = index * self.room
         context = np.minimum(0 if with_first else self.context_length - self.room, opens)
         begin, beyond = opens - context, opens + self.room + 1  # the last one is a target only
@@ -202,11 +201,10 @@ class Planned(Layout):
         return True
 
     def verify(self) -> None:
-        """See `Layout.verify`."""
         self.plan.verify()
 
     def pieces(self, index: Ints, with_first: bool = True) -> Pieces:
-        """See `Layout.pieces`. Rows without their first token begin with the same piece."""
+        """Rows without their first token begin with the same piece."""
         per_row, document, begin = self.plan.read(index)
         repeated, begin = begin < 0, np.maximum(begin, 0)
         row = np.repeat(np.arange(len(index)), per_row)

@@ -16,5 +16,4 @@ class PostNorm(Block):
     norm_at_end: ClassVar[bool] = False
 
     def join(self, x: Tensor, part: Callable[[Tensor], Tensor], name: str) -> Tensor:
-        """See the class."""
         return getattr(self, f"{name}_norm")(x + part(x))

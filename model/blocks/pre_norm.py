@@ -13,5 +13,4 @@ class PreNorm(Block):
     """x + part(norm(x))."""
 
     def join(self, x: Tensor, part: Callable[[Tensor], Tensor], name: str) -> Tensor:
-        """See the class."""
         return x + part(getattr(self, f"{name}_norm")(x))

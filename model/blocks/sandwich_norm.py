@@ -21,6 +21,5 @@ class SandwichNorm(Block):
             self.feed_forward_out_norm = NORMS.make(config.norm, config)
 
     def join(self, x: Tensor, part: Callable[[Tensor], Tensor], name: str) -> Tensor:
-        """See the class."""
         written = part(getattr(self, f"{name}_norm")(x))
         return x + getattr(self, f"{name}_out_norm")(written)

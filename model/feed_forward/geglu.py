@@ -12,5 +12,4 @@ class GEGLU(GatedFeedForward):
     """down(gelu(gate(x)) · up(x))."""
 
     def activate(self, x: Tensor) -> Tensor:
-        """[..., F] -> [..., F]."""
         return F.gelu(x, approximate="tanh")

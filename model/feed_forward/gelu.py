@@ -12,5 +12,4 @@ class GELU(FeedForward):
     """down(gelu(up(x)))."""
 
     def activate(self, x: Tensor) -> Tensor:
-        """[..., F] -> [..., F]."""
         return F.gelu(x, approximate="tanh")

@@ -11,5 +11,4 @@ class ReGLU(GatedFeedForward):
     """down(relu(gate(x)) · up(x))."""
 
     def activate(self, x: Tensor) -> Tensor:
-        """[..., F] -> [..., F]."""
         return x.relu()

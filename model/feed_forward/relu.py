@@ -11,5 +11,4 @@ class ReLU(FeedForward):
     """down(relu(up(x)))."""
 
     def activate(self, x: Tensor) -> Tensor:
-        """[..., F] -> [..., F]."""
         return x.relu()

@@ -11,5 +11,4 @@ class ReLU2(FeedForward):
     """down(relu(up(x))²)."""
 
     def activate(self, x: Tensor) -> Tensor:
-        """[..., F] -> [..., F]."""
         return x.relu().square()

@@ -12,5 +12,4 @@ class SiLU(FeedForward):
     """down(silu(up(x)))."""
 
     def activate(self, x: Tensor) -> Tensor:
-        """[..., F] -> [..., F]."""
         return F.silu(x)

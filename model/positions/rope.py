@@ -27,11 +27,9 @@ class Rope(PositionEncoding):
             )
 
     def prepare(self, positions: Tensor) -> Tensor:
-        """See `rotations`."""
         return rotations(positions, self.dim, self.theta)
 
     def rotate(self, x: Tensor, prepared: Tensor) -> Tensor:
-        """See the function of this name."""
         if self.rotates_all:
             return rotate(x, prepared)
         return torch.cat([rotate(x[..., : self.dim], prepared), x[..., self.dim :]], -1)

@@ -22,7 +22,7 @@ class BestFit(Packing):
     fills = ("pad", "crop", "repeat")
 
     def lay_out(self, items: Items, room: int) -> Laid:
-        """See `Packing.lay_out`. Items of a row stand in store order."""
+        """Items of a row stand in store order."""
         if self.fill == "crop":
             return _best_fit_from_buffer(items.length, room)
         row = best_fit(items.length, room)

@@ -12,7 +12,6 @@ class Grouped(Packing):
     """Items by length, from the shortest; each row takes the next ones while they fit."""
 
     def lay_out(self, items: Items, room: int) -> Laid:
-        """See `Packing.lay_out`."""
         order = np.argsort(items.length, kind="stable")
         ends = np.cumsum(items.length[order]).tolist()
         per_row, first, filled = [], 0, 0

@@ -12,5 +12,4 @@ class Pad(Packing):
     shares_rows = False
 
     def lay_out(self, items: Items, room: int) -> Laid:
-        """See `Packing.lay_out`."""
         return Laid(np.ones_like(items.length), np.arange(len(items.length)))
