@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "RowSampler", "Rows", "Strategy", "TokenStore"]
 
 _HOME = {
-    "Batch": "sinkbed.data.pack.batches",
-    "RowSampler": "sinkbed.data.pack.batches",
-    "Rows": "sinkbed.data.pack.batches",
+    **dict.fromkeys(("Batch", "RowSampler", "Rows"), "sinkbed.data.pack.batches"),
     "Strategy": "sinkbed.data.pack.strategy",
     "TokenStore": "sinkbed.data.store.token_store",
 }
@@ -29,7 +27,3 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'sinkbed.data' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])

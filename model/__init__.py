@@ -14,14 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Decoder", "DecoderConfig", "DecoderOutput"]
 
-_HOME = {
-    "Decoder": "sinkbed.model.decoder",
-    "DecoderConfig": "sinkbed.model.config",
-    "DecoderOutput": "sinkbed.model.decoder",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module 'sinkbed.model' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module("sinkbed.model." + ("config" if name == "DecoderConfig" else "decoder")), name)

@@ -124,11 +124,6 @@ class DecoderConfig:
             check_number("model.decoder.softcap", self.softcap, above=0)
 
     @property
-    def groups(self) -> int:
-        """Query heads that share one key/value head."""
-        return self.n_heads // self.key_heads
-
-    @property
     def key_heads(self) -> int:
         """Hkv, resolved."""
         return self.n_kv_heads or self.n_heads
