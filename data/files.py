@@ -81,13 +81,6 @@ def remove_temporaries(folder: Path) -> None:
             path.unlink()
 
 
-def canonical_json(value: Any) -> bytes:
-    """One byte string per JSON value: sorted keys, no white space, UTF-8."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(
-        errors="backslashreplace"  # half a character, which JSON may hold escaped
-    )
-
-
 def sealed(fields: dict[str, Any]) -> dict[str, Any]:
     """A JSON object with the checksum of itself beside its keys."""
     return {**fields, _CHECKSUM: sha256_json(json.loads(json.dumps(fields)))}
@@ -123,8 +116,9 @@ def differing(actual: Any, expected: Any) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """sha256 of the canonical JSON: blind to white space and to the order of keys."""
-    return hashlib.sha256(canonical_json(value)).hexdigest()
+    """sha256 of the canonical JSON, in UTF-8: blind to white space and to the order of keys."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode(errors="backslashreplace")).hexdigest()  # half a character, as JSON has it
 
 
 def sha256_file(path: Path) -> str:
