@@ -127,7 +127,8 @@ def synthetic_documents(task: Synthetic) -> Iterator[str]:
     block = max(1, _BLOCK_TOKENS // task.lengths[1])
     for first in range(0, task.documents, block):
         numbers = np.arange(first, min(first + block, task.documents))
-        lengths = _document_lengths(task, numbers)
+        least, most = task.lengths
+        lengths = least + (_uniform(_LENGTH_KEY, task.seed, numbers) * (most - least + 1)).astype(np.int64)
         symbols = _GENERATORS[task.task](task, numbers, int(lengths.max()))
         for row, length in zip(symbols, lengths.tolist(), strict=True):
             yield row[:length].tobytes().decode("ascii")
@@ -198,11 +199,6 @@ _GENERATORS = {
     "uniform": _uniform_symbols,
     "repeated": _repeated,
 }
-
-
-def _document_lengths(task: Synthetic, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-    least, most = task.lengths
-    return least + (_uniform(_LENGTH_KEY, task.seed, numbers) * (most - least + 1)).astype(np.int64)
 
 
 def _draws(key: int, task: Synthetic, numbers: NDArray[np.int64], length: int) -> NDArray[np.float64]:
