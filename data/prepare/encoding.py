@@ -16,8 +16,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
 from multiprocessing import connection, get_context, parent_process
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,9 +62,7 @@ class Encoder:
         os.environ[_PARALLEL] = "false"
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
         if self._before is None:
@@ -208,7 +205,7 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
     """
     ids = tokenizer.encode_batch(texts)
     counts = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
-    tokens = np.fromiter(chain.from_iterable(ids), dtype=token_dtype(tokenizer), count=int(counts.sum()))
+    tokens = np.fromiter(chain.from_iterable(ids), dtype=token_type(tokenizer.vocab_size), count=int(counts.sum()))
     # Control tokens stand for no byte: one of them among the tokens would leave bytes missing.
     ends = np.cumsum(counts)
     summed = np.concatenate([[0], np.cumsum(tokenizer.token_bytes[tokens], dtype=np.int64)])
@@ -247,8 +244,3 @@ def _end_with_parent() -> None:
 def _work(texts: list[str]) -> Encoded:
     assert _tokenizer is not None
     return encode_texts(_tokenizer, texts)
-
-
-def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
-    """Type of a token in the store: 16 bits as long as the vocabulary fits."""
-    return np.dtype(token_type(tokenizer.vocab_size))

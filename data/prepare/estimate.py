@@ -25,6 +25,7 @@ from sinkbed.data.prepare.sampling import Sample, Stretch, streamed
 from sinkbed.data.source.config import Source
 from sinkbed.data.source.documents import Documents
 from sinkbed.data.source.selection import batches
+from sinkbed.data.store.manifest import token_type
 
 SAMPLE_BYTES = 8_000_000
 _DOCUMENT_BYTES = 16  # an offset and a length in the token store
@@ -61,7 +62,7 @@ class Estimate:
 
 def estimate(config: PrepareConfig, *, workers: int | None = None, sample_bytes: int = SAMPLE_BYTES) -> Estimate:
     """Read up to `sample_bytes` of text, encode it with `workers` processes, and add up. Raises as `prepare`."""
-    from sinkbed.data.prepare.encoding import Encoder, token_dtype
+    from sinkbed.data.prepare.encoding import Encoder
 
     began = time.perf_counter()
     sample = Sample(config, sample_bytes)
@@ -88,6 +89,7 @@ def estimate(config: PrepareConfig, *, workers: int | None = None, sample_bytes:
     if read_seconds:
         rate = min(rate, size / read_seconds)
     finished = _finished_bytes(config)
+    token_bytes = np.dtype(token_type(tokenizer.vocab_size)).itemsize
     shares = np.array([stretch.share for stretch in sample.stretches])[owners]
     documents_total, _ = _total(sample, shares, owners, known=not left_out)
     bytes_total, _ = _total(sample, sizes, owners)
@@ -101,7 +103,7 @@ def estimate(config: PrepareConfig, *, workers: int | None = None, sample_bytes:
         spread=spread,
         disk=None
         if tokens_total is None or documents_total is None
-        else round(tokens_total * token_dtype(tokenizer).itemsize + documents_total * _DOCUMENT_BYTES),
+        else round(tokens_total * token_bytes + documents_total * _DOCUMENT_BYTES),
         seconds=None if bytes_total is None else max(0, round(bytes_total) - finished) / rate,
         rate=rate,
         finished_bytes=finished,

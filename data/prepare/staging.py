@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -21,8 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from sinkbed.data.files import remove_temporaries, replacing, sha256_file, sha256_json, sync_folder, write_atomic
-from sinkbed.data.prepare.encoding import token_dtype
-from sinkbed.data.store.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, ShardInfo, SplitInfo
+from sinkbed.data.store.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, ShardInfo, SplitInfo, token_type
 from sinkbed.data.tokenizer import Tokenizer
 
 LOCK_NAME = ".lock"
@@ -71,9 +69,7 @@ class StagingFolder:
             remove_temporaries(folder)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._lock.close()
 
     def clear(self) -> None:
@@ -98,10 +94,19 @@ class StagingFolder:
             sizes: [documents] UTF-8 bytes of each document.
         """
         path = self.folder / name
-        with self.full_disk_named():
-            size, sha256 = _write_arrow(path, tokens, counts, sizes)
+        # One record batch: the `tokens` of a document are a slice of one values buffer.
+        offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        lists = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(tokens))
+        batch = pa.record_batch([lists, pa.array(sizes, pa.int64())], names=["tokens", "bytes"])
+        with self.full_disk_named(), replacing(path) as file, pa.ipc.new_file(file, batch.schema) as writer:
+            writer.write_batch(batch)
         return ShardInfo(
-            file=name, size=size, sha256=sha256, documents=len(counts), tokens=len(tokens), bytes=int(sizes.sum())
+            file=name,
+            size=path.stat().st_size,
+            sha256=sha256_file(path),
+            documents=len(counts),
+            tokens=len(tokens),
+            bytes=int(sizes.sum()),
         )
 
     def write_tokenizer(self, tokenizer: Tokenizer) -> None:
@@ -155,18 +160,6 @@ class StagingFolder:
                 f"{self.folder}; free space (about 2.2 bytes per token with a vocabulary of up to 65,536, else 4.2), "
                 "then run the same command again to go on, or remove that folder to give up",
             ) from error
-
-
-def _write_arrow(
-    path: Path, tokens: NDArray[Any], counts: NDArray[np.int64], sizes: NDArray[np.int64]
-) -> tuple[int, str]:
-    """One record batch: the `tokens` of a document are a slice of one values buffer. Returns size and sha256."""
-    offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    lists = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(tokens))
-    batch = pa.record_batch([lists, pa.array(sizes, pa.int64())], names=["tokens", "bytes"])
-    with replacing(path) as file, pa.ipc.new_file(file, batch.schema) as writer:
-        writer.write_batch(batch)
-    return path.stat().st_size, sha256_file(path)
 
 
 def _is_at(file: Any, path: Path) -> bool:
@@ -227,16 +220,7 @@ def manifest_of(
         eos_id=tokenizer.eos_id,
         special_ids=tokenizer.special_ids,
         control_tokens=tokenizer.control_tokens,
-        dtype=token_dtype(tokenizer).name,
+        dtype=token_type(tokenizer.vocab_size),
         left_out=dict(sorted(left_out.items())),
-        splits={split: _sum(infos) for split, infos in shards.items()},
-    )
-
-
-def _sum(shards: list[ShardInfo]) -> SplitInfo:
-    return SplitInfo(
-        documents=sum(shard.documents for shard in shards),
-        tokens=sum(shard.tokens for shard in shards),
-        bytes=sum(shard.bytes for shard in shards),
-        shards=tuple(shards),
+        splits={split: SplitInfo.of(infos) for split, infos in shards.items()},
     )

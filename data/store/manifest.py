@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 from sinkbed.data.files import sha256_json, unsealed, write_json
 
@@ -45,6 +46,12 @@ class SplitInfo:
     bytes: int
     """UTF-8 bytes of the documents' text."""
     shards: tuple[ShardInfo, ...]
+
+    @classmethod
+    def of(cls, shards: Sequence[ShardInfo]) -> Self:
+        """The split of these shards."""
+        sums = {name: sum(getattr(shard, name) for shard in shards) for name in ("documents", "tokens", "bytes")}
+        return cls(**sums, shards=tuple(shards))
 
     @property
     def digest(self) -> str:
@@ -128,19 +135,17 @@ class Manifest:
         fields = unsealed(fields)
         fields["special_ids"] = tuple(fields["special_ids"])
         fields["control_tokens"] = tuple(fields.get("control_tokens", ()))
-        fields["splits"] = {name: _read_split(split) for name, split in fields["splits"].items()}
-        for split in fields["splits"].values():
-            for shard in split.shards:
+        splits = {}
+        for name, split in fields["splits"].items():
+            shards = tuple(ShardInfo(**shard) for shard in split["shards"])
+            splits[name] = SplitInfo(**{**split, "shards": shards})
+            for shard in shards:
                 inside = PurePosixPath(shard.file)
                 if inside.is_absolute() or ".." in inside.parts:
                     raise ValueError(f"a shard outside the token store, {shard.file!r}")
-        return cls(**fields)
+        return cls(**{**fields, "splits": splits})
 
 
 def token_type(vocab_size: int) -> str:
     """Name of the type of a token: 16 bits as long as the vocabulary fits."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
-
-
-def _read_split(fields: dict[str, Any]) -> SplitInfo:
-    return SplitInfo(**{**fields, "shards": tuple(ShardInfo(**shard) for shard in fields["shards"])})

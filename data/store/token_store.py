@@ -79,13 +79,13 @@ class TokenStore:
                 f"{tokenizer}: expected sha256 {manifest.tokenizer_sha256[:12]}… (the tokenizer the documents were "
                 f"encoded with), got {actual[:12]}…; put that file back or prepare the token store again with --force"
             )
-        for shard in manifest.splits[split].shards:
+        store = cls(path, split, manifest)
+        for shard in store.info.shards:
             if not (path / shard.file).is_file():
                 raise FileNotFoundError(f"{path / shard.file} is missing; prepare the token store again with --force")
             size = (path / shard.file).stat().st_size
             if size != shard.size:
-                raise cls._damaged_at(path, shard, f"expected {shard.size:,} bytes on disk, got {size:,}")
-        store = cls(path, split, manifest)
+                raise store._damaged(shard, f"expected {shard.size:,} bytes on disk, got {size:,}")
         for number in range(min(len(store.info.shards), _CHECKED_SHARDS)):
             store._shard(number)
         return store
@@ -200,12 +200,8 @@ class TokenStore:
             raise self._damaged(shard, f"expected a readable Arrow file, got {error}") from error
 
     def _damaged(self, shard: ShardInfo, what: str) -> ValueError:
-        return self._damaged_at(self.path, shard, what)
-
-    @staticmethod
-    def _damaged_at(path: Path, shard: ShardInfo, what: str) -> ValueError:
         return ValueError(
-            f"shard {path / shard.file} is damaged: {what}; copy it again or prepare the token store with --force"
+            f"shard {self.path / shard.file} is damaged: {what}; copy it again or prepare the token store with --force"
         )
 
 

@@ -9,9 +9,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from sinkbed.data.prepare.encoding import token_dtype
 from sinkbed.data.prepare.staging import StagingFolder, manifest_of, shard_name
-from sinkbed.data.store.manifest import Manifest, ShardInfo
+from sinkbed.data.store.manifest import Manifest, ShardInfo, token_type
 from sinkbed.data.tokenizer import Tokenizer
 
 
@@ -63,7 +62,9 @@ class StoreWriter:
     def _close_shard(self, split: str) -> None:
         ids, sizes = zip(*self._open[split], strict=True)
         self._open[split].clear()
-        tokens = np.concatenate([np.asarray(document, dtype=token_dtype(self._tokenizer)) for document in ids])
+        tokens = np.concatenate(
+            [np.asarray(document, dtype=token_type(self._tokenizer.vocab_size)) for document in ids]
+        )
         counts, sizes = (np.array(column, dtype=np.int64) for column in (list(map(len, ids)), sizes))
         name = shard_name(split, len(self._shards[split]))
         self._shards[split].append(self._staging.write_shard(name, tokens, counts, sizes))
