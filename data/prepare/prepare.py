@@ -31,7 +31,6 @@ from sinkbed.ranges import check_number
 
 if TYPE_CHECKING:
     from sinkbed.data.prepare.chunks import Chunks
-    from sinkbed.data.prepare.encoding import Encoded
     from sinkbed.data.tokenizer import Tokenizer
 
 
@@ -87,20 +86,30 @@ def available_cores() -> int:
 def _fill(config: PrepareConfig, recipe: dict[str, Any], chunks: Chunks, workers: int, progress: bool) -> Manifest:
     """Make the chunks that are missing, then the store."""
     from sinkbed.data.prepare.chunks import FORGOTTEN, Gathered
-    from sinkbed.data.prepare.encoding import Encoder
+    from sinkbed.data.prepare.encoding import Encoded, Encoder
     from sinkbed.data.prepare.staging import manifest_of
 
     documents = Documents(config.source, on_error=config.on_error)
     tokenizer = _kept_tokenizer(config, documents, chunks, progress)
     selected = config.select(documents, tokenizer)
     gathered = Gathered()
-    read = 0
+    read = size = tokens = 0
+    began = time.perf_counter()
     done = set(chunks.finished)
     cut = batches(selected, config.shard_bytes or SHARD_BYTES)
-    with _Bar("encoding", progress, documents.count()) as bar, Encoder(tokenizer, workers) as encoder:
-        for batch, encoded in encoder.map(cut, done, bar.encoded):
+
+    def seen(part: Encoded) -> None:
+        """Tell how fast, also inside a long document; what was finished before does not count as fast."""
+        nonlocal size, tokens
+        size, tokens, seconds = size + int(part.sizes.sum()), tokens + len(part.tokens), time.perf_counter() - began
+        speed = f"{size / 1e6:,.0f} MB, {size / seconds / 1e6:.1f} MB/s, {tokens / seconds / 1e6:.2f}M tokens/s"
+        bar.set_postfix_str(speed, refresh=False)
+        bar.update(0)
+
+    with _bar("encoding", progress, total=documents.count()) as bar, Encoder(tokenizer, workers) as encoder:
+        for batch, encoded in encoder.map(cut, done, seen):
             gathered.add(batch, encoded)
-            bar.advance(len(batch.documents))
+            bar.update(len(batch.documents))
             if not batch.last:
                 continue
             if batch.chunk in done:
@@ -170,8 +179,7 @@ def make_tokenizer(config: PrepareConfig, documents: Documents, progress: bool) 
     chosen = config.tokenizer
     if chosen.path:
         return Tokenizer.load(chosen.path, bos=chosen.bos, eos=chosen.eos)
-    with _Bar("training the tokenizer", progress, None) as bar:
-        texts = (bar.passed(text) for text in _training_texts(config, documents))
+    with _bar("training the tokenizer", progress, _training_texts(config, documents)) as texts:
         return Tokenizer.train(texts, vocab_size=chosen.vocab_size or VOCAB_SIZE)
 
 
@@ -193,40 +201,9 @@ def _training_texts(config: PrepareConfig, documents: Documents) -> Iterator[str
             return
 
 
-class _Bar:
-    """Documents, MB/s and tokens/s of what is encoded now; what was finished before does not count as fast."""
+def _bar(label: str, progress: bool, documents: Iterator[str] | None = None, total: int | None = None) -> Any:
+    """A progress bar, around documents or by itself."""
+    from tqdm import tqdm
 
-    def __init__(self, label: str, progress: bool, total: int | None) -> None:
-        from tqdm import tqdm
-
-        # disable=None would hide the bar where stderr is no terminal; batch logs should show it, slowly.
-        self._bar = tqdm(desc=label, total=total, unit=" documents", mininterval=1.0, disable=not progress)
-        self._began = time.perf_counter()
-        self._bytes = self._tokens = 0
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def passed(self, text: str) -> str:
-        """Count a document."""
-        self._bar.update()
-        return text
-
-    def encoded(self, encoded: Encoded) -> None:
-        """Tell how fast, also inside a long document."""
-        self._bytes += int(encoded.sizes.sum())
-        self._tokens += len(encoded.tokens)
-        seconds = time.perf_counter() - self._began
-        self._bar.set_postfix_str(
-            f"{self._bytes / 1e6:,.0f} MB, {self._bytes / seconds / 1e6:.1f} MB/s, "
-            f"{self._tokens / seconds / 1e6:.2f}M tokens/s",
-            refresh=False,
-        )
-        self._bar.update(0)
-
-    def advance(self, documents: int) -> None:
-        """Count documents."""
-        self._bar.update(documents)
+    # disable=None would hide the bar where stderr is no terminal; batch logs should show it, slowly.
+    return tqdm(documents, desc=label, total=total, unit=" documents", mininterval=1.0, disable=not progress)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -43,46 +43,36 @@ class Batch:
     """Whether the chunk ends with this batch."""
 
 
+@dataclass
 class Selection:
-    """The documents that pass, in order.
+    """The documents that pass, in order."""
 
-    Args:
-        validation_share: see `split_of`.
-        normalize: what the tokenizer makes of a text, which is stored, and decides all else; raises ValueError for a
-            text that it would lose some of.
-        skip_changed: leave such a text out, and count it.
-        min_bytes, max_bytes: bounds of a document's UTF-8 bytes, both inclusive.
-        deduplicate: keep only the first of equal texts.
-    """
-
-    def __init__(
-        self,
-        texts: Iterable[str],
-        *,
-        validation_share: float,
-        min_bytes: int | None = None,
-        max_bytes: int | None = None,
-        deduplicate: bool = False,
-        normalize: Callable[[str], str] | None = None,
-        skip_changed: bool = False,
-    ) -> None:
-        self._texts = texts
-        self._normalize = normalize
-        self._skip_changed = skip_changed
-        self._bound = validation_share * 2**64
-        self._min_bytes = min_bytes or 0
-        self._max_bytes = max_bytes or 2**63
-        self._seen = Seen() if deduplicate else None
-        self.left_out: Counter[str] = Counter()
-        """Documents left out so far: `changed_by_tokenizer`, `empty` after normalising, `too_short`, `too_long`,
-        `duplicate`."""
+    texts: Iterable[str]
+    _: KW_ONLY
+    validation_share: float
+    """Of the documents, by the hash of each."""
+    min_bytes: int | None = None
+    """The least of a document's UTF-8 bytes; None: no limit."""
+    max_bytes: int | None = None
+    """The most of them; None: no limit."""
+    deduplicate: bool = False
+    """Keep only the first of equal texts."""
+    normalize: Callable[[str], str] | None = None
+    """What the tokenizer makes of a text, which is stored, and decides all else; raises ValueError for a text that it
+    would lose some of."""
+    skip_changed: bool = False
+    """Leave such a text out, and count it."""
+    left_out: Counter[str] = field(default_factory=Counter, init=False)
+    """Documents left out so far: `changed_by_tokenizer`, `empty` after normalising, `too_short`, `too_long`,
+    `duplicate`."""
 
     def __iter__(self) -> Iterator[Document]:
-        for original in self._texts:
+        seen = Seen()
+        for original in self.texts:
             try:
-                text = original if self._normalize is None else self._normalize(original)
+                text = original if self.normalize is None else self.normalize(original)
             except ValueError as error:
-                if not self._skip_changed:
+                if not self.skip_changed:
                     raise ValueError(f"{error}, or leave such documents out with --on_error skip") from None
                 self.left_out["changed_by_tokenizer"] += 1
                 continue
@@ -91,18 +81,16 @@ class Selection:
                 continue
             content = text.encode()
             size = len(content)
-            if size < self._min_bytes:
-                self.left_out["too_short"] += 1
-                continue
-            if size > self._max_bytes:
-                self.left_out["too_long"] += 1
-                continue
             digest = text_hash(content)
             del content  # not beside a long text for as long as that is encoded
-            if self._seen is not None and not self._seen.add(digest):
+            if self.min_bytes is not None and size < self.min_bytes:
+                self.left_out["too_short"] += 1
+            elif self.max_bytes is not None and size > self.max_bytes:
+                self.left_out["too_long"] += 1
+            elif self.deduplicate and not seen.add(digest):
                 self.left_out["duplicate"] += 1
-                continue
-            yield Document(text, "validation" if digest < self._bound else "train", size, digest)
+            else:
+                yield Document(text, "validation" if digest < self.validation_share * 2**64 else "train", size, digest)
 
 
 class Seen:
@@ -152,11 +140,6 @@ def batches(documents: Iterable[Document], shard_bytes: int) -> Iterator[Batch]:
     if batch.documents:
         batch.last = True
         yield batch
-
-
-def split_of(text: str, validation_share: float) -> str:
-    """`train` or `validation`: a function of the text alone (blake2b, 64 bits)."""
-    return "validation" if text_hash(text.encode()) < validation_share * 2**64 else "train"
 
 
 def text_hash(content: bytes) -> int:

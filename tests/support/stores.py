@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,3 +69,9 @@ class StoreWriter:
         counts, sizes = (np.array(column, dtype=np.int64) for column in (list(map(len, ids)), sizes))
         name = shard_name(split, len(self._shards[split]))
         self._shards[split].append(self._staging.write_shard(name, tokens, counts, sizes))
+
+
+def split_of(text: str, validation_share: float) -> str:
+    """`train` or `validation`: a function of the text alone, its blake2b of 64 bits."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return "validation" if int.from_bytes(digest, "big") < validation_share * 2**64 else "train"

@@ -18,9 +18,9 @@ from jsonargparse import ArgumentParser
 
 from sinkbed.data.prepare.config import PrepareConfig
 from sinkbed.data.prepare.prepare import prepare
-from sinkbed.data.source.selection import split_of
 from sinkbed.data.store.token_store import TokenStore
 from tests.support import ROOT
+from tests.support.stores import split_of
 
 CONFIGS = ROOT / "configs" / "data"
 TEXTS = [f"Page {i} of the corpus, été, with <bos> and some {i * i} words to read.\n" * (1 + i % 3) for i in range(60)]

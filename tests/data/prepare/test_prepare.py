@@ -33,11 +33,11 @@ from sinkbed.data.prepare.config import PrepareConfig, TokenizerConfig
 from sinkbed.data.prepare.prepare import make_tokenizer, prepare
 from sinkbed.data.source import selection
 from sinkbed.data.source.config import SingleSource, Source
-from sinkbed.data.source.selection import split_of
 from sinkbed.data.store.manifest import Manifest
 from sinkbed.data.store.token_store import TokenStore
 from sinkbed.data.tokenizer import Tokenizer
 from tests.support import ROOT
+from tests.support.stores import split_of
 
 TEXTS = [f"été number {i} is a document with <bos> and words {i * i}" for i in range(300)]
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sinkbed.data.source import selection as module
-from sinkbed.data.source.selection import Document, Seen, Selection, batches, split_of
+from sinkbed.data.source.selection import Document, Seen, Selection, batches
+from tests.support.stores import split_of
 
 TEXTS = st.lists(st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12), max_size=40)
 
