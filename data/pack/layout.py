@@ -35,7 +35,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +72,8 @@ class Pieces(NamedTuple):
 class Layout(ABC):
     """What all layouts know."""
 
+    counts_resumed: ClassVar[bool]
+    """Whether a row that opens inside a document counts the token it opens with."""
     offsets: Offsets
     """Tokens before each document, in store order."""
     context_length: int
@@ -107,11 +109,6 @@ class Layout(ABC):
     def counts_beyond(self) -> bool:
         """Whether a row counts the token after its last input, where it has it."""
 
-    @property
-    @abstractmethod
-    def counts_resumed(self) -> bool:
-        """Whether a row that opens inside a document counts the token it opens with."""
-
     @abstractmethod
     def pieces(self, index: Ints, with_first: bool = True) -> Pieces:
         """The pieces in rows `index` [N], each in 0 .. R - 1; `with_first`: these rows have their first token."""
@@ -134,6 +131,8 @@ class Layout(ABC):
 class Stream(Layout):
     """One stream of all documents, cut into rows."""
 
+    counts_resumed: ClassVar[bool] = True  # by the first token, or whatever stands in its place
+
     @property
     def rows(self) -> int:
         """R: rows whose last target exists."""
@@ -143,11 +142,6 @@ class Stream(Layout):
     def counts_beyond(self) -> bool:
         """Unless the next row's first token predicts it."""
         return self.strategy.first_of_row == "none"
-
-    @property
-    def counts_resumed(self) -> bool:
-        """By the first token, or whatever stands in its place."""
-        return True
 
     def pieces(self, index: Ints, with_first: bool = True) -> Pieces:
         opens = index * self.room
@@ -178,6 +172,7 @@ class Stream(Layout):
 class Planned(Layout):
     """Rows of whole documents, as a plan says."""
 
+    counts_resumed: ClassVar[bool] = False  # it was counted where the token before it stands
     plan: Plan
 
     @property
@@ -189,11 +184,6 @@ class Planned(Layout):
     def counts_beyond(self) -> bool:
         """Where a document goes on in another row, its next token is counted here."""
         return True
-
-    @property
-    def counts_resumed(self) -> bool:
-        """It was counted where the token before it stands."""
-        return False
 
     @property
     def pads(self) -> bool:
