@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -123,25 +123,21 @@ class Decoder(nn.Module):
     def observed(self, attention: Attentions) -> Iterator[None]:
         """Hand each layer's attention to a callback; see `model.observe`."""
 
-        def hook(layer: int) -> Any:
-            def seen(module: nn.Module, args: Any, options: dict[str, Any], output: Any) -> None:
-                q, k, v, mask = args
-                if self.registers is not None:
-                    mask = without_registers(mask, len(self.registers))
-                    q, k, v, lse = (each[:, :, len(self.registers) :] for each in (q, k, v, output.lse))
-                else:
-                    mask, lse = Mask(rows=len(q), length=q.shape[2]) if mask is None else mask, output.lse
-                attention(LayerAttention(layer, q, k, v, lse, mask, scoring_of(q, options), output.statistics))
-
-            return seen
+        def seen(layer: int, module: nn.Module, args: Any, options: dict[str, Any], output: Any) -> None:
+            q, k, v, mask = args
+            if self.registers is not None:
+                mask = without_registers(mask, len(self.registers))
+                q, k, v, lse = (each[:, :, len(self.registers) :] for each in (q, k, v, output.lse))
+            else:
+                mask, lse = Mask(rows=len(q), length=q.shape[2]) if mask is None else mask, output.lse
+            attention(LayerAttention(layer, q, k, v, lse, mask, scoring_of(q, options), output.statistics))
 
         operators = [m for m in self.modules() if isinstance(m, Operator)]
-        handles = [o.register_forward_hook(hook(layer), with_kwargs=True) for layer, o in enumerate(operators)]
-        try:
+        with ExitStack() as stack:
+            for layer, operator in enumerate(operators):
+                hook = operator.register_forward_hook(partial(seen, layer), with_kwargs=True)
+                stack.callback(hook.remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @staticmethod
     def parameters_of(config: DecoderConfig, vocab_size: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,16 +124,11 @@ def _hidden_hooks(blocks: nn.ModuleList, hidden: Hidden) -> Iterator[Any]:
         replaced = hidden(0, args[0])
         return None if replaced is None else ((replaced, *args[1:]), kwargs)
 
-    def after(layer: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            is_tensor = isinstance(output, Tensor)
-            replaced = hidden(layer, output if is_tensor else output[0])
-            if replaced is None:
-                return None
-            return replaced if is_tensor else (replaced, *output[1:])
-
-        return hook
+    def after(layer: int, module: nn.Module, args: Any, output: Any) -> Any:
+        is_tensor = isinstance(output, Tensor)
+        replaced = hidden(layer, output if is_tensor else output[0])
+        return replaced if is_tensor or replaced is None else (replaced, *output[1:])
 
     yield blocks[0].register_forward_pre_hook(before, with_kwargs=True)
-    for index, block in enumerate(blocks):
-        yield block.register_forward_hook(after(index + 1))
+    for layer, block in enumerate(blocks, 1):
+        yield block.register_forward_hook(partial(after, layer))
