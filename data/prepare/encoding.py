@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from itertools import chain
 from multiprocessing import connection, get_context, parent_process
 from typing import NamedTuple, Self
@@ -165,18 +166,18 @@ class Encoder:
         return encode_texts(self._tokenizer, pending.texts) if pending.future is None else pending.future.result()
 
 
+@dataclass(eq=False)
 class _Pending:
     """Texts that are encoded at a time."""
 
-    def __init__(self, batch: Batch, texts: list[str] | None, last: bool) -> None:
-        self.batch = batch
-        self.texts = texts
-        """None where no tokens are wanted."""
-        self.last = last
-        """Whether they end the batch."""
-        self.future: Future[Encoded] | None = None
-        self.encoded: Encoded | None = None
-        self.taken = False
+    batch: Batch
+    texts: list[str] | None
+    """None where no tokens are wanted."""
+    last: bool
+    """Whether they end the batch."""
+    future: Future[Encoded] | None = None
+    encoded: Encoded | None = None
+    taken: bool = False
 
 
 def _joined(parts: list[_Pending]) -> Encoded | None:

@@ -126,9 +126,9 @@ def _fill(config: PrepareConfig, recipe: dict[str, Any], chunks: Chunks, workers
         )
     shards = chunks.shards()
     written = {split: sum(shard.documents for shard in shards.get(split, ())) for split in ("train", "validation")}
+    left_out = documents.left_out + selected.left_out
     if not any(written.values()):
         chunks.staging.discard()
-        left_out = documents.left_out + selected.left_out
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(left_out.items()))
         raise ValueError(
             f"source: expected documents that the config lets pass, got none (left out: {reasons}); look at min_bytes "
@@ -141,7 +141,6 @@ def _fill(config: PrepareConfig, recipe: dict[str, Any], chunks: Chunks, workers
             f"which makes {counted(written['train'], 'training document')} and "
             f"{counted(written['validation'], 'validation document')}; change it, or set it to 0"
         )
-    left_out = documents.left_out + selected.left_out
     return chunks.staging.publish(manifest_of(recipe, tokenizer, shards, left_out), FORGOTTEN)
 
 
