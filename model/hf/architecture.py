@@ -6,9 +6,8 @@ projections.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -17,25 +16,9 @@ from sinkbed.model.decoder import Decoder
 from sinkbed.model.positions.rope import Rope
 from sinkbed.registry import Choice
 
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """A model class of `transformers` as a form of our decoder."""
-
-    name: str
-    """For messages."""
-    is_meant: Callable[[DecoderConfig], bool]
-    """Whether a decoder has what this one is taken for."""
-    parts: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Names of parts of `model.decoder` that it has, where they are others than Llama's; `ANY` for all."""
-    settings: Callable[[Decoder, int | None], dict[str, Any]]
-    """config.json of a decoder with a sliding window or none, as far as it is its own; raises ValueError."""
-    weights: Callable[[Decoder], dict[str, Tensor]]
-    """Its weights under their names there."""
-
-
+Parts = Mapping[str, Sequence[Any]]
 ANY = ()
-OF_LLAMA: dict[str, tuple[Any, ...]] = {
+OF_LLAMA: Parts = {
     "position": ("rope",),
     "block": ("pre_norm",),
     "norm": ("rms",),
@@ -53,42 +36,58 @@ def name_of(choice: Choice | list[Choice] | None) -> Any:
     return next(iter(choice)) if isinstance(choice, dict) else choice
 
 
-def rotary_settings(decoder: Decoder, window: int | None) -> dict[str, Any]:
-    """What the configs of all models with rotary positions have; `layer_types` say where the window is."""
-    c, rope = decoder.config, decoder.position
-    if not isinstance(rope, Rope) or not rope.rotates_all:
-        raise ValueError(
-            f"model.decoder.position: expected rope over whole heads, as Hugging Face's models have, got {c.position!r}"
-        )
-    return {
-        "hidden_size": c.d_model,
-        "intermediate_size": c.d_ff,
-        "num_hidden_layers": c.n_layers,
-        "num_attention_heads": c.n_heads,
-        "num_key_value_heads": c.key_heads,
-        "head_dim": c.dim,
-        "rms_norm_eps": c.norm_eps,
-        "rope_theta": rope.theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": rope.theta},
-        "attention_bias": False,
-        **({} if window is None else {"sliding_window": window}),
-    }
+class Architecture:
+    """A model class of `transformers` as a form of our decoder; by itself a Llama."""
+
+    name: str
+    """For messages."""
+    parts: ClassVar[Parts]
+    """Names of parts of `model.decoder` that it has, where they are others than Llama's; `ANY` for all."""
+
+    def is_meant(self, config: DecoderConfig) -> bool:
+        """Whether a decoder has what this one is taken for."""
+        raise NotImplementedError
+
+    def settings(self, decoder: Decoder, window: int | None) -> dict[str, Any]:
+        """config.json of a decoder with a sliding window or none, as far as it is its own; raises ValueError."""
+        c, rope = decoder.config, decoder.position
+        if not isinstance(rope, Rope) or not rope.rotates_all:
+            raise ValueError(
+                "model.decoder.position: expected rope over whole heads, as Hugging Face's models have, got "
+                f"{c.position!r}"
+            )
+        return {
+            "hidden_size": c.d_model,
+            "intermediate_size": c.d_ff,
+            "num_hidden_layers": c.n_layers,
+            "num_attention_heads": c.n_heads,
+            "num_key_value_heads": c.key_heads,
+            "head_dim": c.dim,
+            "rms_norm_eps": c.norm_eps,
+            "rope_theta": rope.theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": rope.theta},
+            "attention_bias": False,
+            **({} if window is None else {"sliding_window": window}),
+        }
+
+    def weights(self, decoder: Decoder) -> dict[str, Tensor]:
+        """Its weights under their names there: each block's, embedding, norm and output matrix; tied ones once."""
+        ours: Any = decoder
+        state = {"model.embed_tokens.weight": ours.embedding.weight, "model.norm.weight": ours.norm.weight}
+        if not decoder.config.tie_embeddings:
+            state["lm_head.weight"] = ours.head.weight
+        for i, block in enumerate(ours.blocks):
+            state |= {f"model.layers.{i}.{name}": weight for name, weight in self.of_block(block).items()}
+        return state
+
+    def of_block(self, block: Any) -> dict[str, Tensor]:
+        """A block's weights under their names in a layer."""
+        return projections(block) | gated(block) | pre_norms(block)
 
 
 def layer_types(decoder: Decoder, window: int | None) -> list[str]:
     """That all layers have the window, or none."""
     return ["full_attention" if window is None else "sliding_attention"] * decoder.config.n_layers
-
-
-def named(decoder: Decoder, of_block: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Weights under Llama's names: those of each block, embedding, norm and output matrix; tied ones once."""
-    ours: Any = decoder
-    state = {"model.embed_tokens.weight": ours.embedding.weight, "model.norm.weight": ours.norm.weight}
-    if not decoder.config.tie_embeddings:
-        state["lm_head.weight"] = ours.head.weight
-    for i, block in enumerate(ours.blocks):
-        state |= {f"model.layers.{i}.{name}": weight for name, weight in of_block(block).items()}
-    return state
 
 
 def projections(block: Any) -> dict[str, Tensor]:

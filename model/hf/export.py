@@ -9,14 +9,14 @@ from torch import Tensor
 from sinkbed.model.config import DecoderConfig
 from sinkbed.model.decoder import Decoder
 from sinkbed.model.hf.architecture import OF_LLAMA, Architecture, name_of
-from sinkbed.model.hf.architectures.gemma2 import GEMMA2
+from sinkbed.model.hf.architectures.gemma2 import Gemma2
 from sinkbed.model.hf.architectures.gpt2 import GPT2
-from sinkbed.model.hf.architectures.gpt_oss import GPT_OSS
-from sinkbed.model.hf.architectures.llama import LLAMA
-from sinkbed.model.hf.architectures.qwen3 import QWEN3
+from sinkbed.model.hf.architectures.gpt_oss import GptOss
+from sinkbed.model.hf.architectures.llama import Llama
+from sinkbed.model.hf.architectures.qwen3 import Qwen3
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-_ARCHITECTURES = (GPT2, QWEN3, GPT_OSS, GEMMA2, LLAMA)
+_ARCHITECTURES = (GPT2(), Qwen3(), GptOss(), Gemma2(), Llama())
 
 
 def architecture_of(config: DecoderConfig) -> Architecture:
@@ -25,7 +25,7 @@ def architecture_of(config: DecoderConfig) -> Architecture:
     Raises ValueError for a part that it lacks, by name.
     """
     architecture = next(each for each in _ARCHITECTURES if each.is_meant(config))
-    for part, known in (OF_LLAMA | architecture.parts).items():
+    for part, known in {**OF_LLAMA, **architecture.parts}.items():
         value = getattr(config, part)
         if known and name_of(value) not in known:
             expected = " or ".join("none" if each in (None, []) else str(each) for each in known)
