@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from typing import Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 _FEW = 24  # below, bisecting one query after the other costs less than bisecting all in step
 
@@ -32,12 +31,6 @@ class Offsets:
         self._first_document = np.cumsum([0, *documents], dtype=np.int64)
         self._first_token = np.cumsum([0, *tokens], dtype=np.int64)
         self._read = read
-
-    @classmethod
-    def of(cls, lengths: ArrayLike) -> Self:
-        """Offsets of documents of given lengths [D], in memory."""
-        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        return cls([len(offsets) - 1], [int(offsets[-1])], lambda _: offsets)
 
     @property
     def documents(self) -> int:

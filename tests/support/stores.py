@@ -12,6 +12,7 @@ import numpy as np
 
 from sinkbed.data.prepare.staging import StagingFolder, manifest_of, shard_name
 from sinkbed.data.store.manifest import Manifest, ShardInfo, token_type
+from sinkbed.data.store.offsets import Offsets
 from sinkbed.data.tokenizer import Tokenizer
 
 
@@ -75,3 +76,9 @@ def split_of(text: str, validation_share: float) -> str:
     """`train` or `validation`: a function of the text alone, its blake2b of 64 bits."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return "validation" if int.from_bytes(digest, "big") < validation_share * 2**64 else "train"
+
+
+def offsets_of(lengths: Sequence[int]) -> Offsets:
+    """Offsets of documents of these lengths, in one shard."""
+    before = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return Offsets([len(lengths)], [sum(lengths)], lambda _: before)

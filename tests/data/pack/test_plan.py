@@ -20,6 +20,7 @@ from sinkbed.data.pack.plan import Plan, PlanSettings, items_of, windows
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.store.offsets import Offsets
 from tests.support.oracle import laid_out
+from tests.support.stores import offsets_of
 
 PACKINGS: list[dict[str, Any]] = [
     {"packing": packing, "overflow": long, "fill": fill}
@@ -54,7 +55,7 @@ def test_a_plan_is_that_of_the_packing_done_one_document_after_the_other(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(best_fit_module, "_WAITING", waiting)
         laid = plan_settings.packing.lay_out(
-            items := items_of(Offsets.of(lengths), 0, len(lengths), plan_settings), plan_settings.room
+            items := items_of(offsets_of(lengths), 0, len(lengths), plan_settings), plan_settings.room
         )
         expected = laid_out([[2] * size for size in lengths], strategy, room, waiting)
     edges = np.concatenate([[0], np.cumsum(laid.per_row)]).tolist()
@@ -90,7 +91,7 @@ def test_windows_hold_every_document_once_and_are_bounded(lengths: list[int]) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan_module, "_WINDOW_TOKENS", 12)
         patch.setattr(plan_module, "_WINDOW_DOCUMENTS", 7)
-        found = list(windows(Offsets.of(lengths)))
+        found = list(windows(offsets_of(lengths)))
     assert [stop for _, stop in found[:-1]] == [start for start, _ in found[1:]]
     assert (found[0][0], found[-1][1]) == (0, len(lengths))
     for start, stop in found:
@@ -105,7 +106,7 @@ def plan_settings() -> PlanSettings:
 
 @pytest.fixture
 def offsets() -> Offsets:
-    return Offsets.of([3, 20, 0, 5, 1, 7, 7, 2] * 5)
+    return offsets_of([3, 20, 0, 5, 1, 7, 7, 2] * 5)
 
 
 def test_a_plan_of_several_windows_is_that_of_each_by_itself(
@@ -225,7 +226,7 @@ def test_a_flipped_byte_in_a_plan_is_made_again_named_or_told_by_verify(
 
 
 def test_items_of_a_document_that_fits_a_row_exactly_are_one() -> None:
-    offsets = Offsets.of([7, 8, 15, 16])
+    offsets = offsets_of([7, 8, 15, 16])
     plan_settings = PlanSettings(strategy=Strategy(packing="best_fit"), room=8, extras=1)
     items = items_of(offsets, 0, 4, plan_settings)
     assert list(zip(items.document.tolist(), items.begin.tolist(), items.length.tolist(), strict=True)) == [

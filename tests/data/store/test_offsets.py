@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sinkbed.data.store import offsets as offsets_module
 from sinkbed.data.store.offsets import Offsets
+from tests.support.stores import offsets_of
 
 
 def sharded(shards: list[list[int]]) -> Offsets:
@@ -43,4 +44,4 @@ def test_documents_without_a_token_at_a_shard_boundary_hold_no_position() -> Non
     """The case in which two shards begin at the same position occurs, and the later one has it."""
     offsets = sharded([[2, 0], [0, 0], [3]])
     assert offsets.find(np.array([0, 1, 2, 4])).tolist() == [0, 0, 4, 4]
-    assert Offsets.of([2, 0, 0, 0, 3]).find(np.array([0, 1, 2, 4])).tolist() == [0, 0, 4, 4]
+    assert offsets_of([2, 0, 0, 0, 3]).find(np.array([0, 1, 2, 4])).tolist() == [0, 0, 4, 4]
