@@ -128,10 +128,8 @@ class Strategy:
                 raise ValueError(
                     f"first_token: expected the token itself where a list would hold one, got {self.first_token}"
                 )
-            for what in self.first_token:
-                _check_token("first_token", what, get_args(FirstToken))
-        else:
-            _check_token("first_token", self.first_token, get_args(FirstToken))
+        for what in self.first_tokens:
+            _check_token("first_token", what, get_args(FirstToken))
         check_number("first_token_share", self.first_token_share, above=0, most=1)
         if self.first_token_share < 1 and not self.placed:
             raise ValueError(
