@@ -37,14 +37,10 @@ class LayerAttention:
     scoring: Scoring
     statistics: Statistics | None
 
-    def logits(self, queries: slice) -> Tensor:
-        """[B, H, M, T] float32 logits of M of the queries, −inf where hidden."""
-        return self.scoring.logits(self.q, self.k.float(), self.mask, queries)
-
     def blocks(self, size: int = 128) -> Iterator[tuple[slice, Tensor]]:
         """Slices of queries and their attention [B, H, M, T], so that T×T is never there at once."""
         for queries in blocks_of(self.q.shape[2], size):
-            logits = self.logits(queries)
+            logits = self.scoring.logits(self.q, self.k.float(), self.mask, queries)  # in float32
             if self.scoring.normalizer is not None:
                 yield queries, self.scoring.normalizer.weights(logits)
             else:

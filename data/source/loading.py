@@ -111,10 +111,6 @@ def _load_single(source: SingleSource) -> Any:
     return dataset.shuffle(seed=source.shuffle_seed)
 
 
-def _demo(source: SingleSource) -> Any:
-    return datasets.Dataset.from_dict({"text": demo_texts(source.parts)})
-
-
 def _synthetic(source: SingleSource) -> Any:
     assert source.synthetic is not None
     task = source.synthetic
@@ -228,7 +224,7 @@ def _opened(builder: Any, source: SingleSource, split: str) -> Any:
 
 
 _OPEN: dict[str, Callable[[SingleSource], Any]] = {
-    "demo": _demo,
+    "demo": lambda source: datasets.Dataset.from_dict({"text": demo_texts(source.parts)}),
     "synthetic": _synthetic,
     "jsonl": _local,
     "text": _local,

@@ -289,14 +289,19 @@ def triton_attention(
     Raises ValueError for head dims other than HEAD_DIMS, for float64, and for a scoring that the kernels lack.
     """
     _check(q)
-    normalizer = _fused(scoring)
+    fused = Fused("softmax") if scoring.normalizer is None else scoring.normalizer.triton
+    if fused is None:
+        raise ValueError(
+            f"normalizer {type(scoring.normalizer).__name__}: expected implementation 'reference', which has any, "
+            "got 'triton', whose kernels lack it"
+        )
     logit, value = scoring.sink_logit, scoring.sink_value
     outside = logit if value is not None or (logit is not None and logit.ndim == 3) else None
     inside = logit if outside is None else None
     output, lse, *measured = torch.ops.sinkbed.attention_triton(
         q, k, v, mask.first_key, mask.end_key, mask.first_query, mask.last_query,
         mask.doc_start if statistics else None, mask.doc_end if statistics else None, inside, scoring.slopes,
-        *mask.shared, scoring.scale, scoring.softcap, *normalizer, statistics,
+        *mask.shared, scoring.scale, scoring.softcap, *fused, statistics,
     )  # fmt: skip
     seen = None
     if statistics:
@@ -305,18 +310,6 @@ def triton_attention(
     if outside is not None:
         return with_key(output, lse, seen, outside, value)
     return output, (lse if scoring.normalizer is None else None), seen
-
-
-def _fused(scoring: Scoring) -> Fused:
-    """The normaliser as the kernels have it. Raises ValueError for what they lack."""
-    normalizer = scoring.normalizer
-    fused = Fused("softmax") if normalizer is None else normalizer.triton
-    if fused is None:
-        raise ValueError(
-            f"normalizer {type(normalizer).__name__}: expected implementation 'reference', which has any, "
-            "got 'triton', whose kernels lack it"
-        )
-    return fused
 
 
 def triton_received(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float) -> Tensor:
