@@ -90,7 +90,10 @@ def _fill(config: PrepareConfig, recipe: dict[str, Any], chunks: Chunks, workers
     from sinkbed.data.prepare.staging import manifest_of
 
     documents = Documents(config.source, on_error=config.on_error)
-    tokenizer = _kept_tokenizer(config, documents, chunks, progress)
+    tokenizer = None if config.tokenizer.path else chunks.kept_tokenizer()
+    if tokenizer is None:
+        tokenizer = make_tokenizer(config, documents, progress)
+        chunks.write_tokenizer(tokenizer)
     selected = config.select(documents, tokenizer)
     gathered = Gathered()
     read = size = tokens = 0
@@ -159,16 +162,6 @@ def _up_to_date(out: Path, recipe: dict[str, Any]) -> Manifest:
         TokenStore.open(out, split).verify()
     sweep(out)
     return manifest
-
-
-def _kept_tokenizer(config: PrepareConfig, documents: Documents, chunks: Chunks, progress: bool) -> Tokenizer:
-    """The tokenizer that was written before, else a new one, written."""
-    chosen = config.tokenizer
-    if not chosen.path and (kept := chunks.kept_tokenizer()) is not None:
-        return kept
-    tokenizer = make_tokenizer(config, documents, progress)
-    chunks.write_tokenizer(tokenizer)
-    return tokenizer
 
 
 def make_tokenizer(config: PrepareConfig, documents: Documents, progress: bool) -> Tokenizer:
