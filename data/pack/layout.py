@@ -6,7 +6,7 @@ A document's tokens are its text with the tokens put before and after it:
 
 A row of T positions has room for n = T - F of them, where F positions are placed tokens (the first token).
 
-`Concat`. All documents end to end are the stream of an epoch; row r holds stream positions r * n to (r + 1) * n.
+`Stream`. All documents end to end are the stream of an epoch; row r holds stream positions r * n to (r + 1) * n.
 Document d starts at `offsets[d] + d * extras`, so nothing is stored beside the store's own offsets. Two documents
 `a b c`, `d e`, document_end `.`, T = 4:
 

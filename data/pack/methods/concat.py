@@ -1,4 +1,4 @@
-"""All documents end to end are one stream, cut into rows (see `layout.Concat`)."""
+"""All documents end to end are one stream, cut into rows (see `layout.Stream`)."""
 
 from sinkbed.data.pack.methods import PACKINGS, Packing
 
