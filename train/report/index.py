@@ -88,4 +88,7 @@ def _command(study: StudyConfig, results: Sequence[Result]) -> str:
     seeds = sorted({r.seed for r in results})
     size = f" --size {study.size}" if study.size not in ("", "demo") else ""
     chosen = "" if seeds == sorted(study.seeds) else f" --seeds {' '.join(map(str, seeds))}"
-    return f"sinkbed study {study.source}{size}{chosen}"
+    file = Path(study.source or study.name)
+    if file.is_absolute():  # the folders of this machine say nothing to who reads the page
+        file = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else Path(file.name)
+    return f"sinkbed study {file}{size}{chosen}"

@@ -103,7 +103,7 @@ def test_several_studies_make_one_page_of_the_seeds_that_are_finished(finished, 
     assert "| [other](#other) | A study &lt;of&gt; two arms | 1 as expected |" in text
     line = r"\| BOS helps \(a word\) \| as expected \| fixed − absent \| loss \| [+−]?\d\.\d{3} ± \d\.\d{3}"
     assert re.search(line + r" \| same within 9 \|", text)
-    assert f"`sinkbed study {other} --seeds 0 1`: 4 runs" in text and "Made by sinkbed" in text
+    assert f"`sinkbed study {other.name} --seeds 0 1`: 4 runs" in text and "Made by sinkbed" in text
     assert "In all: 1 as expected." in text
     assert all((page / f"{name}.png").is_file() for name in ("study", "other"))
     # A line of the page is what the report of the study has.
@@ -114,7 +114,12 @@ def test_several_studies_make_one_page_of_the_seeds_that_are_finished(finished, 
     # One seed of a study that has more.
     assert main(["report", *files, "--out", str(page), "--seeds", "1"]) == 0
     one = (page / "README.md").read_text().split("## study")[1]
-    assert one.count("one run an arm") == 1 and "±" not in one and f"`sinkbed study {finished} --seeds 1`" in one
+    assert (
+        one.count("one run an arm") == 1
+        and "±" not in one
+        and f"`sinkbed study {finished.name} --seeds 1`" in one
+        and str(tmp_path) not in one
+    )
     # A study that is not named stays on the page as it was; of one whose settings changed, it is said.
     (finished.parent / "none.yaml").write_text("data: {strategy: {first_token: random}}\n")
     capsys.readouterr()
