@@ -1,16 +1,19 @@
 """A study on a real Ray cluster of two nodes on this machine; one of them is killed in the middle of an arm."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from sinkbed.train.cli.main import main
 from sinkbed.train.run import directory
-from sinkbed.train.study.arms import LOG, environment, plan
+from sinkbed.train.study.arms import LOG, ArmRun, environment, plan
 from sinkbed.train.study.file import load_study
 from tests.support.runs import write_run_config
 
@@ -44,6 +47,29 @@ def write_study(tmp_path, store, steps, arms):
     return path
 
 
+def process_of(run):
+    """The process that trains an arm, by its command line."""
+    commands = {int(path.parent.name): path for path in Path("/proc").glob("[0-9]*/cmdline")}
+    folder = str(run.folder).encode()
+    return next(pid for pid, path in commands.items() if b"fit" in (c := path.read_bytes()) and folder in c)
+
+
+def pause_each(runs, condition, then):
+    """Pause each arm as soon as `condition` holds of it, so that none ends before all are there; call `then`, go on."""
+    paused = {}
+    end = time.monotonic() + 300
+    while len(paused) < len(runs) and time.monotonic() < end:
+        for run in (r for r in runs if r.arm not in paused and condition(r)):
+            paused[run.arm] = process_of(run)
+            os.kill(paused[run.arm], signal.SIGSTOP)
+        time.sleep(0.02)
+    then()
+    for pid in paused.values():
+        with contextlib.suppress(ProcessLookupError):  # died with its node
+            os.kill(pid, signal.SIGCONT)
+    return len(paused) == len(runs)
+
+
 def points(folder):
     """The record of a run without its clock."""
     return [
@@ -66,41 +92,33 @@ def test_arms_go_on_from_their_checkpoints_when_the_study_is_stopped_and_when_a_
     study = write_study(tmp_path, tiny_store, 400, arms)
     study.write_text(study.read_text() + "gpus: 0.5\n")
     runs = {r.arm: r for r in plan(load_study(study))}
-    both = ("first", "second")
+    both = [runs["first"], runs["second"]]
 
-    def logs():
-        return [path.read_text() if (path := runs[arm].folder / LOG).exists() else "" for arm in both]
-
-    def wait_until(condition):
-        end = time.monotonic() + 120
-        while not condition() and time.monotonic() < end:
-            time.sleep(0.1)
-        return condition()
+    def log(run):
+        return path.read_text() if (path := run.folder / LOG).exists() else ""
 
     command = [sys.executable, "-m", "sinkbed", "study", str(study), "--ray", cluster.address, "--quiet"]
     with subprocess.Popen(command, env={**os.environ, **environment()}, stderr=subprocess.DEVNULL) as stopped:
-        assert wait_until(lambda: all(runs[arm].resumable() for arm in both))
-        stopped.terminate()
+        assert pause_each(both, ArmRun.resumable, stopped.terminate)
         assert stopped.wait(60) == 130
-    assert [runs[arm].status() for arm in both] == ["interrupted", "interrupted"]
-    assert all("stopped at step" in log for log in logs()), "they saved before they ended"
+    assert [run.status() for run in both] == ["interrupted", "interrupted"]
+    assert all("stopped at step" in log(run) for run in both), "they saved before they ended"
 
     killed = []
 
     def kill():
-        if wait_until(lambda: all("resuming" in log for log in logs())):
-            killed.append([runs[arm].status() for arm in both])
-            cluster.remove_node(cluster.second, allow_graceful=False)
+        killed.extend(run.status() for run in both)
+        cluster.remove_node(cluster.second, allow_graceful=False)
 
-    thread = threading.Thread(target=kill)
+    thread = threading.Thread(target=pause_each, args=(both, lambda run: "resuming" in log(run), kill))
     thread.start()
     assert main(["study", str(study), "--ray", cluster.address, "--quiet"]) == 1, "the broken arm failed"
     thread.join()
-    assert killed == [["interrupted", "interrupted"]], "both were running when the node was killed"
+    assert killed == ["interrupted", "interrupted"], "both were running when the node was killed"
     assert {name: r.status() for name, r in runs.items()} == {
         "first": "finished", "second": "finished", "broken": "failed"
     }  # fmt: skip
-    resumed = {arm: log.count("resuming") for arm, log in zip(both, logs(), strict=True)}
+    resumed = {run.arm: log(run).count("resuming") for run in both}
     assert sorted(resumed.values()) == [1, 2], "that of the killed node once more, that of the other node not"
     assert "expected finite" in runs["broken"].reason(), "and it was tried once, then reported"
     assert (runs["broken"].folder / LOG).read_text().count("expected finite") == 1
