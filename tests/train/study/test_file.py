@@ -14,6 +14,7 @@ from tests.support import ROOT
 
 SHIPPED = sorted((ROOT / "configs" / "study").glob("*.yaml"))
 SIZES = ("demo", "small", "paper")
+EVERY = [(path, size) for path in SHIPPED for size in yaml.safe_load(path.read_text())["sizes"]]
 
 
 @pytest.fixture
@@ -118,14 +119,13 @@ def test_a_wrong_effect_is_named(write, change, message):
         load_study(write(arms={"a": [], "b": []}, effects=[effect | change]))
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("path", "size"), EVERY, ids=[f"{path.stem}-{size}" for path, size in EVERY])
 def test_a_shipped_study_has_arms_that_can_be_built(path, size):
     study = load_study(path, size)
     assert len(study.arms) >= 3 and study.effects and study.question and len(study.seeds) >= 3
     for run in plan(study)[: len(study.arms)]:
         decoder = DecoderConfig(**run.setting("model.decoder"))
-        assert size == "demo" or decoder.dim in HEAD_DIMS, run.arm
+        assert size in ("demo", "laptop") or decoder.dim in HEAD_DIMS, run.arm
         OptimizerConfig(**run.setting("model.optimizer"))
         context = run.setting("data.context_length")
         Strategy(**run.setting("data.strategy")).check_context(context)
@@ -136,7 +136,7 @@ def test_a_shipped_study_has_arms_that_can_be_built(path, size):
             assert wanted <= set(modes), f"{effect.name}: {wanted} is not among {modes}"
         if size == "paper":
             assert cost(study, run).tokens >= 4.9e9
-        assert (study.gpus > 0) == (size != "demo") == (run.setting("trainer.accelerator") != "cpu")
+        assert (study.gpus > 0) == (size in ("small", "paper")) == (run.setting("trainer.accelerator") != "cpu")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
