@@ -70,9 +70,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument("--wandb", action="store_true", help="log figures and numbers to the run's W&B page")
     arguments = parser.parse_args(list(argv))
 
-    from sinkbed.train.measure.model import check_model, load, probe_of, texts
+    from sinkbed.train.measure.model import check_paths, load, probe_of, texts
 
-    check_model(arguments)  # first: a path that is none is answered before torch is imported
+    check_paths(arguments)  # first: a path that is none is answered before torch is imported
     with loading("torch"):
         from sinkbed.train.loop.settings import use_threads
         from sinkbed.train.measure.config import MeasureConfig

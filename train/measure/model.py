@@ -54,13 +54,18 @@ class Subject:
         return self.load_model()
 
 
-def check_model(arguments: Any) -> bool:
+def check_paths(arguments: Any) -> bool:
     """Whether `arguments.model` names a run of ours; loads nothing, and takes a .gguf file apart.
 
-    Raises FileNotFoundError or ValueError for a name that can be no model.
+    Raises FileNotFoundError or ValueError for a name that can be no model, and for a text that is not there.
     """
+    from sinkbed.data.store.manifest import Manifest
     from sinkbed.train.run.load import find_run
 
+    if arguments.prompts is not None and not arguments.prompts.is_file():
+        raise FileNotFoundError(f"--prompts: no file at {arguments.prompts}")
+    if arguments.store is not None:
+        Manifest.read(arguments.store)
     path = Path(arguments.model)
     if (path / directory.CONFIG).is_file() or path.name.endswith(".ckpt"):
         find_run(path)
@@ -80,8 +85,8 @@ def check_model(arguments: Any) -> bool:
 
 def load(arguments: Any) -> Subject:
     """The model that `arguments.model` names, its weights not yet read if it is one of Hugging Face. Raises as
-    `check_model`, and ValueError for files that are damaged or no causal language model."""
-    if check_model(arguments):
+    `check_paths`, and ValueError for files that are damaged or no causal language model."""
+    if check_paths(arguments):
         return of_run(Path(arguments.model), arguments.store, arguments.bos)
     return _hugging_face(arguments)
 
@@ -207,8 +212,6 @@ def texts(arguments: Any, subject: Subject) -> Iterator[str]:
 
 
 def _prompts(path: Path) -> Iterator[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"--prompts: no file at {path}")
     if path.suffix == ".jsonl":
         from sinkbed.data.source.config import Source
         from sinkbed.data.source.documents import Documents

@@ -67,6 +67,15 @@ def test_prompts_are_parted_at_line_feeds_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("option", "message"), [("--prompts", "--prompts: no file at nowhere"), ("--store", "no token store at nowhere")]
+)
+def test_a_text_that_is_not_there_is_named_before_the_model_is_read(option, message, tmp_path, capsys):
+    (tmp_path / "config.json").write_text("no config")
+    assert main(["probe", str(tmp_path), option, "nowhere"]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ([], "expected text to read, got none: give --prompts FILE, or --store"),
