@@ -4,8 +4,6 @@ This package knows nothing of models or kernels. Importing it imports neither to
 command line's help and configs stay fast, and each public name is loaded on first use.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,5 @@
 """Files that are written whole or not at all, and how to tell that one, or a JSON value, is what it was."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -6,8 +6,6 @@ however many rows there are, and resuming needs only a counter. Traded away: loc
 come from anywhere in the store), which a memory-mapped store on a local disk bears well.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 

@@ -10,8 +10,6 @@ Control tokens are never made from text: `<bos>` written in a document is encode
 by whoever loads the tokenizer.json of a token store.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -75,7 +73,7 @@ class Tokenizer:
         self._check_lossless()
 
     @classmethod
-    def train(cls, texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
+    def train(cls, texts: Iterable[str], *, vocab_size: int) -> "Tokenizer":
         """Train a byte-level BPE of at most `vocab_size` tokens, `<bos>`, `<eos>` and 256 bytes included.
 
         The same texts in the same order give the same tokenizer. Raises ValueError below 258 tokens.

@@ -6,8 +6,6 @@ dense oracle; each implementation lives in its own module and never imports anot
 Importing it does not import torch: the command line reads the names of `normalizers`.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -3,8 +3,6 @@
 Shapes: B rows, H query heads, Hkv key/value heads (H a multiple of Hkv), T positions, D head dim.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import os

@@ -4,8 +4,6 @@ Each block sees the keys up to its last visible one. The backward pass computes 
 a block times T, and a rerun is bitwise equal.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

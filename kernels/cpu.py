@@ -9,8 +9,6 @@ computes the hidden pairs too. For a document mask on long rows each document is
 The statistics never need the T×T probabilities: the mass of one key is exp(q·k − lse).
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any
 

@@ -16,8 +16,6 @@ a query and never a T×T matrix. Row of two documents `a a a | b b b`, shared_pr
 Shapes: B rows, T positions. Positions count from 0 in the row; ends are exclusive.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

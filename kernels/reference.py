@@ -3,8 +3,6 @@
 It materialises the [B, H, T, T] probabilities, so it is for tests and small inputs.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """How a query scores the keys that it sees, and what makes weights of the scores."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -3,8 +3,6 @@
 Shapes: B rows, H query heads, T positions. None of these carries a gradient.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -3,8 +3,6 @@
 Importing it does not import torch: the command line reads `model.config`.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,5 @@
 """Self-attention: the projections around `kernels.attention`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What every block has: two parts, attention and feed-forward, each with a norm and a residual connection."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import ClassVar
 

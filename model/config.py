@@ -1,7 +1,5 @@
 """The shape of a decoder, checked where it is written down. Imports nothing heavy: the command line reads it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from sinkbed.kernels.normalizers import NORMALIZERS

@@ -1,7 +1,5 @@
 """The decoder: embedding, blocks, final norm, output matrix."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -4,8 +4,6 @@ On a CPU the composite forms of a block's parts cost as much as a matrix product
 with few passes over memory; tests hold them to the plain definitions, forward and gradient.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

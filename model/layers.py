@@ -1,7 +1,5 @@
 """What feed-forwards are made of: two or three matrices around an activation."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from sinkbed.model.config import DecoderConfig

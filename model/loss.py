@@ -6,8 +6,6 @@ one block instead of N × V twice, and the backward pass is a multiplication. Th
 linear cross-entropy (arXiv 2410.10989) in plain PyTorch.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

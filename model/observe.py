@@ -4,8 +4,6 @@ Works alike on our decoder and on a model of `transformers` (`model.hf.adapter`)
 the callbacks keep, so that memory is theirs to bound.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass

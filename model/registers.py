@@ -4,8 +4,6 @@ They are to the tokens what a learned sink is: what is measured of attention is 
 on registers is what the weights lack to 1.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -8,8 +8,6 @@ Shapes: N rows, T tokens per row, P pieces, F placed tokens, W = T - F + 1 colum
 but for placed tokens, and the target beyond its end.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -5,8 +5,6 @@ Saved with every run, so that arms of a study can be compared for what they chan
 the first epoch, in parts of bounded memory, in the notation of `layout` and `assemble`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from collections.abc import Iterator

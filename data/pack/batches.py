@@ -10,8 +10,6 @@ seen, on any number of processes.
     loader = DataLoader(rows, batch_sampler=sampler, collate_fn=Rows.collate, num_workers=2)
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any, NamedTuple
@@ -50,11 +48,11 @@ class Batch(NamedTuple):
     doc_end: Tensor
     """int32, row position after the document's last in this row."""
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch on another device."""
         return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> "Batch":
         """The batch in page-locked memory, from which copies to an accelerator can overlap with work."""
         return Batch(*(tensor.pin_memory() for tensor in self))
 

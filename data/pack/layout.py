@@ -31,8 +31,6 @@ padding, which is a document of its own that nothing else sees.
 Shapes: D documents, R rows per epoch, T tokens per row, N rows asked for, P pieces.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple

@@ -10,8 +10,6 @@ mapped into memory. Where it cannot be written it is made anew in each process.
 Shapes: R rows, N rows asked for, I items, P pieces.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections import OrderedDict
@@ -74,7 +72,7 @@ class Plan:
         self._windows: OrderedDict[int, tuple[Ints, Ints, Ints]] = OrderedDict()
 
     @classmethod
-    def load(cls, settings: PlanSettings, offsets: Offsets, folder: Path, digest: str) -> Plan:
+    def load(cls, settings: PlanSettings, offsets: Offsets, folder: Path, digest: str) -> "Plan":
         """The plan of the split with this digest: mapped from `folder`, where it is made first if need be."""
         path = folder / f"{settings.key(digest)}.arrow"
         try:

@@ -5,8 +5,6 @@ of a row; whoever builds the attention mask reads `mask`, `window`, `shared_pref
 that would change nothing is an error here, so that two arms of a study with different strategies really differ.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 

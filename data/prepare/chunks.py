@@ -12,8 +12,6 @@ Going on means reading the source again, which is cheap beside encoding it, and 
 a record; the digest tells when the source no longer gives the documents it gave.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from dataclasses import dataclass
@@ -102,7 +100,7 @@ class Chunks:
                 "that folder to start over"
             ) from None
 
-    def finish(self, number: int, gathered: Gathered) -> None:
+    def finish(self, number: int, gathered: "Gathered") -> None:
         """Write the shards of a chunk, then its record."""
         shards = {
             split: self.staging.write_shard(shard_name(split, number), *gathered.columns(split))
@@ -113,7 +111,7 @@ class Chunks:
             write_json(self.folder / f"{number:05d}.json", dataclasses.asdict(chunk))
         self.finished[number] = chunk
 
-    def compare(self, number: int, gathered: Gathered) -> None:
+    def compare(self, number: int, gathered: "Gathered") -> None:
         """Check that a finished chunk was made of the documents that were gathered, else raise ValueError."""
         if gathered.digest() != self.finished[number].digest:
             raise ValueError(

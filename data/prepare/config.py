@@ -1,7 +1,5 @@
 """The config of `sinkbed prepare`: all that decides a token store."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, get_args
@@ -93,7 +91,7 @@ class PrepareConfig:
                 "would leave out again, got true; choose all_exhausted_without_replacement"
             )
 
-    def select(self, documents: Documents, tokenizer: Tokenizer | None = None) -> Selection:
+    def select(self, documents: Documents, tokenizer: "Tokenizer | None" = None) -> Selection:
         """The documents that go into the store; without a tokenizer, as one without a normaliser has them."""
         return Selection(
             documents,

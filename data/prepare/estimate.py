@@ -5,8 +5,6 @@ corpus the number of records is known, of a hub data set where its card tells. A
 source that runs out first, and a hub data set that tells nothing, can be sampled but not added up.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -12,8 +12,6 @@ config, `prepare` compares every checksum and returns; with another, it refuses 
 This module imports neither datasets nor tokenizers until `prepare` is called.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator
@@ -83,7 +81,7 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _fill(config: PrepareConfig, recipe: dict[str, Any], chunks: Chunks, workers: int, progress: bool) -> Manifest:
+def _fill(config: PrepareConfig, recipe: dict[str, Any], chunks: "Chunks", workers: int, progress: bool) -> Manifest:
     """Make the chunks that are missing, then the store."""
     from sinkbed.data.prepare.chunks import FORGOTTEN, Gathered
     from sinkbed.data.prepare.encoding import Encoded, Encoder
@@ -164,7 +162,7 @@ def _up_to_date(out: Path, recipe: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def make_tokenizer(config: PrepareConfig, documents: Documents, progress: bool) -> Tokenizer:
+def make_tokenizer(config: PrepareConfig, documents: Documents, progress: bool) -> "Tokenizer":
     """Load the tokenizer of a config, or train it on the first documents of the training split."""
     from sinkbed.data.tokenizer import Tokenizer
 

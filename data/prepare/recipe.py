@@ -1,7 +1,5 @@
 """The recipe of a token store: all that decides its bytes, as JSON to compare. Its manifest holds it."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

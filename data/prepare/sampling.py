@@ -8,8 +8,6 @@ places: records that are met so are longer than others. Of compressed files and 
 read.
 """
 
-from __future__ import annotations
-
 import io
 import os
 from collections import Counter

@@ -6,8 +6,6 @@ one, between two characters that stand side by side in no token of the vocabular
 neighbourhood have to be the same, cut or uncut, which tells of tokens added by hand.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Iterator
 

@@ -4,8 +4,6 @@ Everything is written into `.NAME.partial`, flushed to the disk and renamed, fil
 folder, so what stands under the final name is complete, whatever interrupts the writing.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

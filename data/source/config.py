@@ -1,7 +1,5 @@
 """The config of a source: where documents come from, and in which order."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from typing import Literal, get_args

@@ -3,8 +3,6 @@
 The packages are found through their metadata; their code is never imported.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from importlib import metadata

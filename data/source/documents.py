@@ -4,8 +4,6 @@ Nothing here tokenizes. `loading` opens a source as a data set of `datasets`; `r
 Parquet record by record, so that a malformed line is named, or left out and counted, by itself.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any

@@ -9,8 +9,6 @@ Traded away: without `streaming`, `datasets` keeps an Arrow copy of the corpus i
 a full shuffle; with it, nothing is copied and the shuffle is that of a buffer.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The local files that a source names."""
 
-from __future__ import annotations
-
 import glob
 import os
 import shlex

@@ -9,8 +9,6 @@ decides whether to refuse or to leave it out.
 Compression is told by the end of a file's name: .gz, .bz2, .xz, .zst.
 """
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import io

@@ -5,8 +5,6 @@ they are encoded. The split is by a hash of each text, so reordering or extendin
 from training to validation, and duplicates fall on the same side.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator

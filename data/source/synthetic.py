@@ -15,8 +15,6 @@ Traded away: the bigram is drawn at random, not counted in a text as in the pape
 Shapes: N documents, T positions, S ordinary symbols, K triggers.
 """
 
-from __future__ import annotations
-
 import math
 import string
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Plain dataclasses over one JSON file, without time stamps: preparing the same co
 manifest, so a run can be tied to its data by comparing one value.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -106,7 +104,7 @@ class Manifest:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: Path) -> "Manifest":
         """Read the manifest of the token store at `folder`.
 
         Raises FileNotFoundError where there is no token store, ValueError for a manifest that is damaged, or is of
@@ -128,7 +126,7 @@ class Manifest:
             ) from error
 
     @classmethod
-    def _checked(cls, fields: dict[str, Any]) -> Manifest:
+    def _checked(cls, fields: dict[str, Any]) -> "Manifest":
         """The manifest of these fields. Raises ValueError, or what their types lead to, for one that is damaged."""
         if fields["format"] != FORMAT:
             raise ValueError(f"format {fields['format']}")

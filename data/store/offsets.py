@@ -6,8 +6,6 @@ pages of the shards' own offsets, some twenty of them for the document that hold
 Shapes: D documents, S shards, N queries.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 

@@ -15,8 +15,6 @@ cache, from which the system takes them back when it wants to.
 Traded away: a store is never changed in place; another tokenizer or split means another store.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections import OrderedDict

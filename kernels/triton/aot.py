@@ -9,8 +9,6 @@ over full tiles (the loop of the statistics multiplies 16 keys and has fewer). W
 products are loops of two instructions that the compilers put behind the kernel's end.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 import tempfile

@@ -15,8 +15,6 @@ two). Logits are kept in base 2: exp(x) = exp2(x · log2 e). Prefixes: p_ pointe
 tiles is in `mask`, logits and weights are in `scoring`.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

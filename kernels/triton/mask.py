@@ -1,7 +1,5 @@
 """The mask on tiles: which tiles a block of queries or of keys visits, and what is seen inside one."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

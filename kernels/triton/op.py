@@ -3,8 +3,6 @@
 With TRITON_INTERPRET=1 (set before triton is imported) the same kernels run on CPU tensors, slowly: the tests do so.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext

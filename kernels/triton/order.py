@@ -6,8 +6,6 @@ turns, each block would stream the keys of another head past the cache. FlashAtt
 (flash-attention/hopper/tile_scheduler.hpp, `DynamicPersistentTileScheduler`).
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -14,8 +14,6 @@ NORMALIZED divides the last two by their sum. The logarithm of what a row is div
 backward pass computes the weights again.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -6,8 +6,6 @@ block at D 64 has no fewer than 128 queries: at 350 TFLOP/s blocks of 64 would r
 5.5 TB/s, twice as fast.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 HEAD_DIMS = (16, 32, 64, 96, 128)

@@ -2,8 +2,6 @@
 measures them and ours. No code that comes with a model is run.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator
@@ -51,7 +49,7 @@ class HFModel(nn.Module):
         gguf: str | None = None,
         dtype: str = "auto",
         device_map: str | dict[str, int | str] | None = None,
-    ) -> HFModel:
+    ) -> "HFModel":
         """Load a model folder, or a model of the hub by name.
 
         Args:

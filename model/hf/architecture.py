@@ -4,8 +4,6 @@ Rotary pairs are neighbours (2n, 2n + 1) here, halves (n, n + D/2) there: a perm
 projections.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 

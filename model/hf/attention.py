@@ -9,8 +9,6 @@ Not expressible: biases added to the logits (ALiBi, T5, Doge), chunks and blocks
 have another width than their keys, and layers that are no attention.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar

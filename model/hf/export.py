@@ -1,7 +1,5 @@
 """Our decoder as a model of Hugging Face: config.json and weights of the architecture that has its parts."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Shared fixtures: a byte-level tokenizer without merges, and token stores of given documents."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path

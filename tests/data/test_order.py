@@ -1,7 +1,5 @@
 """The order of rows is a bijection of the epoch, computed per index, decided by (seed, epoch) alone."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given, settings

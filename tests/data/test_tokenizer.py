@@ -1,7 +1,5 @@
 """The tokenizer is lossless, counts its bytes exactly and never makes a control token from text."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

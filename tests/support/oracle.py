@@ -4,8 +4,6 @@ It searches for nothing and computes no offset: it walks the documents, appends 
 of its document, and cuts the list.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

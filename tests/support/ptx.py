@@ -10,8 +10,6 @@ Asynchronous work takes place as late as it may, at its wait, or as early, at it
 Registers hold unsigned integers or booleans, [lanes]; None: never written, or the destination of a product in flight.
 """
 
-from __future__ import annotations
-
 import functools
 import random
 import re
@@ -84,7 +82,7 @@ def split(operands: str) -> list[str]:
 class Group:
     """Warps in lock step."""
 
-    block: Block
+    block: "Block"
     threads: Array
     """Their %tid.x, [lanes]."""
     registers: list[Array | None]
@@ -94,7 +92,7 @@ class Group:
     done: bool = False
     copies: list[list[Callable[[], None]]] = field(default_factory=lambda: [[]])
     """cp.async groups in order; the last is open (§9.7.9)."""
-    products: list[list[Product]] = field(default_factory=lambda: [[]])
+    products: "list[list[Product]]" = field(default_factory=lambda: [[]])
     """wgmma groups, likewise (§9.7.15)."""
     sums: dict[int, Array] = field(default_factory=dict)
     """Destinations of products in flight, float32."""

@@ -3,8 +3,6 @@
 References are to the sections of the PTX ISA, 9.0. Only forms that Triton emits are known; any other is a fault.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -4,8 +4,6 @@ Compiling needs a process without Triton's interpreter, which the tests run in: 
 returns runs here.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor

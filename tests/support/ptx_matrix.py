@@ -1,7 +1,5 @@
 """Matrix instructions of `tests.support.ptx`, and the number formats they read. References are to the PTX ISA, 9.0."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

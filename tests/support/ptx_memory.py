@@ -1,7 +1,5 @@
 """Memory of `tests.support.ptx`: that of tensors, and that of a block, with who touched it."""
 
-from __future__ import annotations
-
 import numpy as np
 
 Array = np.ndarray

@@ -1,7 +1,5 @@
 """Token stores of documents that a test has at hand, given as token ids."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence

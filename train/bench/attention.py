@@ -6,8 +6,6 @@ that the mask asks for: 2·D·H·Σ len² FLOP forward over the documents of a c
 a kernel that ignores document boundaries gains nothing by computing more.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import io

@@ -1,7 +1,5 @@
 """The contenders of `sinkbed bench attention`: our operator, torch's and others', on the same inputs."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 from collections.abc import Callable, Iterator

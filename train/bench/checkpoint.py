@@ -1,7 +1,5 @@
 """`sinkbed bench checkpoint`: how long saving stops training, and how long a resumed run takes to its first step."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import statistics

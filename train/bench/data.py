@@ -5,8 +5,6 @@ packing   tokens a second from documents to rows, and what each packing pads, cu
 memory    what a training process holds, and how long opening and reading take, as the store grows
 """
 
-from __future__ import annotations
-
 import itertools
 import shutil
 import statistics

@@ -4,8 +4,6 @@ Each is a function of the device and of sizes, prints as it goes, and raises Ass
 need torch and triton alone. On a CPU Triton's interpreter runs them, at sizes of its own: that rehearses the steps.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import platform

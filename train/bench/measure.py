@@ -7,8 +7,6 @@ peak of the forward pass above what the loaded model takes, without logits, whic
 `jacobian`: norms from random directions against the exact ones, over several draws.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from pathlib import Path

@@ -3,8 +3,6 @@
 With `--operator` attention alone, forward and backward, under each way to score keys, against the plain softmax.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

@@ -6,8 +6,6 @@ in memory and whose tokens are thrown away: the ceiling. Ours also shuffles, spl
 to the disk.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

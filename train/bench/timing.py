@@ -1,7 +1,5 @@
 """What benchmarks share: contenders timed side by side, turns in processes of their own, memory."""
 
-from __future__ import annotations
-
 import multiprocessing
 import re
 import resource

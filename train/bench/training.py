@@ -1,7 +1,5 @@
 """`sinkbed bench training`: one optimizer step of our decoder against Hugging Face's Llama at the same shape."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`sinkbed bench`: ratios against named peers, measured side by side in one run."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Sequence
 from pathlib import Path

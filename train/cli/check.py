@@ -4,8 +4,6 @@ Each step is a process of its own with a time limit and a log; the summary is wr
 is cut short has said what it saw. It needs torch, triton, numpy and pytest, and a checkout, which has the tests.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """`sinkbed export`: a checkpoint as a Hugging Face folder, whose logits equal ours."""
 
-from __future__ import annotations
-
 import glob
 import json
 import os
@@ -95,7 +93,7 @@ def lm_eval_arguments(folder: Path, first: int | None, bos_id: int) -> str:
     return f"pretrained={folder},prefix_token_id={first}"
 
 
-def first_id(strategy: Strategy, tokenizer: OurTokenizer, bos: str) -> int | None:
+def first_id(strategy: "Strategy", tokenizer: "OurTokenizer", bos: str) -> int | None:
     """The token before each text; None for none.
 
     Raises ValueError for a strategy under which the model is more than Hugging Face's and its tokenizer can be told.
@@ -120,7 +118,7 @@ def first_id(strategy: Strategy, tokenizer: OurTokenizer, bos: str) -> int | Non
     return {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}.get(what)
 
 
-def write_tokenizer(folder: Path, tokenizer: OurTokenizer, first: int | None, context_length: int) -> None:
+def write_tokenizer(folder: Path, tokenizer: "OurTokenizer", first: int | None, context_length: int) -> None:
     """tokenizer.json, with a template that puts `first` before a text, and tokenizer_config.json."""
     from tokenizers import Tokenizer
 

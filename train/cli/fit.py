@@ -1,7 +1,5 @@
 """`sinkbed fit`, as far as it needs neither Lightning nor torch: is the command line one that can be read at all?"""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,8 +1,6 @@
 """`sinkbed kernels`: compile the Triton kernels for GPUs that need not be here, and count registers, spills and
 instructions."""
 
-from __future__ import annotations
-
 import csv
 import itertools
 import json

@@ -1,7 +1,5 @@
 """The command line: one program, one module a command, loaded only when it is called."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import importlib

@@ -1,7 +1,5 @@
 """`sinkbed prepare`: documents to a token store, from a config; or what that would take; or whether one is intact."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Sequence
@@ -88,7 +86,7 @@ def few_held_out(documents: float, share: float) -> str:
     )
 
 
-def _long_documents(store: str, manifest: Manifest) -> int:
+def _long_documents(store: str, manifest: "Manifest") -> int:
     from sinkbed.data.store.token_store import TokenStore
     from sinkbed.train.measure.config import MeasureConfig
     from sinkbed.train.measure.heldout import held_out
@@ -99,7 +97,7 @@ def _long_documents(store: str, manifest: Manifest) -> int:
     return sum(1 for _ in held_out(TokenStore.open(store, "validation"), config.sink_tokens + 1, config))
 
 
-def summary(manifest: Manifest) -> str:
+def summary(manifest: "Manifest") -> str:
     """What a token store holds, in one line."""
     splits = [
         f"{name} {counted(s.documents, 'document')}, {counted(s.tokens, 'token')}"
@@ -113,7 +111,7 @@ def summary(manifest: Manifest) -> str:
     )
 
 
-def described(size: Estimate) -> list[str]:
+def described(size: "Estimate") -> list[str]:
     """An estimate, a line per quantity."""
 
     def of(value: float | None, shape: str = "{:,}") -> str:

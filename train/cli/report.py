@@ -3,8 +3,6 @@
 Reads the run directories only, so it can be made again at any time, also of runs that have not finished.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """`sinkbed runs`: the runs below a folder, how far each is, its loss and its sink."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import sys

@@ -5,8 +5,6 @@ configuration is not run again; one that was interrupted resumes; one that faile
 not stop the rest.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import signal

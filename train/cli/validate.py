@@ -1,7 +1,5 @@
 """`sinkbed validate`: measure a checkpoint of a run on its probe set, with the code that measures live."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +55,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     steps = Steps()
     for mode in measuring.modes:
 
-        def step(mode: InferenceMode = mode) -> None:
+        def step(mode: "InferenceMode" = mode) -> None:
             results[mode] = measure(subject.model, probe, mode, subject.strategy, measuring)
 
         steps.add(f"sinks, mode {mode}", len(probe.documents), step)

@@ -1,7 +1,5 @@
 """`sinkbed view`: W&B's page of a project as code: sink curves, losses, maps of layers and heads, runs by arm."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

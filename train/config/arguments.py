@@ -1,7 +1,5 @@
 """Parsers whose complaint is one message: the key at fault, what was expected, and the key that was probably meant."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

@@ -4,8 +4,6 @@ Those of a run are read from the source of the classes that take them: importing
 a key that is misspelt is answered before.
 """
 
-from __future__ import annotations
-
 import ast
 import builtins
 import difflib

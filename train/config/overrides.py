@@ -1,7 +1,5 @@
 """Which settings of a command line override which: later files and options win, and their order is easily mistaken."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

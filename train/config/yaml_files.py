@@ -4,8 +4,6 @@ Refused: a key that stands twice, of which one would be lost; `010`, which YAML 
 as 90; a file that a few aliases blow up. A key is the text that stands there: `on` is a name and no truth value.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

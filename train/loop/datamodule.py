@@ -1,7 +1,5 @@
 """Lightning's view of the data: rows of the train split, in an order whose whole state is one integer."""
 
-from __future__ import annotations
-
 import dataclasses
 import multiprocessing
 import os

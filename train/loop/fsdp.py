@@ -5,8 +5,6 @@ in torch.distributed.checkpoint's format (tensors only), meta.ckpt with everythi
 file. Each kind loads under every strategy and number of processes.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping
 from datetime import timedelta

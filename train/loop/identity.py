@@ -1,7 +1,5 @@
 """What makes a run this run and no other: compared before anything goes on from a checkpoint."""
 
-from __future__ import annotations
-
 import os
 import secrets
 from pathlib import Path

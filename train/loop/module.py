@@ -1,7 +1,5 @@
 """The Lightning module: loss, optimizer, clipping, and what makes a checkpoint self-describing."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import time

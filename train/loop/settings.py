@@ -1,7 +1,5 @@
 """What settings of a run contradict each other: refused before a store is opened, a model built or a file written."""
 
-from __future__ import annotations
-
 import os
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """`sinkbed fit`: Lightning's command line with the run directory around it."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -1,8 +1,6 @@
 """Lightning's trainer as `sinkbed fit` shows it, and what it refuses of it: settings that it sets itself, that cannot
 work here, or that run code."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

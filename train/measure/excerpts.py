@@ -1,7 +1,5 @@
 """Documents cropped to one length, and what a model's hidden states are while it reads them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,14 +23,14 @@ class Excerpts:
 
     probe: Probe
     mode: InferenceMode
-    strategy: Strategy
+    strategy: "Strategy"
     rows: tuple[int, ...]
     """Numbers of the documents."""
     text: Tensor
     """[N, n] their first n token ids."""
 
     @classmethod
-    def of(cls, probe: Probe, mode: InferenceMode, strategy: Strategy, tokens: int, count: int) -> Excerpts:
+    def of(cls, probe: Probe, mode: InferenceMode, strategy: "Strategy", tokens: int, count: int) -> "Excerpts":
         """The first `count` documents that have `tokens` tokens. Raises ValueError where there is none."""
         rows = [i for i, document in enumerate(probe.documents) if len(document) >= tokens][:count]
         if not rows:

@@ -1,7 +1,5 @@
 """A number that is not finite is never a result: comparisons with it are false, so that it would read as "no sink"."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """Inference modes: what is put before the text that a model is measured on."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -32,7 +30,7 @@ def check_modes(names: Sequence[str]) -> tuple[InferenceMode, ...]:
     return tuple(mode for name in names for mode in MODES if mode == name)
 
 
-def first_tokens_of(mode: InferenceMode, strategy: Strategy) -> tuple[str | int, ...]:
+def first_tokens_of(mode: InferenceMode, strategy: "Strategy") -> tuple[str | int, ...]:
     """What a mode puts at row positions 0, 1, ...: `none` where the text goes on, empty where it has them all."""
     by_mode: dict[str, tuple[str | int, ...]] = {"bos": ("bos",), "text": (), "random_first": ("random",)}
     first_tokens = by_mode.get(mode, strategy.first_tokens)

@@ -3,8 +3,6 @@
 Losses are nats per token, and the targets are the same in every line of a table.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """What `sinkbed probe` measures, each a step that puts its figures into one result as soon as they are known."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, get_args

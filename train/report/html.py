@@ -1,7 +1,5 @@
 """Pages that open from disk without a network: pictures with their legends, tables, parts that fold."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A page of several studies: of each its question, a picture, the expected effects and a line an arm."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +21,7 @@ RECORD = "studies.json"
 """What the page is made from, a study each."""
 
 
-def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[Result]]], folder: Path) -> Path:
+def write_digest(studies: "Sequence[tuple[StudyConfig, Sequence[Result]]]", folder: Path) -> Path:
     """Write README.md and NAME.png of each study from its finished runs; other studies of an earlier page stay on it.
 
     Raises ValueError where two studies have one name, and FileExistsError where the folder has files of these names
@@ -69,7 +67,7 @@ def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[Result]]], folder
     return folder / NAME
 
 
-def _section(study: StudyConfig, name: str, results: Sequence[Result], effects: Sequence[Outcome]) -> str:
+def _section(study: "StudyConfig", name: str, results: Sequence[Result], effects: Sequence[Outcome]) -> str:
     seconds = sum(sum(r.final["seconds"].values()) for r in results)
     title = markdown(study.title)
     tables = [effects_table(effects, study.most_seeds)] if effects else []
@@ -84,7 +82,7 @@ def _section(study: StudyConfig, name: str, results: Sequence[Result], effects: 
     return "\n\n".join(blocks)
 
 
-def _command(study: StudyConfig, results: Sequence[Result]) -> str:
+def _command(study: "StudyConfig", results: Sequence[Result]) -> str:
     seeds = sorted({r.seed for r in results})
     size = f" --size {study.size}" if study.size not in ("", "demo") else ""
     chosen = "" if seeds == sorted(study.seeds) else f" --seeds {' '.join(map(str, seeds))}"

@@ -4,8 +4,6 @@ Intervals are Student's t at 95 %, for one comparison at a time: for the mean of
 differences of two arms under the same seed, which share the documents and, where they have as many rows, their order.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence
@@ -43,7 +41,7 @@ class Interval:
     count: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Interval:
+    def of(cls, values: Sequence[float]) -> "Interval":
         """From the values of the runs. Raises ValueError where there is none."""
         if not values:
             raise ValueError("interval: expected at least one value, got none")

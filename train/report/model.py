@@ -1,7 +1,5 @@
 """Writing what `sinkbed probe` measured: CSV, figures, one HTML page that holds them all, and a point in W&B."""
 
-from __future__ import annotations
-
 import io
 import os
 from collections.abc import Sequence

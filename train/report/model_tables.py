@@ -1,7 +1,5 @@
 """What `sinkbed probe` measured, as tables for the terminal, CSV and the page, and as numbers under metric keys."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator
 from itertools import zip_longest

@@ -1,7 +1,5 @@
 """What a run found, read from its directory, and how its figures are written."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

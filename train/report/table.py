@@ -1,7 +1,5 @@
 """A table: of numbers or text, for the terminal, Markdown, CSV and a page."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

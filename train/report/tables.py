@@ -1,7 +1,5 @@
 """The tables of a report: the result, effects, arms, differences of arms; and all numbers as files."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -74,7 +72,7 @@ def main_mode(results: Sequence[Result]) -> str:
     return max(modes_of(results), key=lambda mode: sum(mode in r.final["modes"] for r in results))
 
 
-def summary(results: Sequence[Result], published: Published, title: str = "") -> Table:
+def summary(results: Sequence[Result], published: "Published", title: str = "") -> Table:
     """The study's table, a row an arm over its seeds: its strategy, the sink and the loss in the two main modes."""
     modes, mode = modes_of(results), main_mode(results)
     columns = [("sink_rate_0.3", mode), ("sink_rate_placed", mode), ("sink_rate_0.3", "text"), ("sink_mass", mode)]

@@ -4,8 +4,6 @@ metrics.jsonl keeps every figure. With a chart a figure there would be more than
 maps, layers down, measurements across.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any, Literal, NamedTuple
 

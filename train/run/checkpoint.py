@@ -1,7 +1,5 @@
 """Checkpoint files: whole or absent, and loaded with weights only."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import zipfile

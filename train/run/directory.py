@@ -6,8 +6,6 @@ measurement.json the final measurement            checkpoints/   wandb/   run.js
 .lock            held by the process that writes here
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import fcntl

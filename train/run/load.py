@@ -1,7 +1,5 @@
 """Opening a run on disk: which checkpoint a path names, its decoder, and the tokenizer it was trained with."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +11,7 @@ if TYPE_CHECKING:
     from sinkbed.model import Decoder
 
 
-def load_decoder(checkpoint: dict[str, Any]) -> tuple[Decoder, Strategy]:
+def load_decoder(checkpoint: dict[str, Any]) -> "tuple[Decoder, Strategy]":
     """The decoder of a checkpoint, and the strategy it was trained under.
 
     Raises ValueError for a checkpoint that sinkbed did not write.
@@ -58,7 +56,7 @@ def open_run(path: Path) -> tuple[dict[str, Any], Path]:
     return load_checkpoint(checkpoint, option="the path"), folder
 
 
-def run_tokenizer(identity: dict[str, Any], store: Path | None) -> Tokenizer:
+def run_tokenizer(identity: dict[str, Any], store: Path | None) -> "Tokenizer":
     """The tokenizer a checkpoint was trained with, from its token store or another one that has it.
 
     Raises ValueError for a store with another tokenizer.

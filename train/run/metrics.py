@@ -3,8 +3,6 @@
 A point is of a step, with one x axis: tokens seen.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import math

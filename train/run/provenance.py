@@ -1,7 +1,5 @@
 """What made a run: the version of the code, torch, and the machine that its numbers are bitwise the same on."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess
@@ -37,7 +35,7 @@ def _git(*arguments: str) -> str:
 _COMMIT, _CHANGED = _checkout()  # of the code as it was imported: a study's arms are forked hours later
 
 
-def provenance(device: torch.device, processes: int = 1) -> dict[str, Any]:
+def provenance(device: "torch.device", processes: int = 1) -> dict[str, Any]:
     """Version, commit of the checkout (None where it is none), whether it was changed, torch, hardware of the first
     process, CPU threads of each, processes."""
     import torch

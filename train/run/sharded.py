@@ -1,8 +1,6 @@
 """Sharded checkpoints: a folder with a part from each process in torch.distributed.checkpoint's format, read so that
 nothing in it runs code."""
 
-from __future__ import annotations
-
 import math
 import pickle
 import warnings

@@ -1,7 +1,5 @@
 """W&B, online or offline, as one of the two loggers that `metrics.record` hands every point to."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import sys

@@ -3,8 +3,6 @@
 wandb's Python package has no reader of them; what is here is as much of one as counting points takes.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -5,8 +5,6 @@ of a shell in a job, of a container, and of whatever a trained process starts; t
 processes is the one that the trainer asks for.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

@@ -1,7 +1,5 @@
 """Tables for the terminal, CSV and Markdown, in which a text stays a text: no markup, no formula, no HTML."""
 
-from __future__ import annotations
-
 import csv
 import html
 import io
@@ -13,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def console(width: int) -> Console:
+def console(width: int) -> "Console":
     """The terminal; a pipe or a log, which has no width of its own, gets `width` columns."""
     from rich.console import Console
 

@@ -1,7 +1,5 @@
 """How far a measurement is: a bar with the time left on a terminal, a line a step in a log."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """What a setting may be: a number in a range, where what is no number or not a finite one lies in none, or a choice."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ A new variant is one file in that folder, named as the variant, which registers 
 such as a notebook, registers itself too, before its name is used.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from importlib import import_module

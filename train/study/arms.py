@@ -4,8 +4,6 @@ An arm is `sinkbed fit` on one config file, `arm.yaml` in its run directory; who
 processes, a Ray cluster, a W&B agent) calls `begin`, runs the arguments it gives, and calls `conclude`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -5,8 +5,6 @@ look-up), and 12·L·H·D for each key that a query sees on average, T/2 of them
 (document masks see fewer, so this is an upper bound). Activation checkpointing adds a forward pass.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Arms are a list by name or a grid of axes; an overlay is a file or the settings 
 are one file. A size (`demo`, `small`, `paper`) is a set of the file's keys that replace those above it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -1,7 +1,5 @@
 """Running the arms of a study: on this machine side by side, each in a process of its own, by cores or by GPUs."""
 
-from __future__ import annotations
-
 import os
 import queue
 import time

@@ -4,8 +4,6 @@ Importing torch, Lightning and W&B takes longer than the first hundred steps of 
 on a GPU or of several devices is started by a command of its own instead. None outlives the process that started it.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import multiprocessing

@@ -5,8 +5,6 @@ A task starts `sinkbed fit` as a process that ends with it, waits, and returns w
 wrong fails once, and Ray repeats only what died with its worker or node. The repeated task finds the checkpoint.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

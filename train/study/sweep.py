@@ -7,8 +7,6 @@
 The arms that agents ran are those of the study: `sinkbed study FILE` then writes the report, `sinkbed report FILE` too.
 """
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The audit, computed from offsets alone, equals counting over all materialised rows."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from typing import Any

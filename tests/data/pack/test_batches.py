@@ -1,7 +1,5 @@
 """Batches come in one order whatever the processes and workers, and the state is the rows consumed."""
 
-from __future__ import annotations
-
 import itertools
 import pickle
 from collections.abc import Callable

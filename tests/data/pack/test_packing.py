@@ -1,7 +1,5 @@
 """Rows equal those of the plain-Python oracle, for every axis of a strategy."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Plans: whole documents in rows, laid out as by the plain form of each packing, and kept beside the store."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections import Counter

@@ -1,7 +1,5 @@
 """A strategy refuses values outside an axis and settings that change nothing."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

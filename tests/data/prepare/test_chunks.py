@@ -1,7 +1,5 @@
 """A preparation that was stopped goes on with what it finished, to the bytes of one that was not."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import json

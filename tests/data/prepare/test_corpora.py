@@ -1,7 +1,5 @@
 """Each config of a published corpus prepares files of the same layout, columns, format and compression."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

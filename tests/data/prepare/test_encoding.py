@@ -1,7 +1,5 @@
 """Encoding gives the same tokens, in order, by any number of processes, which end with whoever started them."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

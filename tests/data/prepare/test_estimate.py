@@ -1,7 +1,5 @@
 """An estimate is exact where the sample is the corpus, near it where it is not, and writes nothing."""
 
-from __future__ import annotations
-
 import dataclasses
 import gzip
 import json

@@ -1,7 +1,5 @@
 """Preparing goes from documents to a token store, once; again it is up to date or refuses to mix."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """A long document is encoded in slices, with the tokens of the whole and in bounded memory."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator
 from itertools import chain

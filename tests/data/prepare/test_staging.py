@@ -1,7 +1,5 @@
 """A token store is written whole or not at all, whatever interrupts the writing."""
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

@@ -1,7 +1,5 @@
 """Records are read one by one, whatever the compression, and a bad one is named, or left out and counted."""
 
-from __future__ import annotations
-
 import bz2
 import dataclasses
 import datetime

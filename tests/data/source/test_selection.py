@@ -1,7 +1,5 @@
 """Selection is a function of the documents: each passes once, in order, into one split and one chunk."""
 
-from __future__ import annotations
-
 import random
 import unicodedata
 from functools import partial

@@ -1,7 +1,5 @@
 """Sources give the documents of local files, hub-like folders and the demo corpus, in a decided order."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Synthetic documents follow their task exactly, are functions of their number, and make one token a symbol."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

@@ -1,7 +1,5 @@
 """Offsets read from shards equal those of one list, whatever the shards and the documents without a token."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given

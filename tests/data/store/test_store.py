@@ -1,7 +1,5 @@
 """A token store gives back what was written, is mapped rather than read, and names what is damaged."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

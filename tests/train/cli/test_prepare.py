@@ -1,7 +1,5 @@
 """`sinkbed prepare` says what it made, what it would make, and whether a store is intact."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """When checkpoints are written: every few steps, at log-spaced ones, the best, the last, and when told to stop."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """What a run writes about itself when it starts and ends, and what it says of itself on the way."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """The sink monitor: measures while training, dense early and sparser later, and once more at the end."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Sequence

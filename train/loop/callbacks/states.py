@@ -1,7 +1,5 @@
 """The state monitor: states and mixing while training, on a few documents and at a cadence of its own."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

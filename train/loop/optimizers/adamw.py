@@ -1,7 +1,5 @@
 """AdamW (arXiv 1711.05101)."""
 
-from __future__ import annotations
-
 import torch
 
 from sinkbed.ranges import check_number

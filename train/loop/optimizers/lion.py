@@ -1,7 +1,5 @@
 """Lion (arXiv 2302.06675): the sign of a momentum, so that every weight moves by the learning rate."""
 
-from __future__ import annotations
-
 import torch
 
 from sinkbed.train.loop import extra_optimizers

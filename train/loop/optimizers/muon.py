@@ -1,7 +1,5 @@
 """Muon (arXiv 2502.16982): steps of weight matrices are orthogonal."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """SOAP (arXiv 2409.11321): Adam in the eigenbasis of Shampoo's statistics."""
 
-from __future__ import annotations
-
 import torch
 
 from sinkbed.ranges import check_number

@@ -8,8 +8,6 @@ norm). Every document is cropped to one length, so that no padding takes part; a
 it says otherwise. Nothing of size T×T is kept, and of a layer only a few numbers a token.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

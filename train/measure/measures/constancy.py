@@ -1,7 +1,5 @@
 """Whether the model knows where position 0 is: the same state there, whatever the token."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

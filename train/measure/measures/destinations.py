@@ -1,7 +1,5 @@
 """Where the attention goes: to the first key, and what a query looks at instead."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

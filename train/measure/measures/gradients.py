@@ -1,7 +1,5 @@
 """The gradient of the loss at the first token's hidden states against that at the others' (arXiv 2603.17771)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

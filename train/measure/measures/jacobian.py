@@ -6,8 +6,6 @@ found by Jacobian-vector products with noise on the sources, and their part is e
 from the rest, and their part has an error that their spread tells.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

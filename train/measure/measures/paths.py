@@ -1,7 +1,5 @@
 """The bound on the Jacobian ∂v_j^(l) / ∂v_i^(0) that the attention alone gives (arXiv 2504.02732, Theorem 3.2)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """How far a changed token reaches into the others (arXiv 2504.02732, Figure 2)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """How near the representations of a text are to one another: rank collapse, and the distance of the last two."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

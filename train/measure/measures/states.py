@@ -4,8 +4,6 @@ Sources: norms and cosines of the first token, arXiv 2410.10781; massive activat
 2410.13835; kurtosis, 2504.20966; secondary sinks, 2512.22213.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any

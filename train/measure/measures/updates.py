@@ -1,7 +1,5 @@
 """What heads write: nothing, one vector to every token, or something to each (no-op and broadcast sinks)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Whether the sink forms at the first token whatever it is: every token of the vocabulary is put there."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 
