@@ -269,21 +269,18 @@ def test_a_name_that_is_none_names_those_there_are(key):
 
 TOY = """
 from sinkbed.train.measure.excerpts import Totals
-from sinkbed.train.measure.measures import MEASURES, Column, Measure
+from sinkbed.train.measure.measures import Column, register_measure
 
+@register_measure(
+    "toy",
+    group="mixing",
+    columns=(Column("size", "mean |h|", "mixing/toy/layer{layer}/{mode}"),),
+    note="A toy.",
+)
 def measure_size(model, excerpts, batch_tokens):
     totals = Totals(len(excerpts.rows))
     excerpts.read(model, batch_tokens, hidden=lambda layer, h: totals.add("size", layer, h.abs().mean((1, 2))))
-    return {"size": totals.means("size")}
-
-MEASURES.register("toy")(
-    Measure(
-        group="mixing",
-        measure=measure_size,
-        columns=(Column("size", "mean |h|", "mixing/toy/layer{layer}/{mode}"),),
-        note="A toy.",
-    )
-)
+    return totals.means()
 """
 
 

@@ -76,9 +76,12 @@ class Totals:
         of_name = self.sums.setdefault(name, {})
         of_name[layer] = of_name[layer] + total if layer in of_name else total
 
-    def means(self, name: str) -> Any:
-        """[layers][...] as nested lists."""
-        return [(total / self.documents).tolist() for _, total in sorted(self.sums[name].items())]
+    def means(self) -> dict[str, Any]:
+        """By name, [layers][...] as nested lists."""
+        return {
+            name: [(total / self.documents).tolist() for _, total in sorted(layers.items())]
+            for name, layers in self.sums.items()
+        }
 
 
 def hidden_states(model: Any, row: Arranged) -> tuple[list[Tensor], Tensor]:

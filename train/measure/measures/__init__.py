@@ -11,9 +11,11 @@ it says otherwise. Nothing of size T×T is kept, and of a layer only a few numbe
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import wraps
+from typing import Any, Literal, TypeVar, cast
 
 from sinkbed.registry import Registry
+from sinkbed.train.measure.finite import finite
 
 MEASURES = Registry("--measure", __name__)
 
@@ -21,6 +23,7 @@ Group = Literal["states", "mixing"]
 """Measures of one table, and of one cadence while training: `measure.state_points` or `measure.mixing_points`."""
 Layers = Sequence[float | None]
 """[L+1]; None where a layer has no figure."""
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def of_hidden(result: Any, key: str) -> Layers:
@@ -86,6 +89,25 @@ class Measure:
                 if column.log and value is not None:  # without {layer} the last one stays
                     metrics[column.log.format(layer=layer, mode=mode)] = value
         return metrics
+
+
+def register_measure(name: str, **reading: Any) -> Callable[[Function], Function]:
+    """Decorator of `Measure.measure`, whose result is then refused where a number in it is not finite.
+
+    Args:
+        name: that of the file.
+        reading: the other fields of `Measure`.
+    """
+
+    def decorate(function: Function) -> Function:
+        @wraps(function)
+        def measure(model: Any, excerpts: Any, batch_tokens: int, **options: Any) -> Any:
+            return finite(function(model, excerpts, batch_tokens, **options), f"{name}, mode {excerpts.mode}")
+
+        MEASURES.register(name)(Measure(measure=measure, **reading))
+        return cast(Function, measure)
+
+    return decorate
 
 
 def measures(*groups: Group) -> dict[str, Measure]:

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from sinkbed.train.measure.excerpts import Excerpts, Totals
-from sinkbed.train.measure.finite import finite
-from sinkbed.train.measure.measures import MEASURES, Column, Measure
+from sinkbed.train.measure.measures import Column, register_measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +20,17 @@ class Constancy:
     """Mean over the other positions."""
 
 
-@torch.no_grad()
+@register_measure(
+    "constancy",
+    group="states",
+    while_training=False,
+    columns=(
+        Column("first", "cos of h₀", "state/constancy_first/layer{layer}/{mode}"),
+        Column("others", "cos of hₜ", "state/constancy_others/layer{layer}/{mode}"),
+    ),
+    note="cos of h₀, hₜ: mean cosine of the hidden states of two documents at position 0, and at another; with the "
+    "same token at position 0 it is 1 there.",
+)
 def measure_constancy(model: Any, excerpts: Excerpts, batch_tokens: int) -> Constancy:
     """Measure a model on at least two documents in one inference mode; see `Constancy`.
 
@@ -37,22 +46,6 @@ def measure_constancy(model: Any, excerpts: Excerpts, batch_tokens: int) -> Cons
 
     excerpts.read(model, batch_tokens, hidden=hidden)
     # Of N unit vectors, ‖Σ u‖² = N + N (N − 1) · the mean cosine of two of them.
-    sums = torch.tensor(totals.means("sum")).square().sum(-1)  # [L+1, T]
+    sums = torch.tensor(totals.means()["sum"]).square().sum(-1)  # [L+1, T]
     cosines = (sums - count) / (count * (count - 1))
-    constancy = Constancy(first=cosines[:, 0].tolist(), others=cosines[:, 1:].mean(-1).tolist())
-    return finite(constancy, f"constancy, mode {excerpts.mode}")
-
-
-MEASURES.register("constancy")(
-    Measure(
-        group="states",
-        measure=measure_constancy,
-        while_training=False,
-        columns=(
-            Column("first", "cos of h₀", "state/constancy_first/layer{layer}/{mode}"),
-            Column("others", "cos of hₜ", "state/constancy_others/layer{layer}/{mode}"),
-        ),
-        note="cos of h₀, hₜ: mean cosine of the hidden states of two documents at position 0, and at another; with the "
-        "same token at position 0 it is 1 there.",
-    )
-)
+    return Constancy(first=cosines[:, 0].tolist(), others=cosines[:, 1:].mean(-1).tolist())

@@ -7,8 +7,7 @@ import torch
 
 from sinkbed.model.observe import LayerAttention, evaluating, input_device, observing
 from sinkbed.train.measure.excerpts import Excerpts, Totals
-from sinkbed.train.measure.finite import finite
-from sinkbed.train.measure.measures import MEASURES, Column, Measure, of_heads
+from sinkbed.train.measure.measures import Column, of_heads, register_measure
 
 _FIRST_QUERY = 3
 """From here on the classes of keys are apart: 0, 1, t − 1 and t."""
@@ -33,6 +32,24 @@ class Destinations:
     """On the rest."""
 
 
+@register_measure(
+    "destinations",
+    group="states",
+    while_training=False,
+    columns=tuple(
+        Column(key, f"on {title}", f"state/attention_{key}/layer{{layer}}/{{mode}}", of_heads)
+        for key, title in (
+            ("first", "key 0"),
+            ("second", "key 1"),
+            ("previous", "token before"),
+            ("itself", "itself"),
+            ("frequent", "frequent tokens"),
+            ("elsewhere", "the rest"),
+        )
+    ),
+    note="On …: share of the attention of the queries from the fourth on, mean over heads. Frequent tokens: "
+    "keys of no other class whose token is one of the ten most frequent ones of the texts.",
+)
 @torch.no_grad()
 def measure_destinations(model: Any, excerpts: Excerpts, batch_tokens: int) -> Destinations:
     """Measure a model on documents in one inference mode; see `Destinations`."""
@@ -61,27 +78,4 @@ def measure_destinations(model: Any, excerpts: Excerpts, batch_tokens: int) -> D
         for _, row in excerpts.batches(input_device(model), batch_tokens):
             tokens = row.tokens
             model(tokens, mask=row.mask)
-    shares = {name: totals.means(name) for name in Destinations.__dataclass_fields__}
-    return finite(Destinations(**shares), f"destinations, mode {excerpts.mode}")
-
-
-MEASURES.register("destinations")(
-    Measure(
-        group="states",
-        measure=measure_destinations,
-        while_training=False,
-        columns=tuple(
-            Column(key, f"on {title}", f"state/attention_{key}/layer{{layer}}/{{mode}}", of_heads)
-            for key, title in (
-                ("first", "key 0"),
-                ("second", "key 1"),
-                ("previous", "token before"),
-                ("itself", "itself"),
-                ("frequent", "frequent tokens"),
-                ("elsewhere", "the rest"),
-            )
-        ),
-        note="On …: share of the attention of the queries from the fourth on, mean over heads. Frequent tokens: "
-        "keys of no other class whose token is one of the ten most frequent ones of the texts.",
-    )
-)
+    return Destinations(**totals.means())

@@ -7,9 +7,8 @@ import torch
 
 from sinkbed.model.observe import evaluating, input_device
 from sinkbed.train.measure.excerpts import Excerpts, Totals, hidden_states
-from sinkbed.train.measure.finite import finite
 from sinkbed.train.measure.inputs import counted_targets, target_nll
-from sinkbed.train.measure.measures import MEASURES, Column, Measure
+from sinkbed.train.measure.measures import Column, register_measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +21,14 @@ class Gradients:
     """[L+1] at h_0 over the mean of the others; 0 where that at h_0 is 0."""
 
 
+@register_measure(
+    "gradients",
+    group="states",
+    columns=(Column("ratio", "‖∂h₀‖ / ‖∂hₜ‖", "state/gradient_ratio/layer{layer}/{mode}"),),
+    note="‖∂h₀‖/‖∂hₜ‖: gradient of the loss, at the first token over the mean of the others; 0 where no counted "
+    "target depends on the first token's state, as after the last attention.",
+    differentiates=True,
+)
 def measure_gradients(model: Any, excerpts: Excerpts, batch_tokens: int) -> Gradients:
     """Gradients of the loss at each token's hidden states; leaves the gradients of the weights alone."""
     totals = Totals(len(excerpts.rows))
@@ -35,17 +42,4 @@ def measure_gradients(model: Any, excerpts: Excerpts, batch_tokens: int) -> Grad
                 totals.add("norm", layer, norms)
                 first, others = norms[:, 0], norms[:, 1:].mean(-1)
                 totals.add("ratio", layer, (first / others).masked_fill(first == 0, 0.0))
-    gradients = Gradients(norm=totals.means("norm"), ratio=totals.means("ratio"))
-    return finite(gradients, f"gradients, mode {excerpts.mode}")
-
-
-MEASURES.register("gradients")(
-    Measure(
-        group="states",
-        measure=measure_gradients,
-        columns=(Column("ratio", "‖∂h₀‖ / ‖∂hₜ‖", "state/gradient_ratio/layer{layer}/{mode}"),),
-        note="‖∂h₀‖/‖∂hₜ‖: gradient of the loss, at the first token over the mean of the others; 0 where no counted "
-        "target depends on the first token's state, as after the last attention.",
-        differentiates=True,
-    )
-)
+    return Gradients(**totals.means())

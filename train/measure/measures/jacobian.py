@@ -17,9 +17,8 @@ from torch import Tensor
 from sinkbed.kernels import Mask
 from sinkbed.model.observe import evaluating, input_device, observing
 from sinkbed.train.measure.excerpts import Excerpts, hidden_states
-from sinkbed.train.measure.finite import finite
 from sinkbed.train.measure.inputs import Arranged
-from sinkbed.train.measure.measures import MEASURES, Column, Layers, Measure
+from sinkbed.train.measure.measures import Column, Layers, register_measure
 
 
 def _step(dtype: torch.dtype) -> float:
@@ -50,6 +49,27 @@ class Jacobian:
     """Output directions taken: the width of the model where exact."""
 
 
+def _sparse(result: Any, key: str) -> Layers:
+    values = dict(zip(result["layers"], result[key], strict=True))
+    return [values.get(layer) for layer in range(result["layers"][-1] + 1)]
+
+
+@register_measure(
+    "jacobian",
+    group="mixing",
+    columns=(
+        Column("others", "‖∂v_last/∂vᵢ‖", "mixing/jacobian/{mode}", _sparse, error="across"),
+        Column("others_error", "± directions", read=_sparse),
+        Column("across", "± documents", read=_sparse),
+    ),
+    note="‖∂v_last/∂vᵢ‖: Frobenius norm, mean over the text tokens i before the last. ±: standard errors, over "
+    "documents and of the directions drawn.",
+    options=("directions",),
+    documents="jacobian_documents",
+    live={"directions": 8, "most_layers": 1},
+    live_documents=2,
+    differentiates=True,
+)
 def measure_jacobian(
     model: Any,
     excerpts: Excerpts,
@@ -91,7 +111,7 @@ def measure_jacobian(
                 spectral.append(document.spectral)
     documents = len(norms)
     across = torch.stack(others).std(0) / math.sqrt(documents) if documents > 1 else torch.zeros(len(layers))
-    jacobian = Jacobian(
+    return Jacobian(
         layers=layers,
         norm=torch.stack(norms).mean(0).tolist(),
         error=(torch.stack(errors).square().sum(0).sqrt() / documents).tolist(),
@@ -101,7 +121,6 @@ def measure_jacobian(
         spectral=torch.stack(spectral).mean(0).tolist() if spectral else None,
         directions=width if directions == "exact" else min(directions, width),
     )
-    return finite(jacobian, f"jacobian, mode {excerpts.mode}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,28 +250,3 @@ def _repeated(mask: Mask | None, rows: int) -> Mask | None:
         if getattr(mask, name) is not None
     }
     return replace(mask, rows=rows, **wide)
-
-
-def _sparse(result: Any, key: str) -> Layers:
-    values = dict(zip(result["layers"], result[key], strict=True))
-    return [values.get(layer) for layer in range(result["layers"][-1] + 1)]
-
-
-MEASURES.register("jacobian")(
-    Measure(
-        group="mixing",
-        measure=measure_jacobian,
-        columns=(
-            Column("others", "‖∂v_last/∂vᵢ‖", "mixing/jacobian/{mode}", _sparse, error="across"),
-            Column("others_error", "± directions", read=_sparse),
-            Column("across", "± documents", read=_sparse),
-        ),
-        note="‖∂v_last/∂vᵢ‖: Frobenius norm, mean over the text tokens i before the last. ±: standard errors, over "
-        "documents and of the directions drawn.",
-        options=("directions",),
-        documents="jacobian_documents",
-        live={"directions": 8, "most_layers": 1},
-        live_documents=2,
-        differentiates=True,
-    )
-)

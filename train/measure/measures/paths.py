@@ -8,8 +8,7 @@ import torch
 
 from sinkbed.model.observe import LayerAttention
 from sinkbed.train.measure.excerpts import Excerpts, Totals
-from sinkbed.train.measure.finite import finite
-from sinkbed.train.measure.measures import MEASURES, Column, Measure, of_attention
+from sinkbed.train.measure.measures import Column, of_attention, register_measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +29,16 @@ class Paths:
     """Decimal logarithm of (H + 1/H)^L, what the shares after the last layer are to be multiplied with."""
 
 
+@register_measure(
+    "paths",
+    group="mixing",
+    columns=(
+        Column("first", "paths from key 0", "mixing/paths_from_first_key/{mode}", of_attention),
+        Column("sources", "path sources", "mixing/path_sources/{mode}", of_attention),
+    ),
+    note="Paths: share of Theorem 3.2's bound (arXiv 2504.02732) into the last token that starts at key 0, and "
+    "effective number of sources.",
+)
 def measure_paths(model: Any, excerpts: Excerpts, batch_tokens: int) -> Paths:
     """The sum over causal paths of Theorem 3.2 (arXiv 2504.02732), as a product of matrices: no path is enumerated."""
     totals = Totals(len(excerpts.rows))
@@ -51,24 +60,4 @@ def measure_paths(model: Any, excerpts: Excerpts, batch_tokens: int) -> Paths:
         totals.add("sources", layer.layer, torch.special.entr(share).sum(-1).exp())
 
     excerpts.read(model, batch_tokens, attention=attention)
-    paths = Paths(
-        share=totals.means("share"),
-        first=totals.means("first"),
-        sources=totals.means("sources"),
-        log10_factor=int(model.config.n_layers) * math.log10(heads + 1 / heads),
-    )
-    return finite(paths, f"paths, mode {excerpts.mode}")
-
-
-MEASURES.register("paths")(
-    Measure(
-        group="mixing",
-        measure=measure_paths,
-        columns=(
-            Column("first", "paths from key 0", "mixing/paths_from_first_key/{mode}", of_attention),
-            Column("sources", "path sources", "mixing/path_sources/{mode}", of_attention),
-        ),
-        note="Paths: share of Theorem 3.2's bound (arXiv 2504.02732) into the last token that starts at key 0, and "
-        "effective number of sources.",
-    )
-)
+    return Paths(**totals.means(), log10_factor=int(model.config.n_layers) * math.log10(heads + 1 / heads))

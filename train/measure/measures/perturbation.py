@@ -9,8 +9,7 @@ from torch import Tensor
 
 from sinkbed.model.observe import evaluating, input_device, observing
 from sinkbed.train.measure.excerpts import Excerpts, Totals
-from sinkbed.train.measure.finite import finite
-from sinkbed.train.measure.measures import MEASURES, Column, Measure
+from sinkbed.train.measure.measures import Column, register_measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +28,16 @@ class Perturbation:
     """[L+1] standard error of `spread` over documents; 0 with one."""
 
 
+@register_measure(
+    "perturbation",
+    group="mixing",
+    columns=(
+        Column("spread", "perturbation spread", "mixing/perturbation/{mode}", error="across"),
+        Column("across", "± documents"),
+    ),
+    note="Perturbation spread: one token of the text (position n/4) replaced, mean change of the hidden states "
+    "after it over their norm. ±: standard error over documents.",
+)
 @torch.no_grad()
 def measure_perturbation(
     model: Any, excerpts: Excerpts, batch_tokens: int, *, position: int | None = None, changed: Tensor | None = None
@@ -69,16 +78,10 @@ def measure_perturbation(
 
             with observing(model, hidden=hidden):
                 model(row.tokens, mask=row.mask)
-    spread, squares = totals.means("spread"), totals.means("spread²")
-    variance = (max(0.0, s - m * m) / max(1, len(text) - 1) for m, s in zip(spread, squares, strict=True))
-    perturbation = Perturbation(
-        position=position,
-        change=totals.means("change"),
-        relative=totals.means("relative"),
-        spread=spread,
-        across=[math.sqrt(v) for v in variance],
-    )
-    return finite(perturbation, f"perturbation, mode {excerpts.mode}")
+    means = totals.means()
+    squares = zip(means["spread"], means.pop("spread²"), strict=True)
+    variance = (max(0.0, s - m * m) / max(1, len(text) - 1) for m, s in squares)
+    return Perturbation(position=position, across=[math.sqrt(v) for v in variance], **means)
 
 
 def _other_tokens(excerpts: Excerpts, tokens: Tensor) -> Tensor:
@@ -90,17 +93,3 @@ def _other_tokens(excerpts: Excerpts, tokens: Tensor) -> Tensor:
     steps = [(row + 1) * 2_654_435_761 % 2**32 % (len(usable) - 1) + 1 for row in excerpts.rows]
     old = [where[int(token)] for token in tokens]
     return torch.tensor([usable[(at + step) % len(usable)] for at, step in zip(old, steps, strict=True)])
-
-
-MEASURES.register("perturbation")(
-    Measure(
-        group="mixing",
-        measure=measure_perturbation,
-        columns=(
-            Column("spread", "perturbation spread", "mixing/perturbation/{mode}", error="across"),
-            Column("across", "± documents"),
-        ),
-        note="Perturbation spread: one token of the text (position n/4) replaced, mean change of the hidden states "
-        "after it over their norm. ±: standard error over documents.",
-    )
-)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from sinkbed.train.measure.excerpts import Excerpts, Totals
-from sinkbed.train.measure.finite import finite
-from sinkbed.train.measure.measures import MEASURES, Column, Layers, Measure
+from sinkbed.train.measure.measures import Column, Layers, register_measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +29,26 @@ class Rank:
     """[L+1] the same over the mean norm of the two."""
 
 
+def _rest(result: Any, key: str) -> Layers:
+    return list(result["rest"][key])
+
+
+@register_measure(
+    "rank",
+    group="mixing",
+    columns=(
+        Column("relative_distance", "rank distance", "mixing/rank_distance/layer{layer}/{mode}", _rest),
+        Column("effective_rank", "effective rank", "mixing/effective_rank/layer{layer}/{mode}", _rest),
+        Column("matrix_entropy", "matrix entropy", read=_rest),
+        Column("relative_last_distance", "last distance", "mixing/last_distance/layer{layer}/{mode}", _rest),
+    ),
+    note="Rank distance: ‖V − mean‖/‖V‖; effective rank: exp of the entropy of the singular values; matrix "
+    "entropy: of their squares, nats; last distance: ‖vₙ − vₙ₋₁‖ over their norm; all without the first token, 0 "
+    "is collapse.",
+)
 def measure_rank(model: Any, excerpts: Excerpts, batch_tokens: int) -> dict[str, Rank]:
     """`row`: of all tokens of a row. `rest`: without the first, whose norm can hide the others."""
-    totals = Totals(len(excerpts.rows))
+    totals = {part: Totals(len(excerpts.rows)) for part in ("row", "rest")}
 
     def hidden(layer: int, h: Tensor) -> None:
         for part, v in (("row", h.float()), ("rest", h[:, 1:].float())):
@@ -48,14 +64,10 @@ def measure_rank(model: Any, excerpts: Excerpts, batch_tokens: int) -> dict[str,
                 ("last_distance", last),
                 ("relative_last_distance", last / v[:, -2:].norm(dim=-1).mean(-1)),
             ):
-                totals.add(f"{part}/{name}", layer, value)
+                totals[part].add(name, layer, value)
 
     excerpts.read(model, batch_tokens, hidden=hidden)
-    ranks = {
-        part: Rank(**{name: totals.means(f"{part}/{name}") for name in Rank.__dataclass_fields__})
-        for part in ("row", "rest")
-    }
-    return finite(ranks, f"rank, mode {excerpts.mode}")
+    return {part: Rank(**of_part.means()) for part, of_part in totals.items()}
 
 
 def singular_values(v: Tensor) -> Tensor:
@@ -65,24 +77,3 @@ def singular_values(v: Tensor) -> Tensor:
     if not bool(gram.isfinite().all()):  # the solver would not end; the result is refused by its name
         return torch.full(gram.shape[:2], math.nan)
     return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
-
-
-def _rest(result: Any, key: str) -> Layers:
-    return list(result["rest"][key])
-
-
-MEASURES.register("rank")(
-    Measure(
-        group="mixing",
-        measure=measure_rank,
-        columns=(
-            Column("relative_distance", "rank distance", "mixing/rank_distance/layer{layer}/{mode}", _rest),
-            Column("effective_rank", "effective rank", "mixing/effective_rank/layer{layer}/{mode}", _rest),
-            Column("matrix_entropy", "matrix entropy", read=_rest),
-            Column("relative_last_distance", "last distance", "mixing/last_distance/layer{layer}/{mode}", _rest),
-        ),
-        note="Rank distance: ‖V − mean‖/‖V‖; effective rank: exp of the entropy of the singular values; matrix "
-        "entropy: of their squares, nats; last distance: ‖vₙ − vₙ₋₁‖ over their norm; all without the first token, 0 "
-        "is collapse.",
-    )
-)

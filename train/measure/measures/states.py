@@ -15,7 +15,7 @@ from sinkbed.kernels import mean_received, top_sinks
 from sinkbed.model.observe import LayerAttention, evaluating, input_device, observing
 from sinkbed.train.measure.excerpts import Excerpts, Totals
 from sinkbed.train.measure.finite import finite
-from sinkbed.train.measure.measures import MEASURES, Column, Measure, of_heads
+from sinkbed.train.measure.measures import Column, of_heads, register_measure
 
 _ALIKE = 0.9
 """|cos| with the first token's hidden state from which a token counts as a secondary sink."""
@@ -65,6 +65,27 @@ class States:
     """The same by token id and whether it stands first: token, first, share."""
 
 
+@register_measure(
+    "states",
+    group="states",
+    columns=(
+        Column("norm_ratio", "‖h₀‖ / ‖hₜ‖", "state/first_token_norm_ratio/layer{layer}/{mode}"),
+        Column("max_activation", "max |h|", "state/max_activation/layer{layer}/{mode}"),
+        Column("max_over_median", "max / median"),
+        Column("kurtosis_first", "kurtosis h₀"),
+        Column("kurtosis", "kurtosis hₜ"),
+        Column("secondary_share", "|cos(hₜ, h₀)| > 0.9"),
+        Column("key_norm_ratio", "‖k₀‖ / ‖kₜ‖", "state/key_norm_ratio/layer{layer}/{mode}", of_heads),
+        Column("value_norm_ratio", "‖v₀‖ / ‖vₜ‖", "state/value_norm_ratio/layer{layer}/{mode}", of_heads),
+        Column("cosine_first", "cos(qₜ, k₀)", read=of_heads),
+        Column("cosine_others", "cos(qₜ, kₛ)", read=of_heads),
+        Column("entropy", "entropy", "state/entropy/layer{layer}/{mode}", of_heads),
+    ),
+    note="Subscript 0: the first token of the row; t: mean over the others; s: mean over the tokens 1 to t. max, "
+    "median: of |h| over all tokens, the first included, and channels. |cos(hₜ, h₀)| > 0.9: share of "
+    "secondary sinks. Kurtosis: of a token's channels, 3 for a normal distribution. Entropy: of a query's "
+    "attention, nats.",
+)
 @torch.no_grad()
 def measure_states(model: Any, excerpts: Excerpts, batch_tokens: int) -> States:
     """Measure a model on documents in one inference mode; see `States`."""
@@ -125,8 +146,7 @@ def measure_states(model: Any, excerpts: Excerpts, batch_tokens: int) -> States:
             done += len(text)
             total = row.tokens.shape[1]
     heads = sum(positions.values())
-    names = States.__dataclass_fields__.keys() & totals.sums.keys()
-    states = States(
+    return States(
         documents=done,
         tokens=total,
         massive=[massive[layer] for layer in sorted(massive)],
@@ -137,9 +157,8 @@ def measure_states(model: Any, excerpts: Excerpts, batch_tokens: int) -> States:
             {"token": token, "first": first, "share": count / heads}
             for (token, first), count in tokens_seen.most_common(_TOP)
         ],
-        **{name: totals.means(name) for name in names},
+        **totals.means(),
     )
-    return finite(states, f"states, mode {excerpts.mode}")
 
 
 @torch.no_grad()
@@ -168,28 +187,3 @@ def strongest_head(
         with observing(model, attention=attention):
             model(row.tokens, mask=row.mask)
     return finite(best, f"the strongest head, mode {excerpts.mode}") | {"tokens": row.tokens[0, :tokens].tolist()}
-
-
-MEASURES.register("states")(
-    Measure(
-        group="states",
-        measure=measure_states,
-        columns=(
-            Column("norm_ratio", "‖h₀‖ / ‖hₜ‖", "state/first_token_norm_ratio/layer{layer}/{mode}"),
-            Column("max_activation", "max |h|", "state/max_activation/layer{layer}/{mode}"),
-            Column("max_over_median", "max / median"),
-            Column("kurtosis_first", "kurtosis h₀"),
-            Column("kurtosis", "kurtosis hₜ"),
-            Column("secondary_share", "|cos(hₜ, h₀)| > 0.9"),
-            Column("key_norm_ratio", "‖k₀‖ / ‖kₜ‖", "state/key_norm_ratio/layer{layer}/{mode}", of_heads),
-            Column("value_norm_ratio", "‖v₀‖ / ‖vₜ‖", "state/value_norm_ratio/layer{layer}/{mode}", of_heads),
-            Column("cosine_first", "cos(qₜ, k₀)", read=of_heads),
-            Column("cosine_others", "cos(qₜ, kₛ)", read=of_heads),
-            Column("entropy", "entropy", "state/entropy/layer{layer}/{mode}", of_heads),
-        ),
-        note="Subscript 0: the first token of the row; t: mean over the others; s: mean over the tokens 1 to t. max, "
-        "median: of |h| over all tokens, the first included, and channels. |cos(hₜ, h₀)| > 0.9: share of "
-        "secondary sinks. Kurtosis: of a token's channels, 3 for a normal distribution. Entropy: of a query's "
-        "attention, nats.",
-    )
-)

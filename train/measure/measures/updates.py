@@ -7,8 +7,7 @@ import torch
 
 from sinkbed.model.observe import LayerAttention
 from sinkbed.train.measure.excerpts import Excerpts, Totals
-from sinkbed.train.measure.finite import finite
-from sinkbed.train.measure.measures import MEASURES, Column, Measure, of_heads
+from sinkbed.train.measure.measures import Column, of_heads, register_measure
 from sinkbed.train.measure.measures.rank import singular_values
 
 
@@ -24,7 +23,18 @@ class Updates:
     """Norm of what comes from key 0 over that of all, mean over queries."""
 
 
-@torch.no_grad()
+@register_measure(
+    "updates",
+    group="states",
+    while_training=False,
+    columns=(
+        Column("norm", "‖AV‖ / ‖v‖", "state/update_norm/layer{layer}/{mode}", of_heads),
+        Column("stable_rank", "stable rank of AV", "state/update_stable_rank/layer{layer}/{mode}", of_heads),
+        Column("from_first", "of it from key 0", "state/update_from_first/layer{layer}/{mode}", of_heads),
+    ),
+    note="AV: what a head gives to the queries t > 0, mean over heads: its norm over that of values, its stable "
+    "rank ‖AV‖²F / ‖AV‖²₂ (1: every token is given the same), and the norm of what comes from key 0 over it.",
+)
 def measure_updates(model: Any, excerpts: Excerpts, batch_tokens: int) -> Updates:
     """Measure a model on documents in one inference mode; see `Updates`."""
     totals = Totals(len(excerpts.rows))
@@ -41,21 +51,4 @@ def measure_updates(model: Any, excerpts: Excerpts, batch_tokens: int) -> Update
         totals.add("stable_rank", seen.layer, squares.sum(-1) / squares.amax(-1).clamp_min(1e-16))
 
     excerpts.read(model, batch_tokens, attention=attention)
-    updates = Updates(**{name: totals.means(name) for name in Updates.__dataclass_fields__})
-    return finite(updates, f"updates, mode {excerpts.mode}")
-
-
-MEASURES.register("updates")(
-    Measure(
-        group="states",
-        measure=measure_updates,
-        while_training=False,
-        columns=(
-            Column("norm", "‖AV‖ / ‖v‖", "state/update_norm/layer{layer}/{mode}", of_heads),
-            Column("stable_rank", "stable rank of AV", "state/update_stable_rank/layer{layer}/{mode}", of_heads),
-            Column("from_first", "of it from key 0", "state/update_from_first/layer{layer}/{mode}", of_heads),
-        ),
-        note="AV: what a head gives to the queries t > 0, mean over heads: its norm over that of values, its stable "
-        "rank ‖AV‖²F / ‖AV‖²₂ (1: every token is given the same), and the norm of what comes from key 0 over it.",
-    )
-)
+    return Updates(**totals.means())

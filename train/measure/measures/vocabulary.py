@@ -7,8 +7,7 @@ import torch
 
 from sinkbed.model.observe import LayerAttention, evaluating, input_device, observing
 from sinkbed.train.measure.excerpts import Excerpts
-from sinkbed.train.measure.finite import finite
-from sinkbed.train.measure.measures import MEASURES, Column, Measure, of_attention
+from sinkbed.train.measure.measures import Column, of_attention, register_measure
 
 _EPS = 0.3
 
@@ -27,6 +26,18 @@ class Vocabulary:
     """[L] mean over them of the attention of the layer's strongest head."""
 
 
+@register_measure(
+    "vocabulary",
+    group="states",
+    while_training=False,
+    options=("vocabulary",),
+    columns=(
+        Column("share", "tokens with a sink %", "state/vocabulary_share/layer{layer}/{mode}", of_attention),
+        Column("strongest", "strongest head", "state/vocabulary_mass/layer{layer}/{mode}", of_attention),
+    ),
+    note="Tokens with a sink: each of --vocabulary tokens is put at position 0 of the first text; the share of "
+    "them to which a head of the layer gives more than 0.3 on average. Strongest head: its attention, their mean.",
+)
 @torch.no_grad()
 def measure_vocabulary(model: Any, excerpts: Excerpts, batch_tokens: int, *, vocabulary: int = 512) -> Vocabulary:
     """Measure a model with `vocabulary` tokens at position 0, at most all there are; see `Vocabulary`."""
@@ -51,26 +62,9 @@ def measure_vocabulary(model: Any, excerpts: Excerpts, batch_tokens: int, *, voc
             model(rows.tokens, mask=rows.mask)
     strongest = torch.cat([torch.stack(layers) for layers in masses], 1)  # [L, tokens]
     above = 100.0 * (strongest > _EPS)
-    measured = Vocabulary(
+    return Vocabulary(
         tokens=count,
         share=above.mean(1).tolist(),
         any_layer=float(above.amax(0).mean()),
         strongest=strongest.mean(1).tolist(),
     )
-    return finite(measured, f"vocabulary, mode {excerpts.mode}")
-
-
-MEASURES.register("vocabulary")(
-    Measure(
-        group="states",
-        measure=measure_vocabulary,
-        while_training=False,
-        options=("vocabulary",),
-        columns=(
-            Column("share", "tokens with a sink %", "state/vocabulary_share/layer{layer}/{mode}", of_attention),
-            Column("strongest", "strongest head", "state/vocabulary_mass/layer{layer}/{mode}", of_attention),
-        ),
-        note="Tokens with a sink: each of --vocabulary tokens is put at position 0 of the first text; the share of "
-        "them to which a head of the layer gives more than 0.3 on average. Strongest head: its attention, their mean.",
-    )
-)
