@@ -271,7 +271,7 @@ class SinkbedCLI(LightningCLI):
             return
         if monitor.final is None:
             self.model.to(self.trainer.strategy.root_device)  # Lightning has taken it off when fit ended
-            next(c for c in callbacks if isinstance(c, RunFiles)).start(self.trainer, self.model)
+            next(c for c in callbacks if isinstance(c, RunFiles)).on_train_start(self.trainer, self.model)
             monitor.finish(self.trainer, self.model)
         if monitor.final is not None and self.trainer.is_global_zero:
             print(measurement_table(self.trainer.global_step, monitor.final, monitor.config.sink_tokens))

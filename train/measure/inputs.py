@@ -1,19 +1,15 @@
 """Documents as a model reads them in an inference mode: tokens, mask, and which targets count."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+import torch
+
+from sinkbed.data.pack.strategy import Strategy
+from sinkbed.kernels import Mask
+from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.masks import strategy_mask
 from sinkbed.train.measure.modes import InferenceMode, first_tokens_of
-
-if TYPE_CHECKING:
-    import torch
-
-    from sinkbed.data.pack.strategy import Strategy
-    from sinkbed.kernels import Mask
-    from sinkbed.train.measure.heldout import Probe
 
 
 def first_tokens(
@@ -24,8 +20,6 @@ def first_tokens(
     `as_trained` and `first_key_masked` take what the strategy places in a row, or else before each document. A
     random token is a function of the document's number: it draws from no generator.
     """
-    import torch
-
     first_tokens = first_tokens_of(mode, strategy)
     usable = [t for t in range(len(probe.token_bytes)) if t not in probe.special_ids]
 
@@ -70,8 +64,6 @@ def arrange(
         lengths: [B] tokens of each.
         key: a key other than the first is observed as if a document started there that the mask does not keep apart.
     """
-    import torch
-
     first, positions = first_tokens(mode, strategy, probe, rows)
     hide = mode == "first_key_masked"
     shift = len(positions)
@@ -92,16 +84,12 @@ def arrange(
 def counted_targets(text: torch.Tensor, lengths: torch.Tensor, strategy: Strategy) -> torch.Tensor:
     """[B, n−1] bool: which of the text's second and later tokens are targets: no padding, and none that a prefix LM
     shows to its own query."""
-    import torch
-
     index = torch.arange(1, text.shape[1])[None, :]
     return (index < lengths[:, None]) & (index >= strategy.prefix_lm)
 
 
 def target_nll(logits: torch.Tensor, slots: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     """[B, n−1] negative log-likelihood, in nats, of the text's second and later tokens; logits [B, T, V]."""
-    import torch
-
     queries, targets = slots[1:] - 1, text[:, 1:].to(logits.device)
     # A row at a time: of all at once, the copy is as large as the logits and the classes are strided, ten times slower.
     rows = (

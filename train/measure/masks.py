@@ -1,14 +1,9 @@
 """The attention mask of rows under a strategy: one builder, of training and of measuring."""
 
-from __future__ import annotations
+from torch import Tensor
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from sinkbed.data.pack.strategy import Strategy
-    from sinkbed.kernels import Mask
+from sinkbed.data.pack.strategy import Strategy
+from sinkbed.kernels import Mask, interval_mask
 
 
 def strategy_mask(
@@ -26,8 +21,6 @@ def strategy_mask(
         document: queries see keys of their own document only; None: where the strategy says so.
         hide_first_key: no query but the first sees key 0.
     """
-    from sinkbed.kernels import interval_mask
-
     B, T = doc_start.shape
     return interval_mask(
         B,

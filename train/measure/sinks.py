@@ -13,25 +13,22 @@ softmax's place), p_i has two readings, and both are measured: the raw mass, and
 query's weights of tokens (0 where that is 0).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from sinkbed.data.pack.strategy import Strategy
+from sinkbed.kernels import Statistics
+from sinkbed.model import Decoder
+from sinkbed.model.observe import evaluating, input_device
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.finite import finite
+from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.inputs import Arranged, arrange, counted_targets, first_tokens, target_nll
 from sinkbed.train.measure.modes import MODE_LABELS, InferenceMode
-
-if TYPE_CHECKING:
-    import torch
-
-    from sinkbed.data.pack.strategy import Strategy
-    from sinkbed.kernels import Statistics
-    from sinkbed.model import Decoder
-from sinkbed.train.measure.heldout import Probe
 
 EPSILONS = (0.2, 0.3, 0.5, 0.8)
 
@@ -74,30 +71,31 @@ class ModeResult:
         out = {
             f"val/loss/{mode}": self.loss,
             f"val/bits_per_byte/{mode}": self.bits_per_byte,
-            f"sink/mass/{mode}": _mean(self.mass),
-            f"sink/mass_full/{mode}": _mean(self.mass_full),
-            f"sink/alpha/{mode}": _mean(self.alpha),
+            f"sink/mass/{mode}": mean(self.mass),
+            f"sink/mass_full/{mode}": mean(self.mass_full),
+            f"sink/alpha/{mode}": mean(self.alpha),
         }
         for eps in self.rate:
-            out[f"sink/rate_eps{eps}/{mode}"] = _mean(self.rate[eps])
-            out[f"sink/rate_full_eps{eps}/{mode}"] = _mean(self.rate_full[eps])
+            out[f"sink/rate_eps{eps}/{mode}"] = mean(self.rate[eps])
+            out[f"sink/rate_full_eps{eps}/{mode}"] = mean(self.rate_full[eps])
             if eps == "0.3" and len(self.rate[eps]) > 2:
-                out[f"sink/rate_deep_eps0.3/{mode}"] = _mean(self.rate[eps][2:])
+                out[f"sink/rate_deep_eps0.3/{mode}"] = mean(self.rate[eps][2:])
         for layer, heads in enumerate(self.mass):
             out[f"sink/mass/layer{layer}/{mode}"] = sum(heads) / len(heads)
         out[f"sink/strongest_head/{mode}"] = max(map(max, self.mass))
         if self.rate_placed is not None and self.mass_placed is not None:
-            out[f"sink/mass_placed/{mode}"] = _mean(self.mass_placed)
+            out[f"sink/mass_placed/{mode}"] = mean(self.mass_placed)
             for eps in self.rate_placed:
-                out[f"sink/rate_placed_eps{eps}/{mode}"] = _mean(self.rate_placed[eps])
+                out[f"sink/rate_placed_eps{eps}/{mode}"] = mean(self.rate_placed[eps])
         if self.rate_share is not None and self.share is not None:
-            out[f"sink/share/{mode}"] = _mean(self.share)
+            out[f"sink/share/{mode}"] = mean(self.share)
             for eps in self.rate_share:
-                out[f"sink/rate_share_eps{eps}/{mode}"] = _mean(self.rate_share[eps])
+                out[f"sink/rate_share_eps{eps}/{mode}"] = mean(self.rate_share[eps])
         return out
 
 
-def _mean(rows: list[list[float]]) -> float:
+def mean(rows: list[list[float]]) -> float:
+    """Over layers and heads."""
     return sum(map(sum, rows)) / sum(map(len, rows))
 
 
@@ -120,10 +118,6 @@ def measure(
 
     Raises ValueError where no target is left to count, and where a quantity is not finite.
     """
-    import torch
-
-    from sinkbed.model.observe import evaluating, input_device
-
     shape = (model.config.n_layers, model.config.n_heads)
     above = torch.zeros(len(EPSILONS), *shape, dtype=torch.float64)
     above_row, above_placed, above_share = (torch.zeros_like(above) for _ in range(3))
@@ -208,8 +202,6 @@ def _observe(
 ) -> tuple[Any, ...]:
     """One forward pass: alpha and mass [B, L, H] over sink_tokens and over the row, mass on `key` [B, L, H, queries
     from it on], shares [B, L, H, sink_tokens] or None where weights add up to 1, nll [B, n−1]."""
-    import torch
-
     output = model(row.tokens, mask=row.mask, statistics=True)
     assert output.logits is not None and output.statistics is not None
     nll = target_nll(output.logits, row.slots, text).cpu()
@@ -235,8 +227,6 @@ def _observe(
 
 def _shares(statistics: Sequence[Statistics], sink_tokens: int) -> torch.Tensor | None:
     """[B, L, H, sink_tokens] first-key mass over the sum of the query's weights of tokens; None where that is 1."""
-    import torch
-
     layers = []
     for layer in statistics:
         if layer.row_sum is None:

@@ -15,7 +15,7 @@ from sinkbed.train.measure.measures.perturbation import measure_perturbation
 from sinkbed.train.measure.measures.states import strongest_head
 from sinkbed.train.measure.model import Subject, artificial, changed_prompt
 from sinkbed.train.measure.modes import InferenceMode
-from sinkbed.train.measure.sinks import ModeResult
+from sinkbed.train.measure.sinks import ModeResult, mean
 from sinkbed.train.measure.sinks import measure as measure_sinks
 from sinkbed.train.run import directory
 
@@ -208,9 +208,5 @@ def cache_size(arguments: Any, subject: Subject, probe: Probe) -> int:
 def _line(kind: str, mode: str, key: int, result: ModeResult) -> str:
     rate, mass = (result.rate, result.mass) if not key else (result.rate_placed, result.mass_placed)
     assert rate is not None and mass is not None
-    heads = [value for row in rate["0.3"] for value in row]
-    masses = [value for row in mass for value in row]
-    return (
-        f"{kind:10}{mode:20}{key:5}{sum(heads) / len(heads):13.2f}{sum(masses) / len(masses):11.3f}"
-        f"{result.loss:9.3f}{result.bits_per_byte:11.3f}"
-    )
+    figures = f"{mean(rate['0.3']):13.2f}{mean(mass):11.3f}{result.loss:9.3f}{result.bits_per_byte:11.3f}"
+    return f"{kind:10}{mode:20}{key:5}{figures}"

@@ -1,21 +1,17 @@
 """Effects: each figure of a run by name, differences of arms, and what became of the expected ones."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.intervals import Interval, area, paired, seeds_for, verdict
 from sinkbed.train.report.result import Result, fixed, mean, spread
-
-if TYPE_CHECKING:
-    from sinkbed.train.study.arms import ArmRun
-    from sinkbed.train.study.file import Effect, Published, StudyConfig
+from sinkbed.train.study.arms import ArmRun
+from sinkbed.train.study.file import Effect, Published, StudyConfig
 
 LABELS = {
     "sink_rate_0.3": "sink rate %",

@@ -5,8 +5,6 @@ as the window allows. What belongs to an arm, or a mode, is one series: it has o
 it by its id, `series:LABEL`.
 """
 
-from __future__ import annotations
-
 import html
 import io
 import math
@@ -15,16 +13,19 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 from sinkbed.train.measure.modes import MODE_LABELS
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
 
 INK, LINE = "#1b1f24", "#d9dee4"
 """Text and axes, and lines in the background: a page gives them the colours of its theme."""
@@ -97,10 +98,6 @@ class Drawing:
 
 def draw(picture: Picture, formats: Sequence[str] = ("svg", "pdf")) -> Drawing:
     """All panels on one sheet with a legend, in formats among svg, pdf and png."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.transforms import Bbox
-
     panels, across = picture.panels, min(picture.across, len(picture.panels))
     heights = [max(p.height for p in panels[at : at + across]) for at in range(0, len(panels), across)]
     width, height = across * max(p.width for p in panels), sum(heights)
@@ -171,8 +168,6 @@ def look(index: int) -> tuple[str, str]:
 
 def drawable(text: str) -> str:
     """A text with what the font of figures has no glyph for written as its number: 你 as U+4F60."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
     glyphs = get_font(findfont(FontProperties()))
     written = "".join(c if glyphs.get_char_index(ord(c)) else f"U+{ord(c):04X}" for c in text)
     return written.replace("$", r"\$")  # which would begin a formula
@@ -187,8 +182,6 @@ def line(axis: Axes, x: Sequence[float], y: Sequence[float], label: str, look: t
 
 def token_axis(axis: Axes, tokens: Sequence[float]) -> None:
     """Tokens seen, on a logarithmic axis but for the start, which has no logarithm."""
-    from matplotlib.ticker import FuncFormatter, NullLocator
-
     axis.set_xlabel("tokens seen")
     positive = sorted(t for t in tokens if t > 0)
     if not positive:
@@ -205,15 +198,11 @@ def token_axis(axis: Axes, tokens: Sequence[float]) -> None:
 
 def short(number: float) -> str:
     """1,843,200 as 1.8M."""
-    from matplotlib.ticker import EngFormatter
-
     return EngFormatter(sep="", places=1)(number).replace(".0", "")
 
 
 def whole_ticks(*axes: Axis) -> None:
     """Ticks at whole numbers; −1 is what the first block reads."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
     for axis in axes:
         axis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axis.set_major_formatter(FuncFormatter(lambda at, _: "in" if at == -1 else f"{at:g}"))
@@ -227,8 +216,6 @@ def named_rows(axis: Axes, names: Sequence[str], at: Sequence[float] | None = No
 
 def heat(axis: Axes, values: Any, label: str, top: float, *, root: bool = False, **options: Any) -> None:
     """A map from 0 to `top`, its colours explained; `root`: they go by the square root."""
-    from matplotlib.colors import PowerNorm
-
     options = {"cmap": "inferno", "aspect": "auto", "interpolation": "none", **options}
     image = axis.imshow(np.asarray(values, dtype=float), norm=PowerNorm(0.5 if root else 1, 0, top), **options)
     axis.figure.colorbar(image, ax=axis, label=label, aspect=30, pad=0.02)

@@ -3,33 +3,30 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from sinkbed.data.files import write_files, write_json
 from sinkbed.plain_text import markdown, markdown_table
 from sinkbed.train.report.effects import Outcome, check, counts, explanation, listed
+from sinkbed.train.report.figures import draw
+from sinkbed.train.report.pictures import pictures
 from sinkbed.train.report.result import Result
 from sinkbed.train.report.tables import caption, effects_table, summary
 from sinkbed.train.run import directory
-
-if TYPE_CHECKING:
-    from sinkbed.train.study.file import StudyConfig
+from sinkbed.train.study.file import StudyConfig
 
 NAME = "README.md"
 RECORD = "studies.json"
 """What the page is made from, a study each."""
 
 
-def write_digest(studies: "Sequence[tuple[StudyConfig, Sequence[Result]]]", folder: Path) -> Path:
+def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[Result]]], folder: Path) -> Path:
     """Write README.md and NAME.png of each study from its finished runs; other studies of an earlier page stay on it.
 
     Raises ValueError where two studies have one name, and FileExistsError where the folder has files of these names
     that are not of such a page. Nothing is written before all is read.
     """
-    from sinkbed.train.report.figures import draw
-    from sinkbed.train.report.pictures import pictures
-
     names = [study.source.stem if study.source else study.name for study, _ in studies]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -67,7 +64,7 @@ def write_digest(studies: "Sequence[tuple[StudyConfig, Sequence[Result]]]", fold
     return folder / NAME
 
 
-def _section(study: "StudyConfig", name: str, results: Sequence[Result], effects: Sequence[Outcome]) -> str:
+def _section(study: StudyConfig, name: str, results: Sequence[Result], effects: Sequence[Outcome]) -> str:
     seconds = sum(sum(r.final["seconds"].values()) for r in results)
     title = markdown(study.title)
     tables = [effects_table(effects, study.most_seeds)] if effects else []
@@ -82,7 +79,7 @@ def _section(study: "StudyConfig", name: str, results: Sequence[Result], effects
     return "\n\n".join(blocks)
 
 
-def _command(study: "StudyConfig", results: Sequence[Result]) -> str:
+def _command(study: StudyConfig, results: Sequence[Result]) -> str:
     seeds = sorted({r.seed for r in results})
     size = f" --size {study.size}" if study.size not in ("", "demo") else ""
     chosen = "" if seeds == sorted(study.seeds) else f" --seeds {' '.join(map(str, seeds))}"

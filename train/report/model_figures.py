@@ -1,13 +1,14 @@
 """Pictures of what `sinkbed probe` measured, for a paper, the page and W&B."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib.cm
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 
 from sinkbed.train.measure.measures import Column, Group
 from sinkbed.train.measure.modes import MODE_LABELS
@@ -24,9 +25,6 @@ from sinkbed.train.report.figures import (
     whole_ticks,
 )
 from sinkbed.train.report.model_tables import ALONG, Measured, columns_of, last_layer, modes_of, note_of
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 Line = tuple[Sequence[float], Sequence[float], Sequence[float]]
 """Abscissas, values and their standard errors, where there are any."""
@@ -178,9 +176,6 @@ def _visible(text: str) -> str:
 
 
 def _norm(modes: Measured) -> list[Panel]:
-    import matplotlib.cm
-    from matplotlib.colors import Normalize
-
     def draw(states: Measured, axis: Axes) -> None:
         depth = len(states["norm"]) - 1
         scale = matplotlib.cm.ScalarMappable(Normalize(-1, depth - 1), "viridis")

@@ -1,13 +1,12 @@
 """The pictures of a study: its result, curves, losses, states, mixing, and where the sink sits."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from sinkbed.train.measure.measures import Group, measures
 from sinkbed.train.measure.modes import MODE_LABELS
@@ -30,9 +29,6 @@ from sinkbed.train.report.figures import (
 )
 from sinkbed.train.report.intervals import Interval
 from sinkbed.train.report.result import Result, arms_of, modes_of
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 FEWEST_FOR_A_BAND = 4
 """Seeds from which on an interval is drawn; of fewer it is so wide that it hides the lines."""

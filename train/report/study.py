@@ -1,27 +1,24 @@
 """The report of one study, or of any runs, also of those that are still running."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sinkbed.data.files import write_files
 from sinkbed.plain_text import counted, csv_of, markdown, markdown_table
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.report import html
 from sinkbed.train.report.effects import Outcome, check, counts, explanation
+from sinkbed.train.report.figures import Drawing, draw
+from sinkbed.train.report.pictures import pictures
 from sinkbed.train.report.result import Result, arms_of, load_result
 from sinkbed.train.report.table import Table
 from sinkbed.train.report.tables import answer, by_mode, caption, parquet, rows_of, sections, summary, verdicts
 from sinkbed.train.run import directory
-
-if TYPE_CHECKING:
-    from sinkbed.train.report.figures import Drawing
-    from sinkbed.train.study.arms import ArmRun
-    from sinkbed.train.study.file import StudyConfig
+from sinkbed.train.study.arms import ArmRun, plan
+from sinkbed.train.study.file import StudyConfig
+from sinkbed.train.study.sweep import log_summary
 
 
 def to_markdown(title: str, tables: Sequence[Table], notices: Sequence[str]) -> str:
@@ -42,9 +39,6 @@ def write_report(
     What has not finished is in the curves; in the tables only where nothing has. `missing`: what is not among the
     results and why, as `split_finished` says it. `log`: finished runs for whose group W&B is sent the tables too.
     """
-    from sinkbed.train.report.figures import draw
-    from sinkbed.train.report.pictures import pictures
-
     finished = [r for r in results if not r.progress]
     where = "in the curves alone" if finished else "as of its last measurement"
     notices = [f"Not in the report: {what}." for what in missing]
@@ -82,8 +76,6 @@ def write_report(
         share = f"({100 * measuring / training:.1f} %)"
         print(f"training {training:.0f} s, measuring {measuring:.1f} s {share}, over all arms")
     if log:
-        from sinkbed.train.study.sweep import log_summary
-
         table = [dict(zip(main.header, line, strict=True)) for line in main.cells()]
         log_summary(study, log, {"table": table, "effects": records, "runs": rows})
     print(f"report: {folder / 'index.html'} (beside it: table.csv, table.md, *.parquet; figures as *.svg, *.pdf)")
@@ -127,8 +119,6 @@ def page(
 
 def of_all_seeds(study: StudyConfig) -> list[ArmRun]:
     """Every arm under the study's seeds and under those that have a finished run of it in the study's folder."""
-    from sinkbed.train.study.arms import plan
-
     more = {seed for _, _, seed in load_folder(study.out)} - set(study.seeds)
     runs = plan(dataclasses.replace(study, seeds=[*study.seeds, *sorted(more)]))
     done = {r.seed for r in runs if r.status() == "finished"}

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sinkbed.plain_text import counted
 from sinkbed.train.measure.modes import MODE_LABELS
@@ -23,9 +23,7 @@ from sinkbed.train.report.effects import (
 from sinkbed.train.report.intervals import Interval
 from sinkbed.train.report.result import Result, arms_of, describe, mean, modes_of, spread
 from sinkbed.train.report.table import Table
-
-if TYPE_CHECKING:
-    from sinkbed.train.study.file import Published
+from sinkbed.train.study.file import Published
 
 _MOST_PAIRS = 60
 
@@ -72,7 +70,7 @@ def main_mode(results: Sequence[Result]) -> str:
     return max(modes_of(results), key=lambda mode: sum(mode in r.final["modes"] for r in results))
 
 
-def summary(results: Sequence[Result], published: "Published", title: str = "") -> Table:
+def summary(results: Sequence[Result], published: Published, title: str = "") -> Table:
     """The study's table, a row an arm over its seeds: its strategy, the sink and the loss in the two main modes."""
     modes, mode = modes_of(results), main_mode(results)
     columns = [("sink_rate_0.3", mode), ("sink_rate_placed", mode), ("sink_rate_0.3", "text"), ("sink_mass", mode)]

@@ -204,7 +204,8 @@ def flipped(name, before, number):
 @pytest.fixture
 def tables_only(monkeypatch):
     """Reports without their drawings, which are of the same numbers."""
-    monkeypatch.setattr("sinkbed.train.report.figures.draw", lambda picture, *_: SimpleNamespace(files={}))
+    for module in ("study", "index"):
+        monkeypatch.setattr(f"sinkbed.train.report.{module}.draw", lambda picture, *_: SimpleNamespace(files={}))
     monkeypatch.setattr("sinkbed.train.report.study.page", lambda *_: "")
 
 

@@ -161,16 +161,13 @@ class Checkpoints(Checkpoint):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the signals back."""
-        self._ignore_signals()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
-        self._ignore_signals()
-
-    def _ignore_signals(self) -> None:
         while self._handlers:
             number, handler = self._handlers.popitem()
             signal.signal(number, handler)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """As at the end."""
+        self.teardown(trainer, pl_module, "fit")
 
 
 def remove_partial(folder: Path) -> None:

@@ -67,10 +67,6 @@ class RunFiles(SaveConfigCallback):
         """Nothing yet: the checkpoint may still be refused."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See `start`."""
-        self.start(trainer, pl_module)
-
-    def start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write atomically, from one process. Points after the checkpoint will be made again."""
         if not trainer.is_global_zero:
             return
@@ -170,9 +166,7 @@ def interrupted(trainer: L.Trainer) -> str:
     """What is kept of a run that was stopped, and how it goes on."""
     checkpoints = checkpoints_of(trainer)
     saved = checkpoints.saved
-    if saved is None and directory.newest_checkpoint(
-        checkpoints.folder.parent
-    ):  # resumed, and stopped before the first step
+    if saved is None and directory.newest_checkpoint(checkpoints.folder.parent):  # resumed
         return "stopped before the first step; resume with --ckpt_path last"
     if saved is None:
         return f"stopped at step {trainer.global_step}, before a checkpoint; start it again with the same command"

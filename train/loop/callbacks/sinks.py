@@ -97,16 +97,13 @@ class SinkMonitor(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock; measure the untrained model."""
         self.started = time.perf_counter()
-        self._measure_if_due(trainer, pl_module)
+        self.on_train_batch_end(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Measure after the steps that are due, once each."""
-        self._measure_if_due(trainer, pl_module)
-
-    def _measure_if_due(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
         if step in self.steps and step != self.measured:
-            self._measure_live(trainer, module)
+            self._measure_live(trainer, pl_module)
 
     def loss_at(self, step: int) -> float | None:
         """Validation loss measured after a step, in the first live mode; None where none was."""

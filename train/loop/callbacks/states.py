@@ -43,27 +43,24 @@ class StateMonitor(L.Callback):
         if trainer.max_steps > 0:
             points: dict[Group, int] = {"states": self.config.state_points, "mixing": self.config.mixing_points}
             self.steps = {group: set(self.config.steps(trainer.max_steps, n)) for group, n in points.items() if n}
-        self._measure_if_due(trainer, pl_module)
+        self.on_train_batch_end(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Measure after the steps that are due, once each."""
-        self._measure_if_due(trainer, pl_module)
-
-    def _measure_if_due(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
         due = [group for group, steps in self.steps.items() if step in steps]
         if not due or step == self.measured:
             return
-        assert isinstance(module, SinkbedModule)
+        assert isinstance(pl_module, SinkbedModule)
         began = time.perf_counter()
         values: dict[str, float] = {}
         for mode in self.config.live_modes:
-            values |= self._values(trainer, module, mode, due)
-        record(trainer, values, step=step, tokens=module.tokens_at(step))
+            values |= self._values(trainer, pl_module, mode, due)
+        record(trainer, values, step=step, tokens=pl_module.tokens_at(step))
         self.measured = step
         seconds = time.perf_counter() - began
         self.sinks.seconds += seconds
-        module.skip_time(seconds)
+        pl_module.skip_time(seconds)
 
     def _values(
         self, trainer: L.Trainer, module: SinkbedModule, mode: InferenceMode, due: list[Group]
