@@ -30,7 +30,6 @@ _QUERIES = 64
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-
 # Defined by schema rather than by `torch.library.custom_op`, whose checks of every call would cost a tenth of a small
 # model's attention.
 torch.library.define(

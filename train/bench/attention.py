@@ -91,7 +91,7 @@ def measure(case: Case, repeats: int) -> tuple[dict[str, tuple[Timing, Timing]],
     for name, contender in contenders(case):
         if name in absent or isinstance(contender, str):
             continue
-        steps = _forward_step(contender, inputs), _both_step(contender, inputs, grad)
+        steps = functools.partial(_forward, contender, inputs), functools.partial(_both, contender, inputs, grad)
         # Once alone: who has no memory for the whole length leaves before the timing.
         for step in steps:
             _tried(name, step, absent)
@@ -103,16 +103,13 @@ def measure(case: Case, repeats: int) -> tuple[dict[str, tuple[Timing, Timing]],
     return {a.name: (a, b) for a, b in zip(first, second, strict=True)}, absent
 
 
-def _forward_step(contender: Contender, inputs: list[Tensor]) -> Callable[[], Any]:
-    def step() -> None:
-        with torch.no_grad():
-            contender(*inputs)
-
-    return step
+@torch.no_grad()
+def _forward(contender: Contender, inputs: list[Tensor]) -> None:
+    contender(*inputs)
 
 
-def _both_step(contender: Contender, inputs: list[Tensor], grad: Tensor) -> Callable[[], Any]:
-    return lambda: torch.autograd.grad(contender(*inputs), inputs, grad)
+def _both(contender: Contender, inputs: list[Tensor], grad: Tensor) -> None:
+    torch.autograd.grad(contender(*inputs), inputs, grad)
 
 
 def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

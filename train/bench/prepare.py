@@ -129,6 +129,7 @@ CONTENDERS: dict[str, Contender] = {_BARE: bare_tokenizer, _OURS: sinkbed, _PEER
 
 
 def _turn(name: str, job: Job) -> Turn:
+    """Of a contender, in a process that writes nothing outside a new folder."""
     with tempfile.TemporaryDirectory(dir=job.folder) as folder:
         os.environ |= {  # this process is a new one: the libraries read them when they are first used
             "RAYON_NUM_THREADS": str(job.workers),
@@ -141,11 +142,6 @@ def _turn(name: str, job: Job) -> Turn:
         count = work()
         seconds = time.perf_counter() - began
         return Turn(seconds, count(), peak_bytes())
-
-
-def one_turn(name: str, job: Job) -> Turn:
-    """One turn of a contender, in a new process that writes nothing outside a new folder."""
-    return in_new_process(_turn, name, job)
 
 
 def write_corpus(arguments: Any, folder: Path) -> tuple[tuple[str, ...], int]:
@@ -226,7 +222,7 @@ def run(arguments: Any) -> int:
         turns: dict[str, list[Turn]] = {name: [] for name in CONTENDERS}
         for _ in range(arguments.repeats):
             for name in CONTENDERS:  # in turn, so that whatever else the machine does falls on all of them alike
-                turns[name].append(one_turn(name, job))
+                turns[name].append(in_new_process(_turn, name, job))
         _check_tokens(turns)
         _print(turns, size, tokenizer.vocab_size, arguments)
     return 0

@@ -16,7 +16,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Timing:
-    """Median and quartiles of one contender's step, in seconds."""
+    """One contender's steps, in seconds."""
 
     name: str
     seconds: list[float]

@@ -4,11 +4,11 @@ import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from sinkbed.train.config.arguments import PlainParser
+
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Parse and run one benchmark."""
-    from sinkbed.train.config.arguments import PlainParser
-
     parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     benches = parser.add_subparsers(dest="bench", metavar="BENCH", required=True)
     one = benches.add_parser("training", help="training step against Hugging Face's Llama at the same shape")

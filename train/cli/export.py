@@ -6,17 +6,19 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from sinkbed.data.pack.strategy import Strategy
-    from sinkbed.data.tokenizer import Tokenizer as OurTokenizer
+from tokenizers import Tokenizer
+
+from sinkbed.data.files import sha256_file, sync_folder, write_json
+from sinkbed.data.pack.strategy import Strategy
+from sinkbed.data.tokenizer import Tokenizer as OurTokenizer
+from sinkbed.train.config.arguments import PlainParser
+from sinkbed.train.run.directory import CHECKSUMS
+from sinkbed.train.run.load import load_decoder, open_run, run_tokenizer
 
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Parse and export."""
-    from sinkbed.train.config.arguments import PlainParser
-
     parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run", type=Path, help="run directory, or a checkpoint inside one")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; it must not hold anything yet")
@@ -31,12 +33,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
         raise FileExistsError(f"--out {arguments.out}: expected a folder that holds nothing; choose another name")
 
-    from sinkbed.train.run.load import load_decoder, open_run, run_tokenizer
-
     checkpoint, _ = open_run(arguments.run)  # first: a path that is none is answered before torch is imported
-    from sinkbed.data.files import sha256_file, sync_folder, write_json
     from sinkbed.model.hf.export import CONFIG, WEIGHTS, export
-    from sinkbed.train.run.directory import CHECKSUMS
 
     decoder, strategy = load_decoder(checkpoint)
     identity = checkpoint["sinkbed"]
@@ -93,7 +91,7 @@ def lm_eval_arguments(folder: Path, first: int | None, bos_id: int) -> str:
     return f"pretrained={folder},prefix_token_id={first}"
 
 
-def first_id(strategy: "Strategy", tokenizer: "OurTokenizer", bos: str) -> int | None:
+def first_id(strategy: Strategy, tokenizer: OurTokenizer, bos: str) -> int | None:
     """The token before each text; None for none.
 
     Raises ValueError for a strategy under which the model is more than Hugging Face's and its tokenizer can be told.
@@ -118,12 +116,8 @@ def first_id(strategy: "Strategy", tokenizer: "OurTokenizer", bos: str) -> int |
     return {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}.get(what)
 
 
-def write_tokenizer(folder: Path, tokenizer: "OurTokenizer", first: int | None, context_length: int) -> None:
+def write_tokenizer(folder: Path, tokenizer: OurTokenizer, first: int | None, context_length: int) -> None:
     """tokenizer.json, with a template that puts `first` before a text, and tokenizer_config.json."""
-    from tokenizers import Tokenizer
-
-    from sinkbed.data.files import write_json
-
     definition = json.loads(tokenizer.backend.to_str())
     if first is not None:
         # As JSON: the library's own short form gives "$" and ":" in a token a meaning.

@@ -3,25 +3,23 @@
 The whole context is read again for every token; there is no cache of keys. Good for a look, not for serving.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-
-    from sinkbed.train.measure.model import Subject
-    from sinkbed.train.measure.modes import InferenceMode
+from sinkbed.plain_text import visible
+from sinkbed.progress import loading
+from sinkbed.ranges import check_number
+from sinkbed.train.config.arguments import PlainParser
+from sinkbed.train.measure.finite import finite
+from sinkbed.train.measure.heldout import Probe
+from sinkbed.train.measure.model import Subject, load
+from sinkbed.train.measure.modes import InferenceMode, check_modes
 
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Parse, write."""
-    from pathlib import Path
-
-    from sinkbed.train.config.arguments import PlainParser
-
     parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", help="run directory, checkpoint, Hugging Face folder or hub name")
     parser.add_argument("--prompt", default="", help="text to go on from (default: none)")
@@ -36,20 +34,13 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.set_defaults(revision=None, gguf=None, dtype="auto", device_map=None)
     arguments = parser.parse_args(list(argv))
 
-    from sinkbed.plain_text import visible
-    from sinkbed.progress import loading
-    from sinkbed.ranges import check_number
-    from sinkbed.train.measure.modes import check_modes
-
-    with loading("torch"):
-        from sinkbed.train.measure.model import load
-
     check_number("--tokens", arguments.tokens, least=1)
     check_number("--temperature", arguments.temperature, least=0)
     if arguments.top_k is not None:
         check_number("--top_k", arguments.top_k, least=1)
     [mode] = check_modes([arguments.mode])
-    subject = load(arguments)
+    with loading("torch and the model"):
+        subject = load(arguments)
     ids = subject.encode(arguments.prompt)
     for _ in continuation(subject, ids, mode, arguments):
         if sys.stderr.isatty():
@@ -66,8 +57,6 @@ def continuation(subject: Subject, ids: list[int], mode: InferenceMode, argument
     import torch
 
     from sinkbed.model.observe import evaluating, input_device
-    from sinkbed.train.measure.finite import finite
-    from sinkbed.train.measure.heldout import Probe
     from sinkbed.train.measure.inputs import arrange
 
     probe = Probe((), torch.as_tensor(subject.token_bytes), _bos(subject, mode), subject.eos_id, subject.special_ids)
@@ -83,7 +72,11 @@ def continuation(subject: Subject, ids: list[int], mode: InferenceMode, argument
                 raise ValueError("--prompt: expected text for a model with no first token of its own, got none")
             logits = subject.model(row.tokens, mask=row.mask).logits[0, -1].float().cpu()
             finite(float(logits.sum()), "logits")
-            token = _drawn(logits, arguments.temperature, arguments.top_k, generator)
+            if arguments.temperature == 0:
+                token = int(logits.argmax())
+            else:
+                values, tokens = logits.topk(min(arguments.top_k or len(logits), len(logits)))
+                token = int(tokens[(values / arguments.temperature).softmax(0).multinomial(1, generator=generator)])
             if token == subject.eos_id:
                 return
             ids.append(token)
@@ -94,10 +87,3 @@ def _bos(subject: Subject, mode: InferenceMode) -> int:
     if subject.bos_id is None and mode == "bos":
         raise ValueError(f"{subject.name}: its tokenizer has no BOS, which the mode bos puts first; name it with --bos")
     return subject.eos_id if subject.bos_id is None else subject.bos_id
-
-
-def _drawn(logits: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
-    values, tokens = logits.topk(min(top_k or len(logits), len(logits)))
-    return int(tokens[(values / temperature).softmax(0).multinomial(1, generator=generator)])

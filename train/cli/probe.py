@@ -3,26 +3,23 @@
 What is measured is chosen by --measure; `sinks` alone is the default, as the others take more passes over the text.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from sinkbed.data.files import write_json
 from sinkbed.plain_text import counted
 from sinkbed.progress import loading
 from sinkbed.ranges import check_number
+from sinkbed.train.config.arguments import PlainParser
+from sinkbed.train.measure.config import MeasureConfig
+from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.measures import MEASURES, measures
-from sinkbed.train.measure.modes import MODE_LABELS
-
-if TYPE_CHECKING:
-    from sinkbed.train.measure.heldout import Probe
-    from sinkbed.train.measure.model import Subject
-    from sinkbed.train.measure.modes import InferenceMode
+from sinkbed.train.measure.model import Subject, changed_prompt, check_paths, load, probe_of, texts
+from sinkbed.train.measure.modes import MODE_LABELS, InferenceMode, check_modes
 
 Input = Literal["natural", "random", "repeated"]
 OTHERS = ("sinks", "positions", "streaming")
@@ -31,8 +28,6 @@ OTHERS = ("sinks", "positions", "streaming")
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Parse, measure, print tables, write what was asked for."""
-    from sinkbed.train.config.arguments import PlainParser
-
     parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", help="run directory, checkpoint, Hugging Face folder or hub name")
     text = parser.add_argument_group("text")
@@ -70,13 +65,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument("--wandb", action="store_true", help="log figures and numbers to the run's W&B page")
     arguments = parser.parse_args(list(argv))
 
-    from sinkbed.train.measure.model import check_paths, load, probe_of, texts
-
     check_paths(arguments)  # first: a path that is none is answered before torch is imported
     with loading("torch"):
         from sinkbed.train.loop.settings import use_threads
-        from sinkbed.train.measure.config import MeasureConfig
-        from sinkbed.train.measure.modes import check_modes
         from sinkbed.train.measure.steps import Measurement
         from sinkbed.train.report import model as probe_report
 
@@ -198,7 +189,6 @@ def _check_lengths(
     subject: Subject, probe: Probe, limit: int, modes: Sequence[str], names: set[str], arguments: Any
 ) -> None:
     """Refuse, before anything is measured, what the documents are too short for."""
-    from sinkbed.train.measure.model import changed_prompt
     from sinkbed.train.measure.perplexity import check_cache
     from sinkbed.train.measure.steps import cache_size
 

@@ -8,16 +8,16 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from sinkbed.train.cli.study import chosen
 from sinkbed.train.config.arguments import PlainParser
+from sinkbed.train.report.index import write_digest
 from sinkbed.train.report.study import load_folder, of_all_seeds, split_finished, write_report
+from sinkbed.train.study.arms import ArmRun, plan
+from sinkbed.train.study.file import StudyConfig, load_study
 
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Make the report of a study anew, or one of any runs."""
-    from sinkbed.train.cli.study import chosen
-    from sinkbed.train.study.arms import ArmRun, plan
-    from sinkbed.train.study.file import StudyConfig
-
     parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("what", type=Path, nargs="+", help="study files, or folders of runs or studies")
     parser.add_argument("--size", help="of study files: one of their sizes (default: demo)")
@@ -78,10 +78,6 @@ def run(command: str, argv: Sequence[str]) -> int:
 
 def _digest(arguments: argparse.Namespace) -> int:
     """One page of several studies, of the seeds that are finished where none are named."""
-    from sinkbed.train.report.index import write_digest
-    from sinkbed.train.study.arms import plan
-    from sinkbed.train.study.file import load_study
-
     if arguments.out is None:
         raise ValueError("report: expected --out, the folder for the page of several studies; got none")
     studies = []

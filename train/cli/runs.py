@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sinkbed.plain_text import console, visible
+from sinkbed.train.config.arguments import PlainParser
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.run import directory
 
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Parse and print a line a run. Exit status 1 where there is none."""
-    from sinkbed.train.config.arguments import PlainParser
-
     parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"), help="where to look (default: runs)")
     folder = parser.parse_args(list(argv)).folder

@@ -3,24 +3,19 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sinkbed.data.files import write_json
 from sinkbed.plain_text import counted
+from sinkbed.train.config.arguments import PlainParser
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.measure.model import of_run
-from sinkbed.train.measure.modes import MODE_LABELS
+from sinkbed.train.measure.modes import MODE_LABELS, InferenceMode, check_modes
 from sinkbed.train.run import directory
-
-if TYPE_CHECKING:
-    from sinkbed.train.measure.modes import InferenceMode
-    from sinkbed.train.measure.sinks import ModeResult
 
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Parse, measure, print a table."""
-    from sinkbed.train.config.arguments import PlainParser
-
     parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run", type=Path, help="run directory, or a checkpoint inside one")
     parser.add_argument("--modes", nargs="+", choices=list(MODE_LABELS), help="inference modes (default: the run's)")
@@ -37,8 +32,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     from sinkbed.train.loop.settings import use_threads
     from sinkbed.train.measure.config import MeasureConfig
     from sinkbed.train.measure.heldout import Probe
-    from sinkbed.train.measure.modes import check_modes
-    from sinkbed.train.measure.sinks import measure, measurement_table
+    from sinkbed.train.measure.sinks import ModeResult, measure, measurement_table
 
     config = read_mapping(subject.run_dir / directory.CONFIG)
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["measure"].items()}
@@ -55,7 +49,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     steps = Steps()
     for mode in measuring.modes:
 
-        def step(mode: "InferenceMode" = mode) -> None:
+        def step(mode: InferenceMode = mode) -> None:
             results[mode] = measure(subject.model, probe, mode, subject.strategy, measuring)
 
         steps.add(f"sinks, mode {mode}", len(probe.documents), step)

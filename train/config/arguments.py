@@ -28,7 +28,6 @@ _NO_CLASS = r"Parser key \"([\w.]+)\":.*given class_path '(.*?)':\n\s*((?:No )?m
 # A group of keys that may be null: jsonargparse lists why it is neither the group nor null.
 _NEITHER = r"Union subtypes\n.*Errors:\n  - (.*?)\n  - Expected a <class 'NoneType'>"
 
-
 _NO_KEYS = ("--config", "--print_config", "--help", "--trust_config")
 
 

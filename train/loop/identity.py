@@ -30,10 +30,8 @@ _CONFIG_KEYS = {
     "manifest": "sha256 of what decides training in the token store's manifest",
 }
 
-
 # The same documents may lie elsewhere; the same rows may be split in another way, and summed in another order.
 _MAY_CHANGE = ("store", "micro_batches", "processes", "arithmetic")
-
 
 # What a fork may not change either: without it the weights have no meaning.
 _FORK = ("format", "decoder", "vocab_size", "tokenizer", "bos_id", "eos_id")

@@ -207,7 +207,7 @@ class SinkbedModule(L.LightningModule):
         kept = "no step is saved" if saved is None else "the checkpoints before it are good"
         fork = ", from the beginning or with --fork from one of them (a resumed run keeps its settings)"
         return TrainingDiverged(
-            f"step {step} ({self.tokens_at(step):,} tokens): expected finite {expected}, got {actual}. Weights of "
+            f"step {step} ({self.data.tokens_at(step):,} tokens): expected finite {expected}, got {actual}. Weights of "
             f"this step are not saved and {kept}; start a new run with a lower model.optimizer.lr or a longer "
             f"warm-up{'' if saved is None else fork}"
         )
@@ -223,21 +223,17 @@ class SinkbedModule(L.LightningModule):
         }
         if self._window is not None:
             then, before = self._window
-            speed = (self.tokens_at(step) - self.tokens_at(before)) / (now - then)
+            speed = (self.data.tokens_at(step) - self.data.tokens_at(before)) / (now - then)
             values["train/tokens_per_second"] = speed
             self.log("tok/s", round(speed), prog_bar=True, logger=False)
         self._window = (now, step)
         self.log("loss", values["train/loss"], prog_bar=True, logger=False)
-        record(self.trainer, values, step=step, tokens=self.tokens_at(step))
+        record(self.trainer, values, step=step, tokens=self.data.tokens_at(step))
 
     def skip_time(self, seconds: float) -> None:
         """Leave time that was not training out of the tokens per second."""
         if self._window is not None:
             self._window = (self._window[0] + seconds, self._window[1])
-
-    def tokens_at(self, step: int) -> int:
-        """Tokens seen after `step` optimizer steps of this run."""
-        return self.data.tokens_at(step)
 
     def identity(self, data: TokenData, trainer: L.Trainer) -> dict[str, Any]:
         """What a checkpoint must share with the run that resumes it, and what `validate` rebuilds it from."""

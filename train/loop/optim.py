@@ -1,18 +1,15 @@
 """The optimizer's settings, the groups of its parameters (decay on matrices only), and the learning-rate schedules."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from sinkbed.ranges import check_number
 from sinkbed.registry import Choice, plain
 from sinkbed.train.loop.optimizers import OPTIMIZERS
-
-if TYPE_CHECKING:
-    import torch
-    from torch.optim.lr_scheduler import LambdaLR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +137,6 @@ def build_optimizer(
 
     Raises ValueError: see `OptimizerConfig.check_steps`, and for options of the optimizer out of their range.
     """
-    import torch
-
     config.check_steps(total_steps)
     optimizer = OPTIMIZERS.make(config.name, model, config)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(config, step, total_steps)
-    )
-    return optimizer, schedule
+    return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(config, step, total_steps))

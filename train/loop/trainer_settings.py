@@ -29,7 +29,6 @@ _TRAINER_FIXED = {
     "use_distributed_sampler": (False, "nothing: rows are dealt to the processes here"),
 }
 
-
 _TRAINER_SHOWN = ("max_steps", "accelerator", "devices", "num_nodes", "strategy", "precision", "log_every_n_steps")
 
 

@@ -1,13 +1,10 @@
 """What is measured during training and at its end."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from sinkbed.data.pack.strategy import Strategy
 from sinkbed.ranges import check_number
 from sinkbed.train.measure.modes import InferenceMode, first_tokens_of
-
-if TYPE_CHECKING:
-    from sinkbed.data.pack.strategy import Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +64,7 @@ class MeasureConfig:
                 f"data.context_length={context_length}; lower it or lengthen the context"
             )
 
-    def check_placed(self, mode: InferenceMode, strategy: "Strategy") -> None:
+    def check_placed(self, mode: InferenceMode, strategy: Strategy) -> None:
         """Raise ValueError where a mode places a token that no measured query can look at."""
         last = max((i for i, what in enumerate(first_tokens_of(mode, strategy)) if what != "none"), default=0)
         if last >= self.sink_tokens:

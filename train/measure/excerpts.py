@@ -2,19 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sinkbed.data.pack.strategy import Strategy
 from sinkbed.model.observe import evaluating, input_device, observing
 from sinkbed.progress import documents_read
 from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.inputs import Arranged, arrange
 from sinkbed.train.measure.modes import InferenceMode
-
-if TYPE_CHECKING:
-    from sinkbed.data.pack.strategy import Strategy
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,14 +21,14 @@ class Excerpts:
 
     probe: Probe
     mode: InferenceMode
-    strategy: "Strategy"
+    strategy: Strategy
     rows: tuple[int, ...]
     """Numbers of the documents."""
     text: Tensor
     """[N, n] their first n token ids."""
 
     @classmethod
-    def of(cls, probe: Probe, mode: InferenceMode, strategy: "Strategy", tokens: int, count: int) -> "Excerpts":
+    def of(cls, probe: Probe, mode: InferenceMode, strategy: Strategy, tokens: int, count: int) -> "Excerpts":
         """The first `count` documents that have `tokens` tokens. Raises ValueError where there is none."""
         rows = [i for i, document in enumerate(probe.documents) if len(document) >= tokens][:count]
         if not rows:

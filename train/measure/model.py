@@ -4,22 +4,19 @@ The model is a run or checkpoint of ours, or a Hugging Face model (folder, hub n
 through our operator (`model.hf.adapter`). The text is a token store's validation split or a file of prompts.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from sinkbed.data.pack.strategy import Strategy
+from sinkbed.data.store.manifest import Manifest
+from sinkbed.train.measure.config import MeasureConfig
+from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.run import directory
-
-if TYPE_CHECKING:
-    from sinkbed.data.pack.strategy import Strategy
-    from sinkbed.train.measure.config import MeasureConfig
-    from sinkbed.train.measure.heldout import Probe
-
+from sinkbed.train.run.load import find_run, load_decoder, open_run, run_tokenizer
 
 _SECONDS_TO_ANSWER = 5
 
@@ -59,9 +56,6 @@ def check_paths(arguments: Any) -> bool:
 
     Raises FileNotFoundError or ValueError for a name that can be no model, and for a text that is not there.
     """
-    from sinkbed.data.store.manifest import Manifest
-    from sinkbed.train.run.load import find_run
-
     if arguments.prompts is not None and not arguments.prompts.is_file():
         raise FileNotFoundError(f"--prompts: no file at {arguments.prompts}")
     if arguments.store is not None:
@@ -123,8 +117,6 @@ def of_run(path: Path, store: Path | None, bos: str | None = None) -> Subject:
         store: where its text is; None: the token store that it was trained on.
         bos: token that serves as BOS; None: the tokenizer's.
     """
-    from sinkbed.train.run.load import load_decoder, open_run, run_tokenizer
-
     checkpoint, run_dir = open_run(path)
     decoder, strategy = load_decoder(checkpoint)
     identity = checkpoint["sinkbed"]
@@ -157,7 +149,6 @@ def _check_export(folder: Path, suffix: str) -> None:
 
 
 def _hugging_face(arguments: Any) -> Subject:
-    from sinkbed.data.pack.strategy import Strategy
     from sinkbed.model.hf.adapter import HFModel, special_ids, token_bytes
 
     name, where = arguments.model, {"revision": arguments.revision, "gguf": arguments.gguf}
@@ -170,7 +161,7 @@ def _hugging_face(arguments: Any) -> Subject:
         bos = _token_id(None if token == tokenizer.unk_token_id else token, arguments.bos, name)
     size, context_length = config.vocab_size, getattr(config, "max_position_embeddings", None)
 
-    def load_model() -> HFModel:
+    def load_model() -> Any:
         _check_export(Path(name), ".safetensors")
         return HFModel.load(name, **where, dtype=arguments.dtype, device_map=arguments.device_map)
 
@@ -236,8 +227,6 @@ def probe_of(subject: Subject, documents: Iterator[str], limit: int, config: Mea
     """
     import torch
 
-    from sinkbed.train.measure.heldout import Probe
-
     chosen, longest = [], 0
     for text in documents:
         every = subject.encode(text)
@@ -294,7 +283,6 @@ def artificial(probe: Probe, kind: Literal["random", "repeated"]) -> Probe:
     import torch
 
     from sinkbed.data.pack.assemble import random_tokens
-    from sinkbed.train.measure.heldout import Probe
 
     documents = []
     for number, document in enumerate(probe.documents):

@@ -1,17 +1,13 @@
 """Inference modes: what is put before the text that a model is measured on."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
-if TYPE_CHECKING:
-    from sinkbed.data.pack.strategy import Strategy
-
+from sinkbed.data.pack.strategy import Strategy
 
 InferenceMode = Literal["as_trained", "bos", "text", "first_key_masked", "random_first"]
 
-
 MODES: tuple[InferenceMode, ...] = get_args(InferenceMode)
-
 
 MODE_LABELS = {
     "bos": "BOS + text",
@@ -30,7 +26,7 @@ def check_modes(names: Sequence[str]) -> tuple[InferenceMode, ...]:
     return tuple(mode for name in names for mode in MODES if mode == name)
 
 
-def first_tokens_of(mode: InferenceMode, strategy: "Strategy") -> tuple[str | int, ...]:
+def first_tokens_of(mode: InferenceMode, strategy: Strategy) -> tuple[str | int, ...]:
     """What a mode puts at row positions 0, 1, ...: `none` where the text goes on, empty where it has them all."""
     by_mode: dict[str, tuple[str | int, ...]] = {"bos": ("bos",), "text": (), "random_first": ("random",)}
     first_tokens = by_mode.get(mode, strategy.first_tokens)

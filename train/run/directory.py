@@ -26,7 +26,6 @@ from sinkbed.plain_text import counted
 CONFIG, MANIFEST, AUDIT = "config.yaml", "manifest.json", "audit.json"
 METRICS, MEASUREMENT, RUN, CHECKPOINTS = "metrics.jsonl", "measurement.json", "run.json", "checkpoints"
 
-
 LAST, LOCK = "last.ckpt", ".lock"
 FORMAT = 5
 """Of run directories and checkpoints; those of another one are refused."""

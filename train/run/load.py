@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sinkbed.data.pack.strategy import Strategy
+from sinkbed.data.store.token_store import TokenStore
+from sinkbed.data.tokenizer import Tokenizer
 from sinkbed.train.run import directory
 
 if TYPE_CHECKING:
-    from sinkbed.data.pack.strategy import Strategy
-    from sinkbed.data.tokenizer import Tokenizer
     from sinkbed.model import Decoder
 
 
@@ -16,7 +17,6 @@ def load_decoder(checkpoint: dict[str, Any]) -> "tuple[Decoder, Strategy]":
 
     Raises ValueError for a checkpoint that sinkbed did not write.
     """
-    from sinkbed.data.pack.strategy import Strategy
     from sinkbed.model import Decoder, DecoderConfig
 
     identity = checkpoint.get("sinkbed")
@@ -56,13 +56,11 @@ def open_run(path: Path) -> tuple[dict[str, Any], Path]:
     return load_checkpoint(checkpoint, option="the path"), folder
 
 
-def run_tokenizer(identity: dict[str, Any], store: Path | None) -> "Tokenizer":
+def run_tokenizer(identity: dict[str, Any], store: Path | None) -> Tokenizer:
     """The tokenizer a checkpoint was trained with, from its token store or another one that has it.
 
     Raises ValueError for a store with another tokenizer.
     """
-    from sinkbed.data.store.token_store import TokenStore
-
     opened = TokenStore.open(store or Path(identity["store"]), "train")
     if opened.manifest.tokenizer_sha256 != identity["tokenizer"]:
         raise ValueError(

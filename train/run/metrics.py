@@ -44,13 +44,8 @@ class MetricsFile(Logger):
         return ""
 
     @property
-    def log_dir(self) -> str:
-        """The run directory, which Lightning takes as its own."""
-        return str(self.run_dir)
-
-    @property
     def save_dir(self) -> str:
-        """The run directory."""
+        """The run directory, which Lightning takes as its own."""
         return str(self.run_dir)
 
     @rank_zero_only

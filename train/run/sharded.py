@@ -17,7 +17,6 @@ from sinkbed.train.run import directory
 
 META = "meta.ckpt"
 
-
 _SEPARATOR = "|"  # never in a parameter's name
 
 

@@ -134,10 +134,10 @@ def test_preparing_is_compared_on_the_same_text(capsys, corpus, tmp_path):
 
 
 def test_a_contender_that_loses_tokens_is_not_compared(monkeypatch, corpus):
-    def measured(name, job):
+    def measured(_, name, job):
         return bench_prepare.Turn(1.0, 99 if name == "Sinkbed" else 100, 0)
 
-    monkeypatch.setattr(bench_prepare, "one_turn", measured)
+    monkeypatch.setattr(bench_prepare, "in_new_process", measured)
     with pytest.raises(ValueError, match="Sinkbed: expected 100 tokens, got 99"):
         bench.run("bench", ["prepare", "--file", str(corpus), "--vocab_size", "300", "--repeats", "1"])
 

@@ -79,7 +79,6 @@ def test_the_place_of_the_number_is_named():
 
 BAD = (math.nan, math.inf, -math.inf)
 
-
 SMALLEST = {"n_layers": 1, "d_model": 8, "n_heads": 1, "d_ff": 8}
 
 

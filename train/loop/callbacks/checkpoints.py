@@ -40,10 +40,6 @@ class Checkpoints(Checkpoint):
             metrics: the run's metrics.jsonl, which every checkpoint holds a copy of.
             loss: the validation loss measured after a step, None where none was.
         """
-        if every < 1:
-            raise ValueError(f"checkpoint_every: expected at least 1, got {every}")
-        if points < 0:
-            raise ValueError(f"checkpoint_points: expected 0 or more, got {points}")
         self.folder = folder
         self.every = every
         self.points = points

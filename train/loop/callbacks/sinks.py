@@ -122,7 +122,7 @@ class SinkMonitor(L.Callback):
         for mode, result in results.items():
             values |= result.metrics(mode)
         values |= self._packed(module.decoder, module)
-        tokens = module.tokens_at(step)
+        tokens = module.data.tokens_at(step)
         rate = values[f"sink/rate_eps0.3/{c.live_modes[0]}"]
         if self.onset_tokens is None and rate >= c.onset_rate and step > 0:
             self.onset_tokens = tokens
@@ -185,7 +185,7 @@ class SinkMonitor(L.Callback):
         self.final = results = self._measure(pl_module, self.probe, self.config.modes)
         final = {
             "step": trainer.global_step,
-            "tokens": pl_module.tokens_at(trainer.global_step),
+            "tokens": pl_module.data.tokens_at(trainer.global_step),
             "onset_tokens": self.onset_tokens,
             "parameters": pl_module.decoder.parameter_count(),
             "sink_tokens": self.config.sink_tokens,

@@ -56,7 +56,7 @@ class StateMonitor(L.Callback):
         values: dict[str, float] = {}
         for mode in self.config.live_modes:
             values |= self._values(trainer, pl_module, mode, due)
-        record(trainer, values, step=step, tokens=pl_module.tokens_at(step))
+        record(trainer, values, step=step, tokens=pl_module.data.tokens_at(step))
         self.measured = step
         seconds = time.perf_counter() - began
         self.sinks.seconds += seconds
