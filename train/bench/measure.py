@@ -9,6 +9,7 @@ peak of the forward pass above what the loaded model takes, without logits, whic
 
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.model import Decoder
-from sinkbed.train.bench.timing import in_new_process, interleave, peak_bytes
+from sinkbed.train.bench.timing import in_new_process, interleave, peak_bytes, take_turns
 from sinkbed.train.bench.training import decoder_config, read_config
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.heldout import Probe
@@ -105,10 +106,8 @@ def eager(arguments: Any) -> None:
     print(f"\nsink masses, T {arguments.length:,}; {arguments.repeats} turns each, medians and the highest peak")
     print(f"{'':34}{'seconds':>9}{'ratio':>8}{'MB above the model':>20}{'ratio':>8}")
     for logits in (False, True):
-        turns: dict[str, list[Turn]] = {way: [] for way in WAYS}
-        for _ in range(arguments.repeats):
-            for way in WAYS:  # in turn, so that whatever else the machine does falls on both alike
-                turns[way].append(in_new_process(_turn, way, arguments, logits))
+        ways = {way: partial(in_new_process, _turn, way, arguments, logits) for way in WAYS}
+        turns = take_turns(ways, arguments.repeats)
         error = masses_differ(turns)
         seconds = {way: statistics.median(turn.seconds for turn in of_way) for way, of_way in turns.items()}
         peaks = {way: max(turn.peak_bytes for turn in of_way) for way, of_way in turns.items()}

@@ -24,7 +24,7 @@ from sinkbed.data.prepare.prepare import prepare
 from sinkbed.data.source.config import Source
 from sinkbed.data.source.documents import Documents
 from sinkbed.data.tokenizer import Tokenizer
-from sinkbed.train.bench.timing import in_new_process, memory_of_tree, peak_bytes
+from sinkbed.train.bench.timing import in_new_process, memory_of_tree, peak_bytes, take_turns
 
 _BLOCK = 1_024  # tokens a row, for the contender that cuts rows while it prepares
 _PIECES_A_WORKER = 4
@@ -219,10 +219,8 @@ def run(arguments: Any) -> int:
             Tokenizer.train(texts, vocab_size=arguments.vocab_size).save(path)
         tokenizer = Tokenizer.load(path, bos=bos, eos=eos)
         job = Job(files, str(path), bos, eos, arguments.workers, folder)
-        turns: dict[str, list[Turn]] = {name: [] for name in CONTENDERS}
-        for _ in range(arguments.repeats):
-            for name in CONTENDERS:  # in turn, so that whatever else the machine does falls on all of them alike
-                turns[name].append(in_new_process(_turn, name, job))
+        contenders = {name: partial(in_new_process, _turn, name, job) for name in CONTENDERS}
+        turns = take_turns(contenders, arguments.repeats)
         _check_tokens(turns)
         _print(turns, size, tokenizer.vocab_size, arguments)
     return 0

@@ -1,11 +1,12 @@
 """What benchmarks share: contenders timed side by side, turns in processes of their own, memory."""
 
+import functools
 import multiprocessing
 import re
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,18 +34,18 @@ def interleave(
     warmup: int,
     clock: Callable[[Callable[[], Any]], float] | None = None,
 ) -> list[Timing]:
-    """Time the contenders in turn, so that whatever else the machine does falls on all of them alike.
+    """Time the contenders in turn; `clock` gives the seconds of a call, None: as this process waits for it."""
+    steps = {name: functools.partial(clock or waited, step) for name, step in contenders.items()}
+    return [Timing(name, seconds[warmup:]) for name, seconds in take_turns(steps, warmup + repeats).items()]
 
-    `clock` gives the seconds of a call; None: as this process waits for it.
-    """
-    clock = clock or waited
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(warmup + repeats):
-        for name, step in contenders.items():
-            taken = clock(step)
-            if turn >= warmup:
-                seconds[name].append(taken)
-    return [Timing(name, steps) for name, steps in seconds.items()]
+
+def take_turns(contenders: Mapping[str, Callable[[], _Result]], repeats: int) -> dict[str, list[_Result]]:
+    """What each returns, in turn, so that whatever else the machine does falls on all of them alike."""
+    results: dict[str, list[_Result]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, turn in contenders.items():
+            results[name].append(turn())
+    return results
 
 
 def waited(step: Callable[[], Any]) -> float:

@@ -13,7 +13,6 @@ from sinkbed.progress import loading
 from sinkbed.ranges import check_number
 from sinkbed.train.config.arguments import PlainParser
 from sinkbed.train.measure.finite import finite
-from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.model import Subject, load
 from sinkbed.train.measure.modes import InferenceMode, check_modes
 
@@ -59,7 +58,9 @@ def continuation(subject: Subject, ids: list[int], mode: InferenceMode, argument
     from sinkbed.model.observe import evaluating, input_device
     from sinkbed.train.measure.inputs import arrange
 
-    probe = Probe((), torch.as_tensor(subject.token_bytes), _bos(subject, mode), subject.eos_id, subject.special_ids)
+    if subject.bos_id is None and mode == "bos":
+        raise ValueError(f"{subject.name}: its tokenizer has no BOS, which the mode bos puts first; name it with --bos")
+    probe = subject.probe()
     generator = torch.Generator().manual_seed(arguments.seed)
     room = (subject.context_length or sys.maxsize) - 1
     with evaluating(subject.model), torch.no_grad():
@@ -81,9 +82,3 @@ def continuation(subject: Subject, ids: list[int], mode: InferenceMode, argument
                 return
             ids.append(token)
             yield token
-
-
-def _bos(subject: Subject, mode: InferenceMode) -> int:
-    if subject.bos_id is None and mode == "bos":
-        raise ValueError(f"{subject.name}: its tokenizer has no BOS, which the mode bos puts first; name it with --bos")
-    return subject.eos_id if subject.bos_id is None else subject.bos_id

@@ -7,12 +7,13 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from sinkbed.data.files import write_atomic
 from sinkbed.plain_text import console, csv_of
+from sinkbed.train.config.arguments import PlainParser
 
 BASELINE = Path(__file__).resolve().parents[2] / "kernels" / "triton" / "baseline.csv"
 _KEYS = ("arch", "kernel", "mask", "dtype", "head_dim")
@@ -70,46 +71,36 @@ def read_table(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
 
 def violations(lines: Sequence[dict[str, Any]], baseline: dict[tuple[str, ...], dict[str, str]]) -> list[str]:
     """What a table does worse than a stored one, a message each."""
+    keys = (tuple(str(line[k]) for k in _KEYS) for line in lines)
+    pairs = zip(keys, lines, strict=True)
+    return [f"{' '.join(key)}: expected {what}" for key, line in pairs for what in _worse(line, baseline.get(key))]
+
+
+def _worse(line: dict[str, Any], stored: dict[str, str] | None) -> Iterator[str]:
+    """What is expected of a line, and what it has, for each that it does not meet."""
     from sinkbed.kernels.triton.aot import CHIPS
 
-    messages = []
-    for line in lines:
-        key = tuple(str(line[k]) for k in _KEYS)
-        name = " ".join(key)
-        if "error" in line:
-            messages.append(f"{name}: expected it to compile, got {line['error']}")
-            continue
-        chip, stored = CHIPS[line["arch"]], baseline.get(key)
-        if line["shared"] > chip.shared_block:
-            messages.append(
-                f"{name}: expected at most {chip.shared_block} bytes of shared memory, got {line['shared']}"
-            )
-        if stored is None:
-            messages.append(f"{name}: expected a line in the baseline, got none; make it anew with --write")
-            continue
-        if line["tiles"] != stored["tiles"]:
-            messages.append(
-                f"{name}: expected the baseline's tiles {stored['tiles']}, got {line['tiles']}; "
-                "make it anew with --write"
-            )
-            continue
-        if (line["unit"], line["matrix"]) != (stored["unit"], int(stored["matrix"])):
-            messages.append(
-                f"{name}: expected {stored['matrix']} {stored['unit']} in the loop over full tiles, got "
-                f"{line['matrix']} {line['unit']}"
-            )
-        if line["spilled"] > int(stored["spilled"]):
-            messages.append(f"{name}: expected at most {stored['spilled']} spilled bytes, got {line['spilled']}")
-        if line["in_loops"] > int(stored["in_loops"]):
-            messages.append(
-                f"{name}: expected at most {stored['in_loops']} bytes spilled in the loops, got {line['in_loops']}"
-            )
-        if line["full_loop"] > _GROWTH * int(stored["full_loop"]):
-            messages.append(
-                f"{name}: expected at most {stored['full_loop']} instructions for a full tile (and 2 %), got "
-                f"{line['full_loop']}"
-            )
-    return messages
+    if "error" in line:
+        yield f"it to compile, got {line['error']}"
+        return
+    most = CHIPS[line["arch"]].shared_block
+    if line["shared"] > most:
+        yield f"at most {most} bytes of shared memory, got {line['shared']}"
+    if stored is None:
+        yield "a line in the baseline, got none; make it anew with --write"
+        return
+    if line["tiles"] != stored["tiles"]:
+        yield f"the baseline's tiles {stored['tiles']}, got {line['tiles']}; make it anew with --write"
+        return
+    products, expected = (f"{of['matrix']} {of['unit']}" for of in (line, stored))
+    if products != expected:
+        yield f"{expected} in the loop over full tiles, got {products}"
+    if line["spilled"] > int(stored["spilled"]):
+        yield f"at most {stored['spilled']} spilled bytes, got {line['spilled']}"
+    if line["in_loops"] > int(stored["in_loops"]):
+        yield f"at most {stored['in_loops']} bytes spilled in the loops, got {line['in_loops']}"
+    if line["full_loop"] > _GROWTH * int(stored["full_loop"]):
+        yield f"at most {stored['full_loop']} instructions for a full tile (and 2 %), got {line['full_loop']}"
 
 
 def to_csv(lines: Sequence[dict[str, Any]]) -> str:
@@ -157,8 +148,6 @@ def print_table(lines: Sequence[dict[str, Any]]) -> None:
 def run(command: str, argv: Sequence[str]) -> int:
     """Compile what is asked for, print it, compare it or store it."""
     import importlib.util
-
-    from sinkbed.train.config.arguments import PlainParser
 
     if importlib.util.find_spec("triton") is None:
         raise ValueError("kernels: expected the package triton, got none; pip install triton")

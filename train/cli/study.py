@@ -6,6 +6,7 @@ not stop the rest.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import signal
 import sys
@@ -120,8 +121,9 @@ def _run_arms(study: StudyConfig, arguments: argparse.Namespace) -> dict[str, st
     except BaseException:
         directory.release(lock)
         raise
-    # As under a scheduler: a terminated study stops its arms, which resume next time.
-    signal.signal(signal.SIGTERM, _stop)
+    # As under a scheduler: a terminated study stops its arms, which resume next time. Not by raising SIGINT, which a
+    # shell has a job in the background ignore.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     began = time.perf_counter()
     runner.run(progress=not arguments.quiet)
     overhead = runner.overhead()
@@ -129,11 +131,6 @@ def _run_arms(study: StudyConfig, arguments: argparse.Namespace) -> dict[str, st
     print(f"arms took {time.perf_counter() - began:.0f} s{beside}")
     lock.close()
     return dict(runner.failed)
-
-
-def _stop(*_: Any) -> None:
-    """Not by raising SIGINT, which a shell has a job in the background ignore."""
-    raise KeyboardInterrupt
 
 
 def chosen(arguments: argparse.Namespace) -> StudyConfig:
@@ -199,7 +196,7 @@ def _run_one(study: StudyConfig, arguments: argparse.Namespace) -> int:
         check_fits(study, [run])
         _prepare(study, arguments.quiet)
         [run] = plan(study)  # of the token store that is there now
-    with hold(run.folder, SECONDS_FOR_THE_DEAD):  # also while it is judged and cleared
+    with contextlib.closing(hold(run.folder, SECONDS_FOR_THE_DEAD)):  # also while it is judged and cleared
         _refuse_others([run], arguments.force)
         if run.status() == "finished":
             print(f"{run.folder}: finished already; nothing was changed")

@@ -4,7 +4,7 @@ for every strategy."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,7 @@ class Probe:
 
     def head(self, count: int) -> Probe:
         """The first `count` documents."""
-        return Probe(self.documents[:count], self.token_bytes, self.bos_id, self.eos_id, self.special_ids)
+        return replace(self, documents=self.documents[:count])
 
     def batches(self, batch_tokens: int) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
         """Numbers of documents, token ids [B, n] padded on the right, lengths [B]; like lengths together."""

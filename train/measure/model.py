@@ -7,7 +7,7 @@ through our operator (`model.hf.adapter`). The text is a token store's validatio
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +49,14 @@ class Subject:
     def model(self) -> Any:
         """Called as our decoder is. Its weights are read here, after all else was found to fit."""
         return self.load_model()
+
+    def probe(self, documents: Iterable[Any] = ()) -> Probe:
+        """Token ids [n] of some documents, as the model is measured on them."""
+        import torch
+
+        token_bytes = torch.as_tensor(self.token_bytes, dtype=torch.int64)
+        bos = self.eos_id if self.bos_id is None else self.bos_id
+        return Probe(tuple(documents), token_bytes, bos, self.eos_id, self.special_ids)
 
 
 def check_paths(arguments: Any) -> bool:
@@ -244,13 +252,7 @@ def probe_of(subject: Subject, documents: Iterator[str], limit: int, config: Mea
             f"--sink_tokens {config.sink_tokens}: expected documents of at least as many tokens, got {longest} in "
             f"the longest, cropped to --length {limit} with room for BOS; give longer ones, or lower it"
         )
-    return Probe(
-        tuple(chosen),
-        torch.as_tensor(subject.token_bytes, dtype=torch.int64),
-        subject.eos_id if subject.bos_id is None else subject.bos_id,
-        subject.eos_id,
-        subject.special_ids,
-    )
+    return subject.probe(chosen)
 
 
 def changed_prompt(subject: Subject, arguments: Any) -> tuple[list[int], list[int]]:
@@ -292,7 +294,7 @@ def artificial(probe: Probe, kind: Literal["random", "repeated"]) -> Probe:
             special_ids=tuple(sorted(probe.special_ids)),
         )  # fmt: skip
         documents.append(torch.from_numpy(np.resize(drawn, len(document))))
-    return Probe(tuple(documents), probe.token_bytes, probe.bos_id, probe.eos_id, probe.special_ids)
+    return dataclasses.replace(probe, documents=tuple(documents))
 
 
 def _check_bytes(subject: Subject, ids: list[int]) -> None:

@@ -85,12 +85,6 @@ class Lock:
         """Give the folder back."""
         self.file.close()
 
-    def __enter__(self) -> None:
-        """Hold it for a block."""
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def lock(folder: Path) -> Lock:
     """Make `folder` this process's own until the file is closed or the process ends, however it ends.

@@ -1,7 +1,7 @@
 """How far a changed token reaches into the others (arXiv 2504.02732, Figure 2)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,8 +61,7 @@ def measure_perturbation(
         for at in range(0, len(text), size):
             chosen = slice(at, at + size)
             both = torch.cat([text[chosen], changed[chosen]])
-            rows = excerpts.rows[chosen]
-            twice = Excerpts(excerpts.probe, excerpts.mode, excerpts.strategy, rows + rows, both)
+            twice = replace(excerpts, rows=2 * excerpts.rows[chosen], text=both)
             _, row = twice.batch(slice(None), device)
 
             def hidden(layer: int, h: Tensor, slots: Tensor = row.slots) -> None:
