@@ -63,20 +63,17 @@ def run(command: str, argv: Sequence[str]) -> int:
     if arguments.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     if arguments.step:
-        return _one(arguments.step, arguments.device)
+        from sinkbed.train.bench import gpu
+
+        sizes = gpu.FULL if arguments.device == "cuda" else gpu.REHEARSAL
+        getattr(gpu, arguments.step)(arguments.device, sizes)
+        return 0
 
     import torch
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("check gpu: expected a GPU that torch can use, got none; --device cpu rehearses the steps")
     return _all(steps(arguments.device, arguments.workers), arguments.out, arguments.seconds)
-
-
-def _one(name: str, device: str) -> int:
-    from sinkbed.train.bench import gpu
-
-    getattr(gpu, name)(device, gpu.FULL if device == "cuda" else gpu.REHEARSAL)
-    return 0
 
 
 def _all(planned: Sequence[Step], out: Path, seconds: int) -> int:

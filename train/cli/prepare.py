@@ -121,6 +121,7 @@ def described(size: "Estimate") -> list[str]:
     all_read = size.documents == size.sample_documents
     width = size.tokens * size.spread if size.tokens and size.spread else 0.0
     span = f" ({size.tokens - width:,.0f} to {size.tokens + width:,.0f})" if size.tokens and width else ""
+    left = "unknown" if size.seconds is None else str(timedelta(seconds=max(1, round(size.seconds))))
     trained = ", by a tokenizer trained on the sample" if size.trained_on_sample else ""
     lines = [
         f"sample           {counted(size.sample_documents, 'document')}, {size.sample_bytes:,} bytes",
@@ -129,7 +130,7 @@ def described(size: "Estimate") -> list[str]:
         f"bytes per token  {size.bytes_per_token:.2f}{trained}",
         f"tokens           {of(size.tokens)}{span}",
         f"disk             {of(None if size.disk is None else size.disk / 1e9, '{:,.3f} GB')}",
-        f"time left        {_duration(size.seconds)} at {size.rate / 1e6:.2f} MB/s",
+        f"time left        {left} at {size.rate / 1e6:.2f} MB/s",
     ]
     if size.finished_bytes:
         lines.append(f"finished         {size.finished_bytes:,} bytes of text by a run that was stopped")
@@ -140,10 +141,6 @@ def described(size: "Estimate") -> list[str]:
 
 def _counted(reasons: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in reasons.items())
-
-
-def _duration(seconds: float | None) -> str:
-    return "unknown" if seconds is None else str(timedelta(seconds=max(1, round(seconds))))
 
 
 def _check(command: str, argv: Sequence[str]) -> int:

@@ -73,9 +73,6 @@ class TokenData(L.LightningDataModule):
             unique_rows: train on only so many rows, those of the first documents, again and again; null on all.
         """
         super().__init__()
-        for name, value in (("context_length", context_length), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"data.{name}: expected at least 1, got {value}")
         self.store_path = store
         self.context_length = context_length
         self.strategy = strategy
