@@ -8,6 +8,7 @@ from sinkbed.plain_text import counted
 from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.effects import (
     LABELS,
+    LIVE,
     SIGNS,
     Outcome,
     counts,
@@ -189,18 +190,20 @@ def effects_table(effects: Sequence[Outcome], most_seeds: int | None) -> Table:
 
 
 def _arms(results: Sequence[Result]) -> Table:
-    mode = main_mode(results)
-    cells = []
+    lines = []
     for arm in arms_of(results):
         runs = sum(r.arm == arm for r in results)
-        onsets = [tokens / 1000 for tokens in figures(results, arm, "onset_tokens", mode).values()]
-        area = written("sink_rate_area", figures(results, arm, "sink_rate_area", mode).values())
-        cells.append((arm, str(runs), area, spread(onsets, 0) or "never", f"{len(onsets)} of {runs}"))
+        onsets = [tokens / 1000 for tokens in figures(results, arm, "onset_tokens", "").values()]
+        onset = {"onset, thousand tokens": spread(onsets, 0) or "never", "reached": f"{len(onsets)} of {runs}"}
+        for mode in modes_of(results):
+            curve = {LABELS[metric]: written(metric, figures(results, arm, metric, mode).values()) for metric in LIVE}
+            if any(curve.values()) or onset["reached"]:
+                lines.append({"arm": arm, "input": MODE_LABELS[mode], **curve, **onset})
+                onset = dict.fromkeys(onset, "")  # it is of one mode, the first
     return Table(
         "arms",
         "When the sink forms",
-        ("arm", "runs", label("sink_rate_area", mode), "onset, thousand tokens", "reached"),
-        cells,
+        *filled(lines),
         "Area: mean of the sink rate over the logarithm of tokens, in training's last hundredfold of them. Onset: the "
         "first measurement of training at measure.onset_rate (default 10 %), over the runs that reached it.",
     )

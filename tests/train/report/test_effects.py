@@ -72,6 +72,8 @@ def test_effects_are_judged_by_differences_of_the_same_seeds(keys, verdict):
 def test_rates_of_a_curve_and_of_deep_layers():
     run = result("fixed", 0, 30.0, 3.0)
     assert figure(run, "sink_rate_peak", "bos") == 30.0 and figure(run, "sink_rate_peak", "text") is None
+    run.points.extend({"train/tokens": 9, "sink/rate_deep_eps0.3/bos": rate} for rate in (4.0, 12.0, 7.0))
+    assert figure(run, "sink_rate_deep_peak", "bos") == 12.0
     run.final["modes"]["bos"]["rate"]["0.3"] = [[100.0, 100.0], [100.0, 100.0], [10.0, 20.0], [30.0, 0.0]]
     assert figure(run, "sink_rate_deep", "bos") == 15.0
 
