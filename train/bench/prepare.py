@@ -129,7 +129,7 @@ CONTENDERS: dict[str, Contender] = {_BARE: bare_tokenizer, _OURS: sinkbed, _PEER
 
 
 def _turn(name: str, job: Job) -> Turn:
-    """Of a contender, in a process that writes nothing outside a new folder."""
+    """A contender's turn, in a process that writes nothing outside a new folder."""
     with tempfile.TemporaryDirectory(dir=job.folder) as folder:
         os.environ |= {  # this process is a new one: the libraries read them when they are first used
             "RAYON_NUM_THREADS": str(job.workers),

@@ -58,8 +58,7 @@ def continuation(subject: Subject, ids: list[int], mode: InferenceMode, argument
     from sinkbed.model.observe import evaluating, input_device
     from sinkbed.train.measure.inputs import arrange
 
-    if subject.bos_id is None and mode == "bos":
-        raise ValueError(f"{subject.name}: its tokenizer has no BOS, which the mode bos puts first; name it with --bos")
+    subject.check_bos([mode])
     probe = subject.probe()
     generator = torch.Generator().manual_seed(arguments.seed)
     room = (subject.context_length or sys.maxsize) - 1

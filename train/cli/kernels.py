@@ -77,7 +77,7 @@ def violations(lines: Sequence[dict[str, Any]], baseline: dict[tuple[str, ...], 
 
 
 def _worse(line: dict[str, Any], stored: dict[str, str] | None) -> Iterator[str]:
-    """What is expected of a line, and what it has, for each that it does not meet."""
+    """What a line should be and is, for each figure that is worse than the stored one."""
     from sinkbed.kernels.triton.aot import CHIPS
 
     if "error" in line:
@@ -92,9 +92,9 @@ def _worse(line: dict[str, Any], stored: dict[str, str] | None) -> Iterator[str]
     if line["tiles"] != stored["tiles"]:
         yield f"the baseline's tiles {stored['tiles']}, got {line['tiles']}; make it anew with --write"
         return
-    products, expected = (f"{of['matrix']} {of['unit']}" for of in (line, stored))
-    if products != expected:
-        yield f"{expected} in the loop over full tiles, got {products}"
+    actual, expected = (f"{each['matrix']} {each['unit']}" for each in (line, stored))
+    if actual != expected:
+        yield f"{expected} in the loop over full tiles, got {actual}"
     if line["spilled"] > int(stored["spilled"]):
         yield f"at most {stored['spilled']} spilled bytes, got {line['spilled']}"
     if line["in_loops"] > int(stored["in_loops"]):

@@ -19,7 +19,7 @@ from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.measures import MEASURES, measures
 from sinkbed.train.measure.model import Subject, changed_prompt, check_paths, load, probe_of, texts
-from sinkbed.train.measure.modes import MODE_LABELS, InferenceMode, check_modes
+from sinkbed.train.measure.modes import MODE_LABELS, check_modes
 
 Input = Literal["natural", "random", "repeated"]
 OTHERS = ("sinks", "positions", "streaming")
@@ -91,7 +91,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     _check_subject(subject, arguments)
     limit = arguments.length or min(512, subject.context_length or 512)
     natural = probe_of(subject, texts(arguments, subject), limit, config)
-    _check_bos(subject, modes)
+    subject.check_bos(modes)
     _check_lengths(subject, natural, limit, modes, names, arguments)
     print(f"{subject.name}: {counted(len(natural.documents), 'document')}, T = {config.sink_tokens}, eps 0.3")
     longest = max([limit, *(n + 1 for n in arguments.lengths)])
@@ -204,11 +204,3 @@ def _check_lengths(
         check_cache(longest, cache_size(arguments, subject, probe), arguments.kept, subject.strategy)
     if arguments.change is not None:
         changed_prompt(subject, arguments)
-
-
-def _check_bos(subject: Subject, modes: Sequence[InferenceMode]) -> None:
-    if subject.bos_id is None and "bos" in modes:
-        raise ValueError(
-            f"{subject.name}: its tokenizer has no BOS, which the mode bos puts first; name a token with --bos, or "
-            "leave the mode out (--modes text)"
-        )

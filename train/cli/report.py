@@ -10,8 +10,7 @@ from pathlib import Path
 
 from sinkbed.train.cli.study import chosen
 from sinkbed.train.config.arguments import PlainParser
-from sinkbed.train.report.index import write_digest
-from sinkbed.train.report.study import load_folder, of_all_seeds, split_finished, write_report
+from sinkbed.train.report.runs import load_folder, of_all_seeds, split_finished
 from sinkbed.train.study.arms import ArmRun, plan
 from sinkbed.train.study.file import StudyConfig, load_study
 
@@ -72,6 +71,8 @@ def run(command: str, argv: Sequence[str]) -> int:
             f"{', '.join(map(str, arguments.what))}: expected at least one run that was measured, got none in "
             f"{study.out}{others}; name another folder with --out, or start one with `sinkbed study` or `sinkbed fit`"
         )
+    from sinkbed.train.report.study import write_report  # which imports matplotlib
+
     write_report(study, results, missing)
     return 0
 
@@ -93,5 +94,7 @@ def _digest(arguments: argparse.Namespace) -> int:
             studies.append((study, results))
     if not studies:
         raise ValueError("report: expected a study with a finished run, got none; start one with `sinkbed study`")
+    from sinkbed.train.report.index import write_digest
+
     print(f"page: {write_digest(studies, arguments.out)}")
     return 0

@@ -17,6 +17,8 @@ from typing import Any
 
 from sinkbed.data.files import remove_temporaries
 from sinkbed.train.config.arguments import PlainParser
+from sinkbed.train.report.effects import check, check_measured
+from sinkbed.train.report.runs import of_all_seeds, split_finished
 from sinkbed.train.run import directory
 from sinkbed.train.study.arms import LOG, SECONDS_FOR_THE_DEAD, ArmRun, check_configs, conclude, hold, make_ready, plan
 from sinkbed.train.study.file import StudyConfig, load_study
@@ -65,7 +67,6 @@ def run(command: str, argv: Sequence[str]) -> int:
     warm_up()
     runs = plan(study)
     todo = [r for r in runs if r.status() != "finished"]
-    from sinkbed.train.report.effects import check, check_measured
     from sinkbed.train.study.cost import check_fits, check_stores, print_plan
 
     if todo and (complaint := call(check_configs, todo) or call(check_stores, todo)):
@@ -81,8 +82,6 @@ def run(command: str, argv: Sequence[str]) -> int:
         return 0
     _prepare(study, arguments.quiet)
 
-    from sinkbed.train.report.study import of_all_seeds, split_finished, write_report
-
     while True:
         failed = _run_arms(study, arguments)
         finished, results, missing = split_finished(of_all_seeds(study))
@@ -92,6 +91,8 @@ def run(command: str, argv: Sequence[str]) -> int:
         study = dataclasses.replace(study, seeds=[*study.seeds, max(study.seeds) + 1])
         print(f"one seed more, {len(study.seeds)} of at most {study.most_seeds}, for the interval of {wide[0]!r}")
     if finished:
+        from sinkbed.train.report.study import write_report  # which imports matplotlib
+
         write_report(study, results, missing, log=finished)
     for name, why in failed.items():
         print(f"arm {name} failed: {why}", file=sys.stderr)
@@ -145,9 +146,6 @@ def chosen(arguments: argparse.Namespace) -> StudyConfig:
 
 def _print_seeds(study: StudyConfig) -> None:
     """How many seeds the effects take, from the arms that are finished."""
-    from sinkbed.train.report.effects import check
-    from sinkbed.train.report.study import of_all_seeds, split_finished
-
     _, results, _ = split_finished(of_all_seeds(study))
     for item in check(results, study.effects, {}):
         if item.seeds:

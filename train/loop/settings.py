@@ -1,6 +1,7 @@
 """What settings of a run contradict each other: refused before a store is opened, a model built or a file written."""
 
 import os
+import shutil
 import sys
 from typing import Any
 
@@ -39,6 +40,12 @@ def check_settings(config: Any) -> None:
         raise ValueError(
             f"model.decoder: expected at most the {there / 1e9:.3g} GB of memory of this machine, got weights, "
             f"gradients and moments of {needed / 1e9:.3g} GB; make it smaller"
+        )
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # the one that torch takes
+    if config.model.compile and trainer.accelerator == "cpu" and shutil.which(compiler) is None:
+        raise ValueError(
+            f"model.compile: expected a C++ compiler, got no {compiler} on this machine; install it, name another in "
+            "the environment variable CXX, or set model.compile to false"
         )
     strategy, measure = Strategy(**vars(data.strategy)), MeasureConfig(**vars(config.measure))
     check_number("data.context_length", data.context_length, least=2)

@@ -7,7 +7,7 @@ through our operator (`model.hf.adapter`). The text is a token store's validatio
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +49,14 @@ class Subject:
     def model(self) -> Any:
         """Called as our decoder is. Its weights are read here, after all else was found to fit."""
         return self.load_model()
+
+    def check_bos(self, modes: Sequence[str]) -> None:
+        """Raise ValueError where a mode needs a BOS and the tokenizer has none."""
+        if self.bos_id is None and "bos" in modes:
+            raise ValueError(
+                f"{self.name}: its tokenizer has no BOS, which the mode bos puts first; name a token with --bos, or "
+                "choose another mode"
+            )
 
     def probe(self, documents: Iterable[Any] = ()) -> Probe:
         """Token ids [n] of some documents, as the model is measured on them."""
@@ -169,7 +177,7 @@ def _hugging_face(arguments: Any) -> Subject:
         bos = _token_id(None if token == tokenizer.unk_token_id else token, arguments.bos, name)
     size, context_length = config.vocab_size, getattr(config, "max_position_embeddings", None)
 
-    def load_model() -> Any:
+    def load_model() -> HFModel:
         _check_export(Path(name), ".safetensors")
         return HFModel.load(name, **where, dtype=arguments.dtype, device_map=arguments.device_map)
 

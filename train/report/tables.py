@@ -190,22 +190,23 @@ def effects_table(effects: Sequence[Outcome], most_seeds: int | None) -> Table:
 
 
 def _arms(results: Sequence[Result]) -> Table:
-    lines = []
+    lines, rate = [], "sink/rate_eps0.3/"
     for arm in arms_of(results):
-        runs = sum(r.arm == arm for r in results)
-        onsets = [tokens / 1000 for tokens in figures(results, arm, "onset_tokens", "").values()]
-        onset = {"onset, thousand tokens": spread(onsets, 0) or "never", "reached": f"{len(onsets)} of {runs}"}
-        for mode in modes_of(results):
-            curve = {LABELS[metric]: written(metric, figures(results, arm, metric, mode).values()) for metric in LIVE}
-            if any(curve.values()) or onset["reached"]:
-                lines.append({"arm": arm, "input": MODE_LABELS[mode], **curve, **onset})
-                onset = dict.fromkeys(onset, "")  # it is of one mode, the first
+        of_arm = [r for r in results if r.arm == arm]
+        onsets = [tokens / 1000 for tokens in figures(of_arm, arm, "onset_tokens", "").values()]
+        onset = {"onset, thousand tokens": spread(onsets, 0) or "never", "reached": f"{len(onsets)} of {len(of_arm)}"}
+        keys = dict.fromkeys(key for r in of_arm for point in r.points for key in point if key.startswith(rate))
+        for mode in [key.removeprefix(rate) for key in keys] or modes_of(of_arm)[:1]:
+            curve = {LABELS[metric]: written(metric, figures(of_arm, arm, metric, mode).values()) for metric in LIVE}
+            lines.append({"arm": arm, "input": MODE_LABELS[mode], **curve, **onset})
+            onset = dict.fromkeys(onset, "")  # it is of the first live mode
     return Table(
         "arms",
         "When the sink forms",
         *filled(lines),
         "Area: mean of the sink rate over the logarithm of tokens, in training's last hundredfold of them. Onset: the "
-        "first measurement of training at measure.onset_rate (default 10 %), over the runs that reached it.",
+        "first measurement of training at measure.onset_rate (default 10 %) in the first live mode, over the runs that "
+        "reached it.",
     )
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from sinkbed.data.files import write_json
 from sinkbed.ranges import check_number
 from sinkbed.train.run import directory
 from sinkbed.train.run.charts import Charts, Detail, Map
@@ -104,9 +103,8 @@ class Tracker(WandbLogger):
     def log_beside(self, row: dict[str, Any]) -> None:
         """Send what is no point of metrics.jsonl, and remember its number: a resumed run counts the points alone."""
         self.experiment.log(row, step=self.number, commit=True)
-        path = self.run_dir / directory.RUN
-        known = directory.read_json(path)
-        write_json(path, {**known, "beside": [*known.get("beside", ()), self.number]})
+        beside = directory.read_json(self.run_dir / directory.RUN).get("beside", ())
+        directory.note(self.run_dir, beside=[*beside, self.number])
         self.number += 1
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:

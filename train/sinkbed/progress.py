@@ -16,7 +16,7 @@ def documents_read(count: int) -> None:
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Say on a terminal what is being imported, for as long as it takes."""
+    """Say on a terminal what is being loaded, for as long as it takes."""
     line = f"loading {what} …" if sys.stderr.isatty() else ""
     print(line, end="", file=sys.stderr, flush=True)
     try:

@@ -496,3 +496,10 @@ def test_bf16_is_refused_on_a_cpu_that_lacks_it(fit, monkeypatch, capsys):
     status, folder = fit("--trainer.precision", "bf16-mixed")
     assert status == 1 and not folder.exists()
     assert "trainer.precision: expected 32-true on a CPU without arithmetic in bfloat16" in capsys.readouterr().err
+
+
+def test_a_machine_without_a_compiler_says_so_before_training(fit, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "nowhere++")
+    status, folder = fit("--model.compile", "true")
+    assert status == 1 and not folder.exists()
+    assert "model.compile: expected a C++ compiler, got no nowhere++ on this machine" in capsys.readouterr().err

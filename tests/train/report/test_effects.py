@@ -159,6 +159,13 @@ def test_onsets_are_of_the_runs_that_reached_one():
     assert by_arm["fixed"][-1] == "3 of 3"
 
 
+def test_an_onset_is_said_of_the_first_live_mode():
+    run = result("a", 0, 30.0, 3.0, onset=500)
+    run.points[:] = [{"train/tokens": 9, "sink/rate_eps0.3/text": 1.0, "sink/rate_eps0.3/bos": 2.0}]
+    [arms] = [s for s in sections([run], []) if s.title == "When the sink forms"]
+    assert [(row[1], row[-1]) for row in arms.rows] == [("text", "1 of 1"), ("BOS + text", "")]
+
+
 def test_a_token_placed_at_position_0_is_measured_at_key_0():
     assert figure(result("a", 0, 30, 3, placed=70), "sink_rate_placed", "bos") == 70
     assert figure(result("a", 0, 30, 3), "sink_rate_placed", "bos") == 30

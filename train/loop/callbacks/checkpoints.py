@@ -162,7 +162,7 @@ class Checkpoints(Checkpoint):
             signal.signal(number, handler)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """As at the end."""
+        """Give them back, too: Lightning tears no callback down after an error."""
         self.teardown(trainer, pl_module, "fit")
 
 

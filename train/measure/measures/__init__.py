@@ -1,7 +1,7 @@
 """What is measured layer by layer around the sink, a file each.
 
-A measure is registered under the name that `sinkbed probe --measure` takes. Its columns say how its result is read:
-tables, CSV files, figures and the points that are logged while training are made from them alone.
+`register_measure` registers a measure under the name that `sinkbed probe --measure` takes. Its columns say how its
+result is read: tables, CSV files, figures and the points that are logged while training are made from them alone.
 
 Hidden states are numbered from l = 0, what the first block reads, to L, what the last block writes (before the final
 norm). Every document is cropped to one length, so that no padding takes part; a figure is a mean over documents unless
@@ -92,7 +92,7 @@ class Measure:
 
 
 def register_measure(name: str, **reading: Any) -> Callable[[Function], Function]:
-    """Decorator of `Measure.measure`, whose result is then refused where a number in it is not finite.
+    """Registers a function as a measure; a result with a number that is not finite is refused.
 
     Args:
         name: that of the file.

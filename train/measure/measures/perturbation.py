@@ -78,8 +78,8 @@ def measure_perturbation(
             with observing(model, hidden=hidden):
                 model(row.tokens, mask=row.mask)
     means = totals.means()
-    squares = zip(means["spread"], means.pop("spread²"), strict=True)
-    variance = (max(0.0, s - m * m) / max(1, len(text) - 1) for m, s in squares)
+    pairs = zip(means["spread"], means.pop("spread²"), strict=True)
+    variance = (max(0.0, s - m * m) / max(1, len(text) - 1) for m, s in pairs)
     return Perturbation(position=position, across=[math.sqrt(v) for v in variance], **means)
 
 

@@ -1,0 +1,55 @@
+"""Which runs a report is of, and what became of them; draws nothing."""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from sinkbed.train.config.yaml_files import read_mapping
+from sinkbed.train.report.result import Result, load_result
+from sinkbed.train.run import directory
+from sinkbed.train.study.arms import ArmRun, plan
+from sinkbed.train.study.file import StudyConfig
+
+
+def of_all_seeds(study: StudyConfig) -> list[ArmRun]:
+    """Every arm under the study's seeds and under those that have a finished run of it in the study's folder."""
+    more = {seed for _, _, seed in load_folder(study.out)} - set(study.seeds)
+    runs = plan(dataclasses.replace(study, seeds=[*study.seeds, *sorted(more)]))
+    done = {r.seed for r in runs if r.status() == "finished"}
+    return [r for r in runs if r.seed in done or r.seed in study.seeds]
+
+
+def load_folder(folder: Path) -> list[tuple[Path, str, int]]:
+    """(run directory, arm, seed) of the runs of a folder, finished or not: a run, a study, or a folder of runs."""
+    below = (folder, *sorted(folder.glob("*/")), *sorted(folder.glob("runs/*/")))
+    runs = []
+    for path in below:
+        if (path / directory.METRICS).is_file() and (path / directory.CONFIG).is_file():
+            arm, seed = path.name, 0
+            with contextlib.suppress(ValueError, LookupError, TypeError):  # what is damaged is said when it is read
+                seed = read_mapping(path / directory.CONFIG)["data"]["seed"]
+                record = directory.read_json(path / "arm.json") if (path / "arm.json").is_file() else {}
+                arm, seed = record.get("arm", arm), record.get("seed", seed)
+            runs.append((path, arm, seed))
+    return runs
+
+
+def split_finished(runs: Sequence[ArmRun]) -> tuple[list[ArmRun], list[Result], list[str]]:
+    """The runs that have finished; results of them, and of the others that were measured; why the rest have none."""
+    finished, results, missing = [], [], []
+    for run in runs:
+        status, why = "not measured yet", ""
+        try:
+            status = run.status() if run.settings else status
+            why = run.reason() if status in ("failed", "other") else ""
+            if not why:
+                results.append(load_result(run.folder, run.arm, run.seed))
+                finished += [run] if not results[-1].progress else []
+                continue
+        except (OSError, ValueError) as error:
+            if status == "finished" or not isinstance(error, FileNotFoundError):  # else there is nothing to read yet
+                status, why = "damaged", str(error)
+        status = {"other": "of other settings", "new": "not run"}.get(status, status)
+        missing.append(f"{run.folder.name} ({status}{f': {why}' if why else ''})")
+    return finished, results, missing
