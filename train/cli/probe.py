@@ -18,7 +18,7 @@ from sinkbed.train.config.arguments import PlainParser
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.measures import MEASURES, measures
-from sinkbed.train.measure.model import Subject, changed_prompt, check_paths, load, probe_of, texts
+from sinkbed.train.measure.model import Subject, changed_prompt, check_model, check_text, load, probe_of, texts
 from sinkbed.train.measure.modes import MODE_LABELS, check_modes
 
 Input = Literal["natural", "random", "repeated"]
@@ -65,7 +65,8 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument("--wandb", action="store_true", help="log figures and numbers to the run's W&B page")
     arguments = parser.parse_args(list(argv))
 
-    check_paths(arguments)  # first: a path that is none is answered before torch is imported
+    check_model(arguments)  # first: a path that is none is answered before torch is imported
+    check_text(arguments)
     with loading("torch"):
         from sinkbed.train.loop.settings import use_threads
         from sinkbed.train.measure.steps import Measurement

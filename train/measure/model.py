@@ -67,15 +67,11 @@ class Subject:
         return Probe(tuple(documents), token_bytes, bos, self.eos_id, self.special_ids)
 
 
-def check_paths(arguments: Any) -> bool:
+def check_model(arguments: Any) -> bool:
     """Whether `arguments.model` names a run of ours; loads nothing, and takes a .gguf file apart.
 
-    Raises FileNotFoundError or ValueError for a name that can be no model, and for a text that is not there.
+    Raises FileNotFoundError or ValueError for a name that can be no model.
     """
-    if arguments.prompts is not None and not arguments.prompts.is_file():
-        raise FileNotFoundError(f"--prompts: no file at {arguments.prompts}")
-    if arguments.store is not None:
-        Manifest.read(arguments.store)
     path = Path(arguments.model)
     if (path / directory.CONFIG).is_file() or path.name.endswith(".ckpt"):
         find_run(path)
@@ -95,8 +91,8 @@ def check_paths(arguments: Any) -> bool:
 
 def load(arguments: Any) -> Subject:
     """The model that `arguments.model` names, its weights not yet read if it is one of Hugging Face. Raises as
-    `check_paths`, and ValueError for files that are damaged or no causal language model."""
-    if check_paths(arguments):
+    `check_model`, and ValueError for files that are damaged or no causal language model."""
+    if check_model(arguments):
         return of_run(Path(arguments.model), arguments.store, arguments.bos)
     return _hugging_face(arguments)
 
@@ -201,6 +197,14 @@ def _token_id(token_id: int | None, token: str, where: object) -> int:
     if token_id is None:
         raise ValueError(f"--bos: expected a token of the vocabulary of {where}, got {token!r}")
     return token_id
+
+
+def check_text(arguments: Any) -> None:
+    """Raise FileNotFoundError for a text that is not there; loads nothing."""
+    if arguments.prompts is not None and not arguments.prompts.is_file():
+        raise FileNotFoundError(f"--prompts: no file at {arguments.prompts}")
+    if arguments.store is not None:
+        Manifest.read(arguments.store)
 
 
 def texts(arguments: Any, subject: Subject) -> Iterator[str]:

@@ -32,7 +32,9 @@ def test_the_page_needs_no_network_and_escapes_what_users_wrote(finished):
     assert links.targets == []
     assert "A study &lt;of&gt; two arms" in page and "<of>" not in page
     assert page.count("<svg") == page.count("</svg>") >= 9
-    assert len(re.findall(r"<tr><td", page)) == 2 + 4 * 2 + 2 + 6, "arms, by input, onsets, every measurement"
+    assert len(re.findall(r"<tr><td", page)) == 2 + 4 * 2 + 2 * 3 + 6, (
+        "arms, by input, onsets by input, every measurement"
+    )
     assert page.index('class="answer"') < page.index("<svg") < page.index("<table")
 
 
