@@ -1,0 +1,121 @@
+"""Settings that are refused, or answered with a word, before anything is trained."""
+
+import pytest
+import torch
+
+from sinkbed.data.prepare.prepare import available_cores
+from sinkbed.train.cli.main import main
+from sinkbed.train.loop.settings import use_threads
+from tests.support.runs import refused
+
+
+def test_more_threads_than_cores_are_answered_with_a_word(fit, capsys):
+    fit("--threads", "1000", "--trainer.precision", "16-mixed")
+    assert "threads: 1000 share the" not in capsys.readouterr().err, "what is refused comes first"
+    cores, before = available_cores(), torch.get_num_threads()
+    try:
+        use_threads(1000)
+        assert f"threads: 1000 share the {cores} core" in capsys.readouterr().err and torch.get_num_threads() == 1000
+        use_threads(cores)
+        assert not capsys.readouterr().err
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_refusal_names_the_line_of_the_key(fit, tmp_path, capsys):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("threads: 1\ndata: {context_length: 1}\n")
+    assert "overlay.yaml, line 2: data.context_length: expected at least 2" in refused(
+        capsys, fit("--config", str(overlay))[0]
+    )
+    status, _ = fit("--config", str(overlay), "--data.context_length", "0")
+    assert refused(capsys, status).startswith("sinkbed fit: data.context_length: expected"), (
+        "of an option there is none"
+    )
+
+
+@pytest.mark.parametrize("option", ["limit_train_batches=3", "max_epochs=1", "logger=true", "fast_dev_run=true"])
+def test_a_trainer_setting_without_effect_is_refused(fit, capsys, option):
+    assert "has no effect here" in refused(capsys, fit(f"--trainer.{option}")[0])
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--model.decoder.n_heads", "3"), "d_model: expected a multiple of n_heads=3"),
+        (("--data.store", "nowhere"), "nowhere"),
+        (("--data.context_length", "1000000"), "1000000"),
+        (("--data.batch_size", "4", "--data.micro_batch_size", "3"), "expected a multiple of micro_batch_size=3"),
+        (("--trainer.max_steps", "-1"), "trainer.max_steps: expected at least 1"),
+        (("--model.decoder.position", "{learned: {length: 8}}"), "positions, got 8; set {learned: {length: "),
+        (
+            ("--model.decoder.position", "alibi", "--data.strategy.prefix_lm", "4"),
+            "expected no keys ahead, got data.strategy.prefix_lm=4",
+        ),
+        (
+            ("--model.decoder.position", "alibi", "--data.strategy.positions", "document"),
+            "data.strategy.positions: expected row, or mask: intra_document",
+        ),
+        (
+            (
+                "--model.decoder.n_registers",
+                "1",
+                "--data.strategy.mask",
+                "intra_document",
+                "--data.strategy.shared_prefix",
+                "2",
+            ),
+            "data.strategy.shared_prefix=2, got first_key_masked; leave it out",
+        ),
+        (("--model.decoder.position", "{rope: {share: 0.01}}"), "expected an even number of dimensions to rotate"),
+        (("--model.decoder.normalizer", "sigmoid", "--model.decoder.sink", "learned"), "sink: expected none beside"),
+        (("--model.decoder.feed_forward", "none"), "d_ff: expected 0 beside feed_forward none, got"),
+        (("--trainer.accumulate_grad_batches", "2"), "set data.micro_batch_size"),
+        (("--threads", "0"), "threads: expected at least 1"),
+        (("--trainer.log_every_n_steps", "0"), "trainer.log_every_n_steps: expected at least 1"),
+        (("--trainer.precision", "16-mixed"), "expected bf16-mixed"),
+        (("--trainer.precision", "16"), "got 16, expected bf16-mixed"),
+        (("--trainer.accelerator", "cuda"), "trainer.accelerator: expected one that this machine has, got cuda"),
+        (("--trainer.devices", "x"), "trainer.devices: expected auto or a number, got 'x'"),
+        (("--seed_everything", "-5"), "seed_everything: expected at least 0"),
+        (("--ckpt_path", "lst"), "--ckpt_path lst: expected last, auto or a checkpoint of this run"),
+        (("--trainer.use_distributed_sampler", "true"), "trainer.use_distributed_sampler: has no effect"),
+        (("--model.optimizer.warmup_steps", "11"), "do not fit into trainer.max_steps=10"),
+        (("--measure.sink_tokens", "64"), "measure.sink_tokens=64"),
+        (("--data.strategy.window", "0"), "window"),
+    ],
+)
+def test_a_wrong_setting_is_one_message(fit, capsys, extra, message):
+    try:
+        status, _ = fit(*extra)
+    except SystemExit as stop:  # the parser's own refusals
+        status = stop.code
+    error = refused(capsys, status)
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_an_unknown_key_is_an_error(fit, capsys):
+    with pytest.raises(SystemExit):
+        fit("--model.decoder.headz", "3")
+    assert "headz" in capsys.readouterr().err
+
+
+def test_a_missing_config_is_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "nowhere.yaml"])
+    assert "nowhere.yaml" in capsys.readouterr().err
+
+
+def test_bf16_is_refused_on_a_cpu_that_lacks_it(fit, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
+    status, folder = fit("--trainer.precision", "bf16-mixed")
+    assert status == 1 and not folder.exists()
+    assert "trainer.precision: expected 32-true on a CPU without arithmetic in bfloat16" in capsys.readouterr().err
+
+
+def test_a_machine_without_a_compiler_says_so_before_training(fit, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "nowhere++")
+    status, folder = fit("--model.compile", "true")
+    assert status == 1 and not folder.exists()
+    assert "model.compile: expected a C++ compiler, got no nowhere++ on this machine" in capsys.readouterr().err
