@@ -7,8 +7,10 @@ import signal
 import socket
 import sys
 
+from sinkbed.train.study.processes import PRELOAD
+
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["sinkbed.train.loop.trainer", "sinkbed.train.cli.main", "wandb", __name__])
+FORKSERVER.set_forkserver_preload([*PRELOAD, "sinkbed.train.cli.main", __name__])
 
 
 def _run(arguments, log, environment, largest_file, group):

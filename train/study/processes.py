@@ -31,9 +31,13 @@ _context = multiprocessing.get_context("forkserver")
 _lock = threading.Lock()
 
 
+PRELOAD = ("sinkbed.train.loop.trainer", "wandb", "wandb.sdk.launch.inputs.internal", "pandas")
+"""What an arm imports; the last two are what W&B does once it starts."""
+
+
 def warm_up() -> None:
     """Start the process that the others are forked from; it imports while the caller goes on."""
-    _context.set_forkserver_preload(["sinkbed.train.loop.trainer", "wandb"])
+    _context.set_forkserver_preload(list(PRELOAD))
     before = dict(os.environ)
     _become(environment())
     try:
