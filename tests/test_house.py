@@ -26,6 +26,7 @@ BELOW = [
     "model",
     "model.hf",
     "model.hf.architectures",
+    "model.hf.foreign",
     *PARTS,
 ]
 BELOW_LOOP = [*BELOW, "train.run", "train.config", "train.measure", "train.measure.measures"]
@@ -46,8 +47,9 @@ MAY_IMPORT = {
     **{part: ["model"] for part in PARTS},
     "model.attention_parts": ["model", "model.norms"],
     "model.blocks": ["model", "model.norms"],
-    "model.hf": ["kernels", "model", "model.hf.architectures", "model.positions"],
+    "model.hf": ["kernels", "model", "model.hf.architectures", "model.hf.foreign", "model.positions"],
     "model.hf.architectures": ["model", "model.hf"],
+    "model.hf.foreign": ["model.hf"],
     "train.run": BELOW,
     "train.config": [*BELOW, "train.run"],
     "train.measure": [*BELOW, "train.run", "train.config", "train.measure.measures"],

@@ -2,8 +2,6 @@
 measures them and ours. No code that comes with a model is run.
 """
 
-import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +15,8 @@ from torch import Tensor, nn
 from sinkbed.kernels import Mask
 from sinkbed.model.decoder import DecoderOutput
 from sinkbed.model.hf.attention import ATTENTION, Pass, asking, register
+from sinkbed.model.hf.foreign import Foreign
 from sinkbed.model.observe import Attentions
-
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,7 @@ class HFModel(nn.Module):
         *,
         revision: str | None = None,
         gguf: str | None = None,
+        foreign: Foreign | None = None,
         dtype: str = "auto",
         device_map: str | dict[str, int | str] | None = None,
     ) -> "HFModel":
@@ -54,6 +52,7 @@ class HFModel(nn.Module):
 
         Args:
             gguf: file in that folder or repository, for weights in GGUF (needs `gguf` and `accelerate`).
+            foreign: checkpoint of another trainer that the model is made from; `name` is for messages alone.
             dtype: as in `transformers`: `auto`, `float32`, `bfloat16`, ...
             device_map: as in `transformers`: `auto`, or module -> device (`cpu`, `disk`, a GPU's number); layers over
                 several devices, or fetched from disk as they are needed (needs `accelerate`).
@@ -62,19 +61,22 @@ class HFModel(nn.Module):
         are damaged or lack weights, and for a package that is missing.
         """
         _check_packages(gguf, device_map)
-        cls.checked_config(name, revision=revision, gguf=gguf)
+        config = cls.checked_config(name, revision=revision, gguf=gguf, foreign=foreign)
         import transformers
 
         register()
         loader: Any = transformers.AutoModelForCausalLM
+        source: dict[str, Any] = {"pretrained_model_name_or_path": name, **_source(revision, gguf)}
+        if foreign is not None:
+            loader = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            source = {"pretrained_model_name_or_path": None, "config": config, "state_dict": foreign.weights()}
         try:
             model, loaded = loader.from_pretrained(
-                name,
                 attn_implementation=ATTENTION,
                 dtype=dtype,
                 trust_remote_code=False,
                 output_loading_info=True,
-                **_source(revision, gguf),
+                **source,
                 **({} if device_map is None else {"device_map": device_map}),
             )
         except Exception as error:  # the library raises whatever its parts do
@@ -91,7 +93,9 @@ class HFModel(nn.Module):
         return adapter
 
     @staticmethod
-    def checked_config(name: str, *, revision: str | None = None, gguf: str | None = None) -> Any:
+    def checked_config(
+        name: str, *, revision: str | None = None, gguf: str | None = None, foreign: Foreign | None = None
+    ) -> Any:
         """The config of the model's text part, before weights are read. Raises ValueError as `load`."""
         try:
             import transformers  # noqa: F401
@@ -99,6 +103,8 @@ class HFModel(nn.Module):
             raise ValueError(
                 "measuring a Hugging Face model needs the package transformers, got none; pip install -e .[hf]"
             ) from None
+        if foreign is not None:
+            return foreign.config
         _check_packages(gguf, None)
         return _check_config(name, _source(revision, gguf)).get_text_config()
 
@@ -114,7 +120,9 @@ class HFModel(nn.Module):
             raise ValueError(f"{name}: expected a tokenizer beside the model, got: {_in_short(error)}") from error
         # What transformers makes of a folder without files.
         if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
-            raise ValueError(f"{name}: expected a tokenizer beside the model, got none (no tokenizer.json)")
+            raise ValueError(
+                f"{name}: expected a tokenizer beside the model, got none (no tokenizer.json); give one by --tokenizer"
+            )
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
                 f"{name}: got a tokenizer of type {type(tokenizer).__name__} without a tokenizer.json, expected one of "
@@ -294,43 +302,3 @@ def _refusal(name: str, error: Exception) -> ValueError:
 def _in_short(error: Exception) -> str:
     """An error of a library, on one line."""
     return " ".join(str(error).split())[:300]
-
-
-def special_ids(tokenizer: Any, size: int) -> frozenset[int]:
-    """Ids below `size` that no text contains: control tokens, the reserved ones too, and ids without a token."""
-    # Some vocabularies list the single bytes that text falls back to as special tokens.
-    added = {
-        index
-        for index, token in tokenizer.added_tokens_decoder.items()
-        if token.special and not _BYTE.fullmatch(token.content)
-    }
-    ordinary = set(tokenizer.get_vocab().values()) - added - set(tokenizer.all_special_ids)
-    return frozenset(range(size)) - ordinary
-
-
-def token_bytes(tokenizer: Any, size: int) -> list[int]:
-    """UTF-8 bytes of text that each id stands for, [size]; 0 for control tokens and ids without a token.
-
-    Of other kinds of tokenizer the figures are wrong; whoever uses them checks them on text (`train.cli.probe`).
-
-    Args:
-        tokenizer: of `transformers`, with a backend of the `tokenizers` library: byte-level, or with ▁ for a space and
-            <0x0A> for single bytes (SentencePiece).
-    """
-    decoder = json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder") or {}
-    byte_level = "ByteLevel" in json.dumps(decoder)
-    added = tokenizer.get_added_vocab()
-    special = special_ids(tokenizer, size)
-    table = [0] * size
-    for token, index in tokenizer.get_vocab().items():
-        if index >= size or index in special:
-            continue
-        if not byte_level and _BYTE.fullmatch(token):
-            table[index] = 1
-        elif token in added:
-            table[index] = len(token.encode())
-        elif byte_level:
-            table[index] = len(token)  # each character stands for one byte
-        else:
-            table[index] = len(token.replace("▁", " ").encode())
-    return table

@@ -4,7 +4,8 @@ import numpy
 import pytest
 import torch
 
-from sinkbed.model.hf.adapter import HFModel, special_ids, token_bytes
+from sinkbed.model.hf.adapter import HFModel
+from sinkbed.model.hf.tokenizer import special_ids, token_bytes
 from tests.model.test_hf import GQA, from_family
 
 GGUF_TOKENS = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz"]

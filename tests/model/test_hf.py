@@ -8,7 +8,7 @@ import torch
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.kernels import interval_mask
 from sinkbed.kernels.mask import Mask
-from sinkbed.model.hf.adapter import HFModel, special_ids, token_bytes
+from sinkbed.model.hf.adapter import HFModel
 from sinkbed.model.hf.attention import (
     ATTENTION,
     Pass,
@@ -20,6 +20,7 @@ from sinkbed.model.hf.attention import (
     sampled_mask,
     sampled_queries,
 )
+from sinkbed.model.hf.tokenizer import special_ids, token_bytes
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.sinks import measure

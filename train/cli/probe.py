@@ -29,7 +29,7 @@ OTHERS = ("sinks", "positions", "streaming")
 def run(command: str, argv: Sequence[str]) -> int:
     """Parse, measure, print tables, write what was asked for."""
     parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", help="run directory, checkpoint, Hugging Face folder or hub name")
+    parser.add_argument("model", help="run, checkpoint (nanoGPT's, litgpt's too), Hugging Face folder or hub name")
     text = parser.add_argument_group("text")
     text.add_argument("--prompts", type=Path, help="a JSONL file (column text), or a document a line")
     text.add_argument("--store", type=Path, help="validation split of this token store (default: a run's own)")
@@ -57,6 +57,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     hub.add_argument("--device_map", help="such as auto: layers over several devices, or partly on disk")
     hub.add_argument("--revision", help="commit, tag or branch")
     hub.add_argument("--gguf", help="weights in this GGUF file of the folder or repository")
+    hub.add_argument("--tokenizer", type=Path, help="a tokenizer.json or its folder (default: the model's own)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--batch_tokens", type=int, default=2_048, help="tokens of a forward pass, padding included")
     parser.add_argument("--json", type=Path, help="write every figure, per layer and head, to this file")

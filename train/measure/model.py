@@ -1,7 +1,8 @@
 """What `sinkbed probe` measures: a model, its tokenizer, and the text it is given to read.
 
-The model is a run or checkpoint of ours, or a Hugging Face model (folder, hub name, GGUF), whose attention goes
-through our operator (`model.hf.adapter`). The text is a token store's validation split or a file of prompts.
+The model is a run or checkpoint of ours, or a Hugging Face model (folder, hub name, GGUF, or made from a checkpoint of
+another trainer, `model.hf.foreign`), whose attention goes through our operator (`model.hf.adapter`). The text is a
+token store's validation split or a file of prompts.
 """
 
 import dataclasses
@@ -13,6 +14,8 @@ from typing import Any, Literal
 
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.store.manifest import Manifest
+from sinkbed.model.hf.foreign import foreign_at
+from sinkbed.model.hf.tokenizer import read_tokenizer, special_ids, token_bytes
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.run import directory
@@ -74,15 +77,23 @@ def check_model(arguments: Any) -> bool:
     """
     path = Path(arguments.model)
     if (path / directory.CONFIG).is_file() or path.name.endswith(".ckpt"):
+        if arguments.tokenizer is not None:
+            raise ValueError(f"--tokenizer: expected none for a run, which has its own, got {arguments.tokenizer}")
         find_run(path)
         return True
+    if arguments.tokenizer is not None and not arguments.tokenizer.exists():
+        raise FileNotFoundError(f"--tokenizer: expected a tokenizer.json, got nothing at {arguments.tokenizer}")
+    if foreign_at(path) is not None:
+        if arguments.revision or arguments.gguf:
+            raise ValueError(f"--revision, --gguf: expected none for {path}, which is no Hugging Face model")
+        return False
     if path.is_file() and path.suffix == ".gguf" and arguments.gguf is None:
         arguments.model, arguments.gguf = str(path.parent), path.name
         path = path.parent
     if path.exists() and not (path / "config.json").is_file() and arguments.gguf is None:
         raise ValueError(
-            f"{path}: expected a run directory (with {directory.CONFIG}), a checkpoint inside one, or a Hugging Face "
-            "folder (with config.json), got none of these"
+            f"{path}: expected a run directory (with {directory.CONFIG}), a checkpoint inside one, a Hugging Face "
+            "folder (with config.json), or one of nanoGPT (ckpt.pt) or litgpt (lit_model.pth), got none of these"
         )
     if not path.exists():
         _check_hub_name(path, arguments.model)
@@ -161,21 +172,27 @@ def _check_export(folder: Path, suffix: str) -> None:
 
 
 def _hugging_face(arguments: Any) -> Subject:
-    from sinkbed.model.hf.adapter import HFModel, special_ids, token_bytes
+    from sinkbed.model.hf.adapter import HFModel
 
-    name, where = arguments.model, {"revision": arguments.revision, "gguf": arguments.gguf}
+    name, foreign = arguments.model, foreign_at(Path(arguments.model))
+    where = {"revision": arguments.revision, "gguf": arguments.gguf}
     _check_export(Path(name), ".json")
-    config = HFModel.checked_config(name, **where)
-    tokenizer = HFModel.tokenizer(name, **where)
+    config = HFModel.checked_config(name, **where, foreign=foreign)
+    size, context_length = config.vocab_size, getattr(config, "max_position_embeddings", None)
+    if foreign is not None:
+        tokenizer = foreign.tokenizer(arguments.tokenizer)
+    elif arguments.tokenizer is not None:
+        tokenizer = read_tokenizer(arguments.tokenizer, size)
+    else:
+        tokenizer = HFModel.tokenizer(name, **where)
     bos = tokenizer.bos_token_id
     if arguments.bos is not None:
         token = tokenizer.convert_tokens_to_ids(arguments.bos)
         bos = _token_id(None if token == tokenizer.unk_token_id else token, arguments.bos, name)
-    size, context_length = config.vocab_size, getattr(config, "max_position_embeddings", None)
 
     def load_model() -> HFModel:
         _check_export(Path(name), ".safetensors")
-        return HFModel.load(name, **where, dtype=arguments.dtype, device_map=arguments.device_map)
+        return HFModel.load(name, **where, foreign=foreign, dtype=arguments.dtype, device_map=arguments.device_map)
 
     return Subject(
         name=name,

@@ -64,7 +64,7 @@ def arguments_of(folder):
     import argparse
 
     return argparse.Namespace(
-        model=str(folder), revision=None, gguf=None, dtype="auto", device_map=None, bos=None, store=None
+        model=str(folder), revision=None, gguf=None, tokenizer=None, dtype="auto", device_map=None, bos=None, store=None
     )
 
 

@@ -1,0 +1,165 @@
+"""Checkpoints of other trainers, a file each, as models of `transformers`, which `model.hf.adapter` measures.
+
+A format is a `Foreign` that registers itself under the name of its file. Checkpoints are read as data: no code that a
+file names is run.
+"""
+
+import pickle
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sinkbed.model.hf.tokenizer import read_tokenizer
+from sinkbed.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMATS = Registry("checkpoint", __name__)
+
+
+def foreign_at(path: Path) -> "Foreign | None":
+    """The checkpoint of another trainer that a file or folder is, by its name and what is in it; imports no torch.
+
+    Raises ValueError for one that is damaged or incomplete.
+    """
+    formats = [FORMATS[name] for name in FORMATS.names]
+    files = {each: each.weights_file(path) for each in formats}
+    return next((each(file) for each, file in files.items() if file is not None), None)
+
+
+class Foreign(ABC):
+    """A checkpoint of another trainer. Raises ValueError for a file of weights that is damaged."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        # The directory of a zip file is at its end.
+        if not zipfile.is_zipfile(file):
+            raise ValueError(
+                f"{file}: expected a file that torch.save wrote, got one that is cut off, damaged or of another kind; "
+                "copy it again"
+            )
+
+    @classmethod
+    @abstractmethod
+    def weights_file(cls, path: Path) -> Path | None:
+        """The file of weights, where `path` has the name of a checkpoint of this format or is a folder with one."""
+
+    @abstractmethod
+    def make_config(self) -> Any:
+        """The config of the equivalent model of `transformers`. Raises ValueError for settings that none has."""
+
+    @abstractmethod
+    def targets(self, parameters: Collection[str]) -> dict[str, Sequence[str]]:
+        """Tensor of the checkpoint -> `parameters` of the equivalent model that it holds. One that none holds is a bias
+        of zeros."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> "dict[str, Tensor]":
+        """The weights under the trainer's names."""
+
+    def shape(self, name: str, targets: "Sequence[Tensor]") -> tuple[int, ...]:
+        """Of a tensor that holds parameters: by default one below the other."""
+        return (sum(len(target) for target in targets), *targets[0].shape[1:])
+
+    def split(self, name: str, tensor: "Tensor", count: int) -> "Sequence[Tensor]":
+        """The `count` parameters that a tensor holds; by default it is one."""
+        assert count == 1
+        return [tensor]
+
+    def tokenizer(self, path: Path | None = None) -> Any:
+        """The tokenizer at `path`, by default the checkpoint's own. Raises ValueError where there is none."""
+        return read_tokenizer(path or self.file.parent, self.config.vocab_size)
+
+    @cached_property
+    def config(self) -> Any:
+        """See `make_config`."""
+        try:
+            return self.make_config()
+        except Exception as error:  # `transformers` raises several kinds for values that make no model
+            if type(error) is ValueError:
+                raise
+            problem = " ".join(str(error).split())
+            raise ValueError(f"{self.file}: expected the settings of a model, got: {problem}") from error
+
+    def weights(self) -> "dict[str, Tensor]":
+        """The parameters of the equivalent model, copied, so that a trainer may overwrite the file.
+
+        Raises ValueError for tensors that are missing, left over or of another shape.
+        """
+        import torch
+        import transformers
+
+        with torch.device("meta"):
+            parameters = transformers.AutoModelForCausalLM.from_config(self.config).state_dict()
+        targets, tensors = self.targets(parameters), self.tensors
+        self._check(tensors, {name: self.shape(name, [parameters[t] for t in of]) for name, of in targets.items()})
+        dtype = next(iter(tensors.values())).dtype
+        without = parameters.keys() - {target for of in targets.values() for target in of}
+        assert all(name.endswith(".bias") for name in without)
+        weights = {name: torch.zeros(parameters[name].shape, dtype=dtype) for name in without}
+        for name, of in targets.items():
+            parts = self.split(name, tensors[name], len(of))
+            weights |= {target: part.clone() for target, part in zip(of, parts, strict=True)}
+        return weights
+
+    def _check(self, tensors: "Mapping[str, Tensor]", expected: Mapping[str, tuple[int, ...]]) -> None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        both = expected.keys() & shapes.keys()
+        problems = {
+            "missing": sorted(expected.keys() - shapes.keys()),
+            "left over": sorted(shapes.keys() - expected.keys()),
+            "of another shape": [
+                f"{name} {list(shapes[name])} for {list(expected[name])}"
+                for name in sorted(both)
+                if shapes[name] != tuple(expected[name])
+            ],
+        }
+        if any(problems.values()):
+            listed = [
+                f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+                for what, names in problems.items()
+                if names
+            ]
+            raise ValueError(
+                f"{self.file}: expected the {len(expected)} tensors of its settings, got {', '.join(listed)}; a "
+                "trainer whose model was changed cannot be read"
+            )
+
+
+def load_tensors(file: Path) -> Any:
+    """What `torch.save` wrote, tensors mapped from disk.
+
+    Raises ValueError for objects whose code would have to be run.
+    """
+    import torch
+
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        try:
+            kinds = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+        except Exception:
+            kinds = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{file}: expected tensors and plain values, got others ({kinds}), whose code is not run; where you trust "
+            "the file, save its weights alone: load it with torch.load(…, weights_only=False) and torch.save the rest "
+            "without them"
+        ) from error
+    except Exception as error:  # torch raises whatever its parts do
+        raise ValueError(
+            f"{file}: expected a file that torch.save wrote, got: {' '.join(str(error).split())[:200]}; copy it again"
+        ) from error
+
+
+def without_prefix(tensors: Any, file: Path) -> "dict[str, Tensor]":
+    """A state dict without what `torch.compile` puts into its names. Raises ValueError for what is none."""
+    import torch
+
+    if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise ValueError(f"{file}: expected the tensors of a model by name, got {type(tensors).__name__} without them")
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}

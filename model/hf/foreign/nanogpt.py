@@ -1,0 +1,149 @@
+"""nanoGPT: `ckpt.pt`, a GPT-2 with or without biases, as its train.py saves it (github.com/karpathy/nanoGPT).
+
+It is read as today's model.py computes, with an exact GELU. Until June 2023 it had the tanh form, which no file tells.
+"""
+
+import pickle
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sinkbed.model.hf.foreign import FORMATS, Foreign, load_tensors, without_prefix
+from sinkbed.model.hf.tokenizer import check_ids
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SETTINGS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+"""Matrices that GPT-2 of `transformers` keeps as [inputs, outputs]."""
+
+
+@FORMATS.register("nanogpt")
+class NanoGPT(Foreign):
+    """A `ckpt.pt`, or the folder that has one."""
+
+    @classmethod
+    def weights_file(cls, path: Path) -> Path | None:
+        """A file `*.pt`, or `ckpt.pt` in a folder."""
+        if path.is_dir() and not (path / "config.json").is_file():
+            path = path / "ckpt.pt"
+        return path if path.suffix == ".pt" and path.is_file() else None
+
+    @cached_property
+    def checkpoint(self) -> dict[str, Any]:
+        """What train.py saved. Raises ValueError for another file."""
+        checkpoint = load_tensors(self.file)
+        if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+            kind = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+            raise ValueError(
+                f"{self.file}: expected a checkpoint of nanoGPT, with model and model_args, got {kind[:200]}; of other "
+                "trainers give a Hugging Face folder"
+            )
+        return checkpoint
+
+    @property
+    def tensors(self) -> "dict[str, Tensor]":
+        """The weights; causal masks, which nanoGPT saves where torch has no flash attention, are none."""
+        tensors = without_prefix(self.checkpoint["model"], self.file)
+        return {n: t for n, t in tensors.items() if not (n.endswith(".attn.bias") and t.dim() == 4)}
+
+    def make_config(self) -> Any:
+        """GPT-2's. Raises ValueError for settings that are missing, or that model.py does not have."""
+        import transformers
+
+        settings = {"bias": True, **self.checkpoint["model_args"]}
+        missing = [name for name in _SETTINGS if not isinstance(settings.get(name), int)]
+        unknown = [name for name in settings if settings[name] and name not in (*_SETTINGS, "bias", "dropout")]
+        if missing or unknown:
+            raise ValueError(
+                f"{self.file}: expected model_args with {', '.join(_SETTINGS)}, numbers, beside bias and dropout, got "
+                + " and ".join(
+                    f"{what} {', '.join(names)}" for what, names in (("no", missing), ("also", unknown)) if names
+                )
+                + "; a changed nanoGPT cannot be read"
+            )
+        embedding, head = (self.tensors.get(name) for name in ("transformer.wte.weight", "lm_head.weight"))
+        tied = embedding is None or head is None or embedding.data_ptr() == head.data_ptr()
+        return transformers.GPT2Config(
+            **{name: settings[name] for name in _SETTINGS if name != "block_size"},
+            n_positions=settings["block_size"],
+            activation_function="gelu",
+            layer_norm_epsilon=1e-5,
+            tie_word_embeddings=tied,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+
+    def targets(self, parameters: Collection[str]) -> dict[str, Sequence[str]]:
+        """The names are GPT-2's."""
+        biased = self.checkpoint["model_args"].get("bias", True)
+        return {name: [name] for name in parameters if biased or not name.endswith(".bias")}
+
+    def shape(self, name: str, targets: "Sequence[Tensor]") -> tuple[int, ...]:
+        """See `Foreign`."""
+        return tuple(targets[0].shape[::-1] if name.endswith(_TRANSPOSED) else targets[0].shape)
+
+    def split(self, name: str, tensor: "Tensor", count: int) -> "Sequence[Tensor]":
+        """See `Foreign`."""
+        return [tensor.T.contiguous() if name.endswith(_TRANSPOSED) else tensor]
+
+    def tokenizer(self, path: Path | None = None) -> Any:
+        """Of the `tokenizers` library, or the characters of a meta.pkl, which is looked for where sample.py does."""
+        if path is None:
+            dataset = str((self.checkpoint.get("config") or {}).get("dataset", ""))
+            roots = [Path(), *self.file.absolute().parents]
+            candidates = [self.file.with_name("meta.pkl"), *(r / "data" / dataset / "meta.pkl" for r in roots)]
+            path = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if path is None:
+            raise ValueError(
+                f"{self.file}: expected a tokenizer, got none in the checkpoint and no data/{dataset}/meta.pkl; give "
+                "--tokenizer with the meta.pkl of its characters or a tokenizer.json. GPT-2's: hf download "
+                "openai-community/gpt2 tokenizer.json tokenizer_config.json --local-dir gpt2, then --tokenizer gpt2"
+            )
+        if path.suffix != ".pkl":
+            return super().tokenizer(path)
+        return check_ids(character_tokenizer(path), path, self.config.vocab_size)
+
+
+class _Plain(pickle.Unpickler):
+    """Reads plain data alone: what a pickle names to be called is refused."""
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        raise pickle.UnpicklingError(f"{module_name}.{global_name}, whose code is not run")
+
+
+def character_tokenizer(path: Path) -> Any:
+    """A token a character, as a meta.pkl of nanoGPT has it (`stoi`). Raises ValueError for another file."""
+    import transformers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    try:
+        with path.open("rb") as file:
+            ids = dict(_Plain(file).load()["stoi"])
+        if any(len(c) != 1 for c in ids) or sorted(ids.values()) != list(range(len(ids))):
+            raise ValueError("tokens that are no characters, or ids with gaps")
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle raises anything
+        raise ValueError(
+            f"{path}: expected the meta.pkl of a nanoGPT dataset, with an id a character (stoi), got: {error!s}"
+        ) from error
+
+    class Characters(transformers.PreTrainedTokenizerFast):
+        """Refuses, by name, characters without an id."""
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            unknown = sorted(set(text) - ids.keys())
+            if unknown:
+                raise ValueError(
+                    f"the text: expected the {len(ids)} characters of {path}, got also "
+                    f"{', '.join(map(repr, unknown[:8]))}; give a text without them"
+                )
+            return super().__call__(text, **options)
+
+    backend = Tokenizer(models.WordLevel(ids, unk_token=""))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return Characters(tokenizer_object=backend)

@@ -1,0 +1,81 @@
+"""Tokenizers of models of `transformers`: reading them, and what bits per byte and random tokens need of them."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+
+
+def read_tokenizer(path: Path, size: int) -> Any:
+    """A tokenizer.json, or the one in a folder; BOS and EOS are those that a tokenizer_config.json beside it names.
+
+    Raises FileNotFoundError where there is none, and ValueError for a damaged one or ids past `size` embeddings.
+    """
+    import transformers
+
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: expected a tokenizer, got none; give a tokenizer.json by --tokenizer")
+    settings = file.with_name("tokenizer_config.json")
+    try:
+        named = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        tokens = {name: named.get(name) for name in ("bos_token", "eos_token")}
+        plain = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), **plain)
+    except Exception as error:  # `tokenizers` raises plain exceptions
+        problem = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file}: expected a tokenizer of the `tokenizers` library, got: {problem}") from error
+    return check_ids(tokenizer, file, size)
+
+
+def check_ids(tokenizer: Any, path: Path, size: int) -> Any:
+    """The tokenizer. Raises ValueError where it has ids that `size` embeddings do not reach."""
+    longest = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if longest > size:
+        raise ValueError(
+            f"{path}: expected at most {size} tokens, as many as the model has embeddings, got {longest}; give the "
+            "tokenizer that it was trained with by --tokenizer"
+        )
+    return tokenizer
+
+
+def special_ids(tokenizer: Any, size: int) -> frozenset[int]:
+    """Ids below `size` that no text contains: control tokens, the reserved ones too, and ids without a token."""
+    # Some vocabularies list the single bytes that text falls back to as special tokens.
+    added = {
+        index
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if token.special and not _BYTE.fullmatch(token.content)
+    }
+    ordinary = set(tokenizer.get_vocab().values()) - added - set(tokenizer.all_special_ids)
+    return frozenset(range(size)) - ordinary
+
+
+def token_bytes(tokenizer: Any, size: int) -> list[int]:
+    """UTF-8 bytes of text that each id stands for, [size]; 0 for control tokens and ids without a token.
+
+    Of other kinds of tokenizer the figures are wrong; whoever uses them checks them on text (`train.cli.probe`).
+
+    Args:
+        tokenizer: of `transformers`, with a backend of the `tokenizers` library: byte-level, or with ▁ for a space and
+            <0x0A> for single bytes (SentencePiece).
+    """
+    decoder = json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder") or {}
+    byte_level = "ByteLevel" in json.dumps(decoder)
+    added = tokenizer.get_added_vocab()
+    special = special_ids(tokenizer, size)
+    table = [0] * size
+    for token, index in tokenizer.get_vocab().items():
+        if index >= size or index in special:
+            continue
+        if not byte_level and _BYTE.fullmatch(token):
+            table[index] = 1
+        elif token in added:
+            table[index] = len(token.encode())
+        elif byte_level:
+            table[index] = len(token)  # each character stands for one byte
+        else:
+            table[index] = len(token.replace("▁", " ").encode())
+    return table
