@@ -37,7 +37,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     text.add_argument("--length", type=int, help="tokens of a document at most (default: the context, 512 at most)")
     text.add_argument("--inputs", nargs="+", choices=get_args(Input), default=["natural"], help="what is read (sinks)")
     inputs = list(MODE_LABELS)
-    text.add_argument("--modes", nargs="+", choices=inputs, default=inputs[:3], help="inference modes")
+    text.add_argument("--modes", nargs="+", choices=inputs, help="inference modes (default: the first three)")
     text.add_argument("--bos", help="token that serves as BOS (default: the tokenizer's)")
     what = parser.add_argument_group("what is measured")
     what.add_argument("--measure", nargs="+", choices=[*OTHERS, *MEASURES.names, "all"], default=["sinks"])
@@ -80,7 +80,7 @@ def run(command: str, argv: Sequence[str]) -> int:
             raise ValueError(f"--json {arguments.json}: expected a file, got a folder")
         probe_report.check_writable("--json", arguments.json)
     use_threads(arguments.threads)
-    modes = check_modes(arguments.modes)
+    modes = check_modes(arguments.modes or inputs[:3])
     names = {*OTHERS, *MEASURES.names} if "all" in arguments.measure else set(arguments.measure)
     config = MeasureConfig(
         documents=arguments.documents,
@@ -93,12 +93,16 @@ def run(command: str, argv: Sequence[str]) -> int:
     _check_subject(subject, arguments)
     limit = arguments.length or min(512, subject.context_length or 512)
     natural = probe_of(subject, texts(arguments, subject), limit, config)
+    if arguments.modes is None and subject.bos_id is None:
+        print("the mode bos is left out: its tokenizer has no BOS (--bos names a token that serves as one)")
+        modes = tuple(mode for mode in modes if mode != "bos")
     subject.check_bos(modes)
     _check_lengths(subject, natural, limit, modes, names, arguments)
     print(f"{subject.name}: {counted(len(natural.documents), 'document')}, T = {config.sink_tokens}, eps 0.3")
     longest = max([limit, *(n + 1 for n in arguments.lengths)])
     if subject.context_length is not None and longest > subject.context_length:
         print(f"tokens past the context of {subject.context_length} that it was trained with are read, too")
+    arguments.modes = list(modes)
     about: dict[str, Any] = {
         "model": subject.name,
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},

@@ -43,6 +43,8 @@ class Subject:
     """Tokens that the model reads at most. None: no limit."""
     store: Path | None
     """Where its own validation text is."""
+    own_texts: Iterator[str] | None = None
+    """Or that text itself."""
     run_dir: Path | None = None
     """Of a run of ours."""
     step: int = 0
@@ -207,6 +209,7 @@ def _hugging_face(arguments: Any) -> Subject:
         context_length=context_length,
         longest=context_length,
         store=arguments.store,
+        own_texts=None if foreign is None else foreign.texts(tokenizer),
     )
 
 
@@ -228,6 +231,9 @@ def texts(arguments: Any, subject: Subject) -> Iterator[str]:
     """The documents to read. Raises ValueError where nothing says which, or a file holds none."""
     if arguments.prompts is not None:
         yield from _prompts(arguments.prompts)
+        return
+    if subject.store is None and subject.own_texts is not None:
+        yield from subject.own_texts
         return
     if subject.store is None:
         raise ValueError("expected text to read, got none: give --prompts FILE, or --store with a token store")

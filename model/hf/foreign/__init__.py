@@ -4,10 +4,10 @@ A format is a `Foreign` that registers itself under the name of its file. Checkp
 file names is run.
 """
 
-import pickle
+import re
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,7 @@ class Foreign(ABC):
 
     @abstractmethod
     def make_config(self) -> Any:
-        """The config of the equivalent model of `transformers`. Raises ValueError for settings that none has."""
+        """The config of the equivalent model of `transformers`; what it raises is reported of the settings."""
 
     @abstractmethod
     def targets(self, parameters: Collection[str]) -> dict[str, Sequence[str]]:
@@ -75,14 +75,27 @@ class Foreign(ABC):
         """The tokenizer at `path`, by default the checkpoint's own. Raises ValueError where there is none."""
         return read_tokenizer(path or self.file.parent, self.config.vocab_size)
 
-    @cached_property
+    def texts(self, tokenizer: Any) -> Iterator[str] | None:
+        """The documents that the trainer validated on, where they are at hand."""
+        return None
+
+    @property
     def config(self) -> Any:
-        """See `make_config`."""
+        """Of the equivalent model. Raises ValueError for a file or settings that make none."""
+        return self._made[0]
+
+    @cached_property
+    def _made(self) -> "tuple[Any, dict[str, Tensor]]":
+        """The equivalent model's config, and its parameters without values."""
+        import torch
+        import transformers
+
+        assert self.tensors, "a file that cannot be read says so first"
         try:
-            return self.make_config()
-        except Exception as error:  # `transformers` raises several kinds for values that make no model
-            if type(error) is ValueError:
-                raise
+            config = self.make_config()
+            with torch.device("meta"):
+                return config, transformers.AutoModelForCausalLM.from_config(config).state_dict()
+        except Exception as error:  # `transformers` raises several kinds
             problem = " ".join(str(error).split())
             raise ValueError(f"{self.file}: expected the settings of a model, got: {problem}") from error
 
@@ -92,10 +105,8 @@ class Foreign(ABC):
         Raises ValueError for tensors that are missing, left over or of another shape.
         """
         import torch
-        import transformers
 
-        with torch.device("meta"):
-            parameters = transformers.AutoModelForCausalLM.from_config(self.config).state_dict()
+        _, parameters = self._made
         targets, tensors = self.targets(parameters), self.tensors
         self._check(tensors, {name: self.shape(name, [parameters[t] for t in of]) for name, of in targets.items()})
         dtype = next(iter(tensors.values())).dtype
@@ -134,25 +145,21 @@ class Foreign(ABC):
 def load_tensors(file: Path) -> Any:
     """What `torch.save` wrote, tensors mapped from disk.
 
-    Raises ValueError for objects whose code would have to be run.
+    Raises ValueError for a damaged file, and for objects whose code would have to be run.
     """
     import torch
 
+    system = [f"pathlib{part}.{kind}Path" for part in ("", "._local") for kind in ("Posix", "Windows")]
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        try:
-            kinds = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-        except Exception:
-            kinds = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{file}: expected tensors and plain values, got others ({kinds}), whose code is not run; where you trust "
-            "the file, save its weights alone: load it with torch.load(…, weights_only=False) and torch.save the rest "
-            "without them"
-        ) from error
+        with torch.serialization.safe_globals([(Path, name) for name in system]):  # litgpt saves the paths it was given
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises whatever its parts do
+        code = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"{file}: expected a file that torch.save wrote, got: {' '.join(str(error).split())[:200]}; copy it again"
+            f"{file}: expected tensors and plain values, got {code[1]}, whose code is not run; where you trust the file, "
+            "load it with weights_only=False, and torch.save the weights alone"
+            if code
+            else f"{file}: expected what torch.save writes, got: {' '.join(str(error).split())[:200]}; copy it again"
         ) from error
 
 

@@ -232,11 +232,8 @@ def _complete(s: dict[str, Any], path: Path) -> dict[str, Any]:
     check("attention_scores_scalar", s["attention_scores_scalar"] in (None, s["head_size"]), "the head_size")
     check("gelu_approximate", s["gelu_approximate"] in _ACTIVATIONS, " or ".join(_ACTIVATIONS))
     adjustments = s["rope_adjustments"] or {}
-    check(
-        "rope_adjustments",
-        adjustments.keys() in ({*()}, {"factor"}, _LLAMA3.keys()),
-        f"{', '.join(_LLAMA3)}, or factor",
-    )
+    known = adjustments.keys() in (set(), {"factor"}, _LLAMA3.keys())
+    check("rope_adjustments", known, f"factor, or {', '.join(_LLAMA3)}")
     check("rope_condense_ratio", s["rope_condense_ratio"] == 1 or not adjustments, "1 beside rope_adjustments")
     return s
 

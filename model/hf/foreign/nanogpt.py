@@ -4,7 +4,7 @@ It is read as today's model.py computes, with an exact GELU. Until June 2023 it 
 """
 
 import pickle
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,7 @@ class NanoGPT(Foreign):
         return {n: t for n, t in tensors.items() if not (n.endswith(".attn.bias") and t.dim() == 4)}
 
     def make_config(self) -> Any:
-        """GPT-2's. Raises ValueError for settings that are missing, or that model.py does not have."""
+        """GPT-2's."""
         import transformers
 
         settings = {"bias": True, **self.checkpoint["model_args"]}
@@ -58,11 +58,8 @@ class NanoGPT(Foreign):
         unknown = [name for name in settings if settings[name] and name not in (*_SETTINGS, "bias", "dropout")]
         if missing or unknown:
             raise ValueError(
-                f"{self.file}: expected model_args with {', '.join(_SETTINGS)}, numbers, beside bias and dropout, got "
-                + " and ".join(
-                    f"{what} {', '.join(names)}" for what, names in (("no", missing), ("also", unknown)) if names
-                )
-                + "; a changed nanoGPT cannot be read"
+                f"model_args without {missing} and with {unknown}; the numbers {', '.join(_SETTINGS)} are read, beside "
+                "bias and dropout, and no changed nanoGPT"
             )
         embedding, head = (self.tensors.get(name) for name in ("transformer.wte.weight", "lm_head.weight"))
         tied = embedding is None or head is None or embedding.data_ptr() == head.data_ptr()
@@ -90,21 +87,40 @@ class NanoGPT(Foreign):
         return [tensor.T.contiguous() if name.endswith(_TRANSPOSED) else tensor]
 
     def tokenizer(self, path: Path | None = None) -> Any:
-        """Of the `tokenizers` library, or the characters of a meta.pkl, which is looked for where sample.py does."""
-        if path is None:
-            dataset = str((self.checkpoint.get("config") or {}).get("dataset", ""))
-            roots = [Path(), *self.file.absolute().parents]
-            candidates = [self.file.with_name("meta.pkl"), *(r / "data" / dataset / "meta.pkl" for r in roots)]
-            path = next((candidate for candidate in candidates if candidate.is_file()), None)
+        """Of the `tokenizers` library, or the characters of a meta.pkl, by default the dataset's."""
+        path = path or self._data("meta.pkl")
         if path is None:
             raise ValueError(
-                f"{self.file}: expected a tokenizer, got none in the checkpoint and no data/{dataset}/meta.pkl; give "
-                "--tokenizer with the meta.pkl of its characters or a tokenizer.json. GPT-2's: hf download "
+                f"{self.file}: expected a tokenizer, got none (no meta.pkl of its dataset, {self._dataset!r}); give "
+                "--tokenizer with a meta.pkl of characters or a tokenizer.json. GPT-2's: hf download "
                 "openai-community/gpt2 tokenizer.json tokenizer_config.json --local-dir gpt2, then --tokenizer gpt2"
             )
         if path.suffix != ".pkl":
             return super().tokenizer(path)
         return check_ids(character_tokenizer(path), path, self.config.vocab_size)
+
+    def texts(self, tokenizer: Any) -> Iterator[str] | None:
+        """The dataset's val.bin: its documents, or where no token ends them, rows as long as the context."""
+        path = self._data("val.bin")
+        return None if path is None else _documents(path, tokenizer, self.config.n_positions)
+
+    @property
+    def _dataset(self) -> str:
+        return str((self.checkpoint.get("config") or {}).get("dataset", ""))
+
+    def _data(self, name: str) -> Path | None:
+        """A file of the dataset, in `data` of this folder, where sample.py has it, or of one above the checkpoint."""
+        roots = [Path(), *self.file.absolute().parents]
+        candidates = [root / "data" / self._dataset / name for root in roots]
+        return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def _documents(path: Path, tokenizer: Any, length: int) -> Iterator[str]:
+    import numpy
+
+    ids, eos = numpy.memmap(path, dtype=numpy.uint16, mode="r"), tokenizer.eos_token_id
+    ends = numpy.arange(length, len(ids), length) if eos is None else numpy.flatnonzero(ids == eos)
+    yield from (tokenizer.decode(part, skip_special_tokens=True) for part in numpy.split(ids, ends))
 
 
 class _Plain(pickle.Unpickler):
