@@ -302,6 +302,42 @@ def test_a_measure(add, tiny_store, tmp_path):
     assert {"mixing.png", "by_length.svg"} <= {path.name for path in (tmp_path / "report").iterdir()}
 
 
+def test_a_checkpoint_of_another_trainer(add, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    add(
+        """
+import transformers
+from sinkbed.model.hf.foreign import FORMATS, Foreign, load_tensors
+
+@FORMATS.register("toy")
+class Toy(Foreign):
+    @classmethod
+    def weights_file(cls, path):
+        return path if path.suffix == ".toy" else None
+
+    @property
+    def tensors(self):
+        return load_tensors(self.file)
+
+    def make_config(self):
+        return transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=2, n_head=2)
+
+    def targets(self, parameters):
+        return {f"toy.{name}": [name] for name in parameters}
+"""
+    )
+    from sinkbed.model.hf.adapter import HFModel
+    from sinkbed.model.hf.foreign import foreign_at
+
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=2, n_head=2)).eval()
+    path = tmp_path / "model.toy"
+    torch.save({f"toy.{name}": weight for name, weight in theirs.state_dict().items()}, path)
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        logits = HFModel.load(str(path), foreign=foreign_at(path))(tokens).logits
+        torch.testing.assert_close(logits, theirs(tokens).logits)
+
+
 def test_every_metric_of_a_measure_is_documented():
     text = Path("train/README.md").read_text()
     for name in MEASURES.names:

@@ -156,8 +156,8 @@ def load_tensors(file: Path) -> Any:
     except Exception as error:  # torch raises whatever its parts do
         code = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"{file}: expected tensors and plain values, got {code[1]}, whose code is not run; where you trust the file, "
-            "load it with weights_only=False, and torch.save the weights alone"
+            f"{file}: expected tensors and plain values, got {code[1]}, whose code is not run; where you trust it, "
+            "load the file with weights_only=False, and torch.save it without"
             if code
             else f"{file}: expected what torch.save writes, got: {' '.join(str(error).split())[:200]}; copy it again"
         ) from error

@@ -351,7 +351,11 @@ def test_a_tokenizer_without_bos_is_measured_on_text_alone(exported, tiny_store,
     del found["bos_token"]
     settings.write_text(json.dumps(found))
     (tmp_path / "no_bos" / "checksums.json").unlink()
-    assert main(["probe", str(tmp_path / "no_bos"), "--store", str(tiny_store), "--sink_tokens", "16"]) == 1
+    found = probe(tmp_path, tmp_path / "no_bos", "--store", tiny_store)["natural"]
+    assert list(found) == ["text", "first_key_masked"]
+    assert "the mode bos is left out: its tokenizer has no BOS" in capsys.readouterr().out
+    options = ["--store", str(tiny_store), "--sink_tokens", "16", "--modes", "bos", "text"]
+    assert main(["probe", str(tmp_path / "no_bos"), *options]) == 1
     assert "its tokenizer has no BOS" in capsys.readouterr().err
     text = probe(tmp_path, tmp_path / "no_bos", "--store", tiny_store, "--modes", "text")["natural"]["text"]["0"]
     named = probe(tmp_path, tmp_path / "no_bos", "--store", tiny_store, "--bos", "<bos>")["natural"]
@@ -360,7 +364,7 @@ def test_a_tokenizer_without_bos_is_measured_on_text_alone(exported, tiny_store,
 
 def test_a_folder_that_is_no_model_is_named(tmp_path, capsys):
     assert main(["probe", str(tmp_path)]) == 1
-    assert "expected a run directory (with config.yaml), a checkpoint inside one, or a Hugging Face" in (
+    assert "expected a run directory (with config.yaml), a checkpoint inside one, a Hugging Face" in (
         capsys.readouterr().err
     )
 
