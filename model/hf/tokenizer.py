@@ -27,15 +27,10 @@ def read_tokenizer(path: Path, size: int) -> Any:
     except Exception as error:  # `tokenizers` raises plain exceptions
         problem = " ".join(str(error).split())[:200]
         raise ValueError(f"{file}: expected a tokenizer of the `tokenizers` library, got: {problem}") from error
-    return check_ids(tokenizer, file, size)
-
-
-def check_ids(tokenizer: Any, path: Path, size: int) -> Any:
-    """The tokenizer. Raises ValueError where it has ids that `size` embeddings do not reach."""
-    longest = max(tokenizer.get_vocab().values(), default=-1) + 1
-    if longest > size:
+    ids = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if ids > size:
         raise ValueError(
-            f"{path}: expected at most {size} tokens, as many as the model has embeddings, got {longest}; give the "
+            f"{file}: expected at most {size} tokens, as many as the model has embeddings, got {ids}; give the "
             "tokenizer that it was trained with by --tokenizer"
         )
     return tokenizer

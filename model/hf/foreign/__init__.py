@@ -90,9 +90,10 @@ class Foreign(ABC):
         import torch
         import transformers
 
-        assert self.tensors, "a file that cannot be read says so first"
+        dtype = next(iter(self.tensors.values())).dtype  # first: what is wrong with the file is not the settings' fault
         try:
             config = self.make_config()
+            config.dtype = dtype
             with torch.device("meta"):
                 return config, transformers.AutoModelForCausalLM.from_config(config).state_dict()
         except Exception as error:  # `transformers` raises several kinds
@@ -106,16 +107,16 @@ class Foreign(ABC):
         """
         import torch
 
-        _, parameters = self._made
+        config, parameters = self._made
         targets, tensors = self.targets(parameters), self.tensors
         self._check(tensors, {name: self.shape(name, [parameters[t] for t in of]) for name, of in targets.items()})
-        dtype = next(iter(tensors.values())).dtype
         without = parameters.keys() - {target for of in targets.values() for target in of}
         assert all(name.endswith(".bias") for name in without)
-        weights = {name: torch.zeros(parameters[name].shape, dtype=dtype) for name in without}
+        weights = {name: torch.zeros(parameters[name].shape, dtype=config.dtype) for name in without}
         for name, of in targets.items():
             parts = self.split(name, tensors[name], len(of))
-            weights |= {target: part.clone() for target, part in zip(of, parts, strict=True)}
+            copies = [part.clone(memory_format=torch.contiguous_format) for part in parts]
+            weights |= dict(zip(of, copies, strict=True))
         return weights
 
     def _check(self, tensors: "Mapping[str, Tensor]", expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -98,7 +98,7 @@ class LitGPT(Foreign):
         if path.name != WEIGHTS or not path.exists():
             return None
         if path.is_dir():
-            raise ValueError(f"{path}: expected one file, got a folder of shards; consolidate it, as litgpt does")
+            raise ValueError(f"{path}: expected one file, got a folder of shards; make one: fabric consolidate {path}")
         return path
 
     def __init__(self, file: Path) -> None:
@@ -228,11 +228,11 @@ def _complete(s: dict[str, Any], path: Path) -> dict[str, Any]:
         check(name, s[name] == value, value)
     if s.get("name"):  # litgpt has norms of their own for models with these names
         own = {"RMSNorm": "Gemma", "LayerNorm": "OLMo"}[s["norm_class_name"]]
-        check("name", own not in s["name"], f"no {own}")
+        check("name", own not in str(s["name"]), f"no {own}")
     check("attention_scores_scalar", s["attention_scores_scalar"] in (None, s["head_size"]), "the head_size")
     check("gelu_approximate", s["gelu_approximate"] in _ACTIVATIONS, " or ".join(_ACTIVATIONS))
     adjustments = s["rope_adjustments"] or {}
-    known = adjustments.keys() in (set(), {"factor"}, _LLAMA3.keys())
+    known = isinstance(adjustments, dict) and adjustments.keys() in (set(), {"factor"}, _LLAMA3.keys())
     check("rope_adjustments", known, f"factor, or {', '.join(_LLAMA3)}")
     check("rope_condense_ratio", s["rope_condense_ratio"] == 1 or not adjustments, "1 beside rope_adjustments")
     return s

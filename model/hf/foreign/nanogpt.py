@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sinkbed.model.hf.foreign import FORMATS, Foreign, load_tensors, without_prefix
-from sinkbed.model.hf.tokenizer import check_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +83,7 @@ class NanoGPT(Foreign):
 
     def split(self, name: str, tensor: "Tensor", count: int) -> "Sequence[Tensor]":
         """See `Foreign`."""
-        return [tensor.T.contiguous() if name.endswith(_TRANSPOSED) else tensor]
+        return [tensor.T if name.endswith(_TRANSPOSED) else tensor]
 
     def tokenizer(self, path: Path | None = None) -> Any:
         """Of the `tokenizers` library, or the characters of a meta.pkl, by default the dataset's."""
@@ -97,7 +96,13 @@ class NanoGPT(Foreign):
             )
         if path.suffix != ".pkl":
             return super().tokenizer(path)
-        return check_ids(character_tokenizer(path), path, self.config.vocab_size)
+        tokenizer, size = character_tokenizer(path), self.config.vocab_size
+        if len(tokenizer) != size:
+            raise ValueError(
+                f"{path}: expected {size} characters, as many as the model has embeddings, got {len(tokenizer)}; give "
+                "the meta.pkl that it was trained with by --tokenizer"
+            )
+        return tokenizer
 
     def texts(self, tokenizer: Any) -> Iterator[str] | None:
         """The dataset's val.bin: its documents, or where no token ends them, rows as long as the context."""

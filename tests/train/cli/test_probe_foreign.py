@@ -109,7 +109,11 @@ def refused(capsys, *arguments):
 def test_a_tokenizer_that_is_missing_or_another_models_is_named(nanogpt, litgpt, tmp_path, capsys):
     folder, _, _ = litgpt
     assert "nothing at nowhere" in refused(capsys, "out/ckpt.pt", "--tokenizer", "nowhere")
-    (tmp_path / "data" / "letters" / "meta.pkl").unlink()
+    meta = tmp_path / "data" / "letters" / "meta.pkl"
+    meta.write_bytes(pickle.dumps({"stoi": {"a": 0, "b": 1}}))
+    message = refused(capsys, "out/ckpt.pt")
+    assert f"meta.pkl: expected {len(LETTERS)} characters, as many as the model has embeddings, got 2" in message
+    meta.unlink()
     message = refused(capsys, "out/ckpt.pt")
     assert "got none (no meta.pkl of its dataset, 'letters'); give --tokenizer" in message
     assert "GPT-2's: hf download openai-community/gpt2" in message
