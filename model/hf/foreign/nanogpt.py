@@ -60,14 +60,12 @@ class NanoGPT(Foreign):
                 f"model_args without {missing} and with {unknown}; the numbers {', '.join(_SETTINGS)} are read, beside "
                 "bias and dropout, and no changed nanoGPT"
             )
-        embedding, head = (self.tensors.get(name) for name in ("transformer.wte.weight", "lm_head.weight"))
-        tied = embedding is None or head is None or embedding.data_ptr() == head.data_ptr()
         return transformers.GPT2Config(
             **{name: settings[name] for name in _SETTINGS if name != "block_size"},
             n_positions=settings["block_size"],
             activation_function="gelu",
             layer_norm_epsilon=1e-5,
-            tie_word_embeddings=tied,
+            tie_word_embeddings=True,  # matrices that differ in the file stay apart
             bos_token_id=None,
             eos_token_id=None,
         )
