@@ -30,7 +30,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument("--mode", default="as_trained", choices=modes, help="what stands before the text")
     parser.add_argument("--store", type=Path, help="token store with the run's tokenizer (default: the run's)")
     parser.add_argument("--bos", help="token that serves as BOS (default: the tokenizer's)")
-    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json, or its folder (default: the model's own)")
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json, its folder, or a meta.pkl (default: its own)")
     parser.set_defaults(revision=None, gguf=None, dtype="auto", device_map=None)
     arguments = parser.parse_args(list(argv))
 

@@ -57,7 +57,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     hub.add_argument("--device_map", help="such as auto: layers over several devices, or partly on disk")
     hub.add_argument("--revision", help="commit, tag or branch")
     hub.add_argument("--gguf", help="weights in this GGUF file of the folder or repository")
-    hub.add_argument("--tokenizer", type=Path, help="a tokenizer.json, or its folder (default: the model's own)")
+    hub.add_argument("--tokenizer", type=Path, help="a tokenizer.json, its folder, or a meta.pkl (default: its own)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--batch_tokens", type=int, default=2_048, help="tokens of a forward pass, padding included")
     parser.add_argument("--json", type=Path, help="write every figure, per layer and head, to this file")

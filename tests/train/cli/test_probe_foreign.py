@@ -110,6 +110,7 @@ def test_a_tokenizer_that_is_missing_or_another_models_is_named(nanogpt, litgpt,
     folder, _, _ = litgpt
     assert "nothing at nowhere" in refused(capsys, "out/ckpt.pt", "--tokenizer", "nowhere")
     meta = tmp_path / "data" / "letters" / "meta.pkl"
+    (tmp_path / "other.pkl").write_bytes(meta.read_bytes())
     meta.write_bytes(pickle.dumps({"stoi": {"a": 0, "b": 1}}))
     message = refused(capsys, "out/ckpt.pt")
     assert f"meta.pkl: expected {len(LETTERS)} characters, as many as the model has embeddings, got 2" in message
@@ -117,6 +118,8 @@ def test_a_tokenizer_that_is_missing_or_another_models_is_named(nanogpt, litgpt,
     message = refused(capsys, "out/ckpt.pt")
     assert "got none (no meta.pkl of its dataset, 'letters'); give --tokenizer" in message
     assert "GPT-2's: hf download openai-community/gpt2" in message
+    assert "text" in probe(tmp_path, "out/ckpt.pt", "--tokenizer", "other.pkl")
+    capsys.readouterr()
     message = refused(capsys, "out/ckpt.pt", "--tokenizer", folder)
     assert f"expected at most {len(LETTERS)} tokens, as many as the model has embeddings, got" in message
     message = refused(capsys, "out/ckpt.pt", "--tokenizer", tmp_path / "prompts.txt")
