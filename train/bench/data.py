@@ -22,8 +22,10 @@ from sinkbed.data.pack.audit import audit
 from sinkbed.data.pack.batches import Batch, Rows, RowSampler
 from sinkbed.data.pack.plan import PlanSettings, items_of
 from sinkbed.data.pack.strategy import Strategy
+from sinkbed.data.prepare.staging import StagingFolder, manifest_of, shard_name
 from sinkbed.data.store.manifest import ShardInfo
 from sinkbed.data.store.token_store import TokenStore
+from sinkbed.data.tokenizer import Tokenizer
 from sinkbed.train.bench.timing import in_new_process, interleave, memory_of_process
 from sinkbed.train.bench.training import decoder_config, decoder_step, random_batch, read_config
 
@@ -134,9 +136,6 @@ def run_memory(arguments: Any) -> None:
 
 def generate(path: Path, tokens: int) -> None:
     """A token store of random 16-bit tokens in documents of 500 on average, log-normal."""
-    from sinkbed.data.prepare.staging import StagingFolder, manifest_of, shard_name
-    from sinkbed.data.tokenizer import Tokenizer
-
     generator, tokenizer = np.random.default_rng(0), Tokenizer.train([], vocab_size=258)
     shards: list[ShardInfo] = []
     with StagingFolder(path) as staging:

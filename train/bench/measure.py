@@ -10,6 +10,7 @@ peak of the forward pass above what the loaded model takes, without logits, whic
 import statistics
 import time
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +18,15 @@ import torch
 from torch import Tensor
 
 from sinkbed.data.pack.strategy import Strategy
+from sinkbed.data.store.token_store import TokenStore
 from sinkbed.model import Decoder
 from sinkbed.train.bench.timing import in_new_process, interleave, peak_bytes, take_turns
 from sinkbed.train.bench.training import decoder_config, read_config
 from sinkbed.train.measure.config import MeasureConfig
+from sinkbed.train.measure.excerpts import Excerpts
 from sinkbed.train.measure.heldout import Probe
+from sinkbed.train.measure.measures.jacobian import measure_jacobian
+from sinkbed.train.measure.model import of_run
 from sinkbed.train.measure.modes import InferenceMode
 from sinkbed.train.measure.sinks import measure
 
@@ -164,9 +169,6 @@ def modes(arguments: Any) -> None:
 
 def jacobian(arguments: Any) -> None:
     """Deviation of `Jacobian.others` from the exact one at each layer, over draws; seconds of both."""
-    from sinkbed.train.measure.excerpts import Excerpts
-    from sinkbed.train.measure.measures.jacobian import measure_jacobian
-
     model, probe, strategy, name = _subject(arguments)
     excerpts = Excerpts.of(probe, "bos", strategy, arguments.tokens, arguments.jacobian_documents)
     size = MeasureConfig().batch_tokens
@@ -200,9 +202,6 @@ def _subject(arguments: Any) -> tuple[Decoder, Probe, Strategy, str]:
         decoder = Decoder(decoder_config(read_config(arguments.config)), vocab_size).eval()
         probe = random_probe(vocab_size, arguments.jacobian_documents, arguments.tokens)
         return decoder, probe, Strategy(first_token="bos"), f"{arguments.config}, random weights"
-    from sinkbed.data.store.token_store import TokenStore
-    from sinkbed.train.measure.model import of_run
-
     subject = of_run(arguments.run, arguments.store)
     config = MeasureConfig(documents=arguments.jacobian_documents, live_documents=1, sink_tokens=arguments.tokens)
     assert subject.store is not None and subject.context_length is not None  # of a run
@@ -212,8 +211,6 @@ def _subject(arguments: Any) -> tuple[Decoder, Probe, Strategy, str]:
 
 def run(arguments: Any) -> int:
     """Print a table for each part."""
-    from importlib.util import find_spec
-
     if find_spec("transformers") is None:
         raise ValueError("bench measure: the peer is missing; pip install -e '.[bench]'")
     torch.set_num_threads(arguments.threads)

@@ -2,12 +2,16 @@
 instructions."""
 
 import csv
+import importlib.util
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +27,6 @@ _GROWTH = 1.02  # of a loop over full tiles, before a check fails
 
 def compile_one(task: tuple[str, str, str, str, int, tuple[int, int, int, int] | None]) -> dict[str, Any]:
     """One line of the table; runs in a process of its own. A compiler's refusal is the line's `error`."""
-    from dataclasses import asdict
-
     from sinkbed.kernels.triton.aot import Variant, compile_variant
     from sinkbed.kernels.triton.tiles import Tiles
 
@@ -39,9 +41,6 @@ def compile_one(task: tuple[str, str, str, str, int, tuple[int, int, int, int] |
 
 def compile_all(tasks: Sequence[Any], workers: int) -> list[dict[str, Any]]:
     """Every line, in order, in processes without Triton's interpreter and with an empty cache."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
     from tqdm import tqdm
 
     spawn = multiprocessing.get_context("spawn")
@@ -147,8 +146,6 @@ def print_table(lines: Sequence[dict[str, Any]]) -> None:
 
 def run(command: str, argv: Sequence[str]) -> int:
     """Compile what is asked for, print it, compare it or store it."""
-    import importlib.util
-
     if importlib.util.find_spec("triton") is None:
         raise ValueError("kernels: expected the package triton, got none; pip install triton")
     from sinkbed.kernels.triton.aot import CHIPS, DTYPES, KERNELS, MASKS, is_stored

@@ -4,10 +4,13 @@ An arm is `sinkbed fit` on one config file, `arm.yaml` in its run directory; who
 processes, a Ray cluster, a W&B agent) calls `begin`, runs the arguments it gives, and calls `conclude`.
 """
 
+import contextlib
+import io
 import json
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -148,10 +151,6 @@ def read_overlay(path: Path) -> dict[str, Any]:
 
 def check_configs(runs: Sequence[ArmRun]) -> str:
     """Have `sinkbed fit` check the settings of every arm; what is wrong with the first wrong one, else nothing."""
-    import contextlib
-    import io
-    import tempfile
-
     from sinkbed.train.loop.trainer import CheckingCLI, SettingsAreGood
     from sinkbed.train.loop.trainer import run as fit
 

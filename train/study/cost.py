@@ -11,12 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.table import Table
+
+from sinkbed.data.pack.batches import Rows
+from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.prepare.prepare import available_cores
+from sinkbed.data.store.token_store import TokenStore
+from sinkbed.kernels.triton.tiles import HEAD_DIMS
 from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.plain_text import console
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.loop.optim import OptimizerConfig
 from sinkbed.train.loop.settings import training_bytes
+from sinkbed.train.measure.config import MeasureConfig
+from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.run import directory
 from sinkbed.train.study.arms import ArmRun
 from sinkbed.train.study.file import StudyConfig
@@ -93,8 +102,6 @@ def core_rate(study: StudyConfig, runs: Sequence[ArmRun]) -> tuple[float, str]:
 
 def print_plan(study: StudyConfig, runs: Sequence[ArmRun]) -> None:
     """Print the arms, what they take and how long that is on one device of each kind."""
-    from rich.table import Table
-
     rate, how = core_rate(study, runs)
     rates = {"CPU core": rate, **{name: MFU * peak for name, peak in PEAKS.items()}}
     size = f", size {study.size}" if study.size else ""
@@ -160,12 +167,6 @@ def _stores(study: StudyConfig, runs: Sequence[ArmRun]) -> list[str]:
 
 def check_stores(runs: Sequence[ArmRun]) -> str:
     """What `sinkbed fit` would refuse of the token stores that are there, for the first arm at fault; else nothing."""
-    from sinkbed.data.pack.batches import Rows
-    from sinkbed.data.pack.strategy import Strategy
-    from sinkbed.data.store.token_store import TokenStore
-    from sinkbed.train.measure.config import MeasureConfig
-    from sinkbed.train.measure.heldout import Probe
-
     for run in {r.arm: r for r in runs}.values():
         store, context = Path(run.setting("data.store", "")), run.setting("data.context_length")
         if not (store / directory.MANIFEST).is_file():
@@ -228,8 +229,6 @@ def _devices(study: StudyConfig, runs: Sequence[ArmRun], largest: int) -> str:
     except ValueError as error:
         return str(error)
     if study.gpus:
-        import torch
-
         memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
         if largest > memory * study.gpus:
             return (
@@ -248,8 +247,6 @@ def _devices(study: StudyConfig, runs: Sequence[ArmRun], largest: int) -> str:
 
 def _head_dims(study: StudyConfig, runs: Sequence[ArmRun]) -> str:
     """An arm for a GPU whose head dim the kernels there do not take."""
-    from sinkbed.kernels.triton.tiles import HEAD_DIMS
-
     for run in runs:
         accelerator = run.setting("trainer.accelerator", "auto")
         dim = DecoderConfig(**run.setting("model.decoder", {})).dim
