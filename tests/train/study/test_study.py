@@ -12,7 +12,7 @@ import pytest
 from sinkbed.train.cli import study as study_command
 from sinkbed.train.cli.main import main
 from sinkbed.train.run import directory
-from sinkbed.train.study.arms import LOG, environment, hold, plan
+from sinkbed.train.study.arms import LOG, environment, plan
 from sinkbed.train.study.file import load_study
 from tests.support import ROOT
 from tests.support.studies import locked, table
@@ -176,25 +176,6 @@ def test_forcing_a_study_that_runs_clears_nothing(finished, capsys):
         assert main(["study", str(finished), "--quiet", "--force"]) == 1
     assert "got a process that still does" in capsys.readouterr().err
     assert (out / "runs" / "absent-seed0" / directory.MEASUREMENT).exists()
-
-
-@pytest.mark.parametrize("forked", [True, False])
-@pytest.mark.slow
-def test_a_killed_study_takes_its_arms_along(study, forked):
-    config = study.parent / "run.yaml"
-    config.write_text(config.read_text().replace("max_steps: 10", "max_steps: 200000"))
-    runs = plan(load_study(study))
-    code = "import sys; from sinkbed.train.study.arms import ArmRun; from sinkbed.train.cli.main import main; "
-    code += "" if forked else "ArmRun.can_be_forked = False; "
-    code += f"sys.exit(main(['study', {str(study)!r}, '--quiet']))"
-    with subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **environment()}) as process:
-        end = time.monotonic() + 120
-        while not all(r.resumable() for r in runs) and time.monotonic() < end and process.poll() is None:
-            time.sleep(0.05)
-        process.kill()
-    for run in runs:
-        hold(run.folder, 10).close()  # raises where a process is left that writes
-    assert [r.status() for r in runs] == ["interrupted", "interrupted"]
 
 
 def test_a_missing_study_is_named(capsys):
