@@ -15,7 +15,7 @@ from sinkbed.model.attention import ForwardPass, Operator, scoring_of
 from sinkbed.model.blocks import BLOCKS
 from sinkbed.model.config import DecoderConfig
 from sinkbed.model.initializers import INITIALIZERS
-from sinkbed.model.loss import linear_cross_entropy
+from sinkbed.model.loss import linear_cross_entropy, token_nll
 from sinkbed.model.norms import NORMS
 from sinkbed.model.observe import Attentions, LayerAttention
 from sinkbed.model.positions import POSITIONS, PositionEncoding
@@ -26,11 +26,13 @@ class DecoderOutput(NamedTuple):
     """What a decoder returns."""
 
     logits: Tensor | None
-    """[B, T, V], in the dtype of the compute; None where targets were given."""
+    """[B, T, V], in the dtype of the compute; None where targets were given, or no logits asked for."""
     loss: Tensor | None
     """Mean negative log-likelihood of the targets that count, in nats; None without targets."""
     statistics: tuple[Statistics, ...] | None
     """One entry a layer; None unless asked for."""
+    nll: Tensor | None = None
+    """[B, T] negative log-likelihood, nats, of each of the `next_tokens`; None without them."""
 
 
 class Decoder(nn.Module):
@@ -69,6 +71,8 @@ class Decoder(nn.Module):
         mask: Mask | None = None,
         *,
         targets: Tensor | None = None,
+        next_tokens: Tensor | None = None,
+        logits: bool = True,
         statistics: bool = False,
     ) -> DecoderOutput:
         """Logits of the next token at every position, or the loss of given targets.
@@ -79,6 +83,8 @@ class Decoder(nn.Module):
             mask: which keys a query sees; None is causal.
             targets: [B, T] next tokens, `loss.IGNORED` where none counts. With them the mean loss is returned
                 and the logits are not kept.
+            next_tokens: [B, T], as targets: the loss of each is returned, its logits made a block at a time.
+            logits: whether they are wanted.
             statistics: also return each layer's sink statistics.
 
         Raises ValueError for rows longer than the position encoding has positions.
@@ -112,8 +118,10 @@ class Decoder(nn.Module):
                 per_layer.append(layer)
         x = self.norm(x[:, self.config.n_registers :])
         seen = tuple(per_layer) if statistics else None
+        if next_tokens is not None:
+            return DecoderOutput(None, None, seen, token_nll(self.head, x, next_tokens, self.vocab_size))
         if targets is None:
-            return DecoderOutput(self.head(x), None, seen)
+            return DecoderOutput(self.head(x) if logits else None, None, seen)
         loss = linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten())
         return DecoderOutput(None, loss, seen)
 

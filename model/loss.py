@@ -6,17 +6,20 @@ one block instead of N × V twice, and the backward pass is a multiplication. Th
 linear cross-entropy (arXiv 2410.10989) in plain PyTorch.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from sinkbed.model.eager import product_dtype
 
 IGNORED = -100
-_BLOCK_LOGITS = 2**25
+BLOCK_LOGITS = 2**25
 """Logits of one block, at most: 128 MB in float32."""
 
 
@@ -30,7 +33,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight = weight.to(product_dtype(hidden))
         d_hidden = torch.empty_like(hidden, dtype=weight.dtype)
         d_weight: Tensor | None = None
-        rows = max(1, _BLOCK_LOGITS // len(weight))
+        rows = max(1, BLOCK_LOGITS // len(weight))
         for h, t, s, dh in zip(
             hidden.split(rows), index.split(rows), share.split(rows), d_hidden.split(rows), strict=True
         ):
@@ -66,3 +69,22 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         loss = F.cross_entropy((hidden @ weight.T).float(), targets, ignore_index=IGNORED, reduction="sum")
         return loss / (targets != IGNORED).sum().clamp_min(1)
     return _LinearCrossEntropy.apply(hidden, weight, targets)
+
+
+@torch.compiler.disable
+def token_nll(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Negative log-likelihood of each target [B, T], in nats, 0 where it is `IGNORED`; a block of logits at a time.
+
+    Args:
+        head: [n, C] -> logits [n, V]; called again in the backward pass.
+        hidden: [B, T, C]; targets: [B, T] token ids.
+    """
+
+    def of_block(h: Tensor, t: Tensor) -> Tensor:
+        logits = head(h).float()
+        return F.cross_entropy(logits, t.to(logits.device), ignore_index=IGNORED, reduction="none")
+
+    size = max(1, BLOCK_LOGITS // vocab_size)
+    call = partial(checkpoint, of_block, use_reentrant=False) if torch.is_grad_enabled() else of_block
+    blocks = zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size), strict=True)
+    return torch.cat([call(h, t) for h, t in blocks]).view_as(targets)

@@ -5,6 +5,7 @@ measures them and ours. No code that comes with a model is run.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from sinkbed.kernels import Mask
 from sinkbed.model.decoder import DecoderOutput
 from sinkbed.model.hf.attention import ATTENTION, Pass, asking, register
 from sinkbed.model.hf.foreign import Foreign
+from sinkbed.model.loss import token_nll
 from sinkbed.model.observe import Attentions
 
 
@@ -36,6 +38,7 @@ class HFModel(nn.Module):
         self.observer: Attentions | None = None
         text = model.config.get_text_config()
         self.config = Shape(int(text.num_hidden_layers), int(text.num_attention_heads))
+        self.vocab_size = int(text.vocab_size)
 
     @classmethod
     def load(
@@ -155,6 +158,15 @@ class HFModel(nn.Module):
             )
         return kinds[0]
 
+    @property
+    def decoder(self) -> Any:
+        """The part of the model that ends before its output matrix: the innermost model around the layers."""
+        from transformers import PreTrainedModel
+
+        blocks = self.blocks
+        models = [module for module in self.model.modules() if isinstance(module, PreTrainedModel)]
+        return [model for model in models if any(module is blocks for module in model.modules())][-1]
+
     @contextmanager
     def observed(self, attention: Attentions) -> Iterator[None]:
         """Hand each layer's attention to a callback; see `model.observe`."""
@@ -170,9 +182,12 @@ class HFModel(nn.Module):
         positions: Tensor | None = None,
         mask: Mask | None = None,
         *,
+        next_tokens: Tensor | None = None,
+        logits: bool = True,
         statistics: bool = False,
     ) -> DecoderOutput:
-        """Logits [B, T, V] and each layer's statistics (on the CPU); see `Decoder.forward`.
+        """Logits [B, T, V], or the loss of each next token, and each layer's statistics (on the CPU); see
+        `Decoder.forward`.
 
         Raises ValueError for attention that the operator cannot express.
         """
@@ -180,9 +195,11 @@ class HFModel(nn.Module):
         current = Pass(mask, statistics, observer=self.observer)
         # Told that no token is padding, transformers does not look for documents in the positions: `mask` has them.
         given = {} if positions is None else {"position_ids": positions, "attention_mask": torch.ones_like(tokens)}
+        logits = logits and next_tokens is None
         try:
             with asking(current):
-                logits = self.model(input_ids=tokens, use_cache=False, **given).logits
+                part = self.model if logits else self.decoder
+                output = part(input_ids=tokens, use_cache=False, **given)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -197,7 +214,23 @@ class HFModel(nn.Module):
                 f"{type(self.model).__name__}: got {current.layers} layers whose attention can be observed, expected "
                 f"{self.config.n_layers}; the others are no softmax attention, or bypass transformers' interface for it"
             )
-        return DecoderOutput(logits, None, tuple(current.per_layer) if statistics else None)
+        nll = None
+        if next_tokens is not None:
+            nll = token_nll(partial(self._logits, output), output.last_hidden_state, next_tokens, self.vocab_size)
+        seen = tuple(current.per_layer) if statistics else None
+        return DecoderOutput(output.logits if logits else None, None, seen, nll)
+
+    def _logits(self, output: Any, hidden: Tensor) -> Tensor:
+        """Logits [n, V] of some of the decoder's last hidden states [n, C], made by the model itself, which may scale
+        or cap them: it is called with a decoder that returns its `output` with these in it."""
+        decoder = self.decoder
+        of_these = type(output)({**output, "last_hidden_state": hidden[None]})
+        forward, decoder.forward = decoder.forward, lambda *args, **options: of_these
+        try:
+            no_tokens = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+            return self.model(input_ids=no_tokens, use_cache=False).logits[0]  # type: ignore[no-any-return]
+        finally:
+            decoder.forward = forward
 
 
 def _source(revision: str | None, gguf: str | None) -> dict[str, str]:

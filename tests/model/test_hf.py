@@ -8,6 +8,7 @@ import torch
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.kernels import interval_mask
 from sinkbed.kernels.mask import Mask
+from sinkbed.model import loss
 from sinkbed.model.hf.adapter import HFModel
 from sinkbed.model.hf.attention import (
     ATTENTION,
@@ -42,7 +43,9 @@ FAMILIES = {
     "Olmo": GQA,
     "Olmo2": GQA,
     "Gemma": dict(num_key_value_heads=1, head_dim=16),
-    "Gemma2": dict(num_key_value_heads=1, head_dim=16, sliding_window=6, attn_logit_softcapping=3.0),
+    "Gemma2": dict(
+        num_key_value_heads=1, head_dim=16, sliding_window=6, attn_logit_softcapping=3.0, final_logit_softcapping=2.0
+    ),
     "Gemma3Text": dict(num_key_value_heads=1, head_dim=16, sliding_window=6),
     "GptOss": dict(**GQA, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=6),
     "Phi3": GQA,
@@ -77,6 +80,27 @@ def test_logits_and_masses_equal_those_of_eager_attention(saved):
         assert any((m[:, :, -1, 0] == 0).all() for m in eager.attentions), "a window hides key 0 from the last query"
     if theirs.config.model_type == "gpt_oss":
         assert all(m.sum(-1).min() < 0.99 for m in eager.attentions), "its sink logits take a share"
+
+
+def test_losses_in_blocks_are_those_of_all_logits(saved, monkeypatch):
+    """With the scale and the soft cap that a model puts on its logits."""
+    theirs, folder = saved
+    ours = HFModel.load(str(folder))
+    monkeypatch.setattr(loss, "BLOCK_LOGITS", 7 * 96)
+    tokens, made = torch.randint(96, (2, 20)), []
+    ours.model.get_output_embeddings().register_forward_hook(lambda *call: made.append(call[-1].numel()))
+    wanted = tokens.roll(-1, 1)
+    wanted[:, -1] = loss.IGNORED
+    expected = torch.nn.functional.cross_entropy(theirs(tokens).logits.mT, wanted, reduction="none")
+    output = ours(tokens, next_tokens=wanted)
+    torch.testing.assert_close(output.nll, expected, atol=2e-5, rtol=1e-4)
+    assert output.logits is None and len(made) == 6 and max(made) == 7 * 96
+    gradients = [torch.autograd.grad(nll.sum(), model.get_input_embeddings().weight)[0]
+                 for nll, model in ((output.nll, ours.model), (expected, theirs))]  # fmt: skip
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
+    made.clear()
+    states = ours(tokens, logits=False, statistics=True)
+    assert states.logits is None and len(states.statistics) == 2 and not made
 
 
 def test_more_queries_than_are_sampled_and_positions_that_restart_change_nothing(saved):

@@ -10,7 +10,7 @@ from sinkbed.model.loss import IGNORED, linear_cross_entropy
 
 @pytest.mark.parametrize("block", [2**25, 11 * 3, 1])
 def test_loss_and_gradients_equal_cross_entropy(block, monkeypatch):
-    monkeypatch.setattr(loss_module, "_BLOCK_LOGITS", block)
+    monkeypatch.setattr(loss_module, "BLOCK_LOGITS", block)
     torch.manual_seed(0)
     hidden, weight = torch.randn(10, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
     targets = torch.randint(11, (10,))
@@ -34,7 +34,7 @@ def test_no_counted_target_is_no_loss_and_no_gradient():
 
 @pytest.mark.parametrize("block", [2**25, 11 * 3])
 def test_under_autocast_products_are_in_bfloat16_and_gradients_in_float32(block, monkeypatch):
-    monkeypatch.setattr(loss_module, "_BLOCK_LOGITS", block)
+    monkeypatch.setattr(loss_module, "BLOCK_LOGITS", block)
     torch.manual_seed(0)
     hidden, weight = torch.randn(10, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
     targets = torch.randint(11, (10,))

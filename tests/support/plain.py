@@ -64,3 +64,15 @@ def heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra=None, bias=0.
         hidden = torch.cat([torch.zeros(T, 1, dtype=torch.bool), hidden], 1)
     logits = q @ k.mT / q.shape[-1] ** 0.5 + bias
     return (logits.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(1, 2)
+
+
+def numbers(value, path=()):
+    """Every number of a nested value, with where it is."""
+    if isinstance(value, dict):
+        for key, inside in value.items():
+            yield from numbers(inside, (*path, key))
+    elif isinstance(value, list):
+        for index, inside in enumerate(value):
+            yield from numbers(inside, (*path, index))
+    elif isinstance(value, int | float):
+        yield path, value

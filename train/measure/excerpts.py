@@ -1,8 +1,8 @@
 """Documents cropped to one length, and what a model's hidden states are while it reads them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from sinkbed.progress import documents_read
 from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.inputs import Arranged, arrange
 from sinkbed.train.measure.modes import InferenceMode
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +54,7 @@ class Excerpts:
         """Have a model read them all while it is observed, as `observing` says."""
         with evaluating(model), observing(model, **observers):
             for _, row in self.batches(input_device(model), batch_tokens):
-                model(row.tokens, mask=row.mask)
+                model(row.tokens, mask=row.mask, logits=False)
 
     def batch(self, chosen: slice, device: torch.device) -> tuple[Tensor, Arranged]:
         """Text [B, n] of some of the documents, and the rows it is in."""
@@ -82,8 +84,9 @@ class Totals:
         }
 
 
-def hidden_states(model: Any, row: Arranged) -> tuple[list[Tensor], Tensor]:
-    """The hidden states [B, T, C] of layers 0 to L with their graph, from a leaf at layer 0, and the logits."""
+def hidden_states(model: Any, forward: Callable[[], Result]) -> tuple[list[Tensor], Result]:
+    """The hidden states [B, T, C] of layers 0 to L with their graph, from a leaf at layer 0, in a call that has the
+    model read something; and what it returns."""
     states: list[Tensor] = []
 
     def keep(layer: int, h: Tensor) -> Tensor | None:
@@ -93,5 +96,4 @@ def hidden_states(model: Any, row: Arranged) -> tuple[list[Tensor], Tensor]:
         return h if layer == 0 else None
 
     with torch.enable_grad(), observing(model, hidden=keep):
-        logits = model(row.tokens, mask=row.mask).logits
-    return states, logits
+        return states, forward()

@@ -1,15 +1,20 @@
 """Documents as a model reads them in an inference mode: tokens, mask, and which targets count."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from sinkbed.data.pack.strategy import Strategy
-from sinkbed.kernels import Mask
+from sinkbed.kernels import Mask, Statistics
+from sinkbed.model.loss import BLOCK_LOGITS, IGNORED
 from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.masks import strategy_mask
 from sinkbed.train.measure.modes import InferenceMode, first_tokens_of
+
+MOST_LOGITS = 2**27
+"""Logits [B, T, V] that are made at once, at most; of more, a block at a time, which may round otherwise. What runs
+measure stays below: 4,096 tokens of a vocabulary of 32,768."""
 
 
 def first_tokens(
@@ -88,12 +93,29 @@ def counted_targets(text: torch.Tensor, lengths: torch.Tensor, strategy: Strateg
     return (index < lengths[:, None]) & (index >= strategy.prefix_lm)
 
 
-def target_nll(logits: torch.Tensor, slots: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """[B, n−1] negative log-likelihood, in nats, of the text's second and later tokens; logits [B, T, V]."""
-    queries, targets = slots[1:] - 1, text[:, 1:].to(logits.device)
+def target_nll(
+    model: Any, row: Arranged, text: torch.Tensor, *, statistics: bool = False
+) -> tuple[torch.Tensor, tuple[Statistics, ...] | None]:
+    """[B, n−1] negative log-likelihood, in nats, of the text's second and later tokens, and statistics where asked for.
+
+    At most `MOST_LOGITS` logits are there at once.
+    """
+    queries, targets, size = row.slots[1:] - 1, text[:, 1:], model.vocab_size
+    if row.tokens.numel() * size > MOST_LOGITS:
+        next_tokens = torch.full_like(row.tokens, IGNORED)
+        next_tokens[:, queries] = targets.to(next_tokens.device)
+        output = model(row.tokens, mask=row.mask, statistics=statistics, next_tokens=next_tokens)
+        return output.nll[:, queries.to(output.nll.device)], output.statistics
+    output = model(row.tokens, mask=row.mask, statistics=statistics)
     # A row at a time: of all at once, the copy is as large as the logits and the classes are strided, ten times slower.
-    rows = (
-        torch.nn.functional.cross_entropy(row[queries].float(), wanted, reduction="none")
-        for row, wanted in zip(logits, targets, strict=True)
-    )
-    return torch.stack(list(rows))
+    block = max(1, BLOCK_LOGITS // size)
+    rows = [
+        torch.cat(
+            [
+                torch.nn.functional.cross_entropy(logits[at].float(), wanted.to(logits.device), reduction="none")
+                for at, wanted in zip(queries.split(block), of_row.split(block), strict=True)
+            ]
+        )
+        for logits, of_row in zip(output.logits, targets, strict=True)
+    ]
+    return torch.stack(rows), output.statistics

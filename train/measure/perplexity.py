@@ -60,7 +60,7 @@ def _losses(
     with evaluating(model), torch.no_grad():
         for rows, text, lengths in probe.batches(batch_tokens):
             row = arrange(probe, mode, strategy, rows, text, lengths, device=input_device(model))
-            nll = target_nll(model(row.tokens, mask=row.mask).logits, row.slots, text).cpu().double()
+            nll = target_nll(model, row, text)[0].cpu().double()
             counted = counted_targets(text, lengths, strategy if targets is None else targets)
             sums[: nll.shape[1]] += (nll * counted).sum(0)
             counts[: nll.shape[1]] += counted.sum(0)

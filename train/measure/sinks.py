@@ -202,26 +202,25 @@ def _observe(
 ) -> tuple[Any, ...]:
     """One forward pass: alpha and mass [B, L, H] over sink_tokens and over the row, mass on `key` [B, L, H, queries
     from it on], shares [B, L, H, sink_tokens] or None where weights add up to 1, nll [B, n−1]."""
-    output = model(row.tokens, mask=row.mask, statistics=True)
-    assert output.logits is not None and output.statistics is not None
-    nll = target_nll(output.logits, row.slots, text).cpu()
+    nll, statistics = target_nll(model, row, text, statistics=True)
+    assert statistics is not None
     T = row.tokens.shape[1]
-    masses = torch.stack([s.first_key_mass for s in output.statistics], dim=1).float().cpu()  # [B, L, H, T]
+    masses = torch.stack([s.first_key_mass for s in statistics], dim=1).float().cpu()  # [B, L, H, T]
     head = masses[..., :sink_tokens]
     real = (torch.arange(T)[None, :] < (lengths + T - text.shape[1])[:, None])[:, None, None, :]  # no padding
     own = masses * real
     count = real.sum(-1)
     on_key = head
     if key:
-        on_key = torch.stack([s.document_mass[..., key:sink_tokens] for s in output.statistics], dim=1).float().cpu()
+        on_key = torch.stack([s.document_mass[..., key:sink_tokens] for s in statistics], dim=1).float().cpu()
     return (
         head.mean(-1),
         own.sum(-1) / count,
         head[..., 1:].mean(-1),
         (own.sum(-1) - own[..., 0]) / (count - 1),
         on_key,
-        _shares(output.statistics, sink_tokens),
-        nll,
+        _shares(statistics, sink_tokens),
+        nll.cpu(),
     )
 
 

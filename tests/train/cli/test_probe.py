@@ -13,6 +13,7 @@ from sinkbed.train.cli.main import main
 from sinkbed.train.measure.measures import MEASURES
 from sinkbed.train.run import directory
 from sinkbed.train.run.load import load_decoder, open_run
+from tests.support.plain import numbers
 
 transformers = pytest.importorskip("transformers")
 
@@ -121,18 +122,6 @@ def everything(tmp_path, *arguments):
     out = tmp_path / "report"
     assert main(["probe", *map(str, arguments), *ALL, "--out", str(out)]) == 0
     return json.loads((out / "probe.json").read_text()), out
-
-
-def numbers(value, path=()):
-    """Every number of a nested value, with where it is."""
-    if isinstance(value, dict):
-        for key, inside in value.items():
-            yield from numbers(inside, (*path, key))
-    elif isinstance(value, list):
-        for index, inside in enumerate(value):
-            yield from numbers(inside, (*path, index))
-    elif isinstance(value, int | float):
-        yield path, value
 
 
 @pytest.mark.slow

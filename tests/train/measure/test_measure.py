@@ -1,12 +1,15 @@
 """The measurement against its definition, computed from whole attention matrices."""
 
+import dataclasses
 import itertools
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sinkbed.model.attention as attention_module
 from sinkbed.data.pack.strategy import Strategy
@@ -14,12 +17,17 @@ from sinkbed.data.store.token_store import TokenStore
 from sinkbed.kernels import Statistics
 from sinkbed.kernels.reference import probabilities
 from sinkbed.kernels.scoring import Scoring
-from sinkbed.model import Decoder, DecoderConfig
+from sinkbed.model import Decoder, DecoderConfig, loss
 from sinkbed.model.decoder import DecoderOutput
+from sinkbed.train.measure import inputs
 from sinkbed.train.measure.config import MeasureConfig
+from sinkbed.train.measure.excerpts import Excerpts
 from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.inputs import first_tokens
+from sinkbed.train.measure.measures import MEASURES, plain
+from sinkbed.train.measure.perplexity import by_position
 from sinkbed.train.measure.sinks import EPSILONS, measure
+from tests.support.plain import numbers
 
 CONFIG = MeasureConfig(documents=7, live_documents=3, sink_tokens=16, batch_tokens=200)
 
@@ -229,6 +237,7 @@ class Given(torch.nn.Module):
         """attention: [N, L, H, T, T], row i of a document that begins with token i."""
         super().__init__()
         self.attention, self.weight = attention, torch.nn.Parameter(torch.zeros(1))
+        self.vocab_size = 50
         self.config = SimpleNamespace(n_layers=attention.shape[1], n_heads=attention.shape[2])
 
     def forward(self, tokens, positions=None, mask=None, *, statistics=False):
@@ -283,3 +292,53 @@ def test_the_sink_rate_is_the_published_one_of_the_same_attention(key, length):
     # The mean of the indicators is not the indicator of the mean: averaging documents first gives another number.
     mean_first = published_sink_rate(attention.mean(0, keepdim=True), key, 0.3)
     assert abs(mean_first - expected[0.3]) > 1
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor whose last dimension is V had, of those that operations made."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.vocab_size, self.count = vocab_size, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for made in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(made, torch.Tensor) and made.shape[-1:] == (self.vocab_size,):
+                self.count = max(self.count, made.numel())
+        return result
+
+
+@pytest.mark.parametrize("what", ["sinks", "loss by position", "gradients", "states", "jacobian"])
+def test_logits_of_many_tokens_are_made_a_block_at_a_time(what, probe, decoder, monkeypatch):
+    excerpts = Excerpts.of(probe, "bos", Strategy(first_token="bos"), 16, 8)
+    call = {
+        "sinks": lambda: dataclasses.asdict(measure(decoder, probe, "bos", Strategy(), CONFIG)),
+        "loss by position": lambda: list(map(dataclasses.asdict, by_position(decoder, probe, "bos", Strategy(), 200))),
+        **{name: partial(_plain, name, decoder, excerpts) for name in ("gradients", "states", "jacobian")},
+    }[what]
+    with Largest(300) as whole:
+        expected = call()
+    needs_logits = what not in ("states", "jacobian")
+    assert (whole.count >= 7 * 16 * 300) == needs_logits, "all at once, or none at all"
+    block = 40 * 300
+    monkeypatch.setattr(inputs, "MOST_LOGITS", block)
+    monkeypatch.setattr(loss, "BLOCK_LOGITS", block)
+    with Largest(300) as sliced:
+        result = call()
+    assert (0 < sliced.count <= block) == needs_logits
+    for (where, value), (_, other) in zip(numbers(expected), numbers(result), strict=True):
+        assert other == pytest.approx(value, rel=2e-4, abs=1e-6), where
+
+
+def _plain(name, decoder, excerpts):
+    return plain(MEASURES[name].measure(decoder, excerpts, 200))
+
+
+@pytest.mark.parametrize("mode", ["bos", "text", "first_key_masked"])
+def test_one_token_more_than_the_sink_rate_takes_is_enough(mode, probe, decoder):
+    cropped = dataclasses.replace(probe, documents=tuple(d[:16] for d in probe.documents))
+    assert max(map(len, probe.documents)) > 16
+    long, short = (measure(decoder, each, mode, Strategy(first_token="bos"), CONFIG) for each in (probe, cropped))
+    assert short.rate == long.rate and short.tokens < long.tokens
+    torch.testing.assert_close(torch.tensor(short.mass), torch.tensor(long.mass), atol=1e-6, rtol=1e-5)

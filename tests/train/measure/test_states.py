@@ -1,5 +1,7 @@
 """States around the sink, against their definitions on the hidden states and attention that `transformers` returns."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -137,8 +139,8 @@ def test_gradients_equal_those_of_the_summed_loss(models, probe):
     found = measure_gradients(ours, excerpts, batch_tokens=60)
     text, row = excerpts.batch(slice(None), torch.device("cpu"))
     # By differences: the loss along a direction at one token of one layer's input.
-    states, logits = hidden_states(ours, row)
-    gradients = torch.autograd.grad(target_nll(logits, row.slots, text).sum(), states)
+    states, (nll, _) = hidden_states(ours, partial(target_nll, ours, row, text))
+    gradients = torch.autograd.grad(nll.sum(), states)
     for layer, gradient in enumerate(gradients):
         norms = gradient.norm(dim=-1)
         close(found.norm[layer], norms.mean(0))
@@ -155,7 +157,7 @@ def test_gradients_equal_those_of_the_summed_loss(models, probe):
             return None
 
         with torch.no_grad(), observing(ours, hidden=moved):
-            losses.append(target_nll(ours(row.tokens, mask=row.mask).logits, row.slots, text).sum().double())
+            losses.append(target_nll(ours, row, text)[0].sum().double())
     slope = (losses[0] - losses[1]) / (2 * step)
     assert float(slope) == pytest.approx(float((gradients[0][:, 0] * direction).sum()), rel=0.05, abs=0.02)
     assert all(p.grad is None for p in ours.parameters())

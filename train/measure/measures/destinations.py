@@ -77,5 +77,5 @@ def measure_destinations(model: Any, excerpts: Excerpts, batch_tokens: int) -> D
     with evaluating(model), observing(model, attention=attention):
         for _, row in excerpts.batches(input_device(model), batch_tokens):
             tokens = row.tokens
-            model(tokens, mask=row.mask)
+            model(tokens, mask=row.mask, logits=False)
     return Destinations(**totals.means())

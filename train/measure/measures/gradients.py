@@ -1,6 +1,7 @@
 """The gradient of the loss at the first token's hidden states against that at the others' (arXiv 2603.17771)."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,9 +35,9 @@ def measure_gradients(model: Any, excerpts: Excerpts, batch_tokens: int) -> Grad
     totals = Totals(len(excerpts.rows))
     with evaluating(model):
         for text, row in excerpts.batches(input_device(model), batch_tokens):
-            states, logits = hidden_states(model, row)
+            states, (nll, _) = hidden_states(model, partial(target_nll, model, row, text))
             counted = counted_targets(text, torch.full((len(text),), text.shape[1]), excerpts.strategy)
-            loss = target_nll(logits, row.slots, text)[counted.to(logits.device)].sum()
+            loss = nll[counted.to(nll.device)].sum()
             for layer, gradient in enumerate(torch.autograd.grad(loss, states)):
                 norms = gradient.float().norm(dim=-1)
                 totals.add("norm", layer, norms)

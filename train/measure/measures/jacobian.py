@@ -9,6 +9,7 @@ from the rest, and their part has an error that their spread tells.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -166,7 +167,7 @@ def _document(
 ) -> _Document:
     size = max(1, batch_tokens // row.tokens.shape[1])
     with torch.no_grad():
-        source = hidden_states(model, row)[0][0].detach()
+        source = hidden_states(model, partial(model, row.tokens, mask=row.mask, logits=False))[0][0].detach()
     width = source.shape[-1]
     if directions == "exact" or directions >= width:
         every = torch.eye(width).expand(len(layers), -1, -1)
@@ -209,7 +210,7 @@ def _span(
                 return h + by if layer == 0 else None
 
             with torch.no_grad(), observing(model, hidden=moved):
-                model(row.tokens.expand(len(part), -1), mask=_repeated(row.mask, len(part)))
+                model(row.tokens.expand(len(part), -1), mask=_repeated(row.mask, len(part)), logits=False)
             ends.append(end)
         for index, layer in enumerate(layers):
             moves[index].append(ends[0][layer] - ends[1][layer])
@@ -226,8 +227,8 @@ def _products(
     for at in range(0, u.shape[1], size):
         part = u[:, at : at + size]
         rows = part.shape[1]
-        repeated = Arranged(row.tokens.expand(rows, -1), _repeated(row.mask, rows), row.slots)
-        states, _ = hidden_states(model, repeated)
+        several = row.tokens.expand(rows, -1)
+        states, _ = hidden_states(model, partial(model, several, mask=_repeated(row.mask, rows), logits=False))
         for index, layer in enumerate(layers):
             into = torch.zeros_like(states[layer])
             into[:, -1] = part[index].to(into)

@@ -76,7 +76,7 @@ def measure_perturbation(
                 totals.add("spread²", layer, spread.double().square())
 
             with observing(model, hidden=hidden):
-                model(row.tokens, mask=row.mask)
+                model(row.tokens, mask=row.mask, logits=False)
     means = totals.means()
     pairs = zip(means["spread"], means.pop("spread²"), strict=True)
     variance = (max(0.0, s - m * m) / max(1, len(text) - 1) for m, s in pairs)

@@ -142,7 +142,7 @@ def measure_states(model: Any, excerpts: Excerpts, batch_tokens: int) -> States:
         for text, row in excerpts.batches(input_device(model), batch_tokens):
             ids = row.tokens.cpu()
             with observing(model, attention=attention, hidden=hidden):
-                model(row.tokens, mask=row.mask)
+                model(row.tokens, mask=row.mask, logits=False)
             done += len(text)
             total = row.tokens.shape[1]
     heads = sum(positions.values())
@@ -185,5 +185,5 @@ def strongest_head(
     with evaluating(model):
         _, row = excerpts.batch(slice(0, 1), input_device(model))
         with observing(model, attention=attention):
-            model(row.tokens, mask=row.mask)
+            model(row.tokens, mask=row.mask, logits=False)
     return finite(best, f"the strongest head, mode {excerpts.mode}") | {"tokens": row.tokens[0, :tokens].tolist()}

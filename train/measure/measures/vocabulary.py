@@ -59,7 +59,7 @@ def measure_vocabulary(model: Any, excerpts: Excerpts, batch_tokens: int, *, voc
             _, rows = copies.batch(slice(None), device)
             rows.tokens[:, 0] = tokens.to(device)
             masses.append([])
-            model(rows.tokens, mask=rows.mask)
+            model(rows.tokens, mask=rows.mask, logits=False)
     strongest = torch.cat([torch.stack(layers) for layers in masses], 1)  # [L, tokens]
     above = 100.0 * (strongest > _EPS)
     return Vocabulary(
