@@ -1,14 +1,18 @@
 """`sinkbed probe`: sinks, states and mixing of any causal language model, with the code that measures during training.
 
 What is measured is chosen by --measure; `sinks` alone is the default, as the others take more passes over the text.
+Several models are measured one after the other and put side by side.
 """
 
 import argparse
+import gc
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from sinkbed.data.files import write_json
 from sinkbed.plain_text import counted
@@ -19,7 +23,8 @@ from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.measures import MEASURES, measures
 from sinkbed.train.measure.model import Subject, changed_prompt, check_model, check_text, load, probe_of, texts
-from sinkbed.train.measure.modes import MODE_LABELS, check_modes
+from sinkbed.train.measure.models import lazy, shared_texts, short_names
+from sinkbed.train.measure.modes import MODE_LABELS, InferenceMode, check_modes
 
 Input = Literal["natural", "random", "repeated"]
 OTHERS = ("sinks", "positions", "streaming")
@@ -29,7 +34,8 @@ OTHERS = ("sinks", "positions", "streaming")
 def run(command: str, argv: Sequence[str]) -> int:
     """Parse, measure, print tables, write what was asked for."""
     parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", help="run, checkpoint (nanoGPT's, litgpt's too), Hugging Face folder or hub name")
+    model = "run, checkpoint (nanoGPT's, litgpt's too), Hugging Face folder or hub name"
+    parser.add_argument("model", nargs="+", help=model)
     text = parser.add_argument_group("text")
     text.add_argument("--prompts", type=Path, help="a JSONL file (column text), or a document a line")
     text.add_argument("--store", type=Path, help="validation split of this token store (default: a run's own)")
@@ -66,11 +72,14 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument("--wandb", action="store_true", help="log figures and numbers to the run's W&B page")
     arguments = parser.parse_args(list(argv))
 
-    check_model(arguments)  # first: a path that is none is answered before torch is imported
+    labels = short_names(arguments.model)
+    models = [argparse.Namespace(**{**vars(arguments), "model": model}) for model in arguments.model]
+    for each in models:  # first: a path that is none is answered before torch is imported
+        _check_options(each, len(models))
+        check_model(each)
     check_text(arguments)
     with loading("torch"):
         from sinkbed.train.loop.settings import use_threads
-        from sinkbed.train.measure.steps import Measurement
         from sinkbed.train.report import model as probe_report
 
     if arguments.out is not None:
@@ -89,15 +98,54 @@ def run(command: str, argv: Sequence[str]) -> int:
         batch_tokens=arguments.batch_tokens,
     )
     _check_arguments(arguments, names)
-    subject = load(arguments)
-    _check_subject(subject, arguments)
-    limit = arguments.length or min(512, subject.context_length or 512)
-    natural = probe_of(subject, texts(arguments, subject), limit, config)
-    if arguments.modes is None and subject.bos_id is None:
-        print("the mode bos is left out: its tokenizer has no BOS (--bos names a token that serves as one)")
-        modes = tuple(mode for mode in modes if mode != "bos")
-    subject.check_bos(modes)
-    _check_lengths(subject, natural, limit, modes, names, arguments)
+    if len(models) > 1:
+        names.add("sinks")  # by which they are compared
+    jobs = dict(zip(labels, _jobs(models, modes, names, config), strict=True))
+    if len(jobs) > 1:
+        return _side_by_side(jobs)
+    [job] = jobs.values()
+    _measure(job, partial(_write, arguments=job.arguments))
+    return 0
+
+
+class _Job(NamedTuple):
+    """A model that was found fit to be measured, and what is to be measured."""
+
+    arguments: Any
+    subject: Subject
+    natural: Probe
+    limit: int
+    modes: Sequence[InferenceMode]
+    names: set[str]
+    config: MeasureConfig
+
+
+def _jobs(models: Sequence[Any], modes: Sequence[InferenceMode], names: set[str], config: MeasureConfig) -> list[_Job]:
+    """Check all models, and the text that each is to read."""
+    subjects = [load(each) if len(models) == 1 else lazy(each) for each in models]
+    for subject, arguments in zip(subjects, models, strict=True):
+        _check_subject(subject, arguments)
+    limit = models[0].length or min(512, *(subject.context_length or 512 for subject in subjects))
+    shared = shared_texts(models[0], subjects, config) if len(models) > 1 else None
+    jobs = []
+    for subject, arguments in zip(subjects, models, strict=True):
+        natural = probe_of(subject, texts(arguments, subject) if shared is None else iter(shared), limit, config)
+        own = modes
+        if arguments.modes is None and subject.bos_id is None:
+            print("the mode bos is left out: its tokenizer has no BOS (--bos names a token that serves as one)")
+            own = tuple(mode for mode in modes if mode != "bos")
+        subject.check_bos(own)
+        _check_lengths(subject, natural, limit, own, names, arguments)
+        jobs.append(_Job(arguments, subject, natural, limit, own, names, config))
+    return jobs
+
+
+def _measure(job: _Job, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Measure a model. `keep` is given the result; where measuring fails, what came before."""
+    from sinkbed.train.measure.steps import Measurement
+    from sinkbed.train.report.model import log_to_wandb
+
+    arguments, subject, natural, limit, modes, names, config = job
     print(f"{subject.name}: {counted(len(natural.documents), 'document')}, T = {config.sink_tokens}, eps 0.3")
     longest = max([limit, *(n + 1 for n in arguments.lengths)])
     if subject.context_length is not None and longest > subject.context_length:
@@ -117,14 +165,57 @@ def run(command: str, argv: Sequence[str]) -> int:
         if measurement.result:
             why = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
             print(f"what was measured before is kept ({why})", file=sys.stderr)
-            _write({**about, "incomplete": why, **measurement.result}, arguments)
+            keep({**about, "incomplete": why, **measurement.result})
         raise
     result = {**about, **measurement.result}
-    _write(result, arguments)
+    keep(result)
     if arguments.wandb:
         assert subject.run_dir is not None
-        print(probe_report.log_to_wandb(result, subject.run_dir, subject.step))
-    return 0
+        print(log_to_wandb(result, subject.run_dir, subject.step))
+
+
+def _side_by_side(jobs: dict[str, _Job]) -> int:
+    """Measure models one after the other, each taken out of `jobs` with its weights; one that fails leaves the others
+    alone, and is named on their page."""
+    from sinkbed.train.cli.main import explain, explained
+    from sinkbed.train.report import models as report
+
+    arguments, folders = next(iter(jobs.values())).arguments, report.folders(jobs)
+    out, path = arguments.out, arguments.json
+    results: dict[str, dict[str, Any]] = {}
+    missing = dict.fromkeys(jobs, "not measured yet")
+
+    def write() -> None:
+        if path is not None:
+            write_json(path, {"models": results, "missing": missing}, seal=False)
+        if out is not None:
+            report.write(results, missing, folders, out)
+
+    def keep(label: str, result: dict[str, Any]) -> None:
+        results[label] = result
+        if "incomplete" in result:
+            missing[label] = result["incomplete"]
+        else:
+            del missing[label]
+        write()
+        _write(result, argparse.Namespace(json=None, out=out and out / folders[label]))
+
+    for label in folders:
+        try:
+            _measure(jobs.pop(label), partial(keep, label))
+        except Exception as error:
+            if not explained(error):
+                traceback.print_exception(error)
+            missing[label] = explain(error)
+            print(f"sinkbed probe: {label}: {missing[label]}", file=sys.stderr)
+            if results:
+                write()
+        gc.collect()  # its weights, before those of the next are read
+    if results:
+        report.table(results).print()
+    if results and out is not None:
+        print(f"report: {out / 'index.html'}, of {counted(len(results), 'model')}; a folder each beside it")
+    return bool(missing)
 
 
 def _write(result: dict[str, Any], arguments: Any) -> None:
@@ -141,6 +232,13 @@ def _write(result: dict[str, Any], arguments: Any) -> None:
     else:
         page = probe_report.write(result, arguments.out)
         print(f"report: {page}, {counted(len(tables(result)), 'table')} and figures; beside it: probe.json, *.csv, …")
+
+
+def _check_options(arguments: Any, models: int) -> None:
+    for name in ("gguf", "revision", "tokenizer") if models > 1 else ():
+        if getattr(arguments, name) is not None:
+            remedy = "name the FILE.gguf itself" if name == "gguf" else "measure that model alone"
+            raise ValueError(f"--{name}: expected one model, which it is of, got {models}; {remedy}")
 
 
 def _directions(text: str) -> int | str:

@@ -1,7 +1,7 @@
 """Pages that open from disk without a network: pictures with their legends, tables, parts that fold."""
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sinkbed.train.report.effects import SIGNS, Outcome
@@ -34,7 +34,7 @@ def notices(lines: Sequence[str]) -> str:
     """What the reader must know first; more than two lines fold."""
     items = "".join(f"<div>{html.escape(line)}</div>" for line in lines)
     if len(lines) > 2:
-        items = folded(f"{len(lines)} runs are not in it, or have not finished", items)
+        items = folded(f"{len(lines)} are not in it, or have not finished", items)
     return f'<div class="notice">{items}</div>' if lines else ""
 
 
@@ -46,6 +46,15 @@ def section(title: str, *parts: str) -> str:
 def folded(title: str, *parts: str) -> str:
     """Parts that unfold."""
     return f"<details><summary>{html.escape(title)}</summary>{''.join(parts)}</details>"
+
+
+def links(places: Mapping[str, tuple[str, str]]) -> str:
+    """A list of pages beside this one: what each is called, where it is, and a line about it."""
+    items = (
+        f'<li><a href="{html.escape(where)}">{html.escape(name)}</a>: {html.escape(about)}</li>'
+        for name, (where, about) in places.items()
+    )
+    return f"<ul>{''.join(items)}</ul>"
 
 
 def table(content: Table) -> str:

@@ -2,7 +2,8 @@
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from sinkbed.data.files import write_files, write_json
 from sinkbed.plain_text import counted, csv_text
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.report import html
-from sinkbed.train.report.figures import Drawing, draw
+from sinkbed.train.report.figures import Drawing, Picture, draw
 from sinkbed.train.report.model_figures import pictures
 from sinkbed.train.report.model_tables import Measured, scalars, tables
 from sinkbed.train.report.table import Table
@@ -21,26 +22,50 @@ _UNFINISHED = "being_written"
 
 
 def write(measured: Measured, folder: Path) -> Path:
-    """Write probe.json, a CSV a table, the figures as SVG, PDF and PNG, and index.html; returns the page.
+    """Write probe.json, a CSV a table, the figures as SVG, PDF and PNG, and index.html; returns the page."""
+    return publish(measured, folder, tables(measured), pictures(measured), partial(_page, measured))
+
+
+def publish(
+    record: Measured,
+    folder: Path,
+    tables: Iterable[Table],
+    pictures: Iterable[Picture],
+    page: Callable[[Sequence[Drawing]], str],
+) -> Path:
+    """Write a report from its record, which becomes probe.json, its tables, its pictures and what makes their page.
 
     An earlier report is removed before the first file of this one is written, so that a folder never holds figures of
     two measurements. probe.json comes first and last: it says what a writer that is killed left unfinished.
     """
-    record = folder / RECORD
-    earlier = directory.read_json(record).get("files", []) if record.is_file() else []
-    write_json(record, {**measured, _UNFINISHED: True, "files": earlier})  # before figures take their time
-    for name in earlier:
-        if Path(name).name == name:
-            (folder / name).unlink(missing_ok=True)
-    files: dict[str, str | bytes] = {f"{t.name}.csv": csv_text(t.keys or t.header, t.rows) for t in tables(measured)}
-    drawings = [draw(picture, ("svg", "pdf", "png")) for picture in pictures(measured)]
+    path = folder / RECORD
+    earlier = directory.read_json(path) if path.is_file() else {}
+    left = {"files": earlier.get("files", [])}  # to be removed, also after a kill
+    if "folders" in earlier:
+        left["folders"] = {**earlier["folders"], **record.get("folders", {})}
+    write_json(path, {**record, _UNFINISHED: True, **left})  # before figures take their time
+    _remove(folder, earlier, record.get("folders", {}).values())
+    files: dict[str, str | bytes] = {f"{t.name}.csv": csv_text(t.keys or t.header, t.rows) for t in tables}
+    drawings = [draw(picture, ("svg", "pdf", "png")) for picture in pictures]
     for drawing in drawings:
         files |= drawing.files
-    files["index.html"] = _page(measured, drawings)
-    write_json(record, {**measured, _UNFINISHED: True, "files": sorted(files)})
+    files["index.html"] = page(drawings)
+    write_json(path, {**record, _UNFINISHED: True, "files": sorted(files)})
     write_files(folder, files)
-    write_json(record, {**measured, "files": sorted(files)})
+    write_json(path, {**record, "files": sorted(files)})
     return folder / "index.html"
+
+
+def _remove(folder: Path, record: Measured, kept: Collection[str] = ()) -> None:
+    """Remove the files of a report, and the reports of single models in folders below it, but for those kept."""
+    for name in record.get("files", []):
+        if Path(name).name == name:
+            (folder / name).unlink(missing_ok=True)
+    for name in record.get("folders", {}).values():
+        below = folder / name / RECORD
+        if Path(name).name == name and name not in kept and below.is_file():
+            _remove(below.parent, directory.read_json(below))
+            below.unlink()
 
 
 def check_out(folder: Path, force: bool) -> None:

@@ -71,7 +71,7 @@ def pictures(results: Sequence[Result], curves: Sequence[Result]) -> list[Pictur
         ),
         Picture(
             "final_loss", "Loss by input", _ONE_MARK,
-            _dots(results, "loss", modes_of(results), "validation loss, nats per token"),
+            dots(results, "loss", modes_of(results), "validation loss, nats per token"),
         ),
         Picture("heatmaps", "Where the sink sits", _HEAT_WORDS, _heat_panels(results, live), across=2),
     ]  # fmt: skip
@@ -87,14 +87,14 @@ def _result(results: Sequence[Result]) -> list[Panel]:
     modes = modes_of(results)
     reference = reference_mode(modes)
     # Where key 0 is hidden there is no attention on it.
-    panels = _dots(results, "sink_rate_0.3", [m for m in modes if m != "first_key_masked"], "sink rate, % (eps 0.3)")
+    panels = dots(results, "sink_rate_0.3", [m for m in modes if m != "first_key_masked"], "sink rate, % (eps 0.3)")
     if reference is not None:
         axis = f"loss − loss({MODE_LABELS[reference]}), nats per token"
-        panels += _dots(results, "loss_gap", [m for m in modes if m != reference], axis)
+        panels += dots(results, "loss_gap", [m for m in modes if m != reference], axis)
     return panels
 
 
-def _dots(results: Sequence[Result], metric: str, modes: Sequence[str], xlabel: str) -> list[Panel]:
+def dots(results: Sequence[Result], metric: str, modes: Sequence[str], xlabel: str) -> list[Panel]:
     """A row an arm: every seed a mark in the look of its mode."""
     arms = arms_of(results)
     by_mode = {mode: [list(figures(results, arm, metric, mode).values()) for arm in arms] for mode in modes}
@@ -116,7 +116,7 @@ def _dots(results: Sequence[Result], metric: str, modes: Sequence[str], xlabel: 
         axis.grid(axis="x")
         for row in range(len(arms) - 1):
             axis.axhline(row + 0.5, color=LINE, linewidth=0.6)
-        if metric != "loss":
+        if metric not in ("loss", "bits_per_byte"):
             axis.axvline(0, color=INK, linewidth=0.8)
 
     return [Panel(LABELS[metric].replace(" %", ""), draw, 0.9 + 0.34 * len(arms))] if by_mode else []

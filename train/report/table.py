@@ -40,7 +40,7 @@ class Table:
         console(width).print(drawn)
 
 
-_WORDS = ("arm", "mask in training", "BOS in training", "mode", "token", "keys")
+_WORDS = ("arm", "model", "mask in training", "BOS in training", "mode", "token", "keys")
 
 
 def _cell(value: str | float | int | None) -> str:

@@ -105,15 +105,15 @@ def summary(results: Sequence[Result], published: Published, title: str = "") ->
 STRATEGY = ("mask in training", "BOS in training")
 
 
-def by_mode(results: Sequence[Result]) -> list[Table]:
-    """A table a figure: a row an arm, modes as columns."""
+def by_mode(results: Sequence[Result], last: str = "loss_gap", row: str = "arm") -> list[Table]:
+    """A table a figure, `last` the last one: a row an arm, or what else it stands for, modes as columns."""
     modes = modes_of(results)
     shares = ("sink_rate_share", "sink_share") if has_shares(results) else ()
     tables = []
-    for metric in ("sink_rate_0.3", "sink_mass", *shares, "loss", "loss_gap"):
+    for metric in ("sink_rate_0.3", "sink_mass", *shares, "loss", last):
         own = [m for m in modes if (metric, m) != ("loss_gap", reference_mode(modes))]
         lines = [
-            {"arm": arm} | {MODE_LABELS[m]: written(metric, figures(results, arm, metric, m).values()) for m in own}
+            {row: arm} | {MODE_LABELS[m]: written(metric, figures(results, arm, metric, m).values()) for m in own}
             for arm in arms_of(results)
         ]
         tables.append(Table(metric, LABELS[metric][0].upper() + LABELS[metric][1:], *filled(lines)))

@@ -10,6 +10,13 @@ from tests.support.runs import write_run_config
 playwright = pytest.importorskip("playwright.sync_api")
 
 
+BEYOND = (
+    "[...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll, .wide') && "
+    "e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"
+)
+"""What is cut at the right edge."""
+
+
 @pytest.fixture(scope="module")
 def page_file(tiny_store, tmp_path_factory):
     """The report of a study of two arms under two seeds, with an expected effect."""
@@ -59,11 +66,7 @@ def page(request, browser, page_file):
 def test_nothing_is_cut_and_all_of_it_can_be_read(page):
     width = page.viewport_size["width"]
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page itself does not scroll sideways"
-    beyond = page.evaluate(
-        "[...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll, .wide') && "
-        "e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"
-    )
-    assert beyond == []
+    assert page.evaluate(BEYOND) == []
     texts = page.evaluate(
         "[...document.querySelectorAll('svg text')].map(text => { const box = text.getBoundingClientRect(), "
         "drawing = text.closest('svg').getBoundingClientRect(); return [text.textContent, box.left - drawing.left, "
@@ -159,3 +162,26 @@ def test_the_answer_comes_first_then_the_picture_then_effects_and_curves(page):
         "Every arm", "By input", "Expected effects", "When the sink forms", "Differences of arms", "Every measurement",
         "Losses", "Loss by input", "Where the sink sits",
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_page_of_several_models_is_whole_and_leads_to_each(browser, page_file, tmp_path):
+    runs = sorted(path.parent for path in page_file.parents[1].rglob("run.json"))[:3]
+    assert len(runs) == 3
+    probing = ["probe", *map(str, runs), "--sink_tokens", "16", "--documents", "3", "--out", str(tmp_path / "out")]
+    assert main(probing) == 0
+    for width in (1280, 400):
+        opened, wrong = browser.new_page(viewport={"width": width, "height": 900}), []
+        opened.on("pageerror", lambda error, wrong=wrong: wrong.append(str(error)))
+        opened.context.set_offline(True)
+        opened.goto((tmp_path / "out" / "index.html").as_uri())
+        assert opened.locator("h2").all_inner_texts() == [
+            "Sink rate, and how well the text is predicted", "Sink rate by relative depth", "Numbers", "Each model",
+        ]  # fmt: skip
+        opened.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
+        assert opened.evaluate("document.documentElement.scrollWidth") <= width and opened.evaluate(BEYOND) == []
+        chip = opened.locator(".chip input").last.get_attribute("value")
+        assert len(visible(opened)[chip]) == 2, "a line in each mode"
+        opened.locator("a").last.click()
+        assert opened.locator("h1").inner_text().startswith(f"Probe of {runs[-1]}") and wrong == []
+        opened.close()

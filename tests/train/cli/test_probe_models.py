@@ -1,0 +1,172 @@
+"""`sinkbed probe` of several models: each as alone, side by side on one page."""
+
+import gc
+import json
+import re
+import shutil
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sinkbed.model import Decoder
+from sinkbed.train.cli.main import main
+from sinkbed.train.measure.config import MeasureConfig
+from sinkbed.train.measure.models import shared_texts, short_names
+from sinkbed.train.report.models import answer, results_of
+
+pytest.importorskip("transformers")
+FEW = ("--sink_tokens", "16", "--documents", "5", "--modes", "bos", "text")
+
+
+@pytest.fixture
+def copy(exported, tmp_path):
+    """Make a copy of the Hugging Face folder, perhaps without its weights."""
+
+    def call(name, weights=True):
+        ignored = () if weights else ("*.safetensors",)
+        return str(shutil.copytree(exported, tmp_path / name, ignore=shutil.ignore_patterns(*ignored)))
+
+    return call
+
+
+@pytest.fixture
+def plain_pages(monkeypatch):
+    """Leave out figures, which take most of the time."""
+
+    def call(makers=("sinkbed.train.report.model.pictures", "sinkbed.train.report.models._pictures")):
+        for maker in makers:
+            monkeypatch.setattr(maker, lambda _: [])
+
+    return call
+
+
+def test_each_model_is_measured_as_alone_and_put_side_by_side(
+    run_dir, exported, tiny_store, tmp_path, capsys, plain_pages
+):
+    models, out = [str(run_dir), str(exported)], tmp_path / "out"
+    options = [*FEW, "--store", str(tiny_store)]
+    plain_pages(["sinkbed.train.report.model.pictures"])
+    assert main(["probe", *models, *options, "--out", str(out), "--json", str(tmp_path / "all.json")]) == 0
+    printed = capsys.readouterr().out
+    record = json.loads((out / "probe.json").read_text())
+    assert record["models"] == json.loads((tmp_path / "all.json").read_text())["models"] and record["missing"] == {}
+    assert record["folders"] == {"run": "1-run", "model": "2-model"}
+    page = (out / "index.html").read_text()
+    links = re.findall(r'<a href="([^"]*)">', page)
+    assert links == ["1-run/index.html", "2-model/index.html"] and all((out / link).is_file() for link in links)
+    for name, model in zip(record["models"], models, strict=True):
+        assert main(["probe", model, *options, "--json", str(tmp_path / "one.json")]) == 0
+        expected = json.loads((tmp_path / "one.json").read_text())
+        below = json.loads((out / record["folders"][name] / "probe.json").read_text())
+        for part in ("model", "documents", "versions", "sinks"):
+            assert record["models"][name][part] == expected[part] == below[part]
+        loss, bits = (expected["sinks"]["natural"]["text"]["0"][key] for key in ("loss", "bits_per_byte"))
+        assert re.search(rf"(?m)^ +text +{name} .* {loss:.3f} +{bits:.3f}", printed)
+    results = results_of(record["models"])
+    rates = {(r.arm, mode): r.value(mode, "0.3") for r in results for mode in ("bos", "text")}
+    said = answer(results)
+    assert said in page and all(f"{rate:.1f}\N{NO-BREAK SPACE}% in {name}" in said for (name, _), rate in rates.items())
+    for part in ("BOS + text", "Sink rate by relative depth", "compare across tokenizers", "same length of text"):
+        assert part in page
+
+
+def test_a_model_that_fails_loses_nothing_of_the_others(run_dir, copy, tiny_store, tmp_path, capsys, plain_pages):
+    plain_pages()
+    out = tmp_path / "out"
+    models = [copy("first"), copy("broken", weights=False), str(run_dir)]
+    probing = ["probe", *models, *FEW, "--store", str(tiny_store), "--out", str(out)]
+    assert main(probing) == 1
+    captured = capsys.readouterr()
+    assert "sinkbed probe: broken: " in captured.err and "Traceback" not in captured.err
+    record = json.loads((out / "probe.json").read_text())
+    assert list(record["models"]) == ["first", "run"] and list(record["missing"]) == ["broken"]
+    page = (out / "index.html").read_text()
+    assert "Nothing of broken: " in page and record["missing"]["broken"][:40] in page
+    (out / "mine.txt").write_text("kept")
+    assert main(probing) == 1 and "--force" in capsys.readouterr().err
+    assert main(["probe", *models[::2], *FEW, "--store", str(tiny_store), "--out", str(out), "--force"]) == 0
+    assert {path.name for path in out.rglob("*") if path.suffix == ".html"} == {"index.html"}
+    reports = sorted(str(path.parent.relative_to(out)) for path in out.rglob("probe.json"))
+    assert reports == [".", "1-first", "2-run"] and (out / "mine.txt").is_file()
+    assert main(["probe", models[0], *FEW, "--store", str(tiny_store), "--out", str(out), "--force"]) == 0
+    assert [path.parent for path in out.rglob("probe.json")] == [out], "a single one leaves no reports of others"
+
+
+def test_one_model_is_in_memory_at_a_time(run_dir, tiny_store, tmp_path, monkeypatch):
+    shutil.copytree(run_dir, tmp_path / "other")
+    alive, most, make = weakref.WeakSet(), [], Decoder.__init__
+
+    def init(self, *arguments):
+        gc.collect()
+        most.append(len(alive))
+        make(self, *arguments)
+        alive.add(self)
+
+    monkeypatch.setattr(Decoder, "__init__", init)
+    assert main(["probe", str(run_dir), str(tmp_path / "other"), *FEW]) == 0
+    assert most == [0] * 4, "each is read twice: to check it, and when its turn comes"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["RUN", "RUN"], "MODEL: expected different models, got"),
+        (["RUN", "nowhere"], "nowhere: expected a run directory"),
+        (["RUN", "EXPORTED"], "expected one text for all models, got the stores"),
+        (
+            ["RUN", "EXPORTED", "--store", "STORE", "--gguf", "x.gguf"],
+            "--gguf: expected one model, which it is of, got 2",
+        ),
+        (["RUN", "EXPORTED", "--store", "STORE", "--length", "4096"], "--length: expected at most 48"),
+        (["RUN", "NO_BOS", "--store", "STORE"], "its tokenizer has no BOS"),
+        (["RUN", "EXPORTED", "--store", "STORE", "--sink_tokens", "400"], "--sink_tokens 400: expected documents"),
+    ],
+)
+def test_all_models_are_checked_before_the_first_is_measured(
+    options, message, run_dir, exported, copy, tiny_store, capsys
+):
+    places = {"RUN": run_dir, "EXPORTED": exported, "STORE": tiny_store}
+    if "NO_BOS" in options:
+        places["NO_BOS"] = copy("no_bos", weights=False)
+        settings = Path(places["NO_BOS"]) / "tokenizer_config.json"
+        kept = {key: value for key, value in json.loads(settings.read_text()).items() if key != "bos_token"}
+        settings.write_text(json.dumps(kept))
+        (settings.parent / "checksums.json").unlink()
+    given = [str(places.get(option, option)) for option in options]
+    assert main(["probe", *given, *(FEW if "400" not in options else FEW[2:])]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("models", "names"),
+    [
+        (["runs/a", "runs/b/"], ["a", "b"]),
+        (["x/run", "y/run", "z"], ["x/run", "y/run", "z"]),
+        (
+            ["a/checkpoints/last.ckpt", "b/checkpoints/last.ckpt"],
+            ["a/checkpoints/last.ckpt", "b/checkpoints/last.ckpt"],
+        ),
+        (["meta/llama", "llama"], ["meta/llama", "llama"]),
+        (["w/q4.gguf", "w/q8.gguf"], ["q4.gguf", "q8.gguf"]),
+    ],
+)
+def test_names_are_the_shortest_ends_that_differ(models, names):
+    assert short_names(models) == names
+
+
+def test_all_models_read_the_documents_that_each_has_tokens_enough_for(tmp_path):
+    texts = ["a b c d", "abcd efgh", "a b c", "aa bb cc dd", "a b c d e"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    arguments = SimpleNamespace(prompts=tmp_path / "texts.txt", store=None)
+    words, bytes_ = (
+        SimpleNamespace(encode=encode, store=None, own_texts=None, name="")
+        for encode in (str.split, lambda text: list(text.encode()))
+    )
+    config = MeasureConfig(documents=2, live_documents=1, sink_tokens=4)
+    assert shared_texts(arguments, [bytes_], config) == texts[:2]
+    assert shared_texts(arguments, [bytes_, words], config) == [texts[0], texts[3]]
+    with pytest.raises(ValueError, match="under every model's tokenizer, got none"):
+        shared_texts(arguments, [words, bytes_], MeasureConfig(documents=2, live_documents=1, sink_tokens=6))
