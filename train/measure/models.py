@@ -26,8 +26,11 @@ def short_names(models: Sequence[str]) -> list[str]:
 
 
 def lazy(arguments: Any) -> Subject:
-    """A model whose weights are read, perhaps once more, when its turn comes: one is in memory at a time."""
-    return dataclasses.replace(load(arguments), load_model=lambda: load(arguments).model)
+    """A model whose weights are read when its turn comes, those of a run once more: one is in memory at a time."""
+    subject = load(arguments)
+    if subject.run_dir is None:
+        return subject
+    return dataclasses.replace(subject, load_model=lambda: load(arguments).model)
 
 
 def shared_texts(arguments: Any, subjects: Sequence[Subject], config: MeasureConfig) -> list[str]:
