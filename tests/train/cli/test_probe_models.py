@@ -157,6 +157,18 @@ def test_names_are_the_shortest_ends_that_differ(models, names):
     assert short_names(models) == names
 
 
+def test_of_many_models_the_answer_names_the_extremes():
+    def measured(rate):
+        keys = {"0": {"rate": {"0.3": [[rate]]}}}
+        return {"sinks": {"natural": {"bos": keys, "first_key_masked": keys}}}
+
+    models = {f"m{n}": measured(rate) for n, rate in enumerate((30.0, 80.0, 10.0, 50.0, 20.0))}
+    every = answer(results_of(models)).replace("\N{NO-BREAK SPACE}", " ")
+    assert every == "With BOS + text as input, the sink rate is between 10.0 % in m2 and 80.0 % in m1."
+    two = answer(results_of({name: models[name] for name in ("m0", "m1")})).replace("\N{NO-BREAK SPACE}", " ")
+    assert two == "With BOS + text as input, the sink rate is 80.0 % in m1 and 30.0 % in m0."
+
+
 def test_all_models_read_the_documents_that_each_has_tokens_enough_for(tmp_path):
     texts = ["a b c d", "abcd efgh", "a b c", "aa bb cc dd", "a b c d e"]
     (tmp_path / "texts.txt").write_text("\n".join(texts))
