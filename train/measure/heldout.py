@@ -3,7 +3,7 @@ for every strategy."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,13 @@ def held_out(store: TokenStore, context_length: int, config: MeasureConfig) -> I
     return islice((tokens for tokens in rows if len(tokens) >= config.sink_tokens), config.documents)
 
 
+def delimiters_of(documents: Iterable[torch.Tensor], decode: Callable[[list[int]], str]) -> frozenset[int]:
+    """Token ids of these documents whose text has neither letters nor digits: punctuation and white space."""
+    texts = {index: decode([index]) for index in {int(i) for document in documents for i in document.unique()}}
+    parts = "\N{REPLACEMENT CHARACTER}"  # what a part of a letter decodes to
+    return frozenset(i for i, text in texts.items() if text and not any(c.isalnum() or c in parts for c in text))
+
+
 @dataclass(frozen=True, eq=False)
 class Probe:
     """Held-out documents, cropped to fit a row with room for BOS.
@@ -38,6 +45,8 @@ class Probe:
     bos_id: int
     eos_id: int
     special_ids: frozenset[int] = field(default_factory=frozenset)
+    delimiters: frozenset[int] = field(default_factory=frozenset)
+    """Token ids of punctuation and white space."""
 
     @classmethod
     def from_store(cls, store: TokenStore, context_length: int, config: MeasureConfig) -> Probe:
@@ -51,12 +60,14 @@ class Probe:
                 f"measure.sink_tokens={config.sink_tokens}: the validation split has "
                 f"{store.documents} documents, none that long; lower it or raise validation_share"
             )
+        tokenizer = store.tokenizer()
         return cls(
             tuple(documents),
-            torch.as_tensor(store.tokenizer().token_bytes, dtype=torch.int64),
+            torch.as_tensor(tokenizer.token_bytes, dtype=torch.int64),
             store.manifest.bos_id,
             store.manifest.eos_id,
             frozenset(store.manifest.special_ids),
+            delimiters_of(documents, tokenizer.decode),
         )
 
     def head(self, count: int) -> Probe:

@@ -8,7 +8,7 @@ token store's validation split or a file of prompts.
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from sinkbed.data.store.manifest import Manifest
 from sinkbed.model.hf.foreign import foreign_at
 from sinkbed.model.hf.tokenizer import read_tokenizer, special_ids, token_bytes
 from sinkbed.train.measure.config import MeasureConfig
-from sinkbed.train.measure.heldout import Probe
+from sinkbed.train.measure.heldout import Probe, delimiters_of
 from sinkbed.train.run import directory
 from sinkbed.train.run.load import find_run, load_decoder, open_run, run_tokenizer
 
@@ -63,13 +63,14 @@ class Subject:
                 "choose another mode"
             )
 
-    def probe(self, documents: Iterable[Any] = ()) -> Probe:
+    def probe(self, documents: Sequence[Any] = ()) -> Probe:
         """Token ids [n] of some documents, as the model is measured on them."""
         import torch
 
         token_bytes = torch.as_tensor(self.token_bytes, dtype=torch.int64)
         bos = self.eos_id if self.bos_id is None else self.bos_id
-        return Probe(tuple(documents), token_bytes, bos, self.eos_id, self.special_ids)
+        delimiters = delimiters_of(documents, self.decode)
+        return Probe(tuple(documents), token_bytes, bos, self.eos_id, self.special_ids, delimiters)
 
 
 def check_model(arguments: Any) -> bool:

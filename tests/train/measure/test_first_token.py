@@ -1,8 +1,11 @@
 """What is particular about position 0, against definitions on the eager attention of `transformers`."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from sinkbed.train.measure.heldout import delimiters_of
 from sinkbed.train.measure.measures.constancy import measure_constancy
 from sinkbed.train.measure.measures.destinations import measure_destinations
 from sinkbed.train.measure.measures.updates import measure_updates
@@ -20,22 +23,31 @@ def close(ours, expected):
 
 def test_destinations_are_sums_of_attention_over_classes_of_keys(models, probe):  # noqa: F811
     reference, ours = models
-    excerpts = excerpts_of(probe)
+    delimiters = frozenset(range(2, 96, 3))
+    excerpts = excerpts_of(dataclasses.replace(probe, delimiters=delimiters))
     measured = measure_destinations(ours, excerpts, batch_tokens=60)
     tokens, counts = rows(excerpts), excerpts.text.flatten().bincount(minlength=96)
     frequent = set(counts.argsort(descending=True, stable=True)[:10].tolist())
-    names = ("first", "second", "previous", "itself", "frequent", "elsewhere")
+    names = ("first", "second", "previous", "itself", "delimiters", "frequent", "elsewhere")
     for layer, attention in enumerate(eager(reference, tokens)[1]):
         sums = {name: torch.zeros(attention.shape[1]) for name in names}
         for b in range(len(tokens)):
             for i in range(3, T + 1):
                 for j in range(i + 1):
                     name = {0: "first", 1: "second", i - 1: "previous", i: "itself"}.get(j)
-                    name = name or ("frequent" if int(tokens[b, j]) in frequent else "elsewhere")
+                    token = int(tokens[b, j])
+                    kind = "delimiters" if token in delimiters else "frequent" if token in frequent else "elsewhere"
+                    name = name or kind
                     sums[name] += attention[b, :, i, j]
         for name in names:
             close(getattr(measured, name)[layer], sums[name] / (len(tokens) * (T - 2)))
         assert sum(float(sums[name].sum()) for name in names) == pytest.approx(len(tokens) * (T - 2) * 4, rel=1e-5)
+
+
+def test_delimiters_are_tokens_without_letters_or_digits():
+    texts = {1: " the", 2: ",", 3: "\n\n", 4: " 7", 5: "\N{REPLACEMENT CHARACTER}", 6: ""}
+    documents = [torch.tensor([1, 2, 3]), torch.tensor([3, 4, 5, 6])]
+    assert delimiters_of(documents, lambda ids: texts[ids[0]]) == {2, 3}
 
 
 def test_updates_are_of_what_heads_give_to_later_queries(models, probe):  # noqa: F811

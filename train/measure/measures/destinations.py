@@ -26,6 +26,8 @@ class Destinations:
     """On the token before."""
     itself: list[list[float]]
     """On the query's own token."""
+    delimiters: list[list[float]]
+    """On other keys that are punctuation or white space."""
     frequent: list[list[float]]
     """On other keys whose token is one of the ten most frequent ones of the texts."""
     elsewhere: list[list[float]]
@@ -43,32 +45,40 @@ class Destinations:
             ("second", "key 1"),
             ("previous", "token before"),
             ("itself", "itself"),
+            ("delimiters", "delimiters"),
             ("frequent", "frequent tokens"),
             ("elsewhere", "the rest"),
         )
     ),
-    note="On …: share of the attention of the queries from the fourth on, mean over heads. Frequent tokens: "
-    "keys of no other class whose token is one of the ten most frequent ones of the texts.",
+    note="On …: share of the attention of the queries from the fourth on, mean over heads. Delimiters: other keys that "
+    "are punctuation or white space. Frequent tokens: keys of no other class whose token is one of the ten most "
+    "frequent ones of the texts.",
 )
 @torch.no_grad()
 def measure_destinations(model: Any, excerpts: Excerpts, batch_tokens: int) -> Destinations:
     """Measure a model on documents in one inference mode; see `Destinations`."""
     totals = Totals(len(excerpts.rows))
     ids, counts = excerpts.text.unique(return_counts=True)
-    frequent = ids[counts.argsort(descending=True, stable=True)[:_FREQUENT]]
+    kinds = (
+        torch.tensor(sorted(excerpts.probe.delimiters), dtype=torch.int64),
+        ids[counts.argsort(descending=True, stable=True)[:_FREQUENT]],
+    )
     tokens = torch.empty(0)
 
     def attention(seen: LayerAttention) -> None:
         T = seen.q.shape[2]
         key = torch.arange(T, device=seen.q.device)
-        of_key = torch.isin(tokens, frequent.to(tokens.device))[:, None, None, :].to(key.device)
+        of_kinds = [torch.isin(tokens, kind.to(tokens.device))[:, None, None, :].to(key.device) for kind in kinds]
         sums = torch.zeros(len(Destinations.__dataclass_fields__), *seen.q.shape[:2], device=key.device)
         for queries, weights in seen.blocks():
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-8)
             distance = key[queries, None] - key
             classes = [key == 0, key == 1, distance == 1, distance == 0]
-            apart = ~torch.stack([c.expand_as(distance) for c in classes]).any(0)
-            classes += [apart & of_key, apart & ~of_key]
+            rest = ~torch.stack([c.expand_as(distance) for c in classes]).any(0)
+            for of_kind in of_kinds:
+                classes.append(rest & of_kind)
+                rest = rest & ~of_kind
+            classes.append(rest)
             late = (key[queries] >= _FIRST_QUERY)[:, None]
             sums += torch.stack([(weights * (late & c)).sum((-2, -1)) for c in classes])
         for name, value in zip(Destinations.__dataclass_fields__, sums / (T - _FIRST_QUERY), strict=True):
