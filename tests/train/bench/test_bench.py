@@ -146,7 +146,8 @@ TINY = ["--layers", "2", "--hidden", "16", "--heads", "2", "--kv_heads", "1", "-
 
 
 @pytest.mark.slow
-def test_measuring_is_compared_with_eager_attention_on_the_same_model(capsys, fit):
+def test_measuring_is_compared_with_eager_attention_on_the_same_model(capsys, fit, monkeypatch):
+    monkeypatch.setattr(bench_metering, "in_new_process", lambda turn, *arguments: turn(*arguments))
     sizes = [*TINY, "--length", "256", "--documents", "3", "--tokens", "16", "--decoder_vocab_size", "60"]
     options = ["--config", str(fit.config), "--repeats", "1", "--threads", "1", "--draws", "3", "--directions", "8"]
     assert main(["bench", "measure", *sizes, *options]) == 0

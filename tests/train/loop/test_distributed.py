@@ -247,18 +247,15 @@ def test_processes_told_to_stop_save_once_and_stop_together(launch, fit, launche
     assert job.output().count(f"step {step} is saved") == 1, job.output()
 
 
-def test_real_torchrun_and_lightnings_own_launcher(fit):
-    folders = [fit.config.parent / name for name in ("torchrun", "own")]
-    both = ["--config", str(fit.config), "--trainer.devices", "2", "--trainer.strategy", "ddp", "--run_dir"]
-    commands = [
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sinkbed"],
-        [sys.executable, "-m", "sinkbed"],
-    ]
-    for folder, command in zip(folders, commands, strict=True):
-        done = subprocess.run([*command, "fit", *both, str(folder)], capture_output=True, text=True, timeout=180)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("step 10, 6 documents") == 1
-    assert points(folders[0]) == points(folders[1])
+def test_real_torchrun(runs, tmp_path):
+    """Lightning's own launcher: `test_an_arm_of_several_devices_is_a_command_of_its_own`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sinkbed"]
+    options, _ = of_kind("ddp")
+    arguments = ["--config", str(runs / "run.yaml"), "--run_dir", str(tmp_path / "run"), *SETTINGS, *options]
+    done = subprocess.run([*command, "fit", *arguments], capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 10, 6 documents") == 1
+    assert points(tmp_path / "run") == points(runs / "ddp")
 
 
 def test_the_attention_operator_runs_sharded_and_compiled(launch, fit):
