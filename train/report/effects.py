@@ -27,12 +27,26 @@ LABELS = {
     "sink_rate_area": "sink rate % over log tokens",
     "sink_rate_peak": "highest live sink rate %",
     "sink_rate_deep_peak": "highest live sink rate %, layers 3 and up",
+    "sink_mass_excess": "sink mass above that of step 0",
     "onset_tokens": "onset, tokens",
 }
-DIGITS = {"sink_mass": 3, "sink_share": 3, "loss": 3, "bits_per_byte": 3, "loss_gap": 3, "onset_tokens": 0}
+DIGITS = {
+    "sink_mass": 3,
+    "sink_mass_excess": 3,
+    "sink_share": 3,
+    "loss": 3,
+    "bits_per_byte": 3,
+    "loss_gap": 3,
+    "onset_tokens": 0,
+}
 """Decimals of a figure; others have one."""
-LIVE = {"sink_rate_area": "rate", "sink_rate_peak": "rate", "sink_rate_deep_peak": "rate_deep"}
-"""Figures of a curve of training, and the rate whose curve it is."""
+LIVE = {
+    "sink_rate_area": "rate_eps0.3",
+    "sink_rate_peak": "rate_eps0.3",
+    "sink_rate_deep_peak": "rate_deep_eps0.3",
+    "sink_mass_excess": "mass",
+}
+"""Figures of a curve of training, and what the curve is of."""
 SIGNS = {
     "reproduced": ("✓", "good"),
     "as expected": ("✓", "good"),
@@ -50,7 +64,8 @@ def figure(result: Result, metric: str, mode: str) -> float | None:
     `loss_gap`: loss of the mode − loss with BOS (as trained, where BOS was not measured), nats. `sink_rate_area`: mean
     of the live sink rate (eps 0.3) over the logarithm of tokens, in %, of the last hundredfold; `sink_rate_peak`: its
     maximum; `sink_rate_deep`, `sink_rate_deep_peak`: the final one and the maximum without the first two layers.
-    `onset_tokens`: the first live measurement at `measure.onset_rate`, in the first live mode whatever the mode here.
+    `sink_mass_excess`: the last live sink mass − that of step 0, of random weights. `onset_tokens`: the first live
+    measurement at `measure.onset_rate`, in the first live mode whatever the mode here.
     `sink_rate_placed`: at the last position where the strategy places a token; None in modes that do not place it.
     `sink_rate_share` (eps 0.3) and `sink_share` read the mass as its share of the query's weights of tokens; without a
     learned sink or another normaliser these add up to 1, and both are as `sink_rate_0.3` and `sink_mass`.
@@ -58,9 +73,13 @@ def figure(result: Result, metric: str, mode: str) -> float | None:
     if metric == "onset_tokens":
         return result.final["onset_tokens"]  # type: ignore[no-any-return]
     if metric in LIVE:
-        key = f"sink/{LIVE[metric]}_eps0.3/{mode}"
+        key = f"sink/{LIVE[metric]}/{mode}"
         points = [(p["train/tokens"], p[key]) for p in result.points if p.get(key) is not None]
-        return area(points) if metric == "sink_rate_area" else max((rate for _, rate in points), default=None)
+        if metric == "sink_rate_area":
+            return area(points)
+        if metric == "sink_mass_excess":
+            return points[-1][1] - points[0][1] if points and points[0][0] == 0 else None
+        return max((rate for _, rate in points), default=None)
     modes = result.final["modes"]
     measured = modes.get(mode)
     if measured is None:

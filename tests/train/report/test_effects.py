@@ -78,6 +78,15 @@ def test_rates_of_a_curve_and_of_deep_layers():
     assert figure(run, "sink_rate_deep", "bos") == 15.0
 
 
+def test_the_excess_is_over_the_mass_of_random_weights():
+    run = result("fixed", 0, 30.0, 3.0)
+    masses = [{"train/tokens": tokens, "sink/mass/bos": mass} for tokens, mass in ((0, 0.06), (9, 0.5), (18, 0.36))]
+    run.points[:] = masses
+    assert figure(run, "sink_mass_excess", "bos") == pytest.approx(0.30)
+    run.points[:] = masses[1:]
+    assert figure(run, "sink_mass_excess", "bos") is None, "a fork begins later"
+
+
 def test_an_interval_may_be_wider_than_it_should_be():
     narrow, wide, absent = check(
         study(), [effect(half_width=0.3), effect(half_width=0.1), effect(half_width=9, mode="as_trained")], {}

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 ray = pytest.importorskip("ray")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_worker_niceness"] = "0"  # 15 by default: arms would wait for the other tests
+os.environ |= {"RAY_worker_niceness": "0"}  # 15 by default: arms would wait for the other tests
 
 
 @pytest.fixture(scope="module")
