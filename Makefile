@@ -9,7 +9,7 @@ demo: $(VENV)/.demo ## train and measure the demo study, print its table, write 
 	$(BIN)/sinkbed study configs/study/packing.yaml --seeds 0 --out runs/demo
 
 test: $(VENV)/.dev ## the tests, but for those that are long and rarely break; all of them with CI=true
-	$(BIN)/python -m pytest -n $(if $(CI),2,3) --dist worksteal $(if $(CI),,-m "not slow")
+	$(BIN)/python -m pytest -n 3 --dist worksteal $(if $(CI),,-m "not slow")
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
