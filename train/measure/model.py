@@ -195,7 +195,8 @@ def _hugging_face(arguments: Any) -> Subject:
 
     def load_model() -> HFModel:
         _check_export(Path(name), ".safetensors")
-        return HFModel.load(name, **where, foreign=foreign, dtype=arguments.dtype, device_map=arguments.device_map)
+        now = foreign and foreign.read_again()
+        return HFModel.load(name, **where, foreign=now, dtype=arguments.dtype, device_map=arguments.device_map)
 
     return Subject(
         name=name,

@@ -43,6 +43,19 @@ class Foreign(ABC):
                 "copy it again"
             )
 
+    def read_again(self) -> "Foreign":
+        """The same checkpoint as the file has it now: a trainer writes to it, and tensors are mapped from it.
+
+        Raises ValueError where it is another model's.
+        """
+        now = type(self)(self.file)
+        if now.config.to_dict() != self.config.to_dict():
+            raise ValueError(
+                f"{self.file}: expected the model that was checked, got another that was written there since; run the "
+                "same command again"
+            )
+        return now
+
     @classmethod
     @abstractmethod
     def weights_file(cls, path: Path) -> Path | None:
@@ -168,6 +181,7 @@ def without_prefix(tensors: Any, file: Path) -> "dict[str, Tensor]":
     """A state dict without what `torch.compile` puts into its names. Raises ValueError for what is none."""
     import torch
 
-    if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+    items = tensors.items() if isinstance(tensors, dict) else ()
+    if not items or not all(isinstance(name, str) and isinstance(t, torch.Tensor) for name, t in items):
         raise ValueError(f"{file}: expected the tensors of a model by name, got {type(tensors).__name__} without them")
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in items}

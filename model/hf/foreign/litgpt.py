@@ -110,7 +110,7 @@ class LitGPT(Foreign):
 
         try:
             given = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path}: expected YAML, got: {' '.join(str(error).split())}") from error
         if not isinstance(given, dict):
             raise ValueError(f"{path}: expected the settings of a litgpt model, got {type(given).__name__}")
@@ -210,7 +210,7 @@ def _complete(s: dict[str, Any], path: Path) -> dict[str, Any]:
 
     for name in s.keys() - _DEFAULTS.keys() - _IDLE:
         check(name, not s[name], "none or off")
-    check("mlp_class_name", s["mlp_class_name"] in _FAMILIES, " or ".join(_FAMILIES))
+    check("mlp_class_name", s["mlp_class_name"] in list(_FAMILIES), " or ".join(_FAMILIES))
     for name in ("n_layer", "n_embd", "n_head", "block_size", "vocab_size", "padding_multiple"):
         check(name, type(s[name]) is int and s[name] > 0, "a number of at least 1")
     heads, multiple = s["n_head"], s["padding_multiple"]
@@ -230,7 +230,7 @@ def _complete(s: dict[str, Any], path: Path) -> dict[str, Any]:
         own = {"RMSNorm": "Gemma", "LayerNorm": "OLMo"}[s["norm_class_name"]]
         check("name", own not in str(s["name"]), f"no {own}")
     check("attention_scores_scalar", s["attention_scores_scalar"] in (None, s["head_size"]), "the head_size")
-    check("gelu_approximate", s["gelu_approximate"] in _ACTIVATIONS, " or ".join(_ACTIVATIONS))
+    check("gelu_approximate", s["gelu_approximate"] in list(_ACTIVATIONS), " or ".join(_ACTIVATIONS))
     adjustments = s["rope_adjustments"] or {}
     known = isinstance(adjustments, dict) and adjustments.keys() in (set(), {"factor"}, _LLAMA3.keys())
     check("rope_adjustments", known, f"factor, or {', '.join(_LLAMA3)}")

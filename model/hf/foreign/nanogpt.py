@@ -109,7 +109,8 @@ class NanoGPT(Foreign):
 
     @property
     def _dataset(self) -> str:
-        return str((self.checkpoint.get("config") or {}).get("dataset", ""))
+        settings = self.checkpoint.get("config")
+        return str(settings.get("dataset", "")) if isinstance(settings, dict) else ""
 
     def _data(self, name: str) -> Path | None:
         """A file of the dataset, in `data` of this folder, where sample.py has it, or of one above the checkpoint."""
@@ -121,7 +122,15 @@ class NanoGPT(Foreign):
 def _documents(path: Path, tokenizer: Any, length: int) -> Iterator[str]:
     import numpy
 
-    ids, eos = numpy.memmap(path, dtype=numpy.uint16, mode="r"), tokenizer.eos_token_id
+    size, eos = path.stat().st_size, tokenizer.eos_token_id
+    if not size or size % 2:
+        raise ValueError(f"{path}: expected token ids of two bytes, got {size} bytes; prepare the dataset again")
+    ids = numpy.memmap(path, dtype=numpy.uint16, mode="r")
+    if ids.max() >= len(tokenizer):
+        raise ValueError(
+            f"{path}: expected ids below {len(tokenizer)}, the tokens of the tokenizer, got {ids.max()}; give the "
+            "tokenizer of this text by --tokenizer, or another text with --prompts"
+        )
     ends = numpy.arange(length, len(ids), length) if eos is None else numpy.flatnonzero(ids == eos)
     yield from (tokenizer.decode(part, skip_special_tokens=True) for part in numpy.split(ids, ends))
 
@@ -141,7 +150,8 @@ def character_tokenizer(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             ids = dict(_Plain(file).load()["stoi"])
-        if any(len(c) != 1 for c in ids) or sorted(ids.values()) != list(range(len(ids))):
+        plain = all(isinstance(c, str) and len(c.encode().decode()) == 1 and type(i) is int for c, i in ids.items())
+        if not plain or sorted(ids.values()) != list(range(len(ids))):
             raise ValueError("tokens that are no characters, or ids with gaps")
     except OSError:
         raise

@@ -2,12 +2,15 @@
 
 import json
 import pickle
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
+import yaml
 
 from sinkbed.train.cli.main import main
+from sinkbed.train.measure.model import load
 from tests.support.trainers import save_litgpt, save_nanogpt
 from tests.train.cli.test_probe_tokenizers import backend_of
 
@@ -139,6 +142,64 @@ def test_a_damaged_file_is_named(name, nanogpt, litgpt, tmp_path, capsys):
         assert f"{path.name}: expected a file that torch.save wrote, got one that is cut off" in refused(capsys, name)
     path.write_bytes(content.replace(b"transformer", b"\xff\xff\xffnsformer"))
     assert f"{path.name}: expected what torch.save writes, got:" in refused(capsys, name)
+
+
+def test_a_checkpoint_that_its_trainer_overwrites_is_read_when_its_turn_comes(nanogpt, litgpt, tmp_path):
+    """Mapped since it was checked, a file that gets shorter was a bus error, one with other tensors their bytes."""
+    options = dict(store=None, bos=None, tokenizer=None, revision=None, gguf=None, dtype="auto", device_map=None)
+    names = ["out/ckpt.pt", str(litgpt[0])]
+    subjects = [load(SimpleNamespace(model=name, **options)) for name in [*names, names[0]]]
+    save_nanogpt(tmp_path / "out" / "ckpt.pt", vocab_size=len(LETTERS), compiled=False)
+    assert torch.equal(subjects[0].model.model.lm_head.weight, nanogpt.lm_head.weight)
+    (litgpt[0] / "lit_model.pth").write_bytes(b"")
+    with pytest.raises(ValueError, match="cut off, damaged or of another kind"):
+        _ = subjects[1].model
+    save_nanogpt(
+        tmp_path / "out" / "ckpt.pt",
+        vocab_size=len(LETTERS),
+        bias=True,
+        model_args=dict(n_layer=1, n_head=4, n_embd=32, block_size=64, vocab_size=len(LETTERS)),
+    )
+    with pytest.raises(ValueError, match="expected the model that was checked, got another that was written there"):
+        _ = subjects[2].model
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "got 0 bytes"),
+        (bytes(401), "got 401 bytes"),
+        (b"\x00\xff" * 99, f"expected ids below {len(LETTERS)}, the tokens of the tokenizer, got 65280"),
+    ],
+)
+def test_text_of_another_tokenizer_or_cut_off_is_named(content, message, nanogpt, tmp_path, capsys):
+    (tmp_path / "data" / "letters" / "val.bin").write_bytes(content)
+    refusal = refused(capsys, "out/ckpt.pt", "--sink_tokens", 16)
+    assert "letters/val.bin: expected" in refusal and message in refusal
+
+
+def test_what_is_no_character_or_no_id_is_named(nanogpt, tmp_path, capsys):
+    ids = {letter: index for index, letter in enumerate(LETTERS[1:], 1)}
+    every = ({"ab": 0}, {b"a": 0}, {"\ud800": 0}, {"a": 0.0}, {"a": True})
+    for entry in every:
+        (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"stoi": ids | entry}))
+        refusal = refused(capsys, "out/ckpt.pt", "--tokenizer", "meta.pkl")
+        assert "meta.pkl: expected the meta.pkl of a nanoGPT dataset" in refusal, entry
+
+
+def test_values_of_another_kind_are_named(nanogpt, litgpt, tmp_path, capsys):
+    folder, _, _ = litgpt
+    config = folder / "model_config.yaml"
+    settings = yaml.safe_load(config.read_text())
+    for name in ("mlp_class_name", "gelu_approximate"):
+        config.write_text(yaml.dump({**settings, name: ["a"]}))
+        assert f"model_config.yaml: {name}: expected" in refused(capsys, folder)
+    config.write_text("[" * 2000)
+    assert "model_config.yaml: expected YAML, got" in refused(capsys, folder)
+    save_nanogpt(tmp_path / "list" / "ckpt.pt", config=["letters"])
+    assert "expected a tokenizer, got none" in refused(capsys, "list")
+    save_nanogpt(tmp_path / "list" / "ckpt.pt", model={1: torch.ones(2)})
+    assert "expected the tensors of a model by name" in refused(capsys, "list")
 
 
 def test_what_is_no_checkpoint_of_theirs_is_named(nanogpt, litgpt, tmp_path, capsys):
