@@ -101,10 +101,11 @@ def run(command: str, argv: Sequence[str]) -> int:
     if len(models) > 1:
         names.add("sinks")  # by which they are compared
     jobs = dict(zip(labels, _jobs(models, modes, names, config), strict=True))
-    if len(jobs) > 1:
-        return _side_by_side(jobs)
-    [job] = jobs.values()
-    _measure(job, partial(_write, arguments=job.arguments))
+    with probe_report.claimed(arguments.out, arguments.force):
+        if len(jobs) > 1:
+            return _side_by_side(jobs)
+        [job] = jobs.values()
+        _measure(job, partial(_write, arguments=job.arguments))
     return 0
 
 
@@ -203,6 +204,8 @@ def _side_by_side(jobs: dict[str, _Job]) -> int:
     for label in folders:
         try:
             _measure(jobs.pop(label), partial(keep, label))
+        except BrokenPipeError:  # of who reads what is printed, not of the model
+            raise
         except Exception as error:
             if not explained(error):
                 traceback.print_exception(error)

@@ -2,7 +2,8 @@
 
 import io
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def publish(
     earlier = directory.read_json(path) if path.is_file() else {}
     left = {"files": earlier.get("files", [])}  # to be removed, also after a kill
     if "folders" in earlier:
-        left["folders"] = {**earlier["folders"], **record.get("folders", {})}
+        # Under their own names, as a model may have moved to another folder.
+        left["folders"] = {name: name for name in earlier["folders"].values()} | record.get("folders", {})
     write_json(path, {**record, _UNFINISHED: True, **left})  # before figures take their time
     _remove(folder, earlier, record.get("folders", {}).values())
     files: dict[str, str | bytes] = {f"{t.name}.csv": csv_text(t.keys or t.header, t.rows) for t in tables}
@@ -72,17 +74,36 @@ def check_out(folder: Path, force: bool) -> None:
     """Raise FileExistsError or ValueError, before anything is measured, for a folder that no report can go to."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"--out {folder}: expected a folder, got a file")
-    if folder.is_dir() and any(path for path in folder.iterdir() if not path.match(f".{RECORD}.*.partial")):
-        if not (folder / RECORD).is_file():
+    killed = (f".{RECORD}.*.partial", directory.LOCK)  # what a killed probe leaves that had written nothing
+    if folder.is_dir() and any(path for path in folder.iterdir() if not any(map(path.match, killed))):
+        # Read with --force, too: to write over it takes what it says, after all was measured.
+        earlier = directory.read_json(folder / RECORD) if (folder / RECORD).is_file() else None
+        if not isinstance(earlier, dict):
             raise FileExistsError(
                 f"--out {folder}: expected a new folder, or the report of an earlier probe, got other files; choose "
                 "another folder"
             )
-        if not force and _UNFINISHED not in directory.read_json(folder / RECORD):
+        if not force and _UNFINISHED not in earlier:
             raise FileExistsError(
                 f"--out {folder}: got the report of an earlier probe; choose another folder, or --force to replace it"
             )
     check_writable("--out", folder)
+
+
+@contextmanager
+def claimed(folder: Path | None, force: bool) -> Iterator[None]:
+    """Keep other probes out of a folder while its reports are made. Raises ValueError where one writes to it, and as
+    `check_out` where one has since."""
+    if folder is None:
+        yield
+        return
+    lock = directory.lock(folder)
+    try:
+        check_out(folder, force)
+        yield
+    finally:
+        directory.release(lock)
+        (folder / directory.LOCK).unlink(missing_ok=True)
 
 
 def check_writable(option: str, path: Path) -> None:

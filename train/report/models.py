@@ -32,8 +32,8 @@ _NOTES = {
 
 
 def folders(labels: Iterable[str]) -> dict[str, str]:
-    """The folder of each model's own report."""
-    return {label: f"{n}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', label)}" for n, label in enumerate(labels, 1)}
+    """The folder of each model's own report, whose name a file system takes: of a long label the end."""
+    return {label: f"{n}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', label)[-80:]}" for n, label in enumerate(labels, 1)}
 
 
 def write(models: Mapping[str, Measured], missing: Mapping[str, str], folders: Mapping[str, str], folder: Path) -> Path:

@@ -4,6 +4,8 @@ import gc
 import json
 import re
 import shutil
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +13,11 @@ from types import SimpleNamespace
 import pytest
 
 from sinkbed.model import Decoder
+from sinkbed.train.cli import probe
 from sinkbed.train.cli.main import main
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.models import shared_texts, short_names
+from sinkbed.train.report import model as report
 from sinkbed.train.report.models import answer, results_of
 
 pytest.importorskip("transformers")
@@ -29,6 +33,13 @@ def copy(exported, tmp_path):
         return str(shutil.copytree(exported, tmp_path / name, ignore=shutil.ignore_patterns(*ignored)))
 
     return call
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """A file of two texts."""
+    (tmp_path / "texts.txt").write_text("sink bos row token mask head layer first key. sink bos row token mask\n" * 2)
+    return str(tmp_path / "texts.txt")
 
 
 @pytest.fixture
@@ -94,6 +105,69 @@ def test_a_model_that_fails_loses_nothing_of_the_others(run_dir, copy, tiny_stor
     assert [path.parent for path in out.rglob("probe.json")] == [out], "a single one leaves no reports of others"
 
 
+def test_a_long_name_has_a_folder(copy, prompts, tmp_path, plain_pages):
+    plain_pages()
+    models, out = [copy("x" * 255), copy("y" * 255)], tmp_path / "out"
+    assert main(["probe", *models, *FEW, "--prompts", prompts, "--out", str(out)]) == 0
+    folders = json.loads((out / "probe.json").read_text())["folders"]
+    assert len(folders) == 2 and all((out / folder / "index.html").is_file() for folder in folders.values())
+
+
+def test_a_folder_is_one_probes_at_a_time_and_what_is_in_it_is_read_first(copy, prompts, tmp_path, capsys, plain_pages):
+    plain_pages()
+    out, models = tmp_path / "out", [copy("a"), copy("b")]
+    probing = ["probe", *models, *FEW, "--prompts", prompts, "--out", str(out)]
+    out.mkdir()
+    other = "from sinkbed.train.run import directory; import sys; x = directory.lock(directory.Path(sys.argv[1]))"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{other}; print(flush=True); input()", str(out)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout.readline()
+        assert main(probing) == 1 and "out: expected a folder that nobody writes to" in capsys.readouterr().err
+        process.kill()
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    assert main(probing) == 0, "a probe that was killed before it wrote does not stand in the way"
+    assert ".lock" not in {path.name for path in out.iterdir()}
+    capsys.readouterr()
+    for content in ("{", "[1]"):
+        (out / "probe.json").write_text(content)
+        assert main([*probing, "--force"]) == 1
+        captured = capsys.readouterr()
+        assert "out" in captured.err and "expected" in captured.err and captured.out == "", "nothing was measured"
+
+
+def test_a_report_that_a_kill_left_in_an_earlier_order_goes(tmp_path, monkeypatch):
+    def publish(*names):
+        record = {"models": {}, "folders": {name: f"{n}-{name}" for n, name in enumerate(names, 1)}}
+        report.publish(record, tmp_path, [], [], lambda _: "")
+        for folder in record["folders"].values():
+            report.publish({}, tmp_path / folder, [], [], lambda _: "")
+
+    publish("a", "b")
+    monkeypatch.setattr(report, "_remove", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        publish("b")
+    monkeypatch.undo()
+    publish("b")
+    assert sorted(str(path.parent.name) for path in tmp_path.glob("*/index.html")) == ["1-b"]
+
+
+def test_who_reads_what_is_printed_may_leave(copy, prompts, tmp_path, monkeypatch, plain_pages):
+    plain_pages()
+    measured = []
+
+    def measure(job, keep):
+        measured.append(job.subject.name)
+        raise BrokenPipeError
+
+    monkeypatch.setattr(probe, "_measure", measure)
+    arguments = [copy("a"), copy("b"), *FEW, "--prompts", prompts]
+    with pytest.raises(BrokenPipeError):
+        probe.run("probe", arguments)
+    assert measured == arguments[:1]
+
+
 def test_one_model_is_in_memory_at_a_time(run_dir, tiny_store, tmp_path, monkeypatch):
     shutil.copytree(run_dir, tmp_path / "other")
     alive, most, make = weakref.WeakSet(), [], Decoder.__init__
@@ -150,6 +224,7 @@ def test_all_models_are_checked_before_the_first_is_measured(
             ["a/checkpoints/last.ckpt", "b/checkpoints/last.ckpt"],
         ),
         (["meta/llama", "llama"], ["meta/llama", "llama"]),
+        (["/x/run", "/y/x/run"], ["/x/run", "y/x/run"]),
         (["w/q4.gguf", "w/q8.gguf"], ["q4.gguf", "q8.gguf"]),
     ],
 )
@@ -177,7 +252,11 @@ def test_all_models_read_the_documents_that_each_has_tokens_enough_for(tmp_path)
         SimpleNamespace(encode=encode, store=None, own_texts=None, name="")
         for encode in (str.split, lambda text: list(text.encode()))
     )
+    beside = SimpleNamespace(encode=str.split, store=tmp_path, own_texts=iter(()), name="nanoGPT")
+    stored = SimpleNamespace(encode=str.split, store=tmp_path / "x" / "..", own_texts=None, name="run")
     config = MeasureConfig(documents=2, live_documents=1, sink_tokens=4)
+    with pytest.raises(FileNotFoundError):  # one store for both, at which there is none
+        shared_texts(SimpleNamespace(prompts=None, store=tmp_path), [beside, stored], config)
     assert shared_texts(arguments, [bytes_], config) == texts[:2]
     assert shared_texts(arguments, [bytes_, words], config) == [texts[0], texts[3]]
     with pytest.raises(ValueError, match="under every model's tokenizer, got none"):
