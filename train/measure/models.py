@@ -20,7 +20,7 @@ def short_names(models: Sequence[str]) -> list[str]:
     def shortest(own: tuple[str, ...]) -> str:
         lengths = range(1, len(own) + 1)
         alone = (n for n in lengths if sum(other[-n:] == own[-n:] for other in parts) == 1)
-        return "/".join(own[-next(alone, len(own)) :])
+        return str(Path(*own[-next(alone, len(own)) :]))
 
     return [shortest(own) for own in parts]
 
@@ -38,7 +38,13 @@ def shared_texts(arguments: Any, subjects: Sequence[Subject], config: MeasureCon
 
     Raises ValueError where there is none, or models would read different texts.
     """
-    stores = {str(s.store) if s.own_texts is None else f"beside {s.name}": s.name for s in subjects}
+
+    def place(subject: Subject) -> str:
+        if subject.store is not None:
+            return str(subject.store.resolve())
+        return "none" if subject.own_texts is None else f"beside {subject.name}"
+
+    stores = {place(subject): subject.name for subject in subjects}
     if arguments.prompts is None and len(stores) > 1:
         listed = ", ".join(f"{store} ({name})" for store, name in stores.items())
         raise ValueError(f"expected one text for all models, got the stores {listed}; give --prompts FILE, or --store")
