@@ -3,7 +3,7 @@
 import io
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,8 @@ def _remove(folder: Path, record: Measured, kept: Collection[str] = ()) -> None:
         if Path(name).name == name and name not in kept and below.is_file():
             _remove(below.parent, directory.read_json(below))
             below.unlink()
+            with suppress(OSError):  # files of others are in it
+                below.parent.rmdir()
 
 
 def check_out(folder: Path, force: bool) -> None:
