@@ -133,7 +133,8 @@ def _jobs(models: Sequence[Any], modes: Sequence[InferenceMode], names: set[str]
         natural = probe_of(subject, texts(arguments, subject) if shared is None else iter(shared), limit, config)
         own = modes
         if arguments.modes is None and subject.bos_id is None:
-            print("the mode bos is left out: its tokenizer has no BOS (--bos names a token that serves as one)")
+            none = "its tokenizer has no BOS (--bos names a token that serves as one)"
+            print(f"{subject.name}: the mode bos is left out: {none}")
             own = tuple(mode for mode in modes if mode != "bos")
         subject.check_bos(own)
         _check_lengths(subject, natural, limit, own, names, arguments)

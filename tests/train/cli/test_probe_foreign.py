@@ -62,7 +62,7 @@ def loss(model, documents, bos=()):
 
 def test_a_nanogpt_of_characters_needs_no_option(nanogpt, tmp_path, capsys):
     found = probe(tmp_path, "out/ckpt.pt")
-    assert "the mode bos is left out: its tokenizer has no BOS" in capsys.readouterr().out
+    assert "out/ckpt.pt: the mode bos is left out: its tokenizer has no BOS" in capsys.readouterr().out
     assert list(found) == ["text", "first_key_masked"]
     ids = torch.tensor([LETTERS.index(letter) for letter in TEXT])
     documents = [part[:63] for part in ids.split(64) if len(part) >= 16]
