@@ -72,7 +72,7 @@ def _run_once(tiny_store, tmp_path_factory):
 @pytest.fixture
 def finished(_run_once, study):
     """The same study, run; each test has its own copy."""
-    shutil.copytree(_run_once[0].parent / "out", study.parent / "out")
+    shutil.copytree(_run_once[0].parent / "out", study.parent / "out", symlinks=True)
     # Its configs name this copy's folders; contents decide what an arm is, so they must be those of the run.
     shutil.copy(_run_once[0].parent / "run.yaml", study.parent / "run.yaml")
     return study

@@ -25,7 +25,7 @@ COMMANDS = {
         "sinkbed.train.cli.probe",
         "sinks of any causal language model: a run, a checkpoint, a Hugging Face model",
     ),
-    "export": ("sinkbed.train.cli.export", "a checkpoint as a Hugging Face folder (Llama, or with a window Mistral)"),
+    "export": ("sinkbed.train.cli.export", "a checkpoint as a Hugging Face folder (Llama, Mistral, Qwen 3, …)"),
     "kernels": (
         "sinkbed.train.cli.kernels",
         "compile the Triton kernels ahead of time: registers, spills, instructions",

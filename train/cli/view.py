@@ -38,9 +38,11 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("project", help="W&B project, such as sinkbed, or entity/project")
     parser.add_argument("--group", help="only the runs of this study: its folder's name")
-    parser.add_argument("--modes", nargs="+", default=["as_trained", "bos", "text"], help="inference modes")
+    parser.add_argument("--modes", nargs="+", default=["bos", "text", "as_trained"], help="inference modes")
     parser.add_argument("--report", action="store_true", help="also a W&B report, a draft, with the same panels")
-    parser.add_argument("--out", type=Path, help="write the workspace to this JSON file, and send nothing")
+    parser.add_argument(
+        "--out", type=Path, help="write the workspace, without a report, to this JSON file, and send nothing"
+    )
     arguments = parser.parse_args(list(argv))
     modes = check_modes(arguments.modes)
     try:
@@ -51,6 +53,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     if arguments.out is not None:
         view = workspace(entity, project, arguments.group, modes)
         write_atomic(arguments.out, view._to_model().model_dump_json(by_alias=True, indent=1) + "\n")
+        print(f"{arguments.out}: the workspace as JSON; nothing was sent")
         return 0
     entity = entity or _own_entity()
     print(workspace(entity, project, arguments.group, modes).save().url)

@@ -188,7 +188,7 @@ def token_axis(axis: Axes, tokens: Sequence[float]) -> None:
         return
     first, last = positive[0], positive[-1]
     axis.set_xscale("symlog", linthresh=first, linscale=0.3)
-    steps = (1, 3) if last / first < 3000 else (1,)
+    steps = (1, 2, 3, 5) if last / first < 20 else (1, 3) if last / first < 3000 else (1,)
     powers = range(math.floor(math.log10(first)), math.ceil(math.log10(last)) + 1)
     ticks = [step * 10**power for power in powers for step in steps if 1.4 * first <= step * 10**power <= 1.05 * last]
     axis.set_xticks([*([0] if min(tokens) <= 0 else [first]), *ticks])

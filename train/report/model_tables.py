@@ -55,12 +55,13 @@ def tables(measured: Measured) -> list[Table]:
     """Everything that has the form of a table; a note that several have stands under the first."""
     out = []
     if "sinks" in measured:
-        header = ("input read", "mode", "key", *(f"sink rate %, eps {eps}" for eps in ("0.2", "0.3", "0.5", "0.8")))
+        header = ("mode", "input read", "key", *(f"sink rate %, eps {eps}" for eps in ("0.2", "0.3", "0.5", "0.8")))
         rows: list[Row] = [
-            (kind, MODE_LABELS[mode], int(key), *rates.values(), mass, result["loss"], result["bits_per_byte"])
+            (MODE_LABELS[mode], kind, int(key), *rates.values(), mass, result["loss"], result["bits_per_byte"])
             for kind, mode, key, rates, mass, result in _sinks(measured)
         ]
-        out.append(Table("sinks", "Sinks", (*header, "sink mass", "loss", "bits per byte"), rows))
+        table = Table("sinks", "Sinks", (*header, "sink mass", "loss", "bits per byte"), rows)
+        out.append(_without(table, {"input read": "natural", "key": 0}))
     out += [_layer_table(measured, group, mode) for group in get_args(Group) for mode in modes_of(measured, group)]
     for mode, states in measured.get("states", {}).items():
         out += [_massive_table(mode, states), _received_table(mode, states)]
@@ -69,6 +70,13 @@ def tables(measured: Measured) -> list[Table]:
     out += [table(measured[name]) for name, table in others.items() if name in measured]
     notes = [table.note for table in out]
     return [dataclasses.replace(t, note="") if t.note in notes[:n] else t for n, t in enumerate(out)]
+
+
+def _without(table: Table, usual: dict[str, object]) -> Table:
+    """A table without the columns that hold nothing but their usual value."""
+    kept = [i for i, name in enumerate(table.header) if any(row[i] != usual.get(name) for row in table.rows)]
+    rows = [tuple(row[i] for i in kept) for row in table.rows]
+    return dataclasses.replace(table, header=tuple(table.header[i] for i in kept), rows=rows)
 
 
 def _sinks(measured: Measured) -> Iterator[tuple[str, str, str, dict[str, float], float, Measured]]:

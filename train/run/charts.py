@@ -12,7 +12,7 @@ MOST_OF_SINK = 12
 """Charts of the section `sink`."""
 _SINK = (
     *("sink/rate_eps0.3/{}", "sink/mass/{}", "sink/packed_document_mass", "sink/packed_first_key_mass"),
-    *("sink/rate_placed_eps0.3/{}", "sink/rate_deep_eps0.3/{}", "sink/strongest_head/{}", "sink/loss/{}"),
+    *("sink/rate_placed_eps0.3/{}", "sink/rate_deep_eps0.3/{}", "sink/strongest_head/{}", "sink/val_loss/{}"),
 )
 _MODES = 2
 """Inference modes of these charts and maps: the first of those measured, where key 0 can be seen."""
@@ -40,7 +40,7 @@ class Charts:
         numbers = {key: value for key, value in point.items() if not isinstance(value, list) and value is not None}
         row = {"trainer/global_step": numbers.pop("step")}
         modes = [m for m in _modes_of(numbers) if m != "first_key_masked"][:_MODES]
-        numbers |= {f"sink/loss/{mode}": point[key] for mode in modes if (key := f"val/loss/{mode}") in numbers}
+        numbers |= {f"sink/val_loss/{mode}": point[key] for mode in modes if (key := f"val/loss/{mode}") in numbers}
         if self.detail == "all":
             row |= numbers
         else:

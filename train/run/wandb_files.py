@@ -106,3 +106,16 @@ def earlier_steps(files: Iterable[Path]) -> list[int | None]:
     """Training step of each row in a run's files, by W&B's count; None for one that is no point of metrics.jsonl."""
     steps = {row["_step"]: row.get("trainer/global_step") for file in files for row in read_wandb_file(file)}
     return [steps[number] for number in sorted(steps)]
+
+
+def link_for_leet(run_dir: Path, folder: Path) -> None:
+    """Have `wandb leet FOLDER` list a run by its name: the newest segment under the names that leet looks for,
+    run-TIME-ID/run-ID.wandb."""
+    segments = {path.parent.name.split("-")[-2]: path for path in run_dir.glob("wandb/*run-*/run-*.wandb")}
+    for earlier in folder.glob(f"run-*-{run_dir.name}"):
+        shutil.rmtree(earlier)
+    if segments:
+        time, newest = max(segments.items())
+        link = folder / f"run-{time}-{run_dir.name}" / f"run-{run_dir.name}.wandb"
+        link.parent.mkdir(parents=True)
+        link.symlink_to(os.path.relpath(newest, link.parent))

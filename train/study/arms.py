@@ -21,6 +21,7 @@ from sinkbed.data.files import differences, sha256_file, write_atomic, write_jso
 from sinkbed.train.config.keys import fit_keys, wrong_keys
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.run import directory
+from sinkbed.train.run.wandb_files import link_for_leet
 from sinkbed.train.run.world import leave
 from sinkbed.train.study.file import StudyConfig
 
@@ -224,6 +225,7 @@ def _options(run: ArmRun, group: str) -> list[str]:
 
 def conclude(run: ArmRun, status: int) -> str:
     """Record how the arm's process ended; why it failed, or nothing where it finished."""
+    link_for_leet(run.folder, run.folder.parents[1] / "leet")
     if status == 0:
         return ""
     failed = _last_words(run.folder / LOG, status)

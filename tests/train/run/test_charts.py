@@ -55,12 +55,12 @@ def test_the_number_of_charts_does_not_grow_with_depth(layers):
 def test_the_section_of_the_sink_holds_what_one_looks_for():
     assert {key for key in keys("layers", 3) if key.startswith("sink/")} == {
         *(f"sink/{name}/{mode}" for mode in MODES[:2] for name in ("rate_eps0.3", "mass", "rate_deep_eps0.3")),
-        *(f"sink/{name}/{mode}" for mode in MODES[:2] for name in ("strongest_head", "loss")),
+        *(f"sink/{name}/{mode}" for mode in MODES[:2] for name in ("strongest_head", "val_loss")),
         *("sink/packed_document_mass", "sink/packed_first_key_mass"),
     }
     row = Charts("layers").row(points(4)[0])
     assert row["sink/rate_deep_eps0.3/bos"] == (20 + 30 + 30 + 30) / 4 and row["sink/strongest_head/bos"] == 0.1
-    assert row["sink/loss/text"] == row["val/loss/text"] == 2.0
+    assert row["sink/val_loss/text"] == row["val/loss/text"] == 2.0
     assert "sink/rate_deep_eps0.3/bos" not in Charts("layers").row(points(2)[0])
 
 

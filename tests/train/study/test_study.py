@@ -12,6 +12,7 @@ import pytest
 from sinkbed.train.cli import study as study_command
 from sinkbed.train.cli.main import main
 from sinkbed.train.run import directory
+from sinkbed.train.run.wandb_files import read_wandb_file
 from sinkbed.train.study.arms import LOG, environment, plan
 from sinkbed.train.study.file import load_study
 from tests.support import ROOT
@@ -176,6 +177,15 @@ def test_forcing_a_study_that_runs_clears_nothing(finished, capsys):
         assert main(["study", str(finished), "--quiet", "--force"]) == 1
     assert "got a process that still does" in capsys.readouterr().err
     assert (out / "runs" / "absent-seed0" / directory.MEASUREMENT).exists()
+
+
+def test_the_arms_can_be_looked_at_together_in_leet(finished):
+    folder = finished.parent / "out" / "leet"
+    links = {path.parent.name.split("-", 2)[2]: path for path in folder.glob("run-*/run-*.wandb")}
+    assert links.keys() == {"fixed-seed0", "absent-seed0"} and all(p.name == f"run-{n}.wandb" for n, p in links.items())
+    for name, path in links.items():
+        assert path.resolve().is_relative_to(folder.parent / "runs" / name)
+        assert list(read_wandb_file(path))
 
 
 def test_a_missing_study_is_named(capsys):
