@@ -22,9 +22,10 @@ from sinkbed.train.config.arguments import PlainParser
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.measures import MEASURES, measures
-from sinkbed.train.measure.model import Subject, changed_prompt, check_model, check_text, load, probe_of, texts
+from sinkbed.train.measure.model import Subject, check_model, has_own_text, load
 from sinkbed.train.measure.models import lazy, shared_texts, short_names
 from sinkbed.train.measure.modes import MODE_LABELS, InferenceMode, check_modes
+from sinkbed.train.measure.texts import changed_prompt, check_text, probe_of, texts
 
 Input = Literal["natural", "random", "repeated"]
 OTHERS = ("sinks", "positions", "streaming")
@@ -77,7 +78,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     for each in models:  # first: a path that is none is answered before torch is imported
         _check_options(each, len(models))
         check_model(each)
-    check_text(arguments)
+    check_text(arguments, own=any(map(has_own_text, models)))
     with loading("torch"):
         from sinkbed.train.loop.settings import use_threads
         from sinkbed.train.report import model as probe_report

@@ -1,8 +1,7 @@
-"""What `sinkbed probe` measures: a model, its tokenizer, and the text it is given to read.
+"""What `sinkbed probe` measures: a model and its tokenizer.
 
 The model is a run or checkpoint of ours, or a Hugging Face model (folder, hub name, GGUF, or made from a checkpoint of
-another trainer, `model.hf.foreign`), whose attention goes through our operator (`model.hf.adapter`). The text is a
-token store's validation split or a file of prompts.
+another trainer, `model.hf.foreign`), whose attention goes through our operator (`model.hf.adapter`).
 """
 
 import dataclasses
@@ -10,13 +9,11 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sinkbed.data.pack.strategy import Strategy
-from sinkbed.data.store.manifest import Manifest
 from sinkbed.model.hf.foreign import foreign_at
 from sinkbed.model.hf.tokenizer import read_tokenizer, special_ids, token_bytes
-from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.heldout import Probe, delimiters_of
 from sinkbed.train.run import directory
 from sinkbed.train.run.load import find_run, load_decoder, open_run, run_tokenizer
@@ -101,6 +98,11 @@ def check_model(arguments: Any) -> bool:
     if not path.exists():
         _check_hub_name(path, arguments.model)
     return False
+
+
+def has_own_text(arguments: Any) -> bool:
+    """Whether a model may come with a text: a run, or another trainer's checkpoint. Raises as `check_model`."""
+    return check_model(arguments) or foreign_at(Path(arguments.model)) is not None
 
 
 def load(arguments: Any) -> Subject:
@@ -199,7 +201,7 @@ def _hugging_face(arguments: Any) -> Subject:
         return HFModel.load(name, **where, foreign=now, dtype=arguments.dtype, device_map=arguments.device_map)
 
     return Subject(
-        name=name,
+        name=name if arguments.gguf is None else f"{name}/{arguments.gguf}",
         load_model=load_model,
         strategy=Strategy() if bos is None else Strategy(first_token="bos"),
         bos_id=bos,
@@ -219,132 +221,3 @@ def _token_id(token_id: int | None, token: str, where: object) -> int:
     if token_id is None:
         raise ValueError(f"--bos: expected a token of the vocabulary of {where}, got {token!r}")
     return token_id
-
-
-def check_text(arguments: Any) -> None:
-    """Raise FileNotFoundError for a text that is not there; loads nothing."""
-    if arguments.prompts is not None and not arguments.prompts.is_file():
-        raise FileNotFoundError(f"--prompts: no file at {arguments.prompts}")
-    if arguments.store is not None:
-        Manifest.read(arguments.store)
-
-
-def texts(arguments: Any, subject: Subject) -> Iterator[str]:
-    """The documents to read. Raises ValueError where nothing says which, or a file holds none."""
-    if arguments.prompts is not None:
-        yield from _prompts(arguments.prompts)
-        return
-    if subject.store is None and subject.own_texts is not None:
-        yield from subject.own_texts
-        return
-    if subject.store is None:
-        raise ValueError("expected text to read, got none: give --prompts FILE, or --store with a token store")
-    from sinkbed.data.store.token_store import TokenStore
-
-    store = TokenStore.open(subject.store, "validation")
-    store.verify()
-    tokenizer = store.tokenizer()
-    yield from (tokenizer.decode(store.slice(number)) for number in range(store.documents))
-
-
-def _prompts(path: Path) -> Iterator[str]:
-    if path.suffix == ".jsonl":
-        from sinkbed.data.source.config import Source
-        from sinkbed.data.source.documents import Documents
-
-        yield from Documents(Source(kind="jsonl", files=str(path), shuffle_seed=None, streaming=True))
-        return
-    try:
-        # At line feeds alone: other separators, as U+2028, may be part of a text.
-        lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {path}: expected UTF-8, got {error}") from None
-    if not any(line.strip() for line in lines):
-        raise ValueError(f"--prompts {path}: expected a document a line, got an empty file")
-    yield from (line for line in lines if line.strip())
-
-
-def probe_of(subject: Subject, documents: Iterator[str], limit: int, config: MeasureConfig) -> Probe:
-    """The first documents with at least `sink_tokens` tokens, cropped to `limit`.
-
-    Raises ValueError where there is none, saying how long the longest was, and where the bytes of its tokens are not
-    those of its text.
-    """
-    import torch
-
-    chosen, longest = [], 0
-    for text in documents:
-        every = subject.encode(text)
-        ids = every[: limit - 1]
-        longest = max(longest, len(ids))
-        if len(ids) >= config.sink_tokens:
-            _check_bytes(subject, every)
-            chosen.append(torch.tensor(ids))
-        if len(chosen) == config.documents:
-            break
-    if not longest:
-        raise ValueError("the text: expected documents, got none that holds a token; give others with --prompts")
-    if not chosen:
-        raise ValueError(
-            f"--sink_tokens {config.sink_tokens}: expected documents of at least as many tokens, got {longest} in "
-            f"the longest, cropped to --length {limit} with room for BOS; give longer ones, or lower it"
-        )
-    return subject.probe(chosen)
-
-
-def changed_prompt(subject: Subject, arguments: Any) -> tuple[list[int], list[int]]:
-    """Token ids of the first prompt before and after, as many.
-
-    Raises ValueError where the word is not there, or the texts differ in their number of tokens.
-    """
-    old, new = arguments.change
-    prompt = next(texts(arguments, subject))
-    if old not in prompt:
-        raise ValueError(f"--change: expected a word of the first prompt, {prompt[:60]!r} …, got {old!r}")
-    before, after = subject.encode(prompt), subject.encode(prompt.replace(old, new, 1))
-    if len(before) != len(after):
-        raise ValueError(
-            f"--change: expected as many tokens, got {len(before)} with {old!r} and {len(after)} with {new!r}; "
-            "choose a word of as many tokens"
-        )
-    before, after = before[: arguments.sink_tokens], after[: arguments.sink_tokens]
-    if before == after:
-        raise ValueError(
-            f"--change: expected a word among the first {arguments.sink_tokens} tokens of the prompt, got {old!r} past "
-            "them; raise --sink_tokens"
-        )
-    return before, after
-
-
-def artificial(probe: Probe, kind: Literal["random", "repeated"]) -> Probe:
-    """Documents of the same lengths, of uniformly random tokens, or each of one random token over and over."""
-    import numpy as np
-    import torch
-
-    from sinkbed.data.pack.assemble import random_tokens
-
-    documents = []
-    for number, document in enumerate(probe.documents):
-        count = len(document) if kind == "random" else 1
-        drawn = random_tokens(
-            np.arange(count), seed=0, epoch=number, vocab_size=len(probe.token_bytes),
-            special_ids=tuple(sorted(probe.special_ids)),
-        )  # fmt: skip
-        documents.append(torch.from_numpy(np.resize(drawn, len(document))))
-    return dataclasses.replace(probe, documents=tuple(documents))
-
-
-def _check_bytes(subject: Subject, ids: list[int]) -> None:
-    """Refuse a tokenizer whose tokens do not make up their text byte by byte, which bits per byte rests on."""
-    size = len(subject.token_bytes)
-    if max(ids) >= size:
-        raise ValueError(f"{subject.name}: expected token ids below {size}, its embeddings, got {max(ids)} in the text")
-    counted = sum(int(subject.token_bytes[index]) for index in ids)
-    # What a second copy adds: decoders drop the space that they put before a text, but not one inside it.
-    once, twice = (len(subject.decode(read).encode()) for read in (ids, ids + ids))
-    if counted != twice - once:
-        raise ValueError(
-            f"{subject.name}: got {counted} bytes in the tokens of a document and {twice - once} in its decoded "
-            "text, expected the same; this tokenizer's tokens cannot be told in bytes, which bits per byte needs "
-            "(byte-level BPE and SentencePiece with ▁ can)"
-        )

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sinkbed.train.measure.config import MeasureConfig
-from sinkbed.train.measure.model import Subject, load, texts
+from sinkbed.train.measure.model import Subject, load
+from sinkbed.train.measure.texts import texts
 
 
 def short_names(models: Sequence[str]) -> list[str]:
@@ -34,21 +35,22 @@ def lazy(arguments: Any) -> Subject:
 
 
 def shared_texts(arguments: Any, subjects: Sequence[Subject], config: MeasureConfig) -> list[str]:
-    """The first documents that have `sink_tokens` tokens under every model's tokenizer.
+    """The first documents that have `sink_tokens` tokens under every model's tokenizer. Models without a text of their
+    own read that of the others.
 
-    Raises ValueError where there is none, or models would read different texts.
+    Raises ValueError where there is none, or several.
     """
-
-    def place(subject: Subject) -> str:
-        if subject.store is not None:
-            return str(subject.store.resolve())
-        return "none" if subject.own_texts is None else f"beside {subject.name}"
-
-    stores = {place(subject): subject.name for subject in subjects}
-    if arguments.prompts is None and len(stores) > 1:
-        listed = ", ".join(f"{store} ({name})" for store, name in stores.items())
-        raise ValueError(f"expected one text for all models, got the stores {listed}; give --prompts FILE, or --store")
-    T, every = config.sink_tokens, texts(arguments, subjects[0])
+    own = {
+        str(s.store.resolve()) if s.store is not None else f"that of {s.name}": s
+        for s in subjects
+        if s.store is not None or s.own_texts is not None
+    }
+    if arguments.prompts is None and len(own) > 1:
+        raise ValueError(
+            f"expected one text for all models, got {' and '.join(own)}; give --prompts FILE, or --store with a token "
+            "store"
+        )
+    T, every = config.sink_tokens, texts(arguments, next(iter(own.values()), subjects[0]))
     long = (text for text in every if all(len(subject.encode(text)) >= T for subject in subjects))
     chosen = list(islice(long, config.documents))
     if not chosen:

@@ -13,10 +13,11 @@ from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.measures import MEASURES, Group, Measure, measures, plain
 from sinkbed.train.measure.measures.perturbation import measure_perturbation
 from sinkbed.train.measure.measures.states import strongest_head
-from sinkbed.train.measure.model import Subject, artificial, changed_prompt
+from sinkbed.train.measure.model import Subject
 from sinkbed.train.measure.modes import InferenceMode
 from sinkbed.train.measure.sinks import ModeResult, mean
 from sinkbed.train.measure.sinks import measure as measure_sinks
+from sinkbed.train.measure.texts import artificial, changed_prompt
 from sinkbed.train.run import directory
 
 

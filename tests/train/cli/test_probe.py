@@ -60,7 +60,7 @@ def test_prompts_come_from_a_file(name, exported, tmp_path):
 
 
 def test_prompts_are_parted_at_line_feeds_alone(tmp_path):
-    from sinkbed.train.measure.model import _prompts
+    from sinkbed.train.measure.texts import _prompts
 
     texts = ["a\u2028b", "c\x85d\x0ce", "f\rg", "h"]
     (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(texts).encode() + b"\n\n")

@@ -168,6 +168,13 @@ def test_who_reads_what_is_printed_may_leave(copy, prompts, tmp_path, monkeypatc
     assert measured == arguments[:1]
 
 
+def test_models_without_a_text_read_that_of_a_run(run_dir, exported, tmp_path):
+    assert main(["probe", str(exported), str(run_dir), *FEW, "--json", str(tmp_path / "measured.json")]) == 0
+    of_export, of_run = json.loads((tmp_path / "measured.json").read_text())["models"].values()
+    (mode, theirs), ours = next(iter(of_export["sinks"]["natural"].items())), of_run["sinks"]["natural"]
+    assert theirs["0"]["loss"] == pytest.approx(ours[mode]["0"]["loss"], rel=1e-5)
+
+
 def test_one_model_is_in_memory_at_a_time(run_dir, tiny_store, tmp_path, monkeypatch):
     shutil.copytree(run_dir, tmp_path / "other")
     alive, most, make = weakref.WeakSet(), [], Decoder.__init__
@@ -188,7 +195,7 @@ def test_one_model_is_in_memory_at_a_time(run_dir, tiny_store, tmp_path, monkeyp
     [
         (["RUN", "RUN"], "MODEL: expected different models, got"),
         (["RUN", "nowhere"], "nowhere: expected a run directory"),
-        (["RUN", "EXPORTED"], "expected one text for all models, got the stores"),
+        (["EXPORTED", "ANOTHER"], "expected text to read, got none: give --prompts FILE"),
         (
             ["RUN", "EXPORTED", "--store", "STORE", "--gguf", "x.gguf"],
             "--gguf: expected one model, which it is of, got 2",
@@ -201,7 +208,7 @@ def test_one_model_is_in_memory_at_a_time(run_dir, tiny_store, tmp_path, monkeyp
 def test_all_models_are_checked_before_the_first_is_measured(
     options, message, run_dir, exported, copy, tiny_store, capsys
 ):
-    places = {"RUN": run_dir, "EXPORTED": exported, "STORE": tiny_store}
+    places = {"RUN": run_dir, "EXPORTED": exported, "STORE": tiny_store, "ANOTHER": copy("another")}
     if "NO_BOS" in options:
         places["NO_BOS"] = copy("no_bos", weights=False)
         settings = Path(places["NO_BOS"]) / "tokenizer_config.json"

@@ -103,7 +103,8 @@ def test_random_tokens_are_neither_control_tokens_nor_without_a_token(with_token
     from sinkbed.data.pack.strategy import Strategy
     from sinkbed.train.measure.config import MeasureConfig
     from sinkbed.train.measure.inputs import first_tokens
-    from sinkbed.train.measure.model import artificial, load, probe_of
+    from sinkbed.train.measure.model import load
+    from sinkbed.train.measure.texts import artificial, probe_of
 
     folder, _ = with_tokenizer("byte-level")
     subject = load(arguments_of(folder))
