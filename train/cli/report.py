@@ -18,7 +18,7 @@ from sinkbed.train.study.file import StudyConfig, load_study
 def run(command: str, argv: Sequence[str]) -> int:
     """Make the report of a study anew, or one of any runs."""
     parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("what", type=Path, nargs="+", help="study files, or folders of runs or studies")
+    parser.add_argument("what", type=Path, nargs="+", help="study files, or run directories and folders of them")
     parser.add_argument("--size", help="of study files: one of their sizes (default: demo)")
     parser.add_argument(
         "--seeds", type=int, nargs="+", help="of study files: seeds (default: the file's, and others that are finished)"
@@ -44,8 +44,8 @@ def run(command: str, argv: Sequence[str]) -> int:
         only = folders[0] if len(folders) == 1 else None
         if arguments.out is None and only and (only / "report").exists() and (only / "runs").exists():
             raise ValueError(
-                f"{only}: expected a study file, which makes a study's own report (sinkbed report FILE --out "
-                f"{only}), or another --out for one without effects; got the folder alone"
+                f"{only}: expected the study's file, which has its expected effects, got its folder; sinkbed report "
+                f"STUDY.yaml --out {only}, or give another --out for a report without effects"
             )
         if arguments.out is None and len(folders) > 1:
             raise ValueError("report: expected --out, the folder for the report of several folders; got none")
