@@ -66,7 +66,7 @@ def test_runs_and_folders_of_runs_can_be_reported(finished, fit, capsys, tmp_pat
     out = finished.parent / "out"
     before = (out / "report" / "table.md").read_text()
     assert main(["report", str(out)]) == 1
-    assert "expected a study file, which makes a study's own report" in capsys.readouterr().err
+    assert "expected the study's file, which has its expected effects" in capsys.readouterr().err
     assert (out / "report" / "table.md").read_text() == before
     assert main(["report", str(out), "--out", str(tmp_path / "again")]) == 0
     again, before = ((f / "report" / "table.csv").read_text() for f in (tmp_path / "again", out))
