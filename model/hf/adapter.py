@@ -124,7 +124,7 @@ class HFModel(nn.Module):
         # What transformers makes of a folder without files.
         if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
             raise ValueError(
-                f"{name}: expected a tokenizer beside the model, got none (no tokenizer.json); give one by --tokenizer"
+                f"{name}: expected a tokenizer beside the model, got none (no tokenizer.json); give one with --tokenizer"
             )
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(

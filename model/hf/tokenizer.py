@@ -17,7 +17,7 @@ def read_tokenizer(path: Path, size: int) -> Any:
 
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: expected a tokenizer, got none; give a tokenizer.json by --tokenizer")
+        raise FileNotFoundError(f"{file}: expected a tokenizer, got none; give a tokenizer.json with --tokenizer")
     settings = file.with_name("tokenizer_config.json")
     try:
         named = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
@@ -31,7 +31,7 @@ def read_tokenizer(path: Path, size: int) -> Any:
     if ids > size:
         raise ValueError(
             f"{file}: expected at most {size} tokens, as many as the model has embeddings, got {ids}; give the "
-            "tokenizer that it was trained with by --tokenizer"
+            "tokenizer that it was trained with with --tokenizer"
         )
     return tokenizer
 
@@ -51,7 +51,7 @@ def special_ids(tokenizer: Any, size: int) -> frozenset[int]:
 def token_bytes(tokenizer: Any, size: int) -> list[int]:
     """UTF-8 bytes of text that each id stands for, [size]; 0 for control tokens and ids without a token.
 
-    Of other kinds of tokenizer the figures are wrong; whoever uses them checks them on text (`train.cli.probe`).
+    Of other kinds of tokenizer the figures are wrong; `train.measure.texts` checks them on the text that is read.
 
     Args:
         tokenizer: of `transformers`, with a backend of the `tokenizers` library: byte-level, or with ▁ for a space and

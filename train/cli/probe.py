@@ -22,7 +22,7 @@ from sinkbed.train.config.arguments import PlainParser
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.measures import MEASURES, measures
-from sinkbed.train.measure.model import Subject, check_model, has_own_text, load
+from sinkbed.train.measure.model import Subject, has_own_text, load
 from sinkbed.train.measure.models import lazy, shared_texts, short_names
 from sinkbed.train.measure.modes import MODE_LABELS, InferenceMode, check_modes
 from sinkbed.train.measure.texts import changed_prompt, check_text, probe_of, texts
@@ -75,10 +75,9 @@ def run(command: str, argv: Sequence[str]) -> int:
 
     labels = short_names(arguments.model)
     models = [argparse.Namespace(**{**vars(arguments), "model": model}) for model in arguments.model]
-    for each in models:  # first: a path that is none is answered before torch is imported
-        _check_options(each, len(models))
-        check_model(each)
-    check_text(arguments, own=any(map(has_own_text, models)))
+    _check_options(arguments)
+    # First: a path that is none is answered before torch is imported. A list, so that every model is checked.
+    check_text(arguments, own=any([has_own_text(each) for each in models]))
     with loading("torch"):
         from sinkbed.train.loop.settings import use_threads
         from sinkbed.train.report import model as probe_report
@@ -106,12 +105,12 @@ def run(command: str, argv: Sequence[str]) -> int:
         if len(jobs) > 1:
             return _side_by_side(jobs)
         [job] = jobs.values()
-        _measure(job, partial(_write, arguments=job.arguments))
+        _measure(job, partial(_write, out=arguments.out, path=arguments.json))
     return 0
 
 
 class _Job(NamedTuple):
-    """A model that was found fit to be measured, and what is to be measured."""
+    """A model that passed the checks, and what to measure of it."""
 
     arguments: Any
     subject: Subject
@@ -134,8 +133,7 @@ def _jobs(models: Sequence[Any], modes: Sequence[InferenceMode], names: set[str]
         natural = probe_of(subject, texts(arguments, subject) if shared is None else iter(shared), limit, config)
         own = modes
         if arguments.modes is None and subject.bos_id is None:
-            none = "its tokenizer has no BOS (--bos names a token that serves as one)"
-            print(f"{subject.name}: the mode bos is left out: {none}")
+            print(f"{subject.name}: the mode bos is left out: its tokenizer has no BOS (--bos names a token for it)")
             own = tuple(mode for mode in modes if mode != "bos")
         subject.check_bos(own)
         _check_lengths(subject, natural, limit, own, names, arguments)
@@ -201,12 +199,12 @@ def _side_by_side(jobs: dict[str, _Job]) -> int:
         else:
             del missing[label]
         write()
-        _write(result, argparse.Namespace(json=None, out=out and out / folders[label]))
+        _write(result, out and out / folders[label])
 
     for label in folders:
         try:
             _measure(jobs.pop(label), partial(keep, label))
-        except BrokenPipeError:  # of who reads what is printed, not of the model
+        except BrokenPipeError:  # the reader of our output is gone; the model is not at fault
             raise
         except Exception as error:
             if not explained(error):
@@ -223,27 +221,29 @@ def _side_by_side(jobs: dict[str, _Job]) -> int:
     return bool(missing)
 
 
-def _write(result: dict[str, Any], arguments: Any) -> None:
-    """To files, or where there is no folder for them to the terminal."""
+def _write(result: dict[str, Any], out: Path | None, path: Path | None = None) -> None:
+    """Write a report to the folder `out`, or print its tables where there is none; and the result as JSON to `path`."""
     from sinkbed.train.report import model as probe_report
     from sinkbed.train.report.model_tables import tables
 
-    if arguments.json is not None:
-        write_json(arguments.json, result, seal=False)
-    if arguments.out is None:
+    if path is not None:
+        write_json(path, result, seal=False)
+    if out is None:
         for table in tables(result):
             if table.name != "sinks":  # which was printed line by line
                 table.print(180)
     else:
-        page = probe_report.write(result, arguments.out)
+        page = probe_report.write(result, out)
         print(f"report: {page}, {counted(len(tables(result)), 'table')} and figures; beside it: probe.json, *.csv, …")
 
 
-def _check_options(arguments: Any, models: int) -> None:
+def _check_options(arguments: Any) -> None:
+    """Refuse options of one model where there are several."""
+    models = len(arguments.model)
     for name in ("gguf", "revision", "tokenizer") if models > 1 else ():
         if getattr(arguments, name) is not None:
             remedy = "name the FILE.gguf itself" if name == "gguf" else "measure that model alone"
-            raise ValueError(f"--{name}: expected one model, which it is of, got {models}; {remedy}")
+            raise ValueError(f"--{name}: expected one model, got {models}; {remedy}")
 
 
 def _directions(text: str) -> int | str:
@@ -291,7 +291,7 @@ def _check_subject(subject: Subject, arguments: Any) -> None:
         )
     for name in ("checkpoints", "wandb"):
         if getattr(arguments, name) and subject.run_dir is None:
-            raise ValueError(f"--{name}: expected a run of ours, got {subject.name}, a Hugging Face model")
+            raise ValueError(f"--{name}: expected a run of ours, got {subject.name}; leave --{name} out")
 
 
 def _check_lengths(

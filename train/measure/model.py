@@ -78,14 +78,14 @@ def check_model(arguments: Any) -> bool:
     path = Path(arguments.model)
     if (path / directory.CONFIG).is_file() or path.name.endswith(".ckpt"):
         if arguments.tokenizer is not None:
-            raise ValueError(f"--tokenizer: expected none for a run, which has its own, got {arguments.tokenizer}")
+            raise ValueError(f"--tokenizer: expected none for a run, got {arguments.tokenizer}; leave it out")
         find_run(path)
         return True
     if arguments.tokenizer is not None and not arguments.tokenizer.exists():
         raise FileNotFoundError(f"--tokenizer: expected a tokenizer.json, got nothing at {arguments.tokenizer}")
     if foreign_at(path) is not None:
         if arguments.revision or arguments.gguf:
-            raise ValueError(f"--revision, --gguf: expected none for {path}, which is no Hugging Face model")
+            raise ValueError(f"--revision, --gguf: expected a Hugging Face model, got {path}; leave them out")
         return False
     if path.is_file() and path.suffix == ".gguf" and arguments.gguf is None:
         arguments.model, arguments.gguf = str(path.parent), path.name

@@ -47,8 +47,8 @@ def shared_texts(arguments: Any, subjects: Sequence[Subject], config: MeasureCon
     }
     if arguments.prompts is None and len(own) > 1:
         raise ValueError(
-            f"expected one text for all models, got {' and '.join(own)}; give --prompts FILE, or --store with a token "
-            "store"
+            f"the text: expected the same for all models, got {' and '.join(own)}; give --prompts FILE, or --store "
+            "with a token store"
         )
     T, every = config.sink_tokens, texts(arguments, next(iter(own.values()), subjects[0]))
     long = (text for text in every if all(len(subject.encode(text)) >= T for subject in subjects))

@@ -11,7 +11,7 @@ from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.model import Subject
 
-_NO_TEXT = "expected text to read, got none: give --prompts FILE, or --store with a token store"
+_NO_TEXT = "the text: expected documents to read, got none; give --prompts FILE, or --store with a token store"
 
 
 def check_text(arguments: Any, *, own: bool) -> None:
@@ -23,7 +23,7 @@ def check_text(arguments: Any, *, own: bool) -> None:
     if not own and arguments.prompts is None and arguments.store is None:
         raise ValueError(_NO_TEXT)
     if arguments.prompts is not None and not arguments.prompts.is_file():
-        raise FileNotFoundError(f"--prompts: no file at {arguments.prompts}")
+        raise FileNotFoundError(f"--prompts: expected a file, got nothing at {arguments.prompts}; check the path")
     if arguments.store is not None:
         Manifest.read(arguments.store)
 
@@ -32,18 +32,17 @@ def texts(arguments: Any, subject: Subject) -> Iterator[str]:
     """The documents to read. Raises ValueError where nothing says which, or a file holds none."""
     if arguments.prompts is not None:
         yield from _prompts(arguments.prompts)
-        return
-    if subject.store is None and subject.own_texts is not None:
-        yield from subject.own_texts
-        return
-    if subject.store is None:
-        raise ValueError(_NO_TEXT)
-    from sinkbed.data.store.token_store import TokenStore
+    elif subject.store is not None:
+        from sinkbed.data.store.token_store import TokenStore
 
-    store = TokenStore.open(subject.store, "validation")
-    store.verify()
-    tokenizer = store.tokenizer()
-    yield from (tokenizer.decode(store.slice(number)) for number in range(store.documents))
+        store = TokenStore.open(subject.store, "validation")
+        store.verify()
+        tokenizer = store.tokenizer()
+        yield from (tokenizer.decode(store.slice(number)) for number in range(store.documents))
+    elif subject.own_texts is not None:
+        yield from subject.own_texts
+    else:
+        raise ValueError(_NO_TEXT)
 
 
 def _prompts(path: Path) -> Iterator[str]:

@@ -98,7 +98,7 @@ class NanoGPT(Foreign):
         if len(tokenizer) != size:
             raise ValueError(
                 f"{path}: expected {size} characters, as many as the model has embeddings, got {len(tokenizer)}; give "
-                "the meta.pkl that it was trained with by --tokenizer"
+                "the meta.pkl that it was trained with with --tokenizer"
             )
         return tokenizer
 
@@ -129,7 +129,7 @@ def _documents(path: Path, tokenizer: Any, length: int) -> Iterator[str]:
     if ids.max() >= len(tokenizer):
         raise ValueError(
             f"{path}: expected ids below {len(tokenizer)}, the tokens of the tokenizer, got {ids.max()}; give the "
-            "tokenizer of this text by --tokenizer, or another text with --prompts"
+            "tokenizer of this text with --tokenizer, or another text with --prompts"
         )
     ends = numpy.arange(length, len(ids), length) if eos is None else numpy.flatnonzero(ids == eos)
     yield from (tokenizer.decode(part, skip_special_tokens=True) for part in numpy.split(ids, ends))

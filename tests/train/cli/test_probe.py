@@ -68,7 +68,8 @@ def test_prompts_are_parted_at_line_feeds_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "message"), [("--prompts", "--prompts: no file at nowhere"), ("--store", "no token store at nowhere")]
+    ("option", "message"),
+    [("--prompts", "--prompts: expected a file, got nothing at nowhere"), ("--store", "no token store at nowhere")],
 )
 def test_a_text_that_is_not_there_is_named_before_the_model_is_read(option, message, tmp_path, capsys):
     (tmp_path / "config.json").write_text("no config")
@@ -79,8 +80,8 @@ def test_a_text_that_is_not_there_is_named_before_the_model_is_read(option, mess
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "expected text to read, got none: give --prompts FILE, or --store"),
-        (["--prompts", "nowhere.txt"], "--prompts: no file at nowhere.txt"),
+        ([], "the text: expected documents to read, got none; give --prompts FILE, or --store"),
+        (["--prompts", "nowhere.txt"], "--prompts: expected a file, got nothing at nowhere.txt"),
         (["--store", "STORE", "--sink_tokens", "400"], "got 47 in the longest, cropped to --length 48"),
         (["--store", "STORE", "--bos", "<none>"], "--bos: expected a token of the vocabulary of"),
         (["--store", "STORE", "--sink_tokens", "16", "--keys", "0", "15"], "--keys: expected 0 to 14, got 15"),

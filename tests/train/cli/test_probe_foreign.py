@@ -129,7 +129,7 @@ def test_a_tokenizer_that_is_missing_or_another_models_is_named(nanogpt, litgpt,
     assert "prompts.txt: expected a tokenizer of the `tokenizers` library" in message
     (folder / "tokenizer.json").unlink()
     message = refused(capsys, folder, "--prompts", tmp_path / "prompts.txt")
-    assert "tokenizer.json: expected a tokenizer, got none; give a tokenizer.json by --tokenizer" in message
+    assert "tokenizer.json: expected a tokenizer, got none; give a tokenizer.json with --tokenizer" in message
 
 
 @pytest.mark.parametrize("name", ["out/ckpt.pt", "out/pretrain/tiny/final"])
@@ -206,7 +206,7 @@ def test_what_is_no_checkpoint_of_theirs_is_named(nanogpt, litgpt, tmp_path, cap
     folder, _, _ = litgpt
     torch.save({"weights": torch.ones(3)}, "other.pt")
     assert "expected a checkpoint of nanoGPT, with model and model_args, got weights" in refused(capsys, "other.pt")
-    assert "--revision, --gguf: expected none" in refused(capsys, "out", "--revision", "main")
+    assert "--revision, --gguf: expected a Hugging Face model, got out" in refused(capsys, "out", "--revision", "main")
     (folder / "model_config.yaml").write_text("- a list")
     assert "model_config.yaml: expected the settings of a litgpt model, got list" in refused(capsys, folder)
     (folder / "model_config.yaml").write_text("a: [")

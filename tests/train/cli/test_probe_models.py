@@ -195,10 +195,10 @@ def test_one_model_is_in_memory_at_a_time(run_dir, tiny_store, tmp_path, monkeyp
     [
         (["RUN", "RUN"], "MODEL: expected different models, got"),
         (["RUN", "nowhere"], "nowhere: expected a run directory"),
-        (["EXPORTED", "ANOTHER"], "expected text to read, got none: give --prompts FILE"),
+        (["EXPORTED", "ANOTHER"], "the text: expected documents to read, got none; give --prompts FILE"),
         (
             ["RUN", "EXPORTED", "--store", "STORE", "--gguf", "x.gguf"],
-            "--gguf: expected one model, which it is of, got 2",
+            "--gguf: expected one model, got 2",
         ),
         (["RUN", "EXPORTED", "--store", "STORE", "--length", "4096"], "--length: expected at most 48"),
         (["RUN", "NO_BOS", "--store", "STORE"], "its tokenizer has no BOS"),
