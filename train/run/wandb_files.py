@@ -112,8 +112,9 @@ def link_for_leet(run_dir: Path, folder: Path) -> None:
     """Have `wandb leet FOLDER` list a run by its name: the newest segment under the names that leet looks for,
     run-TIME-ID/run-ID.wandb."""
     segments = {path.parent.name.split("-")[-2]: path for path in run_dir.glob("wandb/*run-*/run-*.wandb")}
-    for earlier in folder.glob(f"run-*-{run_dir.name}"):
-        shutil.rmtree(earlier)
+    for earlier in folder.glob("run-*-*"):
+        if earlier.name.split("-", 2)[2] == run_dir.name:  # not the end of another run's name
+            shutil.rmtree(earlier)
     if segments:
         time, newest = max(segments.items())
         link = folder / f"run-{time}-{run_dir.name}" / f"run-{run_dir.name}.wandb"
