@@ -124,7 +124,8 @@ class HFModel(nn.Module):
         # What transformers makes of a folder without files.
         if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
             raise ValueError(
-                f"{name}: expected a tokenizer beside the model, got none (no tokenizer.json); give one with --tokenizer"
+                f"{name}: expected a tokenizer beside the model, got none (no tokenizer.json); give one with "
+                "--tokenizer"
             )
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
@@ -158,15 +159,6 @@ class HFModel(nn.Module):
             )
         return kinds[0]
 
-    @property
-    def decoder(self) -> Any:
-        """The part of the model that ends before its output matrix: the innermost model around the layers."""
-        from transformers import PreTrainedModel
-
-        blocks = self.blocks
-        models = [module for module in self.model.modules() if isinstance(module, PreTrainedModel)]
-        return [model for model in models if any(module is blocks for module in model.modules())][-1]
-
     @contextmanager
     def observed(self, attention: Attentions) -> Iterator[None]:
         """Hand each layer's attention to a callback; see `model.observe`."""
@@ -198,7 +190,7 @@ class HFModel(nn.Module):
         logits = logits and next_tokens is None
         try:
             with asking(current):
-                part = self.model if logits else self.decoder
+                part = self.model if logits else self.model.get_decoder()
                 output = part(input_ids=tokens, use_cache=False, **given)
         except torch.OutOfMemoryError:
             raise
@@ -223,7 +215,7 @@ class HFModel(nn.Module):
     def _logits(self, output: Any, hidden: Tensor) -> Tensor:
         """Logits [n, V] of some of the decoder's last hidden states [n, C], made by the model itself, which may scale
         or cap them: it is called with a decoder that returns its `output` with these in it."""
-        decoder = self.decoder
+        decoder = self.model.get_decoder()
         of_these = type(output)({**output, "last_hidden_state": hidden[None]})
         forward, decoder.forward = decoder.forward, lambda *args, **options: of_these
         try:
