@@ -34,7 +34,7 @@ def notices(lines: Sequence[str]) -> str:
     """What the reader must know first; more than two lines fold."""
     items = "".join(f"<div>{html.escape(line)}</div>" for line in lines)
     if len(lines) > 2:
-        items = folded(f"{len(lines)} are not in it, or have not finished", items)
+        items = folded(f"{len(lines)} are missing or unfinished", items)
     return f'<div class="notice">{items}</div>' if lines else ""
 
 

@@ -76,9 +76,9 @@ def check_out(folder: Path, force: bool) -> None:
     """Raise FileExistsError or ValueError, before anything is measured, for a folder that no report can go to."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"--out {folder}: expected a folder, got a file")
-    killed = (f".{RECORD}.*.partial", directory.LOCK)  # what a killed probe leaves that had written nothing
+    killed = (f".{RECORD}.*.partial", directory.LOCK)  # what a probe leaves that is killed before it writes
     if folder.is_dir() and any(path for path in folder.iterdir() if not any(map(path.match, killed))):
-        # Read with --force, too: to write over it takes what it says, after all was measured.
+        # Read with --force too: a damaged one would stop the writing, when all has been measured.
         earlier = directory.read_json(folder / RECORD) if (folder / RECORD).is_file() else None
         if not isinstance(earlier, dict):
             raise FileExistsError(

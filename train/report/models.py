@@ -5,6 +5,7 @@ Each model's own report is in a folder beside it.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote
@@ -44,7 +45,7 @@ def write(models: Mapping[str, Measured], missing: Mapping[str, str], folders: M
         folders: where below `folder` each model's own report is.
     """
     results = results_of(models)
-    record = {"models": {**models}, "missing": {**missing}, "folders": {name: folders[name] for name in models}}
+    record = {"models": dict(models), "missing": dict(missing), "folders": {name: folders[name] for name in models}}
     return publish(record, folder, [table(models)], _pictures(results), partial(_page, record, results))
 
 
@@ -75,7 +76,7 @@ def table(models: Mapping[str, Measured]) -> Table:
 def _by_mode(results: Sequence[Result]) -> list[Table]:
     """A table a figure: a row a model, modes as columns."""
     tables = by_mode(results, "bits_per_byte", "model") if results else []
-    return [Table(t.name, t.title, t.header, t.rows, _NOTES.get(t.name, "")) for t in tables]
+    return [replace(t, note=_NOTES.get(t.name, "")) for t in tables]
 
 
 def _seen(results: Sequence[Result]) -> list[str]:
