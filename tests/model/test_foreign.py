@@ -115,7 +115,7 @@ def test_settings_of_litgpt_that_are_not_read_are_refused_by_name(settings, mess
     save_litgpt(tmp_path)
     path = tmp_path / "model_config.yaml"
     path.write_text(yaml.dump(yaml.safe_load(path.read_text()) | settings))
-    with pytest.raises(ValueError, match="can be read") as error:
+    with pytest.raises(ValueError, match="Hugging Face folder") as error:
         foreign_at(tmp_path)
     assert f"{path}: {message}" in str(error.value)
 
@@ -133,7 +133,7 @@ def test_settings_that_litgpt_computes_may_be_left_out(tmp_path):
 def test_settings_of_a_changed_nanogpt_are_refused(tmp_path):
     args = dict(n_layer=2, n_head=4, n_embd=32, block_size=64, bias=False)
     save_nanogpt(tmp_path / "ckpt.pt", model_args=args | dict(vocab_size=None, rotary=True))
-    with pytest.raises(ValueError, match=r"without \['vocab_size'\] and with \['rotary'\]; the numbers"):
+    with pytest.raises(ValueError, match=r"model_args that lack \['vocab_size'\] and add \['rotary'\]"):
         _ = foreign_at(tmp_path).config
     save_nanogpt(tmp_path / "ckpt.pt", model_args=args | dict(vocab_size=65, n_head=5))
     with pytest.raises(ValueError, match=r"ckpt.pt: expected the settings of a model, got: .*: 32 and .*: 5"):
@@ -158,7 +158,7 @@ def test_tensors_that_are_missing_left_over_or_of_another_shape_are_named(tmp_pa
 def test_no_code_of_a_checkpoint_is_run(tmp_path):
     marker = tmp_path / "marker"
     save_nanogpt(tmp_path / "ckpt.pt", loader=Caller(marker))
-    with pytest.raises(ValueError, match=r"got posix.mkdir, whose code is not run; .* torch.save it without"):
+    with pytest.raises(ValueError, match=r"got posix.mkdir, whose code is not run; .* without that object"):
         _ = foreign_at(tmp_path).config
     assert not marker.exists()
     torch.load(tmp_path / "ckpt.pt", weights_only=False)

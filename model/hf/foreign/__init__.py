@@ -26,9 +26,10 @@ def foreign_at(path: Path) -> "Foreign | None":
 
     Raises ValueError for one that is damaged or incomplete.
     """
-    formats = [FORMATS[name] for name in FORMATS.names]
-    files = {each: each.weights_file(path) for each in formats}
-    return next((each(file) for each, file in files.items() if file is not None), None)
+    for name in FORMATS.names:
+        if (file := FORMATS[name].weights_file(path)) is not None:
+            return FORMATS[name](file)  # type: ignore[no-any-return]
+    return None
 
 
 class Foreign(ABC):
@@ -44,7 +45,7 @@ class Foreign(ABC):
             )
 
     def read_again(self) -> "Foreign":
-        """The same checkpoint as the file has it now: a trainer writes to it, and tensors are mapped from it.
+        """The checkpoint that the file holds now: a trainer may have written to it since.
 
         Raises ValueError where it is another model's.
         """
@@ -122,26 +123,25 @@ class Foreign(ABC):
 
         config, parameters = self._made
         targets, tensors = self.targets(parameters), self.tensors
-        self._check(tensors, {name: self.shape(name, [parameters[t] for t in of]) for name, of in targets.items()})
-        without = parameters.keys() - {target for of in targets.values() for target in of}
-        assert all(name.endswith(".bias") for name in without)
-        weights = {name: torch.zeros(parameters[name].shape, dtype=config.dtype) for name in without}
-        for name, of in targets.items():
-            parts = self.split(name, tensors[name], len(of))
+        self._check(tensors, {t: self.shape(t, [parameters[n] for n in names]) for t, names in targets.items()})
+        missing = parameters.keys() - {name for names in targets.values() for name in names}
+        assert all(name.endswith(".bias") for name in missing)
+        weights = {name: torch.zeros(parameters[name].shape, dtype=config.dtype) for name in missing}
+        for tensor, names in targets.items():
+            parts = self.split(tensor, tensors[tensor], len(names))
             copies = [part.clone(memory_format=torch.contiguous_format) for part in parts]
-            weights |= dict(zip(of, copies, strict=True))
+            weights |= dict(zip(names, copies, strict=True))
         return weights
 
     def _check(self, tensors: "Mapping[str, Tensor]", expected: Mapping[str, tuple[int, ...]]) -> None:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        both = expected.keys() & shapes.keys()
         problems = {
             "missing": sorted(expected.keys() - shapes.keys()),
             "left over": sorted(shapes.keys() - expected.keys()),
             "of another shape": [
                 f"{name} {list(shapes[name])} for {list(expected[name])}"
-                for name in sorted(both)
-                if shapes[name] != tuple(expected[name])
+                for name in sorted(expected.keys() & shapes.keys())
+                if shapes[name] != expected[name]
             ],
         }
         if any(problems.values()):
@@ -151,8 +151,8 @@ class Foreign(ABC):
                 if names
             ]
             raise ValueError(
-                f"{self.file}: expected the {len(expected)} tensors of its settings, got {', '.join(listed)}; a "
-                "trainer whose model was changed cannot be read"
+                f"{self.file}: expected the {len(expected)} tensors of its settings, got {', '.join(listed)}; give "
+                "a model that was changed as a Hugging Face folder"
             )
 
 
@@ -163,22 +163,22 @@ def load_tensors(file: Path) -> Any:
     """
     import torch
 
-    system = [f"pathlib{part}.{kind}Path" for part in ("", "._local") for kind in ("Posix", "Windows")]
+    paths = [f"pathlib{part}.{kind}Path" for part in ("", "._local") for kind in ("Posix", "Windows")]
     try:
-        with torch.serialization.safe_globals([(Path, name) for name in system]):  # litgpt saves the paths it was given
+        with torch.serialization.safe_globals([(Path, name) for name in paths]):  # litgpt saves the paths it was given
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises whatever its parts do
         code = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"{file}: expected tensors and plain values, got {code[1]}, whose code is not run; where you trust it, "
-            "load the file with weights_only=False, and torch.save it without"
+            f"{file}: expected tensors and plain values, got {code[1]}, whose code is not run; if you trust the "
+            "file, load it with weights_only=False and save it again without that object"
             if code
             else f"{file}: expected what torch.save writes, got: {' '.join(str(error).split())[:200]}; copy it again"
         ) from error
 
 
 def without_prefix(tensors: Any, file: Path) -> "dict[str, Tensor]":
-    """A state dict without what `torch.compile` puts into its names. Raises ValueError for what is none."""
+    """A state dict without the prefix that `torch.compile` gives its names. Raises ValueError for anything else."""
     import torch
 
     items = tensors.items() if isinstance(tensors, dict) else ()

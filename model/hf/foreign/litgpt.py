@@ -42,14 +42,14 @@ _DEFAULTS: dict[str, Any] = {
     "norm_1": True,
     "norm_2": True,
 }
-"""litgpt's, of the settings that are read here. Others change nothing where they are off, and are refused otherwise."""
-_IDLE = {"name", "hf_config", "norm_qk_type", "sliding_window_indices", "rope_indices", "routed_scaling_factor"}
-"""Settings that alone change nothing."""
+"""litgpt's defaults of the settings that are read here. Others change nothing while they are off; else refused."""
+_NO_EFFECT = {"name", "hf_config", "norm_qk_type", "sliding_window_indices", "rope_indices", "routed_scaling_factor"}
+"""Settings that change nothing without others."""
 _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "LLaMAMLP": ("Llama", {"norm_class_name": "RMSNorm", "parallel_residual": False, "rotary_percentage": 1.0}),
     "GptNeoxMLP": ("GPTNeoX", {"norm_class_name": "LayerNorm"}),
 }
-"""Of a feed-forward: the model of `transformers`, and the settings that it has beside."""
+"""Feed-forward -> the model of `transformers`, and the other settings that it takes for granted."""
 _ACTIVATIONS = {"none": "gelu", "tanh": "gelu_pytorch_tanh"}
 _LLAMA3 = {
     "factor": "factor",
@@ -152,7 +152,7 @@ class LitGPT(Foreign):
 
     @cached_property
     def interleaved(self) -> bool:
-        """Whether queries, keys and values are group by group in one matrix, as older versions have them."""
+        """Whether one matrix holds queries, keys and values group by group, as in older versions."""
         return any(".attn.attn." in name for name in self._saved)
 
     @cached_property
@@ -199,16 +199,16 @@ class LitGPT(Foreign):
 
 
 def _complete(s: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Settings with what litgpt computes where it is left out. Raises ValueError for those that are not read here."""
+    """Settings, with those left out as litgpt computes them. Raises ValueError for what is not read here."""
 
     def check(name: str, fits: bool, expected: object) -> None:
         if not fits:
             raise ValueError(
-                f"{path}: {name}: expected {expected}, got {s[name]!r}; what Llama and Pythia have can be read, "
-                "measure other models from a Hugging Face folder"
+                f"{path}: {name}: expected {expected}, got {s[name]!r}; give a model that is neither "
+                "Llama's nor Pythia's as a Hugging Face folder"
             )
 
-    for name in s.keys() - _DEFAULTS.keys() - _IDLE:
+    for name in s.keys() - _DEFAULTS.keys() - _NO_EFFECT:
         check(name, not s[name], "none or off")
     check("mlp_class_name", s["mlp_class_name"] in list(_FAMILIES), " or ".join(_FAMILIES))
     for name in ("n_layer", "n_embd", "n_head", "block_size", "vocab_size", "padding_multiple"):
@@ -226,7 +226,7 @@ def _complete(s: dict[str, Any], path: Path) -> dict[str, Any]:
     s |= {name: value for name, value in computed.items() if s[name] is None}
     for name, value in fixed.items():
         check(name, s[name] == value, value)
-    if s.get("name"):  # litgpt has norms of their own for models with these names
+    if s.get("name"):  # litgpt changes the norm of models with these names
         own = {"RMSNorm": "Gemma", "LayerNorm": "OLMo"}[s["norm_class_name"]]
         check("name", own not in str(s["name"]), f"no {own}")
     check("attention_scores_scalar", s["attention_scores_scalar"] in (None, s["head_size"]), "the head_size")

@@ -1,6 +1,7 @@
 """nanoGPT: `ckpt.pt`, a GPT-2 with or without biases, as its train.py saves it (github.com/karpathy/nanoGPT).
 
-It is read as today's model.py computes, with an exact GELU. Until June 2023 it had the tanh form, which no file tells.
+It is read as today's model.py computes it, with an exact GELU. Until June 2023 GELU had the tanh form; no checkpoint
+tells which it is.
 """
 
 import pickle
@@ -37,8 +38,8 @@ class NanoGPT(Foreign):
         if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
             kind = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
             raise ValueError(
-                f"{self.file}: expected a checkpoint of nanoGPT, with model and model_args, got {kind[:200]}; of other "
-                "trainers give a Hugging Face folder"
+                f"{self.file}: expected a checkpoint of nanoGPT, with model and model_args, got {kind[:200]}; give "
+                "models of other trainers as a Hugging Face folder"
             )
         return checkpoint
 
@@ -57,8 +58,8 @@ class NanoGPT(Foreign):
         unknown = [name for name in settings if settings[name] and name not in (*_SETTINGS, "bias", "dropout")]
         if missing or unknown:
             raise ValueError(
-                f"model_args without {missing} and with {unknown}; the numbers {', '.join(_SETTINGS)} are read, beside "
-                "bias and dropout, and no changed nanoGPT"
+                f"model_args that lack {missing} and add {unknown} to {', '.join(_SETTINGS)}, bias and dropout; give a "
+                "model that was changed as a Hugging Face folder"
             )
         return transformers.GPT2Config(
             **{name: settings[name] for name in _SETTINGS if name != "block_size"},
@@ -135,8 +136,8 @@ def _documents(path: Path, tokenizer: Any, length: int) -> Iterator[str]:
     yield from (tokenizer.decode(part, skip_special_tokens=True) for part in numpy.split(ids, ends))
 
 
-class _Plain(pickle.Unpickler):
-    """Reads plain data alone: what a pickle names to be called is refused."""
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads plain data alone: any class or function that a pickle names is refused."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         raise pickle.UnpicklingError(f"{module_name}.{global_name}, whose code is not run")
@@ -149,7 +150,7 @@ def character_tokenizer(path: Path) -> Any:
 
     try:
         with path.open("rb") as file:
-            ids = dict(_Plain(file).load()["stoi"])
+            ids = dict(_PlainUnpickler(file).load()["stoi"])
         plain = all(isinstance(c, str) and len(c.encode().decode()) == 1 and type(i) is int for c, i in ids.items())
         if not plain or sorted(ids.values()) != list(range(len(ids))):
             raise ValueError("tokens that are no characters, or ids with gaps")
@@ -157,7 +158,7 @@ def character_tokenizer(path: Path) -> Any:
         raise
     except Exception as error:  # a damaged pickle raises anything
         raise ValueError(
-            f"{path}: expected the meta.pkl of a nanoGPT dataset, with an id a character (stoi), got: {error!s}"
+            f"{path}: expected the meta.pkl of a nanoGPT dataset, with an id for each character (stoi), got: {error!s}"
         ) from error
 
     class Characters(transformers.PreTrainedTokenizerFast):
