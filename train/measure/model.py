@@ -106,7 +106,7 @@ def has_own_text(arguments: Any) -> bool:
 
 
 def load(arguments: Any) -> Subject:
-    """The model that `arguments.model` names, its weights not yet read if it is one of Hugging Face. Raises as
+    """The model that `arguments.model` names; the weights of a run are read now, those of others when needed. Raises as
     `check_model`, and ValueError for files that are damaged or no causal language model."""
     if check_model(arguments):
         return of_run(Path(arguments.model), arguments.store, arguments.bos)

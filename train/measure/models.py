@@ -38,7 +38,7 @@ def shared_texts(arguments: Any, subjects: Sequence[Subject], config: MeasureCon
     """The first documents that have `sink_tokens` tokens under every model's tokenizer. Models without a text of their
     own read that of the others.
 
-    Raises ValueError where there is none, or several.
+    Raises ValueError where no document is that long, or the models have several texts.
     """
     own = {
         str(s.store.resolve()) if s.store is not None else f"that of {s.name}": s

@@ -142,7 +142,6 @@ def _check_bytes(subject: Subject, ids: list[int]) -> None:
     once, twice = (len(subject.decode(read).encode()) for read in (ids, ids + ids))
     if counted != twice - once:
         raise ValueError(
-            f"{subject.name}: got {counted} bytes in the tokens of a document and {twice - once} in its decoded "
-            "text, expected the same; this tokenizer's tokens cannot be told in bytes, which bits per byte needs "
-            "(byte-level BPE and SentencePiece with ▁ can)"
+            f"{subject.name}: expected the tokens of a document to have the {twice - once} bytes of its decoded text, "
+            f"for bits per byte, got {counted}; measure a model with byte-level BPE, or with SentencePiece's ▁"
         )

@@ -95,7 +95,7 @@ def check_out(folder: Path, force: bool) -> None:
 @contextmanager
 def claimed(folder: Path | None, force: bool) -> Iterator[None]:
     """Keep other probes out of a folder while its reports are made. Raises ValueError where one writes to it, and as
-    `check_out` where one has since."""
+    `check_out` where one has written to it since."""
     if folder is None:
         yield
         return

@@ -106,7 +106,7 @@ STRATEGY = ("mask in training", "BOS in training")
 
 
 def by_mode(results: Sequence[Result], last: str = "loss_gap", row: str = "arm") -> list[Table]:
-    """A table a figure, `last` the last one: a row an arm, or what else it stands for, modes as columns."""
+    """A table a figure, the last one of `last`: a row an arm, in a column that is headed `row`, modes as columns."""
     modes = modes_of(results)
     shares = ("sink_rate_share", "sink_share") if has_shares(results) else ()
     tables = []

@@ -109,7 +109,7 @@ def earlier_steps(files: Iterable[Path]) -> list[int | None]:
 
 
 def link_for_leet(run_dir: Path, folder: Path) -> None:
-    """Have `wandb leet FOLDER` list a run by its name: the newest segment under the names that leet looks for,
+    """Have `wandb leet FOLDER` list a run by its name: link its newest segment as leet expects segments to be named,
     run-TIME-ID/run-ID.wandb."""
     segments = {path.parent.name.split("-")[-2]: path for path in run_dir.glob("wandb/*run-*/run-*.wandb")}
     for earlier in folder.glob("run-*-*"):

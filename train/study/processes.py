@@ -32,7 +32,7 @@ _lock = threading.Lock()
 
 
 PRELOAD = ("sinkbed.train.loop.trainer", "wandb", "wandb.sdk.launch.inputs.internal", "pandas")
-"""What an arm imports; the last two are what W&B does once it starts."""
+"""What an arm imports; W&B imports the last two once it starts."""
 
 
 def warm_up() -> None:
