@@ -12,7 +12,7 @@ import pytest
 from sinkbed.train.cli import study as study_command
 from sinkbed.train.cli.main import main
 from sinkbed.train.run import directory
-from sinkbed.train.run.wandb_files import read_wandb_file
+from sinkbed.train.run.wandb_files import link_for_leet, read_wandb_file
 from sinkbed.train.study.arms import LOG, environment, plan
 from sinkbed.train.study.file import load_study
 from tests.support import ROOT
@@ -186,6 +186,16 @@ def test_the_arms_can_be_looked_at_together_in_leet(finished):
     for name, path in links.items():
         assert path.resolve().is_relative_to(folder.parent / "runs" / name)
         assert list(read_wandb_file(path))
+
+
+def test_the_link_of_another_arm_whose_name_ends_alike_stays(tmp_path):
+    for name in ("a-b", "b"):
+        segment = tmp_path / "runs" / name / "wandb" / "offline-run-20260101_000000-id" / "run-id.wandb"
+        segment.parent.mkdir(parents=True)
+        segment.touch()
+    for name in ("a-b", "b", "b"):
+        link_for_leet(tmp_path / "runs" / name, tmp_path / "leet")
+    assert {path.name for path in (tmp_path / "leet").glob("*/*")} == {"run-a-b.wandb", "run-b.wandb"}
 
 
 def test_a_missing_study_is_named(capsys):
