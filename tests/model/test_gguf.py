@@ -1,11 +1,14 @@
 """Models in GGUF files, as llama.cpp's converter writes them, read by `transformers`."""
 
+from argparse import Namespace
+
 import numpy
 import pytest
 import torch
 
 from sinkbed.model.hf.adapter import HFModel
 from sinkbed.model.hf.tokenizer import special_ids, token_bytes
+from sinkbed.train.measure.model import load
 from tests.model.test_hf import GQA, from_family
 
 GGUF_TOKENS = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz"]
@@ -107,3 +110,11 @@ def test_a_gguf_file_that_is_not_there_or_cut_off_is_one_message(gguf_source):
             (folder / "model.gguf").write_bytes(content[:length])
         with pytest.raises(ValueError, match="expected the folder of a causal language model"):
             HFModel.load(str(folder), gguf="model.gguf")
+
+
+def test_a_gguf_file_is_named_and_not_its_folder(gguf_source):
+    theirs, _, folder = gguf_source
+    write_gguf(folder / "model.gguf", theirs)
+    given = dict.fromkeys(("prompts", "store", "revision", "gguf", "bos", "tokenizer", "device_map"), None)
+    subject = load(Namespace(model=str(folder / "model.gguf"), dtype="auto", **given))
+    assert subject.name == str(folder / "model.gguf")

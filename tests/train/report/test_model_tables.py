@@ -1,0 +1,17 @@
+"""Tables of what a probe measured."""
+
+from sinkbed.train.report.model_tables import tables
+
+
+def test_the_table_of_sinks_has_columns_for_what_differs():
+    rates = {eps: [[10.0, 30.0]] for eps in ("0.2", "0.3", "0.5", "0.8")}
+    figures = {"rate": rates, "mass": [[0.1, 0.3]], "loss": 3.0, "bits_per_byte": 1.0}
+    placed = figures | {"rate_placed": rates, "mass_placed": figures["mass"]}
+
+    def header(sinks):
+        return tables({"sinks": sinks})[0].header
+
+    natural = {"natural": {"bos": {"0": figures}, "text": {"0": figures}}}
+    assert not {"input read", "key"} & {*header(natural)} and "mode" in header(natural)
+    assert "input read" in header(natural | {"random": {"bos": {"0": figures}}})
+    assert "key" in header({"natural": {"bos": {"0": figures, "1": placed}}})
