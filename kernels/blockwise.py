@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sinkbed.kernels.mask import Mask
+from sinkbed.kernels.normalizers import Linearized
 from sinkbed.kernels.scoring import Scoring
 from sinkbed.kernels.statistics import Statistics, blocks_of, with_key
 
 _QUERIES, _BLOCK_LOGITS = 64, 2**19  # of a block: measured, see `_blocks`
-
-Pullback = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 def blockwise_attention(
@@ -38,25 +37,28 @@ class _Blockwise(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scoring: Scoring, statistics: bool, *parameters: Tensor
     ) -> tuple[Tensor | None, ...]:
-        ctx.save_for_backward(q, k, v)
+        output = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, output)
         ctx.mask, ctx.scoring, ctx.parameters = mask, scoring, len(parameters)
         ctx.set_materialize_grads(False)
-        output = torch.empty_like(q)
+        k, v = k.contiguous(), v.to(_product_dtype(v)).contiguous()
+        linearized, hidden = _normalizer(scoring)
         per_query: dict[str, Tensor] = {}
         for rows, queries, end in _blocks(q, mask):
-            logits, _ = scoring.block(q[rows], k[rows], mask, rows, queries, end)
+            logits, _ = scoring.block(q[rows], k[rows], mask, rows, queries, end, hidden)
+            weights, total, _ = linearized(logits)
             values: dict[str, Tensor] = {}
             if scoring.normalizer is None:
-                weights = logits.softmax(-1)
                 values["lse"] = logits.amax(-1) - weights.amax(-1).log()
-            else:
-                weights, _ = scoring.normalizer.linearized(logits)
-            output[rows, :, queries] = _heads(_grouped(weights, v).to(v.dtype) @ v[rows, :, :end], q)
+            mixed = _heads(_grouped(weights, v).to(v.dtype) @ v[rows, :, :end], q)
+            output[rows, :, queries] = mixed if total is None else mixed / total
             if statistics:
                 values |= {"first_key": weights[..., 0], "sum": weights.sum(-1)}
                 if mask.doc_start is not None:
                     start = mask.doc_start[rows, None, queries, None].long().expand(-1, q.shape[1], -1, 1)
                     values["document"] = weights.gather(-1, start)[..., 0]
+                if total is not None:
+                    values = {name: value / total[..., 0] for name, value in values.items()}
             for name, value in values.items():
                 if name not in per_query:
                     per_query[name] = value.new_empty(q.shape[:3])
@@ -69,34 +71,40 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
+        q, k, v, output = ctx.saved_tensors
         scoring: Scoring = ctx.scoring
         sums = torch.float64 if q.dtype == torch.float64 else torch.float32
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros_like(x, dtype=sums) for x in (k, v))
+        products = _product_dtype(v)
+        k, v = k.to(products).contiguous(), v.to(products).contiguous()
+        linearized, hidden = _normalizer(scoring)
         d_parameters: list[Any] = [0] * ctx.parameters
         for rows, queries, end in _blocks(q, ctx.mask):
             keys = (rows, slice(None), slice(end))
-            logits, derivative = scoring.block(q[rows], k[rows], ctx.mask, rows, queries, end)
-            weights, pullback = (
-                _softmax(logits) if scoring.normalizer is None else scoring.normalizer.linearized(logits)
-            )
+            logits, bent = scoring.block(q[rows], k[rows], ctx.mask, rows, queries, end, hidden)
+            weights, total, pullback = linearized(logits)
+            d_total = None
             if grad is None:
                 d_weights = torch.zeros_like(weights)
             else:
-                grouped = _grouped(grad[rows, :, queries], v)
-                dv[keys] += _grouped(weights, v).to(v.dtype).mT @ grouped
+                upstream = grad[rows, :, queries]
+                if total is not None:
+                    upstream = upstream / total
+                    d_total = -torch.linalg.vecdot(upstream, output[rows, :, queries].to(upstream.dtype))[..., None]
+                grouped = _grouped(upstream, v).to(products)
+                dv[keys] += _grouped(weights, v).to(products).mT @ grouped
                 d_weights = (grouped @ v[keys].mT).view_as(weights).to(weights.dtype)
-            d_logits, *d_of_block = pullback(d_weights)
+            d_logits, *d_of_block = pullback(d_weights, d_total)
             if grad_lse is not None:
                 d_logits = d_logits + weights * grad_lse[rows, :, queries, None]
-            if derivative is not None:
-                d_logits = d_logits * derivative
-            d_products = _grouped(d_logits.to(q.dtype), k)
+            if bent is not None:
+                d_logits = scoring.uncapped(d_logits, bent)
+            d_products = _grouped(d_logits, k).to(products)
             dq[rows, :, queries] = _heads(d_products @ k[keys], q).mul_(scoring.scale)
-            dk[keys] += d_products.mT @ (_grouped(q[rows, :, queries], k) * scoring.scale)
+            dk[keys] += d_products.mT @ (_grouped(q[rows, :, queries], k).to(products) * scoring.scale)
             d_parameters = [a + b for a, b in zip(d_parameters, d_of_block, strict=True)]
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, *d_parameters
+        return dq, dk.to(q.dtype), dv.to(q.dtype), None, None, None, *d_parameters
 
 
 def _blocks(q: Tensor, mask: Mask) -> Iterator[tuple[slice, slice, int]]:
@@ -121,7 +129,20 @@ def _heads(x: Tensor, q: Tensor) -> Tensor:
     return x.view(x.shape[0], q.shape[1], -1, x.shape[3])
 
 
-def _softmax(logits: Tensor) -> tuple[Tensor, Pullback]:
-    """As `Normalizer.linearized`."""
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Of products with weights: that of x, but for float16, whose range weights before their division can leave."""
+    return torch.promote_types(x.dtype, torch.bfloat16)
+
+
+def _normalizer(scoring: Scoring) -> tuple[Callable[[Tensor], Linearized], float]:
+    """How weights are made of logits, and the logit of a hidden key."""
+    if scoring.normalizer is None:
+        return _softmax, float("-inf")
+    return scoring.normalizer.linearized, scoring.normalizer.hidden_logit
+
+
+def _softmax(logits: Tensor) -> Linearized:
     weights = logits.softmax(-1)
-    return weights, lambda d: (torch.ops.aten._softmax_backward_data(d, weights, -1, weights.dtype),)
+    return Linearized(
+        weights, None, lambda d, _: (torch.ops.aten._softmax_backward_data(d, weights, -1, weights.dtype),)
+    )

@@ -26,6 +26,18 @@ class Fused(NamedTuple):
     """Added to what weights are divided by."""
 
 
+class Linearized(NamedTuple):
+    """A normaliser at some logits [B, H, M, T], for one that takes its derivative by hand."""
+
+    weights: Tensor
+    """[B, H, M, T], what the keys have before a division by `total`."""
+    total: Tensor | None
+    """[B, H, M, 1], what the weights of a query are divided by; None: 1. So a row of T is not passed over again."""
+    pullback: Callable[[Tensor, Tensor | None], tuple[Tensor, ...]]
+    """Takes the gradients of `weights` and `total` to that of the logits and of each of `parameters` that requires one.
+    It may write over the first."""
+
+
 class Normalizer:
     """What takes the place of the softmax. It is made from the number of heads; one with weights is an `nn.Module` too.
 
@@ -38,6 +50,8 @@ class Normalizer:
 
     triton: Fused | None = None
     """None: the Triton kernels lack it."""
+    hidden_logit = float("-inf")
+    """What `linearized` is given for a hidden key: a logit that has no weight, and no part in those of others."""
 
     def weights(self, logits: Tensor) -> Tensor:
         """Weights [B, H, M, T] of the keys for M of the queries; logits [B, H, M, T] are −inf where a key is hidden."""
@@ -47,11 +61,10 @@ class Normalizer:
         """Its own weights; an `nn.Module` has this already."""
         return ()
 
-    def linearized(self, logits: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
-        """The weights, and what takes a gradient of theirs to that of the logits and of each of `parameters` that
-        requires one.
+    def linearized(self, logits: Tensor) -> Linearized:
+        """The weights, and how gradients go back through them; a variant may have a quicker form than this one.
 
-        A variant may have a quicker form than this one, which may write over the logits and the gradient it is given.
+        It may write over the logits, which are `hidden_logit` where a key is hidden.
         """
         import torch
 
@@ -59,12 +72,17 @@ class Normalizer:
             inputs = (logits.detach().requires_grad_(), *(p for p in self.parameters() if p.requires_grad))
             weights = self.weights(inputs[0])
 
-        def pullback(d_weights: Tensor) -> tuple[Tensor, ...]:
+        def pullback(d_weights: Tensor, _: Tensor | None) -> tuple[Tensor, ...]:
             return torch.autograd.grad(weights, inputs, d_weights, allow_unused=True, materialize_grads=True)
 
-        return weights.detach(), pullback
+        return Linearized(weights.detach(), None, pullback)
+
+
+def total_of(weights: Tensor) -> Tensor:
+    """[..., 1], what weights are divided by to add up to 1; none of them is negative."""
+    return weights.sum(-1, keepdim=True) + 1e-8
 
 
 def shares(weights: Tensor) -> Tensor:
-    """Weights, none negative, over their sum along the keys; all 0 where there is none."""
-    return weights / (weights.sum(-1, keepdim=True) + 1e-8)
+    """Weights over their sum along the keys; all 0 where there is none."""
+    return weights / total_of(weights)

@@ -1,9 +1,8 @@
 """ELU plus one in the softmax's place (arXiv 2410.10781, §6)."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from sinkbed.kernels.normalizers import NORMALIZERS, Fused, Normalizer, shares
+from sinkbed.kernels.normalizers import NORMALIZERS, Fused, Linearized, Normalizer, shares, total_of
 
 
 @NORMALIZERS.register("elu")
@@ -15,5 +14,16 @@ class ELU(Normalizer):
         self.triton = Fused("elu", normalized)
 
     def weights(self, logits: Tensor) -> Tensor:
-        weights = F.elu(logits) + 1
+        weights = logits.clamp(max=0).exp() + logits.relu()
         return shares(weights) if self.normalized else weights
+
+    def linearized(self, logits: Tensor) -> Linearized:
+        slope = logits.clamp(max=0).exp_()
+        weights = logits.relu_().add_(slope)
+
+        def pullback(d_weights: Tensor, d_total: Tensor | None) -> tuple[Tensor, ...]:
+            if d_total is not None:
+                d_weights += d_total
+            return (d_weights.mul_(slope),)
+
+        return Linearized(weights, total_of(weights) if self.normalized else None, pullback)

@@ -1,11 +1,9 @@
 """Sigmoid attention (arXiv 2409.04431; for sinks: 2410.10781, §6)."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from sinkbed.kernels.normalizers import NORMALIZERS, Fused, Normalizer, shares
+from sinkbed.kernels.normalizers import NORMALIZERS, Fused, Linearized, Normalizer, shares, total_of
 from sinkbed.ranges import check_number
 
 
@@ -22,8 +20,12 @@ class Sigmoid(Normalizer):
         weights = (logits + self.bias if self.bias else logits).sigmoid()
         return shares(weights) if self.normalized else weights
 
-    def linearized(self, logits: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
-        if self.normalized:
-            return super().linearized(logits)
-        weights = self.weights(logits)
-        return weights, lambda d_weights: (torch.ops.aten.sigmoid_backward(d_weights, weights),)
+    def linearized(self, logits: Tensor) -> Linearized:
+        weights = (logits.add_(self.bias) if self.bias else logits).sigmoid_()
+
+        def pullback(d_weights: Tensor, d_total: Tensor | None) -> tuple[Tensor, ...]:
+            if d_total is not None:
+                d_weights += d_total
+            return (torch.ops.aten.sigmoid_backward(d_weights, weights),)
+
+        return Linearized(weights, total_of(weights) if self.normalized else None, pullback)

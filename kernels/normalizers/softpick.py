@@ -1,12 +1,11 @@
 """Softpick (arXiv 2504.20966): a softmax that can give nothing."""
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
-from sinkbed.kernels.normalizers import NORMALIZERS, Fused, Normalizer
+from sinkbed.kernels.normalizers import NORMALIZERS, Fused, Linearized, Normalizer
 from sinkbed.ranges import check_number
+
+_LARGEST = 32.0  # logit whose exponential, and what is divided by sums of it, float32 and bfloat16 hold
 
 
 @NORMALIZERS.register("softpick")
@@ -15,6 +14,8 @@ class Softpick(Normalizer):
 
     As in the paper's code, the exponentials are taken from the largest logit and `eps` is added to the sum.
     """
+
+    hidden_logit = 0.0
 
     def __init__(self, heads: int, *, eps: float = 1e-8) -> None:
         check_number("model.decoder.normalizer.softpick.eps", eps, above=0)
@@ -27,18 +28,20 @@ class Softpick(Normalizer):
         total = shifted.abs().masked_fill(logits == float("-inf"), 0.0).sum(-1, keepdim=True)
         return shifted.relu() / (total + self.eps)
 
-    def linearized(self, logits: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
-        # Where a logit is 0 nothing is given and nothing added to the sum: hidden keys may as well have that.
-        logits.nan_to_num_(nan=float("nan"), posinf=float("inf"), neginf=0.0)
+    def linearized(self, logits: Tensor) -> Linearized:
         largest = logits.amax(-1, keepdim=True)
-        exponential = logits.sub_(largest).exp_()
-        shifted = exponential - (-largest).exp()
-        total = torch.linalg.vector_norm(shifted, 1, dim=-1, keepdim=True).add_(self.eps)
-        weights = shifted.relu().div_(total)
+        shift = (largest - _LARGEST).clamp_(min=0)  # cancels: only the range of exponentials asks for it
+        if bool(shift.any()):
+            logits -= shift
+        exponential = logits.exp_()
+        shifted = exponential - (-shift).exp()
+        weights = shifted.relu()
+        absolute = 2 * weights.sum(-1, keepdim=True) - shifted.sum(-1, keepdim=True)
+        total = absolute + self.eps * (largest - shift).exp()
 
-        def pullback(d_weights: Tensor) -> tuple[Tensor, ...]:
-            mean = torch.linalg.vecdot(weights, d_weights)[..., None]
-            d_weights = d_weights.mul_(weights.sign()).sub_(shifted.sign().mul_(mean))
-            return (d_weights.mul_(exponential).div_(total),)
+        def pullback(d_weights: Tensor, d_total: Tensor | None) -> tuple[Tensor, ...]:
+            d_absolute = exponential.mul_(shifted.sign_())  # of the sum of absolute values
+            d_logits = d_weights.mul_(d_absolute.clamp(min=0))
+            return (d_logits if d_total is None else d_logits.addcmul_(d_absolute, d_total),)
 
-        return weights, pullback
+        return Linearized(weights, total, pullback)

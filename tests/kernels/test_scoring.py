@@ -161,6 +161,35 @@ def test_a_sink_that_takes_nearly_all_leaves_the_shares_of_tokens_as_they_were(l
         torch.testing.assert_close(out.output / scale, plain.output, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [30, 300])
+@pytest.mark.parametrize("scoring", ["softcap", "sigmoid, normalized", "elu, normalized", "softpick"])
+def test_large_logits_overflow_nowhere(scoring, scale):
+    """Logits of up to 1,000 and more, whose exponentials float32 does not hold; outputs and gradients."""
+
+    def run(dtype, implementation):
+        q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs(2, H, 1, 200, 16))
+        out = attention(q * scale, k, v, implementation=implementation, **SCORINGS[scoring]()).output
+        return [out, *torch.autograd.grad((out.double() * out.double().detach().cos()).sum(), (q, k, v))]
+
+    exact = run(torch.float64, "reference")
+    ours, dense = run(torch.float32, "torch"), run(torch.float32, "reference")
+    for a, b, expected in zip(ours, dense, exact, strict=True):
+        error, allowed = ((x - expected).norm() / expected.norm().clamp_min(1e-6) for x in (a, b))
+        assert error < 2 * allowed + 1e-5, (error, allowed)
+
+
+@pytest.mark.parametrize("scoring", ["elu, normalized", "softpick", "sigmoid, normalized"])
+def test_in_float16_sums_of_weights_may_leave_its_range(scoring):
+    q, k, v = (x.detach().abs().half() * 8 for x in inputs(1, H, 1, 600, 16))
+    for x in (q, k, v):
+        x.requires_grad_()
+    out = attention(q, k, v, implementation="torch", **SCORINGS[scoring]()).output
+    exact = attention(q.double(), k.double(), v.double(), implementation="reference", **SCORINGS[scoring]()).output
+    torch.testing.assert_close(out.double(), exact, atol=0.1, rtol=2e-2)
+    gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(x.dtype == torch.float16 and bool(x.isfinite().all()) for x in gradients)
+
+
 def test_in_bfloat16_blocks_err_as_the_fused_kernel_does():
     """Logits were rounded to bfloat16 before the softmax: seven times the error."""
     q, k, v = (x.detach() for x in inputs(1, 2, 2, 256, 64, torch.float32))

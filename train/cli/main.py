@@ -1,6 +1,7 @@
 """The command line: one program, one module a command, loaded only when it is called."""
 
 import argparse
+import ctypes
 import errno
 import importlib
 import locale
@@ -37,6 +38,7 @@ COMMANDS = {
     ),
 }
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -74,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, _ = COMMANDS[command]
     if command != "fit":  # the one command that several processes belong to
         leave(os.environ)
+    _keep_freed_memory()
     try:
         status = int(importlib.import_module(module).run(command, rest) or 0)
         sys.stdout.flush()  # here, where a reader that is gone is no traceback
@@ -105,6 +108,15 @@ def _use_utf8() -> None:
     if not sys.flags.utf8_mode and locale.getencoding().lower().replace("-", "") != "utf8":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what arrays of up to 32 MB leave behind, for the next ones. It gives such memory back to the
+    system else, and each step waits for its pages anew: 6 % of one at the 60m shape, a third of softpick's."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def explained(error: Exception) -> bool:
