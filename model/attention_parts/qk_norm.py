@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from sinkbed.model.attention_parts import ATTENTION_PARTS, AttentionPart
 from sinkbed.model.config import DecoderConfig
-from sinkbed.model.norms.rms import rms_norm
+from sinkbed.model.norms.rms import head_rms_norm
 
 
 @ATTENTION_PARTS.register("qk_norm")
@@ -19,5 +19,5 @@ class QKNorm(nn.Module, AttentionPart):
         self.key_weight = nn.Parameter(torch.ones(config.dim))
 
     def queries_keys(self, q_k: Tensor) -> Tensor:
-        q, k = q_k.split(self.heads, dim=2)
-        return torch.cat([rms_norm(q, self.query_weight, self.eps), rms_norm(k, self.key_weight, self.eps)], dim=2)
+        weights = zip((self.query_weight, self.key_weight), self.heads, strict=True)
+        return head_rms_norm(q_k, torch.cat([weight.expand(heads, -1) for weight, heads in weights]), self.eps)

@@ -56,3 +56,28 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if is_eager_cpu(x) and x.dtype == weight.dtype:
         return _RMSNormCPU.apply(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
+
+
+class _HeadNormCPU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rstd = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+        normalized = x * rstd
+        ctx.save_for_backward(normalized, weight, rstd)
+        return normalized * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        normalized, weight, rstd = ctx.saved_tensors
+        dweight = (grad * normalized).flatten(0, -3).sum(0)
+        dx = grad * weight
+        mean = torch.linalg.vecdot(dx, normalized).div_(normalized.shape[-1]).unsqueeze(-1)
+        return dx.addcmul_(normalized, mean, value=-1).mul_(rstd), dweight, None
+
+
+def head_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` with a weight a head, in one pass over all heads; x [..., H, D], weight [H, D]."""
+    if is_eager_cpu(x) and x.dtype == weight.dtype:
+        return _HeadNormCPU.apply(x, weight, eps)
+    return F.rms_norm(x, weight.shape[1:], None, eps) * weight

@@ -16,4 +16,5 @@ class KBias(nn.Module, Sink):
         self.k = nn.Parameter(torch.zeros(config.n_heads * config.dim))  # a vector: it starts at 0, without decay
 
     def key(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
-        return torch.einsum("bhtd,hd->bht", q, self.k.to(q.dtype).view(q.shape[1], -1)) * q.shape[-1] ** -0.5, None
+        k = self.k.view(q.shape[1], 1, -1) * q.shape[-1] ** -0.5
+        return torch.linalg.vecdot(q, k.to(q.dtype)), None
