@@ -29,6 +29,9 @@ LABELS = {
     "sink_rate_deep_peak": "highest live sink rate %, layers 3 and up",
     "sink_mass_excess": "sink mass above that of step 0",
     "onset_tokens": "onset, tokens",
+    "perturbation": "perturbation spread",
+    "jacobian": "size of the Jacobian",
+    "effective_rank": "effective rank",
 }
 DIGITS = {
     "sink_mass": 3,
@@ -38,6 +41,8 @@ DIGITS = {
     "bits_per_byte": 3,
     "loss_gap": 3,
     "onset_tokens": 0,
+    "perturbation": 3,
+    "jacobian": 3,
 }
 """Decimals of a figure; others have one."""
 LIVE = {
@@ -47,6 +52,12 @@ LIVE = {
     "sink_mass_excess": "mass",
 }
 """Figures of a curve of training, and what the curve is of."""
+MIXING = {
+    "perturbation": "mixing/perturbation/{mode}",
+    "jacobian": "mixing/jacobian/{mode}",
+    "effective_rank": "mixing/effective_rank/layer{layer}/{mode}",
+}
+"""Figures of the last measurement of mixing, at what the last layer writes, and their keys."""
 SIGNS = {
     "reproduced": ("✓", "good"),
     "as expected": ("✓", "good"),
@@ -69,6 +80,7 @@ def figure(result: Result, metric: str, mode: str) -> float | None:
     `sink_rate_placed`: at the last position where the strategy places a token; None in modes that do not place it.
     `sink_rate_share` (eps 0.3) and `sink_share` read the mass as its share of the query's weights of tokens; without a
     learned sink or another normaliser these add up to 1, and both are as `sink_rate_0.3` and `sink_mass`.
+    `perturbation`, `jacobian`, `effective_rank`: of what the last layer writes, the last ones measured in training.
     """
     if metric == "onset_tokens":
         return result.final["onset_tokens"]  # type: ignore[no-any-return]
@@ -81,6 +93,8 @@ def figure(result: Result, metric: str, mode: str) -> float | None:
             return points[-1][1] - points[0][1] if points and points[0][0] == 0 else None
         return max((rate for _, rate in points), default=None)
     modes = result.final["modes"]
+    if metric in MIXING:
+        return next(reversed(mixing(result, metric, mode).values()), None)
     measured = modes.get(mode)
     if measured is None:
         return None
@@ -104,6 +118,13 @@ def figure(result: Result, metric: str, mode: str) -> float | None:
     if metric == "sink_share":
         return mean(measured.get("share") or measured["mass"])
     return result.value(mode, {"sink_mass": "mass"}.get(metric, metric.removeprefix("sink_rate_")))
+
+
+def mixing(result: Result, metric: str, mode: str) -> dict[float, float]:
+    """Tokens -> one of `MIXING`, of a run."""
+    last = max(len(measured["mass"]) for measured in result.final["modes"].values()) - 1
+    key = MIXING[metric].format(layer=last, mode=mode)
+    return {p["train/tokens"]: p[key] for p in result.points if p.get(key) is not None}
 
 
 def reference_mode(modes: Iterable[str]) -> str | None:
@@ -131,7 +152,7 @@ def check_measured(study: StudyConfig, runs: Sequence[ArmRun]) -> None:
     """Raise ValueError for an effect whose arms will not be measured in the mode that it is about."""
     of_arm = {run.arm: run for run in runs}
     for effect in study.effects:
-        key = "live_modes" if effect.metric in LIVE else "modes"
+        key = "live_modes" if effect.metric in (*LIVE, *MIXING) else "modes"
         for arm, mode in ((effect.arm, effect.mode), effect.other):
             modes = of_arm[arm].setting(f"measure.{key}", getattr(MeasureConfig, key))
             if mode not in modes and effect.metric != "onset_tokens":

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from statistics import fmean
 from typing import Any, get_args
 
@@ -10,10 +11,11 @@ from matplotlib.axes import Axes
 
 from sinkbed.train.measure.measures import Group, measures
 from sinkbed.train.measure.modes import MODE_LABELS
-from sinkbed.train.report.effects import LABELS, figures, reference_mode
+from sinkbed.train.report.effects import LABELS, MIXING, figures, mixing, reference_mode
 from sinkbed.train.report.figures import (
     INK,
     LINE,
+    MARKERS,
     MODE_LOOKS,
     Panel,
     Picture,
@@ -38,6 +40,10 @@ _ONE_MARK = "Every seed is a mark, the mean of several a bar."
 _RESULT_WORDS = (
     f"{_ONE_MARK} Sink rate: share of (document, layer, head) whose mean attention on the first key is above 0.3. Loss "
     "gap: what the loss gains where the model reads another input than with BOS."
+)
+_AGAINST_SINK_WORDS = (
+    "All runs, at every measurement of training after its start; {}. That the two go together does not say that one "
+    "makes the other: both come with training."
 )
 _HEAT_WORDS = (
     "Mean attention on the first key (sink mass), first seed. By head: after training, a block of layers an arm, "
@@ -80,6 +86,9 @@ def pictures(results: Sequence[Result], curves: Sequence[Result]) -> list[Pictur
         of_group = [panel for c in columns for panel in panels(c.title, c.log, live[:1])]
         note = f"Input: {MODE_LABELS[live[0]]}. Means over layers. {words}"
         every.append(Picture(group, group.capitalize(), note, of_group))
+    modes = [mode for mode in modes_of(curves) if mode in measured]
+    words = _AGAINST_SINK_WORDS.format(", ".join(f"{MARKERS[MODE_LOOKS[m][1]]} {MODE_LABELS[m]}" for m in modes))
+    every.append(Picture("mixing_sink", "Mixing against the sink", words, _against_sink(curves, modes)))
     return [picture for picture in every if picture.panels]
 
 
@@ -120,6 +129,30 @@ def dots(results: Sequence[Result], metric: str, modes: Sequence[str], xlabel: s
             axis.axvline(0, color=INK, linewidth=0.8)
 
     return [Panel(LABELS[metric].replace(" %", ""), draw, 0.9 + 0.34 * len(arms))] if by_mode else []
+
+
+def _against_sink(results: Sequence[Result], modes: Sequence[str]) -> list[Panel]:
+    """Each figure of mixing against the sink mass of the same point of training."""
+    panels = []
+    for metric in MIXING:
+        marks: dict[tuple[str, str], list[tuple[float, float]]] = {}
+        for r, mode in product(results, modes):
+            mass = {p["train/tokens"]: p[key] for p in r.points if (key := f"sink/mass/{mode}") in p}
+            pairs = [(mass[t], y) for t, y in mixing(r, metric, mode).items() if t > 0 and t in mass]
+            marks.setdefault((r.arm, mode), []).extend(pairs)
+        if any(marks.values()):
+            panels.append(Panel(LABELS[metric], partial(_scatter, arms_of(results), marks)))
+    return panels
+
+
+def _scatter(arms: Sequence[str], marks: dict[tuple[str, str], list[tuple[float, float]]], axis: Axes) -> None:
+    """An arm a colour, a mode a marker."""
+    for (arm, mode), pairs in marks.items():
+        colour, gid = look(arms.index(arm))[0], f"series:{arm}"
+        x, y = [a for a, _ in pairs], [b for _, b in pairs]
+        axis.plot(x, y, MODE_LOOKS[mode][1], color=colour, label=arm, gid=gid, markersize=4, alpha=0.6)
+    axis.set(xlabel="sink mass")
+    axis.grid()
 
 
 Runs = Sequence[dict[float, float]]

@@ -26,7 +26,7 @@ METRICS = (
     *("sink_rate_0.2", "sink_rate_0.3", "sink_rate_0.5", "sink_rate_0.8", "sink_rate_placed", "sink_mass"),
     *("sink_rate_share", "sink_share", "sink_rate_deep"),
     *("loss", "bits_per_byte", "loss_gap", "sink_rate_area", "sink_rate_peak", "sink_rate_deep_peak"),
-    *("sink_mass_excess", "onset_tokens"),
+    *("sink_mass_excess", "onset_tokens", "perturbation", "jacobian", "effective_rank"),
 )
 _MOST_ARMS = 1_000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

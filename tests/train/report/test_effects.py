@@ -6,10 +6,12 @@ import io
 
 import pyarrow.parquet as pq
 import pytest
+from matplotlib.figure import Figure
 
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.plain_text import csv_of
 from sinkbed.train.report.effects import check, figure
+from sinkbed.train.report.pictures import pictures
 from sinkbed.train.report.result import Result
 from sinkbed.train.report.tables import answer, by_mode, caption, parquet, rows_of, sections, summary
 from sinkbed.train.study.file import Effect
@@ -76,6 +78,27 @@ def test_rates_of_a_curve_and_of_deep_layers():
     assert figure(run, "sink_rate_deep_peak", "bos") == 12.0
     run.final["modes"]["bos"]["rate"]["0.3"] = [[100.0, 100.0], [100.0, 100.0], [10.0, 20.0], [30.0, 0.0]]
     assert figure(run, "sink_rate_deep", "bos") == 15.0
+
+
+def test_figures_of_mixing_are_the_last_ones_of_the_last_layer():
+    run = result("fixed", 0, 30.0, 3.0)
+    run.final["modes"]["bos"]["mass"] = [[0.1], [0.2]]
+    run.points.extend(
+        {
+            "train/tokens": tokens, "sink/mass/bos": tokens / 100, "mixing/perturbation/bos": tokens / 10,
+            "mixing/effective_rank/layer0/bos": 7.0, "mixing/effective_rank/layer1/bos": tokens,
+        }
+        for tokens in (20, 30)
+    )  # fmt: skip
+    run.points.append({"train/tokens": 40, "sink/mass/bos": 0.4})
+    assert figure(run, "perturbation", "bos") == 3.0 and figure(run, "perturbation", "text") is None
+    assert figure(run, "effective_rank", "bos") == 30 and figure(run, "jacobian", "bos") is None
+    [picture] = [p for p in pictures([run], [run]) if p.name == "mixing_sink"]
+    assert [panel.title for panel in picture.panels] == ["perturbation spread", "effective rank"]
+    axis = Figure().subplots()
+    picture.panels[0].draw(axis)
+    [marks] = [line for line in axis.lines if len(line.get_xdata())]
+    assert [*zip(*marks.get_data(), strict=True)] == [(0.2, 2.0), (0.3, 3.0)]
 
 
 def test_the_excess_is_over_the_mass_of_random_weights():
