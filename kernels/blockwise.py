@@ -34,13 +34,14 @@ def blockwise_attention(
 
 class _Blockwise(torch.autograd.Function):
     @staticmethod
+    @torch.autocast("cpu", enabled=False)  # logits are float32's, in both passes
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scoring: Scoring, statistics: bool, *parameters: Tensor
     ) -> tuple[Tensor | None, ...]:
-        output = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, output)
+        ctx.save_for_backward(q, k, v)
         ctx.mask, ctx.scoring, ctx.parameters = mask, scoring, len(parameters)
         ctx.set_materialize_grads(False)
+        output = torch.empty_like(q)
         k, v = k.contiguous(), v.to(_product_dtype(v)).contiguous()
         linearized, hidden = _normalizer(scoring)
         per_query: dict[str, Tensor] = {}
@@ -70,8 +71,9 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        q, k, v, output = ctx.saved_tensors
+        q, k, v = ctx.saved_tensors
         scoring: Scoring = ctx.scoring
         sums = torch.float64 if q.dtype == torch.float64 else torch.float32
         dq = torch.empty_like(q)
@@ -82,24 +84,21 @@ class _Blockwise(torch.autograd.Function):
         d_parameters: list[Any] = [0] * ctx.parameters
         for rows, queries, end in _blocks(q, ctx.mask):
             keys = (rows, slice(None), slice(end))
-            logits, bent = scoring.block(q[rows], k[rows], ctx.mask, rows, queries, end, hidden)
+            logits, squashed = scoring.block(q[rows], k[rows], ctx.mask, rows, queries, end, hidden)
             weights, total, pullback = linearized(logits)
-            d_total = None
             if grad is None:
                 d_weights = torch.zeros_like(weights)
             else:
                 upstream = grad[rows, :, queries]
-                if total is not None:
-                    upstream = upstream / total
-                    d_total = -torch.linalg.vecdot(upstream, output[rows, :, queries].to(upstream.dtype))[..., None]
-                grouped = _grouped(upstream, v).to(products)
+                grouped = _grouped(upstream if total is None else upstream / total, v).to(products)
                 dv[keys] += _grouped(weights, v).to(products).mT @ grouped
                 d_weights = (grouped @ v[keys].mT).view_as(weights).to(weights.dtype)
+            d_total = None if total is None else -torch.linalg.vecdot(weights, d_weights)[..., None] / total
             d_logits, *d_of_block = pullback(d_weights, d_total)
             if grad_lse is not None:
                 d_logits = d_logits + weights * grad_lse[rows, :, queries, None]
-            if bent is not None:
-                d_logits = scoring.uncapped(d_logits, bent)
+            if squashed is not None:
+                d_logits = torch.ops.aten.tanh_backward(d_logits, squashed)
             d_products = _grouped(d_logits, k).to(products)
             dq[rows, :, queries] = _heads(d_products @ k[keys], q).mul_(scoring.scale)
             dk[keys] += d_products.mT @ (_grouped(q[rows, :, queries], k).to(products) * scoring.scale)
@@ -130,7 +129,7 @@ def _heads(x: Tensor, q: Tensor) -> Tensor:
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
-    """Of products with weights: that of x, but for float16, whose range weights before their division can leave."""
+    """Of products with weights: that of x, but float32 for float16, whose range undivided weights can leave."""
     return torch.promote_types(x.dtype, torch.bfloat16)
 
 

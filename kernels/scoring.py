@@ -44,16 +44,16 @@ class Scoring:
         self, q: Tensor, k: Tensor, mask: Mask, rows: slice, queries: slice, end: int, hidden: float = float("-inf")
     ) -> tuple[Tensor, Tensor | None]:
         """Logits [B, H, M, N] of M of the queries and the first N = `end` keys, taken at least in float32, `hidden`
-        where a key is; and what `uncapped` needs, None without a cap. q and k are those of these rows."""
+        where a key is; and tanh(x / c) of the cap, None without one. q and k are those of these rows."""
         B, H, T, D = q.shape
         k = k[:, :, :end]
         dtype = torch.promote_types(k.dtype, torch.float32)
         grouped = q[:, :, queries].to(dtype).reshape(B, k.shape[1], -1, D)  # the query heads of a key head together
         logits = ((grouped * self.scale) @ k.to(dtype).mT).view(B, H, -1, end)
-        bent = None
-        if self.softcap is not None:  # tanh(x) = 2 sigmoid(2x) - 1, and the sigmoid is six times as fast on CPUs
-            bent = logits.mul_(2 / self.softcap).sigmoid_()
-            logits = (bent * (2 * self.softcap)).sub_(self.softcap)
+        squashed = None
+        if self.softcap is not None:
+            squashed = logits.div_(self.softcap).tanh_()
+            logits = squashed * self.softcap
         if self.slopes is not None:
             position = torch.arange(T, device=q.device, dtype=logits.dtype)
             distance = position[:end] - position[queries, None]
@@ -63,12 +63,7 @@ class Scoring:
             logits[..., queries.start :].masked_fill_(~seen, hidden)
         else:
             logits.masked_fill_(~mask.visible(q.device, queries, rows)[..., :end], hidden)
-        return logits, bent
-
-    @staticmethod
-    def uncapped(d_logits: Tensor, bent: Tensor) -> Tensor:
-        """The gradient of scaled products, from that of capped ones and what `block` gave beside them."""
-        return torch.ops.aten.sigmoid_backward(d_logits, bent).mul_(4)
+        return logits, squashed
 
 
 def per_query(sink_logit: Tensor, lse: Tensor) -> Tensor:

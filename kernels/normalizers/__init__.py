@@ -30,12 +30,12 @@ class Linearized(NamedTuple):
     """A normaliser at some logits [B, H, M, T], for one that takes its derivative by hand."""
 
     weights: Tensor
-    """[B, H, M, T], what the keys have before a division by `total`."""
+    """[B, H, M, T], the weights of the keys, not yet divided by `total`."""
     total: Tensor | None
-    """[B, H, M, 1], what the weights of a query are divided by; None: 1. So a row of T is not passed over again."""
+    """[B, H, M, 1], what the weights of a query are divided by; None: 1. Dividing the output saves a pass over T."""
     pullback: Callable[[Tensor, Tensor | None], tuple[Tensor, ...]]
     """Takes the gradients of `weights` and `total` to that of the logits and of each of `parameters` that requires one.
-    It may write over the first."""
+    It is called once, and may write over the first of them and over what it keeps."""
 
 
 class Normalizer:

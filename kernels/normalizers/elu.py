@@ -14,7 +14,7 @@ class ELU(Normalizer):
         self.triton = Fused("elu", normalized)
 
     def weights(self, logits: Tensor) -> Tensor:
-        weights = logits.clamp(max=0).exp() + logits.relu()
+        weights = logits.clamp(max=0).exp() + logits.relu()  # elu(logit) + 1 rounds small weights to 0
         return shares(weights) if self.normalized else weights
 
     def linearized(self, logits: Tensor) -> Linearized:

@@ -1,18 +1,20 @@
 """Softpick (arXiv 2504.20966): a softmax that can give nothing."""
 
+import torch
 from torch import Tensor
 
 from sinkbed.kernels.normalizers import NORMALIZERS, Fused, Linearized, Normalizer
 from sinkbed.ranges import check_number
 
-_LARGEST = 32.0  # logit whose exponential, and what is divided by sums of it, float32 and bfloat16 hold
+_LARGEST = 32.0
+"""Logits are lowered to this at most: sums of their exponentials, and gradients divided by them, stay in range."""
 
 
 @NORMALIZERS.register("softpick")
 class Softpick(Normalizer):
     """relu(exp(logit) − 1) / Σ |exp(logit) − 1|: keys of logits below 0 take no weight, and no part in the sum of them.
 
-    As in the paper's code, the exponentials are taken from the largest logit and `eps` is added to the sum.
+    As in the paper's code, `eps` is added to the sum of exponentials that are taken from the largest logit.
     """
 
     hidden_logit = 0.0
@@ -31,17 +33,17 @@ class Softpick(Normalizer):
     def linearized(self, logits: Tensor) -> Linearized:
         largest = logits.amax(-1, keepdim=True)
         shift = (largest - _LARGEST).clamp_(min=0)  # cancels: only the range of exponentials asks for it
-        if bool(shift.any()):
+        if torch.compiler.is_compiling() or bool(shift.any()):
             logits -= shift
         exponential = logits.exp_()
         shifted = exponential - (-shift).exp()
         weights = shifted.relu()
         absolute = 2 * weights.sum(-1, keepdim=True) - shifted.sum(-1, keepdim=True)
-        total = absolute + self.eps * (largest - shift).exp()
+        total = absolute + self.eps * (largest - shift).exp()  # eps in the scale of these exponentials
 
         def pullback(d_weights: Tensor, d_total: Tensor | None) -> tuple[Tensor, ...]:
+            assert d_total is not None
             d_absolute = exponential.mul_(shifted.sign_())  # of the sum of absolute values
-            d_logits = d_weights.mul_(d_absolute.clamp(min=0))
-            return (d_logits if d_total is None else d_logits.addcmul_(d_absolute, d_total),)
+            return (d_weights.mul_(d_absolute.clamp(min=0)).addcmul_(d_absolute, d_total),)
 
         return Linearized(weights, total, pullback)

@@ -53,7 +53,7 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / √(mean(x²) + eps) · weight; x [..., C], weight [C]."""
-    if is_eager_cpu(x) and x.dtype == weight.dtype:
+    if is_eager_cpu(x) and x.dtype == weight.dtype and x.dtype != torch.float16:  # whose squares would overflow
         return _RMSNormCPU.apply(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
 
@@ -78,6 +78,6 @@ class _HeadNormCPU(torch.autograd.Function):
 
 def head_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm` with a weight a head, in one pass over all heads; x [..., H, D], weight [H, D]."""
-    if is_eager_cpu(x) and x.dtype == weight.dtype:
+    if is_eager_cpu(x) and x.dtype == weight.dtype and x.dtype != torch.float16:  # whose squares would overflow
         return _HeadNormCPU.apply(x, weight, eps)
-    return F.rms_norm(x, weight.shape[1:], None, eps) * weight
+    return F.rms_norm(x, weight.shape[1:], None, eps) * weight.to(x.dtype)

@@ -178,16 +178,37 @@ def test_large_logits_overflow_nowhere(scoring, scale):
         assert error < 2 * allowed + 1e-5, (error, allowed)
 
 
-@pytest.mark.parametrize("scoring", ["elu, normalized", "softpick", "sigmoid, normalized"])
-def test_in_float16_sums_of_weights_may_leave_its_range(scoring):
-    q, k, v = (x.detach().abs().half() * 8 for x in inputs(1, H, 1, 600, 16))
-    for x in (q, k, v):
-        x.requires_grad_()
-    out = attention(q, k, v, implementation="torch", **SCORINGS[scoring]()).output
-    exact = attention(q.double(), k.double(), v.double(), implementation="reference", **SCORINGS[scoring]()).output
-    torch.testing.assert_close(out.double(), exact, atol=0.1, rtol=2e-2)
-    gradients = torch.autograd.grad(out.sum(), (q, k, v))
-    assert all(x.dtype == torch.float16 and bool(x.isfinite().all()) for x in gradients)
+def gradients(scoring, dtype, implementation, scale=4):
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs(1, H, 1, 600, 16))
+    out = attention(q * scale, k, v, implementation=implementation, **SCORINGS[scoring]()).output
+    return [out, *torch.autograd.grad((out.double() * out.double().detach().cos()).sum(), (q, k, v))]
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("scoring", ["sigmoid, normalized", "elu, normalized", "softpick"])
+def test_half_precision_costs_no_more_than_its_digits(scoring, dtype, allowed):
+    exact = gradients(scoring, torch.float64, "reference")
+    for ours, expected in zip(gradients(scoring, dtype, "torch"), exact, strict=True):
+        assert ours.dtype == dtype and (ours - expected).norm() < allowed * expected.norm()
+
+
+@pytest.mark.parametrize("scoring", ["elu, normalized", "softpick"])
+def test_sums_of_weights_may_leave_the_range_of_float16(scoring):
+    q, k, v = ((x.detach().abs() * 8).half().double() for x in inputs(1, H, 1, 600, 16))
+    total = SCORINGS[scoring]()["normalizer"].linearized(q @ k.mT / 4).total
+    assert total.max() > torch.finfo(torch.float16).max
+    out = attention(q.half(), k.half(), v.half(), implementation="torch", **SCORINGS[scoring]()).output
+    exact = attention(q, k, v, implementation="reference", **SCORINGS[scoring]()).output
+    torch.testing.assert_close(out.double(), exact, atol=2e-2, rtol=2e-3)
+
+
+@pytest.mark.parametrize("scoring", ["softcap", "softpick", "sigmoid, normalized"])
+def test_autocast_changes_nothing(scoring):
+    def run(enabled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return gradients(scoring, torch.bfloat16, "torch")
+
+    assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
 
 
 def test_in_bfloat16_blocks_err_as_the_fused_kernel_does():

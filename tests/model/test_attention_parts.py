@@ -45,7 +45,9 @@ PARTS = [
 
 
 @pytest.mark.parametrize(("choice", "formula", "shapes"), PARTS, ids=[str(part[0]) for part in PARTS])
-def test_a_part_is_its_formula(choice, formula, shapes):
+@pytest.mark.parametrize("fused", [True, False], ids=["as on a CPU", "as elsewhere"])
+def test_a_part_is_its_formula(choice, formula, shapes, fused, monkeypatch):
+    monkeypatch.setattr("sinkbed.model.norms.rms.is_eager_cpu", lambda x: fused)
     c = config(attention_parts=[choice])
     attention = drawn(SelfAttention(c, 0))
     [part] = attention.parts

@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failure that was explained, 2 for bad usage."""
     if argv is None:
         _use_utf8()
+        _keep_freed_memory()
     argv = [_at_home(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     if argv[:1] == ["--version"]:
         from importlib import metadata
@@ -76,7 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, _ = COMMANDS[command]
     if command != "fit":  # the one command that several processes belong to
         leave(os.environ)
-    _keep_freed_memory()
     try:
         status = int(importlib.import_module(module).run(command, rest) or 0)
         sys.stdout.flush()  # here, where a reader that is gone is no traceback
@@ -111,9 +111,10 @@ def _use_utf8() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep what arrays of up to 32 MB leave behind, for the next ones. It gives such memory back to the
-    system else, and each step waits for its pages anew: 6 % of one at the 60m shape, a third of softpick's."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    """Have glibc keep the memory of arrays of up to 32 MB for the next ones, unless the environment tells it otherwise.
+    It would give it back to the system, and each training step would wait for its pages anew."""
+    told = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" and not told else None
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

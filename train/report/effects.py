@@ -46,18 +46,18 @@ DIGITS = {
 }
 """Decimals of a figure; others have one."""
 LIVE = {
-    "sink_rate_area": "rate_eps0.3",
-    "sink_rate_peak": "rate_eps0.3",
-    "sink_rate_deep_peak": "rate_deep_eps0.3",
-    "sink_mass_excess": "mass",
+    "sink_rate_area": "sink/rate_eps0.3/{mode}",
+    "sink_rate_peak": "sink/rate_eps0.3/{mode}",
+    "sink_rate_deep_peak": "sink/rate_deep_eps0.3/{mode}",
+    "sink_mass_excess": "sink/mass/{mode}",
 }
-"""Figures of a curve of training, and what the curve is of."""
+"""Figures of a curve of training, and its key."""
 MIXING = {
     "perturbation": "mixing/perturbation/{mode}",
     "jacobian": "mixing/jacobian/{mode}",
     "effective_rank": "mixing/effective_rank/layer{layer}/{mode}",
 }
-"""Figures of the last measurement of mixing, at what the last layer writes, and their keys."""
+"""Figures of mixing, of what the last layer writes, and the key of their curve."""
 SIGNS = {
     "reproduced": ("✓", "good"),
     "as expected": ("✓", "good"),
@@ -84,17 +84,16 @@ def figure(result: Result, metric: str, mode: str) -> float | None:
     """
     if metric == "onset_tokens":
         return result.final["onset_tokens"]  # type: ignore[no-any-return]
-    if metric in LIVE:
-        key = f"sink/{LIVE[metric]}/{mode}"
-        points = [(p["train/tokens"], p[key]) for p in result.points if p.get(key) is not None]
+    if metric in (*LIVE, *MIXING):
+        points = [*curve(result, metric, mode).items()]
+        if metric in MIXING:
+            return points[-1][1] if points else None
         if metric == "sink_rate_area":
             return area(points)
         if metric == "sink_mass_excess":
             return points[-1][1] - points[0][1] if points and points[0][0] == 0 else None
         return max((rate for _, rate in points), default=None)
     modes = result.final["modes"]
-    if metric in MIXING:
-        return next(reversed(mixing(result, metric, mode).values()), None)
     measured = modes.get(mode)
     if measured is None:
         return None
@@ -120,10 +119,10 @@ def figure(result: Result, metric: str, mode: str) -> float | None:
     return result.value(mode, {"sink_mass": "mass"}.get(metric, metric.removeprefix("sink_rate_")))
 
 
-def mixing(result: Result, metric: str, mode: str) -> dict[float, float]:
-    """Tokens -> one of `MIXING`, of a run."""
-    last = max(len(measured["mass"]) for measured in result.final["modes"].values()) - 1
-    key = MIXING[metric].format(layer=last, mode=mode)
+def curve(result: Result, metric: str, mode: str) -> dict[float, float]:
+    """Tokens -> what a figure of `LIVE` or `MIXING` is read from."""
+    last = len(next(iter(result.final["modes"].values()))["mass"]) - 1
+    key = {**LIVE, **MIXING}[metric].format(layer=last, mode=mode)
     return {p["train/tokens"]: p[key] for p in result.points if p.get(key) is not None}
 
 
@@ -159,6 +158,12 @@ def check_measured(study: StudyConfig, runs: Sequence[ArmRun]) -> None:
                 raise ValueError(
                     f"effect {effect.name!r}: expected a mode that arm {arm} is measured in (measure.{key}: "
                     f"{', '.join(modes)}); got {mode}"
+                )
+            points = of_arm[arm].setting("measure.mixing_points", MeasureConfig.mixing_points)
+            if effect.metric in MIXING and not points:
+                raise ValueError(
+                    f"effect {effect.name!r}: expected mixing to be measured while arm {arm} trains "
+                    f"(measure.mixing_points), got {points}"
                 )
 
 

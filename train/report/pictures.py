@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from sinkbed.train.measure.measures import Group, measures
 from sinkbed.train.measure.modes import MODE_LABELS
-from sinkbed.train.report.effects import LABELS, MIXING, figures, mixing, reference_mode
+from sinkbed.train.report.effects import LABELS, MIXING, curve, figures, reference_mode
 from sinkbed.train.report.figures import (
     INK,
     LINE,
@@ -42,8 +42,8 @@ _RESULT_WORDS = (
     "gap: what the loss gains where the model reads another input than with BOS."
 )
 _AGAINST_SINK_WORDS = (
-    "All runs, at every measurement of training after its start; {}. That the two go together does not say that one "
-    "makes the other: both come with training."
+    "Every run, at each point of training after its start where both were measured; {}. That the two go together does "
+    "not say that one makes the other: both come with training."
 )
 _HEAT_WORDS = (
     "Mean attention on the first key (sink mass), first seed. By head: after training, a block of layers an arm, "
@@ -86,7 +86,8 @@ def pictures(results: Sequence[Result], curves: Sequence[Result]) -> list[Pictur
         of_group = [panel for c in columns for panel in panels(c.title, c.log, live[:1])]
         note = f"Input: {MODE_LABELS[live[0]]}. Means over layers. {words}"
         every.append(Picture(group, group.capitalize(), note, of_group))
-    modes = [mode for mode in modes_of(curves) if mode in measured]
+    # Where key 0 is hidden there is no attention on it.
+    modes = [mode for mode in modes_of(curves) if mode in measured and mode != "first_key_masked"]
     words = _AGAINST_SINK_WORDS.format(", ".join(f"{MARKERS[MODE_LOOKS[m][1]]} {MODE_LABELS[m]}" for m in modes))
     every.append(Picture("mixing_sink", "Mixing against the sink", words, _against_sink(curves, modes)))
     return [picture for picture in every if picture.panels]
@@ -137,20 +138,21 @@ def _against_sink(results: Sequence[Result], modes: Sequence[str]) -> list[Panel
     for metric in MIXING:
         marks: dict[tuple[str, str], list[tuple[float, float]]] = {}
         for r, mode in product(results, modes):
-            mass = {p["train/tokens"]: p[key] for p in r.points if (key := f"sink/mass/{mode}") in p}
-            pairs = [(mass[t], y) for t, y in mixing(r, metric, mode).items() if t > 0 and t in mass]
-            marks.setdefault((r.arm, mode), []).extend(pairs)
-        if any(marks.values()):
+            mass = curve(r, "sink_mass_excess", mode)
+            if pairs := [(mass[t], y) for t, y in curve(r, metric, mode).items() if t > 0 and t in mass]:
+                marks.setdefault((r.arm, mode), []).extend(pairs)
+        if marks:
             panels.append(Panel(LABELS[metric], partial(_scatter, arms_of(results), marks)))
     return panels
 
 
 def _scatter(arms: Sequence[str], marks: dict[tuple[str, str], list[tuple[float, float]]], axis: Axes) -> None:
     """An arm a colour, a mode a marker."""
+    for arm in dict.fromkeys(arm for arm, _ in marks):
+        line(axis, [], [], arm, look(arms.index(arm)), linestyle="")  # for the legend
     for (arm, mode), pairs in marks.items():
         colour, gid = look(arms.index(arm))[0], f"series:{arm}"
-        x, y = [a for a, _ in pairs], [b for _, b in pairs]
-        axis.plot(x, y, MODE_LOOKS[mode][1], color=colour, label=arm, gid=gid, markersize=4, alpha=0.6)
+        axis.plot(*zip(*pairs, strict=True), MODE_LOOKS[mode][1], color=colour, gid=gid, markersize=4, alpha=0.6)
     axis.set(xlabel="sink mass")
     axis.grid()
 

@@ -30,6 +30,20 @@ def test_help_imports_nothing_heavy():
         assert f"'{heavy}'" not in done.stdout
 
 
+def test_freed_memory_is_kept_unless_the_environment_has_settings_of_its_own():
+    faults = (
+        "import resource\n{}for _ in range(300): bytearray(b'x') * 2**22\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"
+    )
+    keep = "from sinkbed.train.cli.main import _keep_freed_memory as keep; keep()\n"
+    told = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
+    without, kept, as_told = (
+        int(subprocess.check_output([sys.executable, "-c", faults.format(first)], text=True, env=env))
+        for first, env in (("", told), (keep, None), (keep, told))
+    )
+    assert kept < without / 2 and as_told > without / 2
+
+
 def test_an_unknown_command_is_refused(capsys):
     assert main(["studdy"]) == 2
     message = capsys.readouterr().err

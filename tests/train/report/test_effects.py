@@ -74,31 +74,41 @@ def test_effects_are_judged_by_differences_of_the_same_seeds(keys, verdict):
 def test_rates_of_a_curve_and_of_deep_layers():
     run = result("fixed", 0, 30.0, 3.0)
     assert figure(run, "sink_rate_peak", "bos") == 30.0 and figure(run, "sink_rate_peak", "text") is None
-    run.points.extend({"train/tokens": 9, "sink/rate_deep_eps0.3/bos": rate} for rate in (4.0, 12.0, 7.0))
+    run.points.extend({"train/tokens": rate, "sink/rate_deep_eps0.3/bos": rate} for rate in (4.0, 12.0, 7.0))
     assert figure(run, "sink_rate_deep_peak", "bos") == 12.0
     run.final["modes"]["bos"]["rate"]["0.3"] = [[100.0, 100.0], [100.0, 100.0], [10.0, 20.0], [30.0, 0.0]]
     assert figure(run, "sink_rate_deep", "bos") == 15.0
 
 
-def test_figures_of_mixing_are_the_last_ones_of_the_last_layer():
+@pytest.fixture
+def mixed():
+    """A run of two layers whose mixing was measured at 20 and 30 tokens, its sink at 30 and 40."""
     run = result("fixed", 0, 30.0, 3.0)
     run.final["modes"]["bos"]["mass"] = [[0.1], [0.2]]
     run.points.extend(
         {
-            "train/tokens": tokens, "sink/mass/bos": tokens / 100, "mixing/perturbation/bos": tokens / 10,
+            "train/tokens": tokens, "mixing/perturbation/bos": tokens / 10,
             "mixing/effective_rank/layer0/bos": 7.0, "mixing/effective_rank/layer1/bos": tokens,
         }
         for tokens in (20, 30)
     )  # fmt: skip
-    run.points.append({"train/tokens": 40, "sink/mass/bos": 0.4})
-    assert figure(run, "perturbation", "bos") == 3.0 and figure(run, "perturbation", "text") is None
-    assert figure(run, "effective_rank", "bos") == 30 and figure(run, "jacobian", "bos") is None
-    [picture] = [p for p in pictures([run], [run]) if p.name == "mixing_sink"]
+    run.points.extend({"train/tokens": tokens, "sink/mass/bos": tokens / 100} for tokens in (30, 40))
+    return run
+
+
+def test_figures_of_mixing_are_the_last_ones_of_the_last_layer(mixed):
+    assert figure(mixed, "perturbation", "bos") == 3.0 and figure(mixed, "perturbation", "text") is None
+    assert figure(mixed, "effective_rank", "bos") == 30 and figure(mixed, "jacobian", "bos") is None
+
+
+def test_mixing_is_drawn_against_the_sink_of_the_same_point(mixed):
+    [picture] = [p for p in pictures([mixed], [mixed]) if p.name == "mixing_sink"]
     assert [panel.title for panel in picture.panels] == ["perturbation spread", "effective rank"]
     axis = Figure().subplots()
     picture.panels[0].draw(axis)
-    [marks] = [line for line in axis.lines if len(line.get_xdata())]
-    assert [*zip(*marks.get_data(), strict=True)] == [(0.2, 2.0), (0.3, 3.0)]
+    legend, marks = axis.lines
+    assert legend.get_label() == "fixed" and not len(legend.get_xdata())
+    assert [*zip(*marks.get_data(), strict=True)] == [(0.3, 3.0)]
 
 
 def test_the_excess_is_over_the_mass_of_random_weights():

@@ -149,6 +149,10 @@ def test_what_fit_would_refuse_is_refused_before_any_arm_is_started(study, capsy
             ),
             "mode that arm fixed is measured in (measure.modes: bos, text, first_key_masked); got as_trained",
         ),
+        (
+            ("workers: 2", "effects: [{name: E, metric: jacobian, arm: fixed, expected: up, against: absent}]"),
+            "mixing to be measured while arm fixed trains (measure.mixing_points), got 0",
+        ),
     ],
 )
 def test_a_wrong_study_file_is_one_message(study, capsys, change, message):

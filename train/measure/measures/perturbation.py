@@ -21,7 +21,7 @@ class Perturbation:
     change: list[list[float]]
     """[L+1][n] norm of the change of the hidden state."""
     relative: list[list[float]]
-    """[L+1][n] the same over the layer's mean norm of hidden states."""
+    """[L+1][n] the same over the layer's mean norm of hidden states, but for the first token of the text."""
     spread: list[float]
     """[L+1] mean of `relative` over the tokens after the (last) replaced one."""
     across: list[float]
@@ -68,7 +68,8 @@ def measure_perturbation(
                 before, after = h[:, slots.to(h.device)].float().chunk(2)
                 change = (after - before).norm(dim=-1)
                 totals.add("change", layer, change)
-                relative = change / before.norm(dim=-1).mean(-1, keepdim=True)
+                # Without the first token: where it is the sink, its norm is many times that of the others.
+                relative = change / before[:, 1:].norm(dim=-1).mean(-1, keepdim=True)
                 totals.add("relative", layer, relative)
                 after = relative[:, end:]
                 spread = after.mean(-1) if after.shape[1] else torch.zeros(len(after), device=after.device)
