@@ -72,7 +72,9 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @torch.autocast("cpu", enabled=False)
-    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
         scoring: Scoring = ctx.scoring
         sums = torch.float64 if q.dtype == torch.float64 else torch.float32
