@@ -65,6 +65,8 @@ class ModeResult:
     """As `rate`, of shares instead of masses; None where a query's weights add up to 1."""
     share: list[list[float]] | None = None
     """As `mass`, of shares."""
+    learned_mass: list[list[float]] | None = None
+    """[L][H] as `mass`, on the learned key or the registers; None without any."""
 
     def metrics(self, mode: str) -> dict[str, float]:
         """The result under its metric keys."""
@@ -91,6 +93,8 @@ class ModeResult:
             out[f"sink/share/{mode}"] = mean(self.share)
             for eps in self.rate_share:
                 out[f"sink/rate_share_eps{eps}/{mode}"] = mean(self.rate_share[eps])
+        if self.learned_mass is not None:
+            out[f"sink/learned_mass/{mode}"] = mean(self.learned_mass)
         return out
 
 
@@ -121,8 +125,8 @@ def measure(
     shape = (model.config.n_layers, model.config.n_heads)
     above = torch.zeros(len(EPSILONS), *shape, dtype=torch.float64)
     above_row, above_placed, above_share = (torch.zeros_like(above) for _ in range(3))
-    totals, second = torch.zeros(5, *shape, dtype=torch.float64), 0
-    loss_sum, byte_sum, token_sum, documents, sums_to_one = 0.0, 0, 0, 0, True
+    totals, second = torch.zeros(6, *shape, dtype=torch.float64), 0
+    loss_sum, byte_sum, token_sum, documents, sums_to_one, learns = 0.0, 0, 0, 0, True, False
     device = input_device(model)
     config.check_placed(mode, strategy)
     with evaluating(model), torch.no_grad():
@@ -132,10 +136,10 @@ def measure(
             if strategy.prefix_lm or second >= config.sink_tokens - 1:
                 second = 0  # no query is left to look at it
             row = arrange(probe, mode, strategy, rows, text, lengths, device=device, key=second)
-            alpha, alpha_row, mass, mass_full, placed, shares, nll = _observe(
+            alpha, alpha_row, mass, mass_full, placed, shares, learned, nll = _observe(
                 model, row, text, lengths, config.sink_tokens, second
             )
-            sums_to_one = sums_to_one and shares is None
+            sums_to_one, learns = sums_to_one and shares is None, learned is not None
             shares = placed if shares is None else shares
             for e, eps in enumerate(EPSILONS):
                 above[e] += (alpha > eps).sum(0)
@@ -143,7 +147,8 @@ def measure(
                 above_placed[e] += (placed.mean(-1) > eps).sum(0)
                 above_share[e] += (shares.mean(-1) > eps).sum(0)
             after, share = placed[..., 1:].mean(-1), shares[..., 1:].mean(-1)
-            totals += torch.stack([x.sum(0) for x in (alpha, mass, mass_full, after, share)])
+            learned = torch.zeros_like(mass) if learned is None else learned
+            totals += torch.stack([x.sum(0) for x in (alpha, mass, mass_full, after, share, learned)])
             counted = counted_targets(text, lengths, strategy)
             loss_sum += float(nll[counted].sum(dtype=torch.float64))
             byte_sum += int(probe.token_bytes[text[:, 1:][counted]].sum())
@@ -151,7 +156,7 @@ def measure(
             documents += len(lengths)
     if not token_sum:
         raise ValueError(f"measuring: expected documents longer than strategy.prefix_lm={strategy.prefix_lm}, got none")
-    alpha, mass, mass_full, mass_placed, share = (totals / documents).tolist()
+    alpha, mass, mass_full, mass_placed, share, learned = (totals / documents).tolist()
 
     def rates(counts: torch.Tensor) -> dict[str, list[list[float]]]:
         return {str(e): (100 * counts[i] / documents).tolist() for i, e in enumerate(EPSILONS)}
@@ -171,6 +176,7 @@ def measure(
         mass_placed=mass_placed if second else None,
         rate_share=None if sums_to_one else rates(above_share),
         share=None if sums_to_one else share,
+        learned_mass=learned if learns else None,
     )
     return finite(result, f"sinks, mode {mode}")
 
@@ -181,6 +187,8 @@ def measurement_table(step: int, results: dict[InferenceMode, ModeResult], sink_
     columns = {"sink rate %": ("sink/rate_eps0.3", 12, 1), "sink mass": ("sink/mass", 11, 3)}
     if first.share is not None:
         columns |= {"of shares %": ("sink/rate_share_eps0.3", 13, 1), "sink share": ("sink/share", 12, 3)}
+    if first.learned_mass is not None:
+        columns |= {"learned key": ("sink/learned_mass", 13, 3)}
     columns |= {"loss": ("val/loss", 8, 3), "bits/byte": ("val/bits_per_byte", 11, 3)}
     lines = [
         f"step {step}, {first.documents} documents, T = {sink_tokens}, eps 0.3",
@@ -192,7 +200,8 @@ def measurement_table(step: int, results: dict[InferenceMode, ModeResult], sink_
         lines.append(f"{MODE_LABELS[mode]:26}" + "".join(figures))
     if first.share is not None:
         lines.append(
-            "share: the mass over the sum of a query's weights of tokens; masses are as they are, query 0 in the rate"
+            "share: the mass over the sum of a query's weights of tokens. The sink rate averages over query 0 too, "
+            "whose weight on itself need not be 1 here: read the rate of shares"
         )
     return "\n".join(lines)
 
@@ -201,7 +210,8 @@ def _observe(
     model: Decoder, row: Arranged, text: torch.Tensor, lengths: torch.Tensor, sink_tokens: int, key: int
 ) -> tuple[Any, ...]:
     """One forward pass: alpha and mass [B, L, H] over sink_tokens and over the row, mass on `key` [B, L, H, queries
-    from it on], shares [B, L, H, sink_tokens] or None where weights add up to 1, nll [B, n−1]."""
+    from it on], shares [B, L, H, sink_tokens] or None where weights add up to 1, mass on a learned key [B, L, H] or
+    None without one, nll [B, n−1]."""
     nll, statistics = target_nll(model, row, text, statistics=True)
     assert statistics is not None
     T = row.tokens.shape[1]
@@ -220,8 +230,17 @@ def _observe(
         (own.sum(-1) - own[..., 0]) / (count - 1),
         on_key,
         _shares(statistics, sink_tokens),
+        _learned(statistics, sink_tokens),
         nll.cpu(),
     )
+
+
+def _learned(statistics: Sequence[Statistics], sink_tokens: int) -> torch.Tensor | None:
+    """[B, L, H] mean mass of queries 1.. on the learned key or the registers; None without any."""
+    layers = [s.learned_sink_mass for s in statistics]
+    if any(mass is None for mass in layers):
+        return None
+    return torch.stack([mass[..., 1:sink_tokens].mean(-1).float().cpu() for mass in layers if mass is not None], dim=1)
 
 
 def _shares(statistics: Sequence[Statistics], sink_tokens: int) -> torch.Tensor | None:

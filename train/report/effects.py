@@ -20,6 +20,7 @@ LABELS = {
     "sink_mass": "sink mass",
     "sink_rate_share": "sink rate % of shares",
     "sink_share": "sink share",
+    "learned_mass": "mass on the learned key",
     "loss": "loss",
     "bits_per_byte": "bits per byte",
     "loss_gap": "loss gap",
@@ -37,6 +38,7 @@ DIGITS = {
     "sink_mass": 3,
     "sink_mass_excess": 3,
     "sink_share": 3,
+    "learned_mass": 3,
     "loss": 3,
     "bits_per_byte": 3,
     "loss_gap": 3,
@@ -80,6 +82,7 @@ def figure(result: Result, metric: str, mode: str) -> float | None:
     `sink_rate_placed`: at the last position where the strategy places a token; None in modes that do not place it.
     `sink_rate_share` (eps 0.3) and `sink_share` read the mass as its share of the query's weights of tokens; without a
     learned sink or another normaliser these add up to 1, and both are as `sink_rate_0.3` and `sink_mass`.
+    `learned_mass`: as `sink_mass`, on the learned key or the registers; None without any.
     `perturbation`, `jacobian`, `effective_rank`: of what the last layer writes, the last ones measured in training.
     """
     if metric == "onset_tokens":
@@ -116,6 +119,8 @@ def figure(result: Result, metric: str, mode: str) -> float | None:
         return mean((measured.get("rate_share") or measured["rate"])["0.3"])
     if metric == "sink_share":
         return mean(measured.get("share") or measured["mass"])
+    if metric == "learned_mass":
+        return mean(measured["learned_mass"]) if measured.get("learned_mass") else None
     return result.value(mode, {"sink_mass": "mass"}.get(metric, metric.removeprefix("sink_rate_")))
 
 

@@ -76,7 +76,7 @@ def summary(results: Sequence[Result], published: Published, title: str = "") ->
     modes, mode = modes_of(results), main_mode(results)
     columns = [("sink_rate_0.3", mode), ("sink_rate_placed", mode), ("sink_rate_0.3", "text"), ("sink_mass", mode)]
     columns += [(name, mode) for name in ("sink_rate_share", "sink_share") if has_shares(results)]
-    columns += [("loss", mode), ("loss_gap", "text")]
+    columns += [("learned_mass", mode), ("loss", mode), ("loss_gap", "text")]
     if not any(r.final["modes"].get(mode, {}).get("rate_placed") for r in results):
         columns.remove(("sink_rate_placed", mode))
     columns = [column for column in dict.fromkeys(columns) if column[1] in modes]
@@ -110,7 +110,7 @@ def by_mode(results: Sequence[Result], last: str = "loss_gap", row: str = "arm")
     modes = modes_of(results)
     shares = ("sink_rate_share", "sink_share") if has_shares(results) else ()
     tables = []
-    for metric in ("sink_rate_0.3", "sink_mass", *shares, "loss", last):
+    for metric in ("sink_rate_0.3", "sink_mass", *shares, "learned_mass", "loss", last):
         own = [m for m in modes if (metric, m) != ("loss_gap", reference_mode(modes))]
         lines = [
             {row: arm} | {MODE_LABELS[m]: written(metric, figures(results, arm, metric, m).values()) for m in own}

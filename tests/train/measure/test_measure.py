@@ -43,6 +43,22 @@ def decoder():
     return Decoder(DecoderConfig(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, init_std=0.4), 300)
 
 
+@pytest.mark.parametrize("part", [{"sink": "k_bias"}, {"n_registers": 2}, {}], ids=["K bias", "registers", "neither"])
+def test_what_tokens_lack_to_1_is_on_the_learned_key(probe, part):
+    torch.manual_seed(1)
+    decoder = Decoder(DecoderConfig(n_layers=2, d_model=32, n_heads=4, d_ff=48, init_std=0.4, **part), 300)
+    result = measure(decoder, probe, "text", Strategy(), CONFIG)
+    if not part:
+        assert result.learned_mass is None and "sink/learned_mass/text" not in result.metrics("text")
+        return
+    texts = [text[None, : CONFIG.sink_tokens] for text in probe.documents]
+    with torch.no_grad():
+        sums = [[layer.row_sum[0, :, 1:] for layer in decoder(text, statistics=True).statistics] for text in texts]
+    expected = torch.stack([1 - torch.stack(layers) for layers in sums]).mean((0, 3))
+    torch.testing.assert_close(torch.tensor(result.learned_mass), expected, atol=1e-5, rtol=1e-4)
+    assert result.metrics("text")["sink/learned_mass/text"] == pytest.approx(float(expected.mean()), rel=1e-4)
+
+
 def attention_matrices(decoder, tokens, hide_first, monkeypatch, window=None):
     """[L, H, T, T] of one document, from the inputs that the operator really receives."""
     found, operator = [], attention_module.attention

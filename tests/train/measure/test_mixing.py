@@ -21,6 +21,7 @@ from sinkbed.train.measure.measures.jacobian import measure_jacobian
 from sinkbed.train.measure.measures.paths import measure_paths
 from sinkbed.train.measure.measures.perturbation import measure_perturbation
 from sinkbed.train.measure.measures.rank import measure_rank
+from sinkbed.train.measure.measures.states import measure_states
 from sinkbed.train.measure.sinks import measure
 
 FIXED = Strategy(first_token="bos")
@@ -79,7 +80,7 @@ def test_a_perturbation_is_the_difference_of_two_passes(decoder, probe, position
     found = measure_perturbation(decoder, excerpts, batch_tokens=40, changed=changed)
     before, after = (hidden_of(decoder, with_bos(t))[:, :, 1:] for t in (excerpts.text, changed))
     change = (after - before).norm(dim=-1)
-    relative = change / before.norm(dim=-1).mean(-1, keepdim=True)
+    relative = change / before[..., 1:, :].norm(dim=-1).mean(-1, keepdim=True)
     assert found.position == at
     close(found.change, change.mean(1), atol=1e-5)
     close(found.relative, relative.mean(1), atol=1e-5)
@@ -165,6 +166,24 @@ def test_the_path_sum_equals_an_enumeration_of_paths(decoder, probe, mode):
         assert float(one.sum()) == pytest.approx(1, abs=1e-5)
     else:
         assert float(one.sum()) < 0.9, "a learned sink takes a part"
+
+
+@pytest.mark.parametrize("normalizer", ["sigmoid", "elu", "softpick"])
+def test_paths_and_entropy_are_of_shares_where_weights_need_not_add_up_to_1(probe, normalizer):
+    torch.manual_seed(2)
+    shape = dict(n_layers=2, d_model=16, n_heads=4, d_ff=24, init_std=0.5)
+    decoder = Decoder(DecoderConfig(**shape, normalizer=normalizer), 60)
+    excerpts = excerpts_of(probe, "text")
+    paths = measure_paths(decoder, excerpts, 1000)
+    assert all(0 < sum(share) < 1 + 1e-6 for share in paths.share), "parts of one bound"
+    layers = []
+    _, row = excerpts.batch(slice(None), torch.device("cpu"))
+    with torch.no_grad(), observing(decoder, attention=layers.append):
+        decoder(row.tokens, mask=row.mask)
+    for seen, entropy in zip(layers, measure_states(decoder, excerpts, 1000).entropy, strict=True):
+        weights = torch.cat([p for _, p in seen.blocks()], 2)
+        p = weights / weights.sum(-1, keepdim=True).clamp_min(1e-8)
+        close(entropy, torch.special.entr(p).sum(-1)[..., 1:].mean((0, 2)), atol=1e-5)
 
 
 def whole_jacobian(decoder, tokens, layer):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sinkbed.kernels import mean_received, top_sinks
+from sinkbed.kernels.normalizers import shares
 from sinkbed.model.observe import LayerAttention, evaluating, input_device, observing
 from sinkbed.train.measure.excerpts import Excerpts, Totals
 from sinkbed.train.measure.finite import finite
@@ -55,7 +56,7 @@ class States:
     cosine_others: list[list[float]]
     """[L][H] mean over t > 0 of the mean of cos(q_t, k_s) over 0 < s ≤ t."""
     entropy: list[list[float]]
-    """[L][H] entropy of a query's attention, nats, mean over queries t > 0."""
+    """[L][H] entropy of the shares of a query's attention, nats, mean over queries t > 0."""
     received: list[list[float]]
     """[L][T] attention received by a key from each query that sees it, mean over heads."""
     strongest_position: list[dict[str, Any]]
@@ -83,8 +84,8 @@ class States:
     ),
     note="Subscript 0: the first token of the row; t: mean over the others; s: mean over the tokens 1 to t. max, "
     "median: of |h| over all tokens, the first included, and channels. |cos(hₜ, h₀)| > 0.9: share of "
-    "secondary sinks. Kurtosis: of a token's channels, 3 for a normal distribution. Entropy: of a query's "
-    "attention, nats.",
+    "secondary sinks. Kurtosis: of a token's channels, 3 for a normal distribution. Entropy: of the "
+    "shares of a query's attention, nats.",
 )
 @torch.no_grad()
 def measure_states(model: Any, excerpts: Excerpts, batch_tokens: int) -> States:
@@ -128,7 +129,7 @@ def measure_states(model: Any, excerpts: Excerpts, batch_tokens: int) -> States:
         totals.add("cosine_first", layer, (q[:, :, 1:] * k[:, :, :1]).sum(-1).mean(-1))
         counts = torch.arange(1, k.shape[2], device=k.device)[:, None]
         totals.add("cosine_others", layer, (q[:, :, 1:] * (k[:, :, 1:].cumsum(2) / counts)).sum(-1).mean(-1))
-        entropy = torch.cat([torch.special.entr(p).sum(-1) for _, p in seen.blocks()], -1)
+        entropy = torch.cat([torch.special.entr(shares(p)).sum(-1) for _, p in seen.blocks()], -1)
         totals.add("entropy", layer, entropy[..., 1:].mean(-1))
         received = seen.received()
         totals.add("received", layer, mean_received(received, seen.mask).mean(1))
