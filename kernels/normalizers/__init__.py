@@ -53,8 +53,19 @@ class Normalizer:
     hidden_logit = float("-inf")
     """What `linearized` is given for a hidden key: a logit that has no weight, and no part in those of others."""
 
+    def __init_subclass__(cls) -> None:
+        if hasattr(cls, "register_parameter") and cls.parameters is Normalizer.parameters:
+            raise TypeError(
+                f"{cls.__name__}: expected nn.Module before Normalizer among its bases, as its weights would not be "
+                "trained, got it after"
+            )
+
     def weights(self, logits: Tensor) -> Tensor:
-        """Weights [B, H, M, T] of the keys for M of the queries; logits [B, H, M, T] are −inf where a key is hidden."""
+        """Weights [B, H, M, N] of N ≤ T keys for M of the queries; logits [B, H, M, N] are −inf where a key is hidden.
+
+        N grows from block to block and says nothing: the keys that a query sees are those above −inf. Multiplied by a
+        parameter, a hidden one has a gradient that is no number: hide it anew (`masked_fill`) where there is one.
+        """
         raise NotImplementedError
 
     def parameters(self) -> Iterable[Tensor]:

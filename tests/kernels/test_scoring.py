@@ -222,6 +222,13 @@ def test_in_bfloat16_blocks_err_as_the_fused_kernel_does():
     assert errors[1] < 1.5 * errors[0]
 
 
+def test_a_normaliser_whose_weights_would_not_be_trained_is_refused():
+    with pytest.raises(TypeError, match=r"Late: expected nn\.Module before Normalizer"):
+
+        class Late(Normalizer, torch.nn.Module):
+            pass
+
+
 def test_a_frozen_normaliser_and_slopes_that_would_learn():
     q, k, v = inputs(1, H, H, 9, 6)
     frozen = Shifted().requires_grad_(False)
