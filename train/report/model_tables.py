@@ -57,10 +57,19 @@ def tables(measured: Measured) -> list[Table]:
     if "sinks" in measured:
         header = ("mode", "input read", "key", *(f"sink rate %, eps {eps}" for eps in ("0.2", "0.3", "0.5", "0.8")))
         rows: list[Row] = [
-            (MODE_LABELS[mode], kind, int(key), *rates.values(), mass, result["loss"], result["bits_per_byte"])
+            (
+                MODE_LABELS[mode],
+                kind,
+                int(key),
+                *rates.values(),
+                mass,
+                *_of_shares(result, key),
+                result["loss"],
+                result["bits_per_byte"],
+            )
             for kind, mode, key, rates, mass, result in _sinks(measured)
         ]
-        table = Table("sinks", "Sinks", (*header, "sink mass", "loss", "bits per byte"), rows)
+        table = Table("sinks", "Sinks", (*header, "sink mass", *_OF_SHARES, "loss", "bits per byte"), rows)
         out.append(_without(table, {"input read": "natural", "key": 0}))
     out += [_layer_table(measured, group, mode) for group in get_args(Group) for mode in modes_of(measured, group)]
     for mode, states in measured.get("states", {}).items():
@@ -87,6 +96,15 @@ def _sinks(measured: Measured) -> Iterator[tuple[str, str, str, dict[str, float]
                 of_key = "" if key == "0" else "_placed"
                 rates = {eps: mean(heads) for eps, heads in result[f"rate{of_key}"].items()}
                 yield kind, mode, key, rates, mean(result[f"mass{of_key}"]), result
+
+
+_OF_SHARES = ("rate of shares %", "sink share", "mass on the learned key")
+
+
+def _of_shares(result: Measured, key: str) -> tuple[float | None, ...]:
+    """What `_OF_SHARES` names, at key 0; None where weights of tokens add up to 1, or there is no such key."""
+    values = ((result.get("rate_share") or {}).get("0.3"), result.get("share"), result.get("learned_mass"))
+    return tuple(mean(value) if value and key == "0" else None for value in values)
 
 
 def _layer_name(index: int) -> str | int:
