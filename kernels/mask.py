@@ -48,8 +48,9 @@ class Mask:
     doc_start: Tensor | None = None
     """[B, T] int32, row position where the query's document starts; read by the statistics only.
     None: the row is one document."""
-    _bias: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
-    _ends: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    # Computed from the fields, and not taken along by `dataclasses.replace`.
+    _bias: dict[torch.dtype, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _ends: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         device = None

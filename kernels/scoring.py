@@ -49,7 +49,8 @@ class Scoring:
         k = k[:, :, :end]
         dtype = torch.promote_types(k.dtype, torch.float32)
         grouped = q[:, :, queries].to(dtype).reshape(B, k.shape[1], -1, D)  # the query heads of a key head together
-        logits = ((grouped * self.scale) @ k.to(dtype).mT).view(B, H, -1, end)
+        with torch.autocast(q.device.type, enabled=False):
+            logits = ((grouped * self.scale) @ k.to(dtype).mT).view(B, H, -1, end)
         squashed = None
         if self.softcap is not None:
             squashed = logits.div_(self.softcap).tanh_()

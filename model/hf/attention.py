@@ -75,7 +75,7 @@ def narrowed(mask: Mask, window: int) -> Mask:
     if mask.first_key is not None:
         first = torch.maximum(first, mask.first_key)
     shared_prefix = 0 if mask.first_key is None else mask.shared_prefix
-    return replace(mask, first_key=first, shared_prefix=shared_prefix, _bias={}, _ends={})
+    return replace(mask, first_key=first, shared_prefix=shared_prefix)
 
 
 def moved(mask: Mask, device: torch.device) -> Mask:
@@ -85,7 +85,7 @@ def moved(mask: Mask, device: torch.device) -> Mask:
     if all(t is None or there[id(t)] is t for t in tensors.values()):
         return mask
     changed: dict[str, Any] = {name: None if t is None else there[id(t)] for name, t in tensors.items()}
-    return replace(mask, **changed, _bias={}, _ends={})
+    return replace(mask, **changed)
 
 
 def sampled_queries(length: int, device: torch.device | str | None = None) -> Tensor:

@@ -1,5 +1,7 @@
 """The operator against the dense float64 reference: outputs, gradients, statistics, isolation."""
 
+import dataclasses
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -389,6 +391,14 @@ def test_the_transposed_tensors_are_there_before_they_are_used(name):
     assert list(mask._ends) == before
     assert [x is None for x in found] == [mask.end_key is None, mask.first_key is None]
     assert torch.equal(mask.doc_end, end)
+
+
+def test_what_a_mask_computes_is_not_taken_along_by_another():
+    """A Jacobian repeats the mask of a row: with the old tensors a kernel read beyond their end."""
+    one = interval_mask(1, 9, hide_first_key=True)
+    assert one.bias(torch.float32, torch.device("cpu")).shape[0] == one.last_query.shape[0] == 1
+    three = dataclasses.replace(one, rows=3, first_key=one.first_key.expand(3, -1).contiguous())
+    assert three.bias(torch.float32, torch.device("cpu")).shape[0] == three.last_query.shape[0] == 3
 
 
 def test_the_private_flash_operator_still_behaves_as_relied_on():

@@ -74,10 +74,11 @@ def test_they_learn():
     assert model.parameter_count() == decoder().parameter_count() + 2 * 32
 
 
-def test_in_bfloat16_the_mass_on_them_is_a_mass():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_bfloat16_the_mass_on_them_is_a_mass(autocast):
     """Their logits were rounded to bfloat16 beside an lse in float32: masses of 1.08, shares of −1.8."""
-    model = decoder(n_registers=2).bfloat16()
-    with torch.no_grad():
+    model = decoder(n_registers=2) if autocast else decoder(n_registers=2).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         for block in model.blocks:
             block.attention.qkv.weight *= 3
         measured = model(TOKENS, statistics=True).statistics
