@@ -42,8 +42,8 @@ _RESULT_WORDS = (
     "gap: what the loss gains where the model reads another input than with BOS."
 )
 _AGAINST_SINK_WORDS = (
-    "Every run, at each point of training after its start where both were measured; {}. That the two go together does "
-    "not say that one makes the other: both come with training."
+    "Every run, at each point of training after its start where both were measured. A colour is an arm, a marker an "
+    "input: {}. That the two go together does not say that one makes the other: both come with training."
 )
 _HEAT_WORDS = (
     "Mean attention on the first key (sink mass), first seed. By head: after training, a block of layers an arm, "
@@ -149,7 +149,7 @@ def _against_sink(results: Sequence[Result], modes: Sequence[str]) -> list[Panel
 def _scatter(arms: Sequence[str], marks: dict[tuple[str, str], list[tuple[float, float]]], axis: Axes) -> None:
     """An arm a colour, a mode a marker."""
     for arm in dict.fromkeys(arm for arm, _ in marks):
-        line(axis, [], [], arm, look(arms.index(arm)), linestyle="")  # for the legend
+        line(axis, [], [], arm, look(arms.index(arm)), marker="")  # for the legend: a marker is a mode here
     for (arm, mode), pairs in marks.items():
         colour, gid = look(arms.index(arm))[0], f"series:{arm}"
         axis.plot(*zip(*pairs, strict=True), MODE_LOOKS[mode][1], color=colour, gid=gid, markersize=4, alpha=0.6)

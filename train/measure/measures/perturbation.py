@@ -36,7 +36,7 @@ class Perturbation:
         Column("across", "± documents"),
     ),
     note="Perturbation spread: one token of the text (position n/4) replaced, mean change of the hidden states "
-    "after it over their norm. ±: standard error over documents.",
+    "after it, over the mean norm of the tokens but the first. ±: standard error over documents.",
 )
 @torch.no_grad()
 def measure_perturbation(
