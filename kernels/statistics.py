@@ -25,6 +25,22 @@ class Statistics(NamedTuple):
     row_sum: Tensor | None = None
     """Sum of the query's weights of tokens, where that need not be 1: beside a learned sink, or with a normaliser."""
 
+    @property
+    def divided(self) -> "Statistics":
+        """The masses as shares of all that the query gives out, which with a normaliser need not be 1."""
+        return self if self.learned_sink_mass is not None else self.among_tokens
+
+    @property
+    def among_tokens(self) -> "Statistics":
+        """The masses as shares of what the query gives to tokens; 0 where that is nothing."""
+        if self.row_sum is None:
+            return self
+        first_key, document = (
+            (mass / self.row_sum).masked_fill(self.row_sum == 0, 0.0)
+            for mass in (self.first_key_mass, self.document_mass)
+        )
+        return self._replace(first_key_mass=first_key, document_mass=document)
+
 
 class TopSinks(NamedTuple):
     """The keys that receive most, per row and head. [B, H, K], the strongest first."""

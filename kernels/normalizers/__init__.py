@@ -43,9 +43,8 @@ class Normalizer:
 
     The implementations `reference` and `torch` take any; `triton` takes those that say how it computes them.
 
-    Where the weights of a query do not add up to 1, "sink" has two readings, and both are measured: the *mass* on the
-    first key is its weight as it is, the *share* is that weight over the sum of the query's weights
-    (arXiv 2410.10781, §6, reads the share).
+    Where the weights of a query do not add up to 1, its sink mass is the first key's weight over their sum
+    (as arXiv 2410.10781, §6, reads it); the weight as it is, the *raw* mass, is measured too.
     """
 
     triton: Fused | None = None

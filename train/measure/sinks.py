@@ -8,17 +8,20 @@ alpha = (1/T) Σ_i p_i over the first T queries; the rate is the share of (docum
 alpha > eps, in %. Query 0 counts (p_0 = 1), so uniform causal attention at T = 64 gives alpha = 0.074.
 Sink mass is the plain mean of p_i over queries 1..T−1: query 0 would be 1 by construction.
 
-Where the weights of a query need not add up to 1 (a learned sink takes a part, or another normaliser stands in the
-softmax's place), p_i has two readings, and both are measured: the raw mass, and its share, p_i over the sum of the
-query's weights of tokens (0 where that is 0).
+p_i is the weight of key 0 over the sum of all that the query gives out (0 where it gives nothing). With a softmax the
+sum is 1, and a learned sink is a part of it. Two more readings are measured where they differ: beside a learned sink
+the *share*, p_i over the weights of the tokens alone; with a normaliser whose weights need not add up to 1 the *raw*
+mass, the weight as it is, which 1 does not bound.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.kernels import Statistics
@@ -27,7 +30,7 @@ from sinkbed.model.observe import evaluating, input_device
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.finite import finite
 from sinkbed.train.measure.heldout import Probe
-from sinkbed.train.measure.inputs import Arranged, arrange, counted_targets, first_tokens, target_nll
+from sinkbed.train.measure.inputs import arrange, counted_targets, first_tokens, target_nll
 from sinkbed.train.measure.modes import MODE_LABELS, InferenceMode
 
 EPSILONS = (0.2, 0.3, 0.5, 0.8)
@@ -61,10 +64,12 @@ class ModeResult:
     None without such a key, and under a prefix LM."""
     mass_placed: list[list[float]] | None = None
     """[L][H] mean mass on key `placed_key` of the queries after it among the first `sink_tokens`."""
+    mass_raw: list[list[float]] | None = None
+    """As `mass`, of the weights as they are; None but with a normaliser."""
     rate_share: dict[str, list[list[float]]] | None = None
-    """As `rate`, of shares instead of masses; None where a query's weights add up to 1."""
+    """As `rate`, of shares among the tokens; None without a learned key."""
     share: list[list[float]] | None = None
-    """As `mass`, of shares."""
+    """As `mass`, of shares among the tokens; None without a learned key."""
     learned_mass: list[list[float]] | None = None
     """[L][H] as `mass`, on the learned key or the registers; None without any."""
 
@@ -89,6 +94,8 @@ class ModeResult:
             out[f"sink/mass_placed/{mode}"] = mean(self.mass_placed)
             for eps in self.rate_placed:
                 out[f"sink/rate_placed_eps{eps}/{mode}"] = mean(self.rate_placed[eps])
+        if self.mass_raw is not None:
+            out[f"sink/mass_raw/{mode}"] = mean(self.mass_raw)
         if self.rate_share is not None and self.share is not None:
             out[f"sink/share/{mode}"] = mean(self.share)
             for eps in self.rate_share:
@@ -123,10 +130,10 @@ def measure(
     Raises ValueError where no target is left to count, and where a quantity is not finite.
     """
     shape = (model.config.n_layers, model.config.n_heads)
-    above = torch.zeros(len(EPSILONS), *shape, dtype=torch.float64)
-    above_row, above_placed, above_share = (torch.zeros_like(above) for _ in range(3))
-    totals, second = torch.zeros(6, *shape, dtype=torch.float64), 0
-    loss_sum, byte_sum, token_sum, documents, sums_to_one, learns = 0.0, 0, 0, 0, True, False
+    eps = torch.tensor(EPSILONS)[:, None, None, None]
+    above: dict[str, Tensor] = defaultdict(lambda: torch.zeros(len(EPSILONS), *shape, dtype=torch.float64))
+    masses: dict[str, Tensor] = defaultdict(lambda: torch.zeros(shape, dtype=torch.float64))
+    loss_sum, byte_sum, token_sum, documents, second = 0.0, 0, 0, 0, 0
     device = input_device(model)
     config.check_placed(mode, strategy)
     with evaluating(model), torch.no_grad():
@@ -136,58 +143,79 @@ def measure(
             if strategy.prefix_lm or second >= config.sink_tokens - 1:
                 second = 0  # no query is left to look at it
             row = arrange(probe, mode, strategy, rows, text, lengths, device=device, key=second)
-            alpha, alpha_row, mass, mass_full, placed, shares, learned, nll = _observe(
-                model, row, text, lengths, config.sink_tokens, second
-            )
-            sums_to_one, learns = sums_to_one and shares is None, learned is not None
-            shares = placed if shares is None else shares
-            for e, eps in enumerate(EPSILONS):
-                above[e] += (alpha > eps).sum(0)
-                above_row[e] += (alpha_row > eps).sum(0)
-                above_placed[e] += (placed.mean(-1) > eps).sum(0)
-                above_share[e] += (shares.mean(-1) > eps).sum(0)
-            after, share = placed[..., 1:].mean(-1), shares[..., 1:].mean(-1)
-            learned = torch.zeros_like(mass) if learned is None else learned
-            totals += torch.stack([x.sum(0) for x in (alpha, mass, mass_full, after, share, learned)])
+            nll, statistics = target_nll(model, row, text, statistics=True)
+            assert statistics is not None
+            queries = lengths + row.tokens.shape[1] - text.shape[1]
+            for name, of_heads in _masses(statistics, queries, config.sink_tokens, second).items():
+                if name.startswith("rate"):
+                    above[name] += (of_heads > eps).sum(1)
+                else:
+                    masses[name] += of_heads.sum(0)
             counted = counted_targets(text, lengths, strategy)
-            loss_sum += float(nll[counted].sum(dtype=torch.float64))
+            loss_sum += float(nll.cpu()[counted].sum(dtype=torch.float64))
             byte_sum += int(probe.token_bytes[text[:, 1:][counted]].sum())
             token_sum += int(counted.sum())
             documents += len(lengths)
     if not token_sum:
         raise ValueError(f"measuring: expected documents longer than strategy.prefix_lm={strategy.prefix_lm}, got none")
-    alpha, mass, mass_full, mass_placed, share, learned = (totals / documents).tolist()
-
-    def rates(counts: torch.Tensor) -> dict[str, list[list[float]]]:
-        return {str(e): (100 * counts[i] / documents).tolist() for i, e in enumerate(EPSILONS)}
-
+    figures: dict[str, Any] = {name: (total / documents).tolist() for name, total in masses.items()}
+    for name, counts in above.items():
+        figures[name] = dict(zip(map(str, EPSILONS), (100 * counts / documents).tolist(), strict=True))
     result = ModeResult(
-        rate=rates(above),
-        rate_full=rates(above_row),
-        mass=mass,
-        alpha=alpha,
-        mass_full=mass_full,
+        **figures,
         loss=loss_sum / token_sum,
         bits_per_byte=loss_sum / math.log(2) / byte_sum,
         documents=documents,
         tokens=token_sum,
         placed_key=second,
-        rate_placed=rates(above_placed) if second else None,
-        mass_placed=mass_placed if second else None,
-        rate_share=None if sums_to_one else rates(above_share),
-        share=None if sums_to_one else share,
-        learned_mass=learned if learns else None,
     )
     return finite(result, f"sinks, mode {mode}")
+
+
+def _masses(statistics: Sequence[Statistics], queries: Tensor, sink_tokens: int, key: int) -> dict[str, Tensor]:
+    """Masses of a batch by their names in `ModeResult`, [B, L, H], a rate's not yet held against eps.
+
+    Args:
+        queries: [B], how many queries of a row are not padding.
+        key: the second key; 0: none.
+    """
+
+    def stacked(values: Sequence[Tensor]) -> Tensor:  # [B, L, H, T]
+        return torch.stack(list(values), dim=1).float().cpu()
+
+    divided = [s.divided for s in statistics]
+    masses = stacked([s.first_key_mass for s in divided])
+    own = masses * (torch.arange(masses.shape[-1]) < queries[:, None])[:, None, None, :]
+    count = queries[:, None, None]
+    head = masses[..., :sink_tokens]
+    out = {
+        "rate": head.mean(-1),
+        "rate_full": own.sum(-1) / count,
+        "mass": head[..., 1:].mean(-1),
+        "alpha": head.mean(-1),
+        "mass_full": (own.sum(-1) - own[..., 0]) / (count - 1),
+    }
+    if key:
+        placed = stacked([s.document_mass[..., key:sink_tokens] for s in divided])
+        out |= {"rate_placed": placed.mean(-1), "mass_placed": placed[..., 1:].mean(-1)}
+    learned = [s.learned_sink_mass for s in statistics if s.learned_sink_mass is not None]
+    if len(learned) == len(statistics):
+        shares = stacked([s.among_tokens.first_key_mass for s in statistics])[..., :sink_tokens]
+        out |= {"rate_share": shares.mean(-1), "share": shares[..., 1:].mean(-1)}
+        out["learned_mass"] = stacked(learned)[..., 1:sink_tokens].mean(-1)
+    elif statistics[0].row_sum is not None:
+        out["mass_raw"] = stacked([s.first_key_mass for s in statistics])[..., 1:sink_tokens].mean(-1)
+    return out
 
 
 def measurement_table(step: int, results: dict[InferenceMode, ModeResult], sink_tokens: int) -> str:
     """The figures of one measurement, a line for each inference mode."""
     first = next(iter(results.values()))
     columns = {"sink rate %": ("sink/rate_eps0.3", 12, 1), "sink mass": ("sink/mass", 11, 3)}
-    if first.share is not None:
-        columns |= {"of shares %": ("sink/rate_share_eps0.3", 13, 1), "sink share": ("sink/share", 12, 3)}
+    if first.mass_raw is not None:
+        columns |= {"raw mass": ("sink/mass_raw", 10, 3)}
     if first.learned_mass is not None:
+        columns |= {"of shares %": ("sink/rate_share_eps0.3", 13, 1), "sink share": ("sink/share", 12, 3)}
         columns |= {"learned key": ("sink/learned_mass", 13, 3)}
     columns |= {"loss": ("val/loss", 8, 3), "bits/byte": ("val/bits_per_byte", 11, 3)}
     lines = [
@@ -200,55 +228,6 @@ def measurement_table(step: int, results: dict[InferenceMode, ModeResult], sink_
         lines.append(f"{MODE_LABELS[mode]:26}" + "".join(figures))
     if first.share is not None:
         lines.append(
-            "share: the mass over the sum of a query's weights of tokens. The sink rate averages over query 0 too, "
-            "whose weight on itself need not be 1 here: read the rate of shares"
+            "mass: of all that a query gives out, the learned key's part included; share: of what it gives to tokens"
         )
     return "\n".join(lines)
-
-
-def _observe(
-    model: Decoder, row: Arranged, text: torch.Tensor, lengths: torch.Tensor, sink_tokens: int, key: int
-) -> tuple[Any, ...]:
-    """One forward pass: alpha and mass [B, L, H] over sink_tokens and over the row, mass on `key` [B, L, H, queries
-    from it on], shares [B, L, H, sink_tokens] or None where weights add up to 1, mass on a learned key [B, L, H] or
-    None without one, nll [B, n−1]."""
-    nll, statistics = target_nll(model, row, text, statistics=True)
-    assert statistics is not None
-    T = row.tokens.shape[1]
-    masses = torch.stack([s.first_key_mass for s in statistics], dim=1).float().cpu()  # [B, L, H, T]
-    head = masses[..., :sink_tokens]
-    real = (torch.arange(T)[None, :] < (lengths + T - text.shape[1])[:, None])[:, None, None, :]  # no padding
-    own = masses * real
-    count = real.sum(-1)
-    on_key = head
-    if key:
-        on_key = torch.stack([s.document_mass[..., key:sink_tokens] for s in statistics], dim=1).float().cpu()
-    return (
-        head.mean(-1),
-        own.sum(-1) / count,
-        head[..., 1:].mean(-1),
-        (own.sum(-1) - own[..., 0]) / (count - 1),
-        on_key,
-        _shares(statistics, sink_tokens),
-        _learned(statistics, sink_tokens),
-        nll.cpu(),
-    )
-
-
-def _learned(statistics: Sequence[Statistics], sink_tokens: int) -> torch.Tensor | None:
-    """[B, L, H] mean mass of queries 1.. on the learned key or the registers; None without any."""
-    layers = [s.learned_sink_mass for s in statistics]
-    if any(mass is None for mass in layers):
-        return None
-    return torch.stack([mass[..., 1:sink_tokens].mean(-1).float().cpu() for mass in layers if mass is not None], dim=1)
-
-
-def _shares(statistics: Sequence[Statistics], sink_tokens: int) -> torch.Tensor | None:
-    """[B, L, H, sink_tokens] first-key mass over the sum of the query's weights of tokens; None where that is 1."""
-    layers = []
-    for layer in statistics:
-        if layer.row_sum is None:
-            return None
-        share = (layer.first_key_mass / layer.row_sum).masked_fill(layer.row_sum == 0, 0.0)
-        layers.append(share[..., :sink_tokens].float().cpu())
-    return torch.stack(layers, dim=1)

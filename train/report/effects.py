@@ -18,6 +18,7 @@ LABELS = {
     **{f"sink_rate_{eps}": f"sink rate % (eps {eps})" for eps in ("0.2", "0.5", "0.8")},
     "sink_rate_placed": "sink rate % at the placed token",
     "sink_mass": "sink mass",
+    "sink_mass_raw": "raw sink mass",
     "sink_rate_share": "sink rate % of shares",
     "sink_share": "sink share",
     "learned_mass": "mass on the learned key",
@@ -37,6 +38,7 @@ LABELS = {
 DIGITS = {
     "sink_mass": 3,
     "sink_mass_excess": 3,
+    "sink_mass_raw": 3,
     "sink_share": 3,
     "learned_mass": 3,
     "loss": 3,
@@ -80,8 +82,8 @@ def figure(result: Result, metric: str, mode: str) -> float | None:
     `sink_mass_excess`: the last live sink mass − that of step 0, of random weights. `onset_tokens`: the first live
     measurement at `measure.onset_rate`, in the first live mode whatever the mode here.
     `sink_rate_placed`: at the last position where the strategy places a token; None in modes that do not place it.
-    `sink_rate_share` (eps 0.3) and `sink_share` read the mass as its share of the query's weights of tokens; without a
-    learned sink or another normaliser these add up to 1, and both are as `sink_rate_0.3` and `sink_mass`.
+    Of rates and masses see `train.measure.sinks`: `sink_mass_raw` of the weights as they are, `sink_rate_share` (eps
+    0.3) and `sink_share` among the tokens; each is as `sink_mass` or `sink_rate_0.3` where the run has no such reading.
     `learned_mass`: as `sink_mass`, on the learned key or the registers; None without any.
     `perturbation`, `jacobian`, `effective_rank`: of what the last layer writes, the last ones measured in training.
     """
@@ -117,8 +119,8 @@ def figure(result: Result, metric: str, mode: str) -> float | None:
         return result.value(mode, "0.3") if at_0 and only else None
     if metric == "sink_rate_share":
         return mean((measured.get("rate_share") or measured["rate"])["0.3"])
-    if metric == "sink_share":
-        return mean(measured.get("share") or measured["mass"])
+    if metric in ("sink_share", "sink_mass_raw"):
+        return mean(measured.get(metric.removeprefix("sink_")) or measured["mass"])
     if metric == "learned_mass":
         return mean(measured["learned_mass"]) if measured.get("learned_mass") else None
     return result.value(mode, {"sink_mass": "mass"}.get(metric, metric.removeprefix("sink_rate_")))

@@ -63,13 +63,13 @@ def tables(measured: Measured) -> list[Table]:
                 int(key),
                 *rates.values(),
                 mass,
-                *_of_shares(result, key),
+                *_other_readings(result, key),
                 result["loss"],
                 result["bits_per_byte"],
             )
             for kind, mode, key, rates, mass, result in _sinks(measured)
         ]
-        table = Table("sinks", "Sinks", (*header, "sink mass", *_OF_SHARES, "loss", "bits per byte"), rows)
+        table = Table("sinks", "Sinks", (*header, "sink mass", *_OTHER_READINGS, "loss", "bits per byte"), rows)
         out.append(_without(table, {"input read": "natural", "key": 0}))
     out += [_layer_table(measured, group, mode) for group in get_args(Group) for mode in modes_of(measured, group)]
     for mode, states in measured.get("states", {}).items():
@@ -98,12 +98,13 @@ def _sinks(measured: Measured) -> Iterator[tuple[str, str, str, dict[str, float]
                 yield kind, mode, key, rates, mean(result[f"mass{of_key}"]), result
 
 
-_OF_SHARES = ("rate of shares %", "sink share", "mass on the learned key")
+_OTHER_READINGS = ("raw sink mass", "rate of shares %", "sink share", "mass on the learned key")
 
 
-def _of_shares(result: Measured, key: str) -> tuple[float | None, ...]:
-    """What `_OF_SHARES` names, at key 0; None where weights of tokens add up to 1, or there is no such key."""
-    values = ((result.get("rate_share") or {}).get("0.3"), result.get("share"), result.get("learned_mass"))
+def _other_readings(result: Measured, key: str) -> tuple[float | None, ...]:
+    """What `_OTHER_READINGS` names, at key 0; None where the model has no such reading."""
+    rates = (result.get("rate_share") or {}).get("0.3")
+    values = (result.get("mass_raw"), rates, result.get("share"), result.get("learned_mass"))
     return tuple(mean(value) if value and key == "0" else None for value in values)
 
 

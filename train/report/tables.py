@@ -75,7 +75,7 @@ def summary(results: Sequence[Result], published: Published, title: str = "") ->
     """The study's table, a row an arm over its seeds: its strategy, the sink and the loss in the two main modes."""
     modes, mode = modes_of(results), main_mode(results)
     columns = [("sink_rate_0.3", mode), ("sink_rate_placed", mode), ("sink_rate_0.3", "text"), ("sink_mass", mode)]
-    columns += [(name, mode) for name in ("sink_rate_share", "sink_share") if has_shares(results)]
+    columns += [(name, mode) for name in _other_readings(results)]
     columns += [("learned_mass", mode), ("loss", mode), ("loss_gap", "text")]
     if not any(r.final["modes"].get(mode, {}).get("rate_placed") for r in results):
         columns.remove(("sink_rate_placed", mode))
@@ -108,9 +108,8 @@ STRATEGY = ("mask in training", "BOS in training")
 def by_mode(results: Sequence[Result], last: str = "loss_gap", row: str = "arm") -> list[Table]:
     """A table a figure, the last one of `last`: a row an arm, in a column that is headed `row`, modes as columns."""
     modes = modes_of(results)
-    shares = ("sink_rate_share", "sink_share") if has_shares(results) else ()
     tables = []
-    for metric in ("sink_rate_0.3", "sink_mass", *shares, "learned_mass", "loss", last):
+    for metric in ("sink_rate_0.3", "sink_mass", *_other_readings(results), "learned_mass", "loss", last):
         own = [m for m in modes if (metric, m) != ("loss_gap", reference_mode(modes))]
         lines = [
             {row: arm} | {MODE_LABELS[m]: written(metric, figures(results, arm, metric, m).values()) for m in own}
@@ -120,9 +119,11 @@ def by_mode(results: Sequence[Result], last: str = "loss_gap", row: str = "arm")
     return [table for table in tables if len(table.header) > 1]
 
 
-def has_shares(results: Sequence[Result]) -> bool:
-    """Whether some run's weights of tokens need not add up to 1 for a query."""
-    return any(mode.get("share") for r in results for mode in r.final["modes"].values())
+def _other_readings(results: Sequence[Result]) -> list[str]:
+    """Figures of the sink that are of another whole than its mass, where some run has them."""
+    modes = [mode for r in results for mode in r.final["modes"].values()]
+    needs = {"sink_mass_raw": "mass_raw", "sink_rate_share": "share", "sink_share": "share"}
+    return [name for name, key in needs.items() if any(mode.get(key) for mode in modes)]
 
 
 def _span(values: Sequence[int]) -> str:
@@ -144,14 +145,14 @@ def _definitions(results: Sequence[Result]) -> str:
     tokens = sorted({m["tokens"] for m in modes if m["tokens"]})  # those of a run that is not finished are not known
     targets = f"the same {tokens[0]:,} targets in every mode" if len(tokens) == 1 else "the same targets in every mode"
     targets += f", {_span(tokens)} of them depending on the arm" if len(tokens) > 1 else ""
-    share = (
-        "Where a query's weights of tokens need not add up to 1, the mass is the weight as it is, and the share is the "
-        "mass over their sum. "
-    )
+    others = _other_readings(results)
+    raw = "raw: the weight as it is; " if "sink_mass_raw" in others else ""
+    share = "share: of its weights of tokens; " if "sink_share" in others else ""
+    whole = f"A mass is a part of all the query's weights ({(raw + share)[:-2]}). " if others else ""
     return (
         f"Sink rate: eps 0.3, T = {_span([r.final['sink_tokens'] for r in results])}, "
         f"{_span([m['documents'] for m in modes])} held-out documents, all layers and heads (arXiv 2410.10781). Sink "
-        f"mass: mean attention on key 0 of the other queries. {share if has_shares(results) else ''}Loss: nats per "
+        f"mass: mean attention on key 0 of the other queries. {whole}Loss: nats per "
         f"token of {targets}. Loss gap: loss − loss(BOS + text), or − loss(as trained) where BOS + text was not "
         "measured."
     )
@@ -252,7 +253,7 @@ def verdicts(effects: Sequence[Outcome]) -> list[str]:
 
 def rows_of(results: Sequence[Result]) -> list[dict[str, Any]]:
     """A row of table.csv for each arm, seed and mode."""
-    derived = ("loss_gap", "sink_rate_placed", "sink_rate_area", "sink_rate_share", "sink_share")
+    derived = ("loss_gap", "sink_rate_placed", "sink_rate_area", "sink_mass_raw", "sink_rate_share", "sink_share")
     rows = []
     for r, mode in ((each, mode) for each in results for mode in each.final["modes"]):
         measured = r.final["modes"][mode]

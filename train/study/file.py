@@ -24,7 +24,7 @@ Published = dict[str, dict[str, list[float | None]]]
 """Arm -> inference mode -> [sink metric in %, loss]; null where a paper gives one of them only."""
 METRICS = (
     *("sink_rate_0.2", "sink_rate_0.3", "sink_rate_0.5", "sink_rate_0.8", "sink_rate_placed", "sink_mass"),
-    *("sink_rate_share", "sink_share", "learned_mass", "sink_rate_deep"),
+    *("sink_rate_share", "sink_share", "sink_mass_raw", "learned_mass", "sink_rate_deep"),
     *("loss", "bits_per_byte", "loss_gap", "sink_rate_area", "sink_rate_peak", "sink_rate_deep_peak"),
     *("sink_mass_excess", "onset_tokens", "perturbation", "jacobian", "effective_rank"),
 )

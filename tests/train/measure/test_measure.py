@@ -19,6 +19,7 @@ from sinkbed.kernels.reference import probabilities
 from sinkbed.kernels.scoring import Scoring
 from sinkbed.model import Decoder, DecoderConfig, loss
 from sinkbed.model.decoder import DecoderOutput
+from sinkbed.model.observe import observing
 from sinkbed.train.measure import inputs
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.excerpts import Excerpts
@@ -26,7 +27,7 @@ from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.inputs import first_tokens
 from sinkbed.train.measure.measures import MEASURES, plain
 from sinkbed.train.measure.perplexity import by_position
-from sinkbed.train.measure.sinks import EPSILONS, measure
+from sinkbed.train.measure.sinks import EPSILONS, measure, measurement_table
 from tests.support.plain import numbers
 
 CONFIG = MeasureConfig(documents=7, live_documents=3, sink_tokens=16, batch_tokens=200)
@@ -57,6 +58,31 @@ def test_what_tokens_lack_to_1_is_on_the_learned_key(probe, part):
     expected = torch.stack([1 - torch.stack(layers) for layers in sums]).mean((0, 3))
     torch.testing.assert_close(torch.tensor(result.learned_mass), expected, atol=1e-5, rtol=1e-4)
     assert result.metrics("text")["sink/learned_mass/text"] == pytest.approx(float(expected.mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("normalizer", ["elu", "sigmoid", {"sigmoid": {"normalized": True}}, "softpick"])
+def test_masses_are_parts_of_all_that_a_query_gives_out(probe, normalizer):
+    torch.manual_seed(1)
+    shape = dict(n_layers=2, d_model=32, n_heads=4, d_ff=48, init_std=0.4)
+    decoder = Decoder(DecoderConfig(**shape, normalizer=normalizer), 300)
+    result = measure(decoder, probe, "text", Strategy(), CONFIG)
+    weights = []  # of each document [L, H, T, T]
+    for text in probe.documents:
+        of_layers = []
+        with torch.no_grad(), observing(decoder, attention=of_layers.append):
+            decoder(text[None, :16])
+        weights.append(torch.stack([torch.cat([w for _, w in x.blocks(divided=False)], 2)[0] for x in of_layers]))
+    raw = torch.stack([w[..., 0] for w in weights])  # [documents, L, H, T]
+    sums = torch.stack([w.sum(-1) for w in weights])
+    parts = (raw / sums).masked_fill(sums == 0, 0.0)
+    close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-4)
+    close(torch.tensor(result.mass), parts[..., 1:].mean((0, 3)))
+    close(torch.tensor(result.mass_raw), raw[..., 1:].mean((0, 3)))
+    close(torch.tensor(result.rate["0.3"]), 100 * (parts.mean(-1) > 0.3).float().mean(0))
+    assert result.share is None and result.learned_mass is None
+    unlike = not torch.allclose(raw, parts, atol=1e-3)
+    assert unlike or normalizer not in ("elu", "sigmoid")
+    assert "raw mass" in measurement_table(0, {"text": result}, 16)
 
 
 def attention_matrices(decoder, tokens, hide_first, monkeypatch, window=None):

@@ -13,11 +13,12 @@ def test_the_table_of_sinks_has_columns_for_what_differs():
 
     natural = {"natural": {"bos": {"0": figures}, "text": {"0": figures}}}
     assert not {"input read", "key"} & {*header(natural)} and "mode" in header(natural)
-    learned = ("rate of shares %", "sink share", "mass on the learned key")
+    learned = ("raw sink mass", "rate of shares %", "sink share", "mass on the learned key")
     assert not {*learned} & {*header(natural)}
     shares = figures | {"rate_share": rates, "share": [[0.2, 0.4]], "learned_mass": [[0.5, 0.7]]}
+    shares["mass_raw"] = [[1.5, 2.5]]
     [table] = tables({"sinks": {"natural": {"bos": {"0": shares}}}})
     row = dict(zip(table.header, table.rows[0], strict=True))
-    assert [round(row[name], 6) for name in learned] == [20.0, 0.3, 0.6]
+    assert [round(row[name], 6) for name in learned] == [2.0, 20.0, 0.3, 0.6]
     assert "input read" in header(natural | {"random": {"bos": {"0": figures}}})
     assert "key" in header({"natural": {"bos": {"0": figures, "1": placed}}})

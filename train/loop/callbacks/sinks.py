@@ -153,6 +153,7 @@ class SinkMonitor(L.Callback):
                 statistics=True,
             )
         assert output.statistics is not None
+        statistics = [s.divided for s in output.statistics]
         index = torch.arange(batch.tokens.shape[1], device=module.device)
         real = torch.ones_like(batch.loss_mask)
         if self.packed.layout.pads:  # padding is a document without a target
@@ -162,10 +163,10 @@ class SinkMonitor(L.Callback):
         later = real & (batch.doc_start < index)[:, None, :]
         values = {}
         if later.any():
-            document = torch.stack([s.document_mass[later].mean() for s in output.statistics]).mean()
+            document = torch.stack([s.document_mass[later].mean() for s in statistics]).mean()
             values["sink/packed_document_mass"] = float(document)
         if real[..., 1:].any():
-            row = torch.stack([s.first_key_mass[..., 1:][real[..., 1:]].mean() for s in output.statistics]).mean()
+            row = torch.stack([s.first_key_mass[..., 1:][real[..., 1:]].mean() for s in statistics]).mean()
             values["sink/packed_first_key_mass"] = float(row)
         return finite(values, "packed rows")
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from sinkbed.kernels.normalizers import shares
 from sinkbed.model.observe import LayerAttention
 from sinkbed.train.measure.excerpts import Excerpts, Totals
 from sinkbed.train.measure.measures import Column, of_attention, register_measure
@@ -53,9 +52,7 @@ def measure_paths(model: Any, excerpts: Excerpts, batch_tokens: int) -> Paths:
             product = torch.eye(T, dtype=torch.float64).expand(B, T, T)
         below, product = product.to(layer.q.device), torch.empty(B, T, T, dtype=torch.float64, device=layer.q.device)
         for queries, weights in layer.blocks():
-            # Where they need not add up to 1, by the sums they have.
-            p = weights if layer.scoring.normalizer is None else shares(weights)
-            product[:, queries] = p.double().sum(1) @ below + below[:, queries] / H
+            product[:, queries] = weights.double().sum(1) @ below + below[:, queries] / H
         product /= H + 1 / H
         totals.add("share", layer.layer, product[:, -1])
         totals.add("first", layer.layer, product[:, -1, 0])
