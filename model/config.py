@@ -90,23 +90,24 @@ class DecoderConfig:
                 f"model.decoder.sink: expected none beside normalizer {self.normalizer!r}, whose weights no sink logit "
                 f"joins, got {self.sink!r}"
             )
-        check_number("model.decoder.n_registers", self.n_registers, least=0)
+        check_number("model.decoder.n_registers", self.n_registers, least=0, integer=True)
         if self.n_registers and self.normalizer != "softmax":
             raise ValueError(
                 f"model.decoder.n_registers: expected 0 beside normalizer {self.normalizer!r}, under which their mass "
                 f"is not measured, got {self.n_registers}"
             )
-        check_number("model.decoder.n_layers", self.n_layers, least=1, most=_MOST_LAYERS)
-        for name in ("d_model", "n_heads"):
-            check_number(f"model.decoder.{name}", getattr(self, name), least=1)
+        check_number("model.decoder.n_layers", self.n_layers, least=1, most=_MOST_LAYERS, integer=True)
+        for name in ("d_model", "n_heads", "n_kv_heads", "head_dim"):
+            if getattr(self, name) is not None or name in ("d_model", "n_heads"):
+                check_number(f"model.decoder.{name}", getattr(self, name), least=1, integer=True)
         if self.feed_forward in ("none", "linear"):
             if self.d_ff:
                 raise ValueError(
                     f"model.decoder.d_ff: expected 0 beside feed_forward {self.feed_forward}, got {self.d_ff!r}"
                 )
         else:
-            check_number("model.decoder.d_ff", self.d_ff, least=1)
-        if self.n_kv_heads is not None and (self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads):
+            check_number("model.decoder.d_ff", self.d_ff, least=1, integer=True)
+        if self.n_heads % self.key_heads:
             raise ValueError(
                 f"model.decoder.n_kv_heads: expected a divisor of n_heads={self.n_heads}, got {self.n_kv_heads}"
             )
@@ -115,7 +116,6 @@ class DecoderConfig:
                 f"model.decoder.d_model: expected a multiple of n_heads={self.n_heads}, got {self.d_model}; change "
                 "one, or set head_dim"
             )
-        check_number("model.decoder.head_dim", self.dim, least=1)
         for name in ("norm_eps", "init_std"):
             check_number(f"model.decoder.{name}", getattr(self, name), above=0)
         if self.softcap is not None:

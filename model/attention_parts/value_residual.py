@@ -13,6 +13,11 @@ class ValueResidual(nn.Module, AttentionPart):
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
+        if config.n_layers == 1:
+            raise ValueError(
+                "model.decoder.attention_parts: expected more layers than one beside value_residual, which gives the "
+                "values of the first to the others, got n_layers 1"
+            )
         self.share = nn.Parameter(torch.full((1,), 0.5)) if layer else None
 
     def values(self, v: Tensor, x: Tensor, left: dict[str, Tensor]) -> Tensor:

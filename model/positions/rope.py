@@ -23,7 +23,8 @@ class Rope(PositionEncoding):
         self.rotates_all = self.dim == config.dim
         if self.dim % 2 or not self.dim:
             raise ValueError(
-                f"head_dim: expected an even number of dimensions to rotate in pairs, got {self.dim} of {config.dim}"
+                f"model.decoder.position.rope: expected an even number of dimensions to turn in pairs, got {self.dim} "
+                f"of head_dim {config.dim}; change head_dim or share"
             )
 
     def prepare(self, positions: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def test_every_sink_option_trains_and_reports_its_mass(sink):
     [
         (dict(n_heads=5, n_kv_heads=None), "d_model: expected a multiple of n_heads=5"),
         (dict(n_kv_heads=3), "n_kv_heads: expected a divisor of n_heads=4"),
-        (dict(n_layers=0), "n_layers: expected at least 1"),
+        (dict(n_layers=0), "n_layers: expected an integer of at least 1"),
         (dict(init_std=0), "init_std: expected more than 0"),
     ],
 )
@@ -146,7 +146,7 @@ def test_a_gradient_of_the_gradients_is_refused_and_never_wrong():
 
 
 def test_rotary_positions_need_an_even_head_dim():
-    with pytest.raises(ValueError, match="head_dim: expected an even number of dimensions"):
+    with pytest.raises(ValueError, match="rope: expected an even number of dimensions"):
         Decoder(DecoderConfig(**{**SMALL, "head_dim": 7, "position": {"rope": {"theta": 500.0}}}), 30)
     Decoder(DecoderConfig(**{**SMALL, "head_dim": 7, "position": "none"}), 30)
 

@@ -156,6 +156,8 @@ def _expected(key: str, kind: str, value: str) -> str:
     value = value.strip()
     if value.lower() in ("nan", "inf", "-inf"):
         kind = "a finite number"
+    if kind == "list":
+        kind = f"a list, such as '[{value}]'"
     choices = re.findall("'(.*?)'", kind)
     return f"{key}: expected {kind}, got {value!r}{did_you_mean(value, choices)}"
 

@@ -14,6 +14,7 @@ from sinkbed.data.pack.batches import Batch
 from sinkbed.kernels import Implementation
 from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.model.loss import IGNORED
+from sinkbed.plain_text import counted
 from sinkbed.ranges import check_number
 from sinkbed.train.loop.datamodule import TokenData
 from sinkbed.train.loop.fsdp import FSDP2Strategy, shard
@@ -156,8 +157,8 @@ class SinkbedModule(L.LightningModule):
     ) -> None:
         """Clip the global norm, stop on a norm that is not finite, and log."""
         loss = self._normalise()
-        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters(), limit, foreach=True))
+        total = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None], foreach=True)
+        norm = whole(total)
         step = self.trainer.global_step + 1
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         due = step % every == 0 or step in (1, self.trainer.max_steps)
@@ -165,6 +166,8 @@ class SinkbedModule(L.LightningModule):
         self._last = (step, loss, norm)
         if due or norm.device.type == "cpu":
             self.check_finite()
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), self.max_grad_norm, total, foreach=True)
         if due:
             self._log_training(step, loss, norm)
 
@@ -174,8 +177,11 @@ class SinkbedModule(L.LightningModule):
             return
         step, loss, norm = self._last
         if not torch.isfinite(loss + norm):
+            gradients = ((name, local_part(p.grad)) for name, p in self.named_parameters() if p.grad is not None)
+            wrong = [name.removeprefix("decoder.") for name, gradient in gradients if not gradient.isfinite().all()]
+            of = f", {counted(len(wrong), 'gradient')} not finite, {wrong[0]} among them" if wrong else ""
             raise self._diverged(
-                step, "loss and gradient", f"loss {float(loss):.4g} and gradient norm {float(norm):.4g}"
+                step, "loss and gradient", f"loss {float(loss):.4g} and gradient norm {float(norm):.4g}{of}"
             )
 
     def check_weights(self) -> None:

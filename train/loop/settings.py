@@ -109,10 +109,10 @@ def _check_positions(decoder: DecoderConfig, strategy: Strategy, measure: Measur
             f"model.decoder.position: {decoder.position} lowers logits by the distance back to a key; expected no keys "
             f"ahead, got data.strategy.prefix_lm={strategy.prefix_lm}"
         )
-    if strategy.positions == "document" and strategy.mask != "intra_document":
+    if strategy.positions == "document" and (strategy.mask != "intra_document" or strategy.shared_prefix):
         raise ValueError(
-            "data.strategy.positions: expected row, or mask: intra_document, as the distance between documents "
-            f"that {decoder.position} needs is that in the row, got document"
+            "data.strategy.positions: expected row, or mask: intra_document without a shared_prefix, as the distance "
+            f"between documents that {decoder.position} needs is that in the row, got document"
         )
 
 

@@ -155,23 +155,35 @@ def label(metric: str, mode: str) -> str:
 
 
 def check_measured(study: StudyConfig, runs: Sequence[ArmRun]) -> None:
-    """Raise ValueError for an effect whose arms will not be measured in the mode that it is about."""
+    """Raise ValueError for an effect whose figure one of its arms will not have."""
     of_arm = {run.arm: run for run in runs}
     for effect in study.effects:
-        key = "live_modes" if effect.metric in (*LIVE, *MIXING) else "modes"
         for arm, mode in ((effect.arm, effect.mode), effect.other):
-            modes = of_arm[arm].setting(f"measure.{key}", getattr(MeasureConfig, key))
-            if mode not in modes and effect.metric != "onset_tokens":
-                raise ValueError(
-                    f"effect {effect.name!r}: expected a mode that arm {arm} is measured in (measure.{key}: "
-                    f"{', '.join(modes)}); got {mode}"
-                )
-            points = of_arm[arm].setting("measure.mixing_points", MeasureConfig.mixing_points)
-            if effect.metric in MIXING and not points:
-                raise ValueError(
-                    f"effect {effect.name!r}: expected mixing to be measured while arm {arm} trains "
-                    f"(measure.mixing_points), got {points}"
-                )
+            if needed := _needed(effect.metric, mode, of_arm[arm]):
+                raise ValueError(f"effect {effect.name!r}: {effect.metric} of arm {arm}: expected {needed}")
+
+
+def _needed(metric: str, mode: str, run: ArmRun) -> str | None:
+    """What an arm lacks for a figure, and what it has instead; None where it will be measured."""
+    key = "live_modes" if metric in (*LIVE, *MIXING) else "modes"
+    modes = run.setting(f"measure.{key}", getattr(MeasureConfig, key))
+    if mode not in modes and metric != "onset_tokens":
+        return f"a mode that it is measured in (measure.{key}: {', '.join(modes)}); got {mode}"
+    first, layers = run.setting("data.strategy.first_token", "none"), run.setting("model.decoder.n_layers", 0)
+    strategy = run.setting("trainer.strategy", "auto")
+    if metric in MIXING and not (points := run.setting("measure.mixing_points", MeasureConfig.mixing_points)):
+        return f"mixing to be measured while it trains (measure.mixing_points), got {points}"
+    if metric == "jacobian" and "fsdp" in str(strategy):
+        return f"a trainer.strategy under which gradients of states can be taken, such as ddp, got {strategy}"
+    if metric == "loss_gap" and reference_mode(modes) in (None, mode):
+        return f"bos or as_trained in measure.modes, and another mode to compare with it, got {', '.join(modes)}"
+    if metric.startswith("sink_rate_deep") and layers < 3:
+        return f"three layers or more, got {layers}"
+    if metric == "sink_rate_placed" and all(what == "none" for what in (first if isinstance(first, list) else [first])):
+        return f"a token that data.strategy.first_token places, got {first}"
+    if metric == "learned_mass" and run.setting("model.decoder.sink", "none") == "none":
+        return None if run.setting("model.decoder.n_registers", 0) else "a model.decoder.sink or registers, got neither"
+    return None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+from sinkbed.plain_text import did_you_mean
+
 
 def check_number(
     name: str,
@@ -30,4 +32,6 @@ def check_number(
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise ValueError for a setting that is none of the choices."""
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(
+            f"{name}: expected one of {', '.join(choices)}, got {value!r}{did_you_mean(str(value), choices)}"
+        )

@@ -74,7 +74,7 @@ class Registry:
         """The options of a choice.
 
         Raises ValueError for what chooses no variant, for an option that it lacks, and for one whose value is not of
-        the type that it is annotated with.
+        the type that it is annotated with or that its default has.
         """
         name = self.name_of(choice)
         options = (choice[name] or {}) if isinstance(choice, dict) else {}
@@ -83,7 +83,7 @@ class Registry:
         if not isinstance(options, dict):
             raise ValueError(f"{self.key}.{name}: expected {{option: value}}, got {options!r}")
         parameters = inspect.signature(self[choice], eval_str=True).parameters.values()
-        known = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
+        known = {p.name: _kind_of(p) for p in parameters if p.kind is p.KEYWORD_ONLY}
         for option, value in options.items():
             if option not in known:
                 raise ValueError(
@@ -98,6 +98,14 @@ class Registry:
     def make(self, choice: Choice, *arguments: Any) -> Any:
         """What a variant makes of `arguments` and its options. Raises ValueError: see `check`."""
         return self[choice](*arguments, **self.check(choice))
+
+
+def _kind_of(parameter: inspect.Parameter) -> Any:
+    """What an option is annotated with; of one without an annotation what its default tells."""
+    if parameter.annotation is not parameter.empty:
+        return parameter.annotation
+    kind = type(parameter.default)
+    return {int: float}.get(kind, kind) if kind in (bool, int, float, str) else Any
 
 
 def _is_of(value: Any, kind: Any) -> bool:

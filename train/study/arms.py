@@ -167,6 +167,7 @@ def check_configs(runs: Sequence[ArmRun]) -> str:
                 continue
             except SystemExit:
                 why = re.sub(r"^sinkbed[ \w]*: ", "", printed.getvalue().splitlines()[0])
+                why = re.sub(f"^{re.escape(str(config))}(, line \\d+)?: ", "", why)
             except ValueError as error:
                 why = str(error)
             return f"arm {run.arm}: {why} (in {', '.join(dict.fromkeys(run.names))})"

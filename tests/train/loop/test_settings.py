@@ -67,7 +67,7 @@ def test_a_trainer_setting_without_effect_is_refused(fit, capsys, option):
             ),
             "data.strategy.shared_prefix=2, got first_key_masked; leave it out",
         ),
-        (("--model.decoder.position", "{rope: {share: 0.01}}"), "expected an even number of dimensions to rotate"),
+        (("--model.decoder.position", "{rope: {share: 0.01}}"), "expected an even number of dimensions to turn"),
         (("--model.decoder.normalizer", "sigmoid", "--model.decoder.sink", "learned"), "sink: expected none beside"),
         (("--model.decoder.feed_forward", "none"), "d_ff: expected 0 beside feed_forward none, got"),
         (("--trainer.accumulate_grad_batches", "2"), "set data.micro_batch_size"),

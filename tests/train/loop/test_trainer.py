@@ -20,6 +20,19 @@ def test_weights_that_a_step_made_infinite_are_never_saved(fit, capsys):
     assert "no step is saved" in message and directory.newest_checkpoint(folder) is None
 
 
+def test_a_gradient_that_is_not_finite_is_named(fit, capsys, monkeypatch):
+    original = SinkbedModule._normalise
+
+    def spoiled(self):
+        self.decoder.head.weight.grad[3, 5] = float("nan")
+        return original(self)
+
+    monkeypatch.setattr(SinkbedModule, "_normalise", spoiled)
+    status, _ = fit("--model.max_grad_norm", "1.0")
+    message = refused(capsys, status)
+    assert "gradient norm nan, 1 gradient not finite, head.weight among them" in message
+
+
 @pytest.mark.parametrize(
     ("optimizer", "named"),
     [("adamw", "head.weight"), ("adamw", "exp_avg_sq of parameter 0"), ("soap", "GG of parameter 0")],

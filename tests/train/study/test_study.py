@@ -97,6 +97,10 @@ def test_what_a_killed_study_left_half_written_is_removed(finished):
             "window: expected at most 47 with context_length 48, got 48, which limits nothing",
         ),
         ("model: {optimizer: {warmup_steps: 11}}", "warm-up of 11 and cooldown of 0 steps do not fit"),
+        (
+            "model: {decoder: {attention_parts: qk_norm}}",
+            "arm absent: model.decoder.attention_parts: expected a list, such as",
+        ),
         ("model: {max_grad_norm: -1}", "model.max_grad_norm: expected more than 0, got -1"),
         (
             "model: {decoder: {position: {rope: {shar: 1}}}}",
@@ -105,7 +109,7 @@ def test_what_a_killed_study_left_half_written_is_removed(finished):
         ("model: {optimizer: {name: {adamw: {shar: 1}}}}", "name: expected options of adamw (betas, eps); got 'shar'"),
         ("data: {micro_batch_size: 3}", "data.batch_size=4: expected a multiple of micro_batch_size=3"),
         ("trainer: {fast_dev_run: true}", "trainer.fast_dev_run: has no effect here"),
-        ("model: {decoder: {n_layers: 1000000}}", "n_layers: expected at least 1 and at most 10000"),
+        ("model: {decoder: {n_layers: 1000000}}", "n_layers: expected an integer of at least 1 and at most 10000"),
         ("model: {decoder: {d_model: 100000000}}", "GB of memory of this machine"),
     ],
 )
@@ -147,11 +151,32 @@ def test_what_fit_would_refuse_is_refused_before_any_arm_is_started(study, capsy
                 "workers: 2",
                 "effects: [{name: E, metric: loss, arm: fixed, expected: up, against: absent, mode: as_trained}]",
             ),
-            "mode that arm fixed is measured in (measure.modes: bos, text, first_key_masked); got as_trained",
+            "loss of arm fixed: expected a mode that it is measured in (measure.modes: bos, text, first",
         ),
         (
             ("workers: 2", "effects: [{name: E, metric: jacobian, arm: fixed, expected: up, against: absent}]"),
-            "mixing to be measured while arm fixed trains (measure.mixing_points), got 0",
+            "jacobian of arm fixed: expected mixing to be measured while it trains (measure.mixing_points), got 0",
+        ),
+        (
+            ("workers: 2", "effects: [{name: E, metric: loss_gp, arm: fixed, expected: up, against: absent}]"),
+            "did you mean loss_gap?",
+        ),
+        *(
+            (("workers: 2", f"effects: [{{name: E, arm: fixed, expected: up, against: absent, {keys}}}]"), message)
+            for keys, message in (
+                ("metric: loss_gap, mode: bos", "loss_gap of arm fixed: expected bos or as_trained in measure.modes"),
+                ("metric: sink_rate_deep", "sink_rate_deep of arm fixed: expected three layers or more, got 2"),
+                ("metric: sink_rate_placed, mode: text", "arm absent: expected a token that data.strategy.first_token"),
+                ("metric: learned_mass", "expected a model.decoder.sink or registers, got neither"),
+            )
+        ),
+        (
+            (
+                "base: [run.yaml]",
+                "base: [run.yaml, {trainer: {strategy: fsdp2}, measure: {mixing_points: 2}}]\n"
+                "effects: [{name: E, metric: jacobian, arm: fixed, expected: up, against: absent}]",
+            ),
+            "expected a trainer.strategy under which gradients of states can be taken, such as ddp, got fsdp2",
         ),
     ],
 )
