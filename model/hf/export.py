@@ -20,17 +20,20 @@ _ARCHITECTURES = (GPT2(), Qwen3(), GptOss(), Gemma2(), Llama())
 def architecture_of(config: DecoderConfig) -> Architecture:
     """The first architecture that is meant by a decoder's parts.
 
-    Raises ValueError for a part that it lacks, by name.
+    Raises ValueError for parts that it lacks, by name.
     """
     architecture = next(each for each in _ARCHITECTURES if each.is_meant(config))
+    lacking = []
     for part, known in {**OF_LLAMA, **architecture.parts}.items():
         value = getattr(config, part)
         if known and name_of(value) not in known:
             expected = " or ".join("none" if each in (None, []) else str(each) for each in known)
-            raise ValueError(
+            lacking.append(
                 f"model.decoder.{part}: expected {expected}, which Hugging Face's {architecture.name} has, "
                 f"got {value!r}"
             )
+    if lacking:
+        raise ValueError("; ".join(lacking))
     return architecture
 
 

@@ -106,6 +106,7 @@ REFUSED = [
     (dict(feed_forward="none", d_ff=0), "feed_forward: expected swiglu or geglu or reglu, which .* Llama has"),
     (dict(position={"learned": {"length": 40}}), "norm: expected layer, which Hugging Face's GPT-2 has, got 'rms'"),
     (dict(LEARNED, n_kv_heads=2, feed_forward="gelu"), "expected n_kv_heads 4 and head_dim 8, .*GPT-2.*, got 2 and 8"),
+    (dict(block="post_norm", n_registers=2), "block: expected pre_norm, .*; model.decoder.n_registers: expected 0"),
     (dict(n_registers=2), "n_registers: expected 0, which Hugging Face's Llama has, got 2"),
     (dict(position="alibi"), "position: expected rope, which Hugging Face's Llama has, got 'alibi'"),
     (dict(position={"rope": {"share": 0.5}}), "position: expected rope over whole heads"),

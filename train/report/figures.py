@@ -167,10 +167,14 @@ def look(index: int) -> tuple[str, str]:
 
 
 def drawable(text: str) -> str:
-    """A text with what the font of figures has no glyph for written as its number: 你 as U+4F60."""
+    """A text with what the font of figures has no glyph for written as its number: 你 as U+4F60.
+
+    A space goes before `_`, with which a label begins that legends leave out.
+    """
     glyphs = get_font(findfont(FontProperties()))
     written = "".join(c if glyphs.get_char_index(ord(c)) else f"U+{ord(c):04X}" for c in text)
-    return written.replace("$", r"\$")  # which would begin a formula
+    written = written.replace("$", r"\$")  # which would begin a formula
+    return f" {written}" if written.startswith("_") else written
 
 
 def line(axis: Axes, x: Sequence[float], y: Sequence[float], label: str, look: tuple[str, str], **options: Any) -> None:

@@ -13,6 +13,7 @@ from sinkbed.train.measure.measures import Group, measures
 from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.effects import LABELS, MIXING, curve, figures, reference_mode
 from sinkbed.train.report.figures import (
+    COLOURS,
     INK,
     LINE,
     MARKERS,
@@ -84,7 +85,7 @@ def pictures(results: Sequence[Result], curves: Sequence[Result]) -> list[Pictur
     for group in get_args(Group) if live else ():
         columns = [c for measure in measures(group).values() for c in measure.columns if c.log]
         of_group = [panel for c in columns for panel in panels(c.title, c.log, live[:1])]
-        note = f"Input: {MODE_LABELS[live[0]]}. Means over layers. {words}"
+        note = f"Input: {MODE_LABELS[live[0]]}. Of what every layer has, the mean over layers. {words}"
         every.append(Picture(group, group.capitalize(), note, of_group))
     # Where key 0 is hidden there is no attention on it.
     modes = [mode for mode in modes_of(curves) if mode in measured and mode != "first_key_masked"]
@@ -148,11 +149,13 @@ def _against_sink(results: Sequence[Result], modes: Sequence[str]) -> list[Panel
 
 def _scatter(arms: Sequence[str], marks: dict[tuple[str, str], list[tuple[float, float]]], axis: Axes) -> None:
     """An arm a colour, a mode a marker."""
-    for arm in dict.fromkeys(arm for arm, _ in marks):
-        line(axis, [], [], arm, look(arms.index(arm)), marker="")  # for the legend: a marker is a mode here
+    second = set(arms[len(COLOURS) :])  # whose colours others have too: hollow, and dashed in the legend
+    for arm in dict.fromkeys(arm for arm, _ in marks):  # for the legend: a marker is a mode here
+        line(axis, [], [], arm, look(arms.index(arm)), marker="", linestyle="--" if arm in second else "-")
     for (arm, mode), pairs in marks.items():
         colour, gid = look(arms.index(arm))[0], f"series:{arm}"
-        axis.plot(*zip(*pairs, strict=True), MODE_LOOKS[mode][1], color=colour, gid=gid, markersize=4, alpha=0.6)
+        options: dict[str, Any] = {"fillstyle": "none" if arm in second else "full", "markersize": 4, "alpha": 0.6}
+        axis.plot(*zip(*pairs, strict=True), MODE_LOOKS[mode][1], color=colour, gid=gid, **options)
     axis.set(xlabel="sink mass")
     axis.grid()
 
