@@ -89,7 +89,7 @@ def attention(
         sink_value: [H, D], the value of that logit; None has none.
         normalizer: what takes the softmax's place (see `kernels.normalizers`), without a learned sink.
         statistics: also return the masses on the first key of the row, of the document and on the learned sink, and
-            with a normaliser the sum of the weights.
+            with a normaliser or a sink_logit the sum of the weights of tokens.
         implementation: None takes the device's own: `torch` on CPUs, `triton` on CUDA and ROCm. Other devices have
             none: `reference`, which holds the T×T matrix, must be asked for.
 

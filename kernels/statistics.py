@@ -26,13 +26,13 @@ class Statistics(NamedTuple):
     """Sum of the query's weights of tokens, where that need not be 1: beside a learned sink, or with a normaliser."""
 
     @property
-    def divided(self) -> "Statistics":
-        """The masses as shares of all that the query gives out, which with a normaliser need not be 1."""
+    def normalized(self) -> "Statistics":
+        """The masses over the sum of all that the query gives out, which with a normaliser need not be 1."""
         return self if self.learned_sink_mass is not None else self.among_tokens
 
     @property
     def among_tokens(self) -> "Statistics":
-        """The masses as shares of what the query gives to tokens; 0 where that is nothing."""
+        """The masses over what the query gives to tokens; 0 where that is nothing."""
         if self.row_sum is None:
             return self
         first_key, document = (

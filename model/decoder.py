@@ -147,12 +147,14 @@ class Decoder(nn.Module):
 
     @staticmethod
     def parameters_of(config: DecoderConfig, vocab_size: int) -> int:
-        """Parameters of a decoder that is not built: of one layer, and of each further one."""
+        """Parameters of a decoder that is not built: of its first layers, two at most, and of each further one."""
+        first = min(2, config.n_layers)
         with torch.device("meta"):
-            one, two = (
-                Decoder(dataclasses.replace(config, n_layers=layers), vocab_size).parameter_count() for layers in (1, 2)
+            few, more = (
+                Decoder(dataclasses.replace(config, n_layers=layers), vocab_size).parameter_count()
+                for layers in (first, first + 1)
             )
-        return one + (config.n_layers - 1) * (two - one)
+        return few + (config.n_layers - first) * (more - few)
 
     def parameter_count(self) -> int:
         """Number of parameters, tied ones once."""

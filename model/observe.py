@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from sinkbed.kernels import Mask, Statistics, attention_received
-from sinkbed.kernels.normalizers import shares
 from sinkbed.kernels.scoring import Scoring
 from sinkbed.kernels.statistics import blocks_of
 
@@ -36,17 +35,18 @@ class LayerAttention:
     scoring: Scoring
     statistics: Statistics | None
 
-    def blocks(self, size: int = 128, *, divided: bool = True) -> Iterator[tuple[slice, Tensor]]:
+    def blocks(self, size: int = 128, *, normalized: bool = True) -> Iterator[tuple[slice, Tensor]]:
         """Slices of queries and their attention [B, H, M, T], so that T×T is never there at once.
 
         Args:
-            divided: with a normaliser, as shares of the query's sum, which it may leave at another value than 1.
+            normalized: with a normaliser, over the sum of the query's, which it may leave at another value than 1.
         """
         for queries in blocks_of(self.q.shape[2], size):
             logits = self.scoring.logits(self.q, self.k.float(), self.mask, queries)  # in float32
             if self.scoring.normalizer is not None:
                 weights = self.scoring.normalizer.weights(logits)
-                yield queries, shares(weights) if divided else weights
+                total = weights.sum(-1, keepdim=True)
+                yield queries, (weights / total).masked_fill(total == 0, 0.0) if normalized else weights
             else:
                 assert self.lse is not None
                 yield queries, (logits - self.lse[:, :, queries, None].float()).exp()

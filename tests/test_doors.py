@@ -179,9 +179,9 @@ class Toy(torch.nn.Module, Normalizer):
     seen = []
     with observing(decoder, attention=seen.append):
         output = decoder(torch.arange(8)[None], statistics=True)
-    weights, parts = (torch.cat([w for _, w in seen[1].blocks(3, divided=of)], dim=2) for of in (False, True))
+    weights, parts = (torch.cat([w for _, w in seen[1].blocks(3, normalized=of)], dim=2) for of in (False, True))
     torch.testing.assert_close(weights[..., 0], output.statistics[1].first_key_mass)
-    torch.testing.assert_close(parts[..., 0], output.statistics[1].divided.first_key_mass)
+    torch.testing.assert_close(parts[..., 0], output.statistics[1].normalized.first_key_mass)
     torch.testing.assert_close(parts.sum(2), seen[1].received())
     torch.testing.assert_close(parts.sum(-1), torch.ones(parts.shape[:3]))
     assert not torch.allclose(weights.sum(-1), torch.ones(1))

@@ -134,7 +134,7 @@ def test_it_is_used_from_a_folder_with_packages_of_the_same_names(installed, tmp
         shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".*", "build", "runs", "stores", "*.egg-info"))
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
         subprocess.run([*pip, "--target", str(tmp_path / "site"), str(checkout)], check=True, capture_output=True)
-        assert (tmp_path / "site/sinkbed/kernels/triton/baseline.csv").is_file()
+        assert (tmp_path / "site/sinkbed/kernels/triton/baseline-3.9.0.csv").is_file()
         assert (tmp_path / "site/sinkbed/train/report/page.css").is_file()
         environment["PYTHONPATH"] = str(tmp_path / "site")
     work = tmp_path / "work"

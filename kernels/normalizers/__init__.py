@@ -60,7 +60,7 @@ class Normalizer:
             )
 
     def weights(self, logits: Tensor) -> Tensor:
-        """Weights [B, H, M, N] of N ≤ T keys for M of the queries; logits [B, H, M, N] are −inf where a key is hidden.
+        """Weights [B, H, M, N], none negative, of N ≤ T keys for M queries; logits [B, H, M, N]: −inf hides a key.
 
         N grows from block to block and says nothing: the keys that a query sees are those above −inf. Multiplied by a
         parameter, a hidden one has a gradient that is no number: hide it anew (`masked_fill`) where there is one.
@@ -93,6 +93,6 @@ def total_of(weights: Tensor) -> Tensor:
     return weights.sum(-1, keepdim=True) + 1e-8
 
 
-def shares(weights: Tensor) -> Tensor:
+def normalize(weights: Tensor) -> Tensor:
     """Weights over their sum along the keys; all 0 where there is none."""
     return weights / total_of(weights)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from sinkbed.kernels.normalizers import NORMALIZERS, Fused, Linearized, Normalizer, shares, total_of
+from sinkbed.kernels.normalizers import NORMALIZERS, Fused, Linearized, Normalizer, normalize, total_of
 
 
 @NORMALIZERS.register("elu")
@@ -15,7 +15,7 @@ class ELU(Normalizer):
 
     def weights(self, logits: Tensor) -> Tensor:
         weights = logits.clamp(max=0).exp() + logits.relu()  # elu(logit) + 1 rounds small weights to 0
-        return shares(weights) if self.normalized else weights
+        return normalize(weights) if self.normalized else weights
 
     def linearized(self, logits: Tensor) -> Linearized:
         slope = logits.clamp(max=0).exp_()

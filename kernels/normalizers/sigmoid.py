@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sinkbed.kernels.normalizers import NORMALIZERS, Fused, Linearized, Normalizer, shares, total_of
+from sinkbed.kernels.normalizers import NORMALIZERS, Fused, Linearized, Normalizer, normalize, total_of
 from sinkbed.ranges import check_number
 
 
@@ -18,7 +18,7 @@ class Sigmoid(Normalizer):
 
     def weights(self, logits: Tensor) -> Tensor:
         weights = (logits + self.bias if self.bias else logits).sigmoid()
-        return shares(weights) if self.normalized else weights
+        return normalize(weights) if self.normalized else weights
 
     def linearized(self, logits: Tensor) -> Linearized:
         weights = (logits.add_(self.bias) if self.bias else logits).sigmoid_()

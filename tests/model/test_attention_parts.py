@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sinkbed.model import Decoder
+from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.model.attention import SelfAttention
 from tests.support.plain import assert_same, config, drawn, forward_pass, heads, projections, stream
 
@@ -42,6 +42,11 @@ PARTS = [
     ("v_bias", v_bias, {"bias": (24,)}),
     ("value_gate", value_gate, {"gate.weight": (12, 20)}),
 ]
+
+
+def test_value_residual_takes_more_layers_than_one():
+    with pytest.raises(ValueError, match="expected more layers than one beside value_residual"):
+        Decoder(DecoderConfig(n_layers=1, d_model=8, n_heads=2, d_ff=8, attention_parts=["value_residual"]), 20)
 
 
 @pytest.mark.parametrize(("choice", "formula", "shapes"), PARTS, ids=[str(part[0]) for part in PARTS])

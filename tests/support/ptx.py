@@ -195,7 +195,12 @@ class Decoder:
         return lambda group: constant
 
     def write(self, register: str, kind: str) -> Write:
-        """Writer of a register; a value narrower than it is extended by its sign, or with zeros (§9.4.1)."""
+        """Writer of a register; a value narrower than it is extended by its sign, or with zeros (§9.4.1).
+
+        `_` takes what an unpacking leaves unused (§9.7.9).
+        """
+        if register == "_":
+            return lambda group, value, mask: None
         slot, width = self.slot(register), UNSIGNED[_width(register)]
         wider = _SIGNED[_width(register)] if kind[0] == "s" else width
         extends = _width(register) > bits_of(kind)

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sinkbed.data.files import write_atomic
 from sinkbed.plain_text import console, csv_of
 from sinkbed.train.config.arguments import PlainParser
 
-BASELINE = Path(__file__).resolve().parents[2] / "kernels" / "triton" / "baseline.csv"
+TABLES = Path(__file__).resolve().parents[2] / "kernels" / "triton"
 _KEYS = ("arch", "kernel", "mask", "dtype", "head_dim")
 _CHECKED = ("tiles", "spilled", "in_loops", "unit", "matrix", "full_loop")
 _GROWTH = 1.02  # of a loop over full tiles, before a check fails
@@ -57,10 +58,18 @@ def compile_only(cache: str) -> None:
     os.environ["TRITON_CACHE_DIR"] = cache  # a warm cache would hide a compiler's failure
 
 
+def stored_table() -> Path:
+    """The stored table of the Triton that is here: what compilers make of a kernel is a version's."""
+    return TABLES / f"baseline-{version('triton')}.csv"
+
+
 def read_table(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
     """Lines of a stored table by variant. Raises FileNotFoundError or ValueError that names the file."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a table of `sinkbed kernels --write`, got no file")
+        stored = ", ".join(sorted(p.stem.removeprefix("baseline-") for p in TABLES.glob("baseline-*.csv")))
+        raise FileNotFoundError(
+            f"{path}: expected a table of `sinkbed kernels --write`, got no file; those of Triton {stored} are stored"
+        )
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
     if not lines or not {*_KEYS, *_CHECKED} <= set(lines[0]):
@@ -151,7 +160,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     from sinkbed.kernels.triton.aot import CHIPS, DTYPES, KERNELS, MASKS, is_stored
     from sinkbed.kernels.triton.tiles import HEAD_DIMS
 
-    archs = tuple(CHIPS)
+    archs, baseline = tuple(CHIPS), stored_table()
     parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").replace("\n", " "))
     parser.add_argument("--arch", nargs="+", choices=archs, default=archs, help="GPUs (default: all)")
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS, help="default: all")
@@ -168,13 +177,13 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument("--csv", type=Path, help="write the table to this file")
     parser.add_argument("--json", type=Path, help="the same as a list of objects, refused variants with their error")
     parser.add_argument(
-        "--check", type=Path, nargs="?", const=BASELINE, help="fail where it is worse than a stored table"
+        "--check", type=Path, nargs="?", const=baseline, help="fail where it is worse than a stored table"
     )
-    parser.add_argument("--write", action="store_true", help=f"store the table as the baseline ({BASELINE.name})")
+    parser.add_argument("--write", action="store_true", help=f"store the table ({baseline.name})")
     arguments = parser.parse_args(list(argv))
     if arguments.write and arguments.tiles:
         raise ValueError("kernels --write: expected the kernels' own tiles, got --tiles; leave one of them out")
-    baseline = read_table(arguments.check) if arguments.check else {}
+    expected = read_table(arguments.check) if arguments.check else {}
     tiles = tuple(arguments.tiles) if arguments.tiles else None
     sizes = [MASKS, DTYPES, HEAD_DIMS] if arguments.all else [arguments.mask, arguments.dtype, arguments.head_dim]
     tasks = dict.fromkeys(
@@ -191,13 +200,13 @@ def run(command: str, argv: Sequence[str]) -> int:
     if arguments.json is not None:
         write_atomic(arguments.json, json.dumps(lines, indent=1) + "\n")
     if arguments.check:
-        wrong = violations(lines, baseline)
+        wrong = violations(lines, expected)
     if arguments.write and not wrong:
         # Lines of variants that were not compiled now stay, but for a whole new table.
-        keep = BASELINE.is_file() and not arguments.all
-        stored: dict[tuple[str, ...], Any] = dict(read_table(BASELINE)) if keep else {}
+        keep = baseline.is_file() and not arguments.all
+        stored: dict[tuple[str, ...], Any] = dict(read_table(baseline)) if keep else {}
         stored |= {tuple(str(line[key]) for key in _KEYS): line for line in lines}
-        write_atomic(BASELINE, to_csv(list(stored.values())))
+        write_atomic(baseline, to_csv(list(stored.values())))
     for message in wrong:
         print(message)
     return 1 if wrong else 0

@@ -165,19 +165,21 @@ class SinkbedModule(L.LightningModule):
         # Reading a number from an accelerator stalls it, so there the check waits for the logging step.
         self._last = (step, loss, norm)
         if due or norm.device.type == "cpu":
-            self.check_finite()
+            self.check_finite(clipped=False)
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters(), self.max_grad_norm, total, foreach=True)
         if due:
             self._log_training(step, loss, norm)
 
-    def check_finite(self) -> None:
+    def check_finite(self, *, clipped: bool = True) -> None:
         """Raise TrainingDiverged where the last step's loss or gradient was not finite; call before saving."""
         if self._last is None:
             return
         step, loss, norm = self._last
         if not torch.isfinite(loss + norm):
-            gradients = ((name, local_part(p.grad)) for name, p in self.named_parameters() if p.grad is not None)
+            # Clipping by a norm that is not finite spoils them all.
+            named = [] if clipped else [(name, p.grad) for name, p in self.named_parameters() if p.grad is not None]
+            gradients = ((name, local_part(gradient)) for name, gradient in named)
             wrong = [name.removeprefix("decoder.") for name, gradient in gradients if not gradient.isfinite().all()]
             of = f", {counted(len(wrong), 'gradient')} not finite, {wrong[0]} among them" if wrong else ""
             raise self._diverged(

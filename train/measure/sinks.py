@@ -5,13 +5,14 @@ and never needs a T×T matrix.
 
 Sink rate (arXiv 2410.10781, eq. 6; k = 0): with p_i the mass of query i on key 0 in one head, on one document,
 alpha = (1/T) Σ_i p_i over the first T queries; the rate is the share of (document, layer, head) with
-alpha > eps, in %. Query 0 counts (p_0 = 1), so uniform causal attention at T = 64 gives alpha = 0.074.
-Sink mass is the plain mean of p_i over queries 1..T−1: query 0 would be 1 by construction.
+alpha > eps, in %. Query 0 counts, so uniform causal attention at T = 64 gives alpha = 0.074.
+Sink mass is the plain mean of p_i over queries 1..T−1: p_0 is 1 by construction, less what a learned sink or registers
+take; with softpick it may be 0.
 
-p_i is the weight of key 0 over the sum of all that the query gives out (0 where it gives nothing). With a softmax the
-sum is 1, and a learned sink is a part of it. Two more readings are measured where they differ: beside a learned sink
-the *share*, p_i over the weights of the tokens alone; with a normaliser whose weights need not add up to 1 the *raw*
-mass, the weight as it is, which 1 does not bound.
+p_i is the weight of key 0 over the sum of all that the query gives out (0 where it gives nothing). With a softmax that
+is 1, and a learned sink or registers have a part of it. Two more readings are measured where they differ: beside a
+learned sink the *share*, p_i over the weights of the tokens alone; with a normaliser whose weights need not add up to 1
+the *raw* mass, the weight as it is, which 1 does not bound.
 """
 
 import math
@@ -183,8 +184,8 @@ def _masses(statistics: Sequence[Statistics], queries: Tensor, sink_tokens: int,
     def stacked(values: Sequence[Tensor]) -> Tensor:  # [B, L, H, T]
         return torch.stack(list(values), dim=1).float().cpu()
 
-    divided = [s.divided for s in statistics]
-    masses = stacked([s.first_key_mass for s in divided])
+    normalized = [s.normalized for s in statistics]
+    masses = stacked([s.first_key_mass for s in normalized])
     own = masses * (torch.arange(masses.shape[-1]) < queries[:, None])[:, None, None, :]
     count = queries[:, None, None]
     head = masses[..., :sink_tokens]
@@ -196,7 +197,7 @@ def _masses(statistics: Sequence[Statistics], queries: Tensor, sink_tokens: int,
         "mass_full": (own.sum(-1) - own[..., 0]) / (count - 1),
     }
     if key:
-        placed = stacked([s.document_mass[..., key:sink_tokens] for s in divided])
+        placed = stacked([s.document_mass[..., key:sink_tokens] for s in normalized])
         out |= {"rate_placed": placed.mean(-1), "mass_placed": placed[..., 1:].mean(-1)}
     learned = [s.learned_sink_mass for s in statistics if s.learned_sink_mass is not None]
     if len(learned) == len(statistics):
@@ -226,8 +227,8 @@ def measurement_table(step: int, results: dict[InferenceMode, ModeResult], sink_
         m = result.metrics(mode)
         figures = (f"{m[f'{key}/{mode}']:{width}.{digits}f}" for key, width, digits in columns.values())
         lines.append(f"{MODE_LABELS[mode]:26}" + "".join(figures))
+    if first.mass_raw is not None:
+        lines.append("mass: over the sum of a query's weights; raw mass: the weight as it is")
     if first.share is not None:
-        lines.append(
-            "mass: of all that a query gives out, the learned key's part included; share: of what it gives to tokens"
-        )
+        lines.append("mass: of all that a query gives out, the learned key included; share: of what it gives to tokens")
     return "\n".join(lines)

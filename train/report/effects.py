@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sinkbed.registry import plain
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.report.intervals import Interval, area, paired, seeds_for, verdict
@@ -179,9 +180,12 @@ def _needed(metric: str, mode: str, run: ArmRun) -> str | None:
         return f"bos or as_trained in measure.modes, and another mode to compare with it, got {', '.join(modes)}"
     if metric.startswith("sink_rate_deep") and layers < 3:
         return f"three layers or more, got {layers}"
-    if metric == "sink_rate_placed" and all(what == "none" for what in (first if isinstance(first, list) else [first])):
-        return f"a token that data.strategy.first_token places, got {first}"
-    if metric == "learned_mass" and run.setting("model.decoder.sink", "none") == "none":
+    if metric == "sink_rate_placed":
+        if all(what == "none" for what in (first if isinstance(first, list) else [first])):
+            return f"a token that data.strategy.first_token places, got {first}"
+        if mode == "text" or run.setting("data.strategy.prefix_lm", 0):
+            return "a mode that places a token, and no prefix_lm, got another"
+    if metric == "learned_mass" and plain(run.setting("model.decoder.sink", "none")) == "none":
         return None if run.setting("model.decoder.n_registers", 0) else "a model.decoder.sink or registers, got neither"
     return None
 

@@ -74,6 +74,11 @@ def load_result(folder: Path, arm: str, seed: int) -> Result:
     documents = f"{audit.get('store_digest', '')} {audit.get('document_order', '')}"
     if finished:
         final, progress = directory.read_json(folder / directory.MEASUREMENT), ""
+        if any(mode.get("share") and not mode.get("learned_mass") for mode in final["modes"].values()):
+            raise ValueError(
+                f"{folder}: expected sink masses over the sum of a query's weights, got raw ones of an earlier version "
+                "of Sinkbed; train the run anew, or report it with the version that wrote it"
+            )
     else:
         final = _last_measured(folder, points, config)
         progress = f"step {points[-1]['step']:,} of {config['trainer']['max_steps']:,}"
@@ -93,11 +98,14 @@ def _last_measured(folder: Path, points: Sequence[dict[str, Any]], config: dict[
         value = {key.removesuffix(f"/{mode}"): value for key, value in last.items() if key.endswith(f"/{mode}")}
         rates = {
             name: {eps: [[value[f"sink/{name}_eps{eps}"]]] for eps in ("0.2", "0.3", "0.5", "0.8")}
-            for name in ("rate", "rate_full")
+            for name in ("rate", "rate_full", "rate_share")
+            if f"sink/{name}_eps0.3" in value
         }
-        modes[mode] = rates | {
-            "mass": value["sink/heatmap"], "alpha": [[value["sink/alpha"]]], "loss": value["val/loss"],
-            "bits_per_byte": value["val/bits_per_byte"], "documents": measured["live_documents"], "tokens": None,
+        names = ("alpha", "mass_raw", "share", "learned_mass")
+        masses = {name: [[value[key]]] for name in names if (key := f"sink/{name}") in value}
+        modes[mode] = rates | masses | {
+            "mass": value["sink/heatmap"], "loss": value["val/loss"], "bits_per_byte": value["val/bits_per_byte"],
+            "documents": measured["live_documents"], "tokens": None,
         }  # fmt: skip
     return {
         "modes": modes, "step": last["step"], "tokens": last["train/tokens"], "onset_tokens": next(reached, None),

@@ -93,7 +93,7 @@ class Registry:
             if not _is_of(value, known[option]):
                 kind = inspect.formatannotation(known[option])
                 raise ValueError(f"{self.key}.{name}.{option}: expected {kind}, got {value!r}")
-        return options
+        return {option: float(value) if known[option] is float else value for option, value in options.items()}
 
     def make(self, choice: Choice, *arguments: Any) -> Any:
         """What a variant makes of `arguments` and its options. Raises ValueError: see `check`."""

@@ -9,7 +9,10 @@ from html.parser import HTMLParser
 import pyarrow.parquet as pq
 import pytest
 
+from sinkbed.data.files import write_json
 from sinkbed.train.cli.main import main
+from sinkbed.train.report.effects import figure
+from sinkbed.train.report.result import load_result
 from sinkbed.train.run import directory
 from tests.support.studies import table
 
@@ -191,6 +194,30 @@ def test_a_report_keeps_seeds_that_the_file_does_not_name_and_says_what_is_missi
     assert not (report / "effects.csv").exists()
     assert main(["report", str(finished), "--seeds", "1"]) == 0
     assert {r["seed"] for r in table(finished)} == {"1"}
+
+
+@pytest.mark.parametrize(("option", "names"), [
+    (("--model.decoder.normalizer", "elu"), ("sink_mass_raw",)),
+    (("--model.decoder.sink", "k_bias"), ("sink_share", "sink_rate_share")),
+])  # fmt: skip
+def test_other_readings_of_a_run_that_is_still_going_are_its_own(fit, option, names):
+    _, folder = fit(*option)
+    (folder / directory.MEASUREMENT).unlink()
+    going = load_result(folder, "arm", 0)
+    for name in names:
+        key = {"sink_mass_raw": "mass_raw", "sink_share": "share", "sink_rate_share": "rate_share_eps0.3"}[name]
+        assert figure(going, name, "text") == pytest.approx(going.points[-1][f"sink/{key}/text"])
+    assert figure(going, "sink_mass", "text") != figure(going, names[0], "text")
+
+
+def test_raw_masses_of_an_earlier_version_are_not_reported_as_others(fit, monkeypatch):
+    monkeypatch.setattr(directory, "check_finished", lambda folder: None)  # which knows what the run itself has left
+    _, folder = fit()
+    measured = directory.read_json(folder / directory.MEASUREMENT)
+    measured["modes"]["text"] |= {"share": [[0.1] * 4] * 2, "learned_mass": None}
+    write_json(folder / directory.MEASUREMENT, measured)
+    with pytest.raises(ValueError, match="got raw ones of an earlier version of Sinkbed; train the run anew"):
+        load_result(folder, "arm", 0)
 
 
 def test_a_run_that_is_still_going_is_reported_as_far_as_it_is(fit, tmp_path, capsys):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sinkbed.model import Decoder, DecoderConfig
+from sinkbed.model.attention_parts import ATTENTION_PARTS
 from sinkbed.train.cli.main import main
 from sinkbed.train.run import directory
 from sinkbed.train.study import cost as planning
@@ -35,6 +36,7 @@ def study(tiny_store, tmp_path):
         {"n_heads": 4, "n_kv_heads": 1, "head_dim": 6, "d_ff": 20, "tie_embeddings": True},
         {"n_heads": 2, "d_ff": 24, "sink": "learned"},
         {"n_heads": 2, "d_ff": 24, "sink": "off_by_one"},
+        *({"n_heads": 2, "d_ff": 24, "attention_parts": [part]} for part in ATTENTION_PARTS.names),
     ],
 )
 def test_parameters_are_those_of_the_decoder(shape):

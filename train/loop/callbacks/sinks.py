@@ -153,7 +153,7 @@ class SinkMonitor(L.Callback):
                 statistics=True,
             )
         assert output.statistics is not None
-        statistics = [s.divided for s in output.statistics]
+        statistics = [s.normalized for s in output.statistics]
         index = torch.arange(batch.tokens.shape[1], device=module.device)
         real = torch.ones_like(batch.loss_mask)
         if self.packed.layout.pads:  # padding is a document without a target

@@ -16,7 +16,7 @@ _FREQUENT = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Destinations:
-    """[L][H] shares of the attention of queries t ≥ 3 over the tokens of their row; together 1."""
+    """[L][H] shares of what queries t ≥ 3 give to tokens; together 1, but 0 for a query that gives nothing."""
 
     first: list[list[float]]
     """On key 0."""
@@ -50,8 +50,8 @@ class Destinations:
             ("elsewhere", "the rest"),
         )
     ),
-    note="On …: share of the attention of the queries from the fourth on, mean over heads. Delimiters: other keys that "
-    "are punctuation or white space. Frequent tokens: keys of no other class whose token is one of the ten most "
+    note="On …: share of what the queries from the fourth on give to tokens, mean over heads. Delimiters: other keys "
+    "that are punctuation or white space. Frequent tokens: keys of no other class whose token is one of the ten most "
     "frequent ones of the texts.",
 )
 @torch.no_grad()

@@ -37,7 +37,7 @@ class Paths:
         Column("sources", "path sources", "mixing/path_sources/{mode}", of_attention),
     ),
     note="Paths: share of Theorem 3.2's bound (arXiv 2504.02732) into the last token that starts at key 0, and "
-    "effective number of sources.",
+    "effective number of sources; with a normaliser of weights over their sum, which is no bound then.",
 )
 def measure_paths(model: Any, excerpts: Excerpts, batch_tokens: int) -> Paths:
     """The sum over causal paths of Theorem 3.2 (arXiv 2504.02732), as a product of matrices: no path is enumerated."""

@@ -41,7 +41,7 @@ def measure_updates(model: Any, excerpts: Excerpts, batch_tokens: int) -> Update
 
     def attention(seen: LayerAttention) -> None:
         v = seen.v.float().repeat_interleave(seen.q.shape[1] // seen.v.shape[1], 1)
-        blocks = [(weights @ v, weights[..., 0]) for _, weights in seen.blocks(divided=False)]
+        blocks = [(weights @ v, weights[..., 0]) for _, weights in seen.blocks(normalized=False)]
         given, on_first = (torch.cat(parts, 2)[:, :, 1:] for parts in zip(*blocks, strict=True))
         norms = given.norm(dim=-1)
         totals.add("norm", seen.layer, norms.mean(-1) / v.norm(dim=-1).mean(-1).clamp_min(1e-8))
