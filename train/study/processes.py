@@ -35,11 +35,15 @@ PRELOAD = ("sinkbed.train.loop.trainer", "wandb", "wandb.sdk.launch.inputs.inter
 """What an arm imports; W&B imports the last two once it starts."""
 
 
+_COMPILES_ALONE = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+"""The cores are for arms; a pool of compilers would leave a semaphore behind, too."""
+
+
 def warm_up() -> None:
     """Start the process that the others are forked from; it imports while the caller goes on."""
     _context.set_forkserver_preload(list(PRELOAD))
     before = dict(os.environ)
-    _become(environment())
+    _become(environment() | _COMPILES_ALONE)
     try:
         multiprocessing.forkserver.ensure_running()
     finally:
@@ -65,6 +69,7 @@ class FitProcess:
         self._started: subprocess.Popen[bytes] | None = None
         variables = {**environment(), **variables}
         if fork:
+            variables |= _COMPILES_ALONE
             self._forked = _context.Process(target=_fit, args=(list(arguments), str(log), variables))
             with _lock:
                 self._forked.start()

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -309,3 +310,12 @@ def test_preparing_is_waited_for_and_never_forced(study, monkeypatch, capsys):
     assert main(["study", str(study), "--quiet", "--force"]) == 0
     assert asked == [["--config", str(study.parent / "data.yaml"), "--quiet"]] * 3
     assert capsys.readouterr().out.count("waiting: another process is preparing it") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
+def test_compiled_arms_leave_nothing_behind(study):
+    (study.parent / "none.yaml").write_text("model: {compile: true, decoder: {n_layers: 1}}\n")
+    command = [sys.executable, "-m", "sinkbed", "study", str(study), "--quiet"]
+    done = subprocess.run(command, env={**os.environ, **environment()}, capture_output=True, text=True, check=True)
+    assert "leaked" not in done.stderr and len(list((study.parent / "out" / "runs").iterdir())) == 2
