@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
+import multiprocessing.util
 import os
 import runpy
 import signal
@@ -35,15 +36,11 @@ PRELOAD = ("sinkbed.train.loop.trainer", "wandb", "wandb.sdk.launch.inputs.inter
 """What an arm imports; W&B imports the last two once it starts."""
 
 
-_COMPILES_ALONE = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-"""The cores are for arms; a pool of compilers would leave a semaphore behind, too."""
-
-
 def warm_up() -> None:
     """Start the process that the others are forked from; it imports while the caller goes on."""
     _context.set_forkserver_preload(list(PRELOAD))
     before = dict(os.environ)
-    _become(environment() | _COMPILES_ALONE)
+    _become(environment())
     try:
         multiprocessing.forkserver.ensure_running()
     finally:
@@ -69,7 +66,6 @@ class FitProcess:
         self._started: subprocess.Popen[bytes] | None = None
         variables = {**environment(), **variables}
         if fork:
-            variables |= _COMPILES_ALONE
             self._forked = _context.Process(target=_fit, args=(list(arguments), str(log), variables))
             with _lock:
                 self._forked.start()
@@ -133,6 +129,7 @@ def _fit(arguments: list[str], log: str, variables: dict[str, str]) -> None:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
+    multiprocessing.util._run_finalizers(0)  # type: ignore[attr-defined]  # semaphores of its own, such as a compiler's
     os._exit(status)  # nothing that this process inherited is its own to take down
 
 
