@@ -182,7 +182,7 @@ def _masses(statistics: Sequence[Statistics], queries: Tensor, sink_tokens: int,
     """
 
     def stacked(values: Sequence[Tensor]) -> Tensor:  # [B, L, H, T]
-        return torch.stack(list(values), dim=1).float().cpu()
+        return torch.stack([each.float().cpu() for each in values], dim=1)  # layers may be on several devices
 
     normalized = [s.normalized for s in statistics]
     masses = stacked([s.first_key_mass for s in normalized])
