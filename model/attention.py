@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sinkbed.kernels import AttentionOutput, Implementation, Mask, Statistics, attention
-from sinkbed.kernels.normalizers import NORMALIZERS, Normalizer
+from sinkbed.kernels.normalizers import NORMALIZERS, Normalizer, check_weights
 from sinkbed.kernels.scoring import Scoring
 from sinkbed.model.attention_parts import ATTENTION_PARTS
 from sinkbed.model.config import DecoderConfig
@@ -59,6 +59,8 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(config.n_heads * config.dim, config.d_model, bias=False)
         self.operator = Operator()
         self.normalizer: Normalizer | None = NORMALIZERS.make(config.normalizer, config.n_heads)
+        if self.normalizer is not None:
+            check_weights(self.normalizer, config.n_heads)
         self.sink: Sink | None = SINKS.make(config.sink, config)
         self.parts: Any = nn.ModuleList(
             ATTENTION_PARTS.make(choice, config, layer) for choice in config.attention_parts

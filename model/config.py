@@ -106,6 +106,11 @@ class DecoderConfig:
                     f"model.decoder.d_ff: expected 0 beside feed_forward {self.feed_forward}, got {self.d_ff!r}"
                 )
         else:
+            if self.d_ff == 0:
+                raise ValueError(
+                    f"model.decoder.d_ff: expected at least 1 beside feed_forward {self.feed_forward!r}, got 0, which "
+                    "none and linear have"
+                )
             check_number("model.decoder.d_ff", self.d_ff, least=1, integer=True)
         if self.n_heads % self.key_heads:
             raise ValueError(

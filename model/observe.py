@@ -45,8 +45,7 @@ class LayerAttention:
             logits = self.scoring.logits(self.q, self.k.float(), self.mask, queries)  # in float32
             if self.scoring.normalizer is not None:
                 weights = self.scoring.normalizer.weights(logits)
-                total = weights.sum(-1, keepdim=True)
-                yield queries, (weights / total).masked_fill(total == 0, 0.0) if normalized else weights
+                yield queries, over_sum(weights) if normalized else weights
             else:
                 assert self.lse is not None
                 yield queries, (logits - self.lse[:, :, queries, None].float()).exp()
@@ -57,6 +56,12 @@ class LayerAttention:
             return attention_received(self.q, self.k, self.lse, self.mask, scale=self.scoring.scale)
         start = self.q.new_zeros(self.q.shape[:3], dtype=torch.float32)
         return sum((block.sum(2) for _, block in self.blocks()), start)
+
+
+def over_sum(weights: Tensor) -> Tensor:
+    """[..., T] over their sum; all 0 where that is 0."""
+    total = weights.sum(-1, keepdim=True)
+    return (weights / total).masked_fill(total == 0, 0.0)
 
 
 Attentions = Callable[[LayerAttention], None]

@@ -187,6 +187,44 @@ class Toy(torch.nn.Module, Normalizer):
     assert not torch.allclose(weights.sum(-1), torch.ones(1))
 
 
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("logits.exp() - 1", "expected finite weights of at least 0"),
+        ("logits.exp() + 1", "and 0 for the hidden key"),
+        ("logits * 0", "expected finite weights"),
+    ],
+)
+def test_weights_that_no_reading_of_a_sink_is_defined_for_are_refused(add, code, message):
+    add(f"""
+from sinkbed.kernels.normalizers import NORMALIZERS, Normalizer
+
+@NORMALIZERS.register("toy")
+class Toy(Normalizer):
+    def __init__(self, heads):
+        pass
+
+    def weights(self, logits):
+        return {code}
+""")
+    with pytest.raises(ValueError, match=f"normalizer Toy: .*{message}"):
+        trained(normalizer="toy")
+
+
+def test_a_variant_that_is_made_from_others_than_the_folder_says_is_named(add):
+    add("""
+import torch
+from sinkbed.model.attention_parts import ATTENTION_PARTS, AttentionPart
+
+@ATTENTION_PARTS.register("toy")
+class Toy(torch.nn.Module, AttentionPart):
+    def __init__(self, config):
+        super().__init__()
+""")
+    with pytest.raises(ValueError, match=r"attention_parts\.toy: expected a variant that is called with 2 arguments"):
+        trained(attention_parts=["toy"])
+
+
 def test_a_block(add):
     add("""
 from sinkbed.model.blocks import BLOCKS

@@ -88,6 +88,23 @@ class Normalizer:
         return Linearized(weights.detach(), None, pullback)
 
 
+def check_weights(normalizer: Normalizer, heads: int) -> None:
+    """Raise ValueError for weights that are no finite numbers of at least 0, and for a hidden key that has some."""
+    import torch
+
+    logits = torch.tensor([-2.0, 0.0, 2.0, float("-inf")]).repeat(1, heads, 1, 1)
+    with torch.no_grad():
+        weights = normalizer.weights(logits.clone())
+    if weights.is_meta:
+        return
+    right = weights.shape == logits.shape and bool(weights.isfinite().all()) and bool((weights >= 0).all())
+    if not right or bool(weights[..., -1].any()):
+        raise ValueError(
+            f"normalizer {type(normalizer).__name__}: expected finite weights of at least 0, and 0 for the hidden key, "
+            f"got {weights.flatten().tolist()[:4]} of the logits [-2, 0, 2, -inf]"
+        )
+
+
 def total_of(weights: Tensor) -> Tensor:
     """[..., 1], what weights are divided by to add up to 1; none of them is negative."""
     return weights.sum(-1, keepdim=True) + 1e-8

@@ -30,7 +30,7 @@ def run(command: str, argv: Sequence[str]) -> int:
 
     table = Table(
         caption="saved: step of the newest checkpoint; step, loss: the last that were logged; sink %: eps 0.3, "
-        "the first live mode"
+        "the first live mode, on measure.live_documents documents"
     )
     for name in COLUMNS:
         table.add_column(name, justify="left" if name in ("run", "state") else "right")

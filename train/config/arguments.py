@@ -157,7 +157,7 @@ def _expected(key: str, kind: str, value: str) -> str:
     if value.lower() in ("nan", "inf", "-inf"):
         kind = "a finite number"
     if kind == "list":
-        kind = f"a list, such as '[{value}]'"
+        kind = f"a list, such as '[{'' if value == 'None' else value}]'"
     choices = re.findall("'(.*?)'", kind)
     return f"{key}: expected {kind}, got {value!r}{did_you_mean(value, choices)}"
 

@@ -39,21 +39,21 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         OPTIMIZERS.check(self.name)
         object.__setattr__(self, "name", plain(self.name))
-        check_number("optimizer.lr", self.lr, above=0)
-        check_number("optimizer.weight_decay", self.weight_decay, least=0)
-        check_number("optimizer.final_fraction", self.final_fraction, least=0, most=1)
+        check_number("model.optimizer.lr", self.lr, above=0)
+        check_number("model.optimizer.weight_decay", self.weight_decay, least=0)
+        check_number("model.optimizer.final_fraction", self.final_fraction, least=0, most=1)
         for name in ("warmup", "cooldown"):
             steps, fraction = getattr(self, f"{name}_steps"), getattr(self, f"{name}_fraction")
-            check_number(f"optimizer.{name}_steps", steps, least=0)
-            check_number(f"optimizer.{name}_fraction", fraction, least=0, most=1)
+            check_number(f"model.optimizer.{name}_steps", steps, least=0)
+            check_number(f"model.optimizer.{name}_fraction", fraction, least=0, most=1)
             if steps and fraction:
                 raise ValueError(
-                    f"optimizer.{name}_steps={steps} and {name}_fraction={fraction}: expected one of them; set the "
-                    "other to 0"
+                    f"model.optimizer.{name}_steps={steps} and {name}_fraction={fraction}: expected one of them; set "
+                    "the other to 0"
                 )
         if (self.cooldown_steps or self.cooldown_fraction) and self.schedule != "constant":
             raise ValueError(
-                "optimizer.cooldown_steps and cooldown_fraction: have an effect with schedule constant only, got "
+                "model.optimizer.cooldown_steps and cooldown_fraction: have an effect with schedule constant only, got "
                 f"{self.schedule}; set them to 0"
             )
 
@@ -62,7 +62,7 @@ class OptimizerConfig:
         warmup, cooldown = self.phases(total_steps)
         if warmup + cooldown > total_steps:
             raise ValueError(
-                f"optimizer: warm-up of {warmup} and cooldown of {cooldown} steps "
+                f"model.optimizer: warm-up of {warmup} and cooldown of {cooldown} steps "
                 f"do not fit into trainer.max_steps={total_steps}; shorten them or train longer"
             )
 

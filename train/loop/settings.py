@@ -90,6 +90,11 @@ def _check_positions(decoder: DecoderConfig, strategy: Strategy, measure: Measur
             f"model.decoder.position: expected at least the data.context_length={context_length} positions, got "
             f"{position.max_length}; set {{{POSITIONS.name_of(decoder.position)}: {{length: {context_length}}}}}"
         )
+    if decoder.n_registers > context_length:
+        raise ValueError(
+            f"model.decoder.n_registers: expected at most data.context_length={context_length}, got "
+            f"{decoder.n_registers}; rows are as many positions longer"
+        )
     hides = "first_key_masked" in (*measure.modes, *measure.live_modes)
     if decoder.n_registers and strategy.shared_prefix > 1 and hides:
         raise ValueError(

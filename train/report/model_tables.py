@@ -63,13 +63,15 @@ def tables(measured: Measured) -> list[Table]:
                 int(key),
                 *rates.values(),
                 mass,
-                *_other_readings(result, key),
+                *_readings(result, key),
                 result["loss"],
                 result["bits_per_byte"],
             )
             for kind, mode, key, rates, mass, result in _sinks(measured)
         ]
         table = Table("sinks", "Sinks", (*header, "sink mass", *_OTHER_READINGS, "loss", "bits per byte"), rows)
+        if any(value is not None for _, _, key, _, _, result in _sinks(measured) for value in _readings(result, key)):
+            table = dataclasses.replace(table, note=_WHOLE)
         out.append(_without(table, {"input read": "natural", "key": 0}))
     out += [_layer_table(measured, group, mode) for group in get_args(Group) for mode in modes_of(measured, group)]
     for mode, states in measured.get("states", {}).items():
@@ -98,10 +100,14 @@ def _sinks(measured: Measured) -> Iterator[tuple[str, str, str, dict[str, float]
                 yield kind, mode, key, rates, mean(result[f"mass{of_key}"]), result
 
 
+_WHOLE = (
+    "Sink rate and sink mass: of all that a query gives out, a learned key's or registers' part included. Raw: the "
+    "weight as a normaliser leaves it. Of shares, sink share: of what the query gives to tokens alone."
+)
 _OTHER_READINGS = ("raw sink mass", "rate of shares %", "sink share", "mass on the learned key")
 
 
-def _other_readings(result: Measured, key: str) -> tuple[float | None, ...]:
+def _readings(result: Measured, key: str) -> tuple[float | None, ...]:
     """What `_OTHER_READINGS` names, at key 0; None where the model has no such reading."""
     rates = (result.get("rate_share") or {}).get("0.3")
     values = (result.get("mass_raw"), rates, result.get("share"), result.get("learned_mass"))

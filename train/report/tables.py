@@ -253,7 +253,8 @@ def verdicts(effects: Sequence[Outcome]) -> list[str]:
 
 def rows_of(results: Sequence[Result]) -> list[dict[str, Any]]:
     """A row of table.csv for each arm, seed and mode."""
-    derived = ("loss_gap", "sink_rate_placed", "sink_rate_area", "sink_mass_raw", "sink_rate_share", "sink_share")
+    readings = ("sink_mass_raw", "sink_rate_share", "sink_share", "learned_mass")
+    derived = ("loss_gap", "sink_rate_placed", "sink_rate_area", *readings)
     rows = []
     for r, mode in ((each, mode) for each in results for mode in each.final["modes"]):
         measured = r.final["modes"][mode]

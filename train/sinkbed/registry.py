@@ -96,8 +96,20 @@ class Registry:
         return {option: float(value) if known[option] is float else value for option, value in options.items()}
 
     def make(self, choice: Choice, *arguments: Any) -> Any:
-        """What a variant makes of `arguments` and its options. Raises ValueError: see `check`."""
-        return self[choice](*arguments, **self.check(choice))
+        """What a variant makes of `arguments` and its options.
+
+        Raises ValueError for a variant that is made from others, and as `check`.
+        """
+        variant, options = self[choice], self.check(choice)
+        signature = inspect.signature(variant)
+        try:
+            signature.bind(*arguments, **options)
+        except TypeError as error:
+            raise ValueError(
+                f"{self.package}.{self.name_of(choice)}: expected a variant that is called with {len(arguments)} "
+                f"arguments and options, as the folder's __init__.py says, got {signature} ({error})"
+            ) from None
+        return variant(*arguments, **options)
 
 
 def _kind_of(parameter: inspect.Parameter) -> Any:

@@ -67,6 +67,15 @@ def test_a_trainer_setting_without_effect_is_refused(fit, capsys, option):
             ),
             "data.strategy.shared_prefix=2, got first_key_masked; leave it out",
         ),
+        (
+            ("--model.decoder.n_registers", "1000"),
+            "n_registers: expected at most data.context_length=48, got 1000; rows",
+        ),
+        (
+            ("--model.decoder.d_ff", "0"),
+            "d_ff: expected at least 1 beside feed_forward 'swiglu', got 0, which none and",
+        ),
+        (("--model.optimizer.lr", "-1"), "model.optimizer.lr: expected more than 0, got -1"),
         (("--model.decoder.position", "{rope: {share: 0.01}}"), "expected an even number of dimensions to turn"),
         (("--model.decoder.normalizer", "sigmoid", "--model.decoder.sink", "learned"), "sink: expected none beside"),
         (("--model.decoder.feed_forward", "none"), "d_ff: expected 0 beside feed_forward none, got"),

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from sinkbed.model.observe import LayerAttention, evaluating, input_device, observing
+from sinkbed.model.observe import LayerAttention, evaluating, input_device, observing, over_sum
 from sinkbed.train.measure.excerpts import Excerpts, Totals
 from sinkbed.train.measure.measures import Column, of_heads, register_measure
 
@@ -71,7 +71,7 @@ def measure_destinations(model: Any, excerpts: Excerpts, batch_tokens: int) -> D
         of_kinds = [torch.isin(tokens, kind.to(tokens.device))[:, None, None, :].to(key.device) for kind in kinds]
         sums = torch.zeros(len(Destinations.__dataclass_fields__), *seen.q.shape[:2], device=key.device)
         for queries, weights in seen.blocks():
-            weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-8)
+            weights = over_sum(weights)
             distance = key[queries, None] - key
             classes = [key == 0, key == 1, distance == 1, distance == 0]
             rest = ~torch.stack([c.expand_as(distance) for c in classes]).any(0)

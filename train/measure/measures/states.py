@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from sinkbed.kernels import mean_received, top_sinks
-from sinkbed.kernels.normalizers import normalize
-from sinkbed.model.observe import LayerAttention, evaluating, input_device, observing
+from sinkbed.model.observe import LayerAttention, evaluating, input_device, observing, over_sum
 from sinkbed.train.measure.excerpts import Excerpts, Totals
 from sinkbed.train.measure.finite import finite
 from sinkbed.train.measure.measures import Column, of_heads, register_measure
@@ -129,7 +128,7 @@ def measure_states(model: Any, excerpts: Excerpts, batch_tokens: int) -> States:
         totals.add("cosine_first", layer, (q[:, :, 1:] * k[:, :, :1]).sum(-1).mean(-1))
         counts = torch.arange(1, k.shape[2], device=k.device)[:, None]
         totals.add("cosine_others", layer, (q[:, :, 1:] * (k[:, :, 1:].cumsum(2) / counts)).sum(-1).mean(-1))
-        entropy = torch.cat([torch.special.entr(normalize(p)).sum(-1) for _, p in seen.blocks()], -1)
+        entropy = torch.cat([torch.special.entr(over_sum(p)).sum(-1) for _, p in seen.blocks()], -1)
         totals.add("entropy", layer, entropy[..., 1:].mean(-1))
         received = seen.received()
         totals.add("received", layer, mean_received(received, seen.mask).mean(1))
