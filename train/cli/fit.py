@@ -9,7 +9,7 @@ from sinkbed.model.attention_parts import ATTENTION_PARTS
 from sinkbed.model.config import PARTS
 from sinkbed.progress import loading
 from sinkbed.ranges import check_number
-from sinkbed.train.config.arguments import ShortParser, check_keys
+from sinkbed.train.config.arguments import ShortParser, check_keys, refuse_classes
 from sinkbed.train.config.keys import fit_keys
 from sinkbed.train.loop.optimizers import OPTIMIZERS
 
@@ -17,6 +17,8 @@ from sinkbed.train.loop.optimizers import OPTIMIZERS
 def run(command: str, argv: Sequence[str]) -> int:
     """Refuse unknown keys, values of another type and files that are not there at once, then train."""
     check_keys(f"sinkbed {command}", argv, fit_keys())
+    if "--trust_config" not in argv:
+        refuse_classes()
     if not any(argument.startswith(("-h", "--help", "--print_config")) for argument in argv):
         check_values(command, argv)
     with loading("torch and Lightning"):

@@ -20,10 +20,11 @@ def run(command: str, argv: Sequence[str]) -> int:
     """Parse and prepare, estimate or check."""
     from sinkbed.data.prepare.config import PrepareConfig
     from sinkbed.data.prepare.prepare import prepare
-    from sinkbed.train.config.arguments import ShortParser, check_keys, known_keys, rewritten
+    from sinkbed.train.config.arguments import ShortParser, check_keys, known_keys, refuse_classes, rewritten
 
     if "--check" in argv:
         return _check(command, argv)
+    refuse_classes()
     parser = ShortParser(prog=f"sinkbed {command}", description="Documents to a token store.")
     parser.add_argument("--config", action="config", help="YAML file with the keys below")
     parser.add_class_arguments(PrepareConfig, None)

@@ -60,6 +60,23 @@ def refuse(program: str, message: str) -> NoReturn:
     sys.exit(2)
 
 
+_LOOKING = {
+    "lr_monitor": "LearningRateMonitor", "device_stats_monitor": "DeviceStatsMonitor", "timer": "Timer",
+    "model_summary": "ModelSummary", "rich_model_summary": "RichModelSummary",
+}  # fmt: skip
+"""Lightning's callbacks that write nothing of their own, by their modules."""
+
+
+def refuse_classes() -> None:
+    """From now on a config names no class but these callbacks, and groups of settings of ours.
+
+    Any other runs code of a stranger's choice, and only importing it may.
+    """
+    lightning = "lightning.pytorch.callbacks"
+    looking = [f"{path}.{name}" for at, name in _LOOKING.items() for path in (lightning, f"{lightning}.{at}")]
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=["sinkbed.data", "sinkbed.model", *looking])
+
+
 class ShortErrors:
     """Mixin for parsers: no usage of a hundred lines before the error, no key by its beginning."""
 

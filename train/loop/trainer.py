@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from sinkbed.data.files import remove_temporaries
 from sinkbed.plain_text import counted
-from sinkbed.train.config.arguments import describe_fields
+from sinkbed.train.config.arguments import describe_fields, refuse_classes
 from sinkbed.train.config.overrides import overridden
 from sinkbed.train.loop.callbacks.checkpoints import Checkpoints, remove_partial
 from sinkbed.train.loop.callbacks.run_files import ProgressBar, RunFiles, checkpoints_of, interrupted, moved_to, say
@@ -29,7 +28,7 @@ from sinkbed.train.loop.datamodule import StoreCheck, TokenData
 from sinkbed.train.loop.identity import check_identity, check_manifest, other_sums
 from sinkbed.train.loop.module import SinkbedModule
 from sinkbed.train.loop.settings import check_settings, use_threads
-from sinkbed.train.loop.trainer_settings import HARMLESS, ShortLightningParser, check_trainer, expand_home
+from sinkbed.train.loop.trainer_settings import ShortLightningParser, check_trainer, expand_home
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.sinks import measurement_table
 from sinkbed.train.run import directory
@@ -303,7 +302,7 @@ def run(command: str, argv: Sequence[str], cli_class: type[SinkbedCLI] = Sinkbed
     if "--trust_config" in argv:
         argv = [argument for argument in argv if argument != "--trust_config"]
     else:
-        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=HARMLESS)
+        refuse_classes()
     ours = [sys.argv[0], command, *argv]
     theirs, sys.argv = sys.argv, ours  # LightningCLI reads the real command line
     # Lightning's advice on workers and its notices of devices say nothing that a user here can use.

@@ -4,7 +4,6 @@ work here, or that run code."""
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as L
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -52,15 +51,6 @@ class ShortLightningParser(ShortErrors, LightningArgumentParser):  # type: ignor
             ]
         groups.sort(key=lambda group: any(action.dest.startswith("trainer.") for action in group._group_actions))
         return super().format_help(*arguments)
-
-
-# What a config may name: groups of settings of ours, and Lightning's callbacks that write nothing of their own.
-# Any other class runs code of a stranger's choice, and only importing it may.
-HARMLESS = ["sinkbed.data", "sinkbed.model"] + [
-    f"{module}.{name}"
-    for name in ("LearningRateMonitor", "DeviceStatsMonitor", "Timer", "ModelSummary", "RichModelSummary")
-    for module in ("lightning.pytorch.callbacks", getattr(L.callbacks, name).__module__)
-]
 
 
 def check_trainer(trainer: Any) -> None:

@@ -1,5 +1,8 @@
 """What a config may say, and which setting overrides which."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +58,17 @@ def test_a_trusted_config_may(fit, tmp_path):
     arguments = ["fit", "--config", str(fit.config), "--config", str(overlay), "--wandb.mode", "disabled"]
     job = Job([*arguments, "--trust_config"], str(tmp_path / "log"), [{"PYTHONPATH": str(tmp_path)}])
     assert job.finish() == [0] and "it ran" in job.output(), job.output()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["trainer: {callbacks: [{class_path: evil.X}]}", "model: {decoder: {position: {rope: {class_path: evil.X}}}}"],
+)
+def test_no_parser_of_a_process_imports_a_class_that_is_named(fit, tmp_path, text):
+    """The first parser of a command reads plain values, and none before it has said what may be imported."""
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass X: pass\n")
+    (tmp_path / "overlay.yaml").write_text(text)
+    command = [sys.executable, "-m", "sinkbed", "fit", "--config", str(fit.config), "--config", "overlay.yaml"]
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True)
+    assert done.returncode and b"overlay.yaml" in done.stderr and not (tmp_path / "ran").exists()
