@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-from sinkbed.train.config.yaml_files import leaves, read_mapping
+from sinkbed.train.config.keys import fit_keys
+from sinkbed.train.config.yaml_files import read_mapping
 
 
 def overridden(argv: Sequence[str]) -> str:
@@ -41,13 +42,22 @@ def _settings(argv: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
         key = name.removeprefix("--")
         if key == "config":
             if Path(value).is_file():
-                yield from ((k, _number(v), value) for k, v in leaves(read_mapping(Path(value))))
+                yield from ((k, _number(v), value) for k, v in _keys(read_mapping(Path(value))))
             continue
         try:
             plain = yaml.safe_load(value)
         except yaml.YAMLError:
             plain = value
-        yield from ((k, _number(v), "option") for k, v in leaves(plain, key))
+        yield from ((k, _number(v), "option") for k, v in _keys(plain, key))
+
+
+def _keys(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value); the value of a key, such as `{name: {option: …}}`, is replaced whole."""
+    if not isinstance(value, dict) or not value or key in fit_keys():
+        yield key, value
+        return
+    for name, inside in value.items():
+        yield from _keys(inside, f"{key}.{name}" if key else str(name))
 
 
 def _number(value: Any) -> Any:

@@ -21,6 +21,9 @@ def test_one_line_says_what_overrode_what(tmp_path):
     assert line == (
         f"settings that override others: trainer.max_steps 20 ({b}) over 10 ({a}); data.seed 2 (option) over 1 ({b})"
     )
+    (tmp_path / "c.yaml").write_text("model: {decoder: {position: {rope: {share: 0.5}}}}\n")
+    line = overridden(["--config", str(tmp_path / "c.yaml"), "--model.decoder.position", "{rope: {theta: 5000}}"])
+    assert "model.decoder.position {'rope': {'theta': 5000}} (option) over {'rope': {'share': 0.5}}" in line
     assert overridden(["--config", a, "--model.optimizer.lr=0.01", "--data.strategy.mask", "intra_document"]) == ""
 
 
