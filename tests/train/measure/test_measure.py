@@ -19,7 +19,7 @@ from sinkbed.kernels.reference import probabilities
 from sinkbed.kernels.scoring import Scoring
 from sinkbed.model import Decoder, DecoderConfig, loss
 from sinkbed.model.decoder import DecoderOutput
-from sinkbed.model.observe import observing
+from sinkbed.model.observe import observing, over_sum
 from sinkbed.train.measure import inputs
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.excerpts import Excerpts
@@ -84,6 +84,12 @@ def test_masses_are_parts_of_all_that_a_query_gives_out(probe, normalizer):
     unlike = not torch.allclose(raw, parts, atol=1e-3)
     assert unlike or normalizer == "softpick"
     assert "raw mass" in measurement_table(0, {"text": result}, 16)
+
+
+def test_what_little_a_query_gives_is_divided_all_the_same():
+    """Beside a learned key that takes nearly everything; 1e-8 in the divisor made 0 of it."""
+    weights = torch.tensor([[1e-20, 3e-20], [0.0, 0.0], [1.0, 3.0]])
+    torch.testing.assert_close(over_sum(weights), torch.tensor([[0.25, 0.75], [0.0, 0.0], [0.25, 0.75]]))
 
 
 def attention_matrices(decoder, tokens, hide_first, monkeypatch, window=None):

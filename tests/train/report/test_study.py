@@ -13,6 +13,7 @@ from sinkbed.data.files import write_json
 from sinkbed.train.cli.main import main
 from sinkbed.train.report.effects import figure
 from sinkbed.train.report.result import load_result
+from sinkbed.train.report.tables import rows_of
 from sinkbed.train.run import directory
 from tests.support.studies import table
 
@@ -198,15 +199,17 @@ def test_a_report_keeps_seeds_that_the_file_does_not_name_and_says_what_is_missi
 
 @pytest.mark.parametrize(("option", "names"), [
     (("--model.decoder.normalizer", "elu"), ("sink_mass_raw",)),
-    (("--model.decoder.sink", "k_bias"), ("sink_share", "sink_rate_share")),
+    (("--model.decoder.sink", "k_bias"), ("sink_share", "sink_rate_share", "learned_mass")),
 ])  # fmt: skip
 def test_other_readings_of_a_run_that_is_still_going_are_its_own(fit, option, names):
     _, folder = fit(*option)
     (folder / directory.MEASUREMENT).unlink()
     going = load_result(folder, "arm", 0)
     for name in names:
-        key = {"sink_mass_raw": "mass_raw", "sink_share": "share", "sink_rate_share": "rate_share_eps0.3"}[name]
+        key = {"sink_rate_share": "rate_share_eps0.3"}.get(name, name.removeprefix("sink_"))
         assert figure(going, name, "text") == pytest.approx(going.points[-1][f"sink/{key}/text"])
+        [row] = [row for row in rows_of([going]) if row["mode"] == "text"]
+        assert row[name] == pytest.approx(figure(going, name, "text"), abs=1e-6)
     assert figure(going, "sink_mass", "text") != figure(going, names[0], "text")
 
 
