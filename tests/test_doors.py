@@ -225,6 +225,23 @@ class Toy(torch.nn.Module, AttentionPart):
         trained(attention_parts=["toy"])
 
 
+def test_an_option_without_an_annotation_is_of_its_default_s_type(add):
+    add("""
+from sinkbed.kernels.normalizers import NORMALIZERS, Normalizer, normalize
+
+@NORMALIZERS.register("toy")
+class Toy(Normalizer):
+    def __init__(self, heads, *, power=2, shift: float = 1.0):
+        self.power, self.shift = range(power), float.hex(shift)  # which takes no other type
+
+    def weights(self, logits):
+        return normalize((logits + 1).relu())
+""")
+    trained(normalizer={"toy": {"power": 3, "shift": 1}})
+    with pytest.raises(ValueError, match=r"normalizer\.toy\.power: expected int, got 'x'"):
+        DecoderConfig(n_layers=1, d_model=4, n_heads=1, d_ff=4, normalizer={"toy": {"power": "x"}})
+
+
 def test_a_block(add):
     add("""
 from sinkbed.model.blocks import BLOCKS

@@ -183,8 +183,10 @@ def _needed(metric: str, mode: str, run: ArmRun) -> str | None:
     if metric == "sink_rate_placed":
         if all(what == "none" for what in (first if isinstance(first, list) else [first])):
             return f"a token that data.strategy.first_token places, got {first}"
-        if mode == "text" or run.setting("data.strategy.prefix_lm", 0):
-            return "a mode that places a token, and no prefix_lm, got another"
+        if mode == "text":
+            return f"a mode that places a token, got {mode}"
+        if prefix_lm := run.setting("data.strategy.prefix_lm", 0):
+            return f"data.strategy.prefix_lm 0, got {prefix_lm}"
     if metric == "learned_mass" and plain(run.setting("model.decoder.sink", "none")) == "none":
         return None if run.setting("model.decoder.n_registers", 0) else "a model.decoder.sink or registers, got neither"
     return None

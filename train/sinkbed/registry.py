@@ -117,7 +117,7 @@ def _kind_of(parameter: inspect.Parameter) -> Any:
     if parameter.annotation is not parameter.empty:
         return parameter.annotation
     kind = type(parameter.default)
-    return {int: float}.get(kind, kind) if kind in (bool, int, float, str) else Any
+    return kind if kind in (bool, int, float, str) else Any
 
 
 def _is_of(value: Any, kind: Any) -> bool:

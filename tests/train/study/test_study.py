@@ -168,7 +168,7 @@ def test_what_fit_would_refuse_is_refused_before_any_arm_is_started(study, capsy
                 ("metric: loss_gap, mode: bos", "loss_gap of arm fixed: expected bos or as_trained in measure.modes"),
                 ("metric: sink_rate_deep", "sink_rate_deep of arm fixed: expected three layers or more, got 2"),
                 ("metric: sink_rate_placed, mode: bos", "arm absent: expected a token that data.strategy.first_token"),
-                ("metric: sink_rate_placed, mode: text", "arm fixed: expected a mode that places a token, and no pre"),
+                ("metric: sink_rate_placed, mode: text", "arm fixed: expected a mode that places a token"),
                 ("metric: learned_mass", "expected a model.decoder.sink or registers, got neither"),
             )
         ),
