@@ -185,7 +185,7 @@ def is_stored(arch: str, kernel: str, mask: str, dtype: str, head_dim: int) -> b
     """Whether the stored table has this variant: on two chips what differs in kind, on others a document mask."""
     central, common = arch in ("sm_80", "sm_90"), head_dim in (64, 128)
     if mask == "document":
-        return (dtype == "bf16" and (central or common)) or (central and head_dim == 64)
+        return (dtype == "bf16" and (central or common or head_dim == 256)) or (central and head_dim == 64)
     of_mask = {"one_document": kernel == "forward+statistics", "causal": kernel != "delta"}  # which reads no mask
     of_mask |= dict.fromkeys(SCORINGS, kernel in ("forward", "dq", "dkv+groups"))
     return central and common and dtype == "bf16" and of_mask.get(mask, True)

@@ -8,7 +8,7 @@ block at D 64 has no fewer than 128 queries: at 350 TFLOP/s blocks of 64 would r
 
 from typing import Any, NamedTuple
 
-HEAD_DIMS = (16, 32, 64, 96, 128)
+HEAD_DIMS = (16, 32, 64, 96, 128, 256)
 """D that the Triton kernels take. Here for readers without triton."""
 
 
@@ -36,12 +36,15 @@ _AMPERE = {
     ("forward", 32): Tiles(128, 64, 4, 3),
     ("forward", 64): Tiles(128, 64, 4, 2),
     ("forward", 128): Tiles(128, 32, 8, 2),
+    ("forward", 256): Tiles(32, 64, 4, 2),
     ("dq", 32): Tiles(128, 64, 8, 2),
     ("dq", 64): Tiles(128, 64, 8, 2),
     ("dq", 128): Tiles(128, 32, 8, 2),
+    ("dq", 256): Tiles(32, 32, 4, 2),
     ("dkv", 32): Tiles(64, 128, 8, 2),
     ("dkv", 64): Tiles(64, 128, 8, 2),
     ("dkv", 128): Tiles(32, 64, 4, 2),
+    ("dkv", 256): Tiles(32, 32, 4, 2),
 }
 _TILES = {
     "sm_80": _AMPERE,
@@ -50,37 +53,47 @@ _TILES = {
         ("forward+statistics", 32): Tiles(128, 64, 8, 3, registers=128),  # two blocks on a multiprocessor
         ("forward", 64): Tiles(128, 128, 8, 2),
         ("forward", 128): Tiles(128, 64, 8, 2),
+        ("forward", 256): Tiles(128, 32, 8, 2),
         ("dq", 32): Tiles(64, 128, 4, 2),
         ("dq", 64): Tiles(128, 128, 8, 2),
         ("dq", 128): Tiles(128, 64, 8, 2),
+        ("dq", 256): Tiles(128, 32, 8, 2),
         ("dkv", 32): Tiles(64, 64, 4, 2),
         ("dkv", 64): Tiles(64, 64, 4, 2),
         ("dkv", 128): Tiles(32, 128, 8, 2),
+        ("dkv", 256): Tiles(64, 32, 8, 2),
     },
     "sm_100": {
         ("forward", 32): Tiles(128, 64, 8, 4),
         ("forward", 64): Tiles(128, 64, 8, 2),
         ("forward", 128): Tiles(128, 64, 8, 2),
+        ("forward", 256): Tiles(128, 32, 8, 2),
         ("dq", 32): Tiles(128, 64, 8, 2),
         ("dq", 64): Tiles(128, 64, 8, 2),
         ("dq", 128): Tiles(128, 64, 8, 2),
+        ("dq", 256): Tiles(128, 32, 8, 2),
         ("dkv", 32): Tiles(64, 128, 8, 2),
         ("dkv", 64): Tiles(32, 128, 8, 2),
         ("dkv", 128): Tiles(32, 32, 4, 2),
+        ("dkv", 256): Tiles(32, 64, 8, 2),
     },
     "gfx942": {
         ("forward", 32): Tiles(128, 64, 4, 3),
         ("forward", 64): Tiles(128, 64, 4, 3),
         ("forward", 128): Tiles(128, 32, 4, 2),
+        ("forward", 256): Tiles(64, 32, 4, 1),
         ("dq", 32): Tiles(128, 64, 8, 2),
         ("dq", 64): Tiles(128, 64, 8, 2),
         ("dq", 128): Tiles(128, 32, 8, 2),
+        ("dq", 256): Tiles(64, 32, 4, 1),
         ("dkv", 32): Tiles(32, 64, 4, 2),
         ("dkv", 64): Tiles(32, 64, 4, 2),
         ("dkv", 128): Tiles(32, 64, 4, 2),
+        ("dkv", 256): Tiles(16, 32, 4, 1),
     },
 }
 _RECEIVED = Tiles(64, 128, 8, 2)
+_RECEIVED_256 = Tiles(64, 64, 4, 1)
 # float32 inputs: three products instead of one on NVIDIA's matrix units, so that wide heads need small tiles.
 _FULL_PRECISION = Tiles(32, 32, 4, 2)
 _FULL_PRECISION_WIDE = {
@@ -89,6 +102,7 @@ _FULL_PRECISION_WIDE = {
     "dkv": Tiles(32, 16, 4, 1),
     "received": Tiles(64, 32, 8, 1),
 }
+_FULL_PRECISION_256 = Tiles(16, 16, 4, 1)
 _INTERPRETED = Tiles(32, 32, 4, 1)
 
 override: dict[str, Tiles] = {}
@@ -112,10 +126,12 @@ def tiles(architecture: str | None, kernel: str, itemsize: int, block_d: int) ->
     if architecture is None:
         return _INTERPRETED
     if itemsize > 2:
+        if block_d > 128:
+            return _FULL_PRECISION_256
         wide = block_d > 64 and architecture.startswith("sm_")
         return _FULL_PRECISION_WIDE[plain] if wide else _FULL_PRECISION
     if kernel == "received":
-        return _RECEIVED
+        return _RECEIVED if block_d <= 128 else _RECEIVED_256
     if architecture not in _TILES:
         architecture = "gfx942" if architecture.startswith("gfx") else "sm_100" if architecture == "sm_103" else "sm_80"
     table = _TILES[architecture]

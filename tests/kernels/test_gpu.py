@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sinkbed.kernels import Mask, attention, attention_received, interval_mask
+from sinkbed.kernels.triton.tiles import HEAD_DIMS
 from tests.support.masks import MASKS, boundaries
 from tests.support.scorings import SCORINGS, scoring
 
@@ -57,7 +58,7 @@ def assert_near(dtype, mask, inputs, *sink, floor, **arguments):
 
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("D", [16, 32, 64, 96, 128])
+@pytest.mark.parametrize("D", HEAD_DIMS)
 def test_values_statistics_and_gradients_equal_the_float64_reference(name, dtype, D):
     start, end = (x.to(DEVICE) for x in boundaries(LENGTHS, rows=2))
     mask = interval_mask(2, sum(LENGTHS), doc_start=start, doc_end=end, **MASKS[name](start, end))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sinkbed.kernels import attention, available, interval_mask
+from sinkbed.kernels.triton.tiles import HEAD_DIMS
 from tests.kernels.test_gpu import assert_near, drawn
 from tests.support.masks import MASKS, boundaries
 from tests.support.ptx import Fault
@@ -63,7 +64,7 @@ def test_values_statistics_and_gradients_equal_the_float64_reference(compiler, a
     check_mask(compiler, arch, "bf16", 64, "document, first position shared", groups=2, sink=True)
 
 
-SIZES = [*(("bf16", D) for D in (16, 32, 64, 96, 128)), ("fp16", 128), ("fp32", 32)]
+SIZES = [("fp16", 128), *(("bf16", D) for D in HEAD_DIMS[::-1]), ("fp32", 32)]  # the first masks have full tiles
 # Each chip has every size with one mask, and with or without groups and a sink; the two have every mask.
 MASKED = [
     (arch, size, name, 1 + i % 2)
@@ -90,7 +91,7 @@ def test_scorings_of_every_kind(compiler, arch, name):
 def test_everything_with_everything(compiler, request):
     if not request.config.getoption("every_kernel"):
         pytest.skip("long: --every_kernel")
-    for arch, dtype, D in itertools.product(CHIPS, DTYPES, (16, 32, 64, 96, 128)):
+    for arch, dtype, D in itertools.product(CHIPS, DTYPES, HEAD_DIMS):
         for name, groups, sink in itertools.product(MASKS, (1, 2), (False, True)):
             check_mask(compiler, arch, dtype, D, name, groups, sink, lanes=32)
         for name in SCORINGS:

@@ -103,7 +103,7 @@ def test_any_length_and_unequal_tiles(T):
         assert worst(found, run("reference", torch.float64, mask, 1, 2, 1, T, 16)) < 5e-6
 
 
-@pytest.mark.parametrize("D", [32, 64, 96, 128])
+@pytest.mark.parametrize("D", [32, 64, 96, 128, 256])
 def test_head_dims(D):
     found = run("triton", torch.float32, None, 1, 2, 1, 40, D)
     assert worst(found, run("reference", torch.float64, None, 1, 2, 1, 40, D)) < 5e-6
@@ -450,7 +450,7 @@ def test_a_decoder_on_the_kernels_equals_one_on_the_reference():
 
 def test_what_the_kernels_cannot_do_is_refused():
     q, k, v = inputs(1, 2, 2, 8, 24, torch.float32)
-    with pytest.raises(ValueError, match="head dim of 16, 32, 64, 96, 128, got 24"):
+    with pytest.raises(ValueError, match="head dim of 16, 32, 64, 96, 128, 256, got 24"):
         attention(q, k, v, implementation="triton")
     q, k, v = inputs(1, 2, 2, 8, 16, torch.float64)
     with pytest.raises(ValueError, match=r"got torch\.float64"):

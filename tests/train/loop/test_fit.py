@@ -391,11 +391,3 @@ def test_validate_gives_the_numbers_of_the_final_measurement(fit, capsys, tmp_pa
     assert "step 3, 2 documents" in capsys.readouterr().out
     assert main(["validate", str(tmp_path)]) == 1
     assert "expected a run directory" in capsys.readouterr().err
-
-
-def test_bf16_autocast_trains(fit, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    status, folder = fit("--trainer.precision", "bf16-mixed")
-    assert status == 0
-    losses = [p["train/loss"] for p in points(folder) if "train/loss" in p]
-    assert losses[-1] < losses[0]

@@ -283,9 +283,8 @@ def available(name):
     return ("--model.optimizer.name", name, "--model.optimizer.lr", "1e-3")
 
 
-@pytest.mark.parametrize("name", ["muon", "soap"])
-def test_a_run_under_any_optimizer_is_resumed_bit_for_bit(fit, monkeypatch, name):
-    options = available(name)
+def interrupted(fit, monkeypatch, *options):
+    """A run's folder, and that of one that was killed and resumed, with the same weights and points."""
     _, whole = fit(*options, run_dir="whole")
     revive = kill_at(monkeypatch, 7)
     with pytest.raises(Killed):
@@ -296,8 +295,20 @@ def test_a_run_under_any_optimizer_is_resumed_bit_for_bit(fit, monkeypatch, name
     assert equal(training_state(cut, 10), training_state(whole, 10))
     [first, *_, last] = [p for p in points(whole) if "train/loss" in p]
     assert last["train/loss"] < first["train/loss"]
-    rates = [p["train/lr"] for p in points(whole) if "train/loss" in p]
-    assert len(rates) == 10 and last["train/accumulated_decay"] == pytest.approx(0.1 * sum(rates))
+    return whole
+
+
+@pytest.mark.parametrize("name", ["muon", "soap"])
+def test_a_run_under_any_optimizer_is_resumed_bit_for_bit(fit, monkeypatch, name):
+    whole = interrupted(fit, monkeypatch, *available(name))
+    logged = [p for p in points(whole) if "train/loss" in p]
+    rates = [p["train/lr"] for p in logged]
+    assert len(rates) == 10 and logged[-1]["train/accumulated_decay"] == pytest.approx(0.1 * sum(rates))
+
+
+def test_a_run_in_bfloat16_is_resumed_bit_for_bit(fit, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    interrupted(fit, monkeypatch, "--trainer.precision", "bf16-mixed")
 
 
 @pytest.mark.parametrize(("before", "after"), [("adamw", "muon"), ("soap", "soap")])

@@ -173,7 +173,7 @@ def test_a_head_dim_that_the_gpu_kernels_do_not_take_is_refused(study, capsys):
     assert main(["study", str(study), "--dry_run"]) == 0
     study.write_text(text.replace("head_dim: 8}}", "head_dim: 8}}, trainer: {accelerator: auto}") + "gpus: 1\n")
     assert main(["study", str(study), "--dry_run"]) == 1
-    assert "arm all: head dim" in (error := capsys.readouterr().err) and "16, 32, 64, 96, 128; got 8" in error
+    assert "arm all: head dim" in (error := capsys.readouterr().err) and "16, 32, 64, 96, 128, 256; got 8" in error
 
 
 def test_memory_that_is_too_small_is_refused(study, capsys, monkeypatch):
