@@ -158,6 +158,6 @@ def run(arguments: Any) -> int:
 
         with profile() as profiler:
             for _ in range(5):
-                contenders["Sinkbed"]()
+                contenders[f"Sinkbed{name}"]()
         print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=45))
     return 0
