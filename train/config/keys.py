@@ -138,15 +138,18 @@ def unknown(option: str, keys: Collection[str]) -> str:
     group, dot, leaf = key.partition(".")
     groups = {name[:at] for name in keys for at in range(len(name)) if name[at] == "."}
     every = sorted({*keys, *groups})
-    of_group = [name for name in every if name.startswith(f"{group}.")]
+    # The longest part of the key that is a group, with a dot, and what is below it; all where none is.
+    parent = max((f"{name}." for name in groups if key.startswith(f"{name}.")), key=len, default="")
+    below = [name.removeprefix(parent) for name in every if name.startswith(parent)]
     near = [name for name in every if name.endswith(f".{key}")]
-    near = near or difflib.get_close_matches(key, every, n=1, cutoff=0.85 if dot else 0.6)
-    near = near or _same_leaf(key, of_group or every)
+    cutoff = 0.6 if parent or not dot else 0.85
+    near = near or [parent + n for n in difflib.get_close_matches(key.removeprefix(parent), below, n=1, cutoff=cutoff)]
+    near = near or _same_leaf(key, [name for name in every if name.startswith(f"{group}.")] or every)
     if not near:  # the group is misspelt
         near = [f"{name}{dot}{leaf}" for name in difflib.get_close_matches(group, groups, n=1)]
     meant = f"; did you mean {near[0]}?" if near and near[0] != key else ""
-    if not meant and of_group:
-        meant = f"; {group} has {', '.join(name.removeprefix(f'{group}.') for name in of_group)}"
+    if not meant and parent:
+        meant = f"; {parent.rstrip('.')} has {', '.join(below)}"
     return f"{option}: expected a known key, got none of that name{meant}"
 
 

@@ -62,6 +62,8 @@ def test_the_version_is_shown(capsys):
         (["fit", "--model.optimizr.lr", "3"], "--model.optimizr.lr: expected a known key, got none of that name; "
          "did you mean model.optimizer.lr?"),
         (["fit", "--lr", "3"], "did you mean model.optimizer.lr?"),
+        (["fit", "--modle.lr", "3"], "did you mean model.optimizer.lr?"),
+        (["fit", "--model.optimizer.betas", "3"], "got none of that name; model.optimizer has cooldown_fraction, "),
         (["fit", "--rundir", "x"], "did you mean run_dir?"),
         (["fit", "--model.decoder.n_layers", "three"], "model.decoder.n_layers: expected int, got 'three'"),
         (["fit", "--data.strategy.mask", "docment"], "data.strategy.mask: expected one of 'causal', 'intra_document'"),
