@@ -36,6 +36,8 @@ def pictures(measured: Measured) -> Iterator[Picture]:
     drawings: tuple[tuple[str, Any, Callable[[Any], list[Panel]], str, str], ...] = (
         ("sink_heads", measured.get("sinks", {}).get("natural"), _heads, "Where the sink sits",
          "Mean attention on the first key, layers down, heads across."),
+        ("learned_key", measured.get("sinks", {}).get("natural"), partial(_heads, mass="learned_mass"),
+         "Attention on the learned key", "Or on the registers; mean of the same queries, layers down, heads across."),
         ("attention", measured.get("map"), _map, "The strongest sink head",
          "Attention of the head with most mass on the first key in the first mode, and of the same head in the others; "
          "first document, queries down, keys across. Colours go by the square root."),
@@ -144,12 +146,15 @@ def _key_0_seen(modes: Measured) -> Measured:
     return {mode: part for mode, part in modes.items() if mode != "first_key_masked"} or modes
 
 
-def _heads(modes: Measured) -> list[Panel]:
-    maps = {mode: next(iter(keys.values()))["mass"] for mode, keys in _key_0_seen(modes).items()}
+def _heads(modes: Measured, mass: str = "mass") -> list[Panel]:
+    at_first = {mode: next(iter(keys.values())) for mode, keys in _key_0_seen(modes).items()}
+    maps = {mode: result[mass] for mode, result in at_first.items() if result.get(mass)}
+    if not maps:
+        return []
     top = mass_scale(list(maps.values()))
 
-    def draw(mass: Any, axis: Axes) -> None:
-        heat(axis, mass, "sink mass", top)
+    def draw(values: Any, axis: Axes) -> None:
+        heat(axis, values, "sink mass" if mass == "mass" else "mass", top)
         whole_ticks(axis.xaxis, axis.yaxis)
         axis.set(xlabel="head", ylabel="layer")
 

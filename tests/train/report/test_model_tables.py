@@ -1,5 +1,6 @@
-"""Tables of what a probe measured."""
+"""Tables and pictures of what a probe measured."""
 
+from sinkbed.train.report.model_figures import pictures
 from sinkbed.train.report.model_tables import tables
 
 
@@ -22,3 +23,11 @@ def test_the_table_of_sinks_has_columns_for_what_differs():
     assert [round(row[name], 6) for name in learned] == [2.0, 20.0, 0.3, 0.6]
     assert "input read" in header(natural | {"random": {"bos": {"0": figures}}})
     assert "key" in header({"natural": {"bos": {"0": figures, "1": placed}}})
+
+
+def test_the_learned_key_has_a_picture_where_there_is_one():
+    def names(**figures):
+        return [p.name for p in pictures({"sinks": {"natural": {"text": {"0": {"mass": [[0.1, 0.2]], **figures}}}}})]
+
+    assert names() == names(learned_mass=None) == ["sink_heads"]
+    assert names(learned_mass=[[0.5, 0.7]]) == ["sink_heads", "learned_key"]
