@@ -71,6 +71,8 @@ class Tokenizer:
             json.loads(backend.to_str())["decoder"], separators=(",", ":")
         )
         self._check_lossless()
+        if not isinstance(backend.model, models.BPE):
+            raise ValueError(f"tokenizer: expected a BPE, got a {type(backend.model).__name__}; use another one")
 
     @classmethod
     def train(cls, texts: Iterable[str], *, vocab_size: int) -> "Tokenizer":
@@ -306,8 +308,10 @@ def tokenizer_file(path: Path | str) -> tuple[Path, str | None, str | None]:
                 fields = json.loads((path / name).read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ValueError(f"tokenizer: {path / name} is no JSON ({error}); copy it again") from error
+            if not isinstance(fields, dict):
+                raise ValueError(f"tokenizer: {path / name} is no JSON object; copy it again")
             named |= {role: fields[f"{role}_token"] for role in ("bos", "eos") if fields.get(f"{role}_token")}
-    texts = {role: token["content"] if isinstance(token, dict) else token for role, token in named.items()}
+    texts = {role: token.get("content") if isinstance(token, dict) else token for role, token in named.items()}
     return file, texts.get("bos"), texts.get("eos")
 
 

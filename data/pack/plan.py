@@ -10,6 +10,7 @@ mapped into memory. Where it cannot be written it is made anew in each process.
 Shapes: R rows, N rows asked for, I items, P pieces.
 """
 
+import inspect
 import os
 import warnings
 from collections import OrderedDict
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sinkbed.data.files import replacing, sha256_json
+from sinkbed.data.files import replacing, sha256_file, sha256_json
 from sinkbed.data.pack.methods import PACKINGS, Ints, Items, Laid, Packing
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.store.offsets import Offsets
@@ -52,7 +53,8 @@ class PlanSettings:
     def key(self, digest: str) -> str:
         """A name for the plan of the split with this digest."""
         s = self.strategy
-        parts = [FORMAT, digest, s.packing, s.overflow, s.fill, self.room, self.extras]
+        code = sha256_file(Path(inspect.getfile(type(self.packing))))
+        parts = [FORMAT, digest, s.packing, code, s.overflow, s.fill, self.room, self.extras]
         name = s.packing if isinstance(s.packing, str) else next(iter(s.packing))
         return f"{name}-{self.room}-{sha256_json(parts)[:16]}"
 

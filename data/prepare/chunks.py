@@ -68,7 +68,7 @@ class Chunks:
             self.folder.mkdir(exist_ok=True)
         self.finished: dict[int, Chunk] = {}
         for path in sorted(self.folder.glob("*.json")):
-            chunk = _read(path)
+            chunk = read_chunk(path)
             # The disk may have lost what a crash of the machine overtook; such a chunk is made again.
             if chunk is not None and all(self._is_whole(shard) for shard in chunk.shards.values()):
                 self.finished[int(path.stem)] = chunk
@@ -184,7 +184,7 @@ def begun_recipe(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _read(path: Path) -> Chunk | None:
+def read_chunk(path: Path) -> Chunk | None:
     """The record of a chunk; None where it is damaged."""
     try:
         fields = load_json(path)

@@ -6,18 +6,16 @@ source that runs out first, and a hub data set that tells nothing, can be sample
 """
 
 import dataclasses
-import json
 import math
 import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from sinkbed.data.prepare.config import TRAIN_BYTES, PrepareConfig
-from sinkbed.data.prepare.prepare import available_cores, make_tokenizer
+from sinkbed.data.prepare.prepare import available_cores, make_tokenizer, no_documents
 from sinkbed.data.prepare.recipe import recipe_of
 from sinkbed.data.prepare.sampling import Sample, Stretch, streamed
 from sinkbed.data.source.config import Source
@@ -74,7 +72,7 @@ def estimate(config: PrepareConfig, *, workers: int | None = None, sample_bytes:
         owners.append(reading.at)
     left_out = sample.left_out + chosen.left_out
     if not documents:
-        raise ValueError(f"the sample holds no document (left out: {dict(left_out)})")
+        raise no_documents("in the sample", left_out)
     tokenizer = make_tokenizer(*_training(config, sample, sample_bytes), progress=False)
     # One process is timed, as many as there are cores for are assumed to do as much each, and none can be faster than
     # the one that reads: timing all of them on a sample would time how they start and stop.
@@ -160,11 +158,12 @@ class _Stretches(Documents):
 
 def _finished_bytes(config: PrepareConfig) -> int:
     """Bytes of text that a stopped run of this config has encoded."""
-    from sinkbed.data.prepare.chunks import CHUNKS_NAME, begun_recipe
+    from sinkbed.data.prepare.chunks import CHUNKS_NAME, begun_recipe, read_chunk
+    from sinkbed.data.prepare.staging import partial_of
 
-    out = Path(config.out)
-    folder = out.parent / f".{out.name}.partial"
-    if begun_recipe(folder) != recipe_of(config):
+    folder = partial_of(config.out)
+    begun = begun_recipe(folder)
+    if begun is None or begun != recipe_of(config):  # which reads every local file
         return 0
-    chunks = (json.loads(path.read_text(encoding="utf-8")) for path in (folder / CHUNKS_NAME).glob("*.json"))
-    return sum(shard["bytes"] for chunk in chunks for shard in chunk["shards"].values())
+    chunks = filter(None, map(read_chunk, (folder / CHUNKS_NAME).glob("*.json")))
+    return sum(shard.bytes for chunk in chunks for shard in chunk.shards.values())

@@ -14,7 +14,7 @@ This module imports neither datasets nor tokenizers until `prepare` is called.
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +76,15 @@ def prepare(
             raise
 
 
+def no_documents(where: str, left_out: Mapping[str, int]) -> ValueError:
+    """That no document is left of a source."""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(left_out.items()))
+    return ValueError(
+        f"source: expected documents that the config lets pass, got none{where and f' {where}'} (left out: {reasons}); "
+        "look at min_bytes and max_bytes"
+    )
+
+
 def available_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -130,11 +139,7 @@ def _fill(config: PrepareConfig, recipe: dict[str, Any], chunks: "Chunks", worke
     left_out = documents.left_out + selected.left_out
     if not any(written.values()):
         chunks.staging.discard()
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(left_out.items()))
-        raise ValueError(
-            f"source: expected documents that the config lets pass, got none (left out: {reasons}); look at min_bytes "
-            "and max_bytes"
-        )
+        raise no_documents("", left_out)
     if not written["train"] or (config.validation_share and not written["validation"]):
         chunks.staging.discard()
         raise ValueError(

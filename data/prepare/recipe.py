@@ -68,19 +68,22 @@ def condensed(recipe: dict[str, Any]) -> dict[str, Any]:
 def source_identity(source: SingleSource) -> dict[str, Any]:
     """What tells one state of a source from another: a digest of its files, or package versions.
 
-    A hub data set is identified by what the config says of it; only a pinned revision makes that exact. A
-    synthetic task is what its parameters say under one version of the generator.
+    A hub data set is identified by what the config says of it; only a pinned revision makes that exact. A local folder
+    laid out like one is its files. A synthetic task is what its parameters say under one version of the generator.
     Raises FileNotFoundError for missing files or packages.
     """
     if isinstance(source, Source) and source.kind == "mixture":
         return {"sources": [source_identity(part) for part in source.sources]}
     if source.kind == "demo":
         return {"packages": demo_versions(source.parts)}
-    if source.kind == "hub":
+    if source.kind == "hub" and not Path(str(source.name)).is_dir():
         return {"name": source.name, "revision": source.revision}
     if source.kind == "synthetic":
         return {"generator": GENERATOR_VERSION}
-    paths = [Path(path) for path in local_files(source)]
+    if source.kind == "hub":
+        paths = sorted(path for path in Path(str(source.name)).rglob("*") if path.is_file())
+    else:
+        paths = [Path(path) for path in local_files(source)]
     files = [{"name": path.name, "size": path.stat().st_size, "sha256": sha256_file(path)} for path in paths]
     return {"files": digest_of(files)}
 

@@ -24,7 +24,7 @@ from sinkbed.data.prepare.config import PrepareConfig
 from sinkbed.data.source.config import Separator, SingleSource, Source
 from sinkbed.data.source.documents import Documents
 from sinkbed.data.source.local_files import COMPRESSED, local_files
-from sinkbed.data.source.records import Record, cut, decoded, read_records
+from sinkbed.data.source.records import Record, cut, decoded, parquet_tables, read_records
 
 S = TypeVar("S", bound=SingleSource)
 
@@ -216,11 +216,10 @@ class Sample:
             file, number, rows, size = groups[index]
             texts: list[str] = []
             seen = 0
-            with pq.ParquetFile(file) as parquet:
-                for batch in parquet.iter_batches(8, [number], [column]):
-                    records = [Record(text or "") for text in batch.column(0).to_pylist()]
-                    texts += self._kept(iter(records))
-                    seen += len(batch)
+            with open(file, "rb") as raw:
+                for table in parquet_tables(raw, file, column, range(number, number + 1), rows=8):
+                    texts += self._kept(Record(**row) for row in table.to_pylist())
+                    seen += len(table)
                     if sum(map(len, texts)) >= places * budget / count:
                         break
             if seen:

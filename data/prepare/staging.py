@@ -28,6 +28,12 @@ class DiskFullError(OSError):
     """No space or quota left; the message says what became of the token store and what to do."""
 
 
+def partial_of(out: Path | str) -> Path:
+    """`.NAME.partial` beside a token store, in which it grows; where `out` is a link, beside what it leads to."""
+    out = Path(os.path.realpath(out))
+    return out.parent / f".{out.name}.partial"
+
+
 class StagingFolder:
     """The folder `.NAME.partial` beside `out`, in which a token store grows. A context manager: locked while open.
 
@@ -41,8 +47,8 @@ class StagingFolder:
     """
 
     def __init__(self, out: Path | str, *, replace: bool = False) -> None:
-        self.out = Path(os.path.abspath(out))
-        self.folder = self.out.parent / f".{self.out.name}.partial"
+        self.out = Path(os.path.realpath(out))
+        self.folder = partial_of(out)
         self._replace = replace
         self._lock: Any = None
 
@@ -187,7 +193,7 @@ def _previous(out: Path) -> Path:
 
 def sweep(out: Path) -> None:
     """Remove what publishing leaves beside a finished store, and what a kill kept it from removing."""
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))
     (out / LOCK_NAME).unlink(missing_ok=True)
     remove(_previous(out))
 

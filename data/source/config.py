@@ -61,7 +61,8 @@ class SingleSource:
     column: str | None = None
     """jsonl, parquet, hub: the column that holds the text. None: `text`."""
     streaming: bool = False
-    """All kinds but demo: read without a copy in the cache; the shuffle is then that of a buffer."""
+    """All kinds but demo, and each of a mixture's: read without a copy in the cache; the shuffle is then that of a
+    buffer."""
     shuffle_seed: int | None = 0
     """Seed of the shuffle of documents, or of the draws of a mixture. None: the order of the source."""
     shuffle_buffer: int | None = None
@@ -116,6 +117,8 @@ class SingleSource:
             )
         if self.shuffle_buffer is not None:
             check_number("source.shuffle_buffer", self.shuffle_buffer, least=1)
+        if self.shuffle_seed is not None:
+            check_number("source.shuffle_seed", self.shuffle_seed, least=0, integer=True)
 
 
 @dataclass(frozen=True, kw_only=True)

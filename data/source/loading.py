@@ -122,9 +122,10 @@ def _synthetic(source: SingleSource) -> Any:
 
 def _local(source: SingleSource) -> Any:
     files = local_files(source)
-    # What the cache's name is made of: contents, as in the recipe; a size and a time may be those of another text.
+    # What the cache's name is made of: contents, as in the recipe; a size and a time may be those of another text. What
+    # is streamed has no cache.
     paths = [os.path.abspath(file) for file in files]
-    states = [(sha256_file(Path(path)), path) for path in paths]
+    states = [("" if source.streaming else sha256_file(Path(path)), path) for path in paths]
     return _records(source, DataFilesDict({"train": DataFilesList(paths, states)}), "train", source.kind)
 
 

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from datasets.builder import Key
 
 _TABLE_BYTES = 1 << 20  # of text in a table handed to `datasets`; bounds memory and latency
-_READ_VERSION = "3"  # part of the cache's name: raise it when the same files give other records
+_READ_VERSION = "4"  # part of the cache's name: raise it when the same files give other records
 _SHOWN = 60  # characters of an offending line in a message
 
 _MARK = b"\xef\xbb\xbf"  # of byte order
@@ -96,7 +96,7 @@ def read_tables(path: str, name: str, format: str, column: str, split: str = "fi
         return
     try:
         with _opened(path) as file:
-            yield from _parquet_tables(file, name, column)
+            yield from parquet_tables(file, name, column)
     except _UNREADABLE as error:
         _raise_missing(error)
         message = f"{name}: could not be read as parquet ({error}); check source.kind, or copy the file again"
@@ -173,7 +173,8 @@ def cut(stream: Any, split: str) -> Iterator[bytes]:
             elif gathered:
                 yield b"\n".join(gathered)
                 gathered = []
-        yield b"\n".join(gathered)
+        if gathered:
+            yield b"\n".join(gathered)
     else:
         separator, rest = split.replace("\r\n", "\n").encode(), bytearray()
         while block := stream.read(_TABLE_BYTES):
@@ -185,7 +186,8 @@ def cut(stream: Any, split: str) -> Iterator[bytes]:
                 yield _between(rest, end)
                 del rest[: end + len(separator)]
                 begin = 0
-        yield _between(rest, len(rest))
+        if rest and not rest.isspace():  # a separator may be the last line
+            yield _between(rest, len(rest))
 
 
 def _without_end(line: bytes) -> bytes:
@@ -197,7 +199,11 @@ def _between(rest: bytearray, end: int) -> bytes:
     return bytes(memoryview(rest)[rest.startswith(b"\n", 0, end) : end - rest.endswith(b"\n", 0, end)])
 
 
-def _parquet_tables(file: IO[bytes], name: str, column: str) -> Iterator[pa.Table]:
+def parquet_tables(
+    file: IO[bytes], name: str, column: str, groups: range | None = None, rows: int | None = None
+) -> Iterator[pa.Table]:
+    """The records of a Parquet file as tables of `FEATURES`; of the row groups in `groups` alone, `rows` at a time,
+    where these are given."""
     parquet = pq.ParquetFile(file)
     if column not in parquet.schema_arrow.names:
         if parquet.metadata.num_rows:
@@ -209,9 +215,10 @@ def _parquet_tables(file: IO[bytes], name: str, column: str) -> Iterator[pa.Tabl
         if parquet.metadata.num_rows:
             yield _table([_not_text(name, column, f"values of type {kind}")])
         return
-    groups = range(parquet.num_row_groups)
-    size = max([1, *(parquet.metadata.row_group(group).num_rows for group in groups[:1])])
-    number = 0
+    counts = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+    groups = range(len(counts)) if groups is None else groups
+    size = rows or max([1, *counts[:1]])
+    number = sum(counts[: groups.start])
     for batch in chain.from_iterable(parquet.iter_batches(size, [group], [column]) for group in groups):
         texts = batch.column(0).cast(pa.large_string())
         try:

@@ -85,7 +85,7 @@ class Synthetic:
         values = _LETTERS if self.task == "trigger_averaging" else len(SYMBOLS)
         for name, value, low, high in (
             ("documents", self.documents, 1, math.inf),
-            ("seed", self.seed, 0, math.inf),
+            ("seed", self.seed, 0, 2**63 - 1),
             ("length", least, 2, math.inf),
             ("length", most, least, math.inf),
             ("symbols", self.symbol_count, 2, values),

@@ -299,3 +299,15 @@ def test_a_tokenizer_that_encodes_at_random_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text(json.dumps(definition))
     with pytest.raises(ValueError, match=r"expected no BPE dropout.* got 0\.3"):
         Tokenizer.load(tmp_path / "t.json")
+
+
+def test_a_model_other_than_a_bpe_is_refused_and_a_damaged_configuration_named(tmp_path: Path) -> None:
+    pieces = [("<bos>", 0.0), ("<eos>", 0.0), *((f"<0x{byte:02X}>", -1.0) for byte in range(256))]
+    backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    with pytest.raises(ValueError, match=r"tokenizer: expected a BPE, got a Unigram"):
+        Tokenizer(backend)
+    Tokenizer.train(["some text"] * 3, vocab_size=262).save(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is no JSON object"):
+        Tokenizer.load(tmp_path)

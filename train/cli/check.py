@@ -5,15 +5,18 @@ is cut short has said what it saw. It needs torch, triton, numpy and pytest, and
 """
 
 import argparse
-import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
+
+from sinkbed.data.files import write_json
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -24,6 +27,8 @@ class Step(NamedTuple):
     name: str
     seconds: int
     command: tuple[str, ...]
+    environment: dict[str, str] | None = None
+    """Variables of its own."""
 
 
 def steps(device: str, workers: int) -> list[Step]:
@@ -42,7 +47,10 @@ def steps(device: str, workers: int) -> list[Step]:
         Step("reruns", 40, own("reruns")),
         Step("training", 60, own("training")),
         Step("peers", 100, own("peers")),
-        *(Step(tool, 40, (*sanitizer, tool, *own("touch"))) for tool in ("memcheck", "racecheck", "initcheck")),
+        *(
+            Step(tool, 40, (*sanitizer, tool, *own("touch")), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+            for tool in ("memcheck", "racecheck", "initcheck")
+        ),
         Step("sweep", 150, own("sweep")),
     ]
 
@@ -86,20 +94,27 @@ def _all(planned: Sequence[Step], out: Path, seconds: int) -> int:
         lines = (out / f"{step.name}.log").read_text(errors="replace").splitlines() or [""]
         summary[step.name] = {"status": status, "seconds": round(time.monotonic() - began, 1), "last line": lines[-1]}
         print(f"{step.name:10} {status:10} {summary[step.name]['seconds']:6} s  {lines[-1][:120]}", flush=True)
-        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        write_json(out / "summary.json", summary, seal=False)
     return int(any(result["status"] == "failed" for result in summary.values()))
 
 
 def _run(step: Step, log: Path, seconds: float) -> str:
     """Run a step with its output in a log: `passed`, `failed`, `cut` (out of time), or `absent` (no such program)."""
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if step.command[0][0] == "c" else None
+    environment = os.environ | (step.environment or {})
     with log.open("w") as file:
         if seconds <= 0:
             return "cut"
         try:
-            done = subprocess.run(step.command, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, env=environment)
-        except subprocess.TimeoutExpired:
-            return "cut"
+            process = subprocess.Popen(
+                step.command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
         except FileNotFoundError:
             return "absent"
-    return "failed" if done.returncode else "passed"
+        try:
+            return "failed" if process.wait(seconds) else "passed"
+        except subprocess.TimeoutExpired:
+            return "cut"
+        finally:  # what it has started too: the next step is to have the GPU to itself
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

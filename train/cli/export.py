@@ -1,6 +1,7 @@
 """`sinkbed export`: a checkpoint as a Hugging Face folder, whose logits equal ours."""
 
-import glob
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -49,13 +50,18 @@ def run(command: str, argv: Sequence[str]) -> int:
     )
     from safetensors.torch import save_file
 
-    out = Path(os.path.abspath(arguments.out))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for left in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):  # by an export that was killed
-        shutil.rmtree(left)
-    partial = out.parent / f".{out.name}.{os.getpid()}.partial"
-    partial.mkdir()
+    out = Path(os.path.realpath(arguments.out))
+    partial = out.parent / f".{out.name}.export"
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        message = f"--out {out}: another process exports to it; wait or choose another name"
+        raise BlockingIOError(errno.EWOULDBLOCK, message) from None
+    try:
+        for left in partial.iterdir():  # by an export that was killed
+            left.unlink()
         save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
         write_tokenizer(partial, tokenizer, first, identity["context_length"])
         write_json(partial / CONFIG, config, seal=False)
@@ -71,6 +77,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         sync_folder(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
     token = "no token" if first is None else repr(tokenizer.backend.id_to_token(first))
     print(
         f"{arguments.out}: step {checkpoint['global_step']}, {decoder.parameter_count():,} parameters, as "
@@ -119,6 +126,7 @@ def first_id(strategy: Strategy, tokenizer: OurTokenizer, bos: str) -> int | Non
 def write_tokenizer(folder: Path, tokenizer: OurTokenizer, first: int | None, context_length: int) -> None:
     """tokenizer.json, with a template that puts `first` before a text, and tokenizer_config.json."""
     definition = json.loads(tokenizer.backend.to_str())
+    definition["post_processor"] = None  # an own tokenizer's may put BOS before a text
     if first is not None:
         # As JSON: the library's own short form gives "$" and ":" in a token a meaning.
         token, text = {"SpecialToken": {"id": "first", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}

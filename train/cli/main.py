@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _at_home(argument: str) -> str:
     """An argument with the home folder in place of `~`, also where the shell leaves it: in quotes, after `=`."""
     option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-    return f"{option}{equals}{os.path.expanduser(value)}"
+    return f"{option}{equals}{os.path.expanduser(value) if value.startswith('~/') else value}"
 
 
 def _use_utf8() -> None:

@@ -22,7 +22,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     from sinkbed.data.prepare.prepare import prepare
     from sinkbed.train.config.arguments import ShortParser, check_keys, known_keys, refuse_classes, rewritten
 
-    if "--check" in argv:
+    if any(argument.partition("=")[0] == "--check" for argument in argv):
         return _check(command, argv)
     refuse_classes()
     parser = ShortParser(prog=f"sinkbed {command}", description="Documents to a token store.")
@@ -62,7 +62,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     try:
         manifest = prepare(settings, force=force, progress=not quiet, workers=workers)
     except KeyboardInterrupt:
-        folder = Path(settings.out).with_name(f".{Path(settings.out).name}.partial")
+        from sinkbed.data.prepare.staging import partial_of
+
+        folder = partial_of(settings.out)
         kept = counted(len(list(folder.glob("chunks/*.json"))), "finished chunk")
         print(f"sinkbed {command}: interrupted; {kept} kept in {folder}: run it again to go on", file=sys.stderr)
         return 130

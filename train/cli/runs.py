@@ -76,7 +76,7 @@ def described(run_dir: Path, below: Path) -> dict[str, str]:
             "val. loss": _number(last.get(f"val/loss/{mode}"), 3),
             "sink %": _number(last.get(f"sink/rate_eps0.3/{mode}"), 1),
         }
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         return {"run": name, "state": "damaged", "error": str(error)}
 
 

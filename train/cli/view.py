@@ -55,21 +55,19 @@ def run(command: str, argv: Sequence[str]) -> int:
         write_atomic(arguments.out, view._to_model().model_dump_json(by_alias=True, indent=1) + "\n")
         print(f"{arguments.out}: the workspace as JSON; nothing was sent")
         return 0
-    entity = entity or _own_entity()
-    print(workspace(entity, project, arguments.group, modes).save().url)
-    if arguments.report:
-        print(report(entity, project, arguments.group, modes).save(draft=True).url)
-    return 0
-
-
-def _own_entity() -> str:
-    """The entity that W&B takes where none is named. Raises ValueError without a login."""
     import wandb
 
     try:
-        return str(wandb.Api().default_entity)
-    except wandb.errors.UsageError as error:
-        raise ValueError(f"view: expected a W&B login, got none ({error}); --out FILE sends nothing") from None
+        entity = entity or str(wandb.Api().default_entity)
+        print(workspace(entity, project, arguments.group, modes).save().url)
+        if arguments.report:
+            print(report(entity, project, arguments.group, modes).save(draft=True).url)
+    except wandb.errors.Error as error:
+        raise ValueError(
+            f"view: expected a W&B login that may write to {arguments.project}, got none ({error}); --out FILE sends "
+            "nothing"
+        ) from None
+    return 0
 
 
 def panels(modes: Sequence[str]) -> dict[str, list[Any]]:

@@ -15,7 +15,7 @@ from sinkbed.train.run.directory import check_config
 
 _MOST_NODES = 1_000_000
 """Values of a file, aliases written out. The largest study has some thousands."""
-_OTHER_BASE = re.compile(r"[-+]?(0[0-9_]+|[0-9_]+(:[0-9_]+)+)")
+_OTHER_BASE = re.compile(r"[-+]?(0[0-9_]+|[0-9_]+(:[0-9_]+)+(\.[0-9_]*)?)")
 
 
 class _NotPlain(yaml.MarkedYAMLError):
@@ -44,17 +44,25 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        number = super().construct_yaml_int(node)
-        if _OTHER_BASE.fullmatch(node.value):
-            raise _NotPlain(
-                f"expected a decimal number, got {node.value}, which YAML reads as {number}; write {number}, or put "
-                "it in quotes",
-                node,
-            )
-        return number
+        return _decimal(node, super().construct_yaml_int(node))
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        return _decimal(node, super().construct_yaml_float(node))
+
+
+def _decimal(node: yaml.ScalarNode, number: Any) -> Any:
+    """The number; raises where YAML reads digits in another base."""
+    if _OTHER_BASE.fullmatch(node.value):
+        raise _NotPlain(
+            f"expected a decimal number, got {node.value}, which YAML reads as {number}; write {number}, or put it in "
+            "quotes",
+            node,
+        )
+    return number
 
 
 _PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
+_PlainLoader.add_constructor("tag:yaml.org,2002:float", _PlainLoader.construct_yaml_float)
 
 
 def _compose(path: Path) -> tuple[_PlainLoader, yaml.Node | None]:

@@ -4,6 +4,8 @@ metrics.jsonl keeps every figure. With a chart a figure there would be more than
 maps, layers down, measurements across.
 """
 
+import itertools
+import math
 import re
 from typing import Any, Literal, NamedTuple
 
@@ -60,17 +62,17 @@ class Charts:
 
     def _maps(self, numbers: dict[str, Any], modes: list[str]) -> dict[str, Map]:
         """A map for each figure of layers in this point, of its measurements so far."""
-        layers: dict[str, list[float]] = {}
+        layers: dict[str, dict[int, float]] = {}
         for key, value in numbers.items():
             if (match := _LAYER.fullmatch(key)) and not _of_another(key, modes):
                 name = match["name"].replace("sink/", "sink_maps/") + (match["mode"] or "")
-                layers.setdefault(name, []).append(value)
+                layers.setdefault(name, {})[int(match["layer"])] = value
         maps = {}
-        for key, column in layers.items():
+        for key, of_layer in layers.items():  # a figure that is not finite is not among them
             columns = self.columns.setdefault(key, [])
-            columns.append(column)
-            values = [list(line) for line in zip(*columns, strict=False)]
-            top = max(map(max, values))
+            columns.append([of_layer.get(layer, math.nan) for layer in range(max(of_layer) + 1)])
+            values = [list(line) for line in itertools.zip_longest(*columns, fillvalue=math.nan)]
+            top = max(value for line in values for value in line if value == value)
             across = f"measurements across, up to {numbers['train/tokens']:,} tokens"
             maps[key] = Map(values, top, f"{key}: layers down, {across}; 0 dark to {top:.3g} bright, by the root")
         return maps

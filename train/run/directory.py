@@ -239,6 +239,9 @@ def restore_metrics(path: Path, saved: str) -> str | None:
     Returns what there is to tell the user, None where there is nothing.
     """
     content = path.read_bytes() if path.exists() else b""
+    damaged = path.with_name(f"{path.name}.damaged")
+    if not content.startswith(saved.encode()) and not saved.encode().startswith(content):
+        write_atomic(damaged, content)  # before it is replaced
     if content != saved.encode():
         write_atomic(path, saved)
     if content.startswith(saved.encode()):
@@ -246,8 +249,6 @@ def restore_metrics(path: Path, saved: str) -> str | None:
     if saved.encode().startswith(content):  # lost with the machine's power, which no write of ours waits for
         lines = content.count(b"\n")
         return f"{path}: expected {counted(saved.count(chr(10)), 'point')}, got {lines}; restored from the checkpoint"
-    damaged = path.with_name(f"{path.name}.damaged")
-    write_atomic(damaged, content)
     pairs = zip(content.splitlines(), saved.encode().splitlines(), strict=False)
     line = next((number for number, (ours, theirs) in enumerate(pairs, 1) if ours != theirs), None)
     what = f"line {line} is not as the checkpoint saved it" if line else "points that the checkpoint saved are missing"

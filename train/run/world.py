@@ -95,7 +95,9 @@ def join(devices: int, nodes: int) -> int:
                 f"{launcher}={started}: expected {own} beside it in the environment, got none; start the processes "
                 f"with torchrun, with srun or by --trainer.devices alone, or unset {launcher}"
             )
-        rank = max(_number(name) for name in places)
+        rank = 0
+        for place in places:  # a node's first process comes after those of the nodes before it
+            rank = rank * devices + _number(place)
         if os.environ.get("SINKBED_LAUNCHER") == str(os.getppid()):
             end_with_parent(os.getppid())
     rank_zero_only.rank = rank  # type: ignore[attr-defined]
@@ -173,4 +175,6 @@ def lost_process(error: BaseException, newest: Callable[[], Path | None]) -> Pro
 
 
 def _is_of_a_worker(error: BaseException) -> bool:
+    if isinstance(error, BrokenPipeError):  # of who reads what this process prints
+        return False
     return str(error).startswith("DataLoader worker (pid") or isinstance(error, ConnectionError | EOFError)

@@ -237,3 +237,13 @@ def test_items_of_a_document_that_fits_a_row_exactly_are_one() -> None:
         (3, 8, 8),
         (3, 16, 1),
     ]
+
+
+def test_a_packing_whose_code_was_changed_is_laid_out_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_settings = PlanSettings(strategy=Strategy(packing="best_fit"), room=8, extras=1)
+    before = plan_settings.key("digest")
+    assert plan_settings.key("digest") == before
+    edited = tmp_path / "best_fit.py"
+    edited.write_text(Path(best_fit_module.__file__).read_text() + "# changed\n")
+    monkeypatch.setattr(plan_module.inspect, "getfile", lambda _: str(edited))
+    assert plan_settings.key("digest") != before

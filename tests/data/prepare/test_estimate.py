@@ -226,3 +226,35 @@ def test_bad_records_of_the_sample_are_refused_or_counted(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"0\.jsonl, line 2"):
         estimate(config, workers=1)
     assert estimate(dataclasses.replace(config, on_error="skip"), workers=1).left_out == {"malformed": 1}
+
+
+def test_a_dry_run_reads_no_more_than_its_sample_and_passes_over_a_damaged_chunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sinkbed.data import files
+    from sinkbed.data.prepare.chunks import CHUNKS_NAME, RECIPE_NAME
+    from sinkbed.data.prepare.recipe import recipe_of
+    from sinkbed.data.prepare.staging import partial_of
+
+    config = config_of(tmp_path, dataclasses.replace(write(tmp_path, "jsonl"), shuffle_seed=None))
+    with monkeypatch.context() as patch:
+        for module in ("data.source.loading", "data.prepare.recipe"):
+            patch.setattr(f"sinkbed.{module}.sha256_file", lambda path: pytest.fail(f"{path} is read whole"))
+        assert estimate(config, sample_bytes=3_000).finished_bytes == 0
+    (partial_of(config.out) / CHUNKS_NAME).mkdir(parents=True)
+    files.write_json(partial_of(config.out) / RECIPE_NAME, recipe_of(config))
+    (partial_of(config.out) / CHUNKS_NAME / "00000.json").write_text("{}")
+    assert estimate(config, sample_bytes=3_000).finished_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "message"),
+    [(range(5_000), pa.int64(), "values of type int64"), ([b"\xff" * 40] * 900, pa.string(), "expected UTF-8")],
+)
+def test_a_sample_of_parquet_that_holds_no_text_is_named(values: Any, kind: Any, message: str, tmp_path: Path) -> None:
+    raw = pa.array(values, pa.binary() if kind == pa.string() else kind)
+    column = pa.Array.from_buffers(kind, len(raw), raw.buffers())
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", row_group_size=300)
+    config = config_of(tmp_path, Source(kind="parquet", files=str(tmp_path / "a.parquet")))
+    with pytest.raises(ValueError, match=rf"a\.parquet.*{message}"):
+        estimate(config, sample_bytes=1_000)

@@ -144,3 +144,14 @@ def test_the_same_documents_give_the_same_bytes(tmp_path: Path, tokenizer: Token
             fill(writer)
             manifests.append(writer.finish(recipe={"a": 1}))
     assert manifests[0] == manifests[1]
+
+
+def test_a_store_goes_where_a_link_leads(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "disk" / "big").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "big")
+    for replace in (False, True):
+        with StoreWriter(tmp_path / "link", tokenizer, replace=replace) as writer:
+            fill(writer)
+            writer.finish(recipe={})
+        assert TokenStore.open(tmp_path / "disk" / "big").documents == 6
+        assert (tmp_path / "link").is_symlink() and [path.name for path in (tmp_path / "disk").iterdir()] == ["big"]

@@ -368,3 +368,12 @@ def test_files_of_another_kind_are_refused_before_they_are_read(tmp_path: Path) 
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
             source_identity(Source(kind="text", files=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("split", ["blank_line", Separator(separator="<x>")])
+def test_what_ends_a_text_is_no_empty_document(split: Any, tmp_path: Path) -> None:
+    ends = "<x>\n" if isinstance(split, Separator) else "\n\n"
+    (tmp_path / "a.txt").write_text(f"one{ends}two{ends}")
+    source = Source(kind="text", files=str(tmp_path / "a.txt"), split=split, shuffle_seed=None, streaming=True)
+    documents = Documents(source)
+    assert (list(documents), documents.left_out) == (["one", "two"], {})

@@ -202,6 +202,7 @@ def test_a_data_set_that_brings_its_own_code_is_not_run(tmp_path: Path) -> None:
             {"kind": "jsonl", "files": ("a",), "shuffle_buffer": 5},
             "source.shuffle_buffer: expected none without streaming",
         ),
+        ({"kind": "demo", "shuffle_seed": -1}, "source.shuffle_seed: expected an integer of at least 0, got -1"),
         (
             {"kind": "hub", "name": "a/b", "streaming": True, "shuffle_buffer": 0},
             "shuffle_buffer: expected at least 1, got 0",
@@ -219,6 +220,10 @@ def test_the_identity_of_files_follows_their_contents_not_their_folder(tmp_path:
     first, moved, other = (write_jsonl(tmp_path / name) for name in ("a", "b", "c"))
     (tmp_path / "c" / "part0.jsonl").write_text('{"text": "changed"}')
     assert source_identity(first) == source_identity(moved) != source_identity(other)
+    of_folder = Source(kind="hub", name=str(tmp_path / "a"))
+    before = source_identity(of_folder)
+    (tmp_path / "a" / "part0.jsonl").write_text('{"text": "changed"}')
+    assert source_identity(of_folder) != before
 
 
 @needs_demo

@@ -217,7 +217,8 @@ def test_the_floors_in_the_readme_are_the_mean_surprisal_of_the_documents(path: 
             {"task": "repeated", "phrase": 21},
             "synthetic.phrase: expected an integer of at least 1 and at most 20, got 21",
         ),
-        ({"seed": -1}, "synthetic.seed: expected an integer of at least 0, got -1"),
+        ({"seed": -1}, "synthetic.seed: expected an integer of at least 0 and at most 9.22337e.18, got -1"),
+        ({"seed": 2**64}, "synthetic.seed: expected an integer of at least 0 and at most 9.22337e.18, got 18446744"),
     ],
 )
 def test_settings_out_of_range_or_without_effect_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +47,17 @@ def test_a_step_that_fails_or_takes_too_long_stops_no_other(tmp_path, monkeypatc
     }
     assert main(["check", "gpu", "--device", "cpu", "--out", str(tmp_path), "--seconds", "0"]) == 0
     assert "cut" in capsys.readouterr().out
+
+
+def test_a_step_that_is_cut_ends_with_all_that_it_started(tmp_path):
+    started = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import os, time; print(os.getpid(), "
+    step = Step("deep", 2, (sys.executable, "-c", started + "flush=True); time.sleep(60)'])"))
+    assert check._run(step, tmp_path / "log", step.seconds) == "cut"
+    process = Path("/proc", (tmp_path / "log").read_text().strip(), "stat")
+    end = time.monotonic() + 20
+    while process.exists() and process.read_text().split()[2] != "Z" and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not process.exists() or process.read_text().split()[2] == "Z"
 
 
 def test_without_a_gpu_it_says_so(capsys, monkeypatch):

@@ -142,13 +142,15 @@ def test_a_folder_that_holds_something_is_left_alone_and_a_failure_leaves_nothin
 
 
 def test_the_exported_files_are_plain_data_with_the_permissions_of_the_user(run_dir, tmp_path):
-    (tmp_path / ".hf.12345.partial").mkdir()  # of an export that was killed
     before = os.umask(0o027)
     try:
+        (tmp_path / ".hf.export").mkdir()
+        (tmp_path / ".hf.export" / "model.safetensors").touch()  # of an export that was killed
+        (tmp_path / ".hf.v2.partial").mkdir()  # in which a token store of another name grows
         assert main(["export", str(run_dir), "--out", str(tmp_path / "hf")]) == 0
     finally:
         os.umask(before)
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hf.v2.partial", "hf"]
     assert (tmp_path / "hf").stat().st_mode & 0o777 == 0o750
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "hf").iterdir()} == {0o640}
     names = {p.name for p in (tmp_path / "hf").iterdir()}
@@ -269,3 +271,32 @@ def test_lm_eval_counts_no_bos_as_text_where_perplexity_is_told_not_to_put_it_tw
         [request]
     )
     assert found == pytest.approx(likelihood(decoder, [ours.bos_id], [], ours.encode("sink row")), abs=1e-3)
+
+
+def test_a_tokenizer_that_puts_bos_before_a_text_itself_does_so_only_when_told(tmp_path, tiny_store):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = TokenStore.open(tiny_store).tokenizer()
+    bos = tokenizer.backend.id_to_token(tokenizer.bos_id)
+    tokenizer.backend.post_processor = TemplateProcessing(f"{bos} $A", special_tokens=[(bos, tokenizer.bos_id)])
+    for first in (None, tokenizer.bos_id):
+        folder = tmp_path / str(first)
+        folder.mkdir()
+        write_tokenizer(folder, tokenizer, first, 48)
+        ids = transformers.AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
+        assert ids == [*([] if first is None else [first]), *tokenizer.encode(TEXT)]
+
+
+def test_an_export_that_another_process_makes_is_left_alone(run_dir, tmp_path, capsys):
+    import fcntl
+
+    (tmp_path / ".hf.export").mkdir()
+    (tmp_path / ".hf.export" / "config.json").write_text("half")
+    held = os.open(tmp_path / ".hf.export", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    try:
+        assert main(["export", str(run_dir), "--out", str(tmp_path / "hf")]) == 1
+    finally:
+        os.close(held)
+    assert "another process exports to it" in capsys.readouterr().err
+    assert (tmp_path / ".hf.export" / "config.json").read_text() == "half" and not (tmp_path / "hf").exists()

@@ -87,7 +87,7 @@ def test_a_text_file_of_many_documents_is_three_lines(
     )
     arguments = ["prepare", "--config", str(tmp_path / "config.yaml"), "--workers", "1", "--quiet", *split]
     assert main(arguments) == 0
-    assert main(["prepare", "--check", "~/store"]) == 0
+    assert main(["prepare", "--check", "~/store"]) == main(["prepare", "--check=~/store"]) == 0
     assert Manifest.read(tmp_path / "store").splits["train"].documents == documents
 
 

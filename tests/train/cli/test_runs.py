@@ -91,6 +91,20 @@ def test_a_seed_decides_what_is_drawn_and_a_long_text_moves_its_window(folder, c
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_a_text_as_long_as_the_learned_positions_leaves_room_for_all_that_stands_before_it(tiny_store, tmp_path):
+    config = write_run_config(tmp_path / "run.yaml", tiny_store)
+    of_run = ["--wandb.mode", "disabled", "--trainer.max_steps", "3", "--model.decoder.position", "learned"]
+    assert main(["fit", "--config", str(config), *of_run, "--data.strategy.first_token", "[bos, bos]"]) == 0
+    assert main(["generate", str(tmp_path / "run"), "--mode", "as_trained", "--tokens", "60", "--seed", "1"]) == 0
+
+
+def test_a_run_whose_points_are_of_another_kind_hides_no_other(folder, tmp_path):
+    shutil.copytree(folder / "study/runs/a", tmp_path / "a")
+    with (tmp_path / "a" / directory.METRICS).open("a") as file:
+        file.write('{"step": 5, "train/loss": [1]}\n')
+    assert described(tmp_path / "a", tmp_path)["state"] == "damaged"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -45,6 +45,6 @@ def test_a_workspace_and_a_report_are_saved(monkeypatch, capsys):
 
 def test_without_a_login_it_says_so(capsys):
     assert main(["view", "sinkbed"]) == 1
-    assert "view: expected a W&B login, got none" in capsys.readouterr().err
+    assert "view: expected a W&B login that may write to sinkbed, got none (" in capsys.readouterr().err
     assert main(["view", "sinkbed", "--modes", "boss"]) == 1
     assert "inference mode: expected one of" in capsys.readouterr().err

@@ -37,6 +37,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: {b: 1}\nc: {d: {e: 1, e: 2}}\n", "line 2: expected each key once, got 'e'"),
         ("seed: 010\n", "line 1: expected a decimal number, got 010, which YAML reads as 8"),
         ("seed: 1:30\n", "got 1:30, which YAML reads as 90"),
+        ("lr: 1:30.5\n", "got 1:30.5, which YAML reads as 90.5"),
         ("a: &a [*a]\n", "expected at most 1,000,000 values"),
         (BOMB, "line 6: expected at most 1,000,000 values"),
         ("[" * 50_000, "file.yaml: expected YAML of plain values"),

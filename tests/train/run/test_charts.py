@@ -80,3 +80,14 @@ def test_colours_go_up_to_the_top_of_a_map():
     cell = image.shape[1] // 2
     assert image[0, 0].tolist() == [13, 8, 60] and image[0, cell].tolist() == [252, 255, 164]
     assert (heatmap_image([[0.0]], 0.0) == [13, 8, 60]).all()
+
+
+def test_a_map_has_a_figure_that_is_not_finite_in_its_own_layer():
+    charts = Charts("layers")
+    charts.row(
+        {"step": 1, "train/tokens": 1, "state/x/layer0/bos": 0.1, "state/x/layer1/bos": None, "state/x/layer2/bos": 0.9}
+    )
+    row = charts.row({"step": 2, "train/tokens": 2, "state/x/layer0/bos": 0.2, "state/x/layer1/bos": 0.3})
+    drawn = row["state/x/bos"] if "state/x/bos" in row else next(v for k, v in row.items() if isinstance(v, Map))
+    assert [[None if x != x else x for x in line] for line in drawn.values] == [[0.1, 0.2], [None, 0.3], [0.9, None]]
+    assert heatmap_image(drawn.values, drawn.top) is not None

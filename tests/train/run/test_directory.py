@@ -80,3 +80,19 @@ def test_a_start_that_is_refused_leaves_no_folder_above_the_run_either(tmp_path)
     (tmp_path / "runs").mkdir()
     directory.release(directory.lock(tmp_path / "runs" / "fit" / "a"))
     assert [path.name for path in tmp_path.iterdir()] == ["runs"], "which the user had made"
+
+
+def test_points_are_kept_before_those_of_the_checkpoint_take_their_place(tmp_path, monkeypatch):
+    path = tmp_path / directory.METRICS
+    path.write_text("other\n")
+    original = directory.write_atomic
+
+    def killed(target, content):
+        if target == path:
+            raise KeyboardInterrupt
+        original(target, content)
+
+    monkeypatch.setattr(directory, "write_atomic", killed)
+    with pytest.raises(KeyboardInterrupt):
+        directory.restore_metrics(path, "saved\n")
+    assert (tmp_path / f"{directory.METRICS}.damaged").read_text() == path.read_text() == "other\n"

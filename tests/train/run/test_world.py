@@ -12,7 +12,7 @@ import pytest
 
 from sinkbed.train.cli.main import main
 from sinkbed.train.run import directory
-from sinkbed.train.run.world import is_set_by_a_launcher, join, leave
+from sinkbed.train.run.world import is_set_by_a_launcher, join, leave, lost_process
 from sinkbed.train.study.arms import environment
 from tests.support import ROOT
 from tests.support.runs import points, refused
@@ -163,3 +163,13 @@ def test_nothing_outlives_a_study_that_is_killed(fit, tmp_path, kind, options, l
     while (left := marked(mark.encode())) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left
+
+
+def test_a_process_that_lightning_starts_on_another_node_has_a_rank_of_its_own(launched):
+    launched({"WORLD_SIZE": "8", "NODE_RANK": "1", "LOCAL_RANK": "3"})
+    assert join(4, 2) == 7
+
+
+def test_a_reader_that_is_gone_is_no_lost_worker():
+    assert lost_process(BrokenPipeError(32, "Broken pipe"), lambda: None) is None
+    assert "data worker" in str(lost_process(ConnectionResetError(104, "reset"), lambda: None))
