@@ -16,6 +16,7 @@ from sinkbed.ranges import check_number
 from sinkbed.train.loop.optim import OptimizerConfig, build_optimizer
 from sinkbed.train.loop.optimizers import OPTIMIZERS
 from sinkbed.train.measure.config import MeasureConfig
+from sinkbed.train.measure.modes import first_tokens_of
 
 _SMALLEST = DecoderConfig(n_layers=1, d_model=2, n_heads=1, d_ff=2)
 
@@ -85,10 +86,14 @@ def check_settings(config: Any) -> None:
 def _check_positions(decoder: DecoderConfig, strategy: Strategy, measure: MeasureConfig, context_length: int) -> None:
     """Raise ValueError for rows that the position encoding cannot place."""
     position = POSITIONS.make(decoder.position, decoder)
-    if position.max_length is not None and position.max_length < context_length:
+    firsts = (first_tokens_of(mode, strategy) for mode in (*measure.modes, *measure.live_modes))
+    placed = max(sum(token != "none" for token in tokens) for tokens in firsts)
+    longest = context_length - 1 + max(1, placed)  # of a row that is measured
+    if position.max_length is not None and position.max_length < longest:
         raise ValueError(
-            f"model.decoder.position: expected at least the data.context_length={context_length} positions, got "
-            f"{position.max_length}; set {{{POSITIONS.name_of(decoder.position)}: {{length: {context_length}}}}}"
+            f"model.decoder.position: expected at least {longest} positions, with data.context_length={context_length} "
+            f"and the tokens before a text that is measured, got {position.max_length}; set "
+            f"{{{POSITIONS.name_of(decoder.position)}: {{length: {longest}}}}}"
         )
     if decoder.n_registers > context_length:
         raise ValueError(

@@ -93,9 +93,12 @@ def test_a_seed_decides_what_is_drawn_and_a_long_text_moves_its_window(folder, c
 
 def test_a_text_as_long_as_the_learned_positions_leaves_room_for_all_that_stands_before_it(tiny_store, tmp_path):
     config = write_run_config(tmp_path / "run.yaml", tiny_store)
-    of_run = ["--wandb.mode", "disabled", "--trainer.max_steps", "3", "--model.decoder.position", "learned"]
-    assert main(["fit", "--config", str(config), *of_run, "--data.strategy.first_token", "[bos, bos]"]) == 0
-    assert main(["generate", str(tmp_path / "run"), "--mode", "as_trained", "--tokens", "60", "--seed", "1"]) == 0
+    of_run = ["--wandb.mode", "disabled", "--trainer.max_steps", "3", "--data.strategy.first_token", "[bos, bos]"]
+    positions = ["--model.decoder.position", "{learned: {length: 48}}"]  # as many as a row has tokens
+    modes = ["--measure.modes", "[bos]", "--measure.live_modes", "[bos]"]
+    assert main(["fit", "--config", str(config), *of_run, *positions, *modes]) == 0
+    greedy = ["--tokens", "60", "--temperature", "0"]
+    assert main(["generate", str(tmp_path / "run"), "--mode", "as_trained", *greedy]) == 0
 
 
 def test_a_run_whose_points_are_of_another_kind_hides_no_other(folder, tmp_path):

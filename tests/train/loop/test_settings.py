@@ -47,7 +47,21 @@ def test_a_trainer_setting_without_effect_is_refused(fit, capsys, option):
         (("--data.context_length", "1000000"), "1000000"),
         (("--data.batch_size", "4", "--data.micro_batch_size", "3"), "expected a multiple of micro_batch_size=3"),
         (("--trainer.max_steps", "-1"), "trainer.max_steps: expected at least 1"),
-        (("--model.decoder.position", "{learned: {length: 8}}"), "positions, got 8; set {learned: {length: "),
+        (
+            ("--model.decoder.position", "{learned: {length: 8}}"),
+            "measured, got 8; set {learned: {length: 48}}",
+        ),
+        (
+            (
+                "--model.decoder.position",
+                "{learned: {length: 48}}",
+                "--data.strategy.first_token",
+                "[bos, bos]",
+                "--measure.modes",
+                "[as_trained]",
+            ),
+            "expected at least 49 positions",
+        ),
         (
             ("--model.decoder.position", "alibi", "--data.strategy.prefix_lm", "4"),
             "expected no keys ahead, got data.strategy.prefix_lm=4",
