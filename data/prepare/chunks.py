@@ -56,9 +56,9 @@ class Chunks:
         self.staging = staging
         self.folder = staging.folder / CHUNKS_NAME
         begun = None if start_over else begun_recipe(staging.folder)
-        if begun is not None and begun != recipe:
+        if begun is not None and (changed := differing(begun, recipe)):
             raise ValueError(
-                f"{staging.folder} holds an unfinished token store of another config ({differing(begun, recipe)}); "
+                f"{staging.folder} holds an unfinished token store of another config ({changed}); "
                 "finish it with that config, start over with `sinkbed prepare --force`, or choose another --out"
             )
         with staging.full_disk_named():
@@ -96,8 +96,8 @@ class Chunks:
             return Tokenizer.load_trained(path)
         except ValueError as error:
             raise ValueError(
-                f"{self.staging.folder}: the tokenizer of this unfinished token store is damaged ({error}); remove "
-                "that folder to start over"
+                f"{self.staging.folder}: the tokenizer of this unfinished token store is damaged ({error}); run the "
+                "same command with --force to start over"
             ) from None
 
     def finish(self, number: int, gathered: "Gathered") -> None:

@@ -156,10 +156,9 @@ def _up_to_date(out: Path, recipe: dict[str, Any]) -> Manifest:
     from sinkbed.data.store.token_store import TokenStore
 
     manifest = Manifest.read(out)
-    if (made_from := condensed(manifest.recipe)) != recipe:
+    if changed := differing(condensed(manifest.recipe), recipe):
         raise ValueError(
-            f"{out} holds a token store made from another config ({differing(made_from, recipe)}); choose "
-            "another --out, or replace it with `sinkbed prepare --force`"
+            f"{out} holds a token store made from another config ({changed}); choose another --out, or replace it with `sinkbed prepare --force`"
         )
     for split in manifest.splits:
         TokenStore.open(out, split).verify()

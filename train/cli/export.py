@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,7 +84,8 @@ def run(command: str, argv: Sequence[str]) -> int:
         f"{arguments.out}: step {checkpoint['global_step']}, {decoder.parameter_count():,} parameters, as "
         f"{config['architectures'][0]}; its tokenizer puts {token} before a text"
     )
-    print(f"lm_eval --model hf --model_args {lm_eval_arguments(arguments.out, first, tokenizer.bos_id)} --tasks ...")
+    told = lm_eval_arguments(arguments.out, first, tokenizer.bos_id)
+    print(f"lm_eval --model hf --model_args {shlex.quote(told)} --tasks ...")
     return 0
 
 

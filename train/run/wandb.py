@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -266,7 +267,7 @@ def _start(config: WandbConfig, run_dir: Path, settings: dict[str, Any]) -> Trac
 
 
 def _sync(run_dir: Path) -> str:
-    return f"wandb sync --no-skip-online {run_dir}/wandb/*run-*"
+    return f"wandb sync --no-skip-online {shlex.quote(str(run_dir))}/wandb/*run-*"
 
 
 def finish_wandb(exit_code: int) -> None:
