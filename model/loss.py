@@ -45,7 +45,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += torch.dot(total.log() - target, s)
             d_logits = logits.mul_((s / total)[:, None]).scatter_add_(1, t, -s[:, None]).to(weight.dtype)
             torch.mm(d_logits, weight, out=dh)
-            d_weight = d_logits.T @ h if d_weight is None else d_weight.addmm_(d_logits.T, h)
+            if d_weight is None:
+                d_weight = (d_logits.T @ h).float()
+            elif d_logits.dtype == torch.float32:
+                d_weight.addmm_(d_logits.T, h)
+            else:  # whose sums of many blocks would lose digits
+                d_weight += d_logits.T @ h
         ctx.save_for_backward(d_hidden, d_weight)
         return loss
 

@@ -55,3 +55,17 @@ def test_half_precision_takes_the_plain_form():
     targets = torch.randint(5, (6,))
     half = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets)
     torch.testing.assert_close(half, linear_cross_entropy(hidden, weight, targets), atol=0.05, rtol=0.02)
+
+
+def test_the_gradient_of_many_blocks_in_bfloat16_is_as_near_as_that_of_one(monkeypatch):
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(2048, 16), torch.randn(32, 16, requires_grad=True), torch.randint(32, (2048,))
+    [expected] = torch.autograd.grad(F.cross_entropy(hidden @ weight.T, targets), weight)
+    errors = []
+    for block in (2**25, 32 * 8):
+        monkeypatch.setattr(loss_module, "BLOCK_LOGITS", block)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = linear_cross_entropy(hidden, weight, targets)
+        [grad] = torch.autograd.grad(loss, weight)
+        errors.append(float((grad - expected).norm() / expected.norm()))
+    assert errors[1] < 1.5 * errors[0]

@@ -150,14 +150,16 @@ class TokenData(L.LightningDataModule):
 
         Without torch's handler, which would raise of their end in the midst of whatever comes next.
         """
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        sets_handlers = threading.current_thread() is threading.main_thread()
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if sets_handlers else None
         try:
             for child in multiprocessing.active_children():
                 if isinstance(child, _Worker):
                     child.kill()
                     child.join(timeout=5)
         finally:
-            signal.signal(signal.SIGCHLD, handler)
+            if sets_handlers:
+                signal.signal(signal.SIGCHLD, handler)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move the batch's tensors."""
@@ -191,7 +193,10 @@ class StoreCheck(L.Callback):
 
     def _raise(self) -> None:
         if self.damage is not None:
-            raise ValueError(f"{self.damage}. Steps since this run began may have read what is damaged")
+            raise ValueError(
+                f"{self.damage}. Steps since this run began may have read what is damaged: make the store anew, then "
+                "start again"
+            )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Begin, from one process of each machine."""

@@ -28,6 +28,8 @@ _TRAINER_FIXED = {
     "use_distributed_sampler": (False, "nothing: rows are dealt to the processes here"),
 }
 
+_STRATEGIES = ("auto", "fsdp2", "fsdp2_sharded")
+
 _TRAINER_SHOWN = ("max_steps", "accelerator", "devices", "num_nodes", "strategy", "precision", "log_every_n_steps")
 
 
@@ -55,11 +57,14 @@ class ShortLightningParser(ShortErrors, LightningArgumentParser):  # type: ignor
 
 def check_trainer(trainer: Any) -> None:
     """Raise ValueError for a setting of the trainer that cannot work, with the one to set in its place."""
-    if str(trainer.precision) in ("16", "16-mixed"):  # which Lightning takes for the same, and makes bf16 of on a CPU
+    if str(trainer.precision).startswith("16"):  # 16 is 16-mixed to Lightning, which makes bf16 of it on a CPU
         raise ValueError(
-            "trainer.precision: 16-mixed overflows to find its loss scale, which counts as diverged here; got "
-            f"{trainer.precision}, expected bf16-mixed, bf16-true or 32-true"
+            "trainer.precision: expected bf16-mixed, bf16-true or 32-true, got "
+            f"{trainer.precision}, which overflows (16-mixed to find its loss scale) and counts as diverged here"
         )
+    strategy = str(trainer.strategy)
+    if strategy not in _STRATEGIES and not strategy.startswith("ddp"):
+        raise ValueError(f"trainer.strategy: expected ddp, {', '.join(_STRATEGIES)}; got {strategy}")
     if trainer.accelerator == "cpu" and str(trainer.precision).startswith("bf16") and not _has_bfloat16():
         raise ValueError(
             "trainer.precision: expected 32-true on a CPU without arithmetic in bfloat16, which would only be slower, "

@@ -36,8 +36,8 @@ class Excerpts:
         if not rows:
             longest = max(map(len, probe.documents))
             raise ValueError(
-                f"expected documents of at least {tokens} tokens, got {longest} in the longest; give longer ones, "
-                "or lower the length"
+                f"measuring: expected documents of at least {tokens} tokens, got {longest} in the longest; give longer "
+                "ones, or lower measure.sink_tokens (of a probe --sink_tokens, --lengths)"
             )
         text = torch.stack([probe.documents[i][:tokens] for i in rows])
         return cls(probe, mode, strategy, tuple(rows), text)

@@ -169,7 +169,7 @@ class Measurement:
                 self.result["checkpoints"] = {
                     "points": points,
                     "onset_tokens": points[reached[0]]["tokens"] if reached else None,
-                    "onset_after": points[reached[0] - 1]["tokens"] if reached and reached[0] else 0,
+                    "onset_after": points[reached[0] - 1]["tokens"] if reached and reached[0] else None,
                     "onset_rate": self.config.onset_rate,
                     "onset_mode": self.modes[0],
                 }
@@ -182,9 +182,8 @@ class Measurement:
 
         checkpoint = load_checkpoint(path, option="the path")
         decoder, strategy = load_decoder(checkpoint)
-        identity, step = checkpoint["sinkbed"], checkpoint["global_step"]
-        tokens = step * identity["batch_size"] * identity["context_length"]
-        point: dict[str, Any] = {"step": step, "tokens": tokens, "modes": {}}
+        step = checkpoint["global_step"]
+        point: dict[str, Any] = {"step": step, "tokens": checkpoint["TokenData"]["tokens"], "modes": {}}
         for mode in self.modes:
             c = self.config
             excerpts = Excerpts.of(self.natural, mode, strategy, c.sink_tokens, c.documents)

@@ -1,5 +1,6 @@
 """Effects: each figure of a run by name, differences of arms, and what became of the expected ones."""
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -69,6 +70,8 @@ SIGNS = {
     "not reproduced": ("✗", "bad"),
     "not as expected": ("✗", "bad"),
     "within noise": ("≈", "open"),
+    "one run": ("·", "open"),
+    "not reached by all": ("–", "open"),
     "not measured": ("–", "open"),
 }
 """A sign of each verdict, and its kind on a page."""
@@ -213,7 +216,7 @@ class Outcome:
     def too_wide(self) -> bool:
         """Whether the interval of the difference is wider than it should be."""
         wanted = self.effect.half_width
-        return wanted is not None and not (self.difference is not None and self.difference.half <= wanted)
+        return wanted is not None and self.difference is not None and not self.difference.half <= wanted
 
     @property
     def seeds(self) -> str:
@@ -292,8 +295,18 @@ def check(results: Sequence[Result], effects: Sequence[Effect], published: Publi
         name = verdict(between, effect.expected, effect.tolerance)
         if not effect.source:  # what nobody has published cannot be reproduced
             name = name.replace("reproduced", "as expected")
+        if effect.metric == "onset_tokens" and not all(_reached(results, arm) for arm, _ in cells):
+            name = "not reached by all"
         outcomes.append(Outcome(effect, one, other, between, _published(published, effect), name))
+    if any(item.difference and item.difference.count > 1 for item in outcomes):  # one run is no verdict among others
+        single = {id(item) for item in outcomes if item.difference and item.difference.count == 1}
+        outcomes = [dataclasses.replace(item, verdict="one run") if id(item) in single else item for item in outcomes]
     return outcomes
+
+
+def _reached(results: Sequence[Result], arm: str) -> bool:
+    """Whether every run of an arm has an onset. One that has none is later than its end, not missing."""
+    return all(r.final["onset_tokens"] is not None for r in results if r.arm == arm)
 
 
 def difference(results: Sequence[Result], metric: str, one: tuple[str, str], other: tuple[str, str]) -> Interval | None:
@@ -307,6 +320,8 @@ def difference(results: Sequence[Result], metric: str, one: tuple[str, str], oth
     other_targets = metric in ("loss", "bits_per_byte", "loss_gap") and len(targets) > 1
     if other_targets or len({r.documents for r, _ in of_both}) > 1:
         return None
+    if metric == "onset_tokens" and not all(_reached(results, arm) for arm, _ in (one, other)):
+        return None
     return paired(*(figures(results, arm, metric, mode) for arm, mode in (one, other)))
 
 
@@ -317,15 +332,24 @@ def counts(effects: Sequence[Outcome]) -> Counter[str]:
 
 def explanation(verdicts: Counter[str], most_seeds: int | None = None) -> str:
     """What these verdicts mean, for a reader; `most_seeds`: the study's."""
-    made = verdicts.total() - verdicts["not measured"]
-    rule = "Seeds were added one at a time until every interval was as narrow as its half_width, at most"
-    return (
+    made = verdicts.total() - verdicts["not measured"] - verdicts["not reached by all"]
+    parts = [
         "A verdict is on the mean difference of arms on the same documents (one store), paired by seed. Reproduced: "
         "its 95 % interval lies on the expected side of 0 (for the same: inside the tolerance). Not reproduced: it "
-        "lies on another side. Within noise: it reaches both. As expected: reproduced, of what has no source. "
+        "lies on another side. Within noise: it reaches both. As expected: reproduced, of what has no source."
+    ]
+    if verdicts["one run"]:
+        parts.append("One run: the arms have one seed in common, which has no interval.")
+    if verdicts["not reached by all"]:
+        parts.append("Not reached by all: a run has no onset, which is later than its end.")
+    parts.append(
         f"Comparisons made: {made}; where nothing differs, one in twenty leaves 0 out by chance. Effects that share an "
-        "arm are not independent of each other." + (f" {rule} {most_seeds}." if most_seeds else "")
+        "arm are not independent of each other."
     )
+    if most_seeds:
+        rule = "Seeds were added one at a time until every interval was as narrow as its half_width, at most"
+        parts.append(f"{rule} {most_seeds}.")
+    return " ".join(parts)
 
 
 def listed(verdicts: dict[str, int]) -> str:

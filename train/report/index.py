@@ -43,7 +43,7 @@ def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[Result]]], folder
         effects = check(results, study.effects, study.published)
         section = _section(study, name, results, effects)
         parts[name] = {"title": study.title, "verdicts": counts(effects), "section": section}
-        files[f"{name}.png"] = draw(pictures(results, results)[0], ["png"]).files["result.png"]
+        [files[f"{name}.png"]] = draw(pictures(results, results)[0], ["png"]).files.values()
     parts = dict(sorted(parts.items()))
     total = sum((Counter(part["verdicts"]) for part in parts.values()), Counter())
     # A heading's anchor as GitHub names it.

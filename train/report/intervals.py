@@ -68,7 +68,7 @@ class Interval:
 def seeds_for(half_width: float, seen: Interval) -> int:
     """About how many seeds give an interval of this half-width, if more vary as those of `seen`, at least two, do."""
     deviation = seen.half * math.sqrt(seen.count) / t_quantile(seen.count - 1)
-    count = 2
+    count = max(2, math.ceil((_Z * deviation / half_width) ** 2))  # too few by a handful: t is above its limit
     while t_quantile(count - 1) * deviation > half_width * math.sqrt(count):
         count += 1
     return count

@@ -104,8 +104,8 @@ def claimed(folder: Path | None, force: bool) -> Iterator[None]:
         check_out(folder, force)
         yield
     finally:
-        directory.release(lock)
         (folder / directory.LOCK).unlink(missing_ok=True)
+        directory.release(lock)
 
 
 def check_writable(option: str, path: Path) -> None:
@@ -151,12 +151,14 @@ def log_to_wandb(measured: Measured, run_dir: Path, step: int) -> str:
 
     lock = directory.lock(run_dir)
     try:
-        config = read_mapping(run_dir / directory.CONFIG)
-        tracker = start_wandb(WandbConfig(**(config.get("wandb") or {})), run_dir, {})
-        if tracker is None:
+        config = WandbConfig(**(read_mapping(run_dir / directory.CONFIG).get("wandb") or {}))
+        if config.mode == "disabled":
             raise ValueError(
                 f"--wandb: expected a run with W&B, got wandb.mode: disabled in {run_dir / directory.CONFIG}"
             )
+        tracker = start_wandb(config, run_dir, {})
+        if tracker is None:
+            raise ValueError("--wandb: W&B does not start; the report is in --out")
         points = directory.read_metrics(run_dir / directory.METRICS)
         tokens = max((int(p["train/tokens"]) for p in points if p["step"] <= step), default=0)
         row: dict[str, Any] = {"probe/step": step, "train/tokens": tokens, **scalars(measured)}

@@ -203,7 +203,8 @@ def _checkpoint_table(checkpoints: Measured) -> Table:
     onset, before = checkpoints["onset_tokens"], checkpoints["onset_after"]
     reached = "not reached at any checkpoint"
     if onset is not None:
-        reached = f"first seen at the checkpoint of {onset:,} tokens, not at the one before, of {before:,}"
+        earlier = "the first one" if before is None else f"not at the one before, of {before:,}"
+        reached = f"first seen at the checkpoint of {onset:,} tokens, {earlier}"
     header = ("step", "tokens", "mode", *(name for name, _, _ in ALONG))
     note = f"Onset: a sink rate of {rate:g} % ({mode}) {reached}."
     return Table("checkpoints", "Along the run's checkpoints", header, rows, note)

@@ -197,8 +197,15 @@ def _series(results: Sequence[Result], key: str, mode: str) -> dict[str, Runs]:
     return {**arms}
 
 
+def _furthest(runs: Runs) -> Runs:
+    """Those that have gone as far as any: one that has just begun must not cut the others' mean."""
+    end = max(map(max, runs), default=0)
+    return [run for run in runs if max(run) == end]
+
+
 def _mean(runs: Runs) -> tuple[list[float], list[Interval]]:
-    """Tokens that every run was measured at, and the interval over runs."""
+    """Tokens that every run of `_furthest` was measured at, and the interval over these."""
+    runs = _furthest(runs)
     tokens = sorted(set.intersection(*map(set, runs))) if runs else []
     return tokens, [Interval.of([run[t] for run in runs]) for t in tokens]
 
@@ -214,12 +221,13 @@ def _draw_arm(axis: Axes, arm: str, runs: Runs, look: tuple[str, str], *, marked
     tokens, values = _mean(runs)
     if not tokens:
         return
-    colour, gid = look[0], f"series:{arm}"
-    if len(runs) >= FEWEST_FOR_A_BAND:
+    colour, gid, whole = look[0], f"series:{arm}", _furthest(runs)
+    banded = len(whole) >= FEWEST_FOR_A_BAND
+    if banded:
         low, high = [v.low for v in values], [v.high for v in values]
         axis.fill_between(tokens, low, high, color=colour, alpha=0.15, linewidth=0, gid=gid)
-    elif len(runs) > 1:
-        for run in runs:
+    for run in runs if len(runs) > 1 else ():
+        if not (banded and run in whole):
             axis.plot(list(run), list(run.values()), color=colour, alpha=0.5, linewidth=0.6, gid=gid)
     line(axis, tokens, [v.mean for v in values], arm, look, **({} if marked else {"marker": "", "linewidth": 0.8}))
 

@@ -62,6 +62,10 @@ def write_report(
         content["effects.csv"] = csv_of(records, tuple(records[0]))
     else:
         (folder / "effects.csv").unlink(missing_ok=True)
+    for kind in ("svg", "pdf", "png"):
+        for path in folder.glob(f"*.{kind}"):  # of an earlier report
+            if path.name not in content:
+                path.unlink()
     write_files(folder, content)
     main.print()
     print("".join(f"{line}\n" for line in verdicts(effects)), end="")

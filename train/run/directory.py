@@ -107,18 +107,22 @@ def lock(folder: Path) -> Lock:
         ) from None
     except OSError:  # a file system without locks
         pass
+    here = folder / LOCK
+    if not here.exists() or not os.path.samestat(os.fstat(file.fileno()), here.stat()):
+        file.close()  # its last owner gave the folder back in between
+        return lock(folder)
     return Lock(file, made)
 
 
 def release(held: Lock) -> None:
     """Give a locked folder back; one that was made for the lock, and that nothing was written to, goes away."""
     path = Path(held.file.name)
-    held.close()
-    if path.exists() and list(path.parent.iterdir()) == [path]:
-        path.unlink()
+    if path.parent.exists() and set(path.parent.iterdir()) <= {path}:
+        path.unlink(missing_ok=True)  # while it is ours: the next file of that name is another's
         for folder in held.made:
             with contextlib.suppress(OSError):  # another run has come into it
                 folder.rmdir()
+    held.close()
 
 
 class _Dumper(yaml.SafeDumper):

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Sequence
@@ -114,6 +115,8 @@ def plan(study: StudyConfig) -> list[ArmRun]:
             if not isinstance(config.get("data", {}), dict):
                 raise ValueError(f"arm {arm}: data: expected keys, got {config['data']!r}")
             data = config.get("data") or {}
+            if not isinstance(data.get("store") or "", str):
+                raise ValueError(f"arm {arm}: data.store: expected a folder, got {data['store']!r}")
             if data.get("store"):
                 config["data"] = data = {**data, "store": os.path.expanduser(data["store"])}
             manifest = Path(data.get("store") or "") / directory.MANIFEST  # there may be none yet
@@ -250,7 +253,11 @@ def clear(folder: Path) -> None:
 def _last_words(log: Path, status: int) -> str:
     text = log.read_text(errors="replace") if log.exists() else ""
     lines = [line for line in text.splitlines() if line.strip()]
-    return f"exit status {status}: {lines[-1] if lines else 'no output'} (all of it in {log})"
+    ended = f"exit status {status}"
+    if status < 0:
+        ended = f"ended by {signal.Signals(-status).name}"
+        ended += ", as where memory is short: use fewer --workers" if status == -signal.SIGKILL else ""
+    return f"{ended}: {lines[-1] if lines else 'no output'} (all of it in {log})"
 
 
 def environment() -> dict[str, str]:

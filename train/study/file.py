@@ -183,6 +183,8 @@ def load_study(path: Path, size: str | None = None) -> StudyConfig:
     seeds = raw.get("seeds", [0])
     if not isinstance(seeds, list) or not all(type(seed) is int for seed in seeds):
         raise ValueError(f"{path}: seeds: expected a list of integers, got {seeds!r}")
+    if not isinstance(raw.get("effects") or [], list):
+        raise ValueError(f"{path}: effects: expected a list, got {raw['effects']!r}")
     arms = _arms(path, raw.get("arms") or {}) | _grid(path, raw.pop("grid", None) or {})
     _check_published(path, raw.get("published") or {}, arms)
     raw |= {
@@ -265,12 +267,11 @@ def _grid(path: Path, value: Any) -> dict[str, list[Overlay]]:
 
 def _check_published(path: Path, value: Any, arms: dict[str, Any]) -> None:
     for arm, modes in _mapping(path, "published", value, None).items():
-        pairs = modes.values() if isinstance(modes, dict) else [modes]
-        if arm not in arms or not all(
-            isinstance(p, list) and len(p) == 2 and all(_numeric(x) for x in p) for p in pairs
-        ):
+        known = isinstance(modes, dict) and arm in arms and set(modes) <= set(MODE_LABELS)
+        if not known or not all(isinstance(p, list) and len(p) == 2 and all(map(_numeric, p)) for p in modes.values()):
             raise ValueError(
-                f"{path}: published.{arm}: expected an arm, and [sink metric, loss] for each mode; got {modes!r}"
+                f"{path}: published.{arm}: expected an arm, and [sink metric, loss] for each mode "
+                f"({', '.join(MODE_LABELS)}); got {modes!r}"
             )
 
 

@@ -14,6 +14,7 @@ from sinkbed.train.measure.measures import MEASURES
 from sinkbed.train.run import directory
 from sinkbed.train.run.load import load_decoder, open_run
 from tests.support.plain import numbers
+from tests.support.runs import write_run_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -247,6 +248,18 @@ def test_all_checkpoints_of_a_run_are_measured(run_dir, tmp_path):
     assert found["checkpoints"]["onset_tokens"] == (reached[0] if reached else None)
 
 
+def test_the_checkpoints_of_a_fork_with_other_batches_have_the_tokens_that_it_read(run_dir, tiny_store, tmp_path):
+    config = write_run_config(tmp_path / "run.yaml", tiny_store)
+    parent = run_dir / "checkpoints" / "step-0000010.ckpt"
+    forked = ["--fork", str(parent), "--data.batch_size", "8", "--trainer.max_steps", "12", "--wandb.mode", "disabled"]
+    assert main(["fit", "--config", str(config), *forked]) == 0
+    path = tmp_path / "found.json"
+    options = ["--sink_tokens", "16", "--documents", "2", "--modes", "bos", "--json", str(path)]
+    assert main(["probe", str(tmp_path / "run"), "--checkpoints", *options]) == 0
+    points = json.loads(path.read_text())["checkpoints"]["points"]
+    assert (points[-1]["step"], points[-1]["tokens"]) == (12, (10 * 4 + 2 * 8) * 48)
+
+
 def rows_of(segments, count):
     """History rows of W&B's files, once its own process has written as many as are expected, or half a minute late."""
     from sinkbed.train.run.wandb_files import read_wandb_file
@@ -261,8 +274,6 @@ def rows_of(segments, count):
 
 @pytest.mark.slow
 def test_a_probe_is_one_more_point_of_the_runs_wandb_history(tiny_store, tmp_path, capsys):
-    from tests.support.runs import write_run_config
-
     config = write_run_config(tmp_path / "run.yaml", tiny_store)
     options = ["--wandb.mode", "offline"]
     assert main(["fit", "--config", str(config), *options, "--trainer.max_steps", "6"]) == 0

@@ -27,8 +27,8 @@ def test_few_seeds_are_lines_and_many_an_interval():
 
 def test_a_mean_is_over_layers_and_at_the_tokens_that_every_seed_has():
     first, second = result("a", 0, 30, 3), result("a", 1, 60, 3)
-    second.points.pop()
-    np.testing.assert_allclose(drawn([first, second]).lines[-1].get_ydata(), [0, 15, 30])
+    del second.points[1]
+    np.testing.assert_allclose(drawn([first, second]).lines[-1].get_ydata(), [0, 30, 45])
     first.final["modes"]["bos"]["mass"] = [[0.1], [0.2]]
     first.points[0] |= {"state/x/layer0/bos": 1.0, "state/x/layer1/bos": 4.0}
     assert _series([first], "state/x/layer{layer}/{mode}", "bos") == {"a": [{1: 2.5}]}
@@ -92,3 +92,11 @@ def test_maps_have_axes_and_a_scale():
     figure = Figure()
     heat(figure.subplots(), [[0.5]], "sink mass", 1.0)
     assert [axis.get_ylabel() for axis in figure.axes] == ["", "sink mass"]
+
+
+def test_a_run_that_has_just_begun_is_a_line_of_its_own_beside_the_mean_of_the_others():
+    begun = result("a", 4, 60, 3)
+    del begun.points[1:]
+    axis = drawn([*(result("a", s, 30 + s, 3) for s in range(4)), begun])
+    assert [len(line.get_ydata()) for line in axis.lines] == [1, 4] and len(axis.collections) == 1
+    np.testing.assert_allclose(axis.lines[-1].get_ydata(), [31.5 * s / 3 for s in range(4)])

@@ -43,6 +43,7 @@ def test_the_number_of_seeds_that_a_width_takes():
     for count, half in ((4, 1.5913), (10, 0.71537), (30, 0.37342)):
         assert seeds_for(1.001 * half, deviation_one) == count and seeds_for(0.999 * half, deviation_one) == count + 1
     assert seeds_for(1, Interval.of([2.0, 2.0])) == 2, "what does not vary"
+    assert seeds_for(1e-6, deviation_one) == pytest.approx(1.959964e6**2, rel=1e-6), "at once"
 
 
 def test_pairing_by_seed_sees_through_what_seeds_share():

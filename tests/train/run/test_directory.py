@@ -96,3 +96,28 @@ def test_points_are_kept_before_those_of_the_checkpoint_take_their_place(tmp_pat
     with pytest.raises(KeyboardInterrupt):
         directory.restore_metrics(path, "saved\n")
     assert (tmp_path / f"{directory.METRICS}.damaged").read_text() == path.read_text() == "other\n"
+
+
+def test_a_folder_is_given_back_before_another_can_take_it(tmp_path, monkeypatch):
+    """The file goes while it is held: afterwards one of that name may be another's."""
+    held = directory.lock(tmp_path / "run")
+    close, seen = directory.Lock.close, []
+    monkeypatch.setattr(directory.Lock, "close", lambda self: seen.append((tmp_path / "run").exists()) or close(self))
+    directory.release(held)
+    assert seen == [False]
+
+
+def test_a_lock_that_its_last_owner_has_just_removed_is_taken_anew(tmp_path, monkeypatch):
+    original, calls = directory.fcntl.lockf, []
+
+    def lockf(file, how):
+        calls.append(how)
+        if len(calls) == 1:
+            (tmp_path / directory.LOCK).unlink()
+        original(file, how)
+
+    monkeypatch.setattr(directory.fcntl, "lockf", lockf)
+    held = directory.lock(tmp_path)
+    assert (
+        len(calls) == 2 and (tmp_path / directory.LOCK).stat().st_ino == directory.os.fstat(held.file.fileno()).st_ino
+    )

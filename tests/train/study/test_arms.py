@@ -112,7 +112,7 @@ def test_an_arm_whose_process_is_killed_fails_alone(study, monkeypatch, capsys):
 
     monkeypatch.setattr(runner, "FitProcess", Killed)
     assert main(["study", str(study), "--quiet"]) == 1
-    assert "arm absent-seed0 failed: exit status -9" in capsys.readouterr().err
+    assert "arm absent-seed0 failed: ended by SIGKILL, as where memory is short" in capsys.readouterr().err
     assert [r.status() for r in plan(load_study(study))] == ["finished", "failed"]
 
 

@@ -91,6 +91,9 @@ def test_a_tilde_is_the_home_folder(write, tmp_path, monkeypatch):
         ),
         ({"arms": {"a": []}, "effects": [{"name": "E", "arm": "a"}]}, "effect 'E': expected the key 'metric'"),
         ({"arms": {"a": []}, "published": {"a": {"bos": ["x", 1]}}}, "published.a"),
+        ({"arms": {"a": []}, "published": {"a": {"boss": [1, 2]}}}, "published.a: expected an arm, and"),
+        ({"arms": {"a": []}, "published": {"a": [1, 2]}}, "published.a: expected an arm, and"),
+        ({"arms": {"a": []}, "effects": 5}, "effects: expected a list, got 5"),
     ],
 )
 def test_a_wrong_key_is_named(write, keys, message):

@@ -152,7 +152,7 @@ def describe(trainer: L.Trainer, module: SinkbedModule, run_dir: Path, tracker: 
 def short(number: int) -> str:
     """A count to three digits: 215k, 1.9M, 10B."""
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
+        if number >= 0.9995 * size:
             return f"{number / size:.3g}{unit}"
     return str(number)
 

@@ -62,8 +62,8 @@ class SinkMonitor(L.Callback):
             earlier = state_dict["figures"].get(name)
             if earlier != value:
                 raise ValueError(
-                    f"resuming: expected the run's own measure.{name}: {earlier}, got {value}, which would mix two "
-                    "kinds of figures in one curve; leave it as it was and use `sinkbed validate` for other figures"
+                    f"resuming: expected the run's own measure.{name}: {earlier}, got {value}, and figures of two "
+                    "kinds cannot be compared; leave it as it was and use `sinkbed validate` for other figures"
                 )
         self.onset_tokens = state_dict["onset_tokens"]
         self.measured = state_dict["measured"]
