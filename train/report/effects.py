@@ -298,10 +298,12 @@ def check(results: Sequence[Result], effects: Sequence[Effect], published: Publi
         if effect.metric == "onset_tokens" and not all(_reached(results, arm) for arm, _ in cells):
             name = "not reached by all"
         outcomes.append(Outcome(effect, one, other, between, _published(published, effect), name))
-    if any(item.difference and item.difference.count > 1 for item in outcomes):  # one run is no verdict among others
-        single = {id(item) for item in outcomes if item.difference and item.difference.count == 1}
-        outcomes = [dataclasses.replace(item, verdict="one run") if id(item) in single else item for item in outcomes]
-    return outcomes
+    seeds = [item.difference.count if item.difference else 0 for item in outcomes]
+    if max(seeds, default=0) < 2:
+        return outcomes
+    # Among others, the side that one seed lies on is no verdict.
+    pairs = zip(outcomes, seeds, strict=True)
+    return [dataclasses.replace(item, verdict="one run") if count == 1 else item for item, count in pairs]
 
 
 def _reached(results: Sequence[Result], arm: str) -> bool:
