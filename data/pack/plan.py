@@ -53,7 +53,7 @@ class PlanSettings:
     def key(self, digest: str) -> str:
         """A name for the plan of the split with this digest."""
         s = self.strategy
-        code = sha256_file(Path(inspect.getfile(type(self.packing))))
+        code = sha256_file(Path(inspect.getfile(self.packing.lay_out)))
         parts = [FORMAT, digest, s.packing, code, s.overflow, s.fill, self.room, self.extras]
         name = s.packing if isinstance(s.packing, str) else next(iter(s.packing))
         return f"{name}-{self.room}-{sha256_json(parts)[:16]}"

@@ -56,7 +56,7 @@ def test_four_documents_that_overflow_are_no_lower_sink_rate(overflowing, probe)
 def test_no_measure_gives_a_number_that_is_not_finite(name, overflowing, probe):
     def call(token: int) -> object:
         excerpts = Excerpts.of(with_token(probe, token), "text", STRATEGY, 16, 10)
-        options = {"vocabulary": 39} if name == "vocabulary" else {}  # all tokens but the one that overflows
+        options = {"vocabulary": 37} if name == "vocabulary" else {}  # all of the text's but the one that overflows
         return MEASURES[name].measure(overflowing, excerpts, 64, **options)
 
     assert call(2) is not None
