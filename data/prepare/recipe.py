@@ -76,12 +76,13 @@ def source_identity(source: SingleSource) -> dict[str, Any]:
         return {"sources": [source_identity(part) for part in source.sources]}
     if source.kind == "demo":
         return {"packages": demo_versions(source.parts)}
-    if source.kind == "hub" and not Path(str(source.name)).is_dir():
+    folder = Path(str(source.name))
+    if source.kind == "hub" and not folder.is_dir():
         return {"name": source.name, "revision": source.revision}
     if source.kind == "synthetic":
         return {"generator": GENERATOR_VERSION}
     if source.kind == "hub":
-        paths = sorted(path for path in Path(str(source.name)).rglob("*") if path.is_file())
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
     else:
         paths = [Path(path) for path in local_files(source)]
     files = [{"name": path.name, "size": path.stat().st_size, "sha256": sha256_file(path)} for path in paths]
