@@ -46,8 +46,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_logits = logits.mul_((s / total)[:, None]).scatter_add_(1, t, -s[:, None]).to(weight.dtype)
             torch.mm(d_logits, weight, out=dh)
             if d_weight is None:
-                d_weight = (d_logits.T @ h).to(torch.promote_types(h.dtype, torch.float32))
-            elif d_weight.dtype == h.dtype:
+                d_weight = (d_logits.T @ h).float()
+            elif d_logits.dtype == torch.float32:
                 d_weight.addmm_(d_logits.T, h)
             else:  # whose sums of many blocks would lose digits
                 d_weight += d_logits.T @ h

@@ -69,11 +69,3 @@ def test_the_gradient_of_many_blocks_in_bfloat16_is_as_near_as_that_of_one(monke
         [grad] = torch.autograd.grad(loss, weight)
         errors.append(float((grad - expected).norm() / expected.norm()))
     assert errors[1] < 1.5 * errors[0]
-
-
-@pytest.mark.parametrize("block", [2**25, 5 * 2])
-def test_gradients_of_float64_stay_float64(block, monkeypatch):
-    monkeypatch.setattr(loss_module, "BLOCK_LOGITS", block)
-    hidden, weight = (torch.eye(n, 4, dtype=torch.float64, requires_grad=True) for n in (6, 5))
-    loss = linear_cross_entropy(hidden, weight, torch.arange(6) % 5)
-    assert [kept.dtype for kept in loss.grad_fn.saved_tensors] == [torch.float64, torch.float64]
