@@ -55,6 +55,12 @@ def recipe_of(config: PrepareConfig) -> dict[str, Any]:
     }
 
 
+def texts_digest(recipe: dict[str, Any]) -> str:
+    """sha256 of what a recipe says of the texts, whatever made tokens of them, and of which are held out."""
+    of_tokens = ("format", "tokenizer", "shard_bytes")
+    return sha256_json({key: value for key, value in condensed(recipe).items() if key not in of_tokens})
+
+
 def condensed(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe that lists the files of its source, as they did, in the form of one that digests them."""
     identity = recipe.get("identity", {})

@@ -153,21 +153,22 @@ def _print_seeds(study: StudyConfig) -> None:
 
 
 def _prepare(study: StudyConfig, quiet: bool) -> None:
-    """Have the study's token store made, unless it is there; of several processes one makes it, the others wait."""
-    if study.prepare is None:
+    """Have the study's token stores made that are not there; of several processes one makes each, the others wait."""
+    if not study.prepare:
         return
     from sinkbed.train.cli.prepare import run as prepare
 
-    waiting = False
-    while True:
-        try:
-            prepare("prepare", ["--config", str(study.prepare), *(["--quiet"] if quiet else [])])
-            return
-        except BlockingIOError as error:
-            if not waiting:
-                print(f"waiting: {error.strerror}", flush=True)
-            waiting = True
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+    for config in study.prepare:
+        waiting = False
+        while True:
+            try:
+                prepare("prepare", ["--config", str(config), *(["--quiet"] if quiet else [])])
+                break
+            except BlockingIOError as error:
+                if not waiting:
+                    print(f"waiting: {error.strerror}", flush=True)
+                waiting = True
+                time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def _refuse_others(runs: Sequence[ArmRun], force: bool) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from sinkbed.data.prepare.recipe import texts_digest
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.report.intervals import Interval
 from sinkbed.train.run import directory
@@ -23,6 +24,8 @@ class Result:
     final: dict[str, Any]
     documents: str = ""
     """Digests of the token store and its documents; equal where two runs read the same ones."""
+    texts: str = ""
+    """Digest of what decided the documents before they were tokens; equal where only the tokenizer differs too."""
     made_by: tuple[dict[str, Any], ...] = ()
     """Provenance of each process that the run was made by."""
     progress: str = ""
@@ -65,13 +68,14 @@ def load_result(folder: Path, arm: str, seed: int) -> Result:
     if finished:
         directory.check_finished(folder)
     config = read_mapping(folder / directory.CONFIG)
-    audit, run = (
+    audit, run, manifest = (
         directory.read_json(path) if path.is_file() else {}
-        for path in (folder / directory.AUDIT, folder / directory.RUN)
+        for path in (folder / directory.AUDIT, folder / directory.RUN, folder / directory.MANIFEST)
     )
     points = list(directory.read_metrics(folder / directory.METRICS))
     strategy, length = config["data"]["strategy"], config["data"]["context_length"]
     documents = f"{audit.get('store_digest', '')} {audit.get('document_order', '')}"
+    texts = texts_digest(recipe) if (recipe := manifest.get("recipe")) else documents
     if finished:
         final, progress = directory.read_json(folder / directory.MEASUREMENT), ""
         if any(mode.get("share") and not mode.get("learned_mass") for mode in final["modes"].values()):
@@ -82,7 +86,8 @@ def load_result(folder: Path, arm: str, seed: int) -> Result:
     else:
         final = _last_measured(folder, points, config)
         progress = f"step {points[-1]['step']:,} of {config['trainer']['max_steps']:,}"
-    return Result(arm, seed, strategy, length, points, final, documents, tuple(run.get("made_by", ())), progress)
+    made_by = tuple(run.get("made_by", ()))
+    return Result(arm, seed, strategy, length, points, final, documents, texts, made_by, progress)
 
 
 def _last_measured(folder: Path, points: Sequence[dict[str, Any]], config: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from sinkbed.data.pack.batches import Rows
 from sinkbed.data.pack.strategy import Strategy
+from sinkbed.data.prepare.config import VOCAB_SIZE
 from sinkbed.data.prepare.prepare import available_cores
 from sinkbed.data.store.token_store import TokenStore
 from sinkbed.kernels.triton.tiles import HEAD_DIMS
@@ -70,8 +71,14 @@ def vocabulary(study: StudyConfig, run: ArmRun) -> int:
     manifest = Path(run.setting("data.store", "")) / directory.MANIFEST
     if manifest.is_file():
         return int(directory.read_json(manifest)["vocab_size"])
-    config: dict[str, Any] = read_mapping(study.prepare) if study.prepare else {}
-    return int((config.get("tokenizer") or {}).get("vocab_size") or 32_768)
+    config = read_mapping(path) if (path := _prepared_by(study, run)) else {}
+    return int((config.get("tokenizer") or {}).get("vocab_size") or VOCAB_SIZE)
+
+
+def _prepared_by(study: StudyConfig, run: ArmRun) -> Path | None:
+    """The data config of the study that the arm's token store is made by."""
+    store = Path(run.setting("data.store", ""))
+    return next((path for path in study.prepare if Path(read_mapping(path).get("out", "")) == store), None)
 
 
 def cost(study: StudyConfig, run: ArmRun) -> Cost:
@@ -152,14 +159,16 @@ def _stores(study: StudyConfig, runs: Sequence[ArmRun]) -> list[str]:
     """A line on each token store that is not there yet."""
     read: dict[str, int] = {}
     vocabularies: dict[str, int] = {}
+    how: dict[str, str] = {}
     for run in runs:
         store = run.setting("data.store")
         if store and not (Path(store) / directory.MANIFEST).is_file():
             vocabularies[store] = size = vocabulary(study, run)
             read[store] = max(read.get(store, 0), (2 if size <= 65_536 else 4) * cost(study, run).tokens)
-    how = f"`sinkbed prepare --config {study.prepare} --dry_run` estimates it" if study.prepare else "prepare it first"
+            path = _prepared_by(study, run)
+            how[store] = f"`sinkbed prepare --config {path} --dry_run` estimates it" if path else "prepare it first"
     return [
-        f"Token store {store} is not there yet: {how}; its vocabulary is taken to be {vocabularies[store]:,}; an arm "
+        f"Token store {store} is not there yet: {how[store]}; its vocabulary is taken to be {vocabularies[store]:,}; an arm "
         f"reads {gigabytes(size)} of it if no document comes twice."
         for store, size in read.items()
     ]

@@ -113,8 +113,8 @@ class StudyConfig:
     """Where `published` is from, and what it was measured with."""
     effects: list[Effect] = field(default_factory=list)
     """Differences that the report checks."""
-    prepare: Path | None = None
-    """Data config to prepare first, if its token store is not there yet."""
+    prepare: list[Path] = field(default_factory=list)
+    """Data configs to prepare first, where their token stores are not there yet."""
     size: str = ""
     """Name of the size, where the file has several."""
     source: Path | None = None
@@ -191,7 +191,7 @@ def load_study(path: Path, size: str | None = None) -> StudyConfig:
         "out": Path(raw["out"]).expanduser(),
         "base": _overlays(path, "base", raw["base"]),
         "arms": arms,
-        "prepare": _resolve(path, raw["prepare"]) if raw.get("prepare") else None,
+        "prepare": [_resolve(path, each) for each in _listed(raw.get("prepare") or [])],
         "published": raw.get("published") or {},
         "effects": [_effect(path, value) for value in raw.get("effects") or []],
         "size": size or "",
@@ -213,6 +213,10 @@ def _mapping(path: Path, what: str, value: Any, known: tuple[str, ...] | None) -
     return dict(value)
 
 
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def _resolve(path: Path, value: Any) -> Path:
     if not isinstance(value, str):
         raise ValueError(f"{path}: expected a path, got {value!r}")
@@ -226,7 +230,7 @@ def _overlays(path: Path, what: str, value: Any) -> list[Overlay]:
     """Overlays of an arm, of the base or of a value on an axis: a list of paths and settings, or one by itself."""
     if what == "base" and not isinstance(value, list):
         raise ValueError(f"{path}: base: a list of configs expected, got {value!r}")
-    items = value if isinstance(value, list) else [value]
+    items = _listed(value)
     for item in items:
         if not isinstance(item, str | dict):
             raise ValueError(f"{path}: {what}: expected overlays, each a path or settings; got {item!r}")

@@ -17,7 +17,7 @@ from sinkbed.train.report.tables import answer, by_mode, caption, parquet, rows_
 from sinkbed.train.study.file import Effect
 
 
-def result(arm, seed, rate, loss, *, gap=1.0, onset=None, first_token="bos", documents="same", placed=None):
+def result(arm, seed, rate, loss, *, gap=1.0, onset=None, first_token="bos", documents="same", placed=None, texts=None):
     """A run with one layer of one head."""
 
     def mode(rate, loss):
@@ -34,7 +34,7 @@ def result(arm, seed, rate, loss, *, gap=1.0, onset=None, first_token="bos", doc
         "onset_tokens": onset, "tokens": 1000, "parameters": 7, "sink_tokens": 64,
     }  # fmt: skip
     strategy = {**dataclasses.asdict(Strategy()), "first_token": first_token}
-    return Result(arm, seed, strategy, 128, points, final, documents)
+    return Result(arm, seed, strategy, 128, points, final, documents, texts or documents)
 
 
 def study(seeds=(0, 1, 2), documents="same"):
@@ -139,6 +139,15 @@ def test_other_documents_are_no_pairs():
     assert outcome.difference is None and outcome.verdict == "not measured"
     assert "Differences of arms" in [s.title for s in sections(study(), [])]
     assert all(not s.rows for s in sections(study(documents="others"), []) if s.title == "Differences of arms")
+
+
+def test_another_tokenizer_of_the_same_texts_has_other_losses_and_comparable_sinks():
+    runs = [
+        *(result("large", s, 30 + s, 3.0, documents="4,096", texts="same") for s in range(3)),
+        *(result("small", s, 10 + s, 2.0, documents="512", texts="same") for s in range(3)),
+    ]
+    rate, loss = check(runs, [effect(arm="large", against="small"), effect(arm="large", against="small", metric="loss")], {})
+    assert rate.difference.mean == pytest.approx(20) and loss.difference is None
 
 
 def test_the_published_figures_stand_beside_ours_with_their_difference():
