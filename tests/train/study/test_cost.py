@@ -90,6 +90,18 @@ def test_a_plan_says_which_vocabulary_it_takes_a_store_to_have(study, capsys):
     assert "Token store stores/misspelt is not there yet" in out and "vocabulary is taken to be 32,768" in out
 
 
+def test_each_arm_has_the_vocabulary_of_the_data_config_that_makes_its_store(study, capsys):
+    for size in (300, 400):
+        text = f"out: stores/of-{size}\ntokenizer: {{vocab_size: {size}}}\n"
+        (study.parent / f"data-{size}.yaml").write_text(text)
+    text = study.read_text().replace("all: []", "a: [{data: {store: stores/of-300}}], b: [{data: {store: stores/of-400}}]")
+    study.write_text(text + "prepare: [data-300.yaml, data-400.yaml]\n")
+    assert main(["study", str(study), "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    for size in (300, 400):
+        assert f"data-{size}.yaml --dry_run` estimates it; its vocabulary is taken to be {size}" in out
+
+
 @pytest.mark.slow
 def test_the_rate_of_a_core_is_measured_once_there_are_arms(study, capsys):
     assert main(["study", str(study), "--quiet", "--seeds", "0"]) == 0

@@ -305,10 +305,12 @@ def test_preparing_is_waited_for_and_never_forced(study, monkeypatch, capsys):
 
     monkeypatch.setattr("sinkbed.train.cli.prepare.run", prepare)
     monkeypatch.setattr(study_command, "SECONDS_BETWEEN_LOOKS", 0.01)
-    (study.parent / "data.yaml").write_text("out: unused\n")
-    study.write_text(study.read_text() + "prepare: data.yaml\n")
+    first, second = (study.parent / name for name in ("data.yaml", "more.yaml"))
+    for config in (first, second):
+        config.write_text("out: unused\n")
+    study.write_text(study.read_text() + "prepare: [data.yaml, more.yaml]\n")
     assert main(["study", str(study), "--quiet", "--force"]) == 0
-    assert asked == [["--config", str(study.parent / "data.yaml"), "--quiet"]] * 3
+    assert asked == [["--config", str(config), "--quiet"] for config in (first, first, first, second)]
     assert capsys.readouterr().out.count("waiting: another process is preparing it") == 1
 
 
