@@ -67,9 +67,7 @@ class Tokenizer:
                 "tokenizer: expected no BPE dropout, which encodes a text in another way each time, got "
                 f"{backend.model.dropout}; remove it from the tokenizer.json"
             )
-        self._is_byte_level = '"type":"ByteLevel"' in json.dumps(
-            json.loads(backend.to_str())["decoder"], separators=(",", ":")
-        )
+        self._is_byte_level = _is_byte_level(backend)
         self._check_lossless()
         if not isinstance(backend.model, models.BPE):
             raise ValueError(f"tokenizer: expected a BPE, got a {type(backend.model).__name__}; use another one")
@@ -198,17 +196,9 @@ class Tokenizer:
     def token_bytes(self) -> NDArray[np.int32]:
         """[vocab_size] UTF-8 bytes of text that each id stands for; 0 for control tokens.
 
-        Exact: the sum over the ids of a text is the number of its UTF-8 bytes, once normalised. Ids that the vocabulary
-        leaves out are 0.
+        Exact: the sum over the ids of a text is the number of its UTF-8 bytes, once normalised.
         """
-        table = np.zeros(self.vocab_size, dtype=np.int32)
-        # In a byte-level vocabulary each character stands for one byte; added tokens are plain text.
-        for token, index in self.backend.get_vocab(with_added_tokens=False).items():
-            table[index] = len(token) if self._is_byte_level else _marked_bytes(token)
-        for index, added in self.backend.get_added_tokens_decoder().items():
-            table[index] = len(added.content.encode())
-        table[list(self.special_ids)] = 0
-        return table
+        return token_bytes(self.backend, self.special_ids, self.vocab_size)
 
     def word_starts(self, text: str) -> set[int]:
         """Where in a text, normalised before, the words of the pre-tokenizer begin; empty where there is none."""
@@ -271,9 +261,31 @@ def equivalent(text: str, other: str) -> bool:
     return _CANONICAL.normalize_str(text) == _CANONICAL.normalize_str(other)
 
 
+def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
+    """Whether each character of the vocabulary stands for a byte."""
+    decoder = json.loads(backend.to_str())["decoder"]
+    return '"type":"ByteLevel"' in json.dumps(decoder, separators=(",", ":"))
+
+
 def _marked_bytes(token: str) -> int:
     """UTF-8 bytes of text that a token stands for where a space is marked and bytes have tokens of their own."""
     return 1 if _BYTE.fullmatch(token) else len(token.replace(_SPACE, " ").encode())
+
+
+def token_bytes(backend: tokenizers.Tokenizer, special_ids: Iterable[int], size: int) -> NDArray[np.int32]:
+    """[size] UTF-8 bytes of text that each id stands for; 0 for control tokens and ids without a token.
+
+    Args:
+        backend: a byte-level vocabulary, or one with ▁ for a space and <0x0A> for a byte; of others the figures are
+            wrong.
+    """
+    byte_level = _is_byte_level(backend)
+    sizes = {index: len(t) if byte_level else _marked_bytes(t) for t, index in backend.get_vocab(False).items()}
+    for index, added in backend.get_added_tokens_decoder().items():  # plain text, but for bytes that are listed
+        is_byte = not byte_level and _BYTE.fullmatch(added.content)
+        sizes[index] = 1 if is_byte else len(added.content.encode())
+    sizes |= dict.fromkeys(special_ids, 0)
+    return np.array([sizes.get(index, 0) for index in range(size)], dtype=np.int32)
 
 
 def _short_words(text: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Tokenizers of models of `transformers`: reading them, and what bits per byte and random tokens need of them."""
+"""Tokenizers of models of `transformers`: reading them, and which of their ids no text contains."""
 
 import json
 import re
@@ -46,31 +46,3 @@ def special_ids(tokenizer: Any, size: int) -> frozenset[int]:
     }
     ordinary = set(tokenizer.get_vocab().values()) - added - set(tokenizer.all_special_ids)
     return frozenset(range(size)) - ordinary
-
-
-def token_bytes(tokenizer: Any, size: int) -> list[int]:
-    """UTF-8 bytes of text that each id stands for, [size]; 0 for control tokens and ids without a token.
-
-    Of other kinds of tokenizer the figures are wrong; `train.measure.texts` checks them on the text that is read.
-
-    Args:
-        tokenizer: of `transformers`, with a backend of the `tokenizers` library: byte-level, or with ▁ for a space and
-            <0x0A> for single bytes (SentencePiece).
-    """
-    decoder = json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder") or {}
-    byte_level = "ByteLevel" in json.dumps(decoder)
-    added = tokenizer.get_added_vocab()
-    special = special_ids(tokenizer, size)
-    table = [0] * size
-    for token, index in tokenizer.get_vocab().items():
-        if index >= size or index in special:
-            continue
-        if not byte_level and _BYTE.fullmatch(token):
-            table[index] = 1
-        elif token in added:
-            table[index] = len(token.encode())
-        elif byte_level:
-            table[index] = len(token)  # each character stands for one byte
-        else:
-            table[index] = len(token.replace("▁", " ").encode())
-    return table

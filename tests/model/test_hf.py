@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sinkbed.data.pack.strategy import Strategy
+from sinkbed.data.tokenizer import token_bytes
 from sinkbed.kernels import interval_mask
 from sinkbed.kernels.mask import Mask
 from sinkbed.model import loss
@@ -21,7 +22,7 @@ from sinkbed.model.hf.attention import (
     sampled_mask,
     sampled_queries,
 )
-from sinkbed.model.hf.tokenizer import special_ids, token_bytes
+from sinkbed.model.hf.tokenizer import special_ids
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.sinks import measure
@@ -364,7 +365,7 @@ def test_tokens_stand_for_the_bytes_of_their_text(kind, tmp_path):
     backend.train_from_iterator([text] * 3, trainer)
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
     ids = theirs(text + " 漢", add_special_tokens=False)["input_ids"]
-    table = token_bytes(theirs, 320)
+    table = token_bytes(backend, special_ids(theirs, 320), 320)
     assert len(table) == 320 and table[theirs.bos_token_id] == 0
     assert sum(table[i] for i in ids) == len((text + " 漢").encode())
 
@@ -381,7 +382,8 @@ def test_reserved_tokens_and_ids_without_a_token_are_special():
     assert "<|reserved_0|>" not in theirs.all_special_tokens
     assert special_ids(theirs, 264) == {256, 257, *range(259, 264)}
     assert special_ids(theirs, 257) == {256}, "none past the embeddings"
-    assert token_bytes(theirs, 264)[255:] == [1, 0, 0, len("ordinary"), 0, 0, 0, 0, 0]
+    table = token_bytes(backend, special_ids(theirs, 264), 264)
+    assert table.tolist()[255:] == [1, 0, 0, len("ordinary"), 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(

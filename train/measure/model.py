@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from sinkbed.data.pack.strategy import Strategy
+from sinkbed.data.tokenizer import token_bytes
 from sinkbed.model.hf.foreign import foreign_at
-from sinkbed.model.hf.tokenizer import read_tokenizer, special_ids, token_bytes
+from sinkbed.model.hf.tokenizer import read_tokenizer, special_ids
 from sinkbed.train.measure.heldout import Probe, delimiters_of
 from sinkbed.train.run import directory
 from sinkbed.train.run.load import find_run, load_decoder, open_run, run_tokenizer
@@ -71,7 +72,7 @@ class Subject:
 
 
 def check_model(arguments: Any) -> bool:
-    """Whether `arguments.model` names a run of ours; loads nothing, and takes a .gguf file apart.
+    """Whether `arguments.model` names a run of ours; loads nothing.
 
     Raises FileNotFoundError or ValueError for a name that can be no model.
     """
@@ -87,16 +88,15 @@ def check_model(arguments: Any) -> bool:
         if arguments.revision or arguments.gguf:
             raise ValueError(f"--revision, --gguf: expected a Hugging Face model, got {path}; leave them out")
         return False
-    if path.is_file() and path.suffix == ".gguf" and arguments.gguf is None:
-        arguments.model, arguments.gguf = str(path.parent), path.name
-        path = path.parent
-    if path.exists() and not (path / "config.json").is_file() and arguments.gguf is None:
+    name, gguf = _gguf_of(arguments)
+    path = Path(name)
+    if path.exists() and not (path / "config.json").is_file() and gguf is None:
         raise ValueError(
             f"{path}: expected a run directory (with {directory.CONFIG}), a checkpoint inside one, a Hugging Face "
             "folder (with config.json), or one of nanoGPT (ckpt.pt) or litgpt (lit_model.pth), got none of these"
         )
     if not path.exists():
-        _check_hub_name(path, arguments.model)
+        _check_hub_name(path, name)
     return False
 
 
@@ -111,6 +111,14 @@ def load(arguments: Any) -> Subject:
     if check_model(arguments):
         return of_run(Path(arguments.model), arguments.store, arguments.bos)
     return _hugging_face(arguments)
+
+
+def _gguf_of(arguments: Any) -> tuple[str, str | None]:
+    """The folder or hub name of a model and its GGUF file, if it is read from one."""
+    path = Path(arguments.model)
+    if path.is_file() and path.suffix == ".gguf" and arguments.gguf is None:
+        return str(path.parent), path.name
+    return arguments.model, arguments.gguf
 
 
 def _check_hub_name(path: Path, name: str) -> None:
@@ -179,8 +187,8 @@ def _check_export(folder: Path, suffix: str) -> None:
 def _hugging_face(arguments: Any) -> Subject:
     from sinkbed.model.hf.adapter import HFModel
 
-    name, foreign = arguments.model, foreign_at(Path(arguments.model))
-    where = {"revision": arguments.revision, "gguf": arguments.gguf}
+    (name, gguf), foreign = _gguf_of(arguments), foreign_at(Path(arguments.model))
+    where = {"revision": arguments.revision, "gguf": gguf}
     _check_export(Path(name), ".json")
     config = HFModel.checked_config(name, **where, foreign=foreign)
     size, context_length = config.vocab_size, getattr(config, "max_position_embeddings", None)
@@ -195,21 +203,23 @@ def _hugging_face(arguments: Any) -> Subject:
         token = tokenizer.convert_tokens_to_ids(arguments.bos)
         bos = _token_id(None if token == tokenizer.unk_token_id else token, arguments.bos, name)
 
+    special = special_ids(tokenizer, size)
+
     def load_model() -> HFModel:
         _check_export(Path(name), ".safetensors")
         now = foreign and foreign.read_again()
         return HFModel.load(name, **where, foreign=now, dtype=arguments.dtype, device_map=arguments.device_map)
 
     return Subject(
-        name=name if arguments.gguf is None else f"{name}/{arguments.gguf}",
+        name=name if gguf is None else f"{name}/{gguf}",
         load_model=load_model,
         strategy=Strategy() if bos is None else Strategy(first_token="bos"),
         bos_id=bos,
         eos_id=next(i for i in (tokenizer.eos_token_id, bos, 0) if i is not None),
-        special_ids=special_ids(tokenizer, size),
+        special_ids=special,
         encode=lambda text: tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"],
         decode=lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
-        token_bytes=token_bytes(tokenizer, size),
+        token_bytes=token_bytes(tokenizer.backend_tokenizer, special, size),
         context_length=context_length,
         longest=context_length,
         store=arguments.store,

@@ -234,8 +234,8 @@ def _pairs(results: Sequence[Result]) -> list[Table]:
         lines = marked
     note = (
         "Mean difference of arms that read the same texts, paired by seed, ± half-width of its 95 % interval. "
-        "*: the interval leaves 0 out; of twenty differences that are none, one does so by chance. Losses and gaps over "
-        f"other targets (another tokenizer's, a prefix LM's, another context's) are not compared.{left_out}"
+        "*: the interval leaves 0 out; of twenty differences that are none, one does so by chance. Losses and gaps "
+        f"over other targets (another tokenizer's, a prefix LM's, another context's) are not compared.{left_out}"
     )
     header = ("arm", "minus", *(label(*column) for column in columns))
     return [Table("differences", "Differences of arms", header, lines, note)]

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.table import Table
@@ -157,21 +156,21 @@ def gigabytes(size: float) -> str:
 
 def _stores(study: StudyConfig, runs: Sequence[ArmRun]) -> list[str]:
     """A line on each token store that is not there yet."""
-    read: dict[str, int] = {}
-    vocabularies: dict[str, int] = {}
-    how: dict[str, str] = {}
+    readers: dict[str, list[ArmRun]] = {}
     for run in runs:
         store = run.setting("data.store")
         if store and not (Path(store) / directory.MANIFEST).is_file():
-            vocabularies[store] = size = vocabulary(study, run)
-            read[store] = max(read.get(store, 0), (2 if size <= 65_536 else 4) * cost(study, run).tokens)
-            path = _prepared_by(study, run)
-            how[store] = f"`sinkbed prepare --config {path} --dry_run` estimates it" if path else "prepare it first"
-    return [
-        f"Token store {store} is not there yet: {how[store]}; its vocabulary is taken to be {vocabularies[store]:,}; an arm "
-        f"reads {gigabytes(size)} of it if no document comes twice."
-        for store, size in read.items()
-    ]
+            readers.setdefault(store, []).append(run)
+    lines = []
+    for store, of_it in readers.items():
+        path, size = _prepared_by(study, of_it[0]), vocabulary(study, of_it[0])
+        how = f"`sinkbed prepare --config {path} --dry_run` estimates it" if path else "prepare it first"
+        read = (2 if size <= 65_536 else 4) * max(cost(study, run).tokens for run in of_it)
+        lines.append(
+            f"Token store {store} is not there yet: {how}; its vocabulary is taken to be {size:,}; an arm reads "
+            f"{gigabytes(read)} of it if no document comes twice."
+        )
+    return lines
 
 
 def check_stores(runs: Sequence[ArmRun]) -> str:

@@ -94,8 +94,8 @@ def test_each_arm_has_the_vocabulary_of_the_data_config_that_makes_its_store(stu
     for size in (300, 400):
         text = f"out: stores/of-{size}\ntokenizer: {{vocab_size: {size}}}\n"
         (study.parent / f"data-{size}.yaml").write_text(text)
-    text = study.read_text().replace("all: []", "a: [{data: {store: stores/of-300}}], b: [{data: {store: stores/of-400}}]")
-    study.write_text(text + "prepare: [data-300.yaml, data-400.yaml]\n")
+    arms = "a: [{data: {store: stores/of-300}}], b: [{data: {store: stores/of-400}}]"
+    study.write_text(study.read_text().replace("all: []", arms) + "prepare: [data-300.yaml, data-400.yaml]\n")
     assert main(["study", str(study), "--dry_run"]) == 0
     out = capsys.readouterr().out
     for size in (300, 400):

@@ -166,8 +166,7 @@ def _document(
     generator: torch.Generator,
 ) -> _Document:
     size = max(1, batch_tokens // row.tokens.shape[1])
-    with torch.no_grad():
-        source = hidden_states(model, partial(model, row.tokens, mask=row.mask, logits=False))[0][0].detach()
+    source = _sources(model, row)
     width = source.shape[-1]
     if directions == "exact" or directions >= width:
         every = torch.eye(width).expand(len(layers), -1, -1)
@@ -184,6 +183,19 @@ def _document(
     u = torch.cat([span, drawn], 2).transpose(1, 2)
     squares, _ = _products(model, row, layers, u, size)
     return _Document(squares[:, :known].sum(1), squares[:, known:], width - known, width, None)
+
+
+def _sources(model: Any, row: Arranged) -> Tensor:
+    """[1, T, C] what the first block reads."""
+    sources: list[Tensor] = []
+
+    def keep(layer: int, h: Tensor) -> None:
+        if layer == 0:
+            sources.append(h)
+
+    with torch.no_grad(), observing(model, hidden=keep):
+        model(row.tokens, mask=row.mask, logits=False)
+    return sources[0]
 
 
 def _span(
