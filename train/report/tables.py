@@ -53,6 +53,10 @@ def answer(results: Sequence[Result], effects: Sequence[Outcome]) -> str:
         elif between is not None and between.count > 1:
             noise = f", within the noise of {between.count} seeds"
         sentences = [f"{given}, the sink rate goes from {at[low]} ({low}) to {at[high]} ({high}){noise}."]
+    on_text = {arm: list(figures(results, arm, "sink_rate_0.3", "text").values()) for arm in means}
+    if any(on_text.values()) and mode != "text":
+        arm = max((arm for arm in on_text if on_text[arm]), key=lambda arm: mean([on_text[arm]]))
+        sentences.append(f"On the text alone it is {spread(on_text[arm], 1)} % at most ({arm}).")
     gaps = {arm: list(figures(results, arm, "loss_gap", "text").values()) for arm in means}
     if any(gaps.values()) and mode != "text":
         arm = max((arm for arm in gaps if gaps[arm]), key=lambda arm: mean([gaps[arm]]))
