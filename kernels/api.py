@@ -111,7 +111,7 @@ def attention(
     mask = _fitting(mask, q)
     functions = _choose(implementation, q.device)
     out = AttentionOutput(*functions.attention(q, k, v, mask, scoring, statistics))
-    if out.statistics is None or sink_logit is None or out.lse is None:
+    if out.statistics is None or sink_logit is None or out.lse is None or out.statistics.row_sum is not None:
         return out
     with torch.no_grad():  # 1 − the sink's mass would be lost where that is nearly all
         of_tokens = replace(scoring, sink_logit=None, sink_value=None)
@@ -192,9 +192,11 @@ def _validate(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name}: expected [B, H, T, D], got shape {list(x.shape)}")
-        if x.dtype not in _DTYPES or x.dtype != q.dtype or x.device != q.device:
+        if x.dtype not in _DTYPES:
+            raise ValueError(f"{name}: expected one of {', '.join(map(str, _DTYPES))}, got {x.dtype}")
+        if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(
-                f"{name}: expected a float dtype and device as q's ({q.dtype}, {q.device}), got {x.dtype}, {x.device}"
+                f"{name}: expected the dtype and device of q ({q.dtype}, {q.device}), got {x.dtype}, {x.device}"
             )
         if 0 in x.shape:
             raise ValueError(f"{name}: expected no empty dimension, got shape {list(x.shape)}")

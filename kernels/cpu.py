@@ -1,4 +1,4 @@
-"""Attention on CPUs (and anything without Triton): PyTorch's flash kernel plus our statistics and sink.
+"""Attention on CPUs: PyTorch's flash kernel plus our statistics and sink.
 
 `aten._scaled_dot_product_flash_attention_for_cpu` returns the log-sum-exp that the statistics need, and
 its backward accepts any consistent (output, lse): called with the sink-corrected pair it yields the exact
@@ -102,15 +102,16 @@ def _half_gradients(
         end = queries.stop if bias is None else q.shape[2]
         keys, values = k[:, :, :end], v[:, :, :end]
         own, upstream = (x[:, :, queries].reshape(len(k), k.shape[1], -1, k.shape[3]) for x in (q, grad))
-        logits = (own @ keys.mT).mul_(scale).view(*q.shape[:2], -1, end)
+        logits = ((own.float() * scale) @ keys.float().mT).view(*q.shape[:2], -1, end)
         if bias is None:
             hidden = torch.ones(logits.shape[2], end - queries.start, dtype=torch.bool).triu_(1)
             logits[..., queries.start :].masked_fill_(hidden, -torch.inf)
         else:
             logits += bias[:, :, queries]
-        weights = logits.softmax(-1).view(*own.shape[:3], end)
-        d_weights = upstream @ values.mT
-        d_logits = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, q.dtype)
+        weights = logits.softmax(-1).view(*own.shape[:3], end)  # of rounded logits they would err by as many times
+        d_weights = (upstream @ values.mT).float()
+        d_logits = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, torch.float32).to(q.dtype)
+        weights = weights.to(q.dtype)
         dq[:, :, queries] = (d_logits @ keys).view_as(dq[:, :, queries])
         dk[:, :, :end] += d_logits.mT @ own
         dv[:, :, :end] += weights.mT @ upstream
@@ -122,6 +123,7 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
 
 
 @torch.library.impl("sinkbed::attention_torch", "cpu")
+@torch.autocast("cpu", enabled=False)
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -145,7 +147,8 @@ def _forward(
         with_sink = torch.logaddexp(lse, logit)
         output = output * (lse - with_sink).exp()[..., None].to(output.dtype)
         if sink_value is not None:
-            output = output + (logit - with_sink).exp()[..., None].to(output.dtype) * sink_value[:, None]
+            value = sink_value[:, None].to(output.dtype)
+            output = output + (logit - with_sink).exp()[..., None].to(output.dtype) * value
         lse = with_sink
     return output, lse.contiguous()
 
@@ -156,6 +159,7 @@ def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.impl("sinkbed::attention_torch_backward", "cpu")
+@torch.autocast("cpu", enabled=False)
 def _backward_kernel(
     grad: Tensor,
     q: Tensor,
@@ -187,7 +191,7 @@ def _backward_kernel(
     learned_sink_mass = (per_query(sink_logit, lse) - lse).exp()
     d_value = q.new_empty(0)
     if sink_value is not None:
-        delta = delta - (grad * sink_value[:, None]).sum(-1, dtype=lse.dtype)
+        delta = delta - (grad * sink_value[:, None].to(grad.dtype)).sum(-1, dtype=lse.dtype)
         d_value = (learned_sink_mass[..., None] * grad).sum((0, 2)).to(sink_value.dtype)
     return dq, dk, dv, _summed_to(-(learned_sink_mass * delta), sink_logit), d_value
 

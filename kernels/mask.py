@@ -129,9 +129,10 @@ class Mask:
         if tensor is None:
             return None
         if name not in self._ends:
-            index = torch.arange(self.length, dtype=torch.int32, device=tensor.device)
-            every = index.repeat(self.rows, 1)
-            self._ends[name] = torch.searchsorted(tensor, every, right=True, out_int32=True)
+            with torch.inference_mode(False):  # what is cached may be saved for a later backward pass
+                index = torch.arange(self.length, dtype=torch.int32, device=tensor.device)
+                every = index.repeat(self.rows, 1)
+                self._ends[name] = torch.searchsorted(tensor, every, right=True, out_int32=True)
         return self._ends[name]
 
     def queries_per_key(self, device: torch.device | None = None) -> Tensor:
@@ -164,10 +165,10 @@ class Mask:
         """The mask as an additive [B, 1, T, T] float: 0 where visible, -inf elsewhere. Cached per dtype,
         so that all layers of a forward pass and its backward share one."""
         if dtype not in self._bias:
-            hidden = ~self.visible(device)
-            self._bias[dtype] = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(
-                hidden, float("-inf")
-            )
+            with torch.inference_mode(False):
+                hidden = ~self.visible(device)
+                shown = torch.zeros(hidden.shape, dtype=dtype, device=device)
+                self._bias[dtype] = shown.masked_fill_(hidden, float("-inf"))
         return self._bias[dtype]
 
     @property

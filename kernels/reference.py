@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sinkbed.kernels.mask import Mask
-from sinkbed.kernels.scoring import Scoring, per_query
+from sinkbed.kernels.scoring import Scoring, no_autocast, per_query
 from sinkbed.kernels.statistics import Statistics
 
 
@@ -42,13 +42,22 @@ def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scoring: Scoring, statistics: bool
 ) -> tuple[Tensor, Tensor | None, Statistics | None]:
     """Attention by its definition; differentiable in every input. Shapes as in `kernels.api.attention`."""
+    with no_autocast(q.device):
+        return _attention(q, k, v, mask, scoring, statistics)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scoring: Scoring, statistics: bool
+) -> tuple[Tensor, Tensor | None, Statistics | None]:
     a, lse = probabilities(q, k, mask, scoring)
     output = a @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     learned_sink_mass = None
     if scoring.sink_logit is not None and lse is not None:
         learned_sink_mass = (per_query(scoring.sink_logit, lse) - lse).exp()
         if scoring.sink_value is not None:
-            output = output + torch.einsum("bht,hd->bhtd", learned_sink_mass.to(v.dtype), scoring.sink_value)
+            output = output + torch.einsum(
+                "bht,hd->bhtd", learned_sink_mass.to(v.dtype), scoring.sink_value.to(v.dtype)
+            )
         learned_sink_mass = learned_sink_mass.detach()
     if not statistics:
         return output, lse, None
@@ -65,6 +74,7 @@ def reference_attention(
 def reference_received(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float) -> Tensor:
     """Column sums of the attention matrix; shapes as in `kernels.api.attention_received`."""
     groups = q.shape[1] // k.shape[1]
-    logits = torch.einsum("bhid,bhjd->bhij", q, k.repeat_interleave(groups, dim=1)) * scale
+    with no_autocast(q.device):
+        logits = torch.einsum("bhid,bhjd->bhij", q, k.repeat_interleave(groups, dim=1)) * scale
     p = (logits - lse[..., None]).exp().masked_fill(~mask.visible(q.device), 0.0)
     return p.sum(2).to(lse.dtype)

@@ -1,6 +1,8 @@
 """How a query scores the keys that it sees, and what makes weights of the scores."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +51,7 @@ class Scoring:
         k = k[:, :, :end]
         dtype = torch.promote_types(k.dtype, torch.float32)
         grouped = q[:, :, queries].to(dtype).reshape(B, k.shape[1], -1, D)  # the query heads of a key head together
-        with torch.autocast(q.device.type, enabled=False):
+        with no_autocast(q.device):
             logits = ((grouped * self.scale) @ k.to(dtype).mT).view(B, H, -1, end)
         squashed = None
         if self.softcap is not None:
@@ -65,6 +67,12 @@ class Scoring:
         else:
             logits.masked_fill_(~mask.visible(q.device, queries, rows)[..., :end], hidden)
         return logits, squashed
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products are taken in the dtype of what they are given."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def per_query(sink_logit: Tensor, lse: Tensor) -> Tensor:

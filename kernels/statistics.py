@@ -87,7 +87,7 @@ def blocks_of(length: int, size: int = 128) -> list[slice]:
 
 @torch.no_grad()
 def received_in_blocks(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float) -> Tensor:
-    """Column sums [B, H, T] in blocks of queries: for devices without a kernel for them."""
+    """Column sums [B, H, T] in blocks of queries, without a kernel."""
     dtype = torch.promote_types(lse.dtype, torch.float32)  # lse may be narrower: the reference's has q's dtype
     received = torch.zeros_like(lse, dtype=dtype)
     k = k.to(dtype)
@@ -110,12 +110,13 @@ def with_key(
     kept = (lse - logit).sigmoid()
     output = output * kept[..., None].to(output.dtype)
     if value is not None:
-        output = output + mass[..., None].to(output.dtype) * value[:, None]
+        output = output + mass[..., None].to(output.dtype) * value[:, None].to(output.dtype)
     if measured is not None:
         kept = kept.detach()
         measured = measured._replace(
             first_key_mass=measured.first_key_mass * kept,
             document_mass=measured.document_mass * kept,
             learned_sink_mass=mass.detach(),
+            row_sum=kept,
         )
     return output, torch.logaddexp(lse, logit), measured

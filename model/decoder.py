@@ -87,11 +87,14 @@ class Decoder(nn.Module):
             logits: whether they are wanted.
             statistics: also return each layer's sink statistics.
 
-        Raises ValueError for rows longer than the position encoding has positions.
+        Raises ValueError for rows longer than the position encoding has positions, and for both targets and
+        next_tokens.
         """
         most = self.position.max_length
         if most is not None and tokens.shape[1] > most:
             raise ValueError(f"tokens: expected at most the {most} positions of this model, got {tokens.shape[1]}")
+        if targets is not None and next_tokens is not None:
+            raise ValueError("targets: expected none beside next_tokens, got both")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.position.embed(self.embedding(tokens), positions)

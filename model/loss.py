@@ -28,7 +28,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         counted = targets != IGNORED
         share = counted / counted.sum().clamp_min(1)
-        index = targets.clamp_min(0)[:, None]
+        index = targets.masked_fill(~counted, 0)[:, None]
         loss = hidden.new_zeros(())
         weight = weight.to(product_dtype(hidden))
         d_hidden = torch.empty_like(hidden, dtype=weight.dtype)

@@ -57,6 +57,7 @@ def without_registers(mask: Mask, count: int) -> Mask:
     )
 
 
+@torch.no_grad()
 def of_tokens(out: AttentionOutput, q: Tensor, k: Tensor, mask: Mask, scoring: Scoring, count: int) -> AttentionOutput:
     """Statistics of the queries and keys that are tokens, of attention over rows that begin with `count` registers."""
     assert out.statistics is not None and out.lse is not None

@@ -38,7 +38,7 @@ def _architecture() -> str | None:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
-# The last five of a normaliser, as `Fused` has them; "softmax" is none.
+# The last four of a normaliser, as `Fused` has them; "softmax" is none.
 _SCORING = "float scale, float? softcap, str normalizer, bool normalized, float? bias, float eps"
 torch.library.define(
     "sinkbed::attention_triton",
@@ -298,7 +298,8 @@ def triton_attention(
     inside = logit if outside is None else None
     output, lse, *measured = torch.ops.sinkbed.attention_triton(
         q, k, v, mask.first_key, mask.end_key, mask.first_query, mask.last_query,
-        mask.doc_start if statistics else None, mask.doc_end if statistics else None, inside, scoring.slopes,
+        mask.doc_start if statistics else None, mask.doc_end if statistics else None, inside,
+        None if scoring.slopes is None else scoring.slopes.float(),
         *mask.shared, scoring.scale, scoring.softcap, *fused, statistics,
     )  # fmt: skip
     seen = None

@@ -10,7 +10,7 @@ from sinkbed.model.initializers import INITIALIZERS, WRITES_RESIDUAL
 
 @INITIALIZERS.register("fan_in")
 def fan_in(config: DecoderConfig) -> Callable[[str, Tensor], float]:
-    """1 / √inputs, over √(2L) for what writes to the residual stream; embeddings have init_std."""
+    """1 / √inputs, over √(2L) for what writes to the residual stream; all outside the blocks has init_std."""
 
     def std(name: str, matrix: Tensor) -> float:
         if "blocks." not in name:

@@ -11,6 +11,9 @@ from sinkbed.model.config import DecoderConfig
 from sinkbed.model.eager import is_eager_cpu
 from sinkbed.model.norms import NORMS
 
+_EXACT = (torch.float32, torch.float64)
+"""In half precision squares would overflow, and gradients of the weight be summed over the rows."""
+
 
 class _RMSNormCPU(torch.autograd.Function):
     """RMSNorm on the CPU's fused LayerNorm backward.
@@ -53,7 +56,7 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / √(mean(x²) + eps) · weight; x [..., C], weight [C]."""
-    if is_eager_cpu(x) and x.dtype == weight.dtype and x.dtype != torch.float16:  # whose squares would overflow
+    if is_eager_cpu(x) and x.dtype == weight.dtype and x.dtype in _EXACT:
         return _RMSNormCPU.apply(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
 
@@ -78,6 +81,6 @@ class _HeadNormCPU(torch.autograd.Function):
 
 def head_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm` with a weight a head, in one pass over all heads; x [..., H, D], weight [H, D]."""
-    if is_eager_cpu(x) and x.dtype == weight.dtype and x.dtype != torch.float16:  # whose squares would overflow
+    if is_eager_cpu(x) and x.dtype == weight.dtype and x.dtype in _EXACT:
         return _HeadNormCPU.apply(x, weight, eps)
     return F.rms_norm(x, weight.shape[1:], None, eps) * weight.to(x.dtype)

@@ -33,7 +33,7 @@ class Rope(PositionEncoding):
     def rotate(self, x: Tensor, prepared: Tensor) -> Tensor:
         if self.rotates_all:
             return rotate(x, prepared)
-        return torch.cat([rotate(x[..., : self.dim], prepared), x[..., self.dim :]], -1)
+        return torch.cat([rotate(x[..., : self.dim].contiguous(), prepared), x[..., self.dim :]], -1)
 
 
 def rotations(positions: Tensor, dim: int, theta: float) -> Tensor:
@@ -48,10 +48,10 @@ def rotations(positions: Tensor, dim: int, theta: float) -> Tensor:
 
 
 def rotate(x: Tensor, by: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of x [B, T, H, D] by `rotations`; as in Meta's Llama, in float32.
+    """Rotate neighbouring pairs of x [B, T, H, D] by `rotations`; as in Meta's Llama, in float32 at least.
 
     Pairs are neighbours (2n, 2n+1); Hugging Face's Llama pairs (n, n + D/2), which is a permutation of
     the projections' rows that import and export apply.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * by).flatten(-2).type_as(x)

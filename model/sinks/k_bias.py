@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from sinkbed.kernels.scoring import no_autocast
 from sinkbed.model.config import DecoderConfig
 from sinkbed.model.sinks import SINKS, Sink
 
@@ -16,5 +17,7 @@ class KBias(nn.Module, Sink):
         self.k = nn.Parameter(torch.zeros(config.n_heads * config.dim))  # a vector: it starts at 0, without decay
 
     def key(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
-        k = self.k.view(q.shape[1], 1, -1) * q.shape[-1] ** -0.5
-        return torch.linalg.vecdot(q, k.to(q.dtype)), None
+        at_least = torch.promote_types(q.dtype, torch.float32)  # as the logits of tokens
+        k = self.k.to(at_least).view(q.shape[1], 1, -1) * q.shape[-1] ** -0.5
+        with no_autocast(q.device):
+            return torch.linalg.vecdot(q.to(at_least), k), None

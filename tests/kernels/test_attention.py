@@ -201,6 +201,54 @@ def test_gradients_in_bfloat16(kind, sink):
         assert (ours - exact).norm() <= 0.01 * exact.norm()
 
 
+def test_gradients_in_bfloat16_of_large_logits_are_as_near():
+    """Regression: logits were rounded before the softmax, and gradients were 17 % off where all are about 128."""
+    torch.manual_seed(0)
+    leaves = [(x + offset).detach().bfloat16() for x, offset in zip(inputs(2, 4, 2, 150, 16), (6, 6, 0), strict=True)]
+    weight = torch.randn(2, 4, 150, 16)
+
+    def gradients(implementation, dtype):
+        q, k, v = (x.to(dtype, copy=True).requires_grad_() for x in leaves)
+        return torch.autograd.grad(
+            attention(q, k, v, implementation=implementation).output, [q, k, v], weight.to(dtype)
+        )
+
+    for ours, exact in zip(gradients("torch", torch.bfloat16), gradients("reference", torch.float64), strict=True):
+        assert (ours - exact).norm() <= 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_a_sink_value_in_float32_joins_an_output_in_bfloat16(softcap):
+    q, k, v = (x.detach().bfloat16().requires_grad_() for x in inputs(1, 2, 2, 9, 16))
+    sink = {"sink_logit": torch.zeros(2), "sink_value": torch.ones(2, 16, requires_grad=True), "softcap": softcap}
+    for implementation in ("torch", "reference"):
+        out = attention(q, k, v, **sink, implementation=implementation).output
+        assert out.dtype == torch.bfloat16
+        out.sum().backward()
+    assert q.grad.dtype == torch.bfloat16 and sink["sink_value"].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("implementation", ["torch", "reference"])
+def test_autocast_does_not_round_what_is_given_in_float32(implementation):
+    q, k, v = (x.detach().float() for x in inputs(1, 2, 2, 9, 16))
+    mask = interval_mask(1, 9, window=4)
+    for scaled in (q, 1e30 * q):  # of which logits overflow, and the dense form takes over
+        plain = attention(scaled, k, v, mask, implementation=implementation).output
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cast = attention(scaled, k, v, mask, implementation=implementation).output
+        torch.testing.assert_close(cast, plain, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_mask_used_without_gradients_serves_a_backward_pass_later():
+    start, end = boundaries([5, 7])
+    mask = interval_mask(1, 12, doc_start=start, doc_end=end, document=True, window=4)
+    q, k, v = inputs(1, 2, 2, 12, 16)
+    with torch.inference_mode():
+        attention(q, k, v, mask)
+        assert mask.last_query is not None
+    attention(q, k, v, mask).output.sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_statistics_of_16_bit_inputs_are_summed_in_float32(dtype):
     """Products in q's dtype gave probabilities of 1.2."""
@@ -307,7 +355,7 @@ def test_odd_lengths(length):
 BAD = {
     "q: expected [B, H, T, D]": lambda q, k, v: attention(q[0], k, v),
     "k: expected [B=1": lambda q, k, v: attention(q, k[:, :, :3], v),
-    "v: expected a float dtype": lambda q, k, v: attention(q, k, v.double()),
+    "v: expected the dtype and device of q": lambda q, k, v: attention(q, k, v.double()),
     "q: expected no empty": lambda q, k, v: attention(*(x[:, :, :0] for x in (q, k, v))),
     "divides q's 3": lambda q, k, v: attention(q[:, :3], k, v),
     "sink_logit: expected a float dtype and shape [H=4]": lambda q, k, v: attention(q, k, v, sink_logit=torch.zeros(2)),

@@ -145,6 +145,14 @@ def test_a_gradient_of_the_gradients_is_refused_and_never_wrong():
         torch.autograd.grad(gradient.square().sum(), list(decoder.parameters()))
 
 
+def test_targets_beside_next_tokens_are_refused():
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match="targets: expected none beside next_tokens, got both"):
+        Decoder(DecoderConfig(n_layers=1, d_model=32, n_heads=2, d_ff=48), 17)(
+            tokens, targets=tokens, next_tokens=tokens
+        )
+
+
 def test_rotary_positions_need_an_even_head_dim():
     with pytest.raises(ValueError, match="rope: expected an even number of dimensions"):
         Decoder(DecoderConfig(**{**SMALL, "head_dim": 7, "position": {"rope": {"theta": 500.0}}}), 30)

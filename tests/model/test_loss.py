@@ -25,6 +25,13 @@ def test_loss_and_gradients_equal_cross_entropy(block, monkeypatch):
     assert (grads[0][[2, 9]] == 0).all()
 
 
+def test_a_target_below_0_that_is_not_left_out_is_refused():
+    """Regression: it counted as token 0."""
+    hidden, weight = torch.randn(4, 8), torch.randn(11, 8)
+    with pytest.raises((IndexError, RuntimeError)):
+        linear_cross_entropy(hidden, weight, torch.tensor([1, -1, 3, -100]))
+
+
 def test_no_counted_target_is_no_loss_and_no_gradient():
     hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     loss = linear_cross_entropy(hidden, weight, torch.full((3,), IGNORED))

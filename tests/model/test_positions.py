@@ -53,6 +53,16 @@ def test_rope_turns_neighbouring_pairs_of_a_share_of_the_dimensions(share, turne
     assert_same(lambda x: encoding.rotate(x, prepared), plain, torch.nn.Identity(), x, atol=1e-5)  # it is in float32
 
 
+def test_rope_turns_an_even_part_of_an_odd_head_dim_and_float64_in_float64():
+    x = stream(2, 5, 3, 5)
+    encoding = POSITIONS.make({"rope": {"share": 0.8}}, config(head_dim=5))
+    prepared = encoding.prepare(torch.arange(5))
+    turned = encoding.rotate(x, prepared)
+    assert turned.dtype == torch.float64 and torch.equal(turned[..., 4:], x[..., 4:])
+    assert not torch.equal(turned, encoding.rotate(x.float(), prepared).double())
+    assert encoding.rotate(x.float(), prepared).dtype == torch.float32
+
+
 @pytest.mark.parametrize("channels", [12, 13])
 def test_sinusoidal_adds_sines_to_even_channels_and_cosines_to_odd_ones(channels):
     c = config(d_model=channels, init_std=0.3)

@@ -45,6 +45,12 @@ def test_what_is_measured_is_attention_of_tokens_on_tokens(position, sink):
         torch.testing.assert_close(sums, torch.ones_like(sums))
 
 
+def test_what_is_measured_has_no_gradient():
+    """Regression: their statistics kept a T×T matrix for a backward pass."""
+    for measured in decoder(n_registers=3, sink="kv_bias")(TOKENS, statistics=True).statistics:
+        assert not any(x.requires_grad for x in measured if x is not None)
+
+
 def test_every_document_sees_them_and_no_other_document():
     model = decoder(n_registers=3)
     start = torch.tensor([[0] * 8 + [8] * 12] * 2, dtype=torch.int32)

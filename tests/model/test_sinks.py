@@ -26,6 +26,16 @@ def test_a_bias_is_a_key_that_every_query_sees(name, implementation):
     assert_same(lambda x: attention(x, run)[0], plain, attention, stream())
 
 
+def test_the_logit_of_a_bias_is_taken_in_float32_under_autocast():
+    bias = SelfAttention(config(sink="k_bias"), 0).sink
+    torch.nn.init.normal_(bias.k, std=4)
+    q = (4 * torch.randn(2, 4, 9, 6)).bfloat16()
+    exact = torch.einsum("bhtd,hd->bht", q.double(), key_of(bias)[0].double()) / 6**0.5
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logit, _ = bias.key(q)
+    torch.testing.assert_close(logit.double(), exact, atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["learned", "off_by_one"])
 def test_a_logit_adds_its_exponential_to_the_sum(name):
     c = config(sink=name)
