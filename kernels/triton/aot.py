@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 
 from sinkbed.kernels.normalizers import Fused
 from sinkbed.kernels.triton import kernels as triton_kernels
-from sinkbed.kernels.triton import op as triton_gpu
+from sinkbed.kernels.triton import op
 from sinkbed.kernels.triton.tiles import Tiles, override
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -136,7 +136,7 @@ def stand_in(arch: str) -> Chip:
 
     Raises RuntimeError in Triton's interpreter, where nothing compiles.
     """
-    if triton_gpu.interpreted():
+    if op.interpreted():
         raise RuntimeError("compiling: expected a process without TRITON_INTERPRET, got one with it")
     chip = CHIPS[arch]
     triton.runtime.driver.set_active(_Target(chip, 1 + list(CHIPS).index(arch)))
@@ -208,12 +208,12 @@ def _launch(variant: Variant) -> None:
     if variant.kernel.startswith("forward"):
         statistics = "+" in variant.kernel
         docs = interval if statistics and variant.mask != "one_document" else None
-        triton_gpu._forward(q, k, k, *ends, docs, docs, sink_logit, slopes, 0, 0, *scoring, statistics)
+        op._forward(q, k, k, *ends, docs, docs, sink_logit, slopes, 0, 0, *scoring, statistics)
     elif variant.kernel == "received":
-        triton_gpu._received(q, k, lse, first_query, last_query, 0, 0, scale)
+        op._received(q, k, lse, first_query, last_query, 0, 0, scale)
     else:
         grad_lse = lse if prefix_lm else None
-        triton_gpu._backward_kernels(q, grad_lse, q, k, k, q, lse, *ends, sink_logit, slopes, 0, 0, *scoring)
+        op._backward_kernels(q, grad_lse, q, k, k, q, lse, *ends, sink_logit, slopes, 0, 0, *scoring)
 
 
 def _count(kernel: Any, options: dict[str, Any], chip: Chip) -> Counts:

@@ -32,9 +32,9 @@ from sinkbed.kernels.triton.scoring import (
     LOG2E,
     exponents,
     finish,
+    logit_gradient,
     raw,
     scores,
-    slope,
     start,
     step,
     through_cap,
@@ -256,7 +256,7 @@ def _dq_step(
         b_x = tl.where(seen, b_x, float("-inf"))
     b_p = weight(b_x, b_lse2[:, None], NORMALIZER, NORMALIZED)
     b_dp = tl.dot(b_g, tl.trans(b_v), input_precision=PRECISION)
-    b_ds = slope(b_x, b_lse2[:, None], b_p, b_dp, b_delta[:, None], NORMALIZER, NORMALIZED)
+    b_ds = logit_gradient(b_x, b_lse2[:, None], b_p, b_dp, b_delta[:, None], NORMALIZER, NORMALIZED)
     b_ds = through_cap(b_ds, b_tanh, cap)
     return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
 
@@ -339,7 +339,7 @@ def _dkv_step(
     b_pt = weight(b_xt, b_lse2[None, :], NORMALIZER, NORMALIZED)
     b_dv = tl.dot(b_pt.to(b_g.dtype), b_g, b_dv, input_precision=PRECISION)
     b_dpt = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION)
-    b_dst = slope(b_xt, b_lse2[None, :], b_pt, b_dpt, b_delta[None, :], NORMALIZER, NORMALIZED)
+    b_dst = logit_gradient(b_xt, b_lse2[None, :], b_pt, b_dpt, b_delta[None, :], NORMALIZER, NORMALIZED)
     b_dst = through_cap(b_dst, b_tanh, cap)
     b_dk = tl.dot(b_dst.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv

@@ -119,7 +119,7 @@ def weight(b_x, b_lse2, NORMALIZER: tl.constexpr, NORMALIZED: tl.constexpr):
 
 
 @triton.jit
-def slope(b_x, b_lse2, b_p, b_dp, b_delta, NORMALIZER: tl.constexpr, NORMALIZED: tl.constexpr):
+def logit_gradient(b_x, b_lse2, b_p, b_dp, b_delta, NORMALIZER: tl.constexpr, NORMALIZED: tl.constexpr):
     """Gradient of the logits from that of the weights p; delta = Σ p · dp over the row."""
     if NORMALIZER == "softmax":
         return b_p * (b_dp - b_delta)

@@ -327,14 +327,14 @@ def test_the_walk_over_documents_ends_whatever_the_documents_are():
 def test_a_launch_goes_to_the_tensors_device(monkeypatch):
     from types import SimpleNamespace
 
-    from sinkbed.kernels.triton import op as triton_gpu
+    from sinkbed.kernels.triton import op
 
     entered = []
     monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
-    call = triton_gpu._on_its_device(lambda q, n: n)
+    call = op._on_its_device(lambda q, n: n)
     assert call(SimpleNamespace(device=torch.device("cuda", 1)), 3) == 3 and call(torch.zeros(1), 4) == 4
     assert entered == [torch.device("cuda", 1)]
-    for launch in (triton_gpu._forward, triton_gpu._backward_kernels, triton_gpu._received):
+    for launch in (op._forward, op._backward_kernels, op._received):
         assert hasattr(launch, "__wrapped__")
 
 
