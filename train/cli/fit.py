@@ -3,15 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sinkbed.data.pack.methods import PACKINGS
 from sinkbed.data.store.manifest import Manifest
-from sinkbed.model.attention_parts import ATTENTION_PARTS
-from sinkbed.model.config import PARTS
 from sinkbed.progress import loading
 from sinkbed.ranges import check_number
 from sinkbed.train.config.arguments import ShortParser, check_keys, refuse_classes
 from sinkbed.train.config.keys import fit_keys
-from sinkbed.train.loop.optimizers import OPTIMIZERS
+from sinkbed.train.loop.parts import REGISTRIES
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -49,8 +46,8 @@ def check_values(command: str, argv: Sequence[str]) -> None:
     settings = parser.parse_args(plain)
     if type(settings.seed_everything) is int:
         check_number("seed_everything", settings.seed_everything, least=0, below=2**32)
-    for registry in (*PARTS.values(), ATTENTION_PARTS, OPTIMIZERS, PACKINGS):
-        choice = settings.get(registry.key)
+    for key, registry in REGISTRIES.items():
+        choice = settings.get(key)
         for one in choice if isinstance(choice, list) else [] if choice is None else [choice]:
             registry.name_of(one)
     for key, kinds in (("ckpt_path", "last, auto or a checkpoint of this run"), ("fork", "a run or its checkpoint")):

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
 from sinkbed.train.config.arguments import ShortErrors
+from sinkbed.train.loop.parts import REGISTRIES
 
 # Trainer settings that this command sets itself, or that would end or repeat the endless walk over rows.
 _TRAINER_FIXED = {
@@ -45,6 +46,11 @@ class ShortLightningParser(ShortErrors, LightningArgumentParser):  # type: ignor
             self.usage = "%(prog)s --config FILE [--config OVERLAY ...] [--KEY VALUE ...]"
             self.epilog = "--help=all lists the other keys of Lightning's trainer too."
         groups: list[Any] = self._action_groups  # type: ignore[assignment]
+        for action in self._actions:
+            if action.dest in REGISTRIES:
+                variants = str(REGISTRIES[action.dest])
+                options = "; with options {NAME: {OPTION: VALUE}}" if "(" in variants else ""
+                action.help = f"{action.help.partition(' One of ')[0]} One of {variants}{options}."
         for group in groups:
             group._group_actions = [
                 action

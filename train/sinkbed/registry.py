@@ -70,6 +70,16 @@ class Registry:
             )
         return name
 
+    def options(self, choice: Choice) -> dict[str, Any]:
+        """Option of the chosen variant -> the type that it is annotated with or that its default has."""
+        parameters = inspect.signature(self[choice], eval_str=True).parameters.values()
+        return {p.name: _kind_of(p) for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    def __str__(self) -> str:
+        """Every variant with its options, for a help; imports them."""
+        options = {name: ", ".join(self.options(name)) for name in self.names}
+        return ", ".join(f"{name} ({of_it})" if of_it else name for name, of_it in options.items())
+
     def check(self, choice: Choice) -> dict[str, Any]:
         """The options of a choice.
 
@@ -82,8 +92,7 @@ class Registry:
             return {}
         if not isinstance(options, dict):
             raise ValueError(f"{self.key}.{name}: expected {{option: value}}, got {options!r}")
-        parameters = inspect.signature(self[choice], eval_str=True).parameters.values()
-        known = {p.name: _kind_of(p) for p in parameters if p.kind is p.KEYWORD_ONLY}
+        known = self.options(choice)
         for option, value in options.items():
             if option not in known:
                 raise ValueError(

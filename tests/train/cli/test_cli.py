@@ -195,6 +195,7 @@ def test_help_begins_with_our_keys_and_describes_each(capsys):
     text = capsys.readouterr().out
     assert text.index("--data.strategy.mask") < text.index("--trainer.max_steps")
     assert "Which keys a query sees" in " ".join(text.split()), "a field's docstring"
+    assert "rope (theta, share), sinusoidal (scale)" in " ".join(text.split()), "the parts and their options"
     assert "--trainer.benchmark" not in text and "--help=all" in text
     try:
         with pytest.raises(SystemExit):
