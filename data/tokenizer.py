@@ -281,9 +281,8 @@ def token_bytes(backend: tokenizers.Tokenizer, special_ids: Iterable[int], size:
     """
     byte_level = _is_byte_level(backend)
     sizes = {index: len(t) if byte_level else _marked_bytes(t) for t, index in backend.get_vocab(False).items()}
-    for index, added in backend.get_added_tokens_decoder().items():  # plain text, but for bytes that are listed
-        is_byte = not byte_level and _BYTE.fullmatch(added.content)
-        sizes[index] = 1 if is_byte else len(added.content.encode())
+    for index, added in backend.get_added_tokens_decoder().items():  # plain text in a byte-level vocabulary too
+        sizes[index] = len(added.content.encode()) if byte_level else _marked_bytes(added.content)
     sizes |= dict.fromkeys(special_ids, 0)
     return np.array([sizes.get(index, 0) for index in range(size)], dtype=np.int32)
 

@@ -55,10 +55,15 @@ def recipe_of(config: PrepareConfig) -> dict[str, Any]:
     }
 
 
-def texts_digest(recipe: dict[str, Any]) -> str:
-    """sha256 of what a recipe says of the texts, whatever made tokens of them, and of which are held out."""
-    of_tokens = ("format", "tokenizer", "shard_bytes")
-    return sha256_json({key: value for key, value in condensed(recipe).items() if key not in of_tokens})
+def texts_digest(manifest: dict[str, Any]) -> str:
+    """sha256 of what a manifest says of its texts, whatever made tokens of them: source, and how many documents and
+    bytes each split has. Raises ValueError for one that does not say."""
+    try:
+        recipe = condensed(manifest["recipe"])
+        sizes = {name: (split["documents"], split["bytes"]) for name, split in manifest["splits"].items()}
+        return sha256_json([recipe["source"], recipe["identity"], sizes])
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"expected a manifest of a token store, got {type(error).__name__}: {error}") from None
 
 
 def condensed(recipe: dict[str, Any]) -> dict[str, Any]:

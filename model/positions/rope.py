@@ -48,7 +48,8 @@ def rotations(positions: Tensor, dim: int, theta: float) -> Tensor:
 
 
 def rotate(x: Tensor, by: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of x [B, T, H, D] by `rotations`; as in Meta's Llama, in float32 at least.
+    """Rotate neighbouring pairs of x [B, T, H, D] by `rotations`; as in Meta's Llama, with products
+    in float32 at least; angles are float32.
 
     Pairs are neighbours (2n, 2n+1); Hugging Face's Llama pairs (n, n + D/2), which is a permutation of
     the projections' rows that import and export apply.

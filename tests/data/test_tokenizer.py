@@ -256,6 +256,15 @@ def test_a_tokenizer_that_marks_spaces_and_falls_back_on_bytes_loses_nothing(tex
     assert tokenizer.token_bytes[ids].sum() == len(text.encode())
 
 
+def test_a_run_of_spaces_listed_as_a_token_keeps_its_bytes() -> None:
+    """Regression: three bytes a mark, so that it was refused."""
+    backend = _gemma()
+    backend.add_tokens([tokenizers.AddedToken("\u2581\u2581", normalized=False)])
+    tokenizer = Tokenizer(backend)
+    ids = tokenizer.encode("a  b")
+    assert "\u2581\u2581" in map(backend.id_to_token, ids) and tokenizer.token_bytes[ids].sum() == 4
+
+
 def test_a_document_that_the_tokenizer_would_change_is_refused_or_left_out() -> None:
     gemma, quoted = Tokenizer(_gemma()), Tokenizer(_normalized(normalizers.Replace("``", '"'))())
     for tokenizer, text, message in (

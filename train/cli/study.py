@@ -11,7 +11,7 @@ import dataclasses
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     check_fits(study, runs, cluster=arguments.ray is not None)  # before hours of preparing, too
     if arguments.dry_run:
         return 0
-    _prepare(study, arguments.quiet)
+    _prepare(study.prepare.values(), arguments.quiet)
 
     while True:
         failed = _run_arms(study, arguments)
@@ -152,17 +152,16 @@ def _print_seeds(study: StudyConfig) -> None:
             print(item.seeds)
 
 
-def _prepare(study: StudyConfig, quiet: bool) -> None:
-    """Have the study's token stores made that are not there; of several processes one makes each, the others wait."""
-    if not study.prepare:
-        return
+def _prepare(configs: Iterable[Path], quiet: bool) -> None:
+    """Have token stores made that are not there; of several processes one makes each, the others wait."""
     from sinkbed.train.cli.prepare import run as prepare
 
-    for config in study.prepare:
+    for config in configs:
         waiting = False
         while True:
             try:
-                prepare("prepare", ["--config", str(config), *(["--quiet"] if quiet else [])])
+                if prepare("prepare", ["--config", str(config), *(["--quiet"] if quiet else [])]) == 130:
+                    raise KeyboardInterrupt
                 break
             except BlockingIOError as error:
                 if not waiting:
@@ -186,14 +185,15 @@ def _run_one(study: StudyConfig, arguments: argparse.Namespace) -> int:
     seed = study.seeds[0] if arguments.seed is None else arguments.seed
     if arguments.arm not in study.arms:
         raise ValueError(f"--arm: expected one of {', '.join(study.arms)}; got {arguments.arm}")
-    from sinkbed.train.study.cost import check_fits
+    from sinkbed.train.study.cost import check_fits, prepared_by
 
     study = dataclasses.replace(study, seeds=[seed], arms={arguments.arm: study.arms[arguments.arm]}, effects=[])
     [run] = plan(study)
     complaint = check_configs([run])
     if not complaint:
         check_fits(study, [run])
-        _prepare(study, arguments.quiet)
+        if config := prepared_by(study, run):
+            _prepare([config], arguments.quiet)
         [run] = plan(study)  # of the token store that is there now
     with contextlib.closing(hold(run.folder, SECONDS_FOR_THE_DEAD)):  # also while it is judged and cleared
         _refuse_others([run], arguments.force)

@@ -50,7 +50,8 @@ class ShortLightningParser(ShortErrors, LightningArgumentParser):  # type: ignor
             if action.dest in REGISTRIES:
                 variants = str(REGISTRIES[action.dest])
                 options = "; with options {NAME: {OPTION: VALUE}}" if "(" in variants else ""
-                action.help = f"{action.help.partition(' One of ')[0]} One of {variants}{options}."
+                said, _, _ = (action.help or "").partition(" One of ")  # a help is formatted more than once
+                action.help = f"{said} One of {variants}{options}."
         for group in groups:
             group._group_actions = [
                 action

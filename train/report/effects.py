@@ -314,8 +314,8 @@ def _reached(results: Sequence[Result], arm: str) -> bool:
 def difference(results: Sequence[Result], metric: str, one: tuple[str, str], other: tuple[str, str]) -> Interval | None:
     """Of a figure of two (arm, mode), paired by seed; None where they cannot be compared.
 
-    Arms must have read the same texts; their rows may differ, and some studies ask just that. Losses must be means of
-    the same targets: another tokenizer has others, a prefix LM counts fewer, a shorter context has shorter documents.
+    Arms must have stores of the same texts; their rows may differ, and some studies ask just that. Losses must be means
+    of the same targets: another tokenizer has others, a prefix LM counts fewer, a shorter context crops them.
     """
     of_both = [(r, mode) for arm, mode in (one, other) for r in results if r.arm == arm]
     targets = {r.final["modes"][mode]["tokens"] for r, mode in of_both if mode in r.final["modes"]}
@@ -338,8 +338,8 @@ def explanation(verdicts: Counter[str], most_seeds: int | None = None) -> str:
     """What these verdicts mean, for a reader; `most_seeds`: the study's."""
     made = verdicts.total() - verdicts["not measured"] - verdicts["not reached by all"]
     parts = [
-        "A verdict is on the mean difference of arms that read the same texts, paired by seed. Reproduced: its "
-        "95 % interval lies on the expected side of 0 (for the same: inside the tolerance). Not reproduced: it "
+        "A verdict is on the mean difference of arms whose stores hold the same texts, paired by seed. Reproduced: "
+        "its 95 % interval lies on the expected side of 0 (for the same: inside the tolerance). Not reproduced: it "
         "lies on another side. Within noise: it reaches both. As expected: reproduced, of what has no source."
     ]
     if verdicts["one run"]:

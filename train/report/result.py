@@ -75,7 +75,10 @@ def load_result(folder: Path, arm: str, seed: int) -> Result:
     points = list(directory.read_metrics(folder / directory.METRICS))
     strategy, length = config["data"]["strategy"], config["data"]["context_length"]
     documents = f"{audit.get('store_digest', '')} {audit.get('document_order', '')}"
-    texts = texts_digest(recipe) if (recipe := manifest.get("recipe")) else documents
+    try:
+        texts = texts_digest(manifest) if manifest else documents
+    except ValueError as error:
+        raise ValueError(f"{folder / directory.MANIFEST}: {error}") from None
     if finished:
         final, progress = directory.read_json(folder / directory.MEASUREMENT), ""
         if any(mode.get("share") and not mode.get("learned_mass") for mode in final["modes"].values()):

@@ -56,7 +56,8 @@ def answer(results: Sequence[Result], effects: Sequence[Outcome]) -> str:
     on_text = {arm: list(figures(results, arm, "sink_rate_0.3", "text").values()) for arm in means}
     if any(on_text.values()) and mode != "text":
         arm = max((arm for arm in on_text if on_text[arm]), key=lambda arm: mean([on_text[arm]]))
-        sentences.append(f"On the text alone it is {spread(on_text[arm], 1)} % at most ({arm}).")
+        where = "" if len(on_text) == 1 else f" in {arm}, which has most"
+        sentences.append(f"On the text alone it is {spread(on_text[arm], 1)} %{where}.")
     gaps = {arm: list(figures(results, arm, "loss_gap", "text").values()) for arm in means}
     if any(gaps.values()) and mode != "text":
         arm = max((arm for arm in gaps if gaps[arm]), key=lambda arm: mean([gaps[arm]]))
@@ -237,7 +238,7 @@ def _pairs(results: Sequence[Result]) -> list[Table]:
         left_out = f" Of {len(lines)} pairs, the {len(marked)} that have a difference beyond the noise are listed."
         lines = marked
     note = (
-        "Mean difference of arms that read the same texts, paired by seed, ± half-width of its 95 % interval. "
+        "Mean difference of arms whose stores hold the same texts, paired by seed, ± half-width of its 95 % interval. "
         "*: the interval leaves 0 out; of twenty differences that are none, one does so by chance. Losses and gaps "
         f"over other targets (another tokenizer's, a prefix LM's, another context's) are not compared.{left_out}"
     )

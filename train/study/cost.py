@@ -70,14 +70,14 @@ def vocabulary(study: StudyConfig, run: ArmRun) -> int:
     manifest = Path(run.setting("data.store", "")) / directory.MANIFEST
     if manifest.is_file():
         return int(directory.read_json(manifest)["vocab_size"])
-    config = read_mapping(path) if (path := _prepared_by(study, run)) else {}
-    return int((config.get("tokenizer") or {}).get("vocab_size") or VOCAB_SIZE)
+    config = prepared_by(study, run)
+    tokenizer = read_mapping(config).get("tokenizer") if config else None
+    return int((tokenizer.get("vocab_size") if isinstance(tokenizer, dict) else None) or VOCAB_SIZE)
 
 
-def _prepared_by(study: StudyConfig, run: ArmRun) -> Path | None:
-    """The data config of the study that the arm's token store is made by."""
-    store = Path(run.setting("data.store", ""))
-    return next((path for path in study.prepare if Path(read_mapping(path).get("out", "")) == store), None)
+def prepared_by(study: StudyConfig, run: ArmRun) -> Path | None:
+    """The data config of the study that makes the arm's token store."""
+    return study.prepare.get(Path(run.setting("data.store", "")).resolve())
 
 
 def cost(study: StudyConfig, run: ArmRun) -> Cost:
@@ -163,7 +163,7 @@ def _stores(study: StudyConfig, runs: Sequence[ArmRun]) -> list[str]:
             readers.setdefault(store, []).append(run)
     lines = []
     for store, of_it in readers.items():
-        path, size = _prepared_by(study, of_it[0]), vocabulary(study, of_it[0])
+        path, size = prepared_by(study, of_it[0]), vocabulary(study, of_it[0])
         how = f"`sinkbed prepare --config {path} --dry_run` estimates it" if path else "prepare it first"
         read = (2 if size <= 65_536 else 4) * max(cost(study, run).tokens for run in of_it)
         lines.append(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sinkbed.ranges import check_choice, check_number
-from sinkbed.train.config.yaml_files import read_yaml
+from sinkbed.train.config.yaml_files import read_mapping, read_yaml
 from sinkbed.train.measure.modes import MODE_LABELS
 from sinkbed.train.run import directory
 
@@ -113,8 +113,8 @@ class StudyConfig:
     """Where `published` is from, and what it was measured with."""
     effects: list[Effect] = field(default_factory=list)
     """Differences that the report checks."""
-    prepare: list[Path] = field(default_factory=list)
-    """Data configs to prepare first, where their token stores are not there yet."""
+    prepare: dict[Path, Path] = field(default_factory=dict)
+    """Token stores to prepare first where they are not there yet, each with its data config."""
     size: str = ""
     """Name of the size, where the file has several."""
     source: Path | None = None
@@ -191,7 +191,7 @@ def load_study(path: Path, size: str | None = None) -> StudyConfig:
         "out": Path(raw["out"]).expanduser(),
         "base": _overlays(path, "base", raw["base"]),
         "arms": arms,
-        "prepare": [_resolve(path, each) for each in _listed(raw.get("prepare") or [])],
+        "prepare": _prepare(path, raw.get("prepare")),
         "published": raw.get("published") or {},
         "effects": [_effect(path, value) for value in raw.get("effects") or []],
         "size": size or "",
@@ -224,6 +224,19 @@ def _resolve(path: Path, value: Any) -> Path:
     if not config.is_file():
         raise FileNotFoundError(f"{path}: names {value}, but there is no file {config}")
     return config
+
+
+def _prepare(path: Path, value: Any) -> dict[Path, Path]:
+    """Token stores of a data config or of a list of them, and which makes each."""
+    stores: dict[Path, Path] = {}
+    for config in [] if value is None else [_resolve(path, each) for each in _listed(value)]:
+        out = read_mapping(config).get("out")
+        if not isinstance(out, str):
+            raise ValueError(f"{config}: out: expected a folder, got {out!r}")
+        if (store := Path(out).expanduser().resolve()) in stores:
+            raise ValueError(f"{path}: prepare: expected a token store for each config, got {out} twice")
+        stores[store] = config
+    return stores
 
 
 def _overlays(path: Path, what: str, value: Any) -> list[Overlay]:

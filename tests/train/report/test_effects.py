@@ -9,6 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from sinkbed.data.pack.strategy import Strategy
+from sinkbed.data.prepare.recipe import texts_digest
 from sinkbed.plain_text import csv_of
 from sinkbed.train.report.effects import check, counts, explanation, figure
 from sinkbed.train.report.pictures import pictures
@@ -151,6 +152,18 @@ def test_another_tokenizer_of_the_same_texts_has_other_losses_and_comparable_sin
     assert rate.difference.mean == pytest.approx(20) and loss.difference is None
 
 
+def test_texts_are_told_by_their_source_and_by_what_each_split_holds():
+    def manifest(vocab_size, documents, **source):
+        recipe = {"source": {"kind": "text", **source}, "identity": {}, "tokenizer": {"vocab_size": vocab_size}}
+        return {"recipe": recipe, "splits": {"train": {"documents": documents, "bytes": 10, "shards": []}}}
+
+    assert texts_digest(manifest(512, 3)) == texts_digest(manifest(4096, 3))
+    assert len({texts_digest(each) for each in (manifest(5, 3), manifest(5, 4), manifest(5, 3, column="b"))}) == 3
+    for damaged in ([], {"recipe": None}, {"recipe": {"identity": None}}, {"recipe": "text", "splits": {}}):
+        with pytest.raises(ValueError, match="expected a manifest of a token store"):
+            texts_digest(damaged)
+
+
 def test_the_published_figures_stand_beside_ours_with_their_difference():
     published = {"fixed": {"bos": [90.84, 2.69]}, "none": {"bos": [65.1, None]}}
     rate, loss = check(study(), [effect(), effect(metric="loss", expected="none", tolerance=1)], published)
@@ -179,16 +192,16 @@ def test_the_answer_names_the_extremes_and_whether_they_differ():
     outcomes = check(study(), [effect(), effect(expected="down")], {})
     assert answer(study(), outcomes) == (
         "With BOS + text as input, the sink rate goes from 25.0 ± 37.3 % (none) to 45.1 ± 37.5 % (fixed), a difference "
-        "of 20.1 ± 0.2. On the text alone it is 4.5 ± 3.8 % at most (fixed). In fixed, where it costs most, reading "
-        "the text alone changes the loss by +1.500 ± 0.000 nats per token. 2 expected effects: 1 reproduced, 1 not "
-        "reproduced."
+        "of 20.1 ± 0.2. On the text alone it is 4.5 ± 3.8 % in fixed, which has most. In fixed, where it costs most, "
+        "reading the text alone changes the loss by +1.500 ± 0.000 nats per token. 2 expected effects: 1 reproduced, 1 "
+        "not reproduced."
     )
     more = [*study(), *(result("third", seed, 30 + 15 * seed, 3.0) for seed in range(3))]
     assert "± 0.2 (the extremes of 3 arms, so chosen)" in answer(more, [])
     same = [result(arm, seed, 30 + (seed if arm == "a" else -seed), 3.0) for arm in "ab" for seed in (-1, 0, 2)]
     assert "within the noise of 3 seeds" in answer(same, [])
     alone = answer([result("a", 0, 30, 3.0)], [])
-    assert alone.startswith("With BOS + text as input, the sink rate is 30.0 %. On the text alone it is 3.0 % at most")
+    assert alone.startswith("With BOS + text as input, the sink rate is 30.0 %. On the text alone it is 3.0 %. Reading")
 
 
 def test_a_table_by_input_has_a_row_an_arm():

@@ -92,9 +92,9 @@ def test_a_plan_says_which_vocabulary_it_takes_a_store_to_have(study, capsys):
 
 def test_each_arm_has_the_vocabulary_of_the_data_config_that_makes_its_store(study, capsys):
     for size in (300, 400):
-        text = f"out: stores/of-{size}\ntokenizer: {{vocab_size: {size}}}\n"
+        text = f"out: {'~/' if size == 400 else ''}stores/of-{size}\ntokenizer: {{vocab_size: {size}}}\n"
         (study.parent / f"data-{size}.yaml").write_text(text)
-    arms = "a: [{data: {store: stores/of-300}}], b: [{data: {store: stores/of-400}}]"
+    arms = "a: [{data: {store: stores/of-300}}], b: [{data: {store: ~/stores/of-400}}]"
     study.write_text(study.read_text().replace("all: []", arms) + "prepare: [data-300.yaml, data-400.yaml]\n")
     assert main(["study", str(study), "--dry_run"]) == 0
     out = capsys.readouterr().out

@@ -122,6 +122,25 @@ def test_a_wrong_effect_is_named(write, change, message):
         load_study(write(arms={"a": [], "b": []}, effects=[effect | change]))
 
 
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (5, "expected a path, got 5"),
+        (False, "expected a path, got False"),
+        ([["a.yaml"]], r"expected a path, got \['a.yaml'\]"),
+        ("none.yaml", "there is no file"),
+        ("unnamed.yaml", r"unnamed.yaml: out: expected a folder, got None"),
+        (["a.yaml", "b.yaml"], "expected a token store for each config, got .*b twice"),
+    ],
+)
+def test_what_prepares_no_store_of_its_own_is_refused(write, tmp_path, prepare, message):
+    (tmp_path / "a.yaml").write_text("out: stores/b\n")
+    (tmp_path / "b.yaml").write_text("out: ./stores/b\n")
+    (tmp_path / "unnamed.yaml").write_text("{}\n")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_study(write(arms={"a": [], "b": []}, prepare=prepare))
+
+
 @pytest.mark.parametrize(("path", "size"), EVERY, ids=[f"{path.stem}-{size}" for path, size in EVERY])
 def test_a_shipped_study_has_arms_that_can_be_built(path, size):
     study = load_study(path, size)

@@ -307,11 +307,21 @@ def test_preparing_is_waited_for_and_never_forced(study, monkeypatch, capsys):
     monkeypatch.setattr(study_command, "SECONDS_BETWEEN_LOOKS", 0.01)
     first, second = (study.parent / name for name in ("data.yaml", "more.yaml"))
     for config in (first, second):
-        config.write_text("out: unused\n")
+        config.write_text(f"out: of-{config.stem}\n")
     study.write_text(study.read_text() + "prepare: [data.yaml, more.yaml]\n")
     assert main(["study", str(study), "--quiet", "--force"]) == 0
     assert asked == [["--config", str(config), "--quiet"] for config in (first, first, first, second)]
     assert capsys.readouterr().out.count("waiting: another process is preparing it") == 1
+
+
+def test_an_interrupted_preparation_ends_the_study(study, monkeypatch):
+    asked = []
+    monkeypatch.setattr("sinkbed.train.cli.prepare.run", lambda command, argv: asked.append(argv) or 130)
+    for name in ("data.yaml", "more.yaml"):
+        (study.parent / name).write_text(f"out: of-{name}\n")
+    study.write_text(study.read_text() + "prepare: [data.yaml, more.yaml]\n")
+    assert main(["study", str(study), "--quiet"]) == 130
+    assert len(asked) == 1 and not (study.parent / "out" / "runs").exists()
 
 
 @pytest.mark.slow
