@@ -1,7 +1,7 @@
 """Attention of any scoring, in blocks of queries: what the fused kernels lack, without the T×T matrix.
 
 Each block sees the keys up to its last visible one. The backward pass computes a block's weights again, so memory is
-a block times T, and a rerun is bitwise equal.
+a block times T; those of a softmax in short rows are kept for it. A rerun is bitwise equal.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,6 +17,8 @@ from sinkbed.kernels.scoring import Scoring
 from sinkbed.kernels.statistics import Statistics, blocks_of, with_key
 
 _QUERIES, _BLOCK_LOGITS = 64, 2**19  # of a block: measured, see `_blocks`
+_KEPT = 1024
+"""Longest row of which weights are kept: they take about as much memory as what else of a layer is."""
 
 
 def blockwise_attention(
@@ -38,10 +40,11 @@ class _Blockwise(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scoring: Scoring, statistics: bool, *parameters: Tensor
     ) -> tuple[Tensor | None, ...]:
-        ctx.save_for_backward(q, k, v)
+        keeps = scoring.normalizer is None and scoring.softcap is None and q.shape[2] <= _KEPT
+        kept: list[Tensor] = []
         ctx.mask, ctx.scoring, ctx.parameters = mask, scoring, len(parameters)
         ctx.set_materialize_grads(False)
-        output = torch.empty_like(q)
+        output, inputs = torch.empty_like(q), (q, k, v)
         k, v = k.contiguous(), v.to(_product_dtype(v)).contiguous()
         linearized, hidden = _normalizer(scoring)
         per_query: dict[str, Tensor] = {}
@@ -51,7 +54,10 @@ class _Blockwise(torch.autograd.Function):
             values: dict[str, Tensor] = {}
             if scoring.normalizer is None:
                 values["lse"] = logits.amax(-1) - weights.amax(-1).log()
-            mixed = _heads(_grouped(weights, v).to(v.dtype) @ v[rows, :, :end], q)
+            rounded = _grouped(weights, v).to(v.dtype)
+            if keeps:
+                kept.append(rounded)
+            mixed = _heads(rounded @ v[rows, :, :end], q)
             output[rows, :, queries] = mixed if total is None else mixed / total
             if statistics:
                 values |= {"first_key": weights[..., 0], "sum": weights.sum(-1)}
@@ -64,6 +70,7 @@ class _Blockwise(torch.autograd.Function):
                 if name not in per_query:
                     per_query[name] = value.new_empty(q.shape[:3])
                 per_query[name][rows, :, queries] = value
+        ctx.save_for_backward(*inputs, *kept)
         first, total = per_query.get("first_key"), per_query.get("sum") if scoring.normalizer is not None else None
         seen = (first, per_query.get("document", first), total)
         ctx.mark_non_differentiable(*{id(x): x for x in seen if x is not None}.values())
@@ -75,7 +82,7 @@ class _Blockwise(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
         scoring: Scoring = ctx.scoring
         sums = torch.float64 if q.dtype == torch.float64 else torch.float32
         dq = torch.empty_like(q)
@@ -84,10 +91,13 @@ class _Blockwise(torch.autograd.Function):
         k, v = k.to(products).contiguous(), v.to(products).contiguous()
         linearized, hidden = _normalizer(scoring)
         d_parameters: list[Any] = [0] * ctx.parameters
-        for rows, queries, end in _blocks(q, ctx.mask):
+        for index, (rows, queries, end) in enumerate(_blocks(q, ctx.mask)):
             keys = (rows, slice(None), slice(end))
-            logits, squashed = scoring.block(q[rows], k[rows], ctx.mask, rows, queries, end, hidden)
-            weights, total, pullback = linearized(logits)
+            if kept:
+                (weights, total, pullback), squashed = _softmax_of(_heads(kept[index], q)), None
+            else:
+                logits, squashed = scoring.block(q[rows], k[rows], ctx.mask, rows, queries, end, hidden)
+                weights, total, pullback = linearized(logits)
             if grad is None:
                 d_weights = torch.zeros_like(weights)
             else:
@@ -143,7 +153,10 @@ def _normalizer(scoring: Scoring) -> tuple[Callable[[Tensor], Linearized], float
 
 
 def _softmax(logits: Tensor) -> Linearized:
-    weights = logits.softmax(-1)
+    return _softmax_of(logits.softmax(-1))
+
+
+def _softmax_of(weights: Tensor) -> Linearized:
     return Linearized(
         weights, None, lambda d, _: (torch.ops.aten._softmax_backward_data(d, weights, -1, weights.dtype),)
     )

@@ -18,14 +18,11 @@ from torch import Tensor
 from sinkbed.kernels.blockwise import blockwise_attention
 from sinkbed.kernels.mask import Mask
 from sinkbed.kernels.scoring import Scoring, per_query
-from sinkbed.kernels.statistics import Statistics, blocks_of
+from sinkbed.kernels.statistics import Statistics
 
 _BY_DOCUMENT = 512
 """Row length from which a document mask is computed document by document: on shorter rows the calls cost more than the
 hidden pairs."""
-
-_QUERIES = 64
-"""Of a block in half precision, measured."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -88,36 +85,6 @@ def _dense_backward(
     return dq, (ds.mT @ _grouped(q, k)).sum(2), (p.to(v.dtype).mT @ grouped).sum(2)
 
 
-def _half_gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `_flash`, causal without a bias, in half precision.
-
-    PyTorch's kernel is no faster there than in float32, and at D 16 six times slower; products of blocks of queries
-    are.
-    """
-    dq = torch.empty_like(q)
-    dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
-    for queries in blocks_of(q.shape[2], _QUERIES):
-        end = queries.stop if bias is None else q.shape[2]
-        keys, values = k[:, :, :end], v[:, :, :end]
-        own, upstream = (x[:, :, queries].reshape(len(k), k.shape[1], -1, k.shape[3]) for x in (q, grad))
-        logits = ((own.float() * scale) @ keys.float().mT).view(*q.shape[:2], -1, end)
-        if bias is None:
-            hidden = torch.ones(logits.shape[2], end - queries.start, dtype=torch.bool).triu_(1)
-            logits[..., queries.start :].masked_fill_(hidden, -torch.inf)
-        else:
-            logits += bias[:, :, queries]
-        weights = logits.softmax(-1).view(*own.shape[:3], end)  # in float32: a rounded logit is off by up to 2⁻⁸ of it
-        d_weights = (upstream @ values.mT).float()
-        d_logits = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, torch.float32).to(q.dtype)
-        weights = weights.to(q.dtype)
-        dq[:, :, queries] = (d_logits @ keys).view_as(dq[:, :, queries])
-        dk[:, :, :end] += d_logits.mT @ own
-        dv[:, :, :end] += weights.mT @ upstream
-    return dq.mul_(scale), dk.mul_(scale).to(k.dtype), dv.to(v.dtype)
-
-
 def _lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
@@ -174,10 +141,7 @@ def _backward_kernel(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if doc_start is None:
-        if sink_logit is None and q.dtype in (torch.bfloat16, torch.float16):
-            dq, dk, dv = _half_gradients(grad, q, k, v, bias, scale)
-        else:
-            dq, dk, dv = _flash_backward(grad, q, k, v, output, lse, 0.0, bias is None, attn_mask=bias, scale=scale)
+        dq, dk, dv = _flash_backward(grad, q, k, v, output, lse, 0.0, bias is None, attn_mask=bias, scale=scale)
         if bias is not None and not bool((dq.sum() + dk.sum()).isfinite()):
             dq, dk, dv = _dense_backward(grad, q, k, v, output, lse, bias, scale)
     else:
@@ -287,11 +251,14 @@ def _statistics(q: Tensor, k: Tensor, lse: Tensor, mask: Mask, scale: float, sin
 def torch_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scoring: Scoring, statistics: bool
 ) -> tuple[Tensor, Tensor | None, Statistics | None]:
-    """Attention by the CPU flash kernel, or in blocks where the scoring is not plain; shapes as in `kernels.api`."""
-    if not scoring.is_plain:
+    """Attention by the CPU flash kernel; in blocks where the scoring is not plain, or gradients are due in half
+    precision, at which the flash kernel's backward is up to six times slower. Shapes as in `kernels.api`."""
+    by_document = mask.is_document and mask.length >= _BY_DOCUMENT
+    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    in_half = q.dtype.itemsize == 2 and trains and not by_document and not torch.compiler.is_compiling()
+    if in_half or not scoring.is_plain:
         return blockwise_attention(q, k, v, mask, scoring, statistics)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    by_document = mask.is_document and mask.length >= _BY_DOCUMENT
     bias = None if mask.is_causal or by_document else mask.bias(q.dtype, q.device)
     documents = mask.doc_start if by_document else None
     sink_logit = scoring.sink_logit
