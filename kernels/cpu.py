@@ -18,7 +18,8 @@ from torch import Tensor
 from sinkbed.kernels.blockwise import blockwise_attention
 from sinkbed.kernels.mask import Mask
 from sinkbed.kernels.scoring import Scoring, per_query
-from sinkbed.kernels.statistics import Statistics
+from sinkbed.kernels.second_backward import refuse_second_backward
+from sinkbed.kernels.statistics import Statistics, with_key
 
 _BY_DOCUMENT = 512
 """Row length from which a document mask is computed document by document: on shorter rows the calls cost more than the
@@ -110,13 +111,7 @@ def _forward(
         for part in _documents(doc_start):
             output[part], lse[part] = _flash(q[part], k[part], v[part], 0.0, True, scale=scale)
     if sink_logit is not None:
-        logit = per_query(sink_logit, lse)
-        with_sink = torch.logaddexp(lse, logit)
-        output = output * (lse - with_sink).exp()[..., None].to(output.dtype)
-        if sink_value is not None:
-            value = sink_value[:, None].to(output.dtype)
-            output = output + (logit - with_sink).exp()[..., None].to(output.dtype) * value
-        lse = with_sink
+        output, lse, _ = with_key(output, lse, None, sink_logit, sink_value)
     return output, lse.contiguous()
 
 
@@ -207,14 +202,8 @@ def _add_lse_gradient(
     return dq + weight * mixed, dk + weighted, dsink
 
 
-def _no_second_backward(ctx: Any, *_: Any) -> None:
-    raise NotImplementedError(
-        "attention: expected one backward pass, got one through its gradients; implementation='reference' has those"
-    )
-
-
 torch.library.register_autograd("sinkbed::attention_torch", _backward, setup_context=_setup_context)
-torch.library.register_autograd("sinkbed::attention_torch_backward", _no_second_backward)
+refuse_second_backward("sinkbed::attention_torch_backward")
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ Shapes: B rows, T positions. Positions count from 0 in the row; ends are exclusi
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -75,18 +76,18 @@ class Mask:
 
     def _check_values(self, name: str, tensor: Tensor) -> None:
         index = torch.arange(self.length, dtype=torch.int32, device=tensor.device)
-        decreasing = (tensor.diff(dim=1) < 0).any()
+        decreasing = F.pad(tensor.diff(dim=1) < 0, (1, 0))
         if name == "end_key":
-            outside = ((tensor <= index) | (tensor > self.length)).any()
+            outside = (tensor <= index) | (tensor > self.length)
             rule = "i < end_key[i] <= T, never decreasing along a row"
         else:
-            outside = ((tensor < 0) | (tensor > index)).any()
+            outside = (tensor < 0) | (tensor > index)
             rule = f"0 <= {name}[i] <= i, never decreasing along a row"
-        _refuse(outside | decreasing, name, rule)
+        _refuse(outside | decreasing, name, tensor, rule)
         if name == "doc_start":
             # Clamped: on a GPU the assertion above has not been looked at yet.
             start = tensor.gather(1, tensor.clamp(0, self.length - 1).long())
-            _refuse((start != tensor).any(), name, "a document's first position to start it: s[s[i]] == s[i]")
+            _refuse(start != tensor, name, tensor, "a document's first position to start it: s[s[i]] == s[i]")
 
     @property
     def is_causal(self) -> bool:
@@ -193,13 +194,15 @@ def _check_setting(name: str, value: int, length: int) -> None:
         raise ValueError(f"{name}: expected 0 to {length} (T), got {value}")
 
 
-def _refuse(wrong: Tensor, name: str, rule: str) -> None:
-    """Stop where `wrong` [] holds. On a GPU the host does not wait to see: the device stops at the assertion."""
-    message = f"{name}: expected {rule}; the tensor received breaks this"
+def _refuse(wrong: Tensor, name: str, tensor: Tensor, rule: str) -> None:
+    """Stop where `wrong` [B, T] holds of a tensor. On a GPU the host does not wait to see: the device stops at the
+    assertion."""
+    message = f"{name}: expected {rule}; got"
     if wrong.device.type == "cuda":
-        torch._assert_async(wrong.logical_not(), message)
-    elif wrong.device.type != "meta" and wrong:
-        raise ValueError(message)
+        torch._assert_async(wrong.any().logical_not(), f"{message} a tensor that breaks this")
+    elif wrong.device.type != "meta" and wrong.any():
+        row, i = wrong.nonzero()[0].tolist()
+        raise ValueError(f"{message} {int(tensor[row, i])} at i = {i} of row {row}")
 
 
 def interval_mask(
@@ -262,7 +265,7 @@ def interval_mask(
             if not torch.compiler.is_compiling():
                 last = doc_start.gather(1, (doc_end - 1).clamp(0, length - 1).long())
                 wrong = (doc_end < 1) | (doc_end > length) | (last != doc_start)
-                _refuse(wrong.any(), "doc_end", "1 to T, and position doc_end[i] − 1 to be of i's document")
+                _refuse(wrong, "doc_end", doc_end, "1 to T, and position doc_end[i] − 1 to be of i's document")
             limit = torch.minimum(limit, doc_end)
         end_key = torch.maximum(index + 1, torch.where(index < prefix_lm, limit, 0))
     return Mask(

@@ -139,7 +139,8 @@ class Decoder(nn.Module):
                 q, k, v, lse = (each[:, :, len(self.registers) :] for each in (q, k, v, output.lse))
             else:
                 mask, lse = Mask(rows=len(q), length=q.shape[2]) if mask is None else mask, output.lse
-            attention(LayerAttention(layer, q, k, v, lse, mask, scoring_of(q, options), output.statistics))
+            scoring, implementation = scoring_of(q, options), options["implementation"]
+            attention(LayerAttention(layer, q, k, v, lse, mask, scoring, output.statistics, implementation))
 
         operators = [m for m in self.modules() if isinstance(m, Operator)]
         with ExitStack() as stack:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sinkbed.kernels import Mask, Statistics, attention_received
+from sinkbed.kernels import Implementation, Mask, Statistics, attention_received
 from sinkbed.kernels.scoring import Scoring
 from sinkbed.kernels.statistics import blocks_of
 
@@ -34,6 +34,8 @@ class LayerAttention:
     mask: Mask
     scoring: Scoring
     statistics: Statistics | None
+    implementation: Implementation | None = None
+    """Of the operator; None: that of the device."""
 
     def blocks(self, size: int = 128, *, normalized: bool = True) -> Iterator[tuple[slice, Tensor]]:
         """Slices of queries and their attention [B, H, M, T], so that T×T is never there at once.
@@ -53,7 +55,9 @@ class LayerAttention:
     def received(self) -> Tensor:
         """[B, H, T] attention that each key receives, summed over queries."""
         if self.scoring.is_plain and self.lse is not None:
-            return attention_received(self.q, self.k, self.lse, self.mask, scale=self.scoring.scale)
+            return attention_received(
+                self.q, self.k, self.lse, self.mask, scale=self.scoring.scale, implementation=self.implementation
+            )
         start = self.q.new_zeros(self.q.shape[:3], dtype=torch.float32)
         return sum((block.sum(2) for _, block in self.blocks()), start)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from sinkbed.kernels.mask import Mask
 from sinkbed.kernels.normalizers import Fused
 from sinkbed.kernels.scoring import Scoring
+from sinkbed.kernels.second_backward import refuse_second_backward
 from sinkbed.kernels.statistics import Statistics, with_key
 from sinkbed.kernels.triton import kernels as triton_kernels
 from sinkbed.kernels.triton.order import section
@@ -262,14 +263,8 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: Any) -
     return dq, dk, dv, *[None] * 6, (None if sink_logit is None else dsink), *[None] * 10
 
 
-def _no_second_backward(ctx: Any, *_: Any) -> None:
-    raise NotImplementedError(
-        "attention: expected one backward pass, got one through its gradients; implementation='reference' has those"
-    )
-
-
 torch.library.register_autograd("sinkbed::attention_triton", _backward, setup_context=_setup_context)
-torch.library.register_autograd("sinkbed::attention_triton_backward", _no_second_backward)
+refuse_second_backward("sinkbed::attention_triton_backward")
 
 
 def _check(q: Tensor) -> None:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from sinkbed.kernels import interval_mask
-from sinkbed.model import Decoder, DecoderConfig
+from sinkbed.model import Decoder, DecoderConfig, observe
 from sinkbed.model.feed_forward.swiglu import SwiGLU
 from sinkbed.model.norms.rms import RMSNorm
 from sinkbed.model.positions.rope import rotate, rotations
@@ -162,3 +162,17 @@ def test_rotary_positions_need_an_even_head_dim():
 def test_a_part_of_attention_stands_once():
     with pytest.raises(ValueError, match="attention_parts: expected each once, got qk_norm, v_bias, qk_norm"):
         DecoderConfig(n_layers=1, d_model=16, n_heads=2, d_ff=24, attention_parts=["qk_norm", "v_bias", "qk_norm"])
+
+
+def test_column_sums_are_taken_by_the_implementation_of_the_pass(monkeypatch):
+    decoder, layers, used = small(), [], []
+    taken = observe.attention_received
+    monkeypatch.setattr(
+        observe, "attention_received", lambda *a, **o: used.append(o["implementation"]) or taken(*a, **o)
+    )
+    with torch.no_grad(), observe.observing(decoder, attention=layers.append):
+        for decoder.implementation in ("reference", None):
+            decoder(torch.zeros(1, 6, dtype=torch.int64))
+    for layer in layers:
+        layer.received()
+    assert used == ["reference", "reference", None, None]

@@ -14,7 +14,7 @@ from sinkbed.ranges import check_number
 from sinkbed.train.config.arguments import PlainParser
 from sinkbed.train.measure.finite import finite
 from sinkbed.train.measure.model import Subject, load
-from sinkbed.train.measure.modes import InferenceMode, check_modes, first_tokens_of
+from sinkbed.train.measure.modes import InferenceMode, check_modes, placed_positions
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -62,7 +62,7 @@ def continuation(subject: Subject, ids: list[int], mode: InferenceMode, argument
     subject.check_bos([mode])
     probe = subject.probe()
     generator = torch.Generator().manual_seed(arguments.seed)
-    placed = sum(token != "none" for token in first_tokens_of(mode, subject.strategy))
+    placed = len(placed_positions(mode, subject.strategy))
     room = (subject.context_length or sys.maxsize) - max(1, placed)
     with evaluating(subject.model), torch.no_grad():
         for _ in range(arguments.tokens):

@@ -16,7 +16,7 @@ from sinkbed.ranges import check_number
 from sinkbed.train.loop.optim import OptimizerConfig, build_optimizer
 from sinkbed.train.loop.optimizers import OPTIMIZERS
 from sinkbed.train.measure.config import MeasureConfig
-from sinkbed.train.measure.modes import first_tokens_of
+from sinkbed.train.measure.modes import placed_positions
 
 _SMALLEST = DecoderConfig(n_layers=1, d_model=2, n_heads=1, d_ff=2)
 
@@ -86,8 +86,7 @@ def check_settings(config: Any) -> None:
 def _check_positions(decoder: DecoderConfig, strategy: Strategy, measure: MeasureConfig, context_length: int) -> None:
     """Raise ValueError for rows that the position encoding cannot place."""
     position = POSITIONS.make(decoder.position, decoder)
-    firsts = (first_tokens_of(mode, strategy) for mode in (*measure.modes, *measure.live_modes))
-    placed = max(sum(token != "none" for token in tokens) for tokens in firsts)
+    placed = max(len(placed_positions(mode, strategy)) for mode in (*measure.modes, *measure.live_modes))
     longest = context_length - 1 + max(1, placed)  # of a row that is measured
     if position.max_length is not None and position.max_length < longest:
         raise ValueError(

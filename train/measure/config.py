@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.ranges import check_number
-from sinkbed.train.measure.modes import InferenceMode, first_tokens_of
+from sinkbed.train.measure.modes import InferenceMode, placed_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class MeasureConfig:
 
     def check_placed(self, mode: InferenceMode, strategy: Strategy) -> None:
         """Raise ValueError where a mode places a token that no measured query can look at."""
-        last = max((i for i, what in enumerate(first_tokens_of(mode, strategy)) if what != "none"), default=0)
+        last = max(placed_positions(mode, strategy), default=0)
         if last >= self.sink_tokens:
             raise ValueError(
                 f"strategy.first_token: expected tokens placed before measure.sink_tokens={self.sink_tokens}, so that "

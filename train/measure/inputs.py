@@ -10,7 +10,7 @@ from sinkbed.kernels import Mask, Statistics
 from sinkbed.model.loss import BLOCK_LOGITS, IGNORED
 from sinkbed.train.measure.heldout import Probe
 from sinkbed.train.measure.masks import strategy_mask
-from sinkbed.train.measure.modes import InferenceMode, first_tokens_of
+from sinkbed.train.measure.modes import InferenceMode, first_tokens_of, placed_positions
 
 MOST_LOGITS = 2**27
 """Logits [B, T, V] that are made at once, at most; of more, a block at a time, which may round otherwise. What runs
@@ -34,7 +34,7 @@ def first_tokens(
             return usable[(row + 1 + position * 2**20) * 2_654_435_761 % 2**32 % len(usable)]
         return {"bos": probe.bos_id, "eos": probe.eos_id}[what] if isinstance(what, str) else what
 
-    positions = tuple(i for i, what in enumerate(first_tokens) if what != "none")
+    positions = placed_positions(mode, strategy)
     placed = [[token(first_tokens[i], i, row) for i in positions] for row in rows]
     return torch.tensor(placed, dtype=torch.int64).reshape(len(rows), len(positions)), positions
 

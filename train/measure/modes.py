@@ -33,3 +33,8 @@ def first_tokens_of(mode: InferenceMode, strategy: Strategy) -> tuple[str | int,
     if mode in ("as_trained", "first_key_masked") and not first_tokens and strategy.document_start != "none":
         return (strategy.document_start,)
     return first_tokens
+
+
+def placed_positions(mode: InferenceMode, strategy: Strategy) -> tuple[int, ...]:
+    """Row positions that a mode puts a token at."""
+    return tuple(i for i, what in enumerate(first_tokens_of(mode, strategy)) if what != "none")

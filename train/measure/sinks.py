@@ -31,8 +31,8 @@ from sinkbed.model.observe import evaluating, input_device
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.finite import finite
 from sinkbed.train.measure.heldout import Probe
-from sinkbed.train.measure.inputs import arrange, counted_targets, first_tokens, target_nll
-from sinkbed.train.measure.modes import MODE_LABELS, InferenceMode
+from sinkbed.train.measure.inputs import arrange, counted_targets, target_nll
+from sinkbed.train.measure.modes import MODE_LABELS, InferenceMode, placed_positions
 
 EPSILONS = (0.2, 0.3, 0.5, 0.8)
 
@@ -134,15 +134,14 @@ def measure(
     eps = torch.tensor(EPSILONS)[:, None, None, None]
     above: dict[str, Tensor] = defaultdict(lambda: torch.zeros(len(EPSILONS), *shape, dtype=torch.float64))
     masses: dict[str, Tensor] = defaultdict(lambda: torch.zeros(shape, dtype=torch.float64))
-    loss_sum, byte_sum, token_sum, documents, second = 0.0, 0, 0, 0, 0
+    loss_sum, byte_sum, token_sum, documents = 0.0, 0, 0, 0
     device = input_device(model)
     config.check_placed(mode, strategy)
+    second = max(placed_positions(mode, strategy), default=0) if key is None else key
+    if strategy.prefix_lm or second >= config.sink_tokens - 1:
+        second = 0  # no query is left to look at it
     with evaluating(model), torch.no_grad():
         for rows, text, lengths in probe.batches(config.batch_tokens):
-            _, positions = first_tokens(mode, strategy, probe, rows)
-            second = (positions or (0,))[-1] if key is None else key
-            if strategy.prefix_lm or second >= config.sink_tokens - 1:
-                second = 0  # no query is left to look at it
             row = arrange(probe, mode, strategy, rows, text, lengths, device=device, key=second)
             nll, statistics = target_nll(model, row, text, statistics=True)
             assert statistics is not None
