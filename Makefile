@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint types bench clean
 
 demo: $(VENV)/.demo ## train and measure the demo study, print its table, write runs/demo/report
-	$(BIN)/sinkbed study configs/study/packing.yaml --seeds 0 --out runs/demo
+	$(BIN)/sinkbed study configs/study/packing.yaml --seeds 0 --out runs/demo --arms causal causal-bos-fixed \
+		causal-bos-fixed-learned causal-random-first document-bos-documents document-bos-fixed
 
 test: $(VENV)/.dev ## the tests, but for those that are long and rarely break; all of them with CI=true
 	$(BIN)/python -m pytest -n 3 --dist worksteal $(if $(CI),,-m "not slow")

@@ -34,6 +34,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--size", help="one of the file's sizes (default: demo)")
     parser.add_argument("--workers", type=int, help="arms at a time on this machine (default: the file's, or by cores)")
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds (default: the file's)")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="arms, with the effects between them (default: all)")
     parser.add_argument("--out", type=Path, help="folder of the study (default: the file's)")
     parser.add_argument(
         "--dry_run", action="store_true", help="arms, tokens, FLOPs, hours and disk, and whether it fits; runs nothing"
@@ -141,7 +142,20 @@ def chosen(arguments: argparse.Namespace) -> StudyConfig:
     changes = {k: getattr(arguments, k) for k in names if getattr(arguments, k, None) is not None}
     if "seeds" in changes:  # those, and no more
         changes["most_seeds"] = None
-    return dataclasses.replace(study, **changes)
+    study = dataclasses.replace(study, **changes)
+    only = getattr(arguments, "arms", None)
+    return study if only is None else _only(study, only)
+
+
+def _only(study: StudyConfig, arms: Sequence[str]) -> StudyConfig:
+    """The study of some of its arms."""
+    unknown = sorted(set(arms) - set(study.arms))
+    if unknown:
+        raise ValueError(f"arm: expected one of {', '.join(study.arms)}; got {unknown[0]}")
+    effects = [effect for effect in study.effects if {effect.arm, effect.other[0]} <= set(arms)]
+    most_seeds = study.most_seeds if any(effect.half_width for effect in effects) else None
+    kept = {name: overlays for name, overlays in study.arms.items() if name in arms}
+    return dataclasses.replace(study, arms=kept, effects=effects, most_seeds=most_seeds)
 
 
 def _print_seeds(study: StudyConfig) -> None:
@@ -183,11 +197,9 @@ def _refuse_others(runs: Sequence[ArmRun], force: bool) -> None:
 def _run_one(study: StudyConfig, arguments: argparse.Namespace) -> int:
     """Run one arm under one seed in this process, as a sweep's agent asks; finished ones are left as they are."""
     seed = study.seeds[0] if arguments.seed is None else arguments.seed
-    if arguments.arm not in study.arms:
-        raise ValueError(f"--arm: expected one of {', '.join(study.arms)}; got {arguments.arm}")
     from sinkbed.train.study.cost import check_fits, prepared_by
 
-    study = dataclasses.replace(study, seeds=[seed], arms={arguments.arm: study.arms[arguments.arm]}, effects=[])
+    study = dataclasses.replace(_only(study, [arguments.arm]), seeds=[seed], most_seeds=None)
     [run] = plan(study)
     complaint = check_configs([run])
     if not complaint:

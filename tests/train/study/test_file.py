@@ -6,6 +6,8 @@ import yaml
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.kernels.triton.tiles import HEAD_DIMS
 from sinkbed.model import Decoder, DecoderConfig
+from sinkbed.train.cli.main import main
+from sinkbed.train.cli.study import build_parser, chosen
 from sinkbed.train.loop.optim import OptimizerConfig
 from sinkbed.train.study.arms import check_configs, plan
 from sinkbed.train.study.cost import cost
@@ -46,6 +48,24 @@ def test_a_grid_is_the_product_of_its_axes_after_the_arms(write):
     assert {k: v for k, v in runs[4].config.items() if k in "xyz"} == {"x": 2, "y": 2, "z": 3}
     with pytest.raises(ValueError, match="a name of its own for each arm, got 'axis-1' twice"):
         load_study(write(grid={"axis": {1: {}, "axis-1": {}}}))
+
+
+def test_some_arms_keep_the_effects_between_them(write, capsys):
+    differs = {"metric": "loss", "expected": "up", "arm": "b"}
+    effects = [
+        {**differs, "name": "of two", "against": "a", "half_width": 0.1},
+        {**differs, "name": "of one", "mode": "text", "against_mode": "bos"},
+    ]
+    path = write(arms={"a": [], "b": [], "c": []}, effects=effects, most_seeds=9)
+
+    def of(*arms):
+        study = chosen(build_parser("study").parse_args([str(path), "--arms", *arms]))
+        return list(study.arms), [effect.name for effect in study.effects], study.most_seeds
+
+    assert of("b", "a") == (["a", "b"], ["of two", "of one"], 9)
+    assert of("b", "c") == (["b", "c"], ["of one"], None)
+    assert main(["study", str(path), "--arms", "a", "d"]) == 1
+    assert "arm: expected one of a, b, c; got d" in capsys.readouterr().err
 
 
 def test_a_size_replaces_keys_of_the_file(write):
