@@ -80,6 +80,17 @@ def test_blocks_equal_the_dense_definition(name, scoring, monkeypatch):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 
+def test_weights_that_are_kept_give_the_gradients_of_those_that_are_computed_again(monkeypatch):
+    def gradients(longest):
+        monkeypatch.setattr(blockwise, "_KEPT", longest)
+        q, k, v = inputs(B, H, H // 2, T, D, torch.float32)
+        out = attention(q, k, v, slopes=SLOPES.float(), implementation="torch")
+        return torch.autograd.grad(out.output.square().sum() + out.lse.sum(), [q, k, v])
+
+    for kept, again in zip(gradients(T), gradients(T - 1), strict=True):
+        assert torch.equal(kept, again)
+
+
 @pytest.mark.parametrize("scoring", ["softcap", "slopes", "sigmoid", "softpick", "weights of its own"])
 def test_what_is_measured_is_what_the_definition_says(scoring):
     """First key, first key of the document and sum of a query's weights, each from a weight that is computed here."""
