@@ -133,7 +133,7 @@ def run(arguments: Any) -> int:
     if arguments.bfloat16:
         ways[", bfloat16"] = {"bfloat16": True}
     if arguments.compile:
-        ways[", compiled"] = {"compiled": True}
+        ways |= {f"{name}, compiled": {**way, "compiled": True} for name, way in ways.items()}
     contenders: dict[str, Callable[[], None]] = {}
     for name, way in ways.items():
         contenders |= {f"HF Llama{name}": peer(**way), f"Sinkbed{name}": decoder_step(shape, batch, V, **way)}
