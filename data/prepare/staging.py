@@ -64,6 +64,8 @@ class StagingFolder:
             raise BlockingIOError(
                 errno.EWOULDBLOCK, f"another process is preparing {self.out}; wait for it or choose another --out"
             ) from None
+        except OSError:  # a file system without locks
+            pass
         if not _is_at(self._lock, self.folder / LOCK_NAME):
             self._lock.close()
             raise BlockingIOError(

@@ -21,7 +21,7 @@ def local_files(source: SingleSource) -> list[str]:
     for pattern in map(os.path.expanduser, source.patterns):
         # A file whose name looks like a glob is itself.
         matches = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
-        files = [path for path in matches if Path(path).is_file()]
+        files = _files(matches)
         if not files and Path(pattern).is_dir():
             files = _inside(Path(pattern))
         if not files:
@@ -48,10 +48,21 @@ def _refuse_other_kind(path: str, kind: str) -> None:
         raise ValueError(f"{path}: expected text, got JSONL by its name; use `{start_from.format('jsonl')}`")
 
 
+def _files(matches: list[str]) -> list[str]:
+    """Those that are files. Raises FileNotFoundError for a link to nothing, such as git-annex has of what it has not
+    fetched."""
+    for path in matches:
+        if os.path.islink(path) and not os.path.exists(path):
+            raise FileNotFoundError(
+                f"source.files: {path}: expected a file, got a link to {os.readlink(path)}, which is gone"
+            )
+    return [path for path in matches if Path(path).is_file()]
+
+
 def _inside(folder: Path) -> list[str]:
     """All files below a folder, which have to be of one kind."""
     below = str(Path(glob.escape(str(folder))) / "**" / "*")
-    files = [path for path in glob.glob(below, recursive=True) if Path(path).is_file()]
+    files = _files(glob.glob(below, recursive=True))
     ends = Counter(map(_end, files)).most_common()
     if len(ends) > 1:
         kinds = ", ".join(f"{count:,} {end or 'without an ending'}" for end, count in ends[:5])

@@ -27,10 +27,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.builder import Key
 
+_TABLE_ROWS = 256  # of Parquet in memory at a time
 _TABLE_BYTES = 1 << 20  # of text in a table handed to `datasets`; bounds memory and latency
-_READ_VERSION = "4"  # part of the cache's name: raise it when the same files give other records
+_READ_VERSION = "5"  # part of the cache's name: raise it when the same files give other records
 _SHOWN = 60  # characters of an offending line in a message
-
 _MARK = b"\xef\xbb\xbf"  # of byte order
 _UNREADABLE = (EOFError, OSError, lzma.LZMAError, zlib.error, pa.ArrowException)
 
@@ -128,13 +128,15 @@ def read_records(
                     del content
                     yield record
                 return
+            begun = False
             for number, line in enumerate(stream, 1):
-                if number == 1 and line.removeprefix(_MARK).lstrip().startswith(b"["):
-                    array = line + stream.read()
-                    yield from _array(array, name, column)
+                if line.isspace():
+                    continue
+                if not begun and line.removeprefix(_MARK).lstrip().startswith(b"["):
+                    yield from _array(line + stream.read(), name, column)
                     return
-                if not line.isspace():
-                    yield _parsed(line, f"{name}, line {number}", column)
+                begun = True
+                yield _parsed(line, f"{name}, line {number}", column)
     except _UNREADABLE as error:
         _raise_missing(error)
         hint = ""
@@ -217,7 +219,7 @@ def parquet_tables(
         return
     counts = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
     groups = range(len(counts)) if groups is None else groups
-    size = rows or max([1, *counts[:1]])
+    size = rows or _TABLE_ROWS
     number = sum(counts[: groups.start])
     for batch in chain.from_iterable(parquet.iter_batches(size, [group], [column]) for group in groups):
         texts = batch.column(0).cast(pa.large_string())

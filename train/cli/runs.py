@@ -64,7 +64,7 @@ def described(run_dir: Path, below: Path) -> dict[str, str]:
         for point in directory.read_metrics(run_dir / directory.METRICS):
             last |= {key: value for key, value in point.items() if value is not None}
         mode = (config.get("measure") or {}).get("live_modes", ["bos"])[0]
-        saved = [int(path.stem.removeprefix("step-")) for path in (run_dir / directory.CHECKPOINTS).glob("step-*.ckpt")]
+        saved = [directory.step_of(path) for path in directory.step_checkpoints(run_dir / directory.CHECKPOINTS)]
         most = (config.get("trainer") or {}).get("max_steps", "?")
         return {
             "run": name,

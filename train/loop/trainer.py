@@ -146,6 +146,13 @@ class SinkbedCLI(LightningCLI):
                 f"run_dir {run_dir}: expected a new folder, got a run. Resume it with --ckpt_path last, "
                 "or choose another --run_dir"
             )
+        ours = (directory.CONFIG, directory.MANIFEST, directory.AUDIT, directory.METRICS, directory.MEASUREMENT)
+        there = [name for name in ours if (run_dir / name).exists()]
+        if there and not any((run_dir / name).exists() for name in (directory.RUN, directory.LOCK)):
+            raise FileExistsError(
+                f"run_dir {run_dir}: expected a new folder or a run, got a folder with a {there[0]} that is no run's; "
+                "choose another --run_dir"
+            )
         if config.ckpt_path == "auto":
             config.ckpt_path = "last" if last is not None else None
         if config.ckpt_path == "last":

@@ -29,7 +29,7 @@ _TRAINER_FIXED = {
     "use_distributed_sampler": (False, "nothing: rows are dealt to the processes here"),
 }
 
-_STRATEGIES = ("auto", "fsdp2", "fsdp2_sharded")
+_STRATEGIES = ("auto", "ddp", "fsdp2", "fsdp2_sharded")
 
 _TRAINER_SHOWN = ("max_steps", "accelerator", "devices", "num_nodes", "strategy", "precision", "log_every_n_steps")
 
@@ -70,8 +70,8 @@ def check_trainer(trainer: Any) -> None:
             f"{trainer.precision}, which overflows (16-mixed to find its loss scale) and counts as diverged here"
         )
     strategy = str(trainer.strategy)
-    if strategy not in _STRATEGIES and not strategy.startswith("ddp"):
-        raise ValueError(f"trainer.strategy: expected ddp, {', '.join(_STRATEGIES)}; got {strategy}")
+    if strategy not in _STRATEGIES:
+        raise ValueError(f"trainer.strategy: expected one of {', '.join(_STRATEGIES)}; got {strategy}")
     if trainer.accelerator == "cpu" and str(trainer.precision).startswith("bf16") and not _has_bfloat16():
         raise ValueError(
             "trainer.precision: expected 32-true on a CPU without arithmetic in bfloat16, which would only be slower, "

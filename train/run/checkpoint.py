@@ -12,6 +12,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from sinkbed.data.files import sync_folder
 from sinkbed.train.run import directory
+from sinkbed.train.run.directory import step_checkpoints
 from sinkbed.train.run.sharded import load_sharded, read_meta
 
 
@@ -84,7 +85,7 @@ def load_checkpoint(
     Raises FileNotFoundError, or ValueError for a file that is damaged or holds anything else.
     """
     if not path.exists():
-        there = ", ".join(sorted(p.name for p in path.parent.glob("step-*.ckpt"))) or "none"
+        there = ", ".join(p.name for p in step_checkpoints(path.parent)) or "none"
         raise FileNotFoundError(f"{path}: expected a checkpoint, got none of that name; there: {there}")
     try:
         if path.is_dir():
@@ -93,17 +94,18 @@ def load_checkpoint(
             if verify:
                 with zipfile.ZipFile(path) as archive:
                     damaged = archive.testzip()
-                if damaged is not None:
-                    raise ValueError(f"checksum of {damaged.partition('/')[2]}")
+                    # No checksum covers these. torch writes none, and reads no entry that they call a folder.
+                    marked = [entry.filename for entry in archive.infolist() if entry.external_attr]
+                for name in [damaged, *marked]:
+                    if name is not None:
+                        raise ValueError(f"checksum of {name.partition('/')[2]}")
             loaded = _checked(torch.load(path, map_location="cpu", weights_only=True, mmap=not tensors))
     except (PermissionError, MemoryError):
         raise
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        others = [
-            p.name for p in sorted(path.parent.glob("step-*.ckpt"), reverse=True) if p.name != path.resolve().name
-        ]
-        remedy = f"take another one with {option} {path.parent / others[0]}" if others else "start the run anew"
+        others = [p for p in step_checkpoints(path.parent) if p.name != path.resolve().name]
+        remedy = f"take another one with {option} {others[-1]}" if others else "start the run anew"
         raise ValueError(
             f"{path.resolve()}: expected a checkpoint of tensors and plain values, got a file that does not load "
             f"({reason}); {remedy}"

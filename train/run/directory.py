@@ -43,13 +43,23 @@ def did_you_mean(path: Path) -> str:
     return f"; did you mean {there / near[0]}?" if near else ""
 
 
+def step_checkpoints(folder: Path) -> list[Path]:
+    """step-N.ckpt, by the steps; what a user has put beside them is not among them."""
+    return sorted((p for p in folder.glob("step-*.ckpt") if p.stem[5:].isdecimal()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """N of step-N.ckpt."""
+    return int(checkpoint.stem.removeprefix("step-"))
+
+
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """What last.ckpt names, or the highest step where a crash took the link; None before the first checkpoint.
 
     Raises FileNotFoundError where it names a checkpoint that is gone: no older one is taken in its place.
     """
     folder = run_dir / CHECKPOINTS
-    link, highest = folder / LAST, max(folder.glob("step-*.ckpt"), default=None)
+    link, highest = folder / LAST, max(step_checkpoints(folder), key=step_of, default=None)
     if link.exists():
         return link.resolve()
     if link.is_symlink():
@@ -62,7 +72,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first. Raises FileNotFoundError where there is none."""
-    saved = sorted((run_dir / CHECKPOINTS).glob("step-*.ckpt"))
+    saved = step_checkpoints(run_dir / CHECKPOINTS)
     if not saved:
         raise FileNotFoundError(f"{run_dir / CHECKPOINTS}: expected checkpoints, got none")
     return saved

@@ -4,7 +4,7 @@ import hashlib
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -103,7 +103,8 @@ class Tracker(WandbLogger):
 
     def log_beside(self, row: dict[str, Any]) -> None:
         """Send what is no point of metrics.jsonl, and remember its number: a resumed run counts the points alone."""
-        self.experiment.log(row, step=self.number, commit=True)
+        if not self._sent(lambda: self.experiment.log(row, step=self.number, commit=True)):
+            return
         beside = directory.read_json(self.run_dir / directory.RUN).get("beside", ())
         directory.note(self.run_dir, beside=[*beside, self.number])
         self.number += 1
@@ -111,13 +112,17 @@ class Tracker(WandbLogger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Send what has a form in W&B alone, such as an image; numbers come as a point, from `MetricsFile`."""
         beside = {key: value for key, value in metrics.items() if not isinstance(value, IN_A_POINT)}
-        if beside and not self.lost:
+        if beside:
             self.log_beside(beside)
+
+    def summarize(self, figures: dict[str, Any]) -> None:
+        """Put figures of the whole run into W&B's summary of it."""
+        self._sent(lambda: self.experiment.summary.update(figures))
 
     def log_point(self, point: dict[str, Any]) -> None:
         """Send the charts of one line of metrics.jsonl; a map becomes an image."""
         charts = self.charts.row(point)
-        if self._has(point["step"]) or self.lost:
+        if self._has(point["step"]):
             return
         import wandb
 
@@ -127,15 +132,22 @@ class Tracker(WandbLogger):
             else value
             for key, value in charts.items()
         }
+        self._sent(lambda: self.experiment.log(row, step=self.number, commit=True))
+        self.number += 1
+
+    def _sent(self, send: Callable[[], None]) -> bool:
+        """Whether W&B's process took something; the first time that it does not, say so, and then try no more."""
+        if self.lost:
+            return False
         try:
-            self.experiment.log(row, step=self.number, commit=True)
+            send()
         except Exception as error:
             self.lost = True
             rank_zero_warn(
                 f"W&B takes no more points ({error or type(error).__name__}); training goes on, and metrics.jsonl has "
                 "them all"
             )
-        self.number += 1
+        return not self.lost
 
 
 def heatmap_image(values: list[list[float]], top: float = 1.0) -> np.ndarray:

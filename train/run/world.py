@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,7 @@ def lost_process(error: BaseException, newest: Callable[[], Path | None]) -> Pro
     link: BaseException | None = error
     while link is not None:
         behind.append(link)
-        link = link.__cause__ or link.__context__
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     # torch tells of a dead data worker wherever this process is, where that may have become another error; or the
     # worker's socket does, from which a batch was about to be taken.
     worker = next((each for each in behind if _is_of_a_worker(each)), None)
@@ -177,4 +178,7 @@ def lost_process(error: BaseException, newest: Callable[[], Path | None]) -> Pro
 def _is_of_a_worker(error: BaseException) -> bool:
     if isinstance(error, BrokenPipeError):  # of who reads what this process prints
         return False
-    return str(error).startswith("DataLoader worker (pid") or isinstance(error, ConnectionError | EOFError)
+    if str(error).startswith("DataLoader worker (pid"):
+        return True
+    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, ConnectionError | EOFError) and any("torch/utils/data" in file for file in frames)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sinkbed.data.prepare import staging
 from sinkbed.data.prepare.staging import DiskFullError
 from sinkbed.data.store.token_store import TokenStore
 from sinkbed.data.tokenizer import Tokenizer
@@ -135,6 +136,19 @@ def test_two_writers_of_one_store_do_not_mix(tmp_path: Path, tokenizer: Tokenize
             pass
         first.finish(recipe={})
     assert TokenStore.open(out).documents == 6
+
+
+def test_a_file_system_without_locks_is_written_to(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(staging.fcntl, "flock", no_locks)
+    with StoreWriter(tmp_path / "store", tokenizer) as writer:
+        fill(writer)
+        writer.finish(recipe={})
+    assert TokenStore.open(tmp_path / "store").documents == 6
 
 
 def test_the_same_documents_give_the_same_bytes(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -208,10 +208,22 @@ def test_a_json_array_of_the_hub_is_held_to_text_record_by_record(tmp_path: Path
     assert list(documents) == ["one", "two", "three"] and documents.left_out == {"not_text": 1}
 
 
+def test_an_array_may_begin_after_blank_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('\n \n[{"text": "one"},\n {"text": "two"}]\n')
+    assert list(Documents(Source(kind="jsonl", files=str(tmp_path / "a.jsonl"), shuffle_seed=None))) == ["one", "two"]
+
+
 def write_groups(path: Path, *groups: pa.Array) -> None:
     with pq.ParquetWriter(path, pa.schema([("text", groups[0].type)]), store_schema=True) as writer:
         for group in groups:
             writer.write_table(pa.table({"text": group}))
+
+
+def test_memory_of_parquet_does_not_follow_its_row_groups(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_groups(path, pa.array(["a"]), pa.array(["b"] * 600))
+    with open(path, "rb") as file:
+        assert [len(table) for table in records.parquet_tables(file, "a", "text")] == [1, 256, 256, 88]
 
 
 PARQUET: dict[str, list[pa.Array]] = {
@@ -339,6 +351,15 @@ def test_a_bad_document_of_a_text_is_named_by_its_line(tmp_path: Path) -> None:
     source = Source(kind="text", files=str(tmp_path / "a.txt"), split="line", shuffle_seed=None)
     documents = both(source, rf"{tmp_path}/a\.txt, line 2: expected UTF-8")
     assert list(documents) == ["good", "good"]
+
+
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    """Regression: files that git-annex had not fetched were left out without a word."""
+    (tmp_path / "a.txt").write_text("here")
+    (tmp_path / "b.txt").symlink_to("/nowhere/b.txt")
+    for files in (tmp_path, tmp_path / "*.txt"):
+        with pytest.raises(FileNotFoundError, match=r"b\.txt: expected a file, got a link to /nowhere/b\.txt"):
+            Documents(Source(kind="text", files=str(files))).count()
 
 
 def test_a_folder_is_all_files_below_it_where_they_are_of_one_kind(

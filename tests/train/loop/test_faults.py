@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+import zipfile
 
 import pytest
 
@@ -206,6 +207,20 @@ def test_a_damaged_checkpoint_never_loads_as_another(fit, kind):
         else:
             assert kind == "flipped" and equal(found, good), "a byte without meaning, such as padding"
     assert refused > (30 if kind == "flipped" else 59)
+
+
+def test_an_entry_that_is_made_a_folder_is_damage(fit):
+    """Its content is under a checksum, what kind of entry it is under none; torch then gave back unwritten memory."""
+    _, folder = fit()
+    path = folder / "checkpoints" / "step-0000010.ckpt"
+    with zipfile.ZipFile(path) as archive:
+        start, entry = archive.start_dir, archive.infolist()[2].filename
+    content = bytearray(path.read_bytes())
+    at = content.index(entry.encode(), start) - 46 + 38  # of the external attributes in a directory entry
+    content[at] |= 0x10
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="does not load"):
+        load_checkpoint(path)
 
 
 def test_following_the_message_about_a_damaged_checkpoint_loses_no_more_than_it_must(fit, capsys, monkeypatch):

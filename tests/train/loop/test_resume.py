@@ -104,6 +104,49 @@ def test_a_lost_link_does_not_lose_the_run(fit, monkeypatch):
     assert fit("--ckpt_path", "last")[0] == 0
 
 
+def test_a_copy_that_followed_the_link_goes_on(fit, monkeypatch):
+    """Regression: last.ckpt was replaced by a link to itself."""
+    revive = kill_at(monkeypatch, 7)
+    with pytest.raises(Killed):
+        fit()
+    revive()
+    saved = fit.config.parent / "run" / "checkpoints"
+    content = (saved / "last.ckpt").read_bytes()
+    for path in saved.iterdir():
+        path.unlink()
+    (saved / "last.ckpt").write_bytes(content)
+    revive = kill_at(monkeypatch, 7)
+    with pytest.raises(Killed):
+        fit("--ckpt_path", "last")
+    revive()
+    assert (saved / "last.ckpt").is_symlink() and (saved / "last.ckpt").read_bytes() == content
+    assert fit("--ckpt_path", "last")[0] == 0
+
+
+def test_what_a_user_puts_beside_the_checkpoints_stays(fit, monkeypatch):
+    """Regression: a copied checkpoint ended the run at the next save, and hidden files were removed."""
+    revive = kill_at(monkeypatch, 7)
+    with pytest.raises(Killed):
+        fit()
+    revive()
+    saved = fit.config.parent / "run" / "checkpoints"
+    (saved / "step-0000003-keep.ckpt").write_text("")
+    (saved / ".notes").mkdir()
+    (saved / ".step-0000009.ckpt").write_text("half")
+    assert fit("--ckpt_path", "last")[0] == 0
+    assert (saved / "step-0000003-keep.ckpt").exists() and (saved / ".notes").exists()
+    assert not (saved / ".step-0000009.ckpt").exists()
+
+
+@pytest.mark.parametrize("name", [directory.CONFIG, directory.MANIFEST, directory.METRICS])
+def test_a_folder_of_other_files_is_no_place_for_a_run(fit, capsys, name):
+    folder = fit.config.parent / "run"
+    folder.mkdir()
+    (folder / name).write_text("mine")
+    assert f"got a folder with a {name} that is no run's" in refused(capsys, fit()[0])
+    assert [path.name for path in folder.iterdir()] == [name] and (folder / name).read_text() == "mine"
+
+
 DAMAGE = {
     "a flipped byte": lambda b: b[:200] + bytes([b[200] ^ 1]) + b[201:],
     "a missing line": lambda b: b[b.index(b"\n") + 1 :],

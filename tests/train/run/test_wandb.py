@@ -7,10 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
 from sinkbed.train.run import directory
+from sinkbed.train.run.charts import Charts
+from sinkbed.train.run.wandb import Tracker
 from sinkbed.train.run.wandb_files import wandb_records
 from tests.support.processes import Job
 from tests.support.runs import points
@@ -174,3 +177,16 @@ def test_a_fork_is_another_run_that_names_its_parent(start, fit, server):
     assert run.name != known["wandb_id"]
     expected = {"checkpoint": str(checkpoint), "step": 60, "wandb_id": known["wandb_id"]}
     assert json.loads(run.config)["parent"]["value"] == expected
+
+
+def test_figures_for_a_process_that_is_gone_cost_a_warning(tmp_path, recwarn):
+    """Regression: the run that had trained to its end failed."""
+    experiment = MagicMock()
+    experiment.summary.update.side_effect = ConnectionError("Connection lost")
+    tracker = Tracker(experiment, tmp_path, Charts("layers"), sent=0, steps=(), number=0)
+    for _ in range(2):
+        tracker.summarize({"final/val/loss/text": 1.0})
+    tracker.log_beside({"table": 1})
+    tracker.log_point({"step": 1, "train/tokens": 8, "train/loss": 1.0})
+    assert experiment.summary.update.call_count == 1 and not experiment.log.called
+    assert [str(w.message) for w in recwarn if "W&B takes no more" in str(w.message)] != []

@@ -172,4 +172,12 @@ def test_a_process_that_lightning_starts_on_another_node_has_a_rank_of_its_own(l
 
 def test_a_reader_that_is_gone_is_no_lost_worker():
     assert lost_process(BrokenPipeError(32, "Broken pipe"), lambda: None) is None
-    assert "data worker" in str(lost_process(ConnectionResetError(104, "reset"), lambda: None))
+    reset = ConnectionResetError(104, "reset")
+    assert lost_process(reset, lambda: None) is None, "of W&B's process, or of a file that is read"
+    try:
+        exec(compile("raise reset", "site-packages/torch/utils/data/dataloader.py", "exec"), {"reset": reset})
+    except ConnectionResetError:
+        assert "data worker" in str(lost_process(reset, lambda: None))
+    told = ValueError("damaged")
+    told.__context__, told.__suppress_context__ = reset, True
+    assert lost_process(told, lambda: None) is None, "`raise … from None`"

@@ -83,7 +83,7 @@ class Checkpoints(Checkpoint):
         if resumed is not None and resumed.resolve().parent == self.folder.resolve():  # no fork
             self.saved = trainer.global_step
             if trainer.is_global_zero:
-                self._link(resumed.resolve())
+                self._link(self._named(resumed.resolve(), trainer.global_step))
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._handlers[number] = signal.signal(number, self._on_signal)
@@ -122,8 +122,8 @@ class Checkpoints(Checkpoint):
 
     def _remove(self, kept: set[int]) -> None:
         """Remove checkpoints that a newer one has replaced."""
-        for path in self.folder.glob("step-*.ckpt"):
-            step = int(path.stem.removeprefix("step-"))
+        for path in directory.step_checkpoints(self.folder):
+            step = directory.step_of(path)
             if step < self.reached and step not in kept and (self.best is None or step != self.best[0]):
                 remove_checkpoint(path)
 
@@ -148,12 +148,24 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             self._link(path)
 
+    def _named(self, path: Path, step: int) -> Path:
+        """A checkpoint under the name of its step: a copy that follows links has made one of last.ckpt itself."""
+        if path.name != directory.LAST:
+            return path
+        named = self.folder / f"step-{step:07d}.ckpt"
+        if named.exists():
+            remove_checkpoint(named)
+        return path.rename(named)
+
     def _link(self, path: Path) -> None:
         """Have last.ckpt name a checkpoint; atomic, also over the old link."""
+        last = self.folder / directory.LAST
+        if last.is_dir() and not last.is_symlink():
+            remove_checkpoint(last)
         link = self.folder / f".{directory.LAST}"
         link.unlink(missing_ok=True)
         link.symlink_to(path.name)
-        os.replace(link, self.folder / directory.LAST)
+        os.replace(link, last)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the signals back."""
@@ -168,7 +180,7 @@ class Checkpoints(Checkpoint):
 
 def remove_partial(folder: Path) -> None:
     """Remove what a kill in the middle of writing left."""
-    for partial in folder.glob(".*"):
+    for partial in (p for name in (".step-*", ".removed-*", f".{directory.LAST}") for p in folder.glob(name)):
         if partial.is_dir() and not partial.is_symlink():
             shutil.rmtree(partial)
         else:

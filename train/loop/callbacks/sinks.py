@@ -201,8 +201,9 @@ class SinkMonitor(L.Callback):
             write_json(self.run_dir / directory.MEASUREMENT, final)
         for logger in trainer.loggers:
             if isinstance(logger, Tracker):
-                summary = logger.experiment.summary
-                for mode, result in results.items():
-                    summary.update({f"final/{key}": value for key, value in result.metrics(mode).items()})
+                figures = {
+                    f"final/{key}": x for mode, result in results.items() for key, x in result.metrics(mode).items()
+                }
                 if self.onset_tokens is not None:
-                    summary["sink/onset_tokens"] = self.onset_tokens
+                    figures["sink/onset_tokens"] = self.onset_tokens
+                logger.summarize(figures)
