@@ -259,7 +259,8 @@ def _check_arguments(arguments: Any, names: set[str]) -> None:
                 f"--keys: expected 0 to {arguments.sink_tokens - 2}, got {key}, so that a later query among the first "
                 f"--sink_tokens {arguments.sink_tokens} can look at it; give another key, or raise --sink_tokens"
             )
-    for name in ("mixing_documents", "jacobian_documents", "batch_tokens", "documents", "length", "cache"):
+    at_least_one = ("mixing_documents", "jacobian_documents", "batch_tokens", "documents", "vocabulary", "cache")
+    for name in (*at_least_one, "length"):
         if getattr(arguments, name) is not None:
             check_number(f"--{name}", getattr(arguments, name), least=2 if name == "length" else 1)
     for length in arguments.lengths:
@@ -307,6 +308,8 @@ def _check_lengths(
             f"--lengths: expected at most {longest}, the tokens of the longest document (cropped to --length {limit} "
             f"with room for BOS), got {max(arguments.lengths)}; give longer ones, or lower it"
         )
+    if "constancy" in names and min(arguments.mixing_documents, len(probe.documents)) < 2:
+        raise ValueError("--measure constancy: expected at least two documents to compare, got one")
     if "streaming" in names:
         if not any(mode != "first_key_masked" for mode in modes):
             raise ValueError("--measure streaming: expected a mode besides first_key_masked, which hides what is kept")

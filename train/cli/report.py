@@ -23,6 +23,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument(
         "--seeds", type=int, nargs="+", help="of study files: seeds (default: the file's, and others that are finished)"
     )
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="of one study file: arms (default: all)")
     parser.add_argument(
         "--out",
         type=Path,

@@ -11,7 +11,7 @@ import dataclasses
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
 def run(command: str, argv: Sequence[str]) -> int:
     """Parse, run the arms, write the report. Exit status 1 when an arm has no result."""
     arguments = build_parser(command).parse_args(list(argv))
+    _check_together(arguments)
     study = chosen(arguments)
     if arguments.sweep is not None:
         from sinkbed.train.study.sweep import write_sweep
@@ -85,7 +86,7 @@ def run(command: str, argv: Sequence[str]) -> int:
 
     while True:
         failed = _run_arms(study, arguments)
-        finished, results, missing = split_finished(of_all_seeds(study))
+        finished, results, _ = split_finished(of_all_seeds(study))
         wide = [item.name for item in check(results, study.effects, {}) if item.too_wide]
         if failed or not wide or len(study.seeds) >= (study.most_seeds or 0):
             break
@@ -94,11 +95,22 @@ def run(command: str, argv: Sequence[str]) -> int:
     if finished:
         from sinkbed.train.report.study import write_report  # which imports matplotlib
 
-        write_report(study, results, missing, log=finished)
+        reported = _with_finished(study, arguments) if arguments.arms else study
+        _, results, missing = split_finished(of_all_seeds(reported))
+        write_report(reported, results, missing, log=finished)
     for name, why in failed.items():
         print(f"arm {name} failed: {why}", file=sys.stderr)
     lacking = {r.folder for r in plan(study)} - {r.folder for r in finished}  # a damaged one did not fail
     return 1 if failed or lacking else 0
+
+
+def _check_together(arguments: argparse.Namespace) -> None:
+    """Refuse what an agent's --arm and --seed, one letter from --arms and --seeds, would leave without a word."""
+    if arguments.seed is not None and arguments.arm is None:
+        raise ValueError("--seed: expected --arm with it, or --seeds; got --seed alone")
+    for name in ("arms", "seeds", "dry_run", "sweep"):
+        if arguments.arm is not None and getattr(arguments, name):
+            raise ValueError(f"--{name}: expected --arms for some of the arms, got --arm, which trains one at once")
 
 
 def _run_arms(study: StudyConfig, arguments: argparse.Namespace) -> dict[str, str]:
@@ -147,15 +159,22 @@ def chosen(arguments: argparse.Namespace) -> StudyConfig:
     return study if only is None else _only(study, only)
 
 
-def _only(study: StudyConfig, arms: Sequence[str]) -> StudyConfig:
+def _only(study: StudyConfig, arms: Collection[str]) -> StudyConfig:
     """The study of some of its arms."""
     unknown = sorted(set(arms) - set(study.arms))
     if unknown:
-        raise ValueError(f"arm: expected one of {', '.join(study.arms)}; got {unknown[0]}")
+        raise ValueError(f"--arms: expected some of {', '.join(study.arms)}; got {unknown[0]}")
     effects = [effect for effect in study.effects if {effect.arm, effect.other[0]} <= set(arms)]
     most_seeds = study.most_seeds if any(effect.half_width for effect in effects) else None
     kept = {name: overlays for name, overlays in study.arms.items() if name in arms}
     return dataclasses.replace(study, arms=kept, effects=effects, most_seeds=most_seeds)
+
+
+def _with_finished(study: StudyConfig, arguments: argparse.Namespace) -> StudyConfig:
+    """With those of its other arms that have a finished run in the folder: its report has them."""
+    whole = load_study(arguments.study, arguments.size)
+    whole = dataclasses.replace(whole, out=study.out, seeds=study.seeds, most_seeds=None)
+    return _only(whole, {*study.arms, *(run.arm for run in of_all_seeds(whole) if run.status() == "finished")})
 
 
 def _print_seeds(study: StudyConfig) -> None:

@@ -186,9 +186,10 @@ class Measurement:
         point: dict[str, Any] = {"step": step, "tokens": checkpoint["TokenData"]["tokens"], "modes": {}}
         for mode in self.modes:
             c = self.config
-            excerpts = Excerpts.of(self.natural, mode, strategy, c.sink_tokens, c.documents)
             figures = measure_sinks(decoder, self.natural, mode, strategy, c).metrics(mode)
             for measure in followed.values():
+                documents = getattr(self.arguments, measure.documents)
+                excerpts = Excerpts.of(self.natural, mode, strategy, c.sink_tokens, documents)
                 figures |= measure.metrics(self._measured(measure, decoder, excerpts), mode)
             point["modes"][mode] = figures
         return point

@@ -315,7 +315,8 @@ def difference(results: Sequence[Result], metric: str, one: tuple[str, str], oth
     """Of a figure of two (arm, mode), paired by seed; None where they cannot be compared.
 
     Arms must have stores of the same texts; their rows may differ, and some studies ask just that. Losses must be means
-    of the same targets: another tokenizer has others, a prefix LM counts fewer, a shorter context crops them.
+    of the same targets: another tokenizer has others, a prefix LM counts fewer, a shorter context crops them; all else
+    is measured over the same T queries, and a loss gap against the same mode.
     """
     of_both = [(r, mode) for arm, mode in (one, other) for r in results if r.arm == arm]
     targets = {r.final["modes"][mode]["tokens"] for r, mode in of_both if mode in r.final["modes"]}
@@ -324,18 +325,24 @@ def difference(results: Sequence[Result], metric: str, one: tuple[str, str], oth
         return None
     if len({r.documents for r, _ in of_both}) > 1 and (of_targets or len({r.texts for r, _ in of_both}) > 1):
         return None
+    if not of_targets and len({r.final["sink_tokens"] for r, _ in of_both}) > 1:
+        return None
+    if metric == "loss_gap" and len({reference_mode(r.final["modes"]) for r, _ in of_both}) > 1:
+        return None
     if metric == "onset_tokens" and not all(_reached(results, arm) for arm, _ in (one, other)):
         return None
     return paired(*(figures(results, arm, metric, mode) for arm, mode in (one, other)))
 
 
-def counts(effects: Sequence[Outcome]) -> Counter[str]:
+def counts(effects: Iterable[Outcome]) -> Counter[str]:
     """How many effects came to which verdict; that of one run is said elsewhere."""
     return Counter(item.finding for item in effects)
 
 
 def explanation(verdicts: Counter[str], most_seeds: int | None = None) -> str:
-    """What these verdicts mean, for a reader; `most_seeds`: the study's."""
+    """What these verdicts mean, for a reader, none being those of one run an arm; `most_seeds`: the study's."""
+    if not verdicts:
+        return "One run an arm: the side that each difference lies on, which is no verdict."
     made = verdicts.total() - verdicts["not measured"] - verdicts["not reached by all"]
     parts = [
         "A verdict is on the mean difference of arms whose stores hold the same texts, paired by seed. Reproduced: "

@@ -208,7 +208,7 @@ def short(number: float) -> str:
 def whole_ticks(*axes: Axis) -> None:
     """Ticks at whole numbers; −1 is what the first block reads."""
     for axis in axes:
-        axis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        axis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
         axis.set_major_formatter(FuncFormatter(lambda at, _: "in" if at == -1 else f"{at:g}"))
 
 

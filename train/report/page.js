@@ -15,9 +15,10 @@ every("table", table => every("th button", (button, column) => button.addEventLi
     const text = row.cells[column].textContent, number = parseFloat(text.replace("−", "-").replaceAll(",", ""));
     return Number.isNaN(number) ? text : number;
   };
-  const compare = (x, y) => typeof x === typeof y ? (x < y ? -1 : x > y ? 1 : 0) : typeof x === "number" ? -1 : 1;
+  const compare = (x, y) => x < y ? -1 : x > y ? 1 : 0;
+  const apart = (x, y) => (typeof y === "number") - (typeof x === "number");  // words after numbers, in both directions
   const rows = [...table.tBodies[0].rows].map(row => [key(row), row]);
-  rows.sort(([x], [y]) => down ? compare(y, x) : compare(x, y));
+  rows.sort(([x], [y]) => apart(x, y) || (down ? compare(y, x) : compare(x, y)));
   table.tBodies[0].append(...rows.map(([, row]) => row));
 }), table));
 

@@ -43,6 +43,8 @@ def write_report(
         print(notice[0].lower() + notice[1:-1])
     final = finished or results
     folder = study.out / "report"
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "table.parquet").exists():
+        raise FileExistsError(f"{folder}: expected an earlier report or nothing, got other files; choose another --out")
     effects = check(final, study.effects, study.published) if finished else []
     note = caption(final, study.published_source if study.published else "")
     main = dataclasses.replace(summary(final, study.published, study.title), note=note)
@@ -96,7 +98,8 @@ def page(
     sizes = {"arm": len(arms_of(results)), "seed": len({r.seed for r in results}), "run": len(results)}
     curves = [drawing for drawing in drawings if drawing.picture.name == "curves"]
     others = [drawing for drawing in drawings[1:] if drawing not in curves]
-    explained = html.paragraph(explanation(counts(effects), study.most_seeds))
+    verdicts = counts(item for item in effects if item.verdict == item.finding)
+    explained = html.paragraph(explanation(verdicts, study.most_seeds))
     parts = [
         html.paragraph(study.question, "question"),
         html.paragraph(" · ".join(counted(number, noun) for noun, number in sizes.items()), "facts"),

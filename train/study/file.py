@@ -60,6 +60,9 @@ class Effect:
     """What a reader has to know of it, such as that it was expected only after the runs; stands behind the name."""
 
     def __post_init__(self) -> None:
+        for key in ("name", "source", "note"):
+            if not isinstance(text := getattr(self, key), str):
+                raise ValueError(f"effect {self.name!r}: {key}: expected text, got {text!r}; put it in quotes")
         check_choice(f"effect {self.name!r}: metric", self.metric, METRICS)
         check_choice(f"effect {self.name!r}: expected", self.expected, get_args(Expected))
         for key, mode in (("mode", self.mode), ("against_mode", self.against_mode)):

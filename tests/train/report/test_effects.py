@@ -254,6 +254,18 @@ def test_losses_over_other_targets_are_not_compared():
     assert "*" in cells[2]
 
 
+def test_sinks_over_other_queries_and_gaps_against_another_mode_are_not_compared():
+    runs = study()
+    for run in runs[:3]:
+        run.final["sink_tokens"] = 8
+    assert check(runs, [effect(), effect(metric="loss", mode="text")], {})[0].difference is None
+    runs = study()
+    for run in runs[:3]:
+        run.final["modes"]["as_trained"] = run.final["modes"].pop("bos")
+    assert check(runs, [effect(metric="loss_gap", mode="text")], {})[0].difference is None
+    assert check(study(), [effect(metric="loss_gap", mode="text")], {})[0].difference is not None
+
+
 def test_a_reader_learns_how_many_comparisons_there_were_and_what_decided_the_seeds():
     outcomes = check(study(), [effect(), effect(expected="down"), effect(mode="as_trained")], {})
     plain, ruled = (sections(study(), outcomes, most)[0].note for most in (None, 8))

@@ -65,7 +65,7 @@ def test_some_arms_keep_the_effects_between_them(write, capsys):
     assert of("b", "a") == (["a", "b"], ["of two", "of one"], 9)
     assert of("b", "c") == (["b", "c"], ["of one"], None)
     assert main(["study", str(path), "--arms", "a", "d"]) == 1
-    assert "arm: expected one of a, b, c; got d" in capsys.readouterr().err
+    assert "--arms: expected some of a, b, c; got d" in capsys.readouterr().err
 
 
 def test_a_size_replaces_keys_of_the_file(write):

@@ -42,6 +42,32 @@ def test_a_study_runs_its_arms_and_reports_them(finished, _run_once):
     assert "fixed at position 0" in markdown and "90.84 / 2.69" in markdown and "one seed (0)" in markdown
 
 
+def test_a_study_of_some_arms_reports_the_others_that_are_finished(finished):
+    assert main(["study", str(finished), "--arms", "fixed"]) == 0
+    assert {row["arm"] for row in table(finished)} == {"fixed", "absent"}
+    assert main(["report", str(finished), "--arms", "absent"]) == 0
+    assert {row["arm"] for row in table(finished)} == {"absent"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--seed", "1"], ["--arm", "fixed", "--dry_run"], ["--arm", "fixed", "--seeds", "1"], ["--arm", "a", "--arms", "b"]],
+)
+def test_what_an_agent_says_is_not_mixed_with_what_a_user_does(study, capsys, options):
+    assert main(["study", str(study), *options]) == 1
+    assert "expected --arm" in capsys.readouterr().err
+    assert not (study.parent / "out").exists()
+
+
+def test_a_report_is_not_written_among_other_files(finished, tmp_path, capsys):
+    (tmp_path / "thesis" / "report").mkdir(parents=True)
+    (tmp_path / "thesis" / "report" / "photo.png").write_text("mine")
+    runs = str(finished.parent / "out" / "runs")
+    assert main(["report", runs, "--out", str(tmp_path / "thesis")]) == 1
+    assert "expected an earlier report or nothing, got other files" in capsys.readouterr().err
+    assert (tmp_path / "thesis" / "report" / "photo.png").read_text() == "mine"
+
+
 def test_a_finished_arm_is_not_run_again_and_an_interrupted_one_resumes(finished):
     out = finished.parent / "out" / "runs"
     before = (out / "fixed-seed0" / directory.METRICS).stat().st_mtime_ns

@@ -97,7 +97,7 @@ def test_the_metric_of_a_sweep_is_one_that_its_runs_measure(tiny_store, tmp_path
 def test_an_arm_that_the_study_does_not_have_is_named(tiny_store, tmp_path, capsys):
     study = write_study(tmp_path, tiny_store)
     assert main(["study", str(study), "--arm", "lr-1", "--seed", "3"]) == 1
-    assert "arm: expected one of lr-1e-2, lr-5e-3; got lr-1" in capsys.readouterr().err
+    assert "--arms: expected some of lr-1e-2, lr-5e-3; got lr-1" in capsys.readouterr().err
 
 
 def test_an_arm_that_fails_under_an_agent_is_recorded(tiny_store, tmp_path, capsys):
