@@ -145,10 +145,10 @@ def run(arguments: Any) -> int:
     flops = 6 * (count - lookup + shape.n_layers * T * shape.n_heads * shape.dim) * B * T
     peaks = {dtype: matmul_flops(dtype) for dtype in ("float32", "bfloat16")[: 1 + arguments.bfloat16]}
     print(f"{count:,} parameters, {B} rows of {T} tokens, {arguments.threads} threads, {arguments.repeats} steps each")
-    print(f"{'':24}{'ms/step':>9}{'tokens/s':>10}{'vs HF':>7}{'of matmul peak':>16}")
+    print(f"{'':30}{'ms/step':>9}{'tokens/s':>10}{'vs HF':>7}{'of matmul peak':>16}")
     for t in timings:
         share = flops / t.median / peaks["bfloat16" if "bfloat16" in t.name else "float32"]
-        print(f"{t.name:24}{t.median * 1e3:9.1f}{B * T / t.median:10,.0f}{base / t.median:7.2f}{100 * share:15.0f}%")
+        print(f"{t.name:30}{t.median * 1e3:9.1f}{B * T / t.median:10,.0f}{base / t.median:7.2f}{100 * share:15.0f}%")
     for dtype, peak in peaks.items():
         print(
             f"matrix products in {dtype} reach {peak / 1e9:.0f} GFLOP/s here: at least {flops / peak * 1e3:.1f} ms/step"
