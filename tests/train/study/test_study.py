@@ -51,7 +51,12 @@ def test_a_study_of_some_arms_reports_the_others_that_are_finished(finished):
 
 @pytest.mark.parametrize(
     "options",
-    [["--seed", "1"], ["--arm", "fixed", "--dry_run"], ["--arm", "fixed", "--seeds", "1"], ["--arm", "a", "--arms", "b"]],
+    [
+        ["--seed", "1"],
+        ["--arm", "fixed", "--dry_run"],
+        ["--arm", "fixed", "--seeds", "1"],
+        ["--arm", "a", "--arms", "b"],
+    ],
 )
 def test_what_an_agent_says_is_not_mixed_with_what_a_user_does(study, capsys, options):
     assert main(["study", str(study), *options]) == 1
