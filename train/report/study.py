@@ -43,7 +43,8 @@ def write_report(
         print(notice[0].lower() + notice[1:-1])
     final = finished or results
     folder = study.out / "report"
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "table.parquet").exists():
+    there = {path.name for path in folder.glob("[!.]*")}
+    if there and "table.csv" not in there:  # which is written first
         raise FileExistsError(f"{folder}: expected an earlier report or nothing, got other files; choose another --out")
     effects = check(final, study.effects, study.published) if finished else []
     note = caption(final, study.published_source if study.published else "")
