@@ -1,8 +1,10 @@
 """A run of ten steps: its config, how to kill it, and what it leaves."""
 
 import hashlib
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
 from sinkbed.data.files import sha256_file, write_json
@@ -78,7 +80,9 @@ class Killed(BaseException):
     """Stops training where a test wants it; for a real kill -9 see the test of that name."""
 
 
-def kill_at(monkeypatch, step):
+@contextmanager
+def killed_at(step):
+    """The run that is started inside stops after so many steps, saving nothing more."""
     original = SinkbedModule.training_step
 
     def training_step(self, *args):
@@ -86,8 +90,9 @@ def kill_at(monkeypatch, step):
             raise Killed
         return original(self, *args)
 
-    monkeypatch.setattr(SinkbedModule, "training_step", training_step)
-    return lambda: monkeypatch.setattr(SinkbedModule, "training_step", original)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(SinkbedModule, "training_step", training_step)
+        yield
 
 
 def seal(path):

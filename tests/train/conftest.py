@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sinkbed.train.cli.main import main
-from tests.support.runs import Killed, kill_at, seal, write_run_config
+from tests.support.runs import killed_at, seal, write_run_config
 from tests.support.studies import write_study
 
 
@@ -41,14 +41,12 @@ def sharded(tmp_path):
 
 
 @pytest.fixture
-def cut(fit, monkeypatch):
+def cut(fit):
     """A run killed at step 7, its newest checkpoint that of step 4."""
 
     def call(*extra):
-        revive = kill_at(monkeypatch, 7)
-        with pytest.raises(Killed):
+        with killed_at(7):
             fit(*extra)
-        revive()
         return fit.config.parent / "run"
 
     return call

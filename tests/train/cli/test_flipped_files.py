@@ -20,7 +20,7 @@ from sinkbed.data.prepare.chunks import Chunks
 from sinkbed.train.cli.main import main
 from sinkbed.train.run.checkpoint import load_checkpoint
 from sinkbed.train.run.wandb_files import read_wandb_file
-from tests.support.runs import Killed, content, equal, kill_at, points, training_state, write_run_config
+from tests.support.runs import Killed, content, equal, killed_at, points, training_state, write_run_config
 
 pytestmark = pytest.mark.slow
 
@@ -89,10 +89,8 @@ def made(tmp_path_factory):
     config = write_run_config(root.parent / "run.yaml", root / "store")
     fit = ["fit", "--config", str(config), "--data.strategy.packing", "best_fit"]
     assert main([*fit, "--run_dir", str(root / "finished")]) == 0
-    with pytest.MonkeyPatch.context() as patch:
-        kill_at(patch, 7)
-        with pytest.raises(Killed):
-            main([*fit, "--run_dir", str(root / "stopped")])
+    with killed_at(7):
+        main([*fit, "--run_dir", str(root / "stopped")])
     keys = yaml.safe_load(config.read_text())
     del keys["run_dir"]
     study = {"title": "T", "base": [keys], "arms": {"a": [], "b": [{"data": {"strategy": {"first_token": "none"}}}]}}

@@ -14,7 +14,7 @@ from sinkbed.train.cli.main import main
 from sinkbed.train.loop.module import SinkbedModule
 from sinkbed.train.run import directory
 from sinkbed.train.run.wandb_files import read_wandb_file
-from tests.support.runs import Killed, kill_at, points, refused, weights
+from tests.support.runs import Killed, killed_at, points, refused, weights
 
 
 def test_a_run_leaves_everything_its_reader_needs(fit):
@@ -73,12 +73,10 @@ def test_the_loss_of_a_step_is_the_mean_over_its_micro_batches(fit):
         pytest.param(("--data.workers", "1"), marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_run_resumes_to_the_same_weights_and_points(fit, monkeypatch, extra):
+def test_a_killed_run_resumes_to_the_same_weights_and_points(fit, extra):
     _, whole = fit(*extra, run_dir="whole")
-    revive = kill_at(monkeypatch, 7)
-    with pytest.raises(Killed):
+    with killed_at(7):
         fit(*extra, run_dir="cut")
-    revive()
     folder = whole.parent / "cut"
     assert points(folder)[-1]["step"] > 4, "points after the checkpoint exist and must be made again"
     identifier = directory.read_json(folder / directory.RUN)["wandb_id"]
@@ -98,12 +96,10 @@ def test_a_killed_run_resumes_to_the_same_weights_and_points(fit, monkeypatch, e
     assert [row["_step"] for row in tracked] == list(range(len(tracked))), "W&B's own step goes on"
 
 
-def test_what_wandb_lost_to_a_kill_is_sent_again(fit, monkeypatch):
+def test_what_wandb_lost_to_a_kill_is_sent_again(fit):
     _, whole = fit(run_dir="whole")
-    revive = kill_at(monkeypatch, 7)
-    with pytest.raises(Killed):
+    with killed_at(7):
         fit(run_dir="cut")
-    revive()
     folder = whole.parent / "cut"
     [segment] = folder.glob("wandb/offline-run-*/run-*.wandb")
     expected = len([p for p in points(folder) if p["step"] <= 4])
@@ -143,11 +139,9 @@ def test_a_refused_run_leaves_no_folder(fit, capsys):
     assert status == 1 and not folder.exists()
 
 
-def test_resuming_with_other_figures_is_refused(fit, capsys, monkeypatch):
-    revive = kill_at(monkeypatch, 7)
-    with pytest.raises(Killed):
+def test_resuming_with_other_figures_is_refused(fit, capsys):
+    with killed_at(7):
         fit()
-    revive()
     message = refused(capsys, fit("--ckpt_path", "last", "--measure.live_documents", "2")[0])
     assert "measure.live_documents: 3, got 2" in message
     status, folder = fit("--ckpt_path", "last", "--measure.live_points", "9")
@@ -217,11 +211,9 @@ def test_a_run_killed_before_wandb_has_everything_sends_the_rest_on_resume(fit, 
     assert directory.read_json(folder / directory.MEASUREMENT)["modes"] == before
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_anew(fit, monkeypatch):
-    revive = kill_at(monkeypatch, 0)
-    with pytest.raises(Killed):
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(fit):
+    with killed_at(0):
         fit()
-    revive()
     _, folder = fit()
     assert [p["step"] for p in points(folder) if "train/loss" in p] == list(range(1, 11))
 

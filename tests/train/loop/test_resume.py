@@ -11,20 +11,18 @@ from sinkbed.train.run import directory
 from sinkbed.train.run.checkpoint import load_checkpoint
 from sinkbed.train.run.directory import kept_steps
 from sinkbed.train.run.wandb_files import read_wandb_file
-from tests.support.runs import Killed, equal, kill_at, points, refused, training_state, weights
+from tests.support.runs import equal, killed_at, points, refused, training_state, weights
 
 
-def test_a_run_stopped_thrice_and_across_an_epoch_is_the_uninterrupted_run(fit, tiny_store, monkeypatch):
+def test_a_run_stopped_thrice_and_across_an_epoch_is_the_uninterrupted_run(fit, tiny_store):
     # Rows so long that ten steps of four rows are more than two epochs.
     long_rows = ("--data.context_length", "800", "--checkpoint_every", "2")
     _, whole = fit(*long_rows, run_dir="whole")
     rows = directory.read_json(whole / directory.AUDIT)["rows_per_epoch"]
     assert rows < 4 * 9 and TokenStore.open(tiny_store).tokens > 800
     for step in (3, 5, 8):
-        revive = kill_at(monkeypatch, step)
-        with pytest.raises(Killed):
+        with killed_at(step):
             fit(*long_rows, "--ckpt_path", "auto", run_dir="cut")
-        revive()
     assert fit(*long_rows, "--ckpt_path", "auto", run_dir="cut")[0] == 0
     cut = whole.parent / "cut"
     assert points(cut) == points(whole)
@@ -48,10 +46,8 @@ def test_a_run_resumed_with_other_micro_batches_sees_the_same_rows(fit, monkeypa
     _, whole = fit(*document, run_dir="whole")
     expected = [i for split, i in seen if split == "train"]
     seen.clear()
-    revive = kill_at(monkeypatch, 7)
-    with pytest.raises(Killed):
+    with killed_at(7):
         fit(*document, run_dir="cut")
-    revive()
     before = [i for split, i in seen if split == "train"]
     assert before[:28] == expected[:28]
     seen.clear()
@@ -93,43 +89,27 @@ def test_kept_checkpoints_are_log_spaced_with_the_newest_and_the_best(fit, monke
     assert (folder / "checkpoints" / "last.ckpt").resolve().name == "step-0000024.ckpt"
 
 
-def test_a_lost_link_does_not_lose_the_run(fit, monkeypatch):
-    revive = kill_at(monkeypatch, 7)
-    with pytest.raises(Killed):
-        fit()
-    revive()
-    folder = fit.config.parent / "run"
-    (folder / "checkpoints" / "last.ckpt").unlink()
+def test_a_lost_link_does_not_lose_the_run(fit, cut):
+    (cut() / "checkpoints" / "last.ckpt").unlink()
     assert fit()[0] == 1, "a run is there"
     assert fit("--ckpt_path", "last")[0] == 0
 
 
-def test_a_copy_that_followed_the_link_goes_on(fit, monkeypatch):
+def test_a_copy_that_followed_the_link_goes_on(fit, cut):
     """Regression: last.ckpt was replaced by a link to itself."""
-    revive = kill_at(monkeypatch, 7)
-    with pytest.raises(Killed):
-        fit()
-    revive()
-    saved = fit.config.parent / "run" / "checkpoints"
+    saved = cut() / "checkpoints"
     content = (saved / "last.ckpt").read_bytes()
     for path in saved.iterdir():
         path.unlink()
     (saved / "last.ckpt").write_bytes(content)
-    revive = kill_at(monkeypatch, 7)
-    with pytest.raises(Killed):
-        fit("--ckpt_path", "last")
-    revive()
+    cut("--ckpt_path", "last")
     assert (saved / "last.ckpt").is_symlink() and (saved / "last.ckpt").read_bytes() == content
     assert fit("--ckpt_path", "last")[0] == 0
 
 
-def test_what_a_user_puts_beside_the_checkpoints_stays(fit, monkeypatch):
+def test_what_a_user_puts_beside_the_checkpoints_stays(fit, cut):
     """Regression: a copied checkpoint ended the run at the next save, and hidden files were removed."""
-    revive = kill_at(monkeypatch, 7)
-    with pytest.raises(Killed):
-        fit()
-    revive()
-    saved = fit.config.parent / "run" / "checkpoints"
+    saved = cut() / "checkpoints"
     (saved / "step-0000003-keep.ckpt").write_text("")
     (saved / ".notes").mkdir()
     (saved / ".step-0000009.ckpt").write_text("half")
@@ -156,12 +136,10 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_metrics_are_restored_from_the_checkpoint(fit, monkeypatch, damage, recwarn):
+def test_damaged_metrics_are_restored_from_the_checkpoint(fit, damage, recwarn):
     _, whole = fit(run_dir="whole")
-    revive = kill_at(monkeypatch, 7)
-    with pytest.raises(Killed):
+    with killed_at(7):
         fit(run_dir="cut")
-    revive()
     path = whole.parent / "cut" / directory.METRICS
     before = path.read_bytes()
     path.unlink()
@@ -178,11 +156,9 @@ def test_damaged_metrics_are_restored_from_the_checkpoint(fit, monkeypatch, dama
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"{}", b'{"wandb_id": 1}', None])
-def test_a_damaged_run_json_is_restored_from_the_checkpoint(fit, monkeypatch, content):
-    revive = kill_at(monkeypatch, 7)
-    with pytest.raises(Killed):
+def test_a_damaged_run_json_is_restored_from_the_checkpoint(fit, content):
+    with killed_at(7):
         fit()
-    revive()
     path = fit.config.parent / "run" / directory.RUN
     before = directory.read_json(path)["wandb_id"]
     path.unlink()
@@ -195,36 +171,30 @@ def test_a_damaged_run_json_is_restored_from_the_checkpoint(fit, monkeypatch, co
     assert directory.read_json(path)["wandb_id"] == before
 
 
-def test_a_run_started_again_with_other_settings_before_its_first_checkpoint_is_another_to_wandb(fit, monkeypatch):
+def test_a_run_started_again_with_other_settings_before_its_first_checkpoint_is_another_to_wandb(fit):
     ids = []
     for extra in ((), (), ("--model.optimizer.lr", "2e-2")):
-        revive = kill_at(monkeypatch, 0)
-        with pytest.raises(Killed):
+        with killed_at(0):
             fit(*extra)
-        revive()
         ids.append(directory.read_json(fit.config.parent / "run" / directory.RUN)["wandb_id"])
     assert ids[0] == ids[1] != ids[2]
 
 
-def test_going_back_to_an_earlier_checkpoint_is_kept_to(fit, monkeypatch, capsys, recwarn):
+def test_going_back_to_an_earlier_checkpoint_is_kept_to(fit, capsys, recwarn):
     """Killed before its next save, the run goes on from where the user went back to, not from the later ones."""
     _, folder = fit()
-    revive = kill_at(monkeypatch, 3)
-    with pytest.raises(Killed):
+    with killed_at(3):
         fit("--ckpt_path", str(folder / "checkpoints" / "step-0000003.ckpt"))
-    revive()
     capsys.readouterr()
     assert fit("--ckpt_path", "auto")[0] == 0
     assert "at step 3 of 10" in capsys.readouterr().out
     assert not (folder / f"{directory.METRICS}.damaged").exists()
 
 
-def test_points_of_another_cadence_reach_wandb(fit, monkeypatch):
+def test_points_of_another_cadence_reach_wandb(fit):
     """W&B has points beyond the checkpoint; those made again are fewer, and the later ones are sent all the same."""
-    revive = kill_at(monkeypatch, 7)
-    with pytest.raises(Killed):
+    with killed_at(7):
         fit()
-    revive()
     other = ("--trainer.log_every_n_steps", "2", "--measure.live_points", "2", "--ckpt_path", "last")
     _, folder = fit(*other)
     segments = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
@@ -238,15 +208,13 @@ def test_points_of_another_cadence_reach_wandb(fit, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["documents", "vocabulary"])
-def test_resuming_on_another_token_store_is_refused(fit, tiny_store, tmp_path, capsys, monkeypatch, change):
+def test_resuming_on_another_token_store_is_refused(fit, tiny_store, tmp_path, capsys, change):
     from sinkbed.data.prepare.config import PrepareConfig, TokenizerConfig
     from sinkbed.data.prepare.prepare import prepare
     from sinkbed.data.source.config import Source
 
-    revive = kill_at(monkeypatch, 7)
-    with pytest.raises(Killed):
+    with killed_at(7):
         fit()
-    revive()
     lines = (tiny_store.parent / "docs.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "docs.jsonl").write_text("".join(lines if change == "vocabulary" else lines[:-1]))
     tokenizer = (
@@ -264,11 +232,9 @@ def test_resuming_on_another_token_store_is_refused(fit, tiny_store, tmp_path, c
     assert fit("--ckpt_path", "last")[0] == 0
 
 
-def test_another_precision_is_another_run(fit, capsys, monkeypatch):
-    revive = kill_at(monkeypatch, 7)
-    with pytest.raises(Killed):
+def test_another_precision_is_another_run(fit, capsys):
+    with killed_at(7):
         fit()
-    revive()
     message = refused(capsys, fit("--trainer.precision", "64-true", "--ckpt_path", "last")[0])
     assert "trainer.precision: the checkpoint has '32-true', this configuration '64-true'" in message
 
@@ -326,13 +292,11 @@ def available(name):
     return ("--model.optimizer.name", name, "--model.optimizer.lr", "1e-3")
 
 
-def interrupted(fit, monkeypatch, *options):
+def interrupted(fit, *options):
     """A run's folder, and that of one that was killed and resumed, with the same weights and points."""
     _, whole = fit(*options, run_dir="whole")
-    revive = kill_at(monkeypatch, 7)
-    with pytest.raises(Killed):
+    with killed_at(7):
         fit(*options, run_dir="cut")
-    revive()
     status, cut = fit(*options, "--ckpt_path", "last", run_dir="cut")
     assert status == 0 and points(cut) == points(whole)
     assert equal(training_state(cut, 10), training_state(whole, 10))
@@ -342,8 +306,8 @@ def interrupted(fit, monkeypatch, *options):
 
 
 @pytest.mark.parametrize("name", ["muon", "soap"])
-def test_a_run_under_any_optimizer_is_resumed_bit_for_bit(fit, monkeypatch, name):
-    whole = interrupted(fit, monkeypatch, *available(name))
+def test_a_run_under_any_optimizer_is_resumed_bit_for_bit(fit, name):
+    whole = interrupted(fit, *available(name))
     logged = [p for p in points(whole) if "train/loss" in p]
     rates = [p["train/lr"] for p in logged]
     assert len(rates) == 10 and logged[-1]["train/accumulated_decay"] == pytest.approx(0.1 * sum(rates))
@@ -351,7 +315,7 @@ def test_a_run_under_any_optimizer_is_resumed_bit_for_bit(fit, monkeypatch, name
 
 def test_a_run_in_bfloat16_is_resumed_bit_for_bit(fit, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    interrupted(fit, monkeypatch, "--trainer.precision", "bf16-mixed")
+    interrupted(fit, "--trainer.precision", "bf16-mixed")
 
 
 @pytest.mark.parametrize(("before", "after"), [("adamw", "muon"), ("soap", "soap")])
