@@ -32,6 +32,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     )
     arguments = parser.parse_args(list(argv))
     folders = [path for path in arguments.what if path.is_dir()]
+    for name in ("size", "seeds", "arms"):
+        if folders and getattr(arguments, name):
+            raise ValueError(f"--{name}: expected study files, of which it chooses, got the folder {folders[0]}")
     if not folders and len(arguments.what) > 1:
         return _digest(arguments)
     if not folders:
@@ -82,6 +85,8 @@ def _digest(arguments: argparse.Namespace) -> int:
     """One page of several studies, of the seeds that are finished where none are named."""
     if arguments.out is None:
         raise ValueError("report: expected --out, the folder for the page of several studies; got none")
+    if arguments.arms:
+        raise ValueError(f"--arms: expected one study file, got {len(arguments.what)}")
     studies = []
     for path in arguments.what:
         study = load_study(path, arguments.size)

@@ -155,8 +155,7 @@ def chosen(arguments: argparse.Namespace) -> StudyConfig:
     if "seeds" in changes:  # those, and no more
         changes["most_seeds"] = None
     study = dataclasses.replace(study, **changes)
-    only = getattr(arguments, "arms", None)
-    return study if only is None else _only(study, only)
+    return _only(study, arguments.arms) if arguments.arms else study
 
 
 def _only(study: StudyConfig, arms: Collection[str]) -> StudyConfig:

@@ -44,7 +44,7 @@ def write_report(
     final = finished or results
     folder = study.out / "report"
     there = {path.name for path in folder.glob("[!.]*")}
-    if there and "table.csv" not in there:  # which is written first
+    if there and not there & {"table.csv", "table.parquet"}:  # a report begins with its table
         raise FileExistsError(f"{folder}: expected an earlier report or nothing, got other files; choose another --out")
     effects = check(final, study.effects, study.published) if finished else []
     note = caption(final, study.published_source if study.published else "")

@@ -82,6 +82,9 @@ def test_runs_and_folders_of_runs_can_be_reported(finished, fit, capsys, tmp_pat
     assert main(["report", str(out), str(folder), "--out", str(tmp_path / "both")]) == 0
     with (tmp_path / "both" / "report" / "table.csv").open() as file:
         assert {row["arm"] for row in csv.DictReader(file)} == {"fixed", "absent", "alone"}
+    for option in (["--seeds", "0"], ["--size", "demo"], ["--arms", "a"]):
+        assert main(["report", str(out), *option]) == 1
+        assert f"{option[0]}: expected study files, of which it chooses" in capsys.readouterr().err
     assert main(["report", str(out), str(folder)]) == 1
     assert "expected --out" in capsys.readouterr().err
     copy = shutil.copytree(out, tmp_path / "copy")
@@ -144,6 +147,8 @@ def test_several_studies_make_one_page_of_the_seeds_that_are_finished(finished, 
         assert main(["report", *files, "--out", str(mine.parent)]) == 1
         assert "got another file" in capsys.readouterr().err
         assert mine.read_text() == "mine\n" and list(mine.parent.iterdir()) == [mine]
+    assert main(["report", *files, "--out", str(page), "--arms", "a"]) == 1
+    assert "--arms: expected one study file, got" in capsys.readouterr().err
     assert main(["report", str(other), str(other), "--out", str(page)]) == 1
     assert "got two that are called other" in capsys.readouterr().err
     assert main(["report", str(empty), str(empty), "--out", str(page)]) == 1
