@@ -85,12 +85,9 @@ def sealed(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(value: Any) -> Any:
-    """A value that was read, its checksum compared and taken out; what was written before there were any has none.
-
-    Raises ValueError where it is not what the checksum says.
-    """
+    """A record that was read, its checksum compared and taken out. Raises ValueError for one that it does not fit."""
     if not isinstance(value, dict) or _CHECKSUM not in value:
-        return value
+        raise ValueError(f"a record without its {_CHECKSUM}, as versions before 0.3 wrote them")
     fields = {name: each for name, each in value.items() if name != _CHECKSUM}
     if (actual := sha256_json(fields)) != value[_CHECKSUM]:
         raise ValueError(f"content of sha256 {actual} whose {_CHECKSUM} says {value[_CHECKSUM]}")

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from sinkbed.data.files import differing, load_json, sha256_file, write_atomic, write_json
 from sinkbed.data.prepare.encoding import Encoded
-from sinkbed.data.prepare.recipe import condensed
 from sinkbed.data.prepare.staging import StagingFolder, shard_name
 from sinkbed.data.source.selection import Batch
 from sinkbed.data.store.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, ShardInfo
@@ -175,7 +174,7 @@ def begun_recipe(folder: Path) -> dict[str, Any] | None:
         if (folder / name).is_file():
             try:
                 fields = load_json(folder / name)
-                return condensed(fields if name == RECIPE_NAME else fields["recipe"])
+                return fields if name == RECIPE_NAME else fields["recipe"]  # type: ignore[no-any-return]
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(
                     f"{folder / name}: expected what this unfinished token store is made from, got a damaged file "

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinkbed.data.files import differing
 from sinkbed.data.prepare.config import SHARD_BYTES, TRAIN_BYTES, VOCAB_SIZE, PrepareConfig
-from sinkbed.data.prepare.recipe import condensed, recipe_of
+from sinkbed.data.prepare.recipe import recipe_of
 from sinkbed.data.source.documents import Documents
 from sinkbed.data.source.selection import batches
 from sinkbed.data.store.manifest import MANIFEST_NAME, Manifest
@@ -156,7 +156,7 @@ def _up_to_date(out: Path, recipe: dict[str, Any]) -> Manifest:
     from sinkbed.data.store.token_store import TokenStore
 
     manifest = Manifest.read(out)
-    if changed := differing(condensed(manifest.recipe), recipe):
+    if changed := differing(manifest.recipe, recipe):
         raise ValueError(
             f"{out} holds a token store made from another config ({changed}); choose another --out, or replace it "
             "with `sinkbed prepare --force`"

@@ -59,21 +59,11 @@ def texts_digest(manifest: dict[str, Any]) -> str:
     """sha256 of what a manifest says of its texts, whatever made tokens of them: source, and how many documents and
     bytes each split has. Raises ValueError for one that does not say."""
     try:
-        recipe = condensed(manifest["recipe"])
+        recipe = manifest["recipe"]
         sizes = {name: (split["documents"], split["bytes"]) for name, split in manifest["splits"].items()}
         return sha256_json([recipe["source"], recipe["identity"], sizes])
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"expected a manifest of a token store, got {type(error).__name__}: {error}") from None
-
-
-def condensed(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe that lists the files of its source, as they did, in the form of one that digests them."""
-    identity = recipe.get("identity", {})
-    digested = [
-        {**part, "files": digest_of(part["files"])} if isinstance(part.get("files"), list) else part
-        for part in identity.get("sources", [identity])
-    ]
-    return {**recipe, "identity": {"sources": digested} if "sources" in identity else digested[0]}
 
 
 def source_identity(source: SingleSource) -> dict[str, Any]:

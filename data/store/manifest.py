@@ -72,9 +72,8 @@ class Manifest:
     eos_id: int
     special_ids: tuple[int, ...]
     """Every control token of the tokenizer, in ascending order; none of them stands in a stored document."""
-    control_tokens: tuple[dict[str, Any], ...] = ()
-    """What tokenizer.json leaves out, so that nobody who loads it makes control tokens from text: its list of them.
-    Empty in stores made before, whose tokenizer.json holds them."""
+    control_tokens: tuple[dict[str, Any], ...]
+    """What tokenizer.json leaves out, so that nobody who loads it makes control tokens from text: its list of them."""
     dtype: str
     """`uint16` or `uint32`."""
     left_out: dict[str, int]
@@ -132,7 +131,7 @@ class Manifest:
             raise ValueError(f"format {fields['format']}")
         fields = unsealed(fields)
         fields["special_ids"] = tuple(fields["special_ids"])
-        fields["control_tokens"] = tuple(fields.get("control_tokens", ()))
+        fields["control_tokens"] = tuple(fields["control_tokens"])
         splits = {}
         for name, split in fields["splits"].items():
             shards = tuple(ShardInfo(**shard) for shard in split["shards"])

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sinkbed.data.files import load_json, sealed, write_json
 from sinkbed.data.store import token_store as store_module
 from sinkbed.data.store.manifest import Manifest
 from sinkbed.data.store.token_store import TokenStore
@@ -213,10 +214,10 @@ def shard(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def edited(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    """Edit the manifest of the store at `path`."""
-    manifest = json.loads((path / "manifest.json").read_text())
+    """Edit the manifest of the store at `path`, its checksum too."""
+    manifest = load_json(path / "manifest.json")
     edit(manifest)
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    write_json(path / "manifest.json", manifest)
 
 
 def test_a_shard_with_other_counts_is_named(make_store: MakeStore) -> None:
@@ -226,7 +227,6 @@ def test_a_shard_with_other_counts_is_named(make_store: MakeStore) -> None:
         split = manifest["splits"]["train"]
         split["tokens"] += 1
         shard(manifest)["tokens"] += 1
-        del manifest["checksum"]
 
     edited(path, edit)
     with pytest.raises(ValueError, match="expected 7 documents and 13 tokens, got 7 and 12"):
@@ -234,12 +234,17 @@ def test_a_shard_with_other_counts_is_named(make_store: MakeStore) -> None:
 
 
 @pytest.mark.parametrize("file", ["/etc/passwd", "train/../../a"])
-def test_a_shard_outside_the_store_is_refused_also_without_a_checksum(make_store: MakeStore, file: str) -> None:
+def test_a_shard_outside_the_store_is_refused(make_store: MakeStore, file: str) -> None:
     path = make_store(DOCUMENTS).path
-    edited(path, lambda manifest: manifest.pop("checksum"))
-    assert TokenStore.open(path).documents == 7, "a store made before manifests had a checksum is read"
     edited(path, lambda manifest: shard(manifest).update(file=file))
     with pytest.raises(ValueError, match=f"manifest\\.json: .*got a shard outside the token store, '{file}'.*--force"):
+        TokenStore.open(path)
+
+
+def test_a_manifest_without_a_checksum_is_refused(make_store: MakeStore) -> None:
+    path = make_store(DOCUMENTS).path
+    write_json(path / "manifest.json", load_json(path / "manifest.json"), seal=False)
+    with pytest.raises(ValueError, match=r"got a record without its checksum, as versions before 0\.3 .*--force"):
         TokenStore.open(path)
 
 
@@ -301,7 +306,7 @@ def test_another_tokenizer_in_the_store_is_refused_but_its_layout_is_free(make_s
         ("{}", "format 2, got KeyError: 'format'"),
         ("[" * 10**5, "format 2, got RecursionError"),
         ('{"format": 99}', "format 2, got format 99"),
-        ('{"format": 2}', "format 2, got KeyError: 'special_ids'"),
+        (json.dumps(sealed({"format": 2})), "format 2, got KeyError: 'special_ids'"),
     ],
 )
 def test_a_manifest_that_is_damaged_or_of_another_format_is_refused(
