@@ -235,8 +235,8 @@ class RowSampler(Sampler[list[int]]):
         per_pass = self.micro_batch_size * world_size
         if per_pass < 1 or batch_size < 1 or batch_size % per_pass:
             raise ValueError(
-                f"batch_size: expected a positive multiple of micro_batch_size * world_size = {self.micro_batch_size} "
-                f"* {world_size} rows, got {batch_size}"
+                "data.batch_size: expected a positive multiple of micro_batch_size * world_size = "
+                f"{self.micro_batch_size} * {world_size} rows, got {batch_size}"
             )
         self.accumulate = batch_size // per_pass
         """Micro batches of a process in a step."""

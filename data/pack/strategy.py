@@ -79,80 +79,83 @@ class Strategy:
     def __post_init__(self) -> None:
         object.__setattr__(self, "packing", plain(self.packing))
         packing = PACKINGS.make(self.packing, self.fill)
-        check_choice("overflow", self.overflow, get_args(Overflow))
-        check_choice("fill", self.fill, get_args(Fill))
-        check_choice("mask", self.mask, get_args(MaskKind))
-        check_choice("positions", self.positions, get_args(Positions))
+        check_choice("data.strategy.overflow", self.overflow, get_args(Overflow))
+        check_choice("data.strategy.fill", self.fill, get_args(Fill))
+        check_choice("data.strategy.mask", self.mask, get_args(MaskKind))
+        check_choice("data.strategy.positions", self.positions, get_args(Positions))
         for name in ("document_start", "document_end"):
             _check_token(name, getattr(self, name), get_args(Marker))
         self._check_first_token()
         if packing.is_stream and self.overflow != "split":
             raise ValueError(
-                f"overflow: expected split with packing {self.packing!r}, which cuts wherever a row ends, got "
-                f"{self.overflow!r}"
+                f"data.strategy.overflow: expected split with packing {self.packing!r}, which cuts wherever a row "
+                f"ends, got {self.overflow!r}"
             )
         for name, value, other in (("mask", "intra_document", "causal"), ("positions", "document", "row")):
             if not packing.shares_rows and getattr(self, name) == value:
                 raise ValueError(
-                    f"{name}: expected {other} with packing {self.packing!r}, where a row holds one document and "
-                    f"padding that nothing before it sees, got {value!r}"
+                    f"data.strategy.{name}: expected {other} with packing {self.packing!r}, where a row holds one "
+                    f"document and padding that nothing before it sees, got {value!r}"
                 )
         if self.fill not in packing.fills:
             raise ValueError(
-                f"fill: expected {' or '.join(packing.fills)}, all that packing {self.packing!r} has, got {self.fill!r}"
+                f"data.strategy.fill: expected {' or '.join(packing.fills)}, all that packing {self.packing!r} has, "
+                f"got {self.fill!r}"
             )
         if self.window is not None:
-            check_number("window", self.window, least=1, integer=True)
-        check_number("shared_prefix", self.shared_prefix, least=0, integer=True)
-        check_number("prefix_lm", self.prefix_lm, least=0, integer=True)
+            check_number("data.strategy.window", self.window, least=1, integer=True)
+        check_number("data.strategy.shared_prefix", self.shared_prefix, least=0, integer=True)
+        check_number("data.strategy.prefix_lm", self.prefix_lm, least=0, integer=True)
         if self.shared_prefix and self.mask == "causal" and self.window is None:
             raise ValueError(
-                "shared_prefix: expected 0 with mask causal and no window, where every query sees those positions "
-                f"anyway, got {self.shared_prefix}; set mask: intra_document or a window"
+                "data.strategy.shared_prefix: expected 0 with mask causal and no window, where every query sees "
+                f"those positions anyway, got {self.shared_prefix}; set mask: intra_document or a window"
             )
         if self.prefix_lm == 1:
             raise ValueError(
-                "prefix_lm: expected 0 or at least 2, got 1, which changes nothing: a single position sees itself "
-                "under any mask"
+                "data.strategy.prefix_lm: expected 0 or at least 2, got 1, which changes nothing: a single position "
+                "sees itself under any mask"
             )
 
     def _check_first_token(self) -> None:
         if isinstance(self.first_token, list):
             if not self.first_token or self.first_token[-1] == "none":
                 raise ValueError(
-                    f"first_token: expected a list that ends in a token to place, or none, got {self.first_token}"
+                    "data.strategy.first_token: expected a list that ends in a token to place, or none, got "
+                    f"{self.first_token}"
                 )
             if len(self.first_token) == 1:
                 raise ValueError(
-                    f"first_token: expected the token itself where a list would hold one, got {self.first_token}"
+                    "data.strategy.first_token: expected the token itself where a list would hold one, got "
+                    f"{self.first_token}"
                 )
         for what in self.first_tokens:
             _check_token("first_token", what, get_args(FirstToken))
-        check_number("first_token_share", self.first_token_share, above=0, most=1)
+        check_number("data.strategy.first_token_share", self.first_token_share, above=0, most=1)
         if self.first_token_share < 1 and not self.placed:
             raise ValueError(
-                "first_token_share: expected 1 with first_token none, which has nothing to share, got "
+                "data.strategy.first_token_share: expected 1 with first_token none, which has nothing to share, got "
                 f"{self.first_token_share}; set a first_token"
             )
 
     def check_context(self, context_length: int) -> None:
         """Raise ValueError where an axis does not fit, or does nothing, in rows of `context_length` tokens."""
-        check_number("context_length", context_length, least=2, integer=True)
+        check_number("data.context_length", context_length, least=2, integer=True)
         if self.window is not None and self.window >= context_length:
             raise ValueError(
-                f"window: expected at most {context_length - 1} with context_length {context_length}, got "
-                f"{self.window}, which limits nothing; null for no window"
+                f"data.strategy.window: expected at most {context_length - 1} with context_length {context_length}, "
+                f"got {self.window}, which limits nothing; null for no window"
             )
         if len(self.first_tokens) >= context_length:
             raise ValueError(
-                f"first_token: expected at most {context_length - 1} positions with context_length {context_length}, "
-                f"so that text is left, got {len(self.first_tokens)}"
+                f"data.strategy.first_token: expected at most {context_length - 1} positions with context_length "
+                f"{context_length}, so that text is left, got {len(self.first_tokens)}"
             )
         for name in ("shared_prefix", "prefix_lm"):
             if getattr(self, name) >= context_length:
                 raise ValueError(
-                    f"{name}: expected at most {context_length - 1} with context_length {context_length}, so that part "
-                    f"of the row lies outside it, got {getattr(self, name)}"
+                    f"data.strategy.{name}: expected at most {context_length - 1} with context_length "
+                    f"{context_length}, so that part of the row lies outside it, got {getattr(self, name)}"
                 )
 
     def check_vocabulary(self, vocab_size: int, special_ids: tuple[int, ...], where: object) -> None:
@@ -165,14 +168,17 @@ class Strategy:
             for token in ids:
                 if isinstance(token, int) and token >= vocab_size:
                     raise ValueError(
-                        f"{name}: expected an id less than {vocab_size} (the vocabulary of {where}), got {token}"
+                        f"data.strategy.{name}: expected an id less than {vocab_size} (the vocabulary of {where}), "
+                        f"got {token}"
                     )
         if "random" in self.first_tokens and vocab_size <= len(special_ids):
-            raise ValueError("first_token: expected no random one with a vocabulary of special tokens only, got random")
+            raise ValueError(
+                "data.strategy.first_token: expected no random one with a vocabulary of special tokens only, got random"
+            )
 
 
 def _check_token(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if isinstance(value, str) and value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, or a token id, got {value!r}")
+        raise ValueError(f"data.strategy.{name}: expected one of {', '.join(choices)}, or a token id, got {value!r}")
     if not isinstance(value, str):
-        check_number(name, value, least=0, integer=True)
+        check_number(f"data.strategy.{name}", value, least=0, integer=True)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sinkbed.data.tokenizer import Tokenizer
 
 VOCAB_SIZE = 32_768
+SMALLEST_VOCAB = 258  # 256 bytes, <bos> and <eos>
 TRAIN_BYTES = 4_000_000
 SHARD_BYTES = 2**28
 
@@ -48,7 +49,7 @@ class TokenizerConfig:
                 )
         for name in ("vocab_size", "train_bytes", "train_documents"):
             if (value := getattr(self, name)) is not None:
-                check_number(f"tokenizer.{name}", value, least=1)
+                check_number(f"tokenizer.{name}", value, least=SMALLEST_VOCAB if name == "vocab_size" else 1)
 
 
 @dataclass(frozen=True, kw_only=True)

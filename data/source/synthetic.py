@@ -72,15 +72,15 @@ class Synthetic:
     """Another seed, other documents of the same task; the bigram is the same for every seed."""
 
     def __post_init__(self) -> None:
-        check_choice("synthetic.task", self.task, get_args(Task))
+        check_choice("source.synthetic.task", self.task, get_args(Task))
         for name, tasks in _USED_BY.items():
             if getattr(self, name) is not None and self.task not in tasks:
                 raise ValueError(
-                    f"synthetic.{name}: expected none with task {self.task}, which ignores it, got "
+                    f"source.synthetic.{name}: expected none with task {self.task}, which ignores it, got "
                     f"{getattr(self, name)!r}; it belongs to {' and '.join(tasks)}"
                 )
         if not isinstance(self.length, int) and len(self.length) != 2:
-            raise ValueError(f"synthetic.length: expected a number or two, least and most, got {self.length!r}")
+            raise ValueError(f"source.synthetic.length: expected a number or two, least and most, got {self.length!r}")
         least, most = self.lengths
         values = _LETTERS if self.task == "trigger_averaging" else len(SYMBOLS)
         for name, value, low, high in (
@@ -93,8 +93,8 @@ class Synthetic:
             ("phrase", self.phrase, 1, least),
         ):
             if value is not None:
-                check_number(f"synthetic.{name}", value, least=low, most=high, integer=True)
-        check_number("synthetic.trigger_probability", self.chance, above=0, below=1)
+                check_number(f"source.synthetic.{name}", value, least=low, most=high, integer=True)
+        check_number("source.synthetic.trigger_probability", self.chance, above=0, below=1)
 
     @property
     def lengths(self) -> tuple[int, int]:

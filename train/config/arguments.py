@@ -28,6 +28,11 @@ _NO_CLASS = r"Parser key \"([\w.]+)\":.*given class_path '(.*?)':\n\s*((?:No )?m
 # A group of keys that may be null: jsonargparse lists why it is neither the group nor null.
 _NEITHER = r"Union subtypes\n.*Errors:\n  - (.*?)\n  - Expected a <class 'NoneType'>"
 
+_IN_GROUP = (
+    r'Parser key "([\w.]+)":\s+Does not validate against any of the Union subtypes\n.*?'
+    r"Problem with given class_path '[\w.]+':\n\s*(.*?)\n\s*- Expected a <class 'NoneType'>"
+)
+
 _NO_KEYS = ("--config", "--print_config", "--help", "--trust_config")
 
 
@@ -148,6 +153,11 @@ def rewritten(message: str, keys: Collection[str]) -> str:
         return " ".join(match[1].split())
     if match := re.search(_NO_CLASS, message, re.DOTALL):
         return f"{match[1]}: expected a class that can be imported, got {match[2]}: {match[3]}"
+    if match := re.search(_IN_GROUP, message, re.DOTALL):
+        group, inside = match.groups()
+        if missing := re.search(r"arguments are required: (.*)", inside):
+            return f"{group}: expected a value for {missing[1]}; got none"
+        return rewritten(inside.replace('Parser key "', f'Parser key "{group}.'), keys)
     if match := re.search(_NO_TYPE, message, re.DOTALL):
         key, kinds, value = match.groups()
         if nested := re.fullmatch(r"NestedArg\(key='(\w+)', val='?(.*?)'?\)", value.strip()):

@@ -98,6 +98,11 @@ def test_the_version_is_shown(capsys):
         (["prepare", "--source.kind", "synthetic", "--source.synthetic.tsk", "x"], "tsk: expected a known key"),
         (["prepare", "--source.synthetic.length", "x"], "source.synthetic.length: expected int or tuple[int or int], "
          "got 'x'"),
+        (["prepare", "--source.kind", "synthetic", "--source.synthetic.length", "3", "--out", "s"], "source.synthetic: "
+         "expected a value for task, documents; got none"),
+        (["prepare", "--source.kind", "synthetic", "--source.synthetic", "{task: unform, documents: 3, length: 3}",
+          "--out", "s"], "source.synthetic.task: expected one of 'bigram_backcopy', 'trigger_averaging', 'uniform', "
+         "'repeated', got 'unform'; did you mean uniform?"),
         (["prepare"], "expected a value for source.kind, out; got none"),
     ],
 )  # fmt: skip

@@ -22,16 +22,16 @@ def test_more_threads_than_cores_are_answered_with_a_word(fit, capsys):
         torch.set_num_threads(before)
 
 
-def test_a_refusal_names_the_line_of_the_key(fit, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [("data: {context_length: 1}", "data.context_length"), ("data: {strategy: {window: 0}}", "data.strategy.window")],
+)
+def test_a_refusal_names_the_line_of_the_key(fit, tmp_path, capsys, line, key):
     overlay = tmp_path / "overlay.yaml"
-    overlay.write_text("threads: 1\ndata: {context_length: 1}\n")
-    assert "overlay.yaml, line 2: data.context_length: expected at least 2" in refused(
-        capsys, fit("--config", str(overlay))[0]
-    )
-    status, _ = fit("--config", str(overlay), "--data.context_length", "0")
-    assert refused(capsys, status).startswith("sinkbed fit: data.context_length: expected"), (
-        "of an option there is none"
-    )
+    overlay.write_text(f"threads: 1\n{line}\n")
+    assert f"overlay.yaml, line 2: {key}: expected" in refused(capsys, fit("--config", str(overlay))[0])
+    status, _ = fit("--config", str(overlay), f"--{key}", "-1")
+    assert refused(capsys, status).startswith(f"sinkbed fit: {key}: expected"), "of an option there is none"
 
 
 @pytest.mark.parametrize("option", ["limit_train_batches=3", "max_epochs=1", "logger=true", "fast_dev_run=true"])
