@@ -36,6 +36,7 @@ def run(command: str, argv: Sequence[str]) -> int:
 
     check_number("--tokens", arguments.tokens, least=1)
     check_number("--temperature", arguments.temperature, least=0)
+    check_number("--seed", arguments.seed, least=0, below=2**63)
     if arguments.top_k is not None:
         check_number("--top_k", arguments.top_k, least=1)
     [mode] = check_modes([arguments.mode])
@@ -78,7 +79,8 @@ def continuation(subject: Subject, ids: list[int], mode: InferenceMode, argument
                 token = int(logits.argmax())
             else:
                 values, tokens = logits.topk(min(arguments.top_k or len(logits), len(logits)))
-                token = int(tokens[(values / arguments.temperature).softmax(0).multinomial(1, generator=generator)])
+                weights = ((values - values[0]).double() / arguments.temperature).softmax(0)  # also near 0
+                token = int(tokens[weights.multinomial(1, generator=generator)])
             if token == subject.eos_id:
                 return
             ids.append(token)

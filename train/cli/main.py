@@ -43,14 +43,14 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The top-level parser; each command parses its own arguments."""
+    """What `sinkbed --help` shows; each command parses its own arguments."""
     parser = argparse.ArgumentParser(
         prog="sinkbed",
         description="Pretraining testbed for attention sinks.",
         epilog="sinkbed COMMAND --help shows the arguments of a command.",
     )
     parser.add_argument("--version", action="store_true", help="show the version and exit")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND")
     for name, (_, text) in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     return parser
@@ -72,8 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sinkbed: expected one of {', '.join(COMMANDS)}; got {meant}", file=sys.stderr)
         print("sinkbed --help says what each is for", file=sys.stderr)
         return 2
-    arguments, rest = build_parser().parse_known_args(argv[:1]), argv[1:]
-    command = arguments[0].command
+    command, *rest = argv
+    if command not in COMMANDS:
+        build_parser().print_help()
+        return 0
     module, _ = COMMANDS[command]
     if command != "fit":  # the one command that several processes belong to
         leave(os.environ)

@@ -95,6 +95,7 @@ def _digest(arguments: argparse.Namespace) -> int:
             print(f"not on the page: {path} (no run in {study.out})")
             continue
         _, results, missing = split_finished(runs)
+        missing += [f"{r.arm}, seed {r.seed} (not finished: {r.progress})" for r in results if r.progress]
         print("".join(f"not on the page: {what}\n" for what in missing), end="")
         if results := [r for r in results if not r.progress]:
             studies.append((study, results))

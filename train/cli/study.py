@@ -44,7 +44,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--ray", metavar="ADDRESS", help="run the arms on a Ray cluster: its address, auto, or local for this machine"
     )
-    parser.add_argument("--retries", type=int, default=3, help="with --ray: times an arm goes on when its node is lost")
+    parser.add_argument("--retries", type=int, help="with --ray: times an arm goes on when its node is lost (3)")
     parser.add_argument("--sweep", type=Path, metavar="PATH", help="write a W&B sweep of the same arms, run nothing")
     # What the agent of such a sweep calls: one arm, without a report.
     parser.add_argument("--arm", help=argparse.SUPPRESS)
@@ -105,7 +105,11 @@ def run(command: str, argv: Sequence[str]) -> int:
 
 
 def _check_together(arguments: argparse.Namespace) -> None:
-    """Refuse what an agent's --arm and --seed, one letter from --arms and --seeds, would leave without a word."""
+    """Refuse options that would do nothing; --arm and --seed of an agent are one letter from --arms and --seeds."""
+    if arguments.retries is not None and arguments.ray is None:
+        raise ValueError(f"--retries: expected --ray with it, got {arguments.retries} without")
+    if arguments.workers is not None and arguments.ray is not None:
+        raise ValueError(f"--workers: expected none with --ray, whose cluster decides it, got {arguments.workers}")
     if arguments.seed is not None and arguments.arm is None:
         raise ValueError("--seed: expected --arm with it, or --seeds; got --seed alone")
     for name in ("arms", "seeds", "dry_run", "sweep"):
@@ -127,7 +131,7 @@ def _run_arms(study: StudyConfig, arguments: argparse.Namespace) -> dict[str, st
         if arguments.ray is not None:
             from sinkbed.train.study.ray import RayRunner
 
-            runner = RayRunner(study, runs, arguments.ray, arguments.retries)
+            runner = RayRunner(study, runs, arguments.ray, 3 if arguments.retries is None else arguments.retries)
         else:
             from sinkbed.train.study.local import LocalRunner
 

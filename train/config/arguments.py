@@ -155,8 +155,8 @@ def rewritten(message: str, keys: Collection[str]) -> str:
         return f"{match[1]}: expected a class that can be imported, got {match[2]}: {match[3]}"
     if match := re.search(_IN_GROUP, message, re.DOTALL):
         group, inside = match.groups()
-        if missing := re.search(r"arguments are required: (.*)", inside):
-            return f"{group}: expected a value for {missing[1]}; got none"
+        if lacking := re.search(r"arguments are required: (.*)", inside):
+            return f"{group}: expected a value for {lacking[1]}; got none"
         return rewritten(inside.replace('Parser key "', f'Parser key "{group}.'), keys)
     if match := re.search(_NO_TYPE, message, re.DOTALL):
         key, kinds, value = match.groups()

@@ -24,7 +24,8 @@ from sinkbed.train.loop.callbacks.checkpoints import Checkpoints, remove_partial
 from sinkbed.train.loop.callbacks.run_files import ProgressBar, RunFiles, checkpoints_of, interrupted, moved_to, say
 from sinkbed.train.loop.callbacks.sinks import SinkMonitor
 from sinkbed.train.loop.callbacks.states import StateMonitor
-from sinkbed.train.loop.datamodule import StoreCheck, TokenData
+from sinkbed.train.loop.callbacks.store_check import StoreCheck
+from sinkbed.train.loop.datamodule import TokenData
 from sinkbed.train.loop.identity import check_identity, check_manifest, other_sums
 from sinkbed.train.loop.module import SinkbedModule
 from sinkbed.train.loop.settings import check_settings, use_threads

@@ -69,8 +69,8 @@ class MeasureConfig:
         last = max(placed_positions(mode, strategy), default=0)
         if last >= self.sink_tokens:
             raise ValueError(
-                f"strategy.first_token: expected tokens placed before measure.sink_tokens={self.sink_tokens}, so that "
-                f"every document of the probe reaches them, got one at position {last}"
+                f"data.strategy.first_token: expected tokens placed before measure.sink_tokens={self.sink_tokens}, so "
+                f"that every document of the probe reaches them, got one at position {last}"
             )
 
     def steps(self, max_steps: int, points: int | None = None) -> list[int]:

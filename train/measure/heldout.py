@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,11 @@ class Probe:
             frozenset(store.manifest.special_ids),
             delimiters_of(documents, tokenizer.decode),
         )
+
+    @cached_property
+    def ordinary_ids(self) -> list[int]:
+        """Every token id but special ones, in ascending order."""
+        return [token for token in range(len(self.token_bytes)) if token not in self.special_ids]
 
     def head(self, count: int) -> Probe:
         """The first `count` documents."""

@@ -26,12 +26,12 @@ def first_tokens(
     random token is a function of the document's number: it draws from no generator.
     """
     first_tokens = first_tokens_of(mode, strategy)
-    usable = [t for t in range(len(probe.token_bytes)) if t not in probe.special_ids]
+    ordinary = probe.ordinary_ids
 
     def token(what: str | int, position: int, row: int) -> int:
         if what == "random":
             # Knuth's multiplicative hash spreads neighbouring numbers over the vocabulary.
-            return usable[(row + 1 + position * 2**20) * 2_654_435_761 % 2**32 % len(usable)]
+            return ordinary[(row + 1 + position * 2**20) * 2_654_435_761 % 2**32 % len(ordinary)]
         return {"bos": probe.bos_id, "eos": probe.eos_id}[what] if isinstance(what, str) else what
 
     positions = placed_positions(mode, strategy)

@@ -122,12 +122,14 @@ def _last_measured(folder: Path, points: Sequence[dict[str, Any]], config: dict[
 
 
 def describe(strategy: dict[str, Any]) -> tuple[str, str]:
-    """Mask, with any packing but `concat`, and first token of a strategy in the words of the published table."""
+    """Mask, with positions by document and any packing but `concat`, and first token of a strategy in the words of the
+    published table."""
     mask = "causal" if strategy["mask"] == "causal" else "intra-document"
     if prefix := strategy["shared_prefix"]:
         mask += f", {'position 0' if prefix == 1 else f'positions below {prefix}'} visible to all"
     mask += f", window {strategy['window']}" if strategy["window"] else ""
     mask += f", prefix LM {strategy['prefix_lm']}" if strategy["prefix_lm"] else ""
+    mask += ", positions by document" if strategy.get("positions") == "document" else ""
     packing = strategy.get("packing", "concat")
     if packing != "concat":
         [(name, options)] = packing.items() if isinstance(packing, dict) else [(packing, {})]

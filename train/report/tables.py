@@ -270,7 +270,7 @@ def rows_of(results: Sequence[Result]) -> list[dict[str, Any]]:
         rows.append({
             "arm": r.arm, "seed": r.seed, "mode": mode,
             **{f"sink_rate_{eps}": round(mean(heads), 4) for eps, heads in measured["rate"].items()},
-            "sink_rate_row_0.3": round(mean(measured["rate_full"]["0.3"]), 4),
+            "sink_rate_full_0.3": round(mean(measured["rate_full"]["0.3"]), 4),
             **{name: None if value is None else round(value, 6) for name, value in values.items()},
             **{name: r.final[name] for name in ("onset_tokens", "tokens", "parameters")},
             "context_length": r.context_length,

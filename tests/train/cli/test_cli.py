@@ -224,7 +224,7 @@ def test_a_setting_that_a_synthetic_task_ignores_is_one_short_message(capsys, tm
     assert main(["prepare", *config, "--source.synthetic.triggers", "3"]) == 1
     shown = capsys.readouterr().err
     assert shown.startswith(
-        "sinkbed prepare: synthetic.triggers: expected none with task repeated, which ignores it, got 3"
+        "sinkbed prepare: source.synthetic.triggers: expected none with task repeated, which ignores it, got 3"
     )
     assert shown.count("\n") == 1 and not (tmp_path / "store").exists()
 

@@ -89,6 +89,10 @@ def test_a_seed_decides_what_is_drawn_and_a_long_text_moves_its_window(folder, c
         assert main(["generate", str(run), "--tokens", "60", "--seed", seed, "--top_k", "40"]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
+    for temperature in ("0", "1e-300"):
+        assert main(["generate", str(run), "--tokens", "9", "--temperature", temperature]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[-1] == texts[-2]
 
 
 def test_a_text_as_long_as_the_learned_positions_leaves_room_for_all_that_stands_before_it(tiny_store, tmp_path):
@@ -113,6 +117,7 @@ def test_a_run_whose_points_are_of_another_kind_hides_no_other(folder, tmp_path)
     [
         (["--mode", "text"], "--prompt: expected text for a model with no first token"),
         (["--tokens", "0"], "--tokens: expected at least 1, got 0"),
+        (["--seed", "-1"], "--seed: expected at least 0 and less than 9.22337e+18, got -1"),
         (["--temperature", "nan"], "--temperature: expected at least 0, got nan"),
     ],
 )

@@ -244,7 +244,7 @@ def test_following_the_message_about_a_damaged_checkpoint_loses_no_more_than_it_
 
 def test_damage_found_while_training_stops_the_run(fit, capsys, monkeypatch):
     """A store that takes longer to compare than a second is compared while training goes on."""
-    from sinkbed.train.loop.datamodule import StoreCheck
+    from sinkbed.train.loop.callbacks.store_check import StoreCheck
 
     monkeypatch.setattr(StoreCheck, "_compare", lambda self: None)
     original = StoreCheck.on_train_batch_end

@@ -137,6 +137,9 @@ def test_several_studies_make_one_page_of_the_seeds_that_are_finished(finished, 
     again = (page / "README.md").read_text()
     assert re.findall("^## (.*)", again, re.M) == ["other", "study"] and "| absent |" not in again.split("## study")[1]
     assert "| absent |" in again.split("## study")[0] and again.count("| [other](#other) |") == 1
+    (finished.parent / "out" / "runs" / "fixed-seed1" / directory.MEASUREMENT).unlink()
+    assert main(["report", *files, "--out", str(page), "--seeds", "0", "1"]) == 0
+    assert "not on the page: fixed, seed 1 (not finished: step 10 of 10)" in capsys.readouterr().out
     assert main(["report", *files]) == 1
     assert "expected --out" in capsys.readouterr().err
     # Nothing that somebody else wrote is replaced.

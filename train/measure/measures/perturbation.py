@@ -86,10 +86,9 @@ def measure_perturbation(
 
 def _other_tokens(excerpts: Excerpts, tokens: Tensor) -> Tensor:
     """Ordinary tokens in place of others, each a function of the document's number; [N] -> [N]."""
-    probe = excerpts.probe
-    usable = [t for t in range(len(probe.token_bytes)) if t not in probe.special_ids]
-    where = {token: index for index, token in enumerate(usable)}
+    ordinary = excerpts.probe.ordinary_ids
+    where = {token: index for index, token in enumerate(ordinary)}
     # Knuth's multiplicative hash spreads neighbouring numbers; a step of 1 to V−1 never ends at the same token.
-    steps = [(row + 1) * 2_654_435_761 % 2**32 % (len(usable) - 1) + 1 for row in excerpts.rows]
+    steps = [(row + 1) * 2_654_435_761 % 2**32 % (len(ordinary) - 1) + 1 for row in excerpts.rows]
     old = [where[int(token)] for token in tokens]
-    return torch.tensor([usable[(at + step) % len(usable)] for at, step in zip(old, steps, strict=True)])
+    return torch.tensor([ordinary[(at + step) % len(ordinary)] for at, step in zip(old, steps, strict=True)])

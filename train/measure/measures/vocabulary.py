@@ -42,9 +42,9 @@ class Vocabulary:
 def measure_vocabulary(model: Any, excerpts: Excerpts, batch_tokens: int, *, vocabulary: int = 512) -> Vocabulary:
     """Measure a model with `vocabulary` tokens at position 0, at most all there are; see `Vocabulary`."""
     device = input_device(model)
-    usable = torch.tensor([t for t in range(len(excerpts.probe.token_bytes)) if t not in excerpts.probe.special_ids])
-    count = min(vocabulary, len(usable))
-    tried = usable[torch.arange(count) * len(usable) // count]
+    ordinary = torch.tensor(excerpts.probe.ordinary_ids)
+    count = min(vocabulary, len(ordinary))
+    tried = ordinary[torch.arange(count) * len(ordinary) // count]
     size = max(1, batch_tokens // (excerpts.text.shape[1] + 1))
     masses: list[list[torch.Tensor]] = []
 
