@@ -36,6 +36,13 @@ KERNELS = ("forward", "forward+statistics", "delta", "dq", "dkv", "dkv+groups", 
 """`dkv`: a key head for every query head; `dkv+groups`: one for two."""
 # The opcode and no modifier: HFMA2.MMA moves a constant.
 _MATRIX = re.compile(r"(?:@!?U?P\w+\s+)?((?:[HIDQO]|[HIQ]G|UTC[HIQO])MMA|v_mfma)(?![A-Z0-9])")
+_GUARD = r"(?:@!?U?P\w+\s+)?"
+_GROUP_PRODUCT = re.compile(_GUARD + r"HGMMA\.64x(\d+)x16\.\S+\s+R\d+, (gdesc|R)")
+_WARP_PRODUCT = re.compile(_GUARD + r"HMMA\.168(8|16)\.F32(?:\.BF16)?\s")
+_SHARED = re.compile(
+    _GUARD + r"(?:(?:LDSM|STSM)\.\S*?\.?(?P<matrices>[124])|(?:LDS|STS|LDGSTS)(?!M)\S*?(?:\.(?P<bits>64|128))?)\s"
+)
+_SPECIAL = re.compile(_GUARD + r"MUFU\b")
 _LOCAL = re.compile(r"(?:@!?U?P\w+\s+)?(?:(?P<store>STL|scratch_store)|LDL|scratch_load)(?P<width>\S*)")
 
 
@@ -52,6 +59,8 @@ class Chip:
     """Bytes of shared memory of a multiprocessor; 0 where `blocks` is not known."""
     warps_sm: int = 64
     """Warps of a multiprocessor at most."""
+    products: int = 0
+    """Operations of 16-bit matrix products that a multiprocessor does in a cycle; 0 where cycles are not counted."""
 
     def blocks(self, registers: int, warps: int, shared: int) -> int:
         """Blocks that a multiprocessor holds at a time, by its 65,536 registers, its shared memory and its warps
@@ -61,9 +70,9 @@ class Chip:
 
 
 CHIPS = {
-    "sm_80": Chip("cuda", 80, 166912, shared_sm=167936),
+    "sm_80": Chip("cuda", 80, 166912, shared_sm=167936, products=2048),
     "sm_89": Chip("cuda", 89, 101376, shared_sm=102400, warps_sm=48),
-    "sm_90": Chip("cuda", 90, 232448, shared_sm=233472),
+    "sm_90": Chip("cuda", 90, 232448, shared_sm=233472, products=4096),
     "sm_100": Chip("cuda", 100, 232448, shared_sm=233472),
     "gfx942": Chip("hip", "gfx942", 65536, warp_size=64),
 }
@@ -109,6 +118,12 @@ class Counts:
     """The same for a masked tile."""
     total: int
     """Instructions of the kernel's code."""
+    special_cycles: int
+    """Cycles for which a full tile keeps the units of exponentials of a multiprocessor busy; see `busy_cycles`."""
+    shared_cycles: int
+    """The same of its shared memory, read or written, also by matrix products and copies."""
+    matrix_cycles: int
+    """The same of its matrix units."""
 
 
 class _Target:
@@ -238,6 +253,7 @@ def _count(kernel: Any, options: dict[str, Any], chip: Chip) -> Counts:
         full_loop=full[1] - full[0] if full else 0,
         masked_loop=masked[1] - masked[0] if masked else 0,
         total=len(code),
+        **busy_cycles(code[slice(*full)] if full else [], metadata.num_warps, chip),
     )
 
 
@@ -285,6 +301,32 @@ def spilled_bytes(lines: list[str]) -> tuple[int, int]:
         words = re.search(r"dwordx(\d)", access["width"])
         total[bool(access["store"])] += int(bits[1]) // 8 if bits else 4 * int(words[1]) if words else 4
     return total[True], total[False]
+
+
+def busy_cycles(code: list[str], warps: int, chip: Chip) -> dict[str, int]:
+    """Cycles for which the instructions of a loop, of so many warps, keep units of a multiprocessor busy: no time.
+
+    A turn takes at least the largest of these, and of instructions / 4 for the four schedulers; about the sum of
+    `matrix_cycles` and the largest other where products and the rest do not overlap. By the throughputs in NVIDIA's
+    CUDA C++ Programming Guide: 16 special functions and 128 bytes of shared memory a cycle. Bank conflicts are not
+    seen. 0 for chips whose rates are not known, and for products of float32.
+    """
+    special, size, products = 0, 0, 0
+    for line in code if chip.products else ():
+        if match := _GROUP_PRODUCT.match(line):  # of four warps
+            columns, both_shared = int(match[1]), match[2] == "gdesc"
+            products += 2 * 64 * columns * 16 // 4
+            size += 2 * 16 * (columns + 64 * both_shared) // 4
+        elif match := _WARP_PRODUCT.match(line):
+            products += 2 * 16 * 8 * int(match[1])
+        elif match := _SHARED.match(line):
+            size += 128 * int(match["matrices"]) if match["matrices"] else 32 * int(match["bits"] or 32) // 8
+        special += bool(_SPECIAL.match(line))
+    work = {"special_cycles": special * 32 / 16, "shared_cycles": size / 128, "matrix_cycles": 0.0}
+    if not products:
+        return dict.fromkeys(work, 0)
+    work["matrix_cycles"] = products / chip.products
+    return {unit: round(warps * each) for unit, each in work.items()}
 
 
 _PRODUCT = re.compile(r"HGMMA\S*\s+R\d+, R(\d+), gdesc")

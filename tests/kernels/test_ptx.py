@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sinkbed.kernels import attention, available, interval_mask
-from sinkbed.kernels.triton.tiles import HEAD_DIMS
+from sinkbed.kernels.triton.tiles import HEAD_DIMS, tiles
 from tests.kernels.test_gpu import assert_near, drawn
 from tests.support.masks import MASKS, boundaries
 from tests.support.ptx import Fault
@@ -96,6 +96,19 @@ def test_everything_with_everything(compiler, request):
             check_mask(compiler, arch, dtype, D, name, groups, sink, lanes=32)
         for name in SCORINGS:
             check_scoring(compiler, arch, dtype, D, name, lanes=32)
+
+
+@pytest.mark.slow
+def test_statistics_in_tiles_of_other_warps_change_no_bit_of_the_output(compiler):
+    """D 128 on sm_80: a plain forward pass has four warps, one with statistics eight."""
+    plain, measured = (tiles("sm_80", kernel, 2, 128) for kernel in ("forward", "forward+statistics"))
+    assert plain.warps != measured.warps and plain[:2] == measured[:2]
+    inputs, mask = drawn(1, 2, 1, sum(LENGTHS["bf16"]), 128, torch.bfloat16, "cpu"), masked("document")
+    with running_on("sm_80", compiler):
+        without, beside = (
+            attention(*inputs, mask, statistics=statistics, implementation="triton") for statistics in (False, True)
+        )
+    assert torch.equal(without.output, beside.output) and torch.equal(without.lse, beside.lse)
 
 
 @pytest.mark.slow

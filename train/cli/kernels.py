@@ -117,14 +117,17 @@ def to_csv(lines: Sequence[dict[str, Any]]) -> str:
     return csv_of(lines, [n for n in names if n != "error"])
 
 
-def _derived(line: dict[str, Any]) -> tuple[str, str]:
-    """Instructions that warps issue for 1,000 pairs of a query and a key, and blocks on a multiprocessor."""
+def _derived(line: dict[str, Any]) -> tuple[str, str, str]:
+    """Instructions that warps issue for 1,000 pairs of a query and a key, cycles of a tile by unit, and blocks on a
+    multiprocessor."""
     from sinkbed.kernels.triton.aot import CHIPS
 
     queries, keys, warps = map(int, re.findall(r"\d+", line["tiles"].replace("x ", "x0 "))[:3])
     blocks = CHIPS[line["arch"]].blocks(line["registers"], warps, line["shared"])
     pairs = queries * keys
-    return f"{1000 * line['full_loop'] * warps / pairs:.0f}" if pairs else "", str(blocks or "")
+    busy = (line["full_loop"] * warps // 4, *(line[f"{unit}_cycles"] for unit in ("special", "shared", "matrix")))
+    cycles = "/".join(map(str, busy)) if busy[-1] else ""
+    return f"{1000 * line['full_loop'] * warps / pairs:.0f}" if pairs else "", cycles, str(blocks or "")
 
 
 def print_table(lines: Sequence[dict[str, Any]]) -> None:
@@ -132,12 +135,14 @@ def print_table(lines: Sequence[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(title="Compiled ahead of time: static counts, nothing was run", title_justify="left")
+    table.caption = "cycles: for a full tile, of issue/special functions/shared memory/matrix products"
+    table.caption_justify = "left"
     names = {
         "arch": "GPU", "kernel": "kernel", "mask": "mask", "dtype": "dtype", "head_dim": "D", "tiles": "tile",
         "registers": "reg.", "spilled": "spilled B", "in_loops": "in loops", "shared": "shared B",
         "full_loop": "full tile", "masked_loop": "masked",
     }  # fmt: skip
-    for name in (*names.values(), "a 1,000 pairs", "blocks", "products"):
+    for name in (*names.values(), "a 1,000 pairs", "cycles", "blocks", "products"):
         left = name in ("GPU", "kernel", "mask", "dtype", "tile")
         table.add_column(name, justify="left" if left else "right", no_wrap=left)
     before = None

@@ -5,7 +5,7 @@ result is read: tables, CSV files, figures and the points that are logged while 
 
 Hidden states are numbered from l = 0, what the first block reads, to L, what the last block writes (before the final
 norm). Every document is cropped to one length, so that no padding takes part; a figure is a mean over documents unless
-it says otherwise. Nothing of size T×T is kept, and of a layer only a few numbers a token.
+it says otherwise. Of a layer only a few numbers a token are kept; `paths` alone carries a matrix T×T on.
 """
 
 import dataclasses
