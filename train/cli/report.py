@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sinkbed.train.cli.study import chosen
 from sinkbed.train.config.arguments import PlainParser
-from sinkbed.train.report.runs import load_folder, of_all_seeds, split_finished
+from sinkbed.train.report.runs import check_alike, load_folder, of_all_seeds, split_finished
 from sinkbed.train.study.arms import ArmRun, plan
 from sinkbed.train.study.file import StudyConfig, load_study
 
@@ -58,16 +58,9 @@ def run(command: str, argv: Sequence[str]) -> int:
             for folder in folders
             for path, arm, seed in load_folder(folder)
         ]
+        check_alike(runs)
         out = arguments.out or folders[0]
         study = StudyConfig(title=f"Runs of {', '.join(map(str, folders))}", out=out, base=[out], arms={"any": [out]})
-    seen: dict[tuple[str, int], Path] = {}
-    for each in runs:
-        if (each.arm, each.seed) in seen:
-            raise ValueError(
-                f"report: expected one run of each arm and seed, got arm {each.arm}, seed {each.seed} in both "
-                f"{seen[each.arm, each.seed]} and {each.folder}; report the studies one by one"
-            )
-        seen[each.arm, each.seed] = each.folder
     _, results, missing = split_finished(runs)
     if not results:
         others = f" ({'; '.join(missing[:3])})" if missing else ""

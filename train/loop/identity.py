@@ -49,6 +49,16 @@ def _may_be_longer(theirs: dict[str, Any], ours: dict[str, Any], step: int) -> b
     return all(learning_rate_factor(config, s, before) == learning_rate_factor(config, s, after) for s in range(step))
 
 
+def _why_no_longer(config: OptimizerConfig, before: int, ours: dict[str, Any]) -> str:
+    """What keeps a run of `before` steps from having been one of another length, for a message."""
+    if config.schedule != "constant" or before > ours["max_steps"]:
+        return "; a run can be made longer where optimizer.schedule is constant, before its cooldown"
+    (warmup, cooldown), (longer, _) = config.phases(before), config.phases(ours["max_steps"])
+    if warmup != longer:
+        return f"; its warm-up, optimizer.warmup_fraction, was {warmup} steps and would have been {longer}"
+    return f"; its cooldown began at step {before - cooldown}: go on from a checkpoint of no later step"
+
+
 def other_sums(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """What a checkpoint's run and this one do not share that only the last bits depend on; empty where nothing."""
     names = {"processes": "processes", "micro_batches": "micro-batches a step"}
@@ -96,7 +106,7 @@ def check_identity(checkpoint: dict[str, Any], ours: dict[str, Any], fork: bool 
         )
     if pairs:
         only_length = len(pairs) == 1 and theirs.get("max_steps") != ours["max_steps"]
-        why = "; a run can be made longer where optimizer.schedule is constant, before its cooldown" * only_length
+        why = _why_no_longer(OptimizerConfig(**ours["optimizer"]), theirs["max_steps"], ours) if only_length else ""
         same_weights = all(theirs.get(key) == ours[key] for key in _FORK)
         new = "and --fork CHECKPOINT instead of" if same_weights else "without"
         raise ValueError(

@@ -250,8 +250,8 @@ class SinkbedCLI(LightningCLI):
             directory.check_finished(run_dir)
             raise AlreadyFinished(
                 f"{run_dir}: already finished, at step {step}; nothing was changed. `sinkbed validate {run_dir}` "
-                "measures it again; a larger --trainer.max_steps trains on where optimizer.schedule is constant, and "
-                "a run_dir of its own with --fork always"
+                "measures it again; a larger --trainer.max_steps trains on where optimizer.schedule is constant, "
+                "from a checkpoint before its cooldown, and a run_dir of its own with --fork always"
             )
         metrics = run_dir / directory.METRICS
         points = metrics.read_bytes().count(b"\n") if metrics.exists() else 0

@@ -232,7 +232,7 @@ class Outcome:
 
     @property
     def finding(self) -> str:
-        """The verdict, without that it is of one run, which a report says once."""
+        """The verdict, without that it is of one run."""
         return self.verdict.removeprefix("one run: ")
 
     @property
@@ -259,7 +259,7 @@ class Outcome:
             published = f"{fixed(a, 2)} against {fixed(b, 2)} ({fixed(a - b, 2, sign=True)})"
         return {
             "effect": self.name,
-            "verdict": self.finding,
+            "verdict": self.verdict,
             "of": self.subtraction,
             "figure": LABELS[effect.metric],
             "difference": written(effect.metric, self.difference, sign=True),
@@ -335,20 +335,24 @@ def difference(results: Sequence[Result], metric: str, one: tuple[str, str], oth
 
 
 def counts(effects: Iterable[Outcome]) -> Counter[str]:
-    """How many effects came to which verdict; that of one run is said elsewhere."""
-    return Counter(item.finding for item in effects)
+    """How many effects came to which verdict; "one run: as expected" is no verdict."""
+    return Counter(item.verdict for item in effects)
 
 
 def explanation(verdicts: Counter[str], most_seeds: int | None = None) -> str:
-    """What these verdicts mean, for a reader, none being those of one run an arm; `most_seeds`: the study's."""
+    """What these verdicts mean, for a reader; `most_seeds`: the study's."""
+    single = [name for name in verdicts if name.startswith("one run: ")]
+    alone = "One run an arm: the side that each difference lies on, which is no verdict."
+    verdicts = Counter({name: count for name, count in verdicts.items() if name not in single})
     if not verdicts:
-        return "One run an arm: the side that each difference lies on, which is no verdict."
+        return alone
     made = verdicts.total() - verdicts["not measured"] - verdicts["not reached by all"]
     parts = [
         "A verdict is on the mean difference of arms whose stores hold the same texts, paired by seed. Reproduced: "
         "its 95 % interval lies on the expected side of 0 (for the same: inside the tolerance). Not reproduced: it "
         "lies on another side. Within noise: it reaches both. As expected: reproduced, of what has no source."
     ]
+    parts += [alone] if single else []
     if verdicts["one run"]:
         parts.append("One run: the arms have one seed in common, which has no interval.")
     if verdicts["not reached by all"]:

@@ -77,7 +77,7 @@ def table(content: Table) -> str:
 
 
 def _is_text(cell: str) -> bool:
-    return len(cell) > _MOST_DIGITS or (cell[:1].isalpha() and cell not in ("nan", "never", "input"))
+    return len(cell) > _MOST_DIGITS or (cell[:1].isalpha() and cell not in ("nan", "not seen", "input"))
 
 
 def picture(drawing: Drawing, under: Callable[..., str] = section) -> str:
@@ -110,7 +110,7 @@ def effects(outcomes: Sequence[Outcome]) -> str:
         published = f"published {cells['published']}" if cells["published"] else ""
         details = (f"{item.subtraction}: {item.measured}, expected {cells['expected']}", published, cells["source"])
         items.append(
-            f'<li class="{kind}"><b title="{item.finding}" aria-hidden="true">{sign}</b><div>{html.escape(item.name)}: '
-            f"{item.finding}<small>{html.escape('; '.join(filter(None, details)))}</small></div></li>"
+            f'<li class="{kind}"><b title="{item.verdict}" aria-hidden="true">{sign}</b><div>{html.escape(item.name)}: '
+            f"{item.verdict}<small>{html.escape('; '.join(filter(None, details)))}</small></div></li>"
         )
     return f'<ul class="effects">{"".join(items)}</ul>'

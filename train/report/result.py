@@ -100,7 +100,10 @@ def _last_measured(folder: Path, points: Sequence[dict[str, Any]], config: dict[
         raise FileNotFoundError(f"{folder / directory.METRICS}: expected a run with a measurement, got none yet")
     measured = config["measure"]
     onset = f"sink/rate_eps0.3/{measured['live_modes'][0]}"
-    reached = (p["train/tokens"] for p in points if p["step"] and p.get(onset, -1) >= measured["onset_rate"])
+    reached = [p for p in points if p.get(onset, -1) >= measured["onset_rate"] and p["step"]]
+    first = next((p for p in points if onset in p), None)
+    seen = reached and reached[0] is not first  # else it was before, in a fork's parent
+    onset_tokens = reached[0]["train/tokens"] if seen else None
     modes = {}
     for mode in measured["live_modes"]:
         value = {key.removesuffix(f"/{mode}"): value for key, value in last.items() if key.endswith(f"/{mode}")}
@@ -116,7 +119,7 @@ def _last_measured(folder: Path, points: Sequence[dict[str, Any]], config: dict[
             "documents": measured["live_documents"], "tokens": None,
         }  # fmt: skip
     return {
-        "modes": modes, "step": last["step"], "tokens": last["train/tokens"], "onset_tokens": next(reached, None),
+        "modes": modes, "step": last["step"], "tokens": last["train/tokens"], "onset_tokens": onset_tokens,
         "parameters": None, "sink_tokens": measured["sink_tokens"],
     }  # fmt: skip
 

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from sinkbed.data.files import differing
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.report.result import Result, load_result
 from sinkbed.train.run import directory
@@ -28,11 +30,52 @@ def load_folder(folder: Path) -> list[tuple[Path, str, int]]:
         if (path / directory.METRICS).is_file() and (path / directory.CONFIG).is_file():
             arm, seed = path.name, 0
             with contextlib.suppress(ValueError, LookupError, TypeError):  # what is damaged is said when it is read
-                seed = read_mapping(path / directory.CONFIG)["data"]["seed"]
+                config = read_mapping(path / directory.CONFIG)
+                seed = (
+                    config["data"]["seed"] if isinstance(config["seed_everything"], bool) else config["seed_everything"]
+                )
                 record = directory.read_json(path / "arm.json") if (path / "arm.json").is_file() else {}
                 arm, seed = record.get("arm", arm), record.get("seed", seed)
             runs.append((path, arm, seed))
     return runs
+
+
+def check_alike(runs: Sequence[ArmRun]) -> None:
+    """Raise ValueError where runs of one arm differ in more than their seed, or two of them in nothing."""
+    first: dict[str, tuple[Path, dict[str, Any]]] = {}
+    seeds: dict[tuple[str, int], Path] = {}
+    for run in runs:
+        other = seeds.setdefault((run.arm, run.seed), run.folder)
+        if other != run.folder:
+            raise ValueError(
+                f"report: expected one run of each arm and seed, got arm {run.arm}, seed {run.seed} in both {other} "
+                f"and {run.folder}; report the studies one by one"
+            )
+        with contextlib.suppress(
+            OSError, ValueError, LookupError, TypeError
+        ):  # what is damaged is said when it is read
+            settings = _settings(run.folder)
+            path, others = first.setdefault(run.arm, (run.folder, settings))
+            if changed := differing(settings, others):
+                break
+    else:
+        return
+    raise ValueError(
+        f"report: expected runs of arm {run.arm} to differ in their seed alone, got {changed} ({run.folder} against "
+        f"{path}); report them one by one, or under folders of other names"
+    )
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Of a run, those that make its figures others than those of another seed."""
+    config = read_mapping(folder / directory.CONFIG)
+    data = {key: value for key, value in config["data"].items() if key not in ("seed", "store", *_NO_FIGURE)}
+    model = {key: value for key, value in config["model"].items() if key not in _NO_FIGURE}
+    return {"model": model, "data": data, "max_steps": config["trainer"]["max_steps"]}
+
+
+_NO_FIGURE = ("workers", "micro_batch_size", "compile", "activation_checkpointing")
+"""Settings of data and model that a figure depends on in its last digits at most."""
 
 
 def split_finished(runs: Sequence[ArmRun]) -> tuple[list[ArmRun], list[Result], list[str]]:

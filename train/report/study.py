@@ -39,6 +39,7 @@ def write_report(
     where = "in the curves alone" if finished else "as of its last measurement"
     notices = [f"Not in the report: {what}." for what in missing]
     notices += [f"Not finished: {r.arm}, seed {r.seed} ({r.progress}), {where}." for r in results if r.progress]
+    notices += apart(results)
     for notice in notices:
         print(notice[0].lower() + notice[1:-1])
     final = finished or results
@@ -84,6 +85,20 @@ def write_report(
     print(f"report: {folder / 'index.html'} (beside it: table.csv, table.md, *.parquet; figures as *.svg, *.pdf)")
 
 
+def apart(results: Sequence[Result]) -> list[str]:
+    """What keeps figures of these runs from being compared: lengths or texts that differ between arms."""
+    lengths: dict[int, list[str]] = {}
+    for result in results:
+        lengths.setdefault(result.final["sink_tokens"], []).append(result.arm)
+    notices = []
+    if len(lengths) > 1:
+        each = "; ".join(f"{length} in {', '.join(dict.fromkeys(arms))}" for length, arms in sorted(lengths.items()))
+        notices.append(f"Sinks are over the first T queries, which differ, so they do not compare: {each}.")
+    if len({result.texts for result in results}) > 1:
+        notices.append("Arms were trained and measured on different texts, so their losses and sinks do not compare.")
+    return notices
+
+
 def page(
     study: StudyConfig,
     results: Sequence[Result],
@@ -99,8 +114,7 @@ def page(
     sizes = {"arm": len(arms_of(results)), "seed": len({r.seed for r in results}), "run": len(results)}
     curves = [drawing for drawing in drawings if drawing.picture.name == "curves"]
     others = [drawing for drawing in drawings[1:] if drawing not in curves]
-    verdicts = counts(item for item in effects if item.verdict == item.finding)
-    explained = html.paragraph(explanation(verdicts, study.most_seeds))
+    explained = html.paragraph(explanation(counts(effects), study.most_seeds))
     parts = [
         html.paragraph(study.question, "question"),
         html.paragraph(" · ".join(counted(number, noun) for noun, number in sizes.items()), "facts"),

@@ -200,7 +200,8 @@ def _arms(results: Sequence[Result]) -> Table:
     for arm in arms_of(results):
         of_arm = [r for r in results if r.arm == arm]
         onsets = [tokens / 1000 for tokens in figures(of_arm, arm, "onset_tokens", "").values()]
-        onset = {"onset, thousand tokens": spread(onsets, 0) or "never", "reached": f"{len(onsets)} of {len(of_arm)}"}
+        share = f"{len(onsets)} of {len(of_arm)}"
+        onset = {"onset, thousand tokens": spread(onsets, 0) or "not seen", "reached": share}
         keys = dict.fromkeys(key for r in of_arm for point in r.points for key in point if key.startswith(rate))
         for mode in [key.removeprefix(rate) for key in keys] or modes_of(of_arm)[:1]:
             curve = {LABELS[metric]: written(metric, figures(of_arm, arm, metric, mode).values()) for metric in LIVE}
@@ -248,9 +249,9 @@ def _pairs(results: Sequence[Result]) -> list[Table]:
 
 def verdicts(effects: Sequence[Outcome]) -> list[str]:
     """The effects for a terminal, a line each."""
-    width = max((len(item.finding) for item in effects), default=0)
+    width = max((len(item.verdict) for item in effects), default=0)
     return [
-        f"{SIGNS[item.finding][0]} {item.finding:{width}}  {item.effect.name}: {item.measured} "
+        f"{SIGNS[item.finding][0]} {item.verdict:{width}}  {item.effect.name}: {item.measured} "
         f"(expected {item.columns()['expected']})"
         for item in effects
     ]

@@ -103,7 +103,9 @@ def test_a_finished_run_at_a_constant_rate_is_trained_on_in_place(fit, capsys):
     _, longer = fit(*CONSTANT, "--trainer.max_steps", "16", run_dir="longer")
     _, folder = fit(*CONSTANT)
     capsys.readouterr()
+    stay = {path.name for path in (folder / "checkpoints").glob("step-*")}
     status, _ = fit(*CONSTANT, "--trainer.max_steps", "16", "--ckpt_path", "last")
+    assert stay < {path.name for path in (folder / "checkpoints").glob("step-*")}
     assert status == 0 and "was to end at step 10" in capsys.readouterr().out
     assert all(
         torch.equal(a, b) for a, b in zip(weights(folder, 16).values(), weights(longer, 16).values(), strict=True)
@@ -117,7 +119,11 @@ def test_one_whose_steps_would_have_been_others_is_refused(fit, capsys):
     cooled = (*CONSTANT, "--model.optimizer.cooldown_steps", "4")
     _, folder = fit(*cooled)
     message = refused(capsys, fit(*cooled, "--trainer.max_steps", "16", "--ckpt_path", "last")[0])
-    assert "trainer.max_steps: the checkpoint has 10" in message and "schedule is constant, before its" in message
+    assert "the checkpoint has 10" in message and "its cooldown began at step 6: go on from a checkpoint" in message
     # From before its cooldown it may.
     early = str(folder / "checkpoints" / "step-0000003.ckpt")
     assert fit(*cooled, "--trainer.max_steps", "16", "--ckpt_path", early)[0] == 0
+    share = (*CONSTANT, "--model.optimizer.warmup_steps", "0", "--model.optimizer.warmup_fraction", "0.25")
+    fit(*share, run_dir="share")
+    message = refused(capsys, fit(*share, "--trainer.max_steps", "16", "--ckpt_path", "last", run_dir="share")[0])
+    assert "its warm-up, optimizer.warmup_fraction, was 2 steps and would have been 4" in message

@@ -174,13 +174,17 @@ def test_the_published_figures_stand_beside_ours_with_their_difference():
     assert [row[-1] for row in rows] == ["90.84 / 2.69", "65.10 / –"]
 
 
-def test_that_there_is_one_run_is_said_once():
+def test_that_there_is_one_run_is_said_beside_its_verdict():
     once = study(seeds=(4,))
     [outcome] = check(once, [effect()], {})
     assert (outcome.verdict, outcome.finding) == ("one run: as expected", "as expected")
-    assert outcome.columns()["difference"] == "+20.4" and outcome.columns()["verdict"] == "as expected"
+    assert outcome.columns()["difference"] == "+20.4" and outcome.columns()["verdict"] == "one run: as expected"
+    assert (
+        explanation(counts([outcome])) == "One run an arm: the side that each difference lies on, which is no verdict."
+    )
+    assert "Comparisons made: 1;" in explanation(counts([outcome, *check(study(), [effect()], {})]))
     tables = [summary(once, {}), *by_mode(once), *sections(once, [outcome])]
-    assert not any("±" in cell or "run" in cell for table in tables for row in table.rows for cell in row)
+    assert not any("±" in cell for table in tables for row in table.rows for cell in row)
     assert "no interval" in caption(once) and answer(once, []).count("One run an arm") == 1
     assert caption(once, "A paper").endswith(". Published: A paper."), "sentences end, also those of a study file"
     assert [table.title for table in sections(once, [outcome])] == ["Expected effects", "When the sink forms"]
@@ -222,7 +226,7 @@ def test_onsets_are_of_the_runs_that_reached_one():
     [arms] = [s for s in sections([*study(), *late], []) if s.title == "When the sink forms"]
     by_arm = {row[0]: row for row in arms.rows}
     assert by_arm["late"][-2:] == ("5", "1 of 3")
-    assert by_arm["none"][-2:] == ("never", "0 of 3")
+    assert by_arm["none"][-2:] == ("not seen", "0 of 3")
     assert by_arm["fixed"][-1] == "3 of 3"
 
 

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from sinkbed.data.files import write_json
 from sinkbed.train.cli.main import main
@@ -164,6 +165,25 @@ def test_the_report_can_be_made_again_from_what_is_finished(finished):
     (report / "table.csv").unlink()
     assert main(["report", str(finished)]) == 0
     assert (report / "table.csv").read_text() == before
+
+
+def test_folders_with_other_runs_under_the_name_of_an_arm_are_no_more_seeds_of_it(finished, tmp_path, capsys):
+    runs, more = finished.parent / "out" / "runs", tmp_path / "more"
+    shutil.copytree(runs / "fixed-seed0", more / "fixed")
+    (more / "fixed" / "arm.json").unlink()
+    config = yaml.safe_load((more / "fixed" / directory.CONFIG).read_text())
+
+    def report(changes):
+        (more / "fixed" / directory.CONFIG).write_text(yaml.safe_dump(config | changes))
+        status = main(["report", str(runs), str(more), "--out", str(tmp_path / "both")])
+        return status, capsys.readouterr()
+
+    status, said = report({})
+    assert status == 1 and "got arm fixed, seed 0 in both" in said.err
+    status, said = report({"seed_everything": 5, "trainer": config["trainer"] | {"max_steps": 9}})
+    assert status == 1 and "differ in their seed alone, got max_steps: expected 10, got 9" in said.err
+    status, said = report({"seed_everything": 5, "data": config["data"] | {"seed": 5, "workers": 1}})
+    assert status == 0 and not said.err
 
 
 @pytest.mark.slow

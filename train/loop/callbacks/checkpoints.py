@@ -47,6 +47,8 @@ class Checkpoints(Checkpoint):
         self.loss = loss
         self.best: tuple[int, float] | None = None
         """Step and validation loss of the best checkpoint."""
+        self.kept: list[int] = []
+        """Steps whose checkpoints stay; where a run was made longer, those of its former length too."""
         self.resumed = False
         """Whether this process goes on from a checkpoint of this run."""
         self.restored = ""
@@ -66,6 +68,7 @@ class Checkpoints(Checkpoint):
         """For the checkpoint: which one is the best, whose run it is, and every point so far."""
         return {
             "best": self.best,
+            "kept": self.kept,
             "run": self.run,
             "metrics": self.metrics.read_text() if self.metrics.exists() else "",
         }
@@ -73,12 +76,15 @@ class Checkpoints(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the checkpoint; the points go back through `directory.restore_metrics`."""
         self.best, self.restored, self.run = state_dict["best"], state_dict["metrics"], state_dict["run"]
+        self.kept = state_dict.get("kept", [])
         self.resumed = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The step that a run resumes from is saved already, and from now on it is its last one, though a later one of
         an earlier try may be there. From here on a stop is an orderly one."""
         self.reached = trainer.global_step
+        before = [step for step in self.kept if step <= self.reached]
+        self.kept = sorted({*before, *directory.kept_steps(self.points, trainer.max_steps)})
         resumed = Path(trainer.ckpt_path) if trainer.ckpt_path else None
         if resumed is not None and resumed.resolve().parent == self.folder.resolve():  # no fork
             self.saved = trainer.global_step
@@ -112,19 +118,18 @@ class Checkpoints(Checkpoint):
         best = loss is not None and (self.best is None or loss < self.best[1])
         if best:
             self.best = (step, loss)  # type: ignore[assignment]
-        kept = directory.kept_steps(self.points, trainer.max_steps)
-        if stop or best or step in kept or step % self.every == 0 or step == trainer.max_steps:
+        if stop or best or step in self.kept or step % self.every == 0 or step == trainer.max_steps:
             self._save(trainer, pl_module, step)
             if trainer.is_global_zero:
-                self._remove(kept)
+                self._remove()
         if stop:
             trainer.should_stop = True
 
-    def _remove(self, kept: set[int]) -> None:
+    def _remove(self) -> None:
         """Remove checkpoints that a newer one has replaced."""
         for path in directory.step_checkpoints(self.folder):
             step = directory.step_of(path)
-            if step < self.reached and step not in kept and (self.best is None or step != self.best[0]):
+            if step < self.reached and step not in self.kept and (self.best is None or step != self.best[0]):
                 remove_checkpoint(path)
 
     def _told_to_stop(self, trainer: L.Trainer) -> bool:

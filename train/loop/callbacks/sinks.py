@@ -39,6 +39,8 @@ class SinkMonitor(L.Callback):
         self.elapsed = 0.0  # of everything, before `started`
         self.started: float | None = None
         self.onset_tokens: int | None = None
+        self.sink_at_start = False
+        """Whether a fork had its sink when it began: its onset was before, in another run."""
         self.probe: Probe | None = None
         self.packed: Rows | None = None
         self.steps: set[int] = set()
@@ -50,6 +52,7 @@ class SinkMonitor(L.Callback):
         """For the checkpoint."""
         return {
             "onset_tokens": self.onset_tokens,
+            "sink_at_start": self.sink_at_start,
             "measured": self.measured,
             "seconds": self.seconds,
             "elapsed": self._elapsed(),
@@ -66,6 +69,7 @@ class SinkMonitor(L.Callback):
                     "kinds cannot be compared; leave it as it was and use `sinkbed validate` for other figures"
                 )
         self.onset_tokens = state_dict["onset_tokens"]
+        self.sink_at_start = state_dict.get("sink_at_start", False)
         self.measured = state_dict["measured"]
         self.seconds = state_dict["seconds"]
         self.elapsed = state_dict["elapsed"]
@@ -124,8 +128,10 @@ class SinkMonitor(L.Callback):
         values |= self._packed(module.decoder, module)
         tokens = module.data.tokens_at(step)
         rate = values[f"sink/rate_eps0.3/{c.live_modes[0]}"]
-        if self.onset_tokens is None and rate >= c.onset_rate and step > 0:
-            self.onset_tokens = tokens
+        if rate >= c.onset_rate and step > 0:
+            self.sink_at_start |= self.measured is None
+            if self.onset_tokens is None and not self.sink_at_start:
+                self.onset_tokens = tokens
         maps = {f"sink/heatmap/{m}": r.mass for m, r in results.items()}
         record(trainer, values, step=step, tokens=tokens, heatmaps=maps)
         if step:
