@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sinkbed.kernels.cpu import torch_attention
 from sinkbed.kernels.mask import Mask
@@ -96,7 +97,7 @@ def attention(
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, or an implementation that does not run
             on this device. Nothing falls back silently.
-        RuntimeError: for a gradient of the gradients, which `reference` alone has.
+        RuntimeError: for a gradient of the gradients and for forward-mode derivatives, which `reference` alone has.
     """
     _validate(q, k, v)
     scoring = Scoring(
@@ -110,6 +111,8 @@ def attention(
     _validate_scoring(scoring, q)
     mask = _fitting(mask, q)
     functions = _choose(implementation, q.device)
+    if functions.attention is not reference_attention:
+        _refuse_forward_mode(q, k, v, sink_logit, sink_value)
     out = AttentionOutput(*functions.attention(q, k, v, mask, scoring, statistics))
     if out.statistics is None or sink_logit is None or out.lse is None or out.statistics.row_sum is not None:
         return out
@@ -136,7 +139,7 @@ def attention_received(
 
     Args:
         q: [B, H, T, D]; k: [B, Hkv, T, D], as given to `attention`, with the same mask and scale.
-        lse: [B, H, T], what `attention` returned.
+        lse: [B, H, T], what `attention` returned, of a softmax without softcap and slopes.
 
     Returns:
         [B, H, T] in the dtype of lse; without gradient. A rerun is bitwise equal.
@@ -146,6 +149,8 @@ def attention_received(
     """
     _validate(q, k, k)
     mask = _fitting(mask, q)
+    if lse is None:
+        raise ValueError("lse: expected that of a softmax, got None, which a normaliser leaves")
     if lse.shape != q.shape[:3] or lse.device != q.device or lse.dtype not in _DTYPES:
         raise ValueError(
             f"lse: expected a float dtype and shape {list(q.shape[:3])} on {q.device}, "
@@ -183,7 +188,7 @@ def _choose(implementation: Implementation | None, device: torch.device) -> _Fun
 
 def _checked_scale(scale: float | None, q: Tensor) -> float:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not (math.isfinite(scale) and scale > 0):
+    if not 0 < scale < math.inf:
         raise ValueError(f"scale: expected a finite number above 0, got {scale}")
     return scale
 
@@ -209,10 +214,20 @@ def _validate(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"k: expected a number of heads that divides q's {H}, got {Hkv}")
 
 
+def _refuse_forward_mode(*inputs: Tensor | None) -> None:
+    """The operators have no such derivatives, and below autograd none would be noticed: they would be 0."""
+    inside = forward_ad._current_level >= 0
+    if inside and any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(
+            "attention: expected derivatives in reverse mode, got one in forward mode; implementation='reference' has "
+            "those"
+        )
+
+
 def _validate_scoring(scoring: Scoring, q: Tensor) -> None:
     B, H, T, D = q.shape
     softcap, slopes, sink_logit, sink_value = scoring.softcap, scoring.slopes, scoring.sink_logit, scoring.sink_value
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap: expected a finite number above 0, got {softcap}")
     if sink_logit is not None:
         _check_tensor("sink_logit", sink_logit, q, {f"[H={H}]": (H,), f"[B={B}, H={H}, T={T}]": (B, H, T)})

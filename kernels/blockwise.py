@@ -27,8 +27,8 @@ def blockwise_attention(
     """Shapes as in `kernels.api.attention`; differentiable in every input, and in the weights of a normaliser."""
     own = () if scoring.normalizer is None else scoring.normalizer.parameters()
     parameters = [parameter for parameter in own if parameter.requires_grad]
-    output, lse, *measured = _Blockwise.apply(q, k, v, mask, scoring, statistics, *parameters)
-    seen = Statistics(measured[0], measured[1], None, row_sum=measured[2]) if statistics else None
+    output, lse, first, document, total = _Blockwise.apply(q, k, v, mask, scoring, statistics, *parameters)
+    seen = Statistics(first, first if document is None else document, None, row_sum=total) if statistics else None
     if scoring.sink_logit is None:
         return output, lse, seen
     return with_key(output, lse, seen, scoring.sink_logit, scoring.sink_value)
@@ -71,9 +71,9 @@ class _Blockwise(torch.autograd.Function):
                     per_query[name] = value.new_empty(q.shape[:3])
                 per_query[name][rows, :, queries] = value
         ctx.save_for_backward(*inputs, *kept)
-        first, total = per_query.get("first_key"), per_query.get("sum") if scoring.normalizer is not None else None
-        seen = (first, per_query.get("document", first), total)
-        ctx.mark_non_differentiable(*{id(x): x for x in seen if x is not None}.values())
+        total = per_query.get("sum") if scoring.normalizer is not None else None
+        seen = (per_query.get("first_key"), per_query.get("document"), total)
+        ctx.mark_non_differentiable(*(x for x in seen if x is not None))
         return output, per_query.get("lse"), *seen
 
     @staticmethod
@@ -84,7 +84,7 @@ class _Blockwise(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
         scoring: Scoring = ctx.scoring
-        sums = torch.float64 if q.dtype == torch.float64 else torch.float32
+        sums = torch.promote_types(q.dtype, torch.float32)
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros_like(x, dtype=sums) for x in (k, v))
         products = _product_dtype(v)

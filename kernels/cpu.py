@@ -60,7 +60,7 @@ def _documents(doc_start: Tensor) -> list[tuple[slice, slice, slice]]:
 def _logits(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
     """[B, Hkv, H/Hkv, T, T]: the bias replaces a hidden logit instead of being added to it, as an infinite one would
     become nan. PyTorch's kernel adds; a key of 1e38 in another document may not reach a query."""
-    logits = (_grouped(q, k) @ k[:, :, None].mT).to(_lse_dtype(q)) * scale
+    logits = (_grouped(q, k) @ k[:, :, None].mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
     return logits.masked_fill(bias[:, :, None] == -torch.inf, -torch.inf)
 
 
@@ -89,10 +89,6 @@ def _dense_backward(
     return dq, (ds.mT @ _grouped(q, k)).sum(2), (p.to(v.dtype).mT @ grouped).sum(2)
 
 
-def _lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
 @torch.library.impl("sinkbed::attention_torch", "cpu")
 @torch.autocast("cpu", enabled=False)
 def _forward(
@@ -110,7 +106,7 @@ def _forward(
         if bias is not None and not bool(lse.isfinite().all()):
             output, lse = _dense(q, k, v, bias, scale)
     else:
-        output, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+        output, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         for part in _documents(doc_start):
             output[part], lse[part] = _flash(q[part], k[part], v[part], 0.0, True, scale=scale)
     if sink_logit is not None:
@@ -120,7 +116,7 @@ def _forward(
 
 @torch.library.register_fake("sinkbed::attention_torch")
 def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @torch.library.impl("sinkbed::attention_torch_backward", "cpu")

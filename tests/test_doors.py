@@ -191,6 +191,7 @@ class Toy(torch.nn.Module, Normalizer):
     ("code", "message"),
     [
         ("logits.exp() - 1", "expected finite weights of at least 0"),
+        ("logits.tanh().where(logits.isfinite(), 0)", "expected finite weights of at least 0"),
         ("logits.exp() + 1", "and 0 for the hidden key"),
         ("logits * 0", "expected finite weights"),
     ],

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sinkbed.kernels.mask import Mask
 from sinkbed.kernels.normalizers import Fused
-from sinkbed.kernels.scoring import Scoring
+from sinkbed.kernels.scoring import Scoring, per_query
 from sinkbed.kernels.second_backward import refuse_second_backward
 from sinkbed.kernels.statistics import Statistics, with_key
 from sinkbed.kernels.triton import kernels as triton_kernels
@@ -191,7 +191,7 @@ def _backward_kernels(
     )  # fmt: skip
     if sink_logit is None:
         return dq, dk, dv, q.new_empty(0)
-    learned_sink_mass = (sink_logit.float()[None, :, None] - lse).exp()
+    learned_sink_mass = (per_query(sink_logit, lse) - lse).exp()
     return dq, dk, dv, -(learned_sink_mass * delta).sum((0, 2)).to(sink_logit.dtype)
 
 

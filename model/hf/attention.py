@@ -69,7 +69,7 @@ def asking(current: Pass) -> Iterator[None]:
 
 
 def narrowed(mask: Mask, window: int) -> Mask:
-    """The same mask where a query sees at most the last `window` keys, itself included."""
+    """The same mask where a query sees at most the last `window` keys, itself included, and its shared prefix."""
     index = torch.arange(mask.length, dtype=torch.int32, device=mask.device)
     first = (index - window + 1).clamp_min(0).expand(mask.rows, -1)
     if mask.first_key is not None:
@@ -178,6 +178,8 @@ def attend(
             f"{name}: got queries {list(query.shape)}, keys {list(key.shape)} and values {list(value.shape)}, "
             "expected one length and one head dim"
         )
+    if dropout:
+        raise ValueError(f"{name}: expected a model in evaluation mode, got dropout of {dropout}; call eval()")
     unknown = sorted(key for key, given in others.items() if given is not None and key not in _HARMLESS)
     if unknown:
         raise ValueError(

@@ -83,4 +83,4 @@ def head_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm` with a weight a head, in one pass over all heads; x [..., H, D], weight [H, D]."""
     if is_eager_cpu(x) and x.dtype == weight.dtype and x.dtype in _EXACT:
         return _HeadNormCPU.apply(x, weight, eps)
-    return F.rms_norm(x, weight.shape[1:], None, eps) * weight.to(x.dtype)
+    return F.rms_norm(x, weight.shape[1:], None, eps).to(x.dtype) * weight.to(x.dtype)  # autocast's may be float32

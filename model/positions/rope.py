@@ -39,12 +39,11 @@ class Rope(PositionEncoding):
 def rotations(positions: Tensor, dim: int, theta: float) -> Tensor:
     """Unit complex numbers exp(i · position · theta^(−2n/D)) of rotary positions (arXiv 2104.09864).
 
-    positions [B, T] or [T] -> complex64 [B or 1, T, 1, D/2], ready to broadcast over heads.
+    positions [B, T] or [T] -> complex64 [B, T, 1, D/2] or [T, 1, D/2], ready to broadcast over heads.
     """
     exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
     angle = positions.to(torch.float32)[..., None] * theta**-exponent
-    angle = angle if angle.ndim == 3 else angle[None]
-    return torch.polar(torch.ones_like(angle), angle)[:, :, None, :]
+    return torch.polar(torch.ones_like(angle), angle)[..., None, :]
 
 
 def rotate(x: Tensor, by: Tensor) -> Tensor:

@@ -263,6 +263,9 @@ def test_strided_inputs_and_expanded_gradients_are_handled():
     attention(q, k, v).output.sum().backward()
     strided = qkv.grad.clone()
     qkv.grad = None
+    attention(*(x.transpose(1, 2).mT.contiguous().mT for x in qkv.unbind(2))).output.sum().backward()
+    torch.testing.assert_close(qkv.grad, strided)  # of heads whose last stride is not 1
+    qkv.grad = None
     q, k, v = (x.transpose(1, 2).contiguous() for x in qkv.unbind(2))
     attention(q, k, v, implementation="reference").output.sum().backward()
     torch.testing.assert_close(strided, qkv.grad)
@@ -277,7 +280,47 @@ def test_odd_lengths(length):
     torch.testing.assert_close(ours.statistics.first_key_mass, oracle.statistics.first_key_mass)
 
 
+@pytest.mark.parametrize("how", [{}, {"softcap": 1.5}], ids=["flash", "blocks"])
+def test_lse_alone_may_be_a_loss(how):
+    mask = interval_mask(1, 9, window=4)
+    gradients = []
+    for arguments in (how, how | {"implementation": "reference"}):
+        q, k, v = inputs(1, 2, 1, 9, 8)
+        torch.linspace(-1, 1, 18, dtype=q.dtype).dot(attention(q, k, v, mask, **arguments).lse.flatten()).backward()
+        assert v.grad is None or not v.grad.any()
+        gradients.append((q.grad, k.grad))
+    torch.testing.assert_close(*gradients)
+
+
+def test_forward_mode_derivatives_are_refused_but_by_the_reference():
+    """Regression: they were 0, without a word."""
+    q, k, v = (x.detach() for x in inputs(1, 2, 1, 9, 8))
+
+    def derivative(implementation):
+        return torch.func.jvp(lambda q: attention(q, k, v, implementation=implementation).output, (q,), (q,))[1]
+
+    assert derivative("reference").any()
+    with pytest.raises(NotImplementedError, match=r"expected derivatives in reverse mode.*'reference' has those"):
+        derivative("torch")
+
+
+@pytest.mark.parametrize("how", [{}, {"softcap": 1.5}], ids=["flash", "blocks"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_torch_compile_breaks_no_graph(how, dynamic):
+    """Regressions: statistics of a mask without documents, and a scale that is a symbol."""
+    q, k, v = (x.detach().float() for x in inputs(1, 2, 1, 9, 8))
+
+    def function(q):
+        out = attention(q, k, v, statistics=True, **how)
+        return out.output.sum(), out.statistics.first_key_mass
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    torch.testing.assert_close(compiled(q), function(q))
+
+
 BAD = {
+    "lse: expected that of a softmax, got None": lambda q, k, v: attention_received(q, k, None),
+    "i < end_key[i] <= T": lambda q, k, v: Mask(rows=1, length=3, end_key=positions(1, 1, 3)),
     "q: expected [B, H, T, D]": lambda q, k, v: attention(q[0], k, v),
     "k: expected [B=1": lambda q, k, v: attention(q, k[:, :, :3], v),
     "v: expected the dtype and device of q": lambda q, k, v: attention(q, k, v.double()),

@@ -389,6 +389,16 @@ def test_the_operators_pass_opcheck():
     torch.library.opcheck(received, (q, k, lse, None, mask.last_query, 0, 0, 0.25))
 
 
+def test_lse_alone_may_be_a_loss():
+    gradients = []
+    for implementation in ("triton", "reference"):
+        q, k, v = inputs(1, 2, 1, 21, 16, torch.float32)
+        attention(q, k, v, implementation=implementation).lse.square().sum().backward()
+        assert v.grad is None or not v.grad.any()
+        gradients.append((q.grad, k.grad))
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+
+
 def test_torch_compile_sees_one_operator_and_breaks_no_graph():
     start, end = boundaries([9, 12])
     mask = interval_mask(1, 21, doc_start=start, doc_end=end, document=True)

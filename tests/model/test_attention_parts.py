@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.model.attention import SelfAttention
+from sinkbed.model.norms.rms import head_rms_norm
 from tests.support.plain import assert_same, config, drawn, forward_pass, heads, projections, stream
 
 
@@ -42,6 +44,19 @@ PARTS = [
     ("v_bias", v_bias, {"bias": (24,)}),
     ("value_gate", value_gate, {"gate.weight": (12, 20)}),
 ]
+
+
+def test_in_autocast_qk_norm_leaves_queries_in_the_dtype_of_values(request):
+    """Regression: on GPUs, where autocast takes `rms_norm` in float32, attention refused its queries."""
+    model = Decoder(DecoderConfig(n_layers=1, d_model=16, n_heads=2, d_ff=24, attention_parts=["qk_norm"]), 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.arange(12)[None], targets=torch.arange(12)[None]).loss.backward()
+    torch.set_autocast_enabled("cuda", True)  # which `torch.autocast` would not do without a GPU
+    request.addfinalizer(lambda: torch.set_autocast_enabled("cuda", False))
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    with FakeTensorMode():
+        x = torch.empty(1, 5, 2, 8, dtype=torch.bfloat16, device="cuda")
+        assert head_rms_norm(x, torch.ones(2, 8, device="cuda"), 1e-5).dtype == torch.bfloat16
 
 
 def test_value_residual_takes_more_layers_than_one():

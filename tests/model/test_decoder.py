@@ -1,4 +1,4 @@
-"""The decoder against plain definitions and against Hugging Face's Llama; packing inside the whole model."""
+"""The decoder against plain definitions; packing inside the whole model."""
 
 import pytest
 import torch

@@ -50,6 +50,7 @@ FAMILIES = {
     "Gemma3Text": dict(num_key_value_heads=1, head_dim=16, sliding_window=6),
     "GptOss": dict(**GQA, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=6),
     "Phi3": GQA,
+    "ModernBertDecoder": dict(local_attention=12, global_attn_every_n_layers=2),
 }
 
 

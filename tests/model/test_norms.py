@@ -27,7 +27,8 @@ def dynamic_tanh(x, alpha, weight, bias):
 )
 @pytest.mark.parametrize("fused", [True, False], ids=["as on a CPU", "as elsewhere"])
 def test_a_norm_is_its_formula(choice, plain, fused, monkeypatch):
-    monkeypatch.setattr("sinkbed.model.norms.rms.is_eager_cpu", lambda x: fused)
+    for module in ("rms", "dynamic_tanh"):
+        monkeypatch.setattr(f"sinkbed.model.norms.{module}.is_eager_cpu", lambda x: fused)
     norm = drawn(NORMS.make(choice, config(norm=choice, norm_eps=1e-2)))
     assert_same(norm, lambda x: plain(x, *norm.parameters()), norm, 0.1 * stream())
 

@@ -73,6 +73,12 @@ def test_a_loss_is_differentiated_by_the_states_of_tokens():
     assert all(g.shape == (2, 19, 32) and g.norm() > 0 for g in torch.autograd.grad(loss, states))
 
 
+def test_a_shared_prefix_whose_first_key_is_hidden_is_refused():
+    mask = interval_mask(2, 20, window=4, shared_prefix=3, hide_first_key=True)
+    with pytest.raises(ValueError, match="registers: expected no shared prefix where key 0 is hidden, got one of 3"):
+        decoder(n_registers=2)(TOKENS, mask=mask)
+
+
 def test_they_learn():
     model = decoder(n_registers=2)
     model(TOKENS[:, :-1], targets=TOKENS[:, 1:]).loss.backward()
