@@ -158,8 +158,8 @@ def _up_to_date(out: Path, recipe: dict[str, Any]) -> Manifest:
     manifest = Manifest.read(out)
     if changed := differing(manifest.recipe, recipe):
         raise ValueError(
-            f"{out} holds a token store made from another config ({changed}); choose another --out, or replace it "
-            "with `sinkbed prepare --force`"
+            f"{out} holds a token store made from other settings or files ({changed}); choose another --out, or "
+            "replace it with `sinkbed prepare --force`"
         )
     for split in manifest.splits:
         TokenStore.open(out, split).verify()

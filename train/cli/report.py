@@ -19,7 +19,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     """Make the report of a study anew, or one of any runs."""
     parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("what", type=Path, nargs="+", help="study files, or run directories and folders of them")
-    parser.add_argument("--size", help="of study files: one of their sizes (default: demo)")
+    parser.add_argument("--size", help="of study files: one of their sizes (default: demo, or the first)")
     parser.add_argument(
         "--seeds", type=int, nargs="+", help="of study files: seeds (default: the file's, and others that are finished)"
     )
@@ -63,7 +63,8 @@ def run(command: str, argv: Sequence[str]) -> int:
         study = StudyConfig(title=f"Runs of {', '.join(map(str, folders))}", out=out, base=[out], arms={"any": [out]})
     _, results, missing = split_finished(runs)
     if not results:
-        others = f" ({'; '.join(missing[:3])})" if missing else ""
+        more = [f"{len(missing) - 3} more"] if len(missing) > 3 else []
+        others = f" ({'; '.join([*missing[:3], *more])})" if missing else ""
         raise ValueError(
             f"{', '.join(map(str, arguments.what))}: expected at least one run that was measured, got none in "
             f"{study.out}{others}; name another folder with --out, or start one with `sinkbed study` or `sinkbed fit`"

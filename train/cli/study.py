@@ -31,7 +31,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     """Options of `sinkbed study`."""
     parser = PlainParser(prog=f"sinkbed {command}", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("study", type=Path, help="study file, such as configs/study/packing.yaml")
-    parser.add_argument("--size", help="one of the file's sizes (default: demo)")
+    parser.add_argument("--size", help="one of the file's sizes (default: demo, or its first)")
     parser.add_argument("--workers", type=int, help="arms at a time on this machine (default: the file's, or by cores)")
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds (default: the file's)")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="arms, with the effects between them (default: all)")

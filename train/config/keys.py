@@ -137,7 +137,7 @@ def unknown(option: str, keys: Collection[str]) -> str:
     key = option.lstrip("-").split("=")[0]
     group, dot, leaf = key.partition(".")
     groups = {name[:at] for name in keys for at in range(len(name)) if name[at] == "."}
-    every = sorted({*keys, *groups})
+    every = sorted({key for key in {*keys, *groups} if not key.endswith(".help")})
     # The longest part of the key that is a group, with a dot, and what is below it; all where none is.
     parent = max((f"{name}." for name in groups if key.startswith(f"{name}.")), key=len, default="")
     below = [name.removeprefix(parent) for name in every if name.startswith(parent)]

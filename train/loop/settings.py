@@ -16,7 +16,7 @@ from sinkbed.ranges import check_number
 from sinkbed.train.loop.optim import OptimizerConfig, build_optimizer
 from sinkbed.train.loop.optimizers import OPTIMIZERS
 from sinkbed.train.measure.config import MeasureConfig
-from sinkbed.train.measure.modes import placed_positions
+from sinkbed.train.measure.modes import first_tokens_of, placed_positions
 
 _SMALLEST = DecoderConfig(n_layers=1, d_model=2, n_heads=1, d_ff=2)
 
@@ -123,6 +123,18 @@ def _check_positions(decoder: DecoderConfig, strategy: Strategy, measure: Measur
             "data.strategy.positions: expected row, or mask: intra_document without a shared_prefix, as the distance "
             f"between documents that {decoder.position} needs is that in the row, got document"
         )
+
+
+def unmeasured_input(config: Any) -> str:
+    """A line where the rows that a run is trained on are no input that it is measured on; else nothing."""
+    strategy, modes = Strategy(**vars(config.data.strategy)), config.measure.modes
+    trained = first_tokens_of("as_trained", strategy)
+    if any(first_tokens_of(mode, strategy) == trained for mode in modes if mode != "first_key_masked"):
+        return ""
+    return (
+        f"measure.modes: {', '.join(modes)} do not have the first token of data.strategy.first_token "
+        f"{strategy.first_token}, as rows have that are trained on; as_trained does (configs/measure)"
+    )
 
 
 def use_threads(threads: int | None) -> None:

@@ -28,7 +28,7 @@ from sinkbed.train.loop.callbacks.store_check import StoreCheck
 from sinkbed.train.loop.datamodule import TokenData
 from sinkbed.train.loop.identity import check_identity, check_manifest, other_sums
 from sinkbed.train.loop.module import SinkbedModule
-from sinkbed.train.loop.settings import check_settings, use_threads
+from sinkbed.train.loop.settings import check_settings, unmeasured_input, use_threads
 from sinkbed.train.loop.trainer_settings import ShortLightningParser, check_trainer, expand_home
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.sinks import measurement_table
@@ -129,7 +129,7 @@ class SinkbedCLI(LightningCLI):
         check_settings(config)
         check_trainer(config.trainer)
         use_threads(config.threads)
-        if line := overridden(sys.argv[2:]):
+        for line in filter(None, (overridden(sys.argv[2:]), unmeasured_input(config))):
             say(line, file=sys.stderr)
         expand_home(config, "run_dir", "fork", "ckpt_path")
         expand_home(config.data, "store")

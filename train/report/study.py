@@ -77,8 +77,7 @@ def write_report(
         seconds = [r.final["seconds"] for r in finished]
         training = sum(s["training"] for s in seconds)
         measuring = sum(s["measuring_live"] + s["measuring_final"] for s in seconds)
-        share = f"({100 * measuring / training:.1f} %)"
-        print(f"training {training:.0f} s, measuring {measuring:.1f} s {share}, over all arms")
+        print(f"training {training:.0f} s, measuring {measuring:.1f} s, over all arms")
     if log:
         table = [dict(zip(main.header, line, strict=True)) for line in main.cells()]
         log_summary(study, log, {"table": table, "effects": records, "runs": rows})

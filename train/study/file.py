@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -142,7 +143,7 @@ class StudyConfig:
         for effect in self.effects:
             missing = sorted({effect.arm, effect.other[0]} - set(self.arms))
             if missing:
-                raise ValueError(f"effect {effect.name!r}: expected an arm of the study, got {missing[0]!r}")
+                raise ValueError(f"effect {effect.name!r}: expected one of {_some(self.arms)}; got {missing[0]!r}")
 
     @property
     def name(self) -> str:
@@ -285,12 +286,20 @@ def _grid(path: Path, value: Any) -> dict[str, list[Overlay]]:
     return arms
 
 
+def _some(arms: Collection[str]) -> str:
+    """The names of arms, for a message."""
+    names = list(arms)
+    return ", ".join([*names[:8], *([f"… ({len(names)} arms)"] if len(names) > 8 else [])])
+
+
 def _check_published(path: Path, value: Any, arms: dict[str, Any]) -> None:
     for arm, modes in _mapping(path, "published", value, None).items():
-        known = isinstance(modes, dict) and arm in arms and set(modes) <= set(MODE_LABELS)
+        if arm not in arms:
+            raise ValueError(f"{path}: published.{arm}: expected one of {_some(arms)}; got {arm!r}")
+        known = isinstance(modes, dict) and set(modes) <= set(MODE_LABELS)
         if not known or not all(isinstance(p, list) and len(p) == 2 and all(map(_numeric, p)) for p in modes.values()):
             raise ValueError(
-                f"{path}: published.{arm}: expected an arm, and [sink metric, loss] for each mode "
+                f"{path}: published.{arm}: expected [sink metric, loss] for each mode "
                 f"({', '.join(MODE_LABELS)}); got {modes!r}"
             )
 

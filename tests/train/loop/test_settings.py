@@ -1,11 +1,15 @@
 """Settings that are refused, or answered with a word, before anything is trained."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import yaml
 
+from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.prepare.prepare import available_cores
 from sinkbed.train.cli.main import main
-from sinkbed.train.loop.settings import use_threads
+from sinkbed.train.loop.settings import unmeasured_input, use_threads
 from tests.support.runs import refused
 
 
@@ -32,6 +36,17 @@ def test_a_refusal_names_the_line_of_the_key(fit, tmp_path, capsys, line, key):
     assert f"overlay.yaml, line 2: {key}: expected" in refused(capsys, fit("--config", str(overlay))[0])
     status, _ = fit("--config", str(overlay), f"--{key}", "-1")
     assert refused(capsys, status).startswith(f"sinkbed fit: {key}: expected"), "of an option there is none"
+
+
+@pytest.mark.parametrize(
+    ("first_token", "modes", "said"),
+    [("[none, bos]", "[bos, text]", True), ("[none, bos]", "[as_trained]", False), ("none", "[text]", False),
+     ("random", "[bos, first_key_masked]", True), ("bos", "[bos]", False)],
+)  # fmt: skip
+def test_that_the_input_of_training_is_not_measured_is_said(first_token, modes, said):
+    data = SimpleNamespace(strategy=Strategy(first_token=yaml.safe_load(first_token)))
+    measure = SimpleNamespace(modes=yaml.safe_load(modes))
+    assert bool(unmeasured_input(SimpleNamespace(data=data, measure=measure))) == said
 
 
 @pytest.mark.parametrize("option", ["limit_train_batches=3", "max_epochs=1", "logger=true", "fast_dev_run=true"])
