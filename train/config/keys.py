@@ -141,7 +141,7 @@ def unknown(option: str, keys: Collection[str]) -> str:
     # The longest part of the key that is a group, with a dot, and what is below it; all where none is.
     parent = max((f"{name}." for name in groups if key.startswith(f"{name}.")), key=len, default="")
     below = [name.removeprefix(parent) for name in every if name.startswith(parent)]
-    near = [name for name in every if name.endswith(f".{key}")]
+    near = [name for name in every if name.endswith(f".{key}")] or [name for name in every if name == leaf]
     cutoff = 0.6 if parent or not dot else 0.85
     near = near or [parent + n for n in difflib.get_close_matches(key.removeprefix(parent), below, n=1, cutoff=cutoff)]
     near = near or _same_leaf(key, [name for name in every if name.startswith(f"{group}.")] or every)

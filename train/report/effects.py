@@ -224,11 +224,10 @@ class Outcome:
         wanted, seen = self.effect.half_width or self.effect.tolerance, self.difference
         if not wanted:
             return ""
-        takes = f"±{wanted:g} takes "
         if seen is None or seen.count < 2:
-            return f"{self.name}: {takes}a number of seeds that two or more would tell"
+            return f"{self.name}: how many seeds ±{wanted:g} takes, two finished ones or more will tell"
         half = fixed(seen.half, DIGITS.get(self.effect.metric, 1))
-        return f"{self.name}: ±{half} with {seen.count} seeds; {takes}about {seeds_for(wanted, seen)}"
+        return f"{self.name}: ±{half} with {seen.count} seeds; ±{wanted:g} takes about {seeds_for(wanted, seen)}"
 
     @property
     def finding(self) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 from sinkbed.data.files import write_files, write_json
-from sinkbed.plain_text import markdown, markdown_table
+from sinkbed.plain_text import counted, markdown, markdown_table
 from sinkbed.train.report.effects import Outcome, check, counts, explanation, listed
 from sinkbed.train.report.figures import draw
 from sinkbed.train.report.pictures import pictures
@@ -68,7 +68,8 @@ def _section(study: StudyConfig, name: str, results: Sequence[Result], effects: 
     seconds = sum(sum(r.final["seconds"].values()) for r in results)
     title = markdown(study.title)
     tables = [effects_table(effects, study.most_seeds)] if effects else []
-    made = f"`{_command(study, results)}`: {len(results)} runs, {seconds / 60:.0f} minutes of training and measuring"
+    length = f"{counted(len(results), 'run')}, {counted(round(seconds / 60), 'minute')} of training and measuring"
+    made = f"`{_command(study, results)}`: {length}"
     blocks = [
         f"## {name}",
         f"**{title}** {markdown(study.question)}".rstrip(),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from sinkbed.plain_text import did_you_mean
 from sinkbed.ranges import check_choice, check_number
 from sinkbed.train.config.yaml_files import read_mapping, read_yaml
 from sinkbed.train.measure.modes import MODE_LABELS
@@ -213,7 +214,8 @@ def _mapping(path: Path, what: str, value: Any, known: tuple[str, ...] | None) -
         raise ValueError(f"{path}: {what}: expected {expected}; got {type(value).__name__}")
     unknown = sorted(set(map(str, value)) - set(known or map(str, value)))
     if unknown:
-        raise ValueError(f"{path}: unknown key {unknown[0]!r}; expected some of {', '.join(known or ())}")
+        meant = did_you_mean(unknown[0], known or ())
+        raise ValueError(f"{path}: unknown key {unknown[0]!r}; expected some of {', '.join(known or ())}{meant}")
     return dict(value)
 
 

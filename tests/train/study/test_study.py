@@ -281,7 +281,7 @@ def test_seeds_are_added_until_the_intervals_are_as_narrow_as_they_should_be(stu
     wide = "{name: E, metric: loss, arm: fixed, against: absent, expected: up, half_width: 1000}"
     study.write_text(study.read_text() + f"most_seeds: 3\neffects: [{wide}]\n")
     assert main(["study", str(study), "--dry_run"]) == 0
-    assert "E: ±1000 takes a number of seeds that two or more would tell" in capsys.readouterr().out
+    assert "E: how many seeds ±1000 takes, two finished ones or more will tell" in capsys.readouterr().out
     assert main(["study", str(study), "--quiet"]) == 0
     assert "one seed more, 2 of at most 3, for the interval of 'E'" in capsys.readouterr().out
     assert {row["seed"] for row in table(study)} == {"0", "1"}
