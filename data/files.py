@@ -84,10 +84,17 @@ def sealed(fields: dict[str, Any]) -> dict[str, Any]:
     return {**fields, _CHECKSUM: sha256_json(json.loads(json.dumps(fields)))}
 
 
+class NoRecord(ValueError):
+    """JSON that is no record of ours, or one of an earlier version."""
+
+
 def unsealed(value: Any) -> Any:
-    """A record that was read, its checksum compared and taken out. Raises ValueError for one that it does not fit."""
+    """A record that was read, its checksum compared and taken out.
+
+    Raises ValueError for one that it does not fit, `NoRecord` for what has none.
+    """
     if not isinstance(value, dict) or _CHECKSUM not in value:
-        raise ValueError(f"a record without its {_CHECKSUM}, as versions before 0.3 wrote them")
+        raise NoRecord(f"a record without its {_CHECKSUM}, such as versions before 0.3 wrote")
     fields = {name: each for name, each in value.items() if name != _CHECKSUM}
     if (actual := sha256_json(fields)) != value[_CHECKSUM]:
         raise ValueError(f"content of sha256 {actual} whose {_CHECKSUM} says {value[_CHECKSUM]}")

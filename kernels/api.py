@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from sinkbed.kernels.cpu import torch_attention
+from sinkbed.kernels.derivatives import refuse_forward_mode
 from sinkbed.kernels.mask import Mask
 from sinkbed.kernels.normalizers import Normalizer
 from sinkbed.kernels.reference import reference_attention, reference_received
@@ -112,7 +112,7 @@ def attention(
     mask = _fitting(mask, q)
     functions = _choose(implementation, q.device)
     if functions.attention is not reference_attention:
-        _refuse_forward_mode(q, k, v, sink_logit, sink_value)
+        refuse_forward_mode(q, k, v, slopes, sink_logit, sink_value)
     out = AttentionOutput(*functions.attention(q, k, v, mask, scoring, statistics))
     if out.statistics is None or sink_logit is None or out.lse is None or out.statistics.row_sum is not None:
         return out
@@ -212,16 +212,6 @@ def _validate(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name}: expected [B={B}, Hkv={Hkv}, T={T}, D={D}] as q and k, got {list(x.shape)}")
     if H % Hkv:
         raise ValueError(f"k: expected a number of heads that divides q's {H}, got {Hkv}")
-
-
-def _refuse_forward_mode(*inputs: Tensor | None) -> None:
-    """The operators have no such derivatives, and below autograd none would be noticed: they would be 0."""
-    inside = forward_ad._current_level >= 0
-    if inside and any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
-        raise NotImplementedError(
-            "attention: expected derivatives in reverse mode, got one in forward mode; implementation='reference' has "
-            "those"
-        )
 
 
 def _validate_scoring(scoring: Scoring, q: Tensor) -> None:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from sinkbed.kernels.blockwise import blockwise_attention
+from sinkbed.kernels.derivatives import refuse_forward_mode, refuse_second_backward
 from sinkbed.kernels.mask import Mask
 from sinkbed.kernels.scoring import Scoring, per_query
-from sinkbed.kernels.second_backward import refuse_second_backward
 from sinkbed.kernels.statistics import Statistics, with_key
 
 _BY_DOCUMENT = 512
@@ -173,6 +173,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    refuse_forward_mode(grad, grad_lse)
     q, k, v, bias, doc_start, sink_logit, sink_value, out, lse = ctx.saved_tensors
     grad = torch.zeros_like(out) if grad is None else grad
     dq, dk, dv, dsink, d_value = _attention_torch_backward(

@@ -35,15 +35,14 @@ is no multiple of 16; `one_document`: causal, with such a T and statistics of ro
 KERNELS = ("forward", "forward+statistics", "delta", "dq", "dkv", "dkv+groups", "received")
 """`dkv`: a key head for every query head; `dkv+groups`: one for two."""
 # The opcode and no modifier: HFMA2.MMA moves a constant.
-_MATRIX = re.compile(r"(?:@!?U?P\w+\s+)?((?:[HIDQO]|[HIQ]G|UTC[HIQO])MMA|v_mfma)(?![A-Z0-9])")
 _GUARD = r"(?:@!?U?P\w+\s+)?"
+_MATRIX = re.compile(_GUARD + r"((?:[HIDQO]|[HIQ]G|UTC[HIQO])MMA|v_mfma)(?![A-Z0-9])")
 _GROUP_PRODUCT = re.compile(_GUARD + r"HGMMA\.64x(\d+)x16\.\S+\s+R\d+, (gdesc|R)")
 _WARP_PRODUCT = re.compile(_GUARD + r"HMMA\.168(8|16)\.F32(?:\.BF16)?\s")
-_SHARED = re.compile(
-    _GUARD + r"(?:(?:LDSM|STSM)\.\S*?\.?(?P<matrices>[124])|(?:LDS|STS|LDGSTS)(?!M)\S*?(?:\.(?P<bits>64|128))?)\s"
-)
+_MATRICES = re.compile(_GUARD + r"(?:LDSM|STSM)\.16\.MT?88(?:\.([24]))?")
+_SHARED = re.compile(_GUARD + r"(?:LDS|STS|LDGSTS)(?:\.(?:(64|128)\b|\w+))*\s")
 _SPECIAL = re.compile(_GUARD + r"MUFU\b")
-_LOCAL = re.compile(r"(?:@!?U?P\w+\s+)?(?:(?P<store>STL|scratch_store)|LDL|scratch_load)(?P<width>\S*)")
+_LOCAL = re.compile(_GUARD + r"(?:(?P<store>STL|scratch_store)|LDL|scratch_load)(?P<width>\S*)")
 
 
 @dataclass(frozen=True)
@@ -306,10 +305,11 @@ def spilled_bytes(lines: list[str]) -> tuple[int, int]:
 def busy_cycles(code: list[str], warps: int, chip: Chip) -> dict[str, int]:
     """Cycles for which the instructions of a loop, of so many warps, keep units of a multiprocessor busy: no time.
 
-    A turn takes at least the largest of these, and of instructions / 4 for the four schedulers; about the sum of
-    `matrix_cycles` and the largest other where products and the rest do not overlap. By the throughputs in NVIDIA's
-    CUDA C++ Programming Guide: 16 special functions and 128 bytes of shared memory a cycle. Bank conflicts are not
-    seen. 0 for chips whose rates are not known, and for products of float32.
+    A turn takes about the largest of these, and of instructions / 4 for the four schedulers, where all overlap; about
+    the sum of `matrix_cycles` and the largest other where products do not overlap with the rest. By the throughputs in
+    NVIDIA's CUDA C++ Programming Guide: 16 special functions and 128 bytes of shared memory a cycle; products of a warp
+    at the rate of four warps'. Bank conflicts, broadcasts, shuffles and spills are not seen. Counted for sm_80 and
+    sm_90, in 16 bits; else 0.
     """
     special, size, products = 0, 0, 0
     for line in code if chip.products else ():
@@ -319,8 +319,10 @@ def busy_cycles(code: list[str], warps: int, chip: Chip) -> dict[str, int]:
             size += 2 * 16 * (columns + 64 * both_shared) // 4
         elif match := _WARP_PRODUCT.match(line):
             products += 2 * 16 * 8 * int(match[1])
+        elif match := _MATRICES.match(line):
+            size += 128 * int(match[1] or 1)
         elif match := _SHARED.match(line):
-            size += 128 * int(match["matrices"]) if match["matrices"] else 32 * int(match["bits"] or 32) // 8
+            size += 32 * int(match[1] or 32) // 8
         special += bool(_SPECIAL.match(line))
     work = {"special_cycles": special * 32 / 16, "shared_cycles": size / 128, "matrix_cycles": 0.0}
     if not products:
@@ -331,9 +333,7 @@ def busy_cycles(code: list[str], warps: int, chip: Chip) -> dict[str, int]:
 
 _PRODUCT = re.compile(r"HGMMA\S*\s+R\d+, R(\d+), gdesc")
 # Of an instruction that writes registers, the first of them; what stores, compares, jumps or waits writes none.
-_WRITES = re.compile(
-    r"(?:@!?U?P\w+\s+)?(?!ST|RED|BAR|BRA|EXIT|WARP|DEPBAR|[IFDHU]*SETP|R2P|R2UR|U)(\S+)\s+(?:!?P\w+, )*R(\d+)"
-)
+_WRITES = re.compile(_GUARD + r"(?!ST|RED|BAR|BRA|EXIT|WARP|DEPBAR|[IFDHU]*SETP|R2P|R2UR|U)(\S+)\s+(?:!?P\w+, )*R(\d+)")
 
 
 def overwritten_operand(code: list[str]) -> tuple[str, str] | None:

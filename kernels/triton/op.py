@@ -12,10 +12,10 @@ import torch
 import triton
 from torch import Tensor
 
+from sinkbed.kernels.derivatives import refuse_forward_mode, refuse_second_backward
 from sinkbed.kernels.mask import Mask
 from sinkbed.kernels.normalizers import Fused
 from sinkbed.kernels.scoring import Scoring, per_query
-from sinkbed.kernels.second_backward import refuse_second_backward
 from sinkbed.kernels.statistics import Statistics, with_key
 from sinkbed.kernels.triton import kernels as triton_kernels
 from sinkbed.kernels.triton.order import section
@@ -255,6 +255,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    refuse_forward_mode(grad, grad_lse)
     q, k, v, o, lse, first_key, end_key, first_query, last_query, sink_logit, slopes = ctx.saved_tensors
     dq, dk, dv, dsink = torch.ops.sinkbed.attention_triton_backward(
         torch.zeros_like(o) if grad is None else grad, grad_lse, q, k, v, o, lse, first_key, end_key, first_query,

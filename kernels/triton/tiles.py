@@ -1,9 +1,9 @@
 """Tile sizes of the kernels: chosen from what the compilers make of them (`sinkbed kernels --tiles …`), not timed.
 
 With a document mask nothing is spilled inside a loop over tiles, but in float32 at D 256, which is for checks, and 16
-bytes on sm_89 at D 128; what is spilled outside costs next to nothing. Among such tiles, for a query and a key the
-fewest cycles of the unit that is busiest (`aot.busy_cycles`; where they are not known, the fewest instructions), then
-the most blocks on a multiprocessor. A forward block at D 64 has no fewer than 128 queries: at 350 TFLOP/s blocks of 64
+bytes on sm_89 at D 128; what is spilled outside costs next to nothing. Among such tiles, for a query and a key, on
+sm_80 the fewest cycles of the unit that is busiest (`aot.busy_cycles`), elsewhere the fewest instructions; then the
+most blocks on a multiprocessor. A forward block at D 64 has no fewer than 128 queries: at 350 TFLOP/s blocks of 64
 would read keys and values from the L2 cache at 5.5 TB/s, twice as fast.
 """
 

@@ -190,7 +190,7 @@ class HFModel(nn.Module):
         logits = logits and next_tokens is None
         try:
             with asking(current):
-                part = self.model if logits else self._body
+                part = self.model if logits else self._body()
                 output = part(input_ids=tokens, use_cache=False, **given)
         except torch.OutOfMemoryError:
             raise
@@ -212,16 +212,15 @@ class HFModel(nn.Module):
         seen = tuple(current.per_layer) if statistics else None
         return DecoderOutput(output.logits if logits else None, None, seen, nll)
 
-    @property
     def _body(self) -> Any:
-        """The model without its output matrix, which is what ModernBERT calls its decoder."""
+        """The model without its output matrix, which ModernBERT calls its decoder."""
         body = self.model.get_decoder()
         return self.model.base_model if body is self.model.get_output_embeddings() else body
 
     def _logits(self, output: Any, hidden: Tensor) -> Tensor:
         """Logits [n, V] of some of the decoder's last hidden states [n, C], made by the model itself, which may scale
         or cap them: it is called with a decoder that returns its `output` with these in it."""
-        decoder = self._body
+        decoder = self._body()
         of_these = type(output)({**output, "last_hidden_state": hidden[None]})
         forward, decoder.forward = decoder.forward, lambda *args, **options: of_these
         try:

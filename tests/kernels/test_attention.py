@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.autograd import forward_ad
 
 from sinkbed import kernels
 from sinkbed.kernels import Mask, attention, attention_received, interval_mask, mean_received, top_sinks
@@ -292,12 +293,20 @@ def test_lse_alone_may_be_a_loss(how):
     torch.testing.assert_close(*gradients)
 
 
-def test_forward_mode_derivatives_are_refused_but_by_the_reference():
+@pytest.mark.parametrize("of", ["output", "slopes", "gradient"])
+def test_forward_mode_derivatives_are_refused_but_by_the_reference(of):
     """Regression: they were 0, without a word."""
     q, k, v = (x.detach() for x in inputs(1, 2, 1, 9, 8))
 
     def derivative(implementation):
-        return torch.func.jvp(lambda q: attention(q, k, v, implementation=implementation).output, (q,), (q,))[1]
+        with forward_ad.dual_level():
+            x = forward_ad.make_dual(q, q)
+            own = x if of == "output" else q.clone().requires_grad_()
+            slopes = x[0, :, 0, 0].exp() if of == "slopes" else None
+            out = attention(own, k, v, slopes=slopes, implementation=implementation).output
+            if of == "gradient":
+                [out] = torch.autograd.grad((out * x).sum(), own)
+            return forward_ad.unpack_dual(out).tangent
 
     assert derivative("reference").any()
     with pytest.raises(NotImplementedError, match=r"expected derivatives in reverse mode.*'reference' has those"):
@@ -308,14 +317,18 @@ def test_forward_mode_derivatives_are_refused_but_by_the_reference():
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_torch_compile_breaks_no_graph(how, dynamic):
     """Regressions: statistics of a mask without documents, and a scale that is a symbol."""
-    q, k, v = (x.detach().float() for x in inputs(1, 2, 1, 9, 8))
 
-    def function(q):
-        out = attention(q, k, v, statistics=True, **how)
-        return out.output.sum(), out.statistics.first_key_mass
+    def function(q, k, v):
+        out = attention(q * 2, k, v, statistics=True, **how)
+        return out.output.square().sum(), out.statistics.first_key_mass
 
-    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    torch.testing.assert_close(compiled(q), function(q))
+    results = []
+    for call in (function, torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")):
+        q, k, v = inputs(1, 2, 1, 9, 8)
+        loss, mass = call(q, k, v)
+        loss.backward()
+        results.append([loss.detach(), mass, q.grad, k.grad, v.grad])
+    torch.testing.assert_close(*results)
 
 
 BAD = {

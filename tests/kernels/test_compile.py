@@ -157,10 +157,16 @@ def test_cycles_of_units_are_those_of_the_instructions():
         "STS [R6], R5",
         "LDGSTS.E.BYPASS.128 [R1], [R2.64]",
         "LDSM.16.MT88.4 R1, [R9]",
+        "LDSM.16.M88 R1, [R9]",
+        "STSM.16.M88.2 [R9], R1",
+        "@P1 STS.64 [R9], R1",
+        "LDGSTS.E.BYPASS.128.ZFILL [R1], [R2.64]",
         "LDGDEPBAR",
         "HFMA2.MMA R7",
     ]
-    shared = 2 * (128 * 16 + 64 * 16 + 64 * 16) * 2 + 8 * (512 + 128 + 512 + 512)  # bytes, of eight warps
+    shared = 2 * (128 * 16 + 64 * 16 + 64 * 16) * 2 + 8 * (
+        512 + 128 + 512 + 512 + 128 + 256 + 256 + 512
+    )  # bytes, of eight warps
     products = 2 * 2 * 64 * (128 + 64) * 16
     assert busy_cycles(code, 8, CHIPS["sm_90"]) == {
         "special_cycles": 8 * 32 // 16, "shared_cycles": shared // 128, "matrix_cycles": products // 4096
@@ -263,7 +269,7 @@ def test_a_worse_table_is_refused_with_every_reason():
     stored = STORED[max(STORED)]
     good = {
         **stored[key],
-        **{n: int(stored[key][n]) for n in ("shared", "matrix", "spilled", "in_loops", "full_loop")},
+        **{n: int(stored[key][n]) for n in ("shared", "matrix", "spilled", "in_loops", "full_loop", "shared_cycles")},
     }
     assert violations([good], stored) == []
     worse = {
@@ -272,6 +278,7 @@ def test_a_worse_table_is_refused_with_every_reason():
         "shared": 300_000,
         "matrix": 0,
         "full_loop": good["full_loop"] * 1.03,
+        "shared_cycles": good["shared_cycles"] * 1.03,
         "tiles": "64x64 w4 s2",
         "unit": "HMMA",
     }

@@ -22,7 +22,7 @@ from sinkbed.train.config.arguments import PlainParser
 
 TABLES = Path(__file__).resolve().parents[2] / "kernels" / "triton"
 _KEYS = ("arch", "kernel", "mask", "dtype", "head_dim")
-_CHECKED = ("tiles", "spilled", "in_loops", "unit", "matrix", "full_loop")
+_CHECKED = ("tiles", "spilled", "in_loops", "unit", "matrix", "full_loop", "shared_cycles")
 _GROWTH = 1.02  # of a loop over full tiles, before a check fails
 
 
@@ -107,6 +107,9 @@ def _worse(line: dict[str, Any], stored: dict[str, str] | None) -> Iterator[str]
         yield f"at most {stored['spilled']} spilled bytes, got {line['spilled']}"
     if line["in_loops"] > int(stored["in_loops"]):
         yield f"at most {stored['in_loops']} bytes spilled in the loops, got {line['in_loops']}"
+    if line["shared_cycles"] > _GROWTH * int(stored["shared_cycles"]):
+        limit = f"at most {stored['shared_cycles']} cycles of shared memory for a full tile (and 2 %)"
+        yield f"{limit}, got {line['shared_cycles']}"
     if line["full_loop"] > _GROWTH * int(stored["full_loop"]):
         yield f"at most {stored['full_loop']} instructions for a full tile (and 2 %), got {line['full_loop']}"
 

@@ -133,6 +133,11 @@ def known_keys(parser: Any) -> list[str]:
 
 def rewritten(message: str, keys: Collection[str]) -> str:
     """jsonargparse's message in our words, with the nearest key where one is unknown."""
+    if match := re.search(_IN_GROUP, message, re.DOTALL):
+        group, inside = match.groups()
+        if lacking := re.search(r"arguments are required: (.*)", inside):
+            return f"{group}: expected a value for {lacking[1]}; got none"
+        return rewritten(re.sub(r"(Parser key \"|Key ')", rf"\g<1>{group}.", inside), keys)
     for pattern in _UNKNOWN:
         if match := re.search(pattern, message):
             option = match[1]
@@ -153,11 +158,6 @@ def rewritten(message: str, keys: Collection[str]) -> str:
         return " ".join(match[1].split())
     if match := re.search(_NO_CLASS, message, re.DOTALL):
         return f"{match[1]}: expected a class that can be imported, got {match[2]}: {match[3]}"
-    if match := re.search(_IN_GROUP, message, re.DOTALL):
-        group, inside = match.groups()
-        if lacking := re.search(r"arguments are required: (.*)", inside):
-            return f"{group}: expected a value for {lacking[1]}; got none"
-        return rewritten(inside.replace('Parser key "', f'Parser key "{group}.'), keys)
     if match := re.search(_NO_TYPE, message, re.DOTALL):
         key, kinds, value = match.groups()
         if nested := re.fullmatch(r"NestedArg\(key='(\w+)', val='?(.*?)'?\)", value.strip()):

@@ -53,10 +53,11 @@ def _why_no_longer(config: OptimizerConfig, before: int, ours: dict[str, Any]) -
     """What keeps a run of `before` steps from having been one of another length, for a message."""
     if config.schedule != "constant" or before > ours["max_steps"]:
         return "; a run can be made longer where optimizer.schedule is constant, before its cooldown"
-    (warmup, cooldown), (longer, _) = config.phases(before), config.phases(ours["max_steps"])
-    if warmup != longer:
+    after = ours["max_steps"]
+    (warmup, cooldown), (longer, _) = config.phases(before), config.phases(after)
+    if learning_rate_factor(config, 0, before) != learning_rate_factor(config, 0, after):
         return f"; its warm-up, optimizer.warmup_fraction, was {warmup} steps and would have been {longer}"
-    return f"; its cooldown began at step {before - cooldown}: go on from a checkpoint of no later step"
+    return f"; its cooldown began with step {before - cooldown + 1}: go on from a checkpoint before it"
 
 
 def other_sums(theirs: dict[str, Any], ours: dict[str, Any]) -> str:

@@ -131,9 +131,10 @@ def unmeasured_input(config: Any) -> str:
     trained = first_tokens_of("as_trained", strategy)
     if any(first_tokens_of(mode, strategy) == trained for mode in modes if mode != "first_key_masked"):
         return ""
+    begins = f"with {', '.join(map(str, trained))}" if trained else "with the text"
     return (
-        f"measure.modes: {', '.join(modes)} do not have the first token of data.strategy.first_token "
-        f"{strategy.first_token}, as rows have that are trained on; as_trained does (configs/measure)"
+        f"measure.modes: no input of {', '.join(modes)} begins as the rows do that are trained on, {begins}; that of "
+        "as_trained does (configs/measure)"
     )
 
 

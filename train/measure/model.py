@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sinkbed.data.files import NoRecord
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.tokenizer import token_bytes
 from sinkbed.model.hf.foreign import foreign_at
@@ -178,7 +179,10 @@ def of_run(path: Path, store: Path | None, bos: str | None = None) -> Subject:
 def _check_export(folder: Path, suffix: str) -> None:
     """Compare files of a folder that `sinkbed export` wrote with their checksums; a folder of others has none."""
     if (folder / directory.CHECKSUMS).is_file():
-        sums = directory.read_json(folder / directory.CHECKSUMS)
+        try:
+            sums = directory.read_json(folder / directory.CHECKSUMS)
+        except NoRecord:  # a file of somebody else's
+            return
         left = f"`sinkbed export` left it ({directory.CHECKSUMS} has its sha256)"
         remedy = f"export the run again, or remove {directory.CHECKSUMS} where the change is meant"
         directory.check_files(folder, {n: digest for n, digest in sums.items() if n.endswith(suffix)}, left, remedy)

@@ -306,7 +306,7 @@ def check(results: Sequence[Result], effects: Sequence[Effect], published: Publi
 
 
 def _reached(results: Sequence[Result], arm: str) -> bool:
-    """Whether every run of an arm has an onset. One that has none is later than its end, not missing."""
+    """Whether every run of an arm has an onset. One that has none is later than its end, or before its fork."""
     return all(r.final["onset_tokens"] is not None for r in results if r.arm == arm)
 
 
@@ -342,25 +342,24 @@ def explanation(verdicts: Counter[str], most_seeds: int | None = None) -> str:
     """What these verdicts mean, for a reader; `most_seeds`: the study's."""
     single = [name for name in verdicts if name.startswith("one run: ")]
     alone = "One run an arm: the side that each difference lies on, which is no verdict."
-    verdicts = Counter({name: count for name, count in verdicts.items() if name not in single})
-    if not verdicts:
-        return alone
-    made = verdicts.total() - verdicts["not measured"] - verdicts["not reached by all"]
+    none = (*single, "one run", "not measured", "not reached by all")
+    made = sum(count for name, count in verdicts.items() if name not in none)
     parts = [
         "A verdict is on the mean difference of arms whose stores hold the same texts, paired by seed. Reproduced: "
         "its 95 % interval lies on the expected side of 0 (for the same: inside the tolerance). Not reproduced: it "
         "lies on another side. Within noise: it reaches both. As expected: reproduced, of what has no source."
-    ]
+    ] * bool(made)
     parts += [alone] if single else []
     if verdicts["one run"]:
         parts.append("One run: the arms have one seed in common, which has no interval.")
     if verdicts["not reached by all"]:
-        parts.append("Not reached by all: a run has no onset, which is later than its end.")
-    parts.append(
-        f"Comparisons made: {made}; where nothing differs, one in twenty leaves 0 out by chance. Effects that share an "
-        "arm are not independent of each other."
-    )
-    if most_seeds:
+        parts.append("Not reached by all: a run has no onset of its own, but one after its end, or before its fork.")
+    if made:
+        parts.append(
+            f"Comparisons made: {made}; where nothing differs, one in twenty leaves 0 out by chance. Effects that "
+            "share an arm are not independent of each other."
+        )
+    if made and most_seeds:
         rule = "Seeds were added one at a time until every interval was as narrow as its half_width, at most"
         parts.append(f"{rule} {most_seeds}.")
     return " ".join(parts)
@@ -368,7 +367,11 @@ def explanation(verdicts: Counter[str], most_seeds: int | None = None) -> str:
 
 def listed(verdicts: dict[str, int]) -> str:
     """`30 reproduced, 2 within noise`."""
-    return ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
+    alone = "one run: "
+    return ", ".join(
+        f"{count} {verdict.removeprefix(alone)}{' (one run)' if verdict.startswith(alone) else ''}"
+        for verdict, count in verdicts.items()
+    )
 
 
 def _published(published: Published, effect: Effect) -> tuple[float, float] | None:

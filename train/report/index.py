@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from sinkbed.data.files import write_files, write_json
+from sinkbed.data.files import NoRecord, write_files, write_json
 from sinkbed.plain_text import counted, markdown, markdown_table
 from sinkbed.train.report.effects import Outcome, check, counts, explanation, listed
 from sinkbed.train.report.figures import draw
@@ -31,8 +32,10 @@ def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[Result]]], folder
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"report: expected study files of different names, got two that are called {twice}")
-    parts: dict[str, dict[str, Any]] = directory.read_json(folder / RECORD) if (folder / RECORD).exists() else {}
-    for name in ([] if parts else [NAME]) + [f"{name}.png" for name in names if name not in parts]:
+    parts: dict[str, dict[str, Any]] = {}
+    with suppress(NoRecord, FileNotFoundError):  # nothing, or a file of somebody else's
+        parts = directory.read_json(folder / RECORD)
+    for name in ([] if parts else [NAME, RECORD]) + [f"{name}.png" for name in names if name not in parts]:
         if (folder / name).exists():
             raise FileExistsError(
                 f"{folder / name}: expected none, or one of an earlier page of studies; got another file; choose "
@@ -56,7 +59,7 @@ def write_digest(studies: Sequence[tuple[StudyConfig, Sequence[Result]]], folder
         "Written by `sinkbed report`, which has more of each study: curves, heat maps, differences of all arms.",
         "\n".join(markdown_table(("study", "question", "expected effects"), index)),
         f"In all: {listed(dict(total.most_common())) or 'no effects'}.",
-        f"Cells are mean ± half-width of the 95 % t interval over seeds. {explanation(total)}",
+        f"Cells are mean ± half-width of the 95 % t interval over seeds. {explanation(total)}".rstrip(),
         *(part["section"] for part in parts.values()),
     ]
     write_json(folder / RECORD, parts)  # first: a page without it would be another file

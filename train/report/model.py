@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sinkbed.data.files import write_files, write_json
+from sinkbed.data.files import NoRecord, write_files, write_json
 from sinkbed.plain_text import counted, csv_text
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.report import html
@@ -79,7 +79,9 @@ def check_out(folder: Path, force: bool) -> None:
     killed = (f".{RECORD}.*.partial", directory.LOCK)  # what a probe leaves that is killed before it writes
     if folder.is_dir() and any(path for path in folder.iterdir() if not any(map(path.match, killed))):
         # Read with --force too: a damaged one would stop the writing, when all has been measured.
-        earlier = directory.read_json(folder / RECORD) if (folder / RECORD).is_file() else None
+        earlier = None
+        with suppress(NoRecord):  # a file of somebody else's
+            earlier = directory.read_json(folder / RECORD) if (folder / RECORD).is_file() else None
         if not isinstance(earlier, dict):
             raise FileExistsError(
                 f"--out {folder}: expected a new folder, or the report of an earlier probe, got other files; choose "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sinkbed.data.files import differing
+from sinkbed.data.store.manifest import Manifest
 from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.report.result import Result, load_result
 from sinkbed.train.run import directory
@@ -51,31 +52,33 @@ def check_alike(runs: Sequence[ArmRun]) -> None:
                 f"report: expected one run of each arm and seed, got arm {run.arm}, seed {run.seed} in both {other} "
                 f"and {run.folder}; report the studies one by one"
             )
-        with contextlib.suppress(
-            OSError, ValueError, LookupError, TypeError
-        ):  # what is damaged is said when it is read
+        try:
             settings = _settings(run.folder)
-            path, others = first.setdefault(run.arm, (run.folder, settings))
-            if changed := differing(settings, others):
-                break
-    else:
-        return
-    raise ValueError(
-        f"report: expected runs of arm {run.arm} to differ in their seed alone, got {changed} ({run.folder} against "
-        f"{path}); report them one by one, or under folders of other names"
-    )
+        except (OSError, ValueError, LookupError, TypeError):  # damage is said when it is read
+            continue
+        path, others = first.setdefault(run.arm, (run.folder, settings))
+        if changed := differing(settings, others):
+            raise ValueError(
+                f"report: expected runs of arm {run.arm} to differ in their seed alone, got {changed} ({run.folder} "
+                f"against {path}); report them one by one, or under folders of other names"
+            )
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """Of a run, those that make its figures others than those of another seed."""
-    config = read_mapping(folder / directory.CONFIG)
+    """Of a run, those that make its figures others than those of another seed, with the digest of its token store."""
+    config, manifest = read_mapping(folder / directory.CONFIG), folder / directory.MANIFEST
     data = {key: value for key, value in config["data"].items() if key not in ("seed", "store", *_NO_FIGURE)}
     model = {key: value for key, value in config["model"].items() if key not in _NO_FIGURE}
-    return {"model": model, "data": data, "max_steps": config["trainer"]["max_steps"]}
+    measure = {key: value for key, value in config["measure"].items() if key not in _NO_FIGURE}
+    trainer = {key: config["trainer"].get(key) for key in ("max_steps", "precision")}
+    return {
+        "model": model, "data": data, "measure": measure, "trainer": trainer, "fork": bool(config.get("fork")),
+        "token store": Manifest.read(folder).digest if manifest.is_file() else "",
+    }  # fmt: skip
 
 
-_NO_FIGURE = ("workers", "micro_batch_size", "compile", "activation_checkpointing")
-"""Settings of data and model that a figure depends on in its last digits at most."""
+_NO_FIGURE = ("workers", "micro_batch_size", "compile", "activation_checkpointing", "implementation", "batch_tokens")
+"""Settings that a figure depends on in its last digits at most."""
 
 
 def split_finished(runs: Sequence[ArmRun]) -> tuple[list[ArmRun], list[Result], list[str]]:

@@ -37,12 +37,12 @@ def write_report(
     """
     finished = [r for r in results if not r.progress]
     where = "in the curves alone" if finished else "as of its last measurement"
+    final = finished or results
     notices = [f"Not in the report: {what}." for what in missing]
     notices += [f"Not finished: {r.arm}, seed {r.seed} ({r.progress}), {where}." for r in results if r.progress]
-    notices += apart(results)
+    notices += apart(final)
     for notice in notices:
         print(notice[0].lower() + notice[1:-1])
-    final = finished or results
     folder = study.out / "report"
     there = {path.name for path in folder.glob("[!.]*")}
     if there and not there & {"table.csv", "table.parquet"}:  # a report begins with its table
@@ -93,8 +93,12 @@ def apart(results: Sequence[Result]) -> list[str]:
     if len(lengths) > 1:
         each = "; ".join(f"{length} in {', '.join(dict.fromkeys(arms))}" for length, arms in sorted(lengths.items()))
         notices.append(f"Sinks are over the first T queries, which differ, so they do not compare: {each}.")
-    if len({result.texts for result in results}) > 1:
-        notices.append("Arms were trained and measured on different texts, so their losses and sinks do not compare.")
+    texts: dict[str, list[str]] = {}
+    for result in results:
+        texts.setdefault(result.texts, []).append(result.arm)
+    if len(texts) > 1:
+        each = " against ".join(", ".join(dict.fromkeys(arms)) for arms in texts.values())
+        notices.append(f"Runs are of different texts, so losses and sinks do not compare: {each}.")
     return notices
 
 

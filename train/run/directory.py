@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import yaml
 
-from sinkbed.data.files import load_json, refuse_number, sha256_file, write_atomic, write_json
+from sinkbed.data.files import NoRecord, load_json, refuse_number, sha256_file, write_atomic, write_json
 from sinkbed.plain_text import counted
 
 CONFIG, MANIFEST, AUDIT = "config.yaml", "manifest.json", "audit.json"
@@ -173,9 +173,11 @@ def check_config(path: Path, content: bytes) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; raises ValueError that names a damaged file."""
+    """Read a record; raises ValueError that names a damaged file, `NoRecord` for one that is not ours."""
     try:
         return load_json(path)
+    except NoRecord as error:
+        raise NoRecord(f"{path}: expected a record as this version writes them, got {error}") from None
     except (ValueError, RecursionError) as error:  # no JSON, no text, or not as it was written
         raise ValueError(f"{path}: expected JSON as it was written, got {error}; restore or remove it") from None
 

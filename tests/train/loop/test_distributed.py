@@ -1,5 +1,6 @@
 """Two processes with gloo: the run of one process, written once, in every strategy and from one to the other."""
 
+import json
 import os
 import signal
 import subprocess
@@ -96,7 +97,7 @@ def test_two_processes_make_the_run_of_one_and_write_it_once(runs, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_validate_reads_every_kind_of_checkpoint(runs, kind, capsys, tmp_path):
     assert main(["validate", str(runs / kind), "--json", str(tmp_path / "figures.json")]) == 0
-    found = directory.read_json(tmp_path / "figures.json")
+    found = json.loads((tmp_path / "figures.json").read_text())
     expected = directory.read_json(runs / kind / directory.MEASUREMENT)["modes"]
     for mode, figures in expected.items():
         assert found[mode]["loss"] == pytest.approx(figures["loss"], rel=1e-6)

@@ -1,6 +1,7 @@
 """`sinkbed fit` as users run it: the run directory, resume, refusals, faults."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -376,7 +377,9 @@ def test_tokens_per_second_leaves_measuring_out(fit, monkeypatch):
 def test_validate_gives_the_numbers_of_the_final_measurement(fit, capsys, tmp_path):
     _, folder = fit()
     assert main(["validate", str(folder), "--json", str(tmp_path / "out.json")]) == 0
-    assert directory.read_json(tmp_path / "out.json") == directory.read_json(folder / directory.MEASUREMENT)["modes"]
+    assert (
+        json.loads((tmp_path / "out.json").read_text()) == directory.read_json(folder / directory.MEASUREMENT)["modes"]
+    )
     assert "BOS + text" in capsys.readouterr().out
     early = folder / "checkpoints" / "step-0000003.ckpt"
     assert main(["validate", str(early), "--modes", "as_trained", "random_first", "--documents", "2"]) == 0

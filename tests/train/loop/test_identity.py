@@ -119,7 +119,7 @@ def test_one_whose_steps_would_have_been_others_is_refused(fit, capsys):
     cooled = (*CONSTANT, "--model.optimizer.cooldown_steps", "4")
     _, folder = fit(*cooled)
     message = refused(capsys, fit(*cooled, "--trainer.max_steps", "16", "--ckpt_path", "last")[0])
-    assert "the checkpoint has 10" in message and "its cooldown began at step 6: go on from a checkpoint" in message
+    assert "the checkpoint has 10" in message and "its cooldown began with step 7: go on from a checkpoint" in message
     # From before its cooldown it may.
     early = str(folder / "checkpoints" / "step-0000003.ckpt")
     assert fit(*cooled, "--trainer.max_steps", "16", "--ckpt_path", early)[0] == 0

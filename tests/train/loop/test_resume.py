@@ -7,6 +7,8 @@ from sinkbed.data.store.token_store import TokenStore
 from sinkbed.train.loop.callbacks.sinks import SinkMonitor
 from sinkbed.train.loop.optim import parameter_groups
 from sinkbed.train.loop.optimizers import OPTIMIZERS
+from sinkbed.train.measure.sinks import ModeResult
+from sinkbed.train.report.result import load_result
 from sinkbed.train.run import directory
 from sinkbed.train.run.checkpoint import load_checkpoint
 from sinkbed.train.run.directory import kept_steps
@@ -267,6 +269,19 @@ def test_a_fork_is_a_new_run_with_settings_of_its_own_that_names_its_parent(fit)
     # A fork is resumed like any run.
     (fork / directory.MEASUREMENT).unlink()
     assert fit(*same, *other, "--ckpt_path", "last", run_dir="fork")[0] == 0
+
+
+def test_a_fork_begins_with_a_measurement_and_has_no_onset_where_its_sink_was_there(fit, monkeypatch):
+    own = ModeResult.metrics
+    monkeypatch.setattr(ModeResult, "metrics", lambda self, mode: own(self, mode) | {f"sink/rate_eps0.3/{mode}": 50.0})
+    _, parent = fit(run_dir="parent")
+    assert directory.read_json(parent / directory.MEASUREMENT)["onset_tokens"] > 0
+    status, fork = fit("--fork", str(parent / "checkpoints" / "step-0000003.ckpt"), run_dir="fork")
+    assert status == 0 and next(p["step"] for p in points(fork) if "sink/rate_eps0.3/bos" in p) == 3
+    assert directory.read_json(fork / directory.MEASUREMENT)["onset_tokens"] is None
+    for folder, found in ((parent, True), (fork, False)):
+        (folder / directory.MEASUREMENT).unlink()
+        assert (load_result(folder, "a", 0).final["onset_tokens"] is not None) == found, "also while it runs"
 
 
 def test_a_fork_with_another_optimizer_leaves_what_the_old_one_kept_behind(fit, monkeypatch):

@@ -40,13 +40,15 @@ def test_a_refusal_names_the_line_of_the_key(fit, tmp_path, capsys, line, key):
 
 @pytest.mark.parametrize(
     ("first_token", "modes", "said"),
-    [("[none, bos]", "[bos, text]", True), ("[none, bos]", "[as_trained]", False), ("none", "[text]", False),
-     ("random", "[bos, first_key_masked]", True), ("bos", "[bos]", False)],
+    [("[none, bos]", "[bos, text]", "with none, bos; "), ("[none, bos]", "[as_trained]", ""), ("none", "[text]", ""),
+     ("random", "[bos, first_key_masked]", "with random; "), ("bos", "[bos]", ""),
+     ("none", "[bos]", "with the text; ")],
 )  # fmt: skip
 def test_that_the_input_of_training_is_not_measured_is_said(first_token, modes, said):
     data = SimpleNamespace(strategy=Strategy(first_token=yaml.safe_load(first_token)))
     measure = SimpleNamespace(modes=yaml.safe_load(modes))
-    assert bool(unmeasured_input(SimpleNamespace(data=data, measure=measure))) == said
+    line = unmeasured_input(SimpleNamespace(data=data, measure=measure))
+    assert said in line and bool(said) == bool(line)
 
 
 @pytest.mark.parametrize("option", ["limit_train_batches=3", "max_epochs=1", "logger=true", "fast_dev_run=true"])

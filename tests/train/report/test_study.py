@@ -144,13 +144,13 @@ def test_several_studies_make_one_page_of_the_seeds_that_are_finished(finished, 
     assert main(["report", *files]) == 1
     assert "expected --out" in capsys.readouterr().err
     # Nothing that somebody else wrote is replaced.
-    for name in ("README.md", "other.png"):
+    for name in ("README.md", "other.png", "studies.json"):
         mine = tmp_path / name / name
         mine.parent.mkdir()
-        mine.write_text("mine\n")
+        mine.write_text('"mine"\n')
         assert main(["report", *files, "--out", str(mine.parent)]) == 1
         assert "got another file" in capsys.readouterr().err
-        assert mine.read_text() == "mine\n" and list(mine.parent.iterdir()) == [mine]
+        assert mine.read_text() == '"mine"\n' and list(mine.parent.iterdir()) == [mine]
     assert main(["report", *files, "--out", str(page), "--arms", "a"]) == 1
     assert "--arms: expected one study file, got" in capsys.readouterr().err
     assert main(["report", str(other), str(other), "--out", str(page)]) == 1
@@ -181,7 +181,7 @@ def test_folders_with_other_runs_under_the_name_of_an_arm_are_no_more_seeds_of_i
     status, said = report({})
     assert status == 1 and "got arm fixed, seed 0 in both" in said.err
     status, said = report({"seed_everything": 5, "trainer": config["trainer"] | {"max_steps": 9}})
-    assert status == 1 and "differ in their seed alone, got max_steps: expected 10, got 9" in said.err
+    assert status == 1 and "differ in their seed alone, got trainer.max_steps: expected 10, got 9" in said.err
     status, said = report({"seed_everything": 5, "data": config["data"] | {"seed": 5, "workers": 1}})
     assert status == 0 and not said.err
 

@@ -9,6 +9,7 @@ import yaml
 
 from sinkbed.data.files import write_atomic, write_json
 from sinkbed.train.cli.main import main
+from sinkbed.train.measure.model import _check_export
 from sinkbed.train.run import directory
 from tests.support.runs import refused
 
@@ -25,6 +26,15 @@ def test_no_file_of_a_run_holds_a_number_that_json_has_not(tmp_path):
     record(trainer, {"a": float("inf")}, step=1, tokens=2, heatmaps=heatmap)
     [point] = directory.read_metrics(tmp_path / directory.METRICS)
     assert point == {"step": 1, "train/tokens": 2, "a": None, "sink/heatmap/bos": [[0.5, None]]}
+
+
+def test_checksums_of_somebody_else_are_not_taken_for_ours(tmp_path):
+    (tmp_path / directory.CHECKSUMS).write_text('{"config.json": "md5:0"}\n')
+    (tmp_path / "config.json").write_text("{}\n")
+    _check_export(tmp_path, ".json")
+    write_json(tmp_path / directory.CHECKSUMS, {"config.json": "0"})
+    with pytest.raises(ValueError, match="config.json"):
+        _check_export(tmp_path, ".json")
 
 
 def test_config_yaml_reads_back_as_what_was_written(fit):

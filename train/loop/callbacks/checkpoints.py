@@ -76,7 +76,7 @@ class Checkpoints(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the checkpoint; the points go back through `directory.restore_metrics`."""
         self.best, self.restored, self.run = state_dict["best"], state_dict["metrics"], state_dict["run"]
-        self.kept = state_dict.get("kept", [])
+        self.kept = state_dict["kept"]
         self.resumed = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -69,7 +69,7 @@ class SinkMonitor(L.Callback):
                     "kinds cannot be compared; leave it as it was and use `sinkbed validate` for other figures"
                 )
         self.onset_tokens = state_dict["onset_tokens"]
-        self.sink_at_start = state_dict.get("sink_at_start", False)
+        self.sink_at_start = state_dict["sink_at_start"]
         self.measured = state_dict["measured"]
         self.seconds = state_dict["seconds"]
         self.elapsed = state_dict["elapsed"]
@@ -106,7 +106,7 @@ class SinkMonitor(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Measure after the steps that are due, once each."""
         step = trainer.global_step
-        if step in self.steps and step != self.measured:
+        if (step in self.steps or self.measured is None) and step != self.measured:
             self._measure_live(trainer, pl_module)
 
     def loss_at(self, step: int) -> float | None:
