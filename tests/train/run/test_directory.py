@@ -33,7 +33,7 @@ def test_checksums_of_somebody_else_are_not_taken_for_ours(tmp_path):
     (tmp_path / "config.json").write_text("{}\n")
     _check_export(tmp_path, ".json")
     write_json(tmp_path / directory.CHECKSUMS, {"config.json": "0"})
-    with pytest.raises(ValueError, match="config.json"):
+    with pytest.raises(ValueError, match=r"config\.json"):
         _check_export(tmp_path, ".json")
 
 
