@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
-from sinkbed.data.files import sha256_json, unsealed, write_json
+from sinkbed.data.files import NoRecord, sha256_json, unsealed, write_json
 
 FORMAT = 2
 MANIFEST_NAME = "manifest.json"
@@ -118,7 +118,7 @@ class Manifest:
         try:
             return cls._checked(json.loads(path.read_text(encoding="utf-8")))
         except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            fault = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
+            fault = error if type(error) in (ValueError, NoRecord) else f"{type(error).__name__}: {error}"
             raise ValueError(
                 f"{path}: expected an intact manifest of format {FORMAT}, got {fault}; copy it again or prepare the "
                 "token store again with --force"

@@ -30,7 +30,7 @@ _NEITHER = r"Union subtypes\n.*Errors:\n  - (.*?)\n  - Expected a <class 'NoneTy
 
 _IN_GROUP = (
     r'Parser key "([\w.]+)":\s+Does not validate against any of the Union subtypes\n.*?'
-    r"Problem with given class_path '[\w.]+':\n\s*(.*?)\n\s*- Expected a <class 'NoneType'>"
+    r"Problem with given class_path 'sinkbed\.[\w.]+':\n\s*(.*?)\n\s*- Expected a <class 'NoneType'>"
 )
 
 _NO_KEYS = ("--config", "--print_config", "--help", "--trust_config")

@@ -244,7 +244,7 @@ def test_a_shard_outside_the_store_is_refused(make_store: MakeStore, file: str) 
 def test_a_manifest_without_a_checksum_is_refused(make_store: MakeStore) -> None:
     path = make_store(DOCUMENTS).path
     write_json(path / "manifest.json", load_json(path / "manifest.json"), seal=False)
-    with pytest.raises(ValueError, match=r"got a record without its checksum, as versions before 0\.3 .*--force"):
+    with pytest.raises(ValueError, match=r"got a record without its checksum, such as versions before 0\.3 .*--force"):
         TokenStore.open(path)
 
 
