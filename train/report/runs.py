@@ -32,9 +32,8 @@ def load_folder(folder: Path) -> list[tuple[Path, str, int]]:
             arm, seed = path.name, 0
             with contextlib.suppress(ValueError, LookupError, TypeError):  # what is damaged is said when it is read
                 config = read_mapping(path / directory.CONFIG)
-                seed = (
-                    config["data"]["seed"] if isinstance(config["seed_everything"], bool) else config["seed_everything"]
-                )
+                drawn = isinstance(config.get("seed_everything", True), bool)
+                seed = config["data"]["seed"] if drawn else config["seed_everything"]
                 record = directory.read_json(path / "arm.json") if (path / "arm.json").is_file() else {}
                 arm, seed = record.get("arm", arm), record.get("seed", seed)
             runs.append((path, arm, seed))
