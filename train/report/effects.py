@@ -344,11 +344,13 @@ def explanation(verdicts: Counter[str], most_seeds: int | None = None) -> str:
     alone = "One run an arm: the side that each difference lies on, which is no verdict."
     none = (*single, "one run", "not measured", "not reached by all")
     made = sum(count for name, count in verdicts.items() if name not in none)
-    parts = [
-        "A verdict is on the mean difference of arms whose stores hold the same texts, paired by seed. Reproduced: "
-        "its 95 % interval lies on the expected side of 0 (for the same: inside the tolerance). Not reproduced: it "
-        "lies on another side. Within noise: it reaches both. As expected: reproduced, of what has no source."
-    ] * bool(made)
+    parts = []
+    if made:
+        parts.append(
+            "A verdict is on the mean difference of arms whose stores hold the same texts, paired by seed. Reproduced: "
+            "its 95 % interval lies on the expected side of 0 (for the same: inside the tolerance). Not reproduced: it "
+            "lies on another side. Within noise: it reaches both. As expected: reproduced, of what has no source."
+        )
     parts += [alone] if single else []
     if verdicts["one run"]:
         parts.append("One run: the arms have one seed in common, which has no interval.")
