@@ -120,17 +120,22 @@ def to_csv(lines: Sequence[dict[str, Any]]) -> str:
     return csv_of(lines, [n for n in names if n != "error"])
 
 
-def _derived(line: dict[str, Any]) -> tuple[str, str, str]:
-    """Instructions that warps issue for 1,000 pairs of a query and a key, cycles of a tile by unit, and blocks on a
-    multiprocessor."""
-    from sinkbed.kernels.triton.aot import CHIPS
+def _derived(line: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Instructions that warps issue for 1,000 pairs of a query and a key, cycles of a tile by unit, the share of the
+    peak estimated from them, and blocks on a multiprocessor."""
+    from sinkbed.kernels.triton.aot import CHIPS, estimated_share
 
+    chip = CHIPS[line["arch"]]
     queries, keys, warps = map(int, re.findall(r"\d+", line["tiles"].replace("x ", "x0 "))[:3])
-    blocks = CHIPS[line["arch"]].blocks(line["registers"], warps, line["shared"])
     pairs = queries * keys
-    busy = (line["full_loop"] * warps // 4, *(line[f"{unit}_cycles"] for unit in ("special", "shared", "matrix")))
-    cycles = "/".join(map(str, busy)) if busy[-1] else ""
-    return f"{1000 * line['full_loop'] * warps / pairs:.0f}" if pairs else "", cycles, str(blocks or "")
+    instructions = f"{1000 * line['full_loop'] * warps / pairs:.0f}" if pairs else ""
+    blocks = str(chip.blocks(line["registers"], warps, line["shared"]) or "")
+    if not line["matrix_cycles"]:
+        return instructions, "", "", blocks
+    special, shared, matrix = (line[f"{unit}_cycles"] for unit in ("special", "shared", "matrix"))
+    busy = (line["full_loop"] * warps // 4, special, shared, matrix)
+    share = estimated_share(*busy, chip.warp_products if line["unit"] == "HMMA" else 1.0)
+    return instructions, "/".join(map(str, busy)), f"{100 * share:.0f} %", blocks
 
 
 def print_table(lines: Sequence[dict[str, Any]]) -> None:
@@ -138,14 +143,17 @@ def print_table(lines: Sequence[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(title="Compiled ahead of time: static counts, nothing was run", title_justify="left")
-    table.caption = "cycles: for a full tile, of issue/special functions/shared memory/matrix products"
+    table.caption = (
+        "cycles: for a full tile, of issue/special functions/shared memory/matrix products\n"
+        "estimate: from these, of the peak of matrix products in full tiles; within a fifth for kernels of others"
+    )
     table.caption_justify = "left"
     names = {
         "arch": "GPU", "kernel": "kernel", "mask": "mask", "dtype": "dtype", "head_dim": "D", "tiles": "tile",
         "registers": "reg.", "spilled": "spilled B", "in_loops": "in loops", "shared": "shared B",
         "full_loop": "full tile", "masked_loop": "masked",
     }  # fmt: skip
-    for name in (*names.values(), "a 1,000 pairs", "cycles", "blocks", "products"):
+    for name in (*names.values(), "a 1,000 pairs", "cycles", "estimate", "blocks", "products"):
         left = name in ("GPU", "kernel", "mask", "dtype", "tile")
         table.add_column(name, justify="left" if left else "right", no_wrap=left)
     before = None
@@ -158,7 +166,7 @@ def print_table(lines: Sequence[dict[str, Any]]) -> None:
             continue
         products = f"{line['matrix']} {line['unit']}" if line["unit"] else ""
         table.add_row(*(str(line[k]) for k in names), *_derived(line), products)
-    console(180).print(table)
+    console(190).print(table)
 
 
 def run(command: str, argv: Sequence[str]) -> int:
