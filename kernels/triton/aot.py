@@ -34,6 +34,8 @@ is no multiple of 16; `one_document`: causal, with such a T and statistics of ro
 `softpick`: `document`, with that scoring."""
 KERNELS = ("forward", "forward+statistics", "delta", "dq", "dkv", "dkv+groups", "received")
 """`dkv`: a key head for every query head; `dkv+groups`: one for two."""
+PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4, "received": 1}
+"""Matrix products of a tile of queries and keys, each of 2·M·N·D operations."""
 # The opcode and no modifier: HFMA2.MMA moves a constant.
 _GUARD = r"(?:@!?U?P\w+\s+)?"
 _MATRIX = re.compile(_GUARD + r"((?:[HIDQO]|[HIQ]G|UTC[HIQO])MMA|v_mfma)(?![A-Z0-9])")
@@ -336,14 +338,19 @@ def busy_cycles(code: list[str], warps: int, chip: Chip) -> dict[str, int]:
     return {unit: round(warps * each) for unit, each in work.items()}
 
 
-def estimated_share(issue: int, special: int, shared: int, matrix: int, warp_products: float = 1.0) -> float:
-    """Share of the peak of the matrix units that a loop over full tiles reaches, from the busy cycles of its units.
+def estimated_share(chip: Chip, operations: int, issue: int, special: int, shared: int, matrix: int) -> float:
+    """Share of the peak of matrix products that a loop over full tiles reaches, from the busy cycles of its units.
 
     A tile is taken to last as long as its products and half of what keeps the schedulers (four instructions a cycle),
     special functions and shared memory busy. The half is fitted: so estimated, the kernels of `published.csv` come out
     from 11 % below to 20 % above the speeds that were published of them. Those have no warps that only copy.
+
+    Args:
+        chip: one of which cycles are counted.
+        operations: that the products of a tile need, 2·`PRODUCTS`·M·N·D. What warps compute twice is not needed.
+        issue, special, shared, matrix: cycles.
     """
-    return matrix * warp_products / (matrix + (issue + special + shared) / 2)
+    return operations / chip.products / (matrix + (issue + special + shared) / 2)
 
 
 _PRODUCT = re.compile(r"HGMMA\S*\s+R\d+, R(\d+), gdesc")

@@ -13,6 +13,7 @@ from sinkbed.kernels.triton.aot import (
     DTYPES,
     KERNELS,
     MASKS,
+    PRODUCTS,
     SCORINGS,
     busy_cycles,
     instructions_of,
@@ -180,13 +181,12 @@ def test_cycles_of_units_are_those_of_the_instructions():
 @of_each_version
 def test_matrix_units_are_as_busy_as_the_products_of_a_tile_keep_them(version):
     """So no product of 16 bits is left uncounted, nor one of padding counted."""
-    of_kernel = {"forward": 2, "dq": 3, "dkv": 4, "received": 1}
     counted = 0
     for (arch, kernel, _, dtype, head_dim), line in STORED[version].items():
         if kernel == "delta" or dtype == "fp32" or not CHIPS[arch].products or int(head_dim) & (int(head_dim) - 1):
             continue
         queries, keys = map(int, line["tiles"].split()[0].split("x"))
-        work = of_kernel[kernel.partition("+")[0]] * 2 * queries * keys * int(head_dim)
+        work = PRODUCTS[kernel.partition("+")[0]] * 2 * queries * keys * int(head_dim)
         rate = CHIPS[arch].products * (CHIPS[arch].warp_products if line["unit"] == "HMMA" else 1)
         assert int(line["matrix_cycles"]) == round(work / rate), line
         counted += 1

@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from sinkbed.kernels.triton.aot import CHIPS, estimated_share
+from sinkbed.kernels.triton.aot import CHIPS, PRODUCTS, estimated_share
 from sinkbed.train.cli.kernels import TABLES, compile_only, read_table
 from tests.support.peer_loops import forward_loop
 
@@ -24,8 +24,9 @@ def test_published_speeds_of_other_kernels_are_estimated_as_the_readme_says():
     for peer in PUBLISHED:
         arch = {"A100": "sm_80", "H100": "sm_90"}[peer["gpu"]]
         busy = [int(peer[unit]) for unit in ("issue", "special", "shared", "matrix")]
-        share = estimated_share(*busy, CHIPS[arch].warp_products if peer["unit"] == "HMMA" else 1.0)
-        speed = share * PEAKS[arch]
+        products = {"forward": 2, "forward and backward": 7}[peer["passes"]]
+        operations = 2 * products * int(peer["pairs"]) * int(peer["head_dim"])
+        speed = estimated_share(CHIPS[arch], operations, *busy) * PEAKS[arch]
         errors.append(100 * (speed / int(peer["tflops"]) - 1))
         name = f"{peer['kernel']}, {peer['gpu']}, {peer['passes']}, D {peer['head_dim']}"
         cycles = "/".join(peer[unit] for unit in ("issue", "special", "shared", "matrix"))
@@ -68,8 +69,9 @@ def test_the_readme_says_what_binds_a_tile():
             warps = int(re.search(r"w(\d+)", line["tiles"])[1])
             issue = int(line["full_loop"]) * warps // 4
             *others, matrix = (int(line[f"{unit}_cycles"]) for unit in ("special", "shared", "matrix"))
-            share = estimated_share(issue, *others, matrix)
-            assert line["unit"] == "HGMMA" or arch == "sm_80"
+            queries, keys = map(int, re.findall(r"\d+", line["tiles"])[:2])
+            operations = 2 * PRODUCTS[kernel.partition("+")[0]] * queries * keys * head_dim
+            share = estimated_share(CHIPS[arch], operations, issue, *others, matrix)
             speed = speeds[arch, kernel, head_dim] = share * PEAKS[arch]
             cells.append(f"{'/'.join(map(str, (issue, *others, matrix)))}: {100 * share:.0f} %, {speed:.0f}")
         row = f"| {name}, {head_dim} | {cells[0]} | {cells[1]} |"

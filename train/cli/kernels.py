@@ -123,7 +123,7 @@ def to_csv(lines: Sequence[dict[str, Any]]) -> str:
 def _derived(line: dict[str, Any]) -> tuple[str, str, str, str]:
     """Instructions that warps issue for 1,000 pairs of a query and a key, cycles of a tile by unit, the share of the
     peak estimated from them, and blocks on a multiprocessor."""
-    from sinkbed.kernels.triton.aot import CHIPS, estimated_share
+    from sinkbed.kernels.triton.aot import CHIPS, PRODUCTS, estimated_share
 
     chip = CHIPS[line["arch"]]
     queries, keys, warps = map(int, re.findall(r"\d+", line["tiles"].replace("x ", "x0 "))[:3])
@@ -134,7 +134,8 @@ def _derived(line: dict[str, Any]) -> tuple[str, str, str, str]:
         return instructions, "", "", blocks
     special, shared, matrix = (line[f"{unit}_cycles"] for unit in ("special", "shared", "matrix"))
     busy = (line["full_loop"] * warps // 4, special, shared, matrix)
-    share = estimated_share(*busy, chip.warp_products if line["unit"] == "HMMA" else 1.0)
+    operations = 2 * PRODUCTS[line["kernel"].partition("+")[0]] * pairs * line["head_dim"]
+    share = estimated_share(chip, operations, *busy)
     return instructions, "/".join(map(str, busy)), f"{100 * share:.0f} %", blocks
 
 
