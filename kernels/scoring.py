@@ -63,7 +63,7 @@ class Scoring:
             logits += self.slopes.to(logits.dtype)[:, None, None] * distance
         if mask.is_causal and queries.start is not None:  # the keys before the block are seen by all of it
             seen = torch.ones(logits.shape[2], end - queries.start, dtype=torch.bool, device=q.device).tril_()
-            if torch.compiler.is_compiling():  # which makes of a write into a part a pass with a mask over all
+            if torch.compiler.is_compiling():  # Inductor makes of a write into a slice a masked pass over the whole
                 rest = torch.where(seen, logits[..., queries.start :], hidden)
                 logits = torch.cat((logits[..., : queries.start], rest), -1)
             else:

@@ -62,8 +62,8 @@ class Chip:
     """Warps of a multiprocessor at most."""
     products: int = 0
     """Operations of 16-bit matrix products that a multiprocessor does in a cycle; 0 where cycles are not counted."""
-    warp_products: float = 1.0
-    """The share of them that products of a single warp reach (HMMA)."""
+    hmma_share: float = 1.0
+    """The part of `products` that a product of one warp reaches where there are those of four (HMMA and HGMMA)."""
 
     def blocks(self, registers: int, warps: int, shared: int) -> int:
         """Blocks that a multiprocessor holds at a time, by its 65,536 registers, its shared memory and its warps
@@ -75,7 +75,7 @@ class Chip:
 CHIPS = {
     "sm_80": Chip("cuda", 80, 166912, shared_sm=167936, products=2048),
     "sm_89": Chip("cuda", 89, 101376, shared_sm=102400, warps_sm=48),
-    "sm_90": Chip("cuda", 90, 232448, shared_sm=233472, products=4096, warp_products=0.629),  # arXiv 2402.13499
+    "sm_90": Chip("cuda", 90, 232448, shared_sm=233472, products=4096, hmma_share=0.629),  # arXiv 2402.13499
     "sm_100": Chip("cuda", 100, 232448, shared_sm=233472),
     "gfx942": Chip("hip", "gfx942", 65536, warp_size=64),
 }
@@ -196,7 +196,7 @@ def compile_variant(variant: Variant, tiles: Tiles | None = None) -> Counts:
         for n, kernel in originals.items():
             setattr(triton_kernels, f"{n}_kernel", kernel)
     [(kernel, options)] = compiled
-    return counts_of(kernel, options, chip)
+    return _count(kernel, options, chip)
 
 
 def is_stored(arch: str, kernel: str, mask: str, dtype: str, head_dim: int) -> bool:
@@ -234,9 +234,8 @@ def _launch(variant: Variant) -> None:
         op._backward_kernels(q, grad_lse, q, k, k, q, lse, *ends, sink_logit, slopes, 0, 0, *scoring)
 
 
-def counts_of(kernel: Any, options: dict[str, Any], chip: Chip) -> Counts:
-    """What the compiler made of a kernel, launched with these options."""
-    registers, lines = _cuda(kernel) if chip.backend == "cuda" else _amd(kernel)
+def _count(kernel: Any, options: dict[str, Any], chip: Chip) -> Counts:
+    registers, lines = machine_code(kernel) if chip.backend == "cuda" else _amd(kernel)
     metadata = kernel.metadata
     spilled, reloaded = spilled_bytes(lines)
     full, masked = tile_loops(lines)
@@ -265,7 +264,7 @@ def _run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _cuda(kernel: Any) -> tuple[int, list[str]]:
+def machine_code(kernel: Any) -> tuple[int, list[str]]:
     """Registers a lane, and the SASS: a label or an instruction a line."""
     knobs = triton.knobs.nvidia
     with tempfile.TemporaryDirectory() as folder:
@@ -325,7 +324,7 @@ def busy_cycles(code: list[str], warps: int, chip: Chip) -> dict[str, int]:
             products += 2 * 64 * columns * 16 // 4
             size += 2 * 16 * (columns + 64 * both_shared) // 4
         elif match := _WARP_PRODUCT.match(line):
-            products += 2 * 16 * 8 * int(match[1]) / chip.warp_products
+            products += 2 * 16 * 8 * int(match[1]) / chip.hmma_share
         elif match := _MATRICES.match(line):
             size += 128 * int(match[1] or 1)
         elif match := _SHARED.match(line):
@@ -341,9 +340,10 @@ def busy_cycles(code: list[str], warps: int, chip: Chip) -> dict[str, int]:
 def estimated_share(chip: Chip, operations: int, issue: int, special: int, shared: int, matrix: int) -> float:
     """Share of the peak of matrix products that a loop over full tiles reaches, from the busy cycles of its units.
 
-    A tile is taken to last as long as its products and half of what keeps the schedulers (four instructions a cycle),
-    special functions and shared memory busy. The half is fitted: so estimated, the kernels of `published.csv` come out
-    from 11 % below to 20 % above the speeds that were published of them. Those have no warps that only copy.
+    A tile is taken to last as long as its products and half of the sum of the cycles for which schedulers (four
+    instructions a cycle), special functions and shared memory are busy. The half is fitted to published speeds of other
+    kernels, which it gives from 11 % below to 37 % above (kernels/README.md). None of them has warps that only copy, as
+    FlashAttention-3 has, so it does not hold for such kernels.
 
     Args:
         chip: one of which cycles are counted.

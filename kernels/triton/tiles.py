@@ -3,10 +3,9 @@
 With a document mask nothing is spilled inside a loop over tiles, but in float32 at D 256, which is for checks, and 16
 bytes on sm_89 at D 128; what is spilled outside costs next to nothing. Among such tiles, for a query and a key, on
 sm_80 the fewest cycles of the unit that is busiest (`aot.busy_cycles`), elsewhere the fewest instructions; then the
-most blocks on a multiprocessor. By `aot.estimated_share` none of sixteen tiles tried for a kernel at D 64 and 128 would
-be faster by more than 8 %, which is less than the estimate is off. A forward block at D 64 has no fewer than 128
-queries: at 350 TFLOP/s blocks of 64 would read keys and values from the L2 cache at 5.5 TB/s, twice as fast. A forward
-pass with statistics has as many queries and keys a tile as one without, for the same bits.
+most blocks on a multiprocessor. A forward block at D 64 has no fewer than 128 queries: at 350 TFLOP/s blocks of 64
+would read keys and values from the L2 cache at 5.5 TB/s, twice as fast. A forward pass with statistics has as many
+queries and keys a tile as one without, for the same bits.
 """
 
 from typing import Any, NamedTuple

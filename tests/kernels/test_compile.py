@@ -187,7 +187,7 @@ def test_matrix_units_are_as_busy_as_the_products_of_a_tile_keep_them(version):
             continue
         queries, keys = map(int, line["tiles"].split()[0].split("x"))
         work = PRODUCTS[kernel.partition("+")[0]] * 2 * queries * keys * int(head_dim)
-        rate = CHIPS[arch].products * (CHIPS[arch].warp_products if line["unit"] == "HMMA" else 1)
+        rate = CHIPS[arch].products * (CHIPS[arch].hmma_share if line["unit"] == "HMMA" else 1)
         assert int(line["matrix_cycles"]) == round(work / rate), line
         counted += 1
     assert counted > 100

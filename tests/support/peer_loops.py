@@ -1,10 +1,14 @@
-"""Busy cycles of other attention kernels of which speeds are published, for kernels/triton/published.csv.
+"""Busy cycles of other attention kernels of which speeds are published, for tests/kernels/published.csv.
 
-FlashAttention-2's are in a library that brings its machine code, such as that of the wheel `xformers==0.0.25`:
+A line of that file has the tile, the published speed and its source, and the cycles for which a tile keeps schedulers,
+special functions, shared memory and matrix units busy; of a forward and a backward pass together the sum of their
+loops, which have as many pairs of a query and a key a tile.
+
+FlashAttention-2's loops are in a library that brings its machine code, such as that of the wheel `xformers==0.0.25`:
 
     python -m tests.support.peer_loops xformers/_C_flashattention.so
 
-The forward passes of Triton's tutorial and of FlexAttention are compiled here, from a loop that does what theirs do.
+Those of Triton's tutorial and of FlexAttention are compiled here, from loops that do what theirs do.
 """
 
 import argparse
@@ -14,12 +18,13 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from sinkbed.kernels.triton.aot import CHIPS, busy_cycles, counts_of, instructions_of, loops_of, sass_lines, stand_in
+from sinkbed.kernels.triton.aot import CHIPS, busy_cycles, instructions_of, loops_of, machine_code, sass_lines, stand_in
 
 
 @triton.jit
@@ -54,26 +59,90 @@ def _forward(Q, K, V, Out, Lse, scale, T, D: tl.constexpr, M: tl.constexpr, N: t
     tl.store(Out + row + queries[:, None] * D + dims[None, :], (output / total[:, None]).to(Out.dtype.element_ty))
 
 
+@triton.jit
+def _backward(Q, K, V, Grad, DQ, DK, DV, Lse, Delta, T, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """Gradients of N keys from the later queries, M at a time; then of as many queries from the earlier keys."""
+    row = tl.program_id(1).to(tl.int64) * T * D
+    first, dims = tl.program_id(0) * N, tl.arange(0, D)
+    own = row + (first + tl.arange(0, N))[:, None] * D + dims[None, :]
+    k, v = tl.load(K + own), tl.load(V + own)
+    dk, dv = tl.zeros([N, D], tl.float32), tl.zeros([N, D], tl.float32)
+    queries = first + N + tl.arange(0, M)
+    q_pointers = Q + row + queries[None, :] * D + dims[:, None]
+    grad_pointers = Grad + row + queries[:, None] * D + dims[None, :]
+    for _ in range((T - first - N) // M):
+        q = tl.load(q_pointers)
+        weights = tl.math.exp2(tl.dot(k, q) - tl.load(Lse + queries)[None, :])
+        grad = tl.load(grad_pointers)
+        dv += tl.dot(weights.to(Q.dtype.element_ty), grad)
+        d_logits = weights * (tl.dot(v, tl.trans(grad)) - tl.load(Delta + queries)[None, :])
+        dk += tl.dot(d_logits.to(Q.dtype.element_ty), tl.trans(q))
+        queries += M
+        q_pointers += M * D
+        grad_pointers += M * D
+    tl.store(DK + own, dk)
+    tl.store(DV + own, dv)
+    own_q, own_grad = tl.load(Q + own), tl.load(Grad + own)
+    lse, delta = tl.load(Lse + first + tl.arange(0, N)), tl.load(Delta + first + tl.arange(0, N))
+    dq = tl.zeros([N, D], tl.float32)
+    others = row + tl.arange(0, M)[None, :] * D + dims[:, None]
+    for _ in range(first // M):
+        key, value = tl.load(K + others), tl.load(V + others)
+        weights = tl.math.exp2(tl.dot(own_q, key) - lse[:, None])
+        d_logits = weights * (tl.dot(own_grad, value) - delta[:, None])
+        dq += tl.dot(d_logits.to(Q.dtype.element_ty), tl.trans(key))
+        others += M * D
+    tl.store(DQ + own, dq)
+
+
 def forward_loop(arch: str, head_dim: int, queries: int, keys: int, warps: int, flex: bool) -> tuple[int, ...]:
     """Cycles of issue, special functions, shared memory and products of a tile of the forward loop of Triton's
     tutorial, or of FlexAttention, in three stages."""
-    chip = stand_in(arch)
     x, lse = torch.zeros(1, 2, 1024, head_dim, dtype=torch.float16), torch.zeros(1, 2, 1024)
+    stand_in(arch)
     arguments = (x, x, x, x, lse, 0.125, 1024, head_dim, queries, keys, flex)
-    counts = counts_of(_forward.warmup(*arguments, grid=(1,), num_warps=warps, num_stages=3), {}, chip)
-    return counts.full_loop * warps // 4, counts.special_cycles, counts.shared_cycles, counts.matrix_cycles
+    [cycles] = _loops(_forward.warmup(*arguments, grid=(1,), num_warps=warps, num_stages=3), arch, warps)
+    return cycles
 
 
-def machine_code(library: bytes) -> Iterator[tuple[int, bytes]]:
-    """The pieces of machine code that nvcc put into a shared library, each with its architecture, such as 80."""
+def backward_loops(arch: str, head_dim: int, queries: int, keys: int, warps: int) -> tuple[int, ...]:
+    """The same of the two loops of the tutorial's backward pass, in five stages, together."""
+    x, lse = torch.zeros(1, 2, 1024, head_dim, dtype=torch.float16), torch.zeros(1, 2, 1024)
+    stand_in(arch)
+    arguments = (*[x] * 7, lse, lse, 1024, head_dim, queries, keys)
+    keys_loop, queries_loop = _loops(
+        _backward.warmup(*arguments, grid=(1,), num_warps=warps, num_stages=5), arch, warps
+    )
+    return tuple(a + b for a, b in zip(keys_loop, queries_loop, strict=True))
+
+
+def _loops(compiled: Any, arch: str, warps: int) -> list[tuple[int, ...]]:
+    return _busy(machine_code(compiled)[1], warps, arch)
+
+
+def _busy(lines: list[str], warps: int, arch: str) -> list[tuple[int, ...]]:
+    """Of each innermost loop with matrix products."""
+    loops = (instructions_of(lines)[begin:end] for begin, end in loops_of(lines))
+    busy = [(len(loop) * warps // 4, *busy_cycles(loop, warps, CHIPS[arch]).values()) for loop in loops]
+    return [cycles for cycles in busy if cycles[-1]]
+
+
+def cubins(library: bytes) -> Iterator[tuple[int, bytes]]:
+    """The pieces of machine code that nvcc put into a shared library, each with its architecture, such as 80.
+
+    Raises ValueError for one that is compressed.
+    """
     for container in re.finditer(rb"\x50\xed\x55\xba", library):
         _, _, header, size = struct.unpack_from("<IHHQ", library, container.start())
         at = container.start() + header
         end = min(at + size, len(library))
         while at < end:
+            # Kind (1: PTX, 2: ELF), a version, the header's size, the size; at 28 the architecture, at 40 flags.
             kind, _, header, size = struct.unpack_from("<HHIQ", library, at)
-            [arch] = struct.unpack_from("<I", library, at + 28)
+            [arch], [flags] = struct.unpack_from("<I", library, at + 28), struct.unpack_from("<Q", library, at + 40)
             if kind == 2:
+                if flags & 0x2000:
+                    raise ValueError("machine code: expected some that is not compressed")
                 yield arch, library[at + header : at + header + size]
             at += header + size
 
@@ -95,21 +164,19 @@ def main() -> None:
     # Head dim, queries, keys, warps; no dropout, no causal mask, no window, no ALiBi.
     plain = re.compile(r"_Z\d+flash_(fwd|bwd).*_traitsILi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)E.*bfloat16.*EELb0ELb0ELb0ELb0E")
     shortest: dict[str, tuple[int, ...]] = {}
-    for arch, cubin in machine_code(parser.parse_args().library.read_bytes()):
+    for arch, cubin in cubins(parser.parse_args().library.read_bytes()):
         if not re.search(rb"flash_(fwd_kernel|bwd_dq_dk_dv_loop_seqk).*bfloat16", cubin):
             continue
         for name, text in functions(cubin).items():
             if match := plain.match(name):
                 head_dim, queries, keys, warps = map(int, match.groups()[1:])
-                lines = sass_lines(text)
-                loops = (instructions_of(lines)[begin:end] for begin, end in loops_of(lines))
-                busy = [
-                    (len(loop) * warps // 4, *busy_cycles(loop, warps, CHIPS[f"sm_{arch}"]).values()) for loop in loops
-                ]
-                most = max(cycles[-1] for cycles in busy)
+                busy = _busy(sass_lines(text), warps, f"sm_{arch}")
+                most = max(cycles[-1] for cycles in busy)  # a masked tile's loop has as many products
                 title = f"sm_{arch} {match[1]} D {head_dim}, {queries}x{keys} w{warps}"
                 tiles = [cycles for cycles in busy if cycles[-1] == most]
                 shortest[title] = min([*tiles, *([shortest[title]] if title in shortest else [])])
+    if not shortest:
+        parser.error("library: expected the machine code of FlashAttention-2, got none")
     for title, cycles in shortest.items():
         print(f"{title}: {'/'.join(map(str, cycles))}")
 

@@ -123,20 +123,31 @@ def to_csv(lines: Sequence[dict[str, Any]]) -> str:
 def _derived(line: dict[str, Any]) -> tuple[str, str, str, str]:
     """Instructions that warps issue for 1,000 pairs of a query and a key, cycles of a tile by unit, the share of the
     peak estimated from them, and blocks on a multiprocessor."""
+    from sinkbed.kernels.triton.aot import CHIPS
+
+    queries, keys, warps = _tile(line)
+    instructions = f"{1000 * int(line['full_loop']) * warps / (queries * keys):.0f}" if keys else ""
+    blocks = CHIPS[line["arch"]].blocks(line["registers"], warps, line["shared"])
+    cycles, share = estimate(line) if line["matrix_cycles"] else ("", None)
+    return instructions, cycles, "" if share is None else f"{100 * share:.0f} %", str(blocks or "")
+
+
+def _tile(line: dict[str, Any]) -> tuple[int, int, int]:
+    """Queries, keys and warps of a line's tile."""
+    queries, keys, warps = map(int, re.findall(r"\d+", line["tiles"].replace("x ", "x0 "))[:3])
+    return queries, keys, warps
+
+
+def estimate(line: dict[str, Any]) -> tuple[str, float]:
+    """Busy cycles of a full tile (issue/special functions/shared memory/products), and the share of the peak estimated
+    from them, of a line whose cycles are counted."""
     from sinkbed.kernels.triton.aot import CHIPS, PRODUCTS, estimated_share
 
-    chip = CHIPS[line["arch"]]
-    queries, keys, warps = map(int, re.findall(r"\d+", line["tiles"].replace("x ", "x0 "))[:3])
-    pairs = queries * keys
-    instructions = f"{1000 * line['full_loop'] * warps / pairs:.0f}" if pairs else ""
-    blocks = str(chip.blocks(line["registers"], warps, line["shared"]) or "")
-    if not line["matrix_cycles"]:
-        return instructions, "", "", blocks
-    special, shared, matrix = (line[f"{unit}_cycles"] for unit in ("special", "shared", "matrix"))
-    busy = (line["full_loop"] * warps // 4, special, shared, matrix)
-    operations = 2 * PRODUCTS[line["kernel"].partition("+")[0]] * pairs * line["head_dim"]
-    share = estimated_share(chip, operations, *busy)
-    return instructions, "/".join(map(str, busy)), f"{100 * share:.0f} %", blocks
+    queries, keys, warps = _tile(line)
+    operations = 2 * PRODUCTS[line["kernel"].partition("+")[0]] * queries * keys * int(line["head_dim"])
+    special, shared, matrix = (int(line[f"{unit}_cycles"]) for unit in ("special", "shared", "matrix"))
+    busy = (int(line["full_loop"]) * warps // 4, special, shared, matrix)
+    return "/".join(map(str, busy)), estimated_share(CHIPS[line["arch"]], operations, *busy)
 
 
 def print_table(lines: Sequence[dict[str, Any]]) -> None:
@@ -146,7 +157,7 @@ def print_table(lines: Sequence[dict[str, Any]]) -> None:
     table = Table(title="Compiled ahead of time: static counts, nothing was run", title_justify="left")
     table.caption = (
         "cycles: for a full tile, of issue/special functions/shared memory/matrix products\n"
-        "estimate: from these, of the peak of matrix products in full tiles; within a fifth for kernels of others"
+        "estimate: share of the peak of matrix products in full tiles, computed from these cycles, not timed"
     )
     table.caption_justify = "left"
     names = {

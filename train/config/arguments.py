@@ -123,12 +123,13 @@ def describe_fields() -> None:
 
 
 def known_keys(parser: Any) -> list[str]:
-    """Keys of a parser and its subcommands, as a config writes them."""
+    """Keys of a parser and its subcommands, as a config writes them, without the groups of others."""
     keys = [action.dest for action in parser._actions if action.dest not in ("help", "==SUPPRESS==")]
     for action in parser._actions:
         for sub in (getattr(action, "_name_parser_map", None) or {}).values():
             keys += known_keys(sub)
-    return keys
+    held = {key.rpartition(".")[0] for key in keys if not key.endswith(".help")}
+    return [key for key in keys if key not in held]
 
 
 def rewritten(message: str, keys: Collection[str]) -> str:

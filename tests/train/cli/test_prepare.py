@@ -162,6 +162,16 @@ def test_the_beginning_of_a_key_is_no_key(command: list[str], capsys: pytest.Cap
         )
 
 
+def test_a_misspelt_key_of_a_file_is_named_with_its_group_and_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("source:\n  kind: jsonl\n  file: [x]\nout: s\n")
+    with pytest.raises(SystemExit):
+        main(["prepare", "--config", str(config)])
+    assert f"{config}, line 3: source.file: expected a known key" in capsys.readouterr().err
+
+
 def test_an_interrupted_preparation_says_what_is_kept(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
