@@ -164,6 +164,8 @@ def attention_received(
 def _fitting(mask: Mask | None, q: Tensor) -> Mask:
     B, _, T, _ = q.shape
     mask = Mask(rows=B, length=T) if mask is None else mask
+    if not isinstance(mask, Mask):
+        raise ValueError(f"mask: expected what interval_mask makes, or None for causal, got a {type(mask).__name__}")
     if (mask.rows, mask.length) != (B, T):
         raise ValueError(f"mask: expected B={B}, T={T} as in q, got B={mask.rows}, T={mask.length}")
     for tensor in (mask.first_key, mask.end_key, mask.doc_start):
@@ -229,6 +231,11 @@ def _validate_scoring(scoring: Scoring, q: Tensor) -> None:
         _check_tensor("sink_value", sink_value, q, {f"[H={H}, D={D}]": (H, D)})
         if sink_logit is None:
             raise ValueError("sink_value: expected a sink_logit with it, got none")
+    if not isinstance(scoring.normalizer, Normalizer | None):
+        raise ValueError(
+            "normalizer: expected a module of sinkbed.kernels.normalizers, such as NORMALIZERS.make('sigmoid', heads), "
+            f"got {scoring.normalizer!r}"
+        )
     if scoring.normalizer is not None and sink_logit is not None:
         raise ValueError(
             f"normalizer {type(scoring.normalizer).__name__}: expected no sink_logit beside it, which joins a softmax, "
@@ -237,6 +244,8 @@ def _validate_scoring(scoring: Scoring, q: Tensor) -> None:
 
 
 def _check_tensor(name: str, x: Tensor, q: Tensor, shapes: dict[str, tuple[int, ...]]) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: expected a tensor of shape {' or '.join(shapes)}, got a {type(x).__name__}")
     if tuple(x.shape) not in shapes.values() or x.device != q.device or x.dtype not in _DTYPES:
         raise ValueError(
             f"{name}: expected a float dtype and shape {' or '.join(shapes)} on {q.device}, got {x.dtype}, "

@@ -137,9 +137,12 @@ def _backward_kernel(
     if doc_start is None:
         dq, dk, dv = _flash_backward(grad, q, k, v, output, lse, 0.0, bias is None, attn_mask=bias, scale=scale)
         if bias is not None and not bool((dq.sum() + dk.sum()).isfinite()):
-            dq, dk, dv = _dense_backward(grad, q, k, v, output, lse, bias, scale)
+            for gradient, exact in zip(
+                (dq, dk, dv), _dense_backward(grad, q, k, v, output, lse, bias, scale), strict=True
+            ):
+                gradient.copy_(exact)
     else:
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dq, dk, dv = (_empty_gradient(x) for x in (q, k, v))
         for part in _documents(doc_start):
             inputs = (x[part] for x in (grad, q, k, v, output, lse))
             dq[part], dk[part], dv[part] = _flash_backward(*inputs, 0.0, True, scale=scale)
@@ -157,7 +160,13 @@ def _backward_kernel(
 @torch.library.register_fake("sinkbed::attention_torch_backward")
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *_, sink_logit, sink_value, _ = rest
-    return tuple(q.new_empty(0) if x is None else torch.empty_like(x) for x in (q, k, v, sink_logit, sink_value))
+    sinks = (q.new_empty(0) if x is None else torch.empty_like(x) for x in (sink_logit, sink_value))
+    return *(_empty_gradient(x) for x in (q, k, v)), *sinks
+
+
+def _empty_gradient(x: Tensor) -> Tensor:
+    """Of x [B, H, T, D], laid out as [B, T, H, D], as the flash kernel's are whatever x is."""
+    return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def _summed_to(gradient: Tensor, sink_logit: Tensor) -> Tensor:

@@ -239,7 +239,7 @@ def test_a_rerun_is_bitwise_equal():
 @pytest.mark.parametrize("masked", ["no", "bias", "documents"])
 @pytest.mark.parametrize("strided", [False, True])
 def test_the_operator_passes_opcheck(sink, masked, strided):
-    from sinkbed.kernels.cpu import _attention_torch
+    from sinkbed.kernels.cpu import _attention_torch, _attention_torch_backward
 
     q, k, v = inputs(1, 2, 1, 12, 8, torch.float32)
     if strided:  # as the model calls it: heads of one fused projection, [B, T, H, D] in memory
@@ -254,7 +254,16 @@ def test_the_operator_passes_opcheck(sink, masked, strided):
         "head": (torch.zeros(2, requires_grad=True), None),
         "query": (torch.randn(1, 2, 12, requires_grad=True), torch.randn(2, 8, requires_grad=True)),
     }[sink]
-    torch.library.opcheck(_attention_torch, (q, k, v, bias, by_document, logit, value, 0.3))
+    rest = (bias, by_document, logit, value, 0.3)
+    torch.library.opcheck(_attention_torch, (q, k, v, *rest))
+    with torch.no_grad():
+        output, lse = _attention_torch(q, k, v, *rest)
+        for grad in (torch.randn(1, 2, 12, 8), torch.randn(1, 12, 2, 8).transpose(1, 2)):
+            torch.library.opcheck(
+                _attention_torch_backward,
+                (grad, q, k, v, output, lse, *rest),
+                test_utils=["test_schema", "test_faketensor"],
+            )
 
 
 def test_strided_inputs_and_expanded_gradients_are_handled():
@@ -297,6 +306,9 @@ BAD = {
         q, k, v, Mask(rows=1, length=6, first_key=torch.zeros(1, 6, dtype=torch.int32, device="meta"))
     ),
     "mask: expected B=1, T=6": lambda q, k, v: attention(q, k, v, Mask(rows=1, length=7)),
+    "None for causal, got a Tensor": lambda q, k, v: attention(q, k, v, torch.ones(6, 6).bool()),
+    "normalizer: expected a module of": lambda q, k, v: attention(q, k, v, normalizer="sigmoid"),
+    "slopes: expected a tensor of shape [H=4], got a list": lambda q, k, v: attention(q, k, v, slopes=[1.0] * 4),
     "implementation: expected one of": lambda q, k, v: attention(q, k, v, implementation="flash"),
     "first_key: expected int32": lambda q, k, v: Mask(rows=1, length=6, first_key=torch.zeros(1, 6)),
     "never decreasing along a row; got 0 at i = 2 of row 0": lambda q, k, v: Mask(

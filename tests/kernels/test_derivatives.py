@@ -40,6 +40,20 @@ def test_forward_mode_derivatives_are_refused_but_by_the_reference(of):
         derivative("torch")
 
 
+@pytest.mark.parametrize("laid_out_as_in_the_model", [False, True])
+def test_what_the_compiler_generates_takes_inputs_of_any_layout(laid_out_as_in_the_model):
+    """Regression: gradients of contiguous inputs have other strides than the operator had promised."""
+
+    def gradients(call):
+        q, k, v = (x.detach() for x in inputs(2, 4, 2, 9, 8))
+        if laid_out_as_in_the_model:
+            q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(call(*leaves).output.square().sum(), leaves)
+
+    torch.testing.assert_close(gradients(torch.compile(attention)), gradients(attention))
+
+
 @pytest.mark.parametrize("how", [{}, {"softcap": 1.5}], ids=["flash", "blocks"])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_torch_compile_breaks_no_graph(how, dynamic):

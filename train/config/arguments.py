@@ -117,6 +117,13 @@ class PlainParser(ShortErrors, argparse.ArgumentParser):  # type: ignore[misc]
     """For commands without."""
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1, as the type of an option."""
+    if not re.fullmatch(r"\d+", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def describe_fields() -> None:
     """Have the help show the docstrings of dataclass fields; only then, as reading them takes a moment."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
