@@ -208,11 +208,10 @@ def test_tiles_that_no_compiler_takes_are_refused(tile, message, capsys):
 
 
 def test_an_estimate_is_left_out_where_the_cycles_do_not_hold():
-    line = {name: int(value) if value.isdigit() else value for name, value in zip(
-        ("arch", "kernel", "tiles", "registers", "shared", "in_loops", "full_loop", "head_dim", "special_cycles",
-         "shared_cycles", "matrix_cycles"),
-        "sm_80 forward 128x64_w4_s2 255 49152 0 647 64 544 780 1024".split(), strict=True)}  # fmt: skip
-    line["tiles"] = line["tiles"].replace("_", " ")
+    line = {
+        "arch": "sm_80", "kernel": "forward", "tiles": "128x64 w4 s2", "registers": 255, "shared": 49152, "in_loops": 0,
+        "full_loop": 647, "head_dim": 64, "special_cycles": 544, "shared_cycles": 780, "matrix_cycles": 1024,
+    }  # fmt: skip
     assert _derived(line)[1:] == ("647/544/780/1024", "51 %", "2")
     assert _derived({**line, "in_loops": 4})[2] == ""
     assert _derived({**line, "tiles": "128x64 w1 s2", "shared": 160_000})[2:] == ("", "1")
