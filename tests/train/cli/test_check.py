@@ -16,7 +16,8 @@ from tests.support import ROOT
 
 @pytest.mark.slow
 def test_every_step_runs_on_a_cpu_at_tiny_sizes(tmp_path):
-    command = [sys.executable, "-m", "sinkbed", "check", "gpu", "--device", "cpu", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "sinkbed", "check", "gpu", "--device", "cpu", "--workers", "2"]
+    command += ["--out", str(tmp_path)]
     assert subprocess.run(command, cwd=ROOT).returncode == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     own = ("facts", "reruns", "training", "peers", "sweep")
