@@ -244,3 +244,22 @@ def test_variants_that_do_not_go_with_the_base_are_named():
     made, left_out = variants(base)
     assert made["feed_forward: gelu"].d_ff == 64 and made["position: none"].d_ff == 0
     assert left_out == ["normalizer: elu", "normalizer: sigmoid", "normalizer: softpick"]
+
+
+@pytest.mark.parametrize("value", ["-1", "0", "two"])
+def test_counts_of_a_benchmark_are_at_least_one(value, capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "training", "--batch", value])
+    assert f"--batch: expected a whole number of at least 1, got '{value}'" in capsys.readouterr().err
+
+
+def test_documents_of_one_token_are_compared_although_their_gradients_are_none(capsys):
+    options = ["--lengths", "1", "--layouts", "even", "--dims", "16", "--repeats", "1", "--device", "cpu"]
+    assert main(["bench", "attention", *options]) == 0
+    assert "T 1, D 16" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU only")
+def test_a_gpu_that_is_not_there_is_no_device_of_a_benchmark(capsys):
+    assert main(["bench", "attention", "--device", "cuda"]) == 1
+    assert "--device: expected a device that is here, got cuda" in capsys.readouterr().err
