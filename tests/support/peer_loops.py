@@ -18,7 +18,6 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
@@ -101,7 +100,8 @@ def forward_loop(arch: str, head_dim: int, queries: int, keys: int, warps: int, 
     x, lse = torch.zeros(1, 2, 1024, head_dim, dtype=torch.float16), torch.zeros(1, 2, 1024)
     stand_in(arch)
     arguments = (x, x, x, x, lse, 0.125, 1024, head_dim, queries, keys, flex)
-    [cycles] = _loops(_forward.warmup(*arguments, grid=(1,), num_warps=warps, num_stages=3), arch, warps)
+    compiled = _forward.warmup(*arguments, grid=(1,), num_warps=warps, num_stages=3)
+    [cycles] = _busy(machine_code(compiled)[1], warps, arch)
     return cycles
 
 
@@ -110,14 +110,9 @@ def backward_loops(arch: str, head_dim: int, queries: int, keys: int, warps: int
     x, lse = torch.zeros(1, 2, 1024, head_dim, dtype=torch.float16), torch.zeros(1, 2, 1024)
     stand_in(arch)
     arguments = (*[x] * 7, lse, lse, 1024, head_dim, queries, keys)
-    keys_loop, queries_loop = _loops(
-        _backward.warmup(*arguments, grid=(1,), num_warps=warps, num_stages=5), arch, warps
-    )
+    compiled = _backward.warmup(*arguments, grid=(1,), num_warps=warps, num_stages=5)
+    keys_loop, queries_loop = _busy(machine_code(compiled)[1], warps, arch)
     return tuple(a + b for a, b in zip(keys_loop, queries_loop, strict=True))
-
-
-def _loops(compiled: Any, arch: str, warps: int) -> list[tuple[int, ...]]:
-    return _busy(machine_code(compiled)[1], warps, arch)
 
 
 def _busy(lines: list[str], warps: int, arch: str) -> list[tuple[int, ...]]:
