@@ -243,6 +243,8 @@ def _count(kernel: Any, options: dict[str, Any], chip: Chip) -> Counts:
     for segment in [code, *(code[slice(*loop)] * 2 for loop in loops_of(lines))]:
         if wrong := overwritten_operand(segment):
             raise RuntimeError(f"miscompiled: an operand of {wrong[0]} in flight is overwritten by {wrong[1]}")
+    if any(serialized(code[slice(*loop)]) for loop in loops_of(lines)):
+        raise RuntimeError("serialized: every matrix product of a loop is waited for before the next is issued")
     units = [match[1] for line in code[slice(*full) if full else slice(None)] if (match := _MATRIX.match(line))]
     return Counts(
         tiles=f"{options.get('BLOCK_M')}x{options.get('BLOCK_N', '')} w{metadata.num_warps} s{metadata.num_stages}",
@@ -380,6 +382,15 @@ def overwritten_operand(code: list[str]) -> tuple[str, str] | None:
         if match := _PRODUCT.match(line):
             flying[line] = set(range(int(match[1]), int(match[1]) + 4))
     return None
+
+
+def serialized(code: list[str]) -> bool:
+    """Whether each of several products of four warps has a wait of its own.
+
+    So ptxas compiles all of a kernel where it cannot follow who writes an accumulator (its warning C7515).
+    """
+    products = sum(bool(_GROUP_PRODUCT.match(line)) for line in code)
+    return 1 < products <= sum("WARPGROUP.DEPBAR" in line for line in code)
 
 
 def instructions_of(lines: list[str]) -> list[str]:

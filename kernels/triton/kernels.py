@@ -55,13 +55,17 @@ def _load_tile(
     """[BLOCK, BLOCK_D] from p, which is position `first` of a head; zero outside D, and if MASKED outside T."""
     n = tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
-    if MASKED or not EVEN_D:
-        inside = (n >= 0)[:, None] & (d < D)[None, :]
-        if MASKED:
-            inside = inside & (first + n < T)[:, None]
-        return tl.load(p + n[:, None] * stride + d[None, :], mask=inside, other=0.0)
+    inside = (d < D)[None, :]
+    if MASKED:
+        p = p + n[:, None] * stride + d[None, :]
+        inside = inside & (first + n < T)[:, None]
     else:
-        return tl.load(p + n[:, None] * stride + d[None, :])
+        # The offsets' sum first, in 32 bits: the compiler keeps it, and does not add d to each pointer in every tile.
+        p = p + (n[:, None] * stride + d[None, :])
+    if MASKED or not EVEN_D:
+        return tl.load(p, mask=inside, other=0.0)
+    else:
+        return tl.load(p)
 
 
 @triton.jit
@@ -112,7 +116,8 @@ def forward_kernel(
     H, G, T, D, section, shared_from, shared_to, scale, cap, bias, eps,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, HAS_DOCS: tl.constexpr, HAS_SINK: tl.constexpr,
-    STATISTICS: tl.constexpr, NORMALIZER: tl.constexpr, NORMALIZED: tl.constexpr, PRECISION: tl.constexpr,
+    STATISTICS: tl.constexpr, NORMALIZER: tl.constexpr, NORMALIZED: tl.constexpr, WGMMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output, lse (natural log; of a normaliser, that of its divisor) and statistics of BLOCK_M queries of one head.
 
@@ -138,11 +143,14 @@ def forward_kernel(
     b_first, b_end = load_interval(first_key, end_key, rows, T, HAS_FIRST, HAS_END)
     head_slope = None if slopes is None else tl.load(slopes + h) / scale
     b_o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    b_max, b_sum, b_total = start(BLOCK_M, NORMALIZER)
+    b_max, b_sum, b_total = start(BLOCK_M, WGMMA, NORMALIZER)
     shared_count, shared, left, full, right, end = query_block_tiles(
         first_key, end_key, row0, T, shared_from, shared_to, BLOCK_M, BLOCK_N, HAS_FIRST, HAS_END
     )
-    for t in range(0, shared_count + (full - left) + (end - right)):
+    masked = shared_count + (full - left) + (end - right)
+    if WGMMA and not HAS_END:
+        masked = tl.maximum(masked, 1)  # as it is; left unsaid, ptxas has the products wait for one another
+    for t in range(0, masked):
         key0 = masked_tile(t, shared_count, shared, left, full, right) * BLOCK_N
         p_k, p_v = _at_tile(k, k_t, key0), _at_tile(v, v_t, key0)
         b_o, b_max, b_sum, b_total = _forward_step(
@@ -160,6 +168,7 @@ def forward_kernel(
         p_k += BLOCK_N * tl.cast(k_t, tl.int64)
         p_v += BLOCK_N * tl.cast(v_t, tl.int64)
 
+    b_sum, b_total = tl.sum(b_sum, 1), tl.sum(b_total, 1)
     if HAS_SINK:
         sink2 = tl.load(sink_logit + h).to(tl.float32) * LOG2E
         b_new = tl.maximum(b_max, sink2)
@@ -268,7 +277,7 @@ def dq_kernel(
     H, G, T, D, section, shared_from, shared_to, scale, cap, bias,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     HAS_FIRST: tl.constexpr, HAS_END: tl.constexpr, NORMALIZER: tl.constexpr, NORMALIZED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WGMMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of BLOCK_M queries of one head. Grid: B·H · query blocks."""
     blocks = tl.cdiv(T, BLOCK_M)
@@ -295,7 +304,10 @@ def dq_kernel(
     shared_count, shared, left, full, right, end = query_block_tiles(
         first_key, end_key, row0, T, shared_from, shared_to, BLOCK_M, BLOCK_N, HAS_FIRST, HAS_END
     )
-    for t in range(0, shared_count + (full - left) + (end - right)):
+    masked = shared_count + (full - left) + (end - right)
+    if WGMMA and not HAS_END:
+        masked = tl.maximum(masked, 1)  # as it is; left unsaid, ptxas has the products wait for one another
+    for t in range(0, masked):
         key0 = masked_tile(t, shared_count, shared, left, full, right) * BLOCK_N
         p_k, p_v = _at_tile(k, k_t, key0), _at_tile(v, v_t, key0)
         b_dq = _dq_step(

@@ -80,6 +80,11 @@ def _meta(q: Tensor) -> dict[str, Any]:
     return {"BLOCK_D": block_d, "EVEN_D": block_d == D, "PRECISION": "tf32x3" if nvidia else "ieee"}
 
 
+def _wgmma() -> bool:
+    """Whether kernels are written for products of four warps; in the interpreter, for its tests."""
+    return _architecture() in ("sm_90", None)
+
+
 def _tiles(kernel: str, q: Tensor) -> Tiles:
     return tiles(_architecture(), kernel, q.dtype.itemsize, triton.next_power_of_2(q.shape[-1]))
 
@@ -143,7 +148,7 @@ def _forward(
         _in_scores(softcap, scale), _in_scores(bias, scale), eps,
         BLOCK_M=t.block_m, BLOCK_N=t.block_n, HAS_FIRST=first_key is not None, HAS_END=end_key is not None,
         HAS_DOCS=doc_start is not None, HAS_SINK=sink_logit is not None, STATISTICS=statistics,
-        NORMALIZER=normalizer, NORMALIZED=normalized, **meta,
+        NORMALIZER=normalizer, NORMALIZED=normalized, WGMMA=_wgmma(), **meta,
         **t.options,
     )  # fmt: skip
     return outputs
@@ -179,7 +184,7 @@ def _backward_kernels(
     triton_kernels.dq_kernel[(B * H * triton.cdiv(T, t.block_m),)](
         q, k, v, grad, lse, delta, dq, first_key, end_key, slopes, *_strides(q, k, v, grad, dq),
         H, G, T, D, G * section(B * H // G, 2 * _head_bytes(q)), shared_from, shared_to, *factors,
-        BLOCK_M=t.block_m, BLOCK_N=t.block_n, **meta,
+        BLOCK_M=t.block_m, BLOCK_N=t.block_n, WGMMA=_wgmma(), **meta,
         **t.options,
     )  # fmt: skip
     t = _tiles("dkv+groups" if G > 1 else "dkv", q)

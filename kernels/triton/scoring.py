@@ -50,9 +50,13 @@ def through_cap(b_ds, b_tanh, cap):
 
 
 @triton.jit
-def start(BLOCK_M: tl.constexpr, NORMALIZER: tl.constexpr):
-    """Maximum, sum and sum of the weights of rows that have seen nothing."""
-    b_zero = tl.zeros([BLOCK_M], tl.float32)
+def start(BLOCK_M: tl.constexpr, WGMMA: tl.constexpr, NORMALIZER: tl.constexpr):
+    """Maximum; sum and sum of the weights, [BLOCK_M, PARTS] both: of rows that have seen nothing.
+
+    A lane of a tile of sm_90 holds two of every eight columns: of rows summed in eight parts, lanes exchange nothing
+    before the end. On sm_80 the registers are worth more, and on sm_100 a lane holds whole rows.
+    """
+    b_zero = tl.zeros([BLOCK_M, 8 if WGMMA else 1], tl.float32)
     return tl.full([BLOCK_M], _LOWEST if NORMALIZER == "softmax" else 0.0, tl.float32), b_zero, b_zero
 
 
@@ -79,6 +83,14 @@ def raw(b_x, b_max, NORMALIZER: tl.constexpr):
 
 
 @triton.jit
+def _add(b_parts, b_keep, b_x):
+    """[rows, PARTS], times b_keep [rows], plus sums of [rows, columns] over every PARTS-th column."""
+    PARTS: tl.constexpr = b_parts.shape[1]
+    b_x = tl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // PARTS, PARTS])
+    return b_parts * b_keep[:, None] + tl.sum(b_x, 1)
+
+
+@triton.jit
 def step(b_s, scale2, b_max, b_sum, b_total, NORMALIZER: tl.constexpr, STATISTICS: tl.constexpr):
     """Raw weights of a tile of scores; the new maximum, sum and sum of the weights; the factor of what came before.
 
@@ -94,8 +106,8 @@ def step(b_s, scale2, b_max, b_sum, b_total, NORMALIZER: tl.constexpr, STATISTIC
     if NORMALIZER == "softpick":
         b_part = tl.abs(tl.math.exp2(b_x) - tl.math.exp2(-b_new)[:, None])
         if STATISTICS:
-            b_total = b_total * b_keep + tl.sum(b_p, 1)
-    b_sum = b_sum * b_keep + tl.sum(b_part, 1)
+            b_total = _add(b_total, b_keep, b_p)
+    b_sum = _add(b_sum, b_keep, b_part)
     return b_p, b_new, b_sum, b_total, b_keep
 
 
