@@ -240,11 +240,7 @@ def _count(kernel: Any, options: dict[str, Any], chip: Chip) -> Counts:
     spilled, reloaded = spilled_bytes(lines)
     full, masked = tile_loops(lines)
     code = instructions_of(lines)
-    for segment in [code, *(code[slice(*loop)] * 2 for loop in loops_of(lines))]:
-        if wrong := overwritten_operand(segment):
-            raise RuntimeError(f"miscompiled: an operand of {wrong[0]} in flight is overwritten by {wrong[1]}")
-    if any(serialized(code[slice(*loop)]) for loop in loops_of(lines)):
-        raise RuntimeError("serialized: every matrix product of a loop is waited for before the next is issued")
+    refuse(lines)
     units = [match[1] for line in code[slice(*full) if full else slice(None)] if (match := _MATRIX.match(line))]
     return Counts(
         tiles=f"{options.get('BLOCK_M')}x{options.get('BLOCK_N', '')} w{metadata.num_warps} s{metadata.num_stages}",
@@ -355,6 +351,17 @@ def estimated_share(chip: Chip, operations: int, issue: int, special: int, share
     return operations / chip.products / (matrix + (issue + special + shared) / 2)
 
 
+def refuse(lines: list[str]) -> None:
+    """Raise RuntimeError for machine code that is wrong, or whose products wait for one another."""
+    code = instructions_of(lines)
+    loops = [code[slice(*loop)] for loop in loops_of(lines)]
+    for segment in [code, *(loop * 2 for loop in loops)]:
+        if wrong := overwritten_operand(segment):
+            raise RuntimeError(f"miscompiled: an operand of {wrong[0]} in flight is overwritten by {wrong[1]}")
+    if any(map(serialized, loops)):
+        raise RuntimeError("serialized: every matrix product of a loop is waited for before the next is issued")
+
+
 _PRODUCT = re.compile(r"HGMMA\S*\s+R\d+, R(\d+), gdesc")
 # Of an instruction that writes registers, the first of them; what stores, compares, jumps or waits writes none.
 _WRITES = re.compile(_GUARD + r"(?!ST|RED|BAR|BRA|EXIT|WARP|DEPBAR|[IFDHU]*SETP|R2P|R2UR|U)(\S+)\s+(?:!?P\w+, )*R(\d+)")
@@ -385,9 +392,10 @@ def overwritten_operand(code: list[str]) -> tuple[str, str] | None:
 
 
 def serialized(code: list[str]) -> bool:
-    """Whether each of several products of four warps has a wait of its own.
+    """Whether each of several products of four warps in the code of a loop has a wait of its own.
 
-    So ptxas compiles all of a kernel where it cannot follow who writes an accumulator (its warning C7515).
+    ptxas serializes the products of a whole kernel where other instructions define an accumulator while products are
+    in flight (its warning C7515).
     """
     products = sum(bool(_GROUP_PRODUCT.match(line)) for line in code)
     return 1 < products <= sum("WARPGROUP.DEPBAR" in line for line in code)

@@ -23,6 +23,7 @@ from sinkbed.kernels.triton.mask import (
     load_interval,
     load_queries,
     masked_tile,
+    masked_tiles,
     query_block_tiles,
     visible,
 )
@@ -56,7 +57,7 @@ def _load_tile(
     n = tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
     inside = (d < D)[None, :]
-    if MASKED:
+    if MASKED:  # here the sum of the offsets would take registers that the mask needs
         p = p + n[:, None] * stride + d[None, :]
         inside = inside & (first + n < T)[:, None]
     else:
@@ -147,10 +148,7 @@ def forward_kernel(
     shared_count, shared, left, full, right, end = query_block_tiles(
         first_key, end_key, row0, T, shared_from, shared_to, BLOCK_M, BLOCK_N, HAS_FIRST, HAS_END
     )
-    masked = shared_count + (full - left) + (end - right)
-    if WGMMA and not HAS_END:
-        masked = tl.maximum(masked, 1)  # as it is; left unsaid, ptxas has the products wait for one another
-    for t in range(0, masked):
+    for t in range(0, masked_tiles(shared_count, left, full, right, end, WGMMA and not HAS_END)):
         key0 = masked_tile(t, shared_count, shared, left, full, right) * BLOCK_N
         p_k, p_v = _at_tile(k, k_t, key0), _at_tile(v, v_t, key0)
         b_o, b_max, b_sum, b_total = _forward_step(
@@ -304,10 +302,7 @@ def dq_kernel(
     shared_count, shared, left, full, right, end = query_block_tiles(
         first_key, end_key, row0, T, shared_from, shared_to, BLOCK_M, BLOCK_N, HAS_FIRST, HAS_END
     )
-    masked = shared_count + (full - left) + (end - right)
-    if WGMMA and not HAS_END:
-        masked = tl.maximum(masked, 1)  # as it is; left unsaid, ptxas has the products wait for one another
-    for t in range(0, masked):
+    for t in range(0, masked_tiles(shared_count, left, full, right, end, WGMMA and not HAS_END)):
         key0 = masked_tile(t, shared_count, shared, left, full, right) * BLOCK_N
         p_k, p_v = _at_tile(k, k_t, key0), _at_tile(v, v_t, key0)
         b_dq = _dq_step(

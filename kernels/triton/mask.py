@@ -21,6 +21,17 @@ def tile_ranges(low, low_full, high, high_full, shared_from, shared_to, BLOCK: t
 
 
 @triton.jit
+def masked_tiles(shared_count, left, full, right, end, SOME: tl.constexpr):
+    """Number of tiles that are visited with the mask.
+
+    SOME: there is one, such as the diagonal's, without end_key always. Were it not said, ptxas would have the products
+    of a causal pass on sm_90 wait for one another (`aot.serialized`).
+    """
+    count = shared_count + (full - left) + (end - right)
+    return tl.maximum(count, 1) if SOME else count
+
+
+@triton.jit
 def masked_tile(t, shared_count, shared, left, full, right):
     """Tile visited in turn t of the masked loop: shared ones, then the left end, then the right end."""
     u = t - shared_count

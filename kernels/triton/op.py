@@ -81,7 +81,8 @@ def _meta(q: Tensor) -> dict[str, Any]:
 
 
 def _wgmma() -> bool:
-    """Whether kernels are written for products of four warps; in the interpreter, for its tests."""
+    """Whether the forward and dQ kernels take the form for sm_90, whose products are of four warps: sums in parts, and
+    masked tiles that are said to be there. In the interpreter too, for its tests."""
     return _architecture() in ("sm_90", None)
 
 

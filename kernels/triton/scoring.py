@@ -51,12 +51,13 @@ def through_cap(b_ds, b_tanh, cap):
 
 @triton.jit
 def start(BLOCK_M: tl.constexpr, WGMMA: tl.constexpr, NORMALIZER: tl.constexpr):
-    """Maximum; sum and sum of the weights, [BLOCK_M, PARTS] both: of rows that have seen nothing.
+    """Of rows that have seen nothing: maximum [BLOCK_M]; sum, and sum of the weights, [BLOCK_M, PARTS].
 
-    A lane of a tile of sm_90 holds two of every eight columns: of rows summed in eight parts, lanes exchange nothing
-    before the end. On sm_80 the registers are worth more, and on sm_100 a lane holds whole rows.
+    A lane of sm_90 holds two of every eight columns of a tile: in eight parts, lanes exchange nothing before the last
+    tile. On sm_80 that takes registers which are worth more, and sm_100 issues more instructions with it.
     """
-    b_zero = tl.zeros([BLOCK_M, 8 if WGMMA else 1], tl.float32)
+    PARTS: tl.constexpr = 8 if WGMMA else 1
+    b_zero = tl.zeros([BLOCK_M, PARTS], tl.float32)
     return tl.full([BLOCK_M], _LOWEST if NORMALIZER == "softmax" else 0.0, tl.float32), b_zero, b_zero
 
 
@@ -83,8 +84,8 @@ def raw(b_x, b_max, NORMALIZER: tl.constexpr):
 
 
 @triton.jit
-def _add(b_parts, b_keep, b_x):
-    """[rows, PARTS], times b_keep [rows], plus sums of [rows, columns] over every PARTS-th column."""
+def _accumulated(b_parts, b_keep, b_x):
+    """[rows, PARTS], times b_keep [rows], plus the sums of b_x [rows, columns] over every PARTS-th column."""
     PARTS: tl.constexpr = b_parts.shape[1]
     b_x = tl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // PARTS, PARTS])
     return b_parts * b_keep[:, None] + tl.sum(b_x, 1)
@@ -92,7 +93,8 @@ def _add(b_parts, b_keep, b_x):
 
 @triton.jit
 def step(b_s, scale2, b_max, b_sum, b_total, NORMALIZER: tl.constexpr, STATISTICS: tl.constexpr):
-    """Raw weights of a tile of scores; the new maximum, sum and sum of the weights; the factor of what came before.
+    """Raw weights of a tile of scores; the new maximum, sum and sum of the weights (in parts, as `start` makes them);
+    the factor of what came before.
 
     The softmax's is the online one (arXiv 2205.14135). Softpick divides by another sum than that of its weights.
     """
@@ -106,8 +108,8 @@ def step(b_s, scale2, b_max, b_sum, b_total, NORMALIZER: tl.constexpr, STATISTIC
     if NORMALIZER == "softpick":
         b_part = tl.abs(tl.math.exp2(b_x) - tl.math.exp2(-b_new)[:, None])
         if STATISTICS:
-            b_total = _add(b_total, b_keep, b_p)
-    b_sum = _add(b_sum, b_keep, b_part)
+            b_total = _accumulated(b_total, b_keep, b_p)
+    b_sum = _accumulated(b_sum, b_keep, b_part)
     return b_p, b_new, b_sum, b_total, b_keep
 
 

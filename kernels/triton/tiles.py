@@ -1,12 +1,12 @@
 """Tile sizes of the kernels: chosen from what the compilers make of them (`sinkbed kernels --tiles …`), not timed.
 
-With a document mask nothing is spilled inside a loop over tiles, but in float32 at D 256, which is for checks, and 16
+With a document mask nothing is spilled inside a loop over tiles, but in float32 at D 256, which is for checks, and 12
 bytes on sm_89 at D 128; what is spilled outside costs next to nothing. Among such tiles, for a query and a key, on
 sm_80 the fewest cycles of the unit that is busiest (`aot.busy_cycles`), elsewhere the fewest instructions; then the
 most blocks on a multiprocessor. A forward block at D 64 has no fewer than 128 queries: at 350 TFLOP/s blocks of 64
 would read keys and values from the L2 cache at 5.5 TB/s, twice as fast. A forward pass with statistics has as many
 queries and keys a tile as one without, for the same bits. On sm_90 at D 64 it is in two blocks of four warps: one of
-eight issues a tenth less, but all of its warps wait for one another in every tile.
+eight issues a twelfth less, but all of its warps wait for one another in every tile.
 """
 
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ _AMPERE = {
     ("forward", 32): Tiles(128, 64, 4, 3),
     ("forward", 64): Tiles(128, 64, 4, 2),
     ("forward", 128): Tiles(128, 32, 4, 2),
-    ("forward+statistics", 128): Tiles(128, 32, 8, 2),  # of four warps it spills 200 bytes in the loop
+    ("forward+statistics", 128): Tiles(128, 32, 8, 2),  # of four warps it spills 56 bytes in the loop
     ("forward", 256): Tiles(32, 64, 4, 2),
     ("dq", 32): Tiles(128, 64, 8, 2),
     ("dq", 64): Tiles(128, 32, 4, 2),

@@ -20,7 +20,7 @@ from sinkbed.kernels.triton.aot import (
     is_stored,
     loops_of,
     overwritten_operand,
-    serialized,
+    refuse,
     spilled_bytes,
     tile_loops,
 )
@@ -119,19 +119,17 @@ def test_the_baseline_holds_every_variant_and_spills_in_loops_only_what_is_allow
 
 @of_each_version
 @pytest.mark.parametrize(
-    ("kernel", "head_dim", "most"),
-    [("dkv", "128", 600), ("dkv+groups", "128", 600), ("dkv", "64", 350), ("dkv+groups", "64", 350),
-     ("forward", "64", 245), ("forward+statistics", "64", 245)],
+    ("kernel", "head_dim", "most", "blocks"),
+    [("dkv", "128", 600, 1), ("dkv+groups", "128", 600, 1), ("dkv", "64", 350, 2), ("dkv+groups", "64", 350, 2),
+     ("forward", "64", 245, 2), ("forward+statistics", "64", 245, 2), ("forward", "128", 270, 1)],
 )  # fmt: skip
-def test_what_an_h100_trains_with_takes_few_instructions_and_spills_in_no_loop(version, kernel, head_dim, most):
+def test_what_an_h100_trains_with_takes_few_instructions_and_spills_in_no_loop(version, kernel, head_dim, most, blocks):
     """Instructions that warps issue for 1,000 pairs of a query and a key."""
     for mask in ("document", "causal", "prefix_lm"):
         line = STORED[version]["sm_90", kernel, mask, "bf16", head_dim]
         assert 1000 * in_a_tile(line) <= most
         assert line["in_loops"] == "0"
-        assert head_dim == "128" or queries_at_a_time(line) == 2 * int(line["tiles"].partition("x")[0])  # two blocks
-    if kernel == "forward+statistics":
-        assert 1000 * in_a_tile(STORED[version]["sm_90", kernel, "document", "bf16", head_dim]) <= 240
+        assert queries_at_a_time(line) == blocks * int(line["tiles"].partition("x")[0])
 
 
 def test_an_operand_that_is_overwritten_before_the_wait_is_seen():
@@ -145,10 +143,15 @@ def test_an_operand_that_is_overwritten_before_the_wait_is_seen():
     assert overwritten_operand([product, wait, "MOV R6, R1"]) is None
 
 
-def test_products_that_wait_for_one_another_are_seen():
+def test_code_that_is_wrong_or_whose_products_wait_for_one_another_is_refused():
     product, wait = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
-    assert serialized([product, wait] * 2)
-    assert not serialized([product, product, wait]) and not serialized([product, wait])
+    back = "@P0 BRA `(.L_x_1)"
+    for right in ([product, product, wait], [product, wait]):
+        refuse([".L_x_1:", *right, back, product, wait])
+    with pytest.raises(RuntimeError, match="serialized"):
+        refuse([".L_x_1:", *[product, wait] * 2, back])
+    with pytest.raises(RuntimeError, match="miscompiled"):
+        refuse([".L_x_1:", "HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR4], R24", "MOV R6, R1", wait, back])
 
 
 def test_cycles_of_units_are_those_of_the_instructions():
@@ -264,7 +267,8 @@ def test_what_statistics_cost_is_what_the_readme_says():
             loop.append(in_a_tile(measured) / in_a_tile(plain) - 1)
             row.append(executed(measured, 512) / executed(plain, 512) - 1)
             four_warps = arch in ("sm_80", "sm_89") and head_dim in ("96", "128")  # instead of eight
-            assert queries_at_a_time(plain) <= (2 if four_warps else 1) * queries_at_a_time(measured)
+            gains = (arch, head_dim) == ("sm_100", "64") and table is STORED["3.7.1"]
+            assert queries_at_a_time(plain) == (2 if four_warps else 0.5 if gains else 1) * queries_at_a_time(measured)
     readme = (TABLES.parent / "README.md").read_text().replace("\n", " ")
     assert f"add at most {100 * max(loop):.0f} % to the loop over full tiles" in readme
     percent = f"{100 * min(row):.0f} to {100 * max(row):.0f} %"

@@ -65,9 +65,11 @@ def test_values_statistics_and_gradients_equal_the_float64_reference(name, mask_
     )
 
 
+@pytest.mark.parametrize("wgmma", [True, False])
 @pytest.mark.parametrize("name", ["softcap, ALiBi", "sigmoid", "elu, normalized", "softpick"])
-def test_tiles_without_a_mask_and_of_unequal_sides(name):
-    """A causal row of one document: the distance of ALiBi counts from the tile's own first key."""
+def test_tiles_without_a_mask_and_of_unequal_sides(monkeypatch, name, wgmma):
+    """A causal row of one document: the distance of ALiBi counts from the tile's own first key. In both forms."""
+    monkeypatch.setattr("sinkbed.kernels.triton.op._wgmma", lambda: wgmma)
     tensors, arguments = inputs(1, 2, 1, 65, 16), scoring(**SCORINGS[name])
     small_tiles(32, 16)
     assert_equal(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sinkbed.memory import keep_freed_memory
+
 _Result = TypeVar("_Result")
 
 
@@ -34,7 +36,11 @@ def interleave(
     warmup: int,
     clock: Callable[[Callable[[], Any]], float] | None = None,
 ) -> list[Timing]:
-    """Time the contenders in turn; `clock` gives the seconds of a call, None: as this process waits for it."""
+    """Time the contenders in turn; `clock` gives the seconds of a call, None: as this process waits for it.
+
+    Memory is kept between steps, as in training: waiting for pages made some of them a quarter longer, or not.
+    """
+    keep_freed_memory()
     steps = {name: functools.partial(clock or waited, step) for name, step in contenders.items()}
     return [Timing(name, seconds[warmup:]) for name, seconds in take_turns(steps, warmup + repeats).items()]
 

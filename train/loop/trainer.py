@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from sinkbed.data.files import remove_temporaries
+from sinkbed.memory import keep_freed_memory
 from sinkbed.plain_text import counted
 from sinkbed.train.config.arguments import describe_fields, refuse_classes
 from sinkbed.train.config.overrides import overridden
@@ -129,6 +130,7 @@ class SinkbedCLI(LightningCLI):
         check_settings(config)
         check_trainer(config.trainer)
         use_threads(config.threads)
+        keep_freed_memory()
         for line in filter(None, (overridden(sys.argv[2:]), unmeasured_input(config))):
             say(line, file=sys.stderr)
         expand_home(config, "run_dir", "fork", "ckpt_path")
