@@ -4,9 +4,11 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from multiprocessing import context, popen_fork
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import lightning.pytorch as L
@@ -44,6 +46,13 @@ def _begin_worker(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(os.getppid())
+    sys.excepthook = _tell_of_faults
+
+
+def _tell_of_faults(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Nothing of a training process that hangs up as it ends: Python's thread that hands it batches calls this."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, traceback)
 
 
 class TokenData(L.LightningDataModule):

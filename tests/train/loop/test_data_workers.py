@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -42,6 +44,25 @@ def test_a_dead_data_worker_ends_the_run_with_one_message(fit, tmp_path):
     while (left := [pid for pid in workers if is_alive(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left
+
+
+HANGS_UP = """
+import os, socket, time
+from multiprocessing import resource_sharer
+from sinkbed.train.loop.datamodule import _begin_worker
+
+_begin_worker(0)
+address, _ = resource_sharer.DupFd(os.dup(1))._id  # what a batch in shared memory is handed over as
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect(address)
+    connection.recv(1)
+time.sleep(0.5)
+"""
+
+
+def test_a_run_that_ends_while_it_takes_a_batch_leaves_no_traceback_of_a_worker():
+    ended = subprocess.run([sys.executable, "-c", HANGS_UP], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
