@@ -351,17 +351,6 @@ def estimated_share(chip: Chip, operations: int, issue: int, special: int, share
     return operations / chip.products / (matrix + (issue + special + shared) / 2)
 
 
-def refuse(lines: list[str]) -> None:
-    """Raise RuntimeError for machine code that is wrong, or whose products wait for one another."""
-    code = instructions_of(lines)
-    loops = [code[slice(*loop)] for loop in loops_of(lines)]
-    for segment in [code, *(loop * 2 for loop in loops)]:
-        if wrong := overwritten_operand(segment):
-            raise RuntimeError(f"miscompiled: an operand of {wrong[0]} in flight is overwritten by {wrong[1]}")
-    if any(map(serialized, loops)):
-        raise RuntimeError("serialized: every matrix product of a loop is waited for before the next is issued")
-
-
 _PRODUCT = re.compile(r"HGMMA\S*\s+R\d+, R(\d+), gdesc")
 # Of an instruction that writes registers, the first of them; what stores, compares, jumps or waits writes none.
 _WRITES = re.compile(_GUARD + r"(?!ST|RED|BAR|BRA|EXIT|WARP|DEPBAR|[IFDHU]*SETP|R2P|R2UR|U)(\S+)\s+(?:!?P\w+, )*R(\d+)")
@@ -399,6 +388,17 @@ def serialized(code: list[str]) -> bool:
     """
     products = sum(bool(_GROUP_PRODUCT.match(line)) for line in code)
     return 1 < products <= sum("WARPGROUP.DEPBAR" in line for line in code)
+
+
+def refuse(lines: list[str]) -> None:
+    """Raise RuntimeError for machine code that is wrong, or whose products wait for one another."""
+    code = instructions_of(lines)
+    loops = [code[slice(*loop)] for loop in loops_of(lines)]
+    for segment in [code, *(loop * 2 for loop in loops)]:
+        if wrong := overwritten_operand(segment):
+            raise RuntimeError(f"miscompiled: an operand of {wrong[0]} in flight is overwritten by {wrong[1]}")
+    if any(map(serialized, loops)):
+        raise RuntimeError("serialized: every matrix product of a loop is waited for before the next is issued")
 
 
 def instructions_of(lines: list[str]) -> list[str]:

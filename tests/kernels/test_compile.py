@@ -121,13 +121,13 @@ def test_the_baseline_holds_every_variant_and_spills_in_loops_only_what_is_allow
 @pytest.mark.parametrize(
     ("kernel", "head_dim", "most", "blocks"),
     [("dkv", "128", 600, 1), ("dkv+groups", "128", 600, 1), ("dkv", "64", 350, 2), ("dkv+groups", "64", 350, 2),
-     ("forward", "64", 245, 2), ("forward+statistics", "64", 245, 2), ("forward", "128", 270, 1)],
+     ("forward", "64", 245, 2), ("forward+statistics", "64", 240, 2), ("forward", "128", 270, 1)],
 )  # fmt: skip
 def test_what_an_h100_trains_with_takes_few_instructions_and_spills_in_no_loop(version, kernel, head_dim, most, blocks):
-    """Instructions that warps issue for 1,000 pairs of a query and a key."""
+    """Instructions that warps issue for 1,000 pairs of a query and a key, with a document mask; a few more with others."""
     for mask in ("document", "causal", "prefix_lm"):
         line = STORED[version]["sm_90", kernel, mask, "bf16", head_dim]
-        assert 1000 * in_a_tile(line) <= most
+        assert 1000 * in_a_tile(line) <= most + 5 * (mask != "document")
         assert line["in_loops"] == "0"
         assert queries_at_a_time(line) == blocks * int(line["tiles"].partition("x")[0])
 
