@@ -124,7 +124,7 @@ def test_the_baseline_holds_every_variant_and_spills_in_loops_only_what_is_allow
      ("forward", "64", 245, 2), ("forward+statistics", "64", 240, 2), ("forward", "128", 270, 1)],
 )  # fmt: skip
 def test_what_an_h100_trains_with_takes_few_instructions_and_spills_in_no_loop(version, kernel, head_dim, most, blocks):
-    """Instructions that warps issue for 1,000 pairs of a query and a key, with a document mask; a few more with others."""
+    """Instructions that warps issue for 1,000 pairs, with a document mask; a few more with others."""
     for mask in ("document", "causal", "prefix_lm"):
         line = STORED[version]["sm_90", kernel, mask, "bf16", head_dim]
         assert 1000 * in_a_tile(line) <= most + 5 * (mask != "document")
