@@ -21,6 +21,7 @@ from sinkbed.model.eager import product_dtype
 IGNORED = -100
 BLOCK_LOGITS = 2**25
 """Logits of one block, at most: 128 MB in float32."""
+_CACHED_LOGITS, _FEWEST_ROWS, _COMPILED_BLOCKS = 2**21, 512, 8  # of `_rows`: measured
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -33,7 +34,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight = weight.to(product_dtype(hidden))
         d_hidden = torch.empty_like(hidden, dtype=weight.dtype)
         d_weight: Tensor | None = None
-        rows = max(1, BLOCK_LOGITS // len(weight))
+        rows = _rows(len(hidden), len(weight))
         for h, t, s, dh in zip(
             hidden.split(rows), index.split(rows), share.split(rows), d_hidden.split(rows), strict=True
         ):
@@ -61,6 +62,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_hidden * grad, d_weight * grad, None
 
 
+def _rows(count: int, vocab_size: int) -> int:
+    """Of `count` rows, how many a block takes: their logits stay near a core, and its products are large enough.
+
+    A compiler writes out every block, so it is given few.
+    """
+    rows = min(max(_CACHED_LOGITS // vocab_size, _FEWEST_ROWS), BLOCK_LOGITS // vocab_size)
+    if torch.compiler.is_compiling():
+        rows = max(rows, -(-count // _COMPILED_BLOCKS))
+    return max(rows, 1)
+
+
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean negative log-likelihood, in nats, of the targets that count; 0 when none does.
 
@@ -70,7 +82,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     """
     on_cpu = hidden.device.type == "cpu"
     under_autocast = torch.is_autocast_enabled(hidden.device.type)
-    if torch.compiler.is_compiling() or hidden.dtype != torch.float32 or (under_autocast and not on_cpu):
+    by_library = torch.compiler.is_compiling() or under_autocast
+    if hidden.dtype != torch.float32 or (by_library and not on_cpu):
         loss = F.cross_entropy((hidden @ weight.T).float(), targets, ignore_index=IGNORED, reduction="sum")
         return loss / (targets != IGNORED).sum().clamp_min(1)
     return _LinearCrossEntropy.apply(hidden, weight, targets)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 import sinkbed.model.loss as loss_module
 from sinkbed.model.loss import IGNORED, linear_cross_entropy
@@ -23,6 +25,26 @@ def test_loss_and_gradients_equal_cross_entropy(block, monkeypatch):
     for ours, theirs in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert (grads[0][[2, 9]] == 0).all()
+
+
+def test_compiled_for_a_cpu_the_logits_are_made_in_a_few_blocks(monkeypatch):
+    monkeypatch.setattr(loss_module, "_CACHED_LOGITS", 11 * 2)
+    monkeypatch.setattr(loss_module, "_FEWEST_ROWS", 1)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
+    targets = torch.randint(11, (40,))
+    made = []
+
+    def record(graph, _):
+        made.extend(node.meta["val"].shape for node in graph.graph.nodes if node.target == torch.ops.aten.mm.default)
+        return make_boxed_func(graph.forward)
+
+    loss = torch.compile(linear_cross_entropy, backend=aot_autograd(fw_compiler=record))(hidden, weight, targets)
+    assert made.count((5, 11)) == loss_module._COMPILED_BLOCKS and (40, 11) not in made
+    expected = F.cross_entropy(hidden @ weight.T, targets)
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(*(torch.autograd.grad(x, [hidden, weight]) for x in (loss, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_target_below_0_that_is_not_left_out_is_refused():
