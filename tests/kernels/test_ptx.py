@@ -1,6 +1,6 @@
 """The compiled kernels, run without a GPU by `tests.support.ptx`, with a GPU's own tiles against the float64 reference.
 
-`--every_kernel` takes every dtype, head dim, mask and scoring with every other, on both chips: some hours.
+`--every_kernel` takes every dtype, head dim, mask and scoring with every other, on both chips: 2,124 cases, some hours.
 """
 
 import functools
@@ -88,14 +88,20 @@ def test_scorings_of_every_kind(compiler, arch, name):
     check_scoring(compiler, arch, "bf16", 64, name, late=False)
 
 
-def test_everything_with_everything(compiler, request):
-    if not request.config.getoption("every_kernel"):
-        pytest.skip("long: --every_kernel")
-    for arch, dtype, D in itertools.product(CHIPS, DTYPES, HEAD_DIMS):
-        for name, groups, sink in itertools.product(MASKS, (1, 2), (False, True)):
-            check_mask(compiler, arch, dtype, D, name, groups, sink, lanes=32)
-        for name in SCORINGS:
-            check_scoring(compiler, arch, dtype, D, name, lanes=32)
+def pytest_generate_tests(metafunc):
+    if "kind" in metafunc.fixturenames:
+        masked = itertools.product(MASKS, (1, 2), (False, True))
+        kinds = [
+            *(pytest.param(kind, id=f"{kind[0]}, G {kind[1]}{', sink' * kind[2]}") for kind in masked),
+            *(pytest.param((name,), id=name) for name in SCORINGS),
+        ]
+        every = metafunc.config.getoption("every_kernel")
+        for name, values in {"arch": CHIPS, "dtype": DTYPES, "D": HEAD_DIMS, "kind": kinds}.items():
+            metafunc.parametrize(name, values if every else [])
+
+
+def test_everything_with_everything(compiler, arch, dtype, D, kind):
+    (check_scoring if kind[0] in SCORINGS else check_mask)(compiler, arch, dtype, D, *kind, lanes=32)
 
 
 @pytest.mark.slow
