@@ -340,6 +340,7 @@ def test_the_command_checks_and_writes_what_it_is_asked_for(tmp_path, capsys):
     variants = ["--arch", "sm_90", "--head_dim", "16", "--kernel", *kernels]
     out = ["--csv", str(path), "--json", str(tmp_path / "table.json")]
     assert main(["kernels", *variants, "--check", *out]) == 0, capsys.readouterr().out
+    assert "2 variants, none worse than in" in capsys.readouterr().out
     assert [line["kernel"] for line in json.loads((tmp_path / "table.json").read_text())] == kernels
     with path.open() as file:
         lines = list(csv.DictReader(file))

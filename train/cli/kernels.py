@@ -244,6 +244,8 @@ def run(command: str, argv: Sequence[str]) -> int:
         write_atomic(arguments.json, json.dumps(lines, indent=1) + "\n")
     if arguments.check:
         wrong = violations(lines, expected)
+        if not wrong:
+            print(f"{len(lines)} variants, none worse than in {arguments.check}")
     if arguments.write and not wrong:
         # Lines of variants that were not compiled now stay, but for a whole new table.
         keep = baseline.is_file() and not arguments.all

@@ -179,7 +179,8 @@ def rewritten(message: str, keys: Collection[str]) -> str:
     if match := re.search(r"argument (.*?): invalid (\w+) value: '?(.*?)'?$", message):
         return _expected(match[1], match[2], match[3])
     if match := re.search(r"argument (.*?): expected (\S+ arguments?)", message):
-        return f"{match[1]}: expected {match[2].replace('argument', 'value')}, got none"
+        count = "none" if match[2] == "one argument" else "fewer"
+        return f"{match[1]}: expected {match[2].replace('argument', 'value')}, got {count}"
     if match := re.search(r"arguments are required: (.*)", message):
         missing = match[1].replace("fit.", "")
         start = ". Start from a --config, such as those in configs/" if "config" in keys else ""
