@@ -82,7 +82,7 @@ class Decoder(nn.Module):
             positions: [B, T]; None counts along the row.
             mask: which keys a query sees; None is causal.
             targets: [B, T] next tokens, `loss.IGNORED` where none counts. With them the mean loss is returned
-                and the logits are not kept (on a GPU, compiled or in autocast, they are).
+                and the logits are not kept (in half precision, or on a GPU compiled or in autocast, they are).
             next_tokens: [B, T], as targets: the loss of each is returned, its logits made a block at a time.
             logits: whether they are wanted.
             statistics: also return each layer's sink statistics.

@@ -20,8 +20,8 @@ from sinkbed.model.eager import product_dtype
 
 IGNORED = -100
 BLOCK_LOGITS = 2**25
-"""Logits of one block, at most: 128 MB in float32."""
-_CACHED_LOGITS, _FEWEST_ROWS, _COMPILED_BLOCKS = 2**21, 512, 8  # of `_rows`: measured
+"""Logits of one block, at most: 128 MB in float32. Compiled, a block has an eighth of the rows at least."""
+_NEAR_LOGITS, _FEWEST_ROWS, _COMPILED_BLOCKS = 2**21, 512, 8  # of `_rows`: measured on CPUs
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -34,7 +34,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight = weight.to(product_dtype(hidden))
         d_hidden = torch.empty_like(hidden, dtype=weight.dtype)
         d_weight: Tensor | None = None
-        rows = _rows(len(hidden), len(weight))
+        rows = _rows(hidden, len(weight))
         for h, t, s, dh in zip(
             hidden.split(rows), index.split(rows), share.split(rows), d_hidden.split(rows), strict=True
         ):
@@ -62,28 +62,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_hidden * grad, d_weight * grad, None
 
 
-def _rows(count: int, vocab_size: int) -> int:
-    """Of `count` rows, how many a block takes: their logits stay near a core, and its products are large enough.
+def _rows(hidden: Tensor, vocab_size: int) -> int:
+    """Rows of a block: on a CPU few, so that their logits stay near a core, but enough for products to be fast.
 
-    A compiler writes out every block, so it is given few.
+    A compiler writes out every block, so it is given `_COMPILED_BLOCKS` at most.
     """
-    rows = min(max(_CACHED_LOGITS // vocab_size, _FEWEST_ROWS), BLOCK_LOGITS // vocab_size)
+    rows = BLOCK_LOGITS // vocab_size
+    if hidden.device.type == "cpu":
+        rows = min(rows, max(_NEAR_LOGITS // vocab_size, _FEWEST_ROWS))
     if torch.compiler.is_compiling():
-        rows = max(rows, -(-count // _COMPILED_BLOCKS))
+        rows = max(rows, -(-len(hidden) // _COMPILED_BLOCKS))
     return max(rows, 1)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean negative log-likelihood, in nats, of the targets that count; 0 when none does.
 
+    Compiled for a CPU, another number of blocks is another graph: it is for batches of one size.
+
     Args:
         hidden: [N, C], float32 for the blockwise form; weight: [V, C], the output matrix.
         targets: [N] token ids; `IGNORED` does not count.
     """
-    on_cpu = hidden.device.type == "cpu"
-    under_autocast = torch.is_autocast_enabled(hidden.device.type)
-    by_library = torch.compiler.is_compiling() or under_autocast
-    if hidden.dtype != torch.float32 or (by_library and not on_cpu):
+    kind = hidden.device.type
+    plain = kind != "cpu" and (torch.compiler.is_compiling() or torch.is_autocast_enabled(kind))
+    if plain or hidden.dtype != torch.float32:
         loss = F.cross_entropy((hidden @ weight.T).float(), targets, ignore_index=IGNORED, reduction="sum")
         return loss / (targets != IGNORED).sum().clamp_min(1)
     return _LinearCrossEntropy.apply(hidden, weight, targets)

@@ -96,8 +96,9 @@ def pytest_generate_tests(metafunc):
             *(pytest.param((name,), id=name) for name in SCORINGS),
         ]
         every = metafunc.config.getoption("every_kernel")
+        none = [pytest.param(None, marks=pytest.mark.skip("long: --every_kernel"))]
         for name, values in {"arch": CHIPS, "dtype": DTYPES, "D": HEAD_DIMS, "kind": kinds}.items():
-            metafunc.parametrize(name, values if every else [])
+            metafunc.parametrize(name, values if every else none)
 
 
 def test_everything_with_everything(compiler, arch, dtype, D, kind):

@@ -27,12 +27,21 @@ def test_loss_and_gradients_equal_cross_entropy(block, monkeypatch):
     assert (grads[0][[2, 9]] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "device", "rows"),
+    [(512, "cpu", 4096), (4096, "cpu", 512), (32768, "cpu", 512), (200_000, "cpu", 167), (2**26, "cpu", 1),
+     (4096, "meta", 8192)],
+)  # fmt: skip
+def test_a_block_is_small_on_a_cpu_and_never_of_too_many_logits(vocab_size, device, rows):
+    assert loss_module._rows(torch.empty(16384, 4, device=device), vocab_size) == rows
+
+
 def test_compiled_for_a_cpu_the_logits_are_made_in_a_few_blocks(monkeypatch):
-    monkeypatch.setattr(loss_module, "_CACHED_LOGITS", 11 * 2)
+    monkeypatch.setattr(loss_module, "_NEAR_LOGITS", 11 * 2)
     monkeypatch.setattr(loss_module, "_FEWEST_ROWS", 1)
     torch.manual_seed(0)
-    hidden, weight = torch.randn(40, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
-    targets = torch.randint(11, (40,))
+    hidden, weight = torch.randn(41, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
+    targets = torch.randint(11, (41,))
     made = []
 
     def record(graph, _):
@@ -40,7 +49,7 @@ def test_compiled_for_a_cpu_the_logits_are_made_in_a_few_blocks(monkeypatch):
         return make_boxed_func(graph.forward)
 
     loss = torch.compile(linear_cross_entropy, backend=aot_autograd(fw_compiler=record))(hidden, weight, targets)
-    assert made.count((5, 11)) == loss_module._COMPILED_BLOCKS and (40, 11) not in made
+    assert [shape[0] for shape in made if shape[1] == 11] == [6] * 6 + [5]
     expected = F.cross_entropy(hidden @ weight.T, targets)
     torch.testing.assert_close(loss, expected)
     for ours, theirs in zip(*(torch.autograd.grad(x, [hidden, weight]) for x in (loss, expected)), strict=True):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sinkbed.data.files import write_atomic
-from sinkbed.plain_text import console, csv_of
+from sinkbed.plain_text import console, counted, csv_of
 from sinkbed.train.config.arguments import PlainParser, positive
 
 TABLES = Path(__file__).resolve().parents[2] / "kernels" / "triton"
@@ -245,7 +245,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     if arguments.check:
         wrong = violations(lines, expected)
         if not wrong:
-            print(f"{len(lines)} variants, none worse than in {arguments.check}")
+            print(f"{counted(len(lines), 'variant')}, none worse than in {arguments.check}")
     if arguments.write and not wrong:
         # Lines of variants that were not compiled now stay, but for a whole new table.
         keep = baseline.is_file() and not arguments.all

@@ -178,8 +178,8 @@ def rewritten(message: str, keys: Collection[str]) -> str:
         return _expected(match[1], f"one of {match[3]}", match[2])
     if match := re.search(r"argument (.*?): invalid (\w+) value: '?(.*?)'?$", message):
         return _expected(match[1], match[2], match[3])
-    if match := re.search(r"argument (.*?): expected (\S+ arguments?)", message):
-        count = "none" if match[2] == "one argument" else "fewer"
+    if match := re.search(r"argument (.*?): expected ((?:at least )?\S+ arguments?)", message):
+        count = "none" if match[2].endswith("one argument") else "fewer"
         return f"{match[1]}: expected {match[2].replace('argument', 'value')}, got {count}"
     if match := re.search(r"arguments are required: (.*)", message):
         missing = match[1].replace("fit.", "")

@@ -72,6 +72,7 @@ def test_the_version_is_shown(capsys):
         (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["fit", "nonsense"], "nonsense: expected options alone from here on, got a word"),
         (["fit", "--threads"], "--threads: expected one value, got none"),
+        (["kernels", "--arch"], "--arch: expected at least one value, got none"),
         (["kernels", "--tiles", "64", "64", "4"], "--tiles: expected 4 values, got fewer"),
         (["fit", "--model.optimizer.lr", "nan"], "model.optimizer.lr: expected a finite number, got 'nan'"),
         (["fit", "--measure.eps", "0.3"], "--measure.eps: expected a known key, got none of that name; measure has"),
