@@ -22,6 +22,7 @@ from sinkbed.kernels import attention
 from sinkbed.plain_text import csv_of
 from sinkbed.train.bench.attention_peers import OURS, Case, Contender, contenders
 from sinkbed.train.bench.timing import Timing, by_events, interleave, matmul_flops
+from sinkbed.train.loop.cpu import use_cpu
 
 LAYOUTS = ("causal", "even", "mixed")
 _WIDTH = 33  # of the longest name
@@ -127,7 +128,7 @@ def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 def run(arguments: Any) -> int:
     """Measure every case, print a table, write CSV and a plot where asked."""
-    torch.set_num_threads(arguments.threads)
+    use_cpu(arguments.threads)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: expected a device that is here, got cuda without a GPU that torch can use")
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))

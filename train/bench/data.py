@@ -28,6 +28,7 @@ from sinkbed.data.store.token_store import TokenStore
 from sinkbed.data.tokenizer import Tokenizer
 from sinkbed.train.bench.timing import in_new_process, interleave, memory_of_process
 from sinkbed.train.bench.training import decoder_config, decoder_step, random_batch, read_config
+from sinkbed.train.loop.cpu import use_cpu
 
 _SHARD_DOCUMENTS = 130_000  # some 64 million tokens, as shards of text have
 _BATCHES = 100  # a turn: many more than a worker holds ready
@@ -151,7 +152,7 @@ def generate(path: Path, tokens: int) -> None:
 
 def read_store(path: Path, packing: Any, arguments: Any) -> list[str]:
     """Open a store as training does and read random batches from all of it; what that took, as in `MEMORY_COLUMNS`."""
-    torch.set_num_threads(1)
+    use_cpu(1)
     before = _memory()
     times = [time.perf_counter()]
     store = TokenStore.open(path)
@@ -189,7 +190,7 @@ def _memory() -> tuple[int, int]:
 
 def run(arguments: Any) -> int:
     """The parts that were asked for."""
-    torch.set_num_threads(arguments.threads)
+    use_cpu(arguments.threads)
     for part in arguments.parts:
         {"loader": run_loader, "packing": run_packing, "memory": run_memory}[part](arguments)
         print()

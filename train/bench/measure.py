@@ -22,6 +22,7 @@ from sinkbed.data.store.token_store import TokenStore
 from sinkbed.model import Decoder
 from sinkbed.train.bench.timing import in_new_process, interleave, peak_bytes, take_turns
 from sinkbed.train.bench.training import decoder_config, read_config
+from sinkbed.train.loop.cpu import use_cpu
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.excerpts import Excerpts
 from sinkbed.train.measure.heldout import Probe
@@ -71,7 +72,7 @@ def _turn(way: str, arguments: Any, logits: bool) -> Turn:
     from sinkbed.model.hf import adapter as hf
     from sinkbed.model.hf import attention as hf_attention
 
-    torch.set_num_threads(arguments.threads)
+    use_cpu(arguments.threads)
     hf_attention.register()
     tokens = torch.randint(arguments.vocab_size, (1, arguments.length), generator=torch.Generator().manual_seed(1))
     model = llama(arguments, hf_attention.ATTENTION if way == WAYS[0] else "eager")
@@ -213,7 +214,7 @@ def run(arguments: Any) -> int:
     """Print a table for each part."""
     if find_spec("transformers") is None:
         raise ValueError("bench measure: the peer is missing; pip install -e '.[bench]'")
-    torch.set_num_threads(arguments.threads)
+    use_cpu(arguments.threads)
     if {"eager", "modes"} & set(arguments.parts):
         print(
             f"Llama: {arguments.layers} layers, hidden {arguments.hidden}, {arguments.heads} heads, "

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 from sinkbed.data.pack.batches import Batch
 from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.train.bench.timing import interleave, matmul_flops
+from sinkbed.train.loop.cpu import use_cpu
 from sinkbed.train.loop.module import counted_targets
 from sinkbed.train.loop.optim import OptimizerConfig, build_optimizer
 
@@ -49,7 +50,7 @@ def shape_of(arguments: Any) -> Shape:
         decoder = dataclasses.replace(decoder, d_model=arguments.d_model, d_ff=d_ff)
     if arguments.layers:
         decoder = dataclasses.replace(decoder, n_layers=arguments.layers)
-    torch.set_num_threads(arguments.threads)
+    use_cpu(arguments.threads)
     torch.manual_seed(0)
     data = config["data"]
     return Shape(decoder, arguments.batch or data["batch_size"], arguments.length or data["context_length"])

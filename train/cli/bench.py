@@ -18,7 +18,9 @@ def run(command: str, argv: Sequence[str]) -> int:
     variants = benches.add_parser("parts", help="training step with each variant of a part, against the config's own")
     variants.add_argument("--operator", action="store_true", help="attention alone, under every way to score keys")
     variants.add_argument("--only", nargs="+", help="variants with one of these in their name, such as norm")
-    for each in (one, variants):
+    loop = benches.add_parser("fit", help="`sinkbed fit` against the same optimizer step in a plain loop")
+    loop.add_argument("--steps", type=positive, default=400, help="of each run and loop")
+    for each in (one, variants, loop):
         each.add_argument(
             "--config", type=Path, default=Path("configs/run/demo.yaml"), help="run config with the shape"
         )
@@ -28,9 +30,10 @@ def run(command: str, argv: Sequence[str]) -> int:
         each.add_argument(
             "--d_model", type=positive, help="C; the feed-forward keeps its proportion (default: the config's)"
         )
-        each.add_argument("--vocab_size", type=positive, default=512)
         each.add_argument("--threads", type=positive, default=1)
-        each.add_argument("--repeats", type=positive, default=15)
+        each.add_argument("--repeats", type=positive, default=3 if each is loop else 15)
+    for each in (one, variants):
+        each.add_argument("--vocab_size", type=positive, default=512)
     two = benches.add_parser("attention", help="the attention operator against SDPA, FlexAttention and others")
     two.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     two.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16; float32 on a CPU")

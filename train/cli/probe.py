@@ -79,7 +79,7 @@ def run(command: str, argv: Sequence[str]) -> int:
     # First: a path that is none is answered before torch is imported. A list, so that every model is checked.
     check_text(arguments, own=any([has_own_text(each) for each in models]))
     with loading("torch"):
-        from sinkbed.train.loop.settings import use_threads
+        from sinkbed.train.loop.cpu import use_cpu
         from sinkbed.train.report import model as probe_report
 
     if arguments.out is not None:
@@ -88,7 +88,7 @@ def run(command: str, argv: Sequence[str]) -> int:
         if arguments.json.is_dir():
             raise ValueError(f"--json {arguments.json}: expected a file, got a folder")
         probe_report.check_writable("--json", arguments.json)
-    use_threads(arguments.threads)
+    use_cpu(arguments.threads)
     modes = check_modes(arguments.modes or inputs[:3])
     names = {*OTHERS, *MEASURES.names} if "all" in arguments.measure else set(arguments.measure)
     config = MeasureConfig(

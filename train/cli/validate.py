@@ -12,6 +12,7 @@ from sinkbed.train.config.yaml_files import read_mapping
 from sinkbed.train.measure.model import of_run
 from sinkbed.train.measure.modes import MODE_LABELS, InferenceMode, check_modes
 from sinkbed.train.run import directory
+from sinkbed.train.run.load import find_run
 
 
 def run(command: str, argv: Sequence[str]) -> int:
@@ -25,11 +26,14 @@ def run(command: str, argv: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, help="also write every figure, per layer and head, to this file")
     arguments = parser.parse_args(list(argv))
 
+    find_run(arguments.run)  # what is none is answered before torch is imported
+    from sinkbed.train.loop.cpu import use_cpu
+
+    use_cpu(arguments.threads)
     subject = of_run(arguments.run, arguments.store)
     assert subject.run_dir is not None and subject.store is not None and subject.context_length is not None
     from sinkbed.data.store.token_store import TokenStore
     from sinkbed.progress import Steps
-    from sinkbed.train.loop.settings import use_threads
     from sinkbed.train.measure.config import MeasureConfig
     from sinkbed.train.measure.heldout import Probe
     from sinkbed.train.measure.sinks import ModeResult, measure, measurement_table
@@ -41,7 +45,6 @@ def run(command: str, argv: Sequence[str]) -> int:
     if arguments.modes is not None:
         settings |= {"modes": check_modes(arguments.modes)}
     measuring = MeasureConfig(**settings)
-    use_threads(arguments.threads)
     store = TokenStore.open(subject.store, "validation")
     store.verify()
     probe = Probe.from_store(store, subject.context_length, measuring)

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 
 from sinkbed.data.pack.strategy import Strategy
-from sinkbed.data.prepare.prepare import available_cores
 from sinkbed.model import Decoder, DecoderConfig
 from sinkbed.model.positions import POSITIONS
-from sinkbed.plain_text import counted
 from sinkbed.ranges import check_number
 from sinkbed.train.loop.optim import OptimizerConfig, build_optimizer
 from sinkbed.train.loop.optimizers import OPTIMIZERS
@@ -136,17 +134,6 @@ def unmeasured_input(config: Any) -> str:
         f"measure.modes: no input of {', '.join(modes)} begins as the rows do that are trained on, {begins}; that of "
         "as_trained does (configs/measure)"
     )
-
-
-def use_threads(threads: int | None) -> None:
-    """Have torch compute with so many threads, where a number is given; a word where they are more than the cores."""
-    if threads is None:
-        return
-    check_number("threads", threads, least=1)
-    if threads > (cores := available_cores()):
-        line = f"threads: {threads} share the {counted(cores, 'core')} of this process, which is slower than {cores}"
-        print(line, file=sys.stderr)
-    torch.set_num_threads(threads)
 
 
 def micro_batches(batch_size: int, micro_batch_size: int | None, processes: int) -> int:

@@ -26,10 +26,11 @@ from sinkbed.train.loop.callbacks.run_files import ProgressBar, RunFiles, checkp
 from sinkbed.train.loop.callbacks.sinks import SinkMonitor
 from sinkbed.train.loop.callbacks.states import StateMonitor
 from sinkbed.train.loop.callbacks.store_check import StoreCheck
+from sinkbed.train.loop.cpu import use_cpu
 from sinkbed.train.loop.datamodule import TokenData
 from sinkbed.train.loop.identity import check_identity, check_manifest, other_sums
 from sinkbed.train.loop.module import SinkbedModule
-from sinkbed.train.loop.settings import check_settings, unmeasured_input, use_threads
+from sinkbed.train.loop.settings import check_settings, unmeasured_input
 from sinkbed.train.loop.trainer_settings import ShortLightningParser, check_trainer, expand_home
 from sinkbed.train.measure.config import MeasureConfig
 from sinkbed.train.measure.sinks import measurement_table
@@ -129,7 +130,7 @@ class SinkbedCLI(LightningCLI):
         config = self.config.fit
         check_settings(config)
         check_trainer(config.trainer)
-        use_threads(config.threads)
+        use_cpu(config.threads)
         keep_freed_memory()
         for line in filter(None, (overridden(sys.argv[2:]), unmeasured_input(config))):
             say(line, file=sys.stderr)

@@ -7,23 +7,9 @@ import torch
 import yaml
 
 from sinkbed.data.pack.strategy import Strategy
-from sinkbed.data.prepare.prepare import available_cores
 from sinkbed.train.cli.main import main
-from sinkbed.train.loop.settings import unmeasured_input, use_threads
+from sinkbed.train.loop.settings import unmeasured_input
 from tests.support.runs import refused
-
-
-def test_more_threads_than_cores_are_answered_with_a_word(fit, capsys):
-    fit("--threads", "1000", "--trainer.precision", "16-mixed")
-    assert "threads: 1000 share the" not in capsys.readouterr().err, "what is refused comes first"
-    cores, before = available_cores(), torch.get_num_threads()
-    try:
-        use_threads(1000)
-        assert f"threads: 1000 share the {cores} core" in capsys.readouterr().err and torch.get_num_threads() == 1000
-        use_threads(cores)
-        assert not capsys.readouterr().err
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

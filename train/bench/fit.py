@@ -1,0 +1,62 @@
+"""`sinkbed bench fit`: the rate of `sinkbed fit` against the same optimizer step in a plain loop."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sinkbed.data.store.token_store import TokenStore
+from sinkbed.train.bench.timing import interleave, take_turns
+from sinkbed.train.bench.training import Shape, decoder_step, random_batch, read_config, shape_of
+from sinkbed.train.run import directory
+
+
+def fit_rate(arguments: Any, shape: Shape) -> float:
+    """Tokens per second of a run: the median of what it logs, but for its first 50 steps and its measurements."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {
+            "config": arguments.config,
+            "run_dir": Path(folder) / "run",
+            "threads": arguments.threads,
+            "model.decoder.n_layers": shape.decoder.n_layers,
+            "model.decoder.d_model": shape.decoder.d_model,
+            "model.decoder.d_ff": shape.decoder.d_ff,
+            "data.batch_size": shape.rows,
+            "data.context_length": shape.length,
+            "trainer.max_steps": arguments.steps,
+            "trainer.log_every_n_steps": 25,
+        }
+        command = [sys.executable, "-m", "sinkbed", "fit", *(f"--{key}={value}" for key, value in options.items())]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"WANDB_MODE": "offline"})
+        if done.returncode:
+            raise ValueError(f"bench fit: {done.stderr.strip()}")
+        points = map(json.loads, (options["run_dir"] / directory.METRICS).read_text().splitlines())
+        rates = [p["train/tokens_per_second"] for p in points if "train/tokens_per_second" in p and p["step"] > 50]
+    return statistics.median(rates)
+
+
+def run(arguments: Any) -> int:
+    """Both in turn, with the precision and the compilation of the run config; each a run or a loop of as many steps."""
+    shape, config = shape_of(arguments), read_config(arguments.config)
+    manifest = TokenStore.open(Path(config["data"]["store"])).manifest
+    compiled = config["model"].get("compile", False)
+    bfloat16 = config["trainer"].get("precision") == "bf16-mixed"
+
+    def loop_rate() -> float:
+        batch = random_batch(shape.rows, shape.length, manifest.vocab_size)
+        step = decoder_step(shape.decoder, batch, manifest.vocab_size, compiled, bfloat16)
+        [timing] = interleave({"loop": step}, arguments.steps - 50, warmup=50)
+        return shape.rows * shape.length / timing.median
+
+    turns = {"sinkbed fit": lambda: fit_rate(arguments, shape), "the loop": loop_rate}
+    rates = take_turns(turns, arguments.repeats)
+    print(f"{shape.rows} rows of {shape.length} tokens a step, {arguments.threads} threads, {arguments.steps} steps each")
+    for name, each in rates.items():
+        print(f"{name:12} {statistics.median(each):10,.0f} tokens/s  ({min(each):,.0f} to {max(each):,.0f})")
+    ratio = statistics.median(ours / loop for ours, loop in zip(*rates.values(), strict=True))
+    print(f"fit has {ratio:.2f} of the loop's rate")
+    return 0
