@@ -8,14 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sinkbed.data.pack.batches import Batch, Rows, RowSampler
+    from sinkbed.data.pack.batches import Batch, RowLoader, Rows, RowSampler
     from sinkbed.data.pack.strategy import Strategy
     from sinkbed.data.store.token_store import TokenStore
 
-__all__ = ["Batch", "RowSampler", "Rows", "Strategy", "TokenStore"]
+__all__ = ["Batch", "RowLoader", "RowSampler", "Rows", "Strategy", "TokenStore"]
 
 _HOME = {
-    **dict.fromkeys(("Batch", "RowSampler", "Rows"), "sinkbed.data.pack.batches"),
+    **dict.fromkeys(("Batch", "RowLoader", "RowSampler", "Rows"), "sinkbed.data.pack.batches"),
     "Strategy": "sinkbed.data.pack.strategy",
     "TokenStore": "sinkbed.data.store.token_store",
 }

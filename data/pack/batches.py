@@ -7,17 +7,18 @@ seen, on any number of processes.
 
     rows = Rows(TokenStore.open("stores/demo"), Strategy(first_token="bos"), context_length=512, seed=0)
     sampler = RowSampler(16, micro_batch_size=8, rows_consumed=0)
-    loader = DataLoader(rows, batch_sampler=sampler, collate_fn=Rows.collate, num_workers=2)
+    loader = RowLoader(rows, sampler, num_workers=2)
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import count
+from functools import partial
+from itertools import chain, count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sinkbed.data.order import permute
 from sinkbed.data.pack.assemble import Row, has_first_token, pack, random_tokens
@@ -30,6 +31,7 @@ from sinkbed.plain_text import counted
 from sinkbed.ranges import check_number
 
 _BLOCK = 1024
+_AHEAD = 2**14  # tokens
 
 
 class Batch(NamedTuple):
@@ -55,6 +57,10 @@ class Batch(NamedTuple):
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory, from which copies to an accelerator can overlap with work."""
         return Batch(*(tensor.pin_memory() for tensor in self))
+
+    def split(self, rows: int) -> "list[Batch]":
+        """Batches of so many rows each, in order: views."""
+        return [Batch(*parts) for parts in zip(*(tensor.split(rows) for tensor in self), strict=True)]
 
 
 class SplitTooShort(ValueError):
@@ -134,11 +140,6 @@ class Rows(Dataset[Batch]):
         index = torch.arange(self.context_length)
         positions = index - doc_start if self.strategy.positions == "document" else index.expand(tokens.shape)
         return Batch(tokens, targets, loss_mask, positions, doc_start, doc_end)
-
-    @staticmethod
-    def collate(batch: Any) -> Batch:
-        """For DataLoader's `collate_fn`: `__getitems__` gives whole batches, there is nothing to collate."""
-        return batch
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.store, self.strategy, self.context_length, self.seed, self.unique_rows)
@@ -246,3 +247,32 @@ class RowSampler(Sampler[list[int]]):
             for step in range(self.accumulate):
                 first = begin + (step * self.world_size + self.rank) * self.micro_batch_size
                 yield list(range(first, first + self.micro_batch_size))
+
+
+class _Joined(Sampler[list[int]]):
+    """The lists of a sampler, so many at a time as one."""
+
+    def __init__(self, sampler: RowSampler, lists: int) -> None:
+        self.sampler = sampler
+        self.lists = lists
+
+    def __iter__(self) -> Iterator[list[int]]:
+        each = iter(self.sampler)
+        while True:
+            yield list(chain.from_iterable(islice(each, self.lists)))
+
+
+class RowLoader(DataLoader[Batch]):
+    """The micro batches of a sampler, endlessly. Short ones are made many at a time, in little more time than one.
+
+    Args:
+        options: of DataLoader, such as `num_workers`.
+    """
+
+    def __init__(self, rows: Rows, sampler: RowSampler, **options: Any) -> None:
+        size = sampler.micro_batch_size
+        joined = _Joined(sampler, max(1, _AHEAD // (size * rows.context_length)))
+        super().__init__(rows, batch_sampler=joined, collate_fn=partial(Batch.split, rows=size), **options)
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        return chain.from_iterable(super().__iter__())

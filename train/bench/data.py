@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from sinkbed.data.pack.audit import audit
-from sinkbed.data.pack.batches import Batch, Rows, RowSampler
+from sinkbed.data.pack.batches import RowLoader, Rows, RowSampler
 from sinkbed.data.pack.plan import PlanSettings, items_of
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.prepare.staging import StagingFolder, manifest_of, shard_name
@@ -47,10 +46,7 @@ MEMORY_COLUMNS |= {"private memory": 16, "page cache": 12}
 
 def loader(rows: Rows, batch: int, workers: int) -> Callable[[], None]:
     """A turn of the loader that `sinkbed fit` trains from."""
-    batches: DataLoader[Batch] = DataLoader(
-        rows, batch_sampler=RowSampler(batch), collate_fn=Rows.collate, num_workers=workers
-    )
-    stream = iter(batches)
+    stream = iter(RowLoader(rows, RowSampler(batch), num_workers=workers))
 
     def turn() -> None:
         for _ in range(_BATCHES):

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from sinkbed.data.store.token_store import TokenStore
+from sinkbed.ranges import check_number
 from sinkbed.train.bench.timing import interleave, take_turns
 from sinkbed.train.bench.training import Shape, decoder_step, random_batch, read_config, shape_of
 from sinkbed.train.run import directory
 
+_WINDOW = 25  # steps that a rate is the mean of
+_WARMUP = 2  # windows
+
 
 def fit_rate(arguments: Any, shape: Shape) -> float:
-    """Tokens per second of a run: the median of what it logs, but for its first 50 steps and its measurements."""
+    """Tokens per second of a run, as it logs them: median of its windows, time to measure left out."""
     with tempfile.TemporaryDirectory() as folder:
         options = {
             "config": arguments.config,
@@ -28,19 +32,20 @@ def fit_rate(arguments: Any, shape: Shape) -> float:
             "data.batch_size": shape.rows,
             "data.context_length": shape.length,
             "trainer.max_steps": arguments.steps,
-            "trainer.log_every_n_steps": 25,
+            "trainer.log_every_n_steps": _WINDOW,
         }
         command = [sys.executable, "-m", "sinkbed", "fit", *(f"--{key}={value}" for key, value in options.items())]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"WANDB_MODE": "offline"})
         if done.returncode:
             raise ValueError(f"bench fit: {done.stderr.strip()}")
         points = map(json.loads, (options["run_dir"] / directory.METRICS).read_text().splitlines())
-        rates = [p["train/tokens_per_second"] for p in points if "train/tokens_per_second" in p and p["step"] > 50]
-    return statistics.median(rates)
+        rates = [point["train/tokens_per_second"] for point in points if "train/tokens_per_second" in point]
+    return statistics.median(rates[_WARMUP:])
 
 
 def run(arguments: Any) -> int:
     """Both in turn, with the precision and the compilation of the run config; each a run or a loop of as many steps."""
+    check_number("--steps", arguments.steps, least=100, integer=True)
     shape, config = shape_of(arguments), read_config(arguments.config)
     manifest = TokenStore.open(Path(config["data"]["store"])).manifest
     compiled = config["model"].get("compile", False)
@@ -49,12 +54,17 @@ def run(arguments: Any) -> int:
     def loop_rate() -> float:
         batch = random_batch(shape.rows, shape.length, manifest.vocab_size)
         step = decoder_step(shape.decoder, batch, manifest.vocab_size, compiled, bfloat16)
-        [timing] = interleave({"loop": step}, arguments.steps - 50, warmup=50)
-        return shape.rows * shape.length / timing.median
+
+        def window() -> None:
+            for _ in range(_WINDOW):
+                step()
+
+        [timing] = interleave({"loop": window}, arguments.steps // _WINDOW - _WARMUP, warmup=_WARMUP)
+        return _WINDOW * shape.rows * shape.length / timing.median
 
     turns = {"sinkbed fit": lambda: fit_rate(arguments, shape), "the loop": loop_rate}
     rates = take_turns(turns, arguments.repeats)
-    print(f"{shape.rows} rows of {shape.length} tokens a step, {arguments.threads} threads, {arguments.steps} steps each")
+    print(f"{shape.rows} rows of {shape.length} tokens, {arguments.threads} threads, {arguments.steps} steps each")
     for name, each in rates.items():
         print(f"{name:12} {statistics.median(each):10,.0f} tokens/s  ({min(each):,.0f} to {max(each):,.0f})")
     ratio = statistics.median(ours / loop for ours, loop in zip(*rates.values(), strict=True))

@@ -13,10 +13,9 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from torch.utils.data import DataLoader
 
 from sinkbed.data.pack.audit import audit
-from sinkbed.data.pack.batches import Batch, Rows, RowSampler
+from sinkbed.data.pack.batches import Batch, RowLoader, Rows, RowSampler
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.store.token_store import TokenStore
 from sinkbed.train.loop.settings import micro_batches
@@ -131,7 +130,7 @@ class TokenData(L.LightningDataModule):
         self.tokens_at_start = state["tokens"]
         self.steps_at_start = -1  # set by the loader, once the trainer knows its step
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> RowLoader:
         """Endless batches, from the first row not yet consumed."""
         trainer = self.trainer
         assert trainer is not None
@@ -144,10 +143,9 @@ class TokenData(L.LightningDataModule):
             world_size=trainer.world_size,
             rank=trainer.global_rank,
         )
-        return DataLoader(
+        return RowLoader(
             self.rows,
-            batch_sampler=sampler,
-            collate_fn=Rows.collate,
+            sampler,
             num_workers=self.workers,
             worker_init_fn=_begin_worker,
             multiprocessing_context=_Workers() if self.workers else None,

@@ -157,7 +157,8 @@ class SinkbedModule(L.LightningModule):
     ) -> None:
         """Clip the global norm, stop on a norm that is not finite, and log."""
         loss = self._normalise()
-        total = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None], foreach=True)
+        parameters = list(self.parameters())
+        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
         norm = whole(total)
         step = self.trainer.global_step + 1
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -167,7 +168,7 @@ class SinkbedModule(L.LightningModule):
         if due or norm.device.type == "cpu":
             self.check_finite(clipped=False)
         if self.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters(), self.max_grad_norm, total, foreach=True)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, total, foreach=True)
         if due:
             self._log_training(step, loss, norm)
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
-from sinkbed.data.pack.batches import Batch, Rows, RowSampler
+from sinkbed.data.pack.batches import Batch, RowLoader, Rows, RowSampler
 from sinkbed.data.pack.strategy import Strategy
 from sinkbed.data.store.token_store import TokenStore
 
@@ -72,14 +71,22 @@ def test_few_unique_rows_are_those_of_the_first_documents_in_an_order_of_each_ep
         Rows(store, Strategy(), 16, unique_rows=len(every) + 1)
 
 
+def test_batches_made_many_at_a_time_are_those_of_the_sampler(store: TokenStore) -> None:
+    rows = Rows(store, Strategy(first_token="random"), 16)
+    sampler = RowSampler(12, micro_batch_size=3, rows_consumed=24, world_size=2, rank=1)
+    wanted = list(itertools.islice(sampler, 800))
+    assert 800 * 3 * 16 > 2 * 2**14, "several times as many as are made at a time"
+    for numbers, batch in zip(wanted, RowLoader(rows, sampler), strict=False):
+        assert equal(batch, rows.__getitems__(numbers)) and batch.tokens.is_contiguous()
+
+
 @pytest.mark.slow
 def test_workers_started_afresh_read_the_same_rows(store: TokenStore) -> None:
     rows = Rows(store, Strategy(first_token="random"), 16)
     steps = 2 * len(rows) // 3
-    sampler = list(itertools.islice(RowSampler(3), steps))
 
     def load(**options: Any) -> list[Batch]:
-        return list(DataLoader(rows, batch_sampler=sampler, collate_fn=Rows.collate, **options))
+        return list(itertools.islice(RowLoader(rows, RowSampler(3), **options), steps))
 
     alone = load()
     assert len(alone) == steps > 20
