@@ -37,7 +37,7 @@ def fit_rate(arguments: Any, shape: Shape) -> float:
         command = [sys.executable, "-m", "sinkbed", "fit", *(f"--{key}={value}" for key, value in options.items())]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"WANDB_MODE": "offline"})
         if done.returncode:
-            raise ValueError(f"bench fit: {done.stderr.strip()}")
+            raise ValueError(f"bench fit: {done.stderr.strip().splitlines()[-1]}")
         points = map(json.loads, (options["run_dir"] / directory.METRICS).read_text().splitlines())
         rates = [point["train/tokens_per_second"] for point in points if "train/tokens_per_second" in point]
     return statistics.median(rates[_WARMUP:])

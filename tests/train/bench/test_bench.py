@@ -199,6 +199,17 @@ def test_one_long_line_is_compared_with_the_same_bytes_as_many(capsys):
 
 
 @pytest.mark.slow
+def test_fit_is_compared_with_a_loop(capsys, fit):
+    command = ["bench", "fit", "--config", str(fit.config), "--repeats", "1", "--steps", "100"]
+    assert main([*command, "--batch", "4"]) == 0
+    size, ours, loop, ratio = capsys.readouterr().out.rstrip().splitlines()
+    rate, bare = (float(line[12:].split()[0].replace(",", "")) for line in (ours, loop))
+    assert size.startswith("4 rows of ") and float(ratio.split()[2]) == pytest.approx(rate / bare, abs=0.01)
+    assert main([*command, "--length", "1"]) == 1
+    assert "bench fit: sinkbed fit: data.context_length: expected" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_training_step_in_float32_and_bfloat16(capsys, fit):
     shape = ["--layers", "1", "--d_model", "32", "--batch", "1", "--length", "16", "--repeats", "1"]
     assert main(["bench", "training", "--config", str(fit.config), "--bfloat16", *shape]) == 0
