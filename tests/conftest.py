@@ -21,7 +21,7 @@ import torch
 logging.raiseExceptions = False
 
 torch.set_num_threads(1)
-torch.set_flush_denormal(True)  # as every command does: whichever test comes first
+torch.set_flush_denormal(True)  # as training and measuring do, whichever test comes first
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
