@@ -31,7 +31,7 @@ from sinkbed.plain_text import counted
 from sinkbed.ranges import check_number
 
 _BLOCK = 1024
-_AHEAD = 2**14  # tokens
+_AHEAD = 2**14  # tokens that are packed at a time, at least a batch
 
 
 class Batch(NamedTuple):

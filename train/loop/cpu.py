@@ -9,11 +9,11 @@ from sinkbed.plain_text import counted
 from sinkbed.ranges import check_number
 
 
-def use_cpu(threads: int | None = None) -> None:
+def use_cpu(threads: int | None) -> None:
     """Have torch compute with so many threads, where a number is given, and take subnormal numbers for zero.
 
     Those are nearer to zero than 1.2e-38. Weights of attention, and their gradients most of all, become so small once
-    a model has sinks, and Intel's CPUs take over a hundred cycles for each: a training step of the demo took 1.6 times
+    a model has sinks, and Intel's CPUs take over a hundred cycles for each: a training step of the demo took 1.7 times
     as long. Threads that torch has started before keep to what they did, so this comes before any work.
     A word to the user where the threads are more than the cores.
     """
