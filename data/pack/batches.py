@@ -11,14 +11,13 @@ seen, on any number of processes.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import chain, count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 
 from sinkbed.data.order import permute
 from sinkbed.data.pack.assemble import Row, has_first_token, pack, random_tokens
@@ -58,7 +57,7 @@ class Batch(NamedTuple):
         """The batch in page-locked memory, from which copies to an accelerator can overlap with work."""
         return Batch(*(tensor.pin_memory() for tensor in self))
 
-    def split(self, rows: int) -> "list[Batch]":
+    def cut(self, rows: int) -> "list[Batch]":
         """Batches of so many rows each, in order: views."""
         return [Batch(*parts) for parts in zip(*(tensor.split(rows) for tensor in self), strict=True)]
 
@@ -263,16 +262,16 @@ class _Joined(Sampler[list[int]]):
 
 
 class RowLoader(DataLoader[Batch]):
-    """The micro batches of a sampler, endlessly. Short ones are made many at a time, in little more time than one.
+    """The micro batches of a sampler, endlessly. Small ones are packed many at a time, in a fraction of the time.
 
     Args:
         options: of DataLoader, such as `num_workers`.
     """
 
     def __init__(self, rows: Rows, sampler: RowSampler, **options: Any) -> None:
-        size = sampler.micro_batch_size
-        joined = _Joined(sampler, max(1, _AHEAD // (size * rows.context_length)))
-        super().__init__(rows, batch_sampler=joined, collate_fn=partial(Batch.split, rows=size), **options)
+        self.micro_batch_size = sampler.micro_batch_size
+        joined = _Joined(sampler, max(1, _AHEAD // (self.micro_batch_size * rows.context_length)))
+        super().__init__(rows, batch_sampler=joined, collate_fn=default_convert, **options)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        return chain.from_iterable(super().__iter__())
+        return chain.from_iterable(batch.cut(self.micro_batch_size) for batch in super().__iter__())

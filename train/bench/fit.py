@@ -1,7 +1,6 @@
-"""`sinkbed bench fit`: the rate of `sinkbed fit` against the same optimizer step in a plain loop."""
+"""`sinkbed bench fit`: the rate of `sinkbed fit` on a CPU against a plain loop: AdamW, causal, in one piece."""
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sinkbed.data.store.token_store import TokenStore
+from sinkbed.plain_text import counted
 from sinkbed.ranges import check_number
 from sinkbed.train.bench.timing import interleave, take_turns
 from sinkbed.train.bench.training import Shape, decoder_step, random_batch, read_config, shape_of
@@ -33,11 +33,13 @@ def fit_rate(arguments: Any, shape: Shape) -> float:
             "data.context_length": shape.length,
             "trainer.max_steps": arguments.steps,
             "trainer.log_every_n_steps": _WINDOW,
+            "trainer.accelerator": "cpu",
+            "wandb.mode": "offline",
         }
         command = [sys.executable, "-m", "sinkbed", "fit", *(f"--{key}={value}" for key, value in options.items())]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"WANDB_MODE": "offline"})
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise ValueError(f"bench fit: {done.stderr.strip().splitlines()[-1]}")
+            raise ValueError("sinkbed fit: " + done.stderr.rpartition("sinkbed fit: ")[2].strip())
         points = map(json.loads, (options["run_dir"] / directory.METRICS).read_text().splitlines())
         rates = [point["train/tokens_per_second"] for point in points if "train/tokens_per_second" in point]
     return statistics.median(rates[_WARMUP:])
@@ -46,8 +48,16 @@ def fit_rate(arguments: Any, shape: Shape) -> float:
 def run(arguments: Any) -> int:
     """Both in turn, with the precision and the compilation of the run config; each a run or a loop of as many steps."""
     check_number("--steps", arguments.steps, least=100, integer=True)
-    shape, config = shape_of(arguments), read_config(arguments.config)
-    manifest = TokenStore.open(Path(config["data"]["store"])).manifest
+    config = read_config(arguments.config)
+    data = config["data"]
+    kind = (config["model"].get("optimizer", {}).get("name", "adamw"), data.get("strategy", {}).get("mask", "causal"))
+    if kind != ("adamw", "causal") or data.get("micro_batch_size"):
+        raise ValueError(
+            "bench fit: expected a run with adamw, a causal mask and no micro batches, as the loop is; "
+            f"{arguments.config} has {kind[0]}, {kind[1]} and micro_batch_size {data.get('micro_batch_size')}"
+        )
+    shape = shape_of(arguments)
+    manifest = TokenStore.open(Path(data["store"])).manifest
     compiled = config["model"].get("compile", False)
     bfloat16 = config["trainer"].get("precision") == "bf16-mixed"
 
@@ -64,7 +74,8 @@ def run(arguments: Any) -> int:
 
     turns = {"sinkbed fit": lambda: fit_rate(arguments, shape), "the loop": loop_rate}
     rates = take_turns(turns, arguments.repeats)
-    print(f"{shape.rows} rows of {shape.length} tokens, {arguments.threads} threads, {arguments.steps} steps each")
+    threads = counted(arguments.threads, "thread")
+    print(f"{shape.rows} rows of {shape.length} tokens, {threads}, {arguments.steps} steps each")
     for name, each in rates.items():
         print(f"{name:12} {statistics.median(each):10,.0f} tokens/s  ({min(each):,.0f} to {max(each):,.0f})")
     ratio = statistics.median(ours / loop for ours, loop in zip(*rates.values(), strict=True))

@@ -34,7 +34,7 @@ COMMANDS = {
     "check": ("sinkbed.train.cli.check", "check gpu: all that a GPU alone can tell of the kernels, in eight minutes"),
     "bench": (
         "sinkbed.train.cli.bench",
-        "ratios against named peers: training, attention, measure, data, prepare, checkpoint",
+        "ratios against named peers: training, fit, parts, attention, measure, data, prepare, checkpoint",
     ),
 }
 

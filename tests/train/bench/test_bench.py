@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
 from sinkbed.kernels.normalizers import NORMALIZERS
 from sinkbed.model import Decoder
@@ -199,14 +200,20 @@ def test_one_long_line_is_compared_with_the_same_bytes_as_many(capsys):
 
 
 @pytest.mark.slow
-def test_fit_is_compared_with_a_loop(capsys, fit):
+def test_fit_is_compared_with_a_loop(capsys, fit, tmp_path):
     command = ["bench", "fit", "--config", str(fit.config), "--repeats", "1", "--steps", "100"]
     assert main([*command, "--batch", "4"]) == 0
     size, ours, loop, ratio = capsys.readouterr().out.rstrip().splitlines()
     rate, bare = (float(line[12:].split()[0].replace(",", "")) for line in (ours, loop))
     assert size.startswith("4 rows of ") and float(ratio.split()[2]) == pytest.approx(rate / bare, abs=0.01)
     assert main([*command, "--length", "1"]) == 1
-    assert "bench fit: sinkbed fit: data.context_length: expected" in capsys.readouterr().err
+    assert "sinkbed bench: sinkbed fit: data.context_length: expected" in capsys.readouterr().err
+    other = tmp_path / "muon.yaml"
+    other.write_text(
+        yaml.safe_dump(yaml.safe_load(fit.config.read_text()) | {"model": {"optimizer": {"name": "muon"}}})
+    )
+    assert main(["bench", "fit", "--config", str(other)]) == 1
+    assert "expected a run with adamw, a causal mask" in capsys.readouterr().err
 
 
 @pytest.mark.slow

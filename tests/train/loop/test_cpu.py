@@ -6,6 +6,7 @@ import sys
 import torch
 
 from sinkbed.data.prepare.prepare import available_cores
+from sinkbed.train.cli.main import main
 from sinkbed.train.loop.cpu import use_cpu
 
 SUBNORMAL = """
@@ -32,3 +33,17 @@ def test_more_threads_than_cores_are_answered_with_a_word(fit, capsys):
 
 def test_no_thread_computes_with_subnormal_numbers():
     assert subprocess.check_output([sys.executable, "-c", SUBNORMAL], text=True).split() == ["[0,", "0]"]
+
+
+def test_training_and_measuring_take_subnormal_numbers_for_zero(fit):
+    """As a process does in which nothing else has."""
+    status, run_dir = fit()
+    commands = (lambda: fit(run_dir="another")[0], lambda: main(["validate", str(run_dir)]))
+    try:
+        for command in (*commands, lambda: main(["probe", str(run_dir), "--sink_tokens", "16"])):
+            torch.set_flush_denormal(False)
+            assert torch.tensor(2e-38) * 0.1 != 0
+            assert status == command() == 0
+            assert torch.tensor(2e-38) * 0.1 == 0
+    finally:
+        torch.set_flush_denormal(True)
