@@ -15,7 +15,7 @@ def use_cpu(threads: int | None) -> None:
     Those are nearer to zero than 1.2e-38. Weights of attention, and their gradients most of all, become so small once
     a model has sinks, and Intel's CPUs take over a hundred cycles for each: a training step of the demo took 1.7 times
     as long. Threads that torch started earlier are not changed, so this comes before any work. A word to the user where
-    the threads are more than the cores.
+    the threads are more than the cores. Raises ValueError for fewer than one.
     """
     torch.set_flush_denormal(True)
     if threads is None:
